@@ -1,0 +1,1 @@
+"""graphopt: a compiler that makes trained PyTorch models small and fast enough to deploy."""

@@ -1,0 +1,1 @@
+"""Built-in passes, found through the `graphopt.passes` entry points like any stranger's."""
