@@ -1,0 +1,374 @@
+"""Capture: from an `nn.Module` to a Program, by `torch.export`.
+
+The batch axis is dynamic by default. The one adapter to torch's export machinery: private names of torch.export
+are used here and nowhere else (checked on torch 2.13; `tests/graphopt/test_capture.py` fails when they move).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.dynamic_shapes import _combine_args
+from torch.utils import _pytree as pytree
+
+from graphopt.errors import CaptureError
+from graphopt.lost import lost_in_eval
+from graphopt.normal_form import normalise
+from graphopt.program import Dimension, Note, Program, TensorSpec
+from graphopt.provenance import record_capture
+
+logger = logging.getLogger(__name__)
+
+# Captured and original outputs come from the same kernels in the same order; what differs is inlining.
+_CAPTURE_RTOL = 1e-4
+_SMALLEST_DYNAMIC_BATCH = 2  # torch.export specialises an axis of size 1
+
+LeafShapes = list[dict[int, Any]]  # per tensor leaf: {axis: Dim}
+
+
+def capture(
+    model: nn.Module,
+    args: Sequence[Any] | torch.Tensor,
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Mapping[str, Any] | Sequence[Any] | None = None,
+    *,
+    share_tensors: bool = False,
+) -> Program:
+    """Capture `model` in eval mode as a program.
+
+    Args:
+        model: any module that `torch.export` can trace. Its mode is restored afterwards.
+        args: example positional inputs, or the only one. The first axis of the first tensor is the batch;
+            every tensor input with the same first size shares it.
+        kwargs: example keyword inputs.
+        dynamic_shapes: further dynamic axes in the form `torch.export.export` takes. An axis 0 given here
+            overrides the default for that input; `{0: None}` makes it static.
+        share_tensors: read the model's own tensors instead of copies. The model must not be trained then.
+
+    Returns:
+        A program whose outputs on the examples were compared with the model's.
+
+    Raises:
+        CaptureError: the model fails on the examples, or cannot be traced, or the trace computes something else.
+    """
+    args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
+    kwargs = dict(kwargs or {})
+    with _eval_mode(model), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        args, kwargs, leaf_shapes = _with_dynamic_batch(model, args, kwargs, dynamic_shapes)
+        expected = _run_model(model, args, kwargs)
+        exported, notes = _export(model, args, kwargs, leaf_shapes)
+        program = from_exported(
+            exported, args, kwargs, leaf_shapes, notes=[*notes, *lost_in_eval(model, exported)]
+        )
+        _check_equal(program, expected, args, kwargs)
+    return program if share_tensors else program.copy(share_tensors=False)
+
+
+def from_exported(
+    exported: ExportedProgram,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    leaf_shapes: LeafShapes | None = None,
+    *,
+    notes: Sequence[Note] = (),
+) -> Program:
+    """Make a program of what `torch.export` returned for `args` and `kwargs`."""
+    gm = exported.module(check_guards=False)  # 2.13 adds a `_guards_fn` call without that argument
+    assert isinstance(gm, fx.GraphModule)
+    gm = normalise(gm)
+    record_capture(gm.graph)
+    names = _AxisNames(leaf_shapes or [])
+    inputs = _input_specs(gm, names)
+    outputs = _output_specs(gm, names, {spec.name for spec in inputs})
+    return Program(gm, inputs, outputs, tuple(args), dict(kwargs), tuple(notes))
+
+
+def export_again(program: Program) -> ExportedProgram:
+    """Export the graph of `program` with its own signature and dynamic axes.
+
+    Raises:
+        CaptureError: a rewrite tied a dynamic axis to one size; the message names it.
+    """
+    shapes: LeafShapes = [
+        {axis: Dim.DYNAMIC for axis, size in enumerate(spec.shape) if isinstance(size, str)}
+        for spec in program.inputs
+    ]
+    gm = program.graph_module
+    args, kwargs = tuple(program.example_args), dict(program.example_kwargs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return torch.export.export(
+                gm, args, kwargs, dynamic_shapes=_arrange(gm, args, kwargs, shapes), strict=False
+            )
+        except Exception as err:  # torch.export lets through whatever a kernel or a guard raises
+            raise CaptureError(
+                f"The rewritten program cannot be exported again: {_first_line(err)}. This is a bug in the pass that "
+                "ran last; `graphopt optimize --check full` names it."
+            ) from err
+
+
+@contextlib.contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _run_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return model(*args, **kwargs)
+    except Exception as err:  # the user's own code may raise anything
+        shapes = [
+            tuple(leaf.shape) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
+        ]
+        raise CaptureError(
+            f"The model itself fails on the example inputs (shapes {shapes}): {type(err).__name__}: "
+            f"{_first_line(err)}. Check the input shapes and dtypes (`--input name=1x3x224x224:float32`)."
+        ) from err
+
+
+def _with_dynamic_batch(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], requested: Any
+) -> tuple[tuple[Any, ...], dict[str, Any], LeafShapes]:
+    """Enlarge a batch of 1 and say which axes are dynamic."""
+    asked = _requested_axes(model, args, kwargs, requested)
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    if not tensors:
+        raise CaptureError("There is no tensor among the example inputs. Give at least one.")
+    batch = tensors[0].shape[0] if tensors[0].dim() else None
+    shapes: LeafShapes = []
+    enlarged: list[Any] = []
+    axes = iter(asked)
+    for leaf in leaves:
+        if not isinstance(leaf, torch.Tensor):
+            enlarged.append(leaf)
+            continue
+        wanted = next(axes)
+        batched = batch is not None and leaf.dim() > 0 and leaf.shape[0] == batch
+        if batched and wanted.get(0, Dim.DYNAMIC) is not None:
+            wanted = {0: Dim.DYNAMIC, **wanted}
+            if batch == 1:
+                leaf = leaf.repeat(_SMALLEST_DYNAMIC_BATCH, *[1] * (leaf.dim() - 1))
+        shapes.append({axis: dim for axis, dim in wanted.items() if dim is not None})
+        enlarged.append(leaf)
+    args, kwargs = pytree.tree_unflatten(enlarged, spec)
+    return args, kwargs, shapes
+
+
+def _requested_axes(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], requested: Any
+) -> LeafShapes:
+    """Bring a `dynamic_shapes` argument to one dictionary per tensor leaf."""
+    combined = _combine_args(model, args, kwargs)
+    if requested is not None and not isinstance(requested, Mapping):
+        requested = dict(zip(combined, requested, strict=False))
+    requested = dict(requested or {})
+    unknown = sorted(set(requested) - set(combined))
+    if unknown:
+        raise CaptureError(
+            f"dynamic_shapes names {unknown}, but the model's inputs are {list(combined)}. Use those names."
+        )
+    found: LeafShapes = []
+    for name, value in combined.items():
+        _collect_axes(value, requested.get(name), found)
+    return found
+
+
+def _collect_axes(value: Any, asked: Any, found: LeafShapes) -> None:
+    if isinstance(value, torch.Tensor):
+        axes = dict(enumerate(asked)) if isinstance(asked, list | tuple) else dict(asked or {})
+        found.append({axis: Dim.DYNAMIC if isinstance(dim, str) else dim for axis, dim in axes.items()})
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            _collect_axes(item, asked.get(key) if isinstance(asked, Mapping) else None, found)
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            _collect_axes(item, asked[index] if isinstance(asked, list | tuple) else None, found)
+
+
+def _arrange(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: LeafShapes) -> Any:
+    """Arrange per-leaf dynamic axes in the structure `torch.export.export` asks for."""
+    remaining = iter(shapes)
+
+    def axes(leaf: Any) -> Any:
+        return (next(remaining) or None) if isinstance(leaf, torch.Tensor) else None
+
+    return pytree.tree_map(axes, _combine_args(model, args, kwargs))
+
+
+def _export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: LeafShapes
+) -> tuple[ExportedProgram, list[Note]]:
+    """Export with the dynamic axes asked for; without the default batch axis where that fails."""
+
+    def attempt(wanted: LeafShapes) -> ExportedProgram:
+        arranged = _arrange(model, args, kwargs, wanted)
+        return torch.export.export(model, args, kwargs, dynamic_shapes=arranged, strict=False)
+
+    try:
+        return attempt(shapes), []
+    except Exception as err:  # tracing runs the user's code, which may raise anything
+        dynamic_error = err
+    static = [{axis: dim for axis, dim in axes.items() if axis != 0} for axes in shapes]
+    if static == shapes:
+        raise CaptureError(_explain(dynamic_error)) from dynamic_error
+    try:
+        exported = attempt(static)
+    except Exception as err:
+        raise CaptureError(_explain(err)) from err
+    for axes, kept in zip(shapes, static, strict=True):
+        axes.clear()
+        axes.update(kept)
+    reason = f"The batch size is fixed: {_explain(dynamic_error)}"
+    logger.warning("%s", reason)
+    return exported, [Note("batch", reason)]
+
+
+_SPECIALISED = re.compile(r"inputs?\['?(?P<input>[^\]']+)'?\]\.(?:size\(\)|shape)\[(?P<axis>\d+)\]")
+_USER_LINE = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
+
+
+def _explain(err: Exception) -> str:
+    """Translate an export error: which axis of which input, which line fixed it, what to write instead."""
+    text = str(err)
+    lines = [m for m in _USER_LINE.finditer(text) if "/torch/" not in m["file"]]
+    where = f" at {lines[-1]['file']}:{lines[-1]['line']}" if lines else _raised_at(err)
+    axis = _SPECIALISED.search(text)
+    if axis:
+        return (
+            f"axis {axis['axis']} of input `{axis['input']}` was fixed to one size{where}. Write sizes as "
+            "`x.shape[i]` or -1 instead of numbers, or mark the axis static with "
+            f"dynamic_shapes={{'{axis['input']}': {{{axis['axis']}: None}}}}."
+        )
+    if "data-dependent" in text or "Could not guard" in text:
+        return f"the model branches on the values of a tensor{where}. Replace the branch by torch.where or torch.cond."
+    return f"torch.export could not trace the model{where}: {type(err).__name__}: {_first_line(err)}"
+
+
+def _raised_at(err: Exception) -> str:
+    frames = []
+    trace = err.__traceback__
+    while trace is not None:
+        frames.append((trace.tb_frame.f_code.co_filename, trace.tb_lineno))
+        trace = trace.tb_next
+    own = [(file, line) for file, line in frames if "/torch/" not in file and "/graphopt/" not in file]
+    return f" at {own[-1][0]}:{own[-1][1]}" if own else ""
+
+
+def _first_line(err: BaseException) -> str:
+    return next((line.strip() for line in str(err).splitlines() if line.strip()), type(err).__name__).rstrip(
+        "."
+    )
+
+
+def _check_equal(program: Program, expected: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Compare the captured outputs with the model's: a trace may silently keep the wrong branch."""
+    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        found = program(*args, **kwargs)
+    pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(found), strict=True)
+    for spec, (want, got) in zip(
+        program.outputs, (p for p in pairs if isinstance(p[0], torch.Tensor)), strict=True
+    ):
+        scale = float(want.abs().max()) if want.is_floating_point() and want.numel() else 1.0
+        if not torch.allclose(want, got, rtol=_CAPTURE_RTOL, atol=_CAPTURE_RTOL * scale, equal_nan=True):
+            raise CaptureError(
+                f"The captured program does not compute what the model does: output `{spec.name}` differs by "
+                f"{float((want - got).abs().max()):.3g} (largest value {scale:.3g}). The model is random in eval mode, or "
+                "branches in Python on something that changes between calls."
+            )
+
+
+class _AxisNames:
+    """Names for the symbols of dynamic axes: "batch" for the shared first axis, the user's `Dim` names, or made up."""
+
+    def __init__(self, leaf_shapes: LeafShapes) -> None:
+        self._asked = leaf_shapes
+        self._names: dict[Any, str] = {}
+
+    def learn(self, leaf: int, input_name: str, shape: Sequence[Any]) -> None:
+        """Name the symbols of one input."""
+        for axis, size in enumerate(shape):
+            expression = _expression(size)
+            if expression is None or not expression.is_symbol or expression in self._names:
+                continue
+            asked = self._asked[leaf].get(axis) if leaf < len(self._asked) else None
+            given = getattr(asked, "__name__", None)
+            default = "batch" if axis == 0 else f"{input_name}_{axis}"
+            self._names[expression] = str(given) if given else default
+
+    def of(self, size: Any) -> Dimension:
+        """Return a size, or the name of a dynamic one ("batch", "2*batch")."""
+        expression = _expression(size)
+        if expression is None:
+            return int(size)
+        renamed = expression.xreplace({symbol: type(symbol)(name) for symbol, name in self._names.items()})
+        return str(renamed).replace(" ", "")
+
+
+def _expression(size: Any) -> Any:
+    """Return the symbolic expression of a size, None where it is a plain number."""
+    if not isinstance(size, torch.SymInt):
+        return None
+    expression = size.node.expr
+    return None if expression.is_number else expression
+
+
+def _input_specs(gm: fx.GraphModule, names: _AxisNames) -> tuple[TensorSpec, ...]:
+    specs = []
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    tensors = [node for node in placeholders if isinstance(node.meta.get("val"), torch.Tensor)]
+    for index, node in enumerate(tensors):
+        names.learn(index, node.name, node.meta["val"].shape)
+    for node in tensors:
+        value = node.meta["val"]
+        specs.append(TensorSpec(node.name, tuple(names.of(size) for size in value.shape), value.dtype))
+    return tuple(specs)
+
+
+def _output_specs(gm: fx.GraphModule, names: _AxisNames, taken: set[str]) -> tuple[TensorSpec, ...]:
+    values = pytree.tree_leaves(next(n for n in gm.graph.nodes if n.op == "output").args[0])
+    structure = pytree.tree_unflatten(list(range(len(values))), gm._out_spec)
+    paths = [path for path, _ in pytree.tree_flatten_with_path(structure)[0]]
+    specs = []
+    for path, node in zip(paths, values, strict=True):
+        if not isinstance(node, fx.Node) or not isinstance(node.meta.get("val"), torch.Tensor):
+            continue
+        name = _unique(_output_name(path), taken)
+        value = node.meta["val"]
+        specs.append(TensorSpec(name, tuple(names.of(size) for size in value.shape), value.dtype))
+    return tuple(specs)
+
+
+def _output_name(path: tuple[Any, ...]) -> str:
+    keys = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path]
+    name = re.sub(r"\W+", "_", "_".join(keys)).strip("_")
+    return name if name and not name[0].isdigit() else f"output_{name}" if name else "output"
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    candidate, count = name, 0
+    while candidate in taken:
+        count += 1
+        candidate = f"{name}_{count}"
+    taken.add(candidate)
+    return candidate

@@ -1,0 +1,61 @@
+"""The errors graphopt raises on purpose, each with the exit code its command ends with.
+
+A message has four parts: what failed, where (pass, node, line of the user's model), what was expected and
+found, and what to try. Anything else that reaches the user is a bug in graphopt.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class GraphOptError(Exception):
+    """Base of every error that graphopt raises on purpose."""
+
+    exit_code: ClassVar[int] = 4
+
+
+class GateError(GraphOptError):
+    """A `--fail-if` gate did not hold; the outputs were written."""
+
+    exit_code = 1
+
+
+class UsageError(GraphOptError):
+    """An argument, option or pipeline text that cannot be understood."""
+
+    exit_code = 2
+
+
+class CaptureError(GraphOptError):
+    """A model that could not be turned into a program."""
+
+    exit_code = 3
+
+
+class LoadError(CaptureError):
+    """A model file that is missing, damaged, of another kind, or not trusted."""
+
+
+class PassError(GraphOptError):
+    """A pass that could not plan or apply its rewrite."""
+
+    exit_code = 4
+
+
+class VerifyError(GraphOptError):
+    """A program that no longer means what it should."""
+
+    exit_code = 4
+
+
+class LoweringError(GraphOptError):
+    """A program that a backend could not lower, or an artifact that its runtime refused or ran wrongly."""
+
+    exit_code = 5
+
+
+class DataError(GraphOptError):
+    """Calibration or evaluation data that does not fit the model."""
+
+    exit_code = 6

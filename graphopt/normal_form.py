@@ -1,0 +1,185 @@
+"""Bring a freshly captured graph to the form every analysis and pass relies on.
+
+1. Regions that only switch gradients off (`torch.no_grad()` in a forward) are inlined: a program is one flat
+   graph. Regions that change what is computed (`cond`, autocast that is on) stay.
+2. In-place operators become their functional twins (`relu_` -> `relu`) wherever nobody else sees the write.
+   Those that others do see (a write through a view of a value used later, to an input, to a buffer) stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from graphopt.graph import assemble, erase_dead
+
+_SET_GRAD = "wrap_with_set_grad_enabled"
+_AUTOCAST = "wrap_with_autocast"
+
+
+def normalise(gm: fx.GraphModule) -> fx.GraphModule:
+    """Return `gm` in normal form. The graph is changed in place, the module around it is new."""
+    while _inline_regions(gm):
+        pass
+    _make_functional(gm.graph)
+    # Identities that only exist so that a Python constant is not written to.
+    for node in list(gm.graph.nodes):
+        if node.target in (torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.detach_.default):
+            node.replace_all_uses_with(node.args[0])
+            gm.graph.erase_node(node)
+    erase_dead(gm.graph)
+    result = assemble(gm, gm.graph)
+    result.graph.lint()
+    result.recompile()
+    return result
+
+
+def _inline_regions(gm: fx.GraphModule) -> bool:
+    found = False
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function":
+            continue
+        name = getattr(node.target, "__name__", "")
+        if name == _SET_GRAD:
+            body, operands = node.args[1], node.args[2:]
+        elif (
+            name == _AUTOCAST and node.args[2] is False
+        ):  # (device, dtype, enabled, cache_enabled, body, *operands)
+            body, operands = node.args[4], node.args[5:]
+        else:
+            continue
+        _inline(gm, node, getattr(gm, body.target), operands)
+        found = True
+    return found
+
+
+def _inline(gm: fx.GraphModule, call: fx.Node, body: fx.GraphModule, operands: Iterable[Any]) -> None:
+    placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
+    values: dict[fx.Node, Any] = dict(zip(placeholders, operands, strict=True))
+    with gm.graph.inserting_before(call):
+        for node in body.graph.nodes:
+            if node.op == "placeholder":
+                continue
+            if node.op == "output":
+                results = fx.map_arg(node.args[0], values.__getitem__)
+                break
+            if node.op == "get_attr":
+                setattr(gm, node.target, getattr(body, node.target))
+            values[node] = gm.graph.node_copy(node, values.__getitem__)
+            values[node].meta = dict(node.meta)
+    if isinstance(results, tuple | list):
+        for user in list(call.users):  # getitem(call, i)
+            user.replace_all_uses_with(results[user.args[1]])
+            gm.graph.erase_node(user)
+    else:
+        call.replace_all_uses_with(results)
+    gm.graph.erase_node(call)
+
+
+def _make_functional(graph: fx.Graph) -> None:
+    storages = _Storages(graph)
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        twin = _functional_twin(node.target)
+        if twin is None or not isinstance(node.args[0], fx.Node):
+            continue
+        written = node.args[0]
+        if storages.seen_by_others(node, written, order):
+            continue
+        value = written.meta.get("val")
+        if not isinstance(value, torch.Tensor) or value.dtype != node.meta["val"].dtype:
+            continue
+        node.target = twin
+        for user in list(written.users):
+            if order[user] > order[node]:
+                user.replace_input_with(written, node)
+        storages.detach(node)
+
+
+def _functional_twin(target: Any) -> OpOverload | None:
+    """Return the functional overload of an in-place ATen operator with the same arguments."""
+    if not isinstance(target, OpOverload) or target.namespace != "aten":
+        return None
+    name = target._schema.name.removeprefix("aten::")
+    first = target._schema.arguments[0] if target._schema.arguments else None
+    if not name.endswith("_") or first is None or first.alias_info is None or not first.alias_info.is_write:
+        return None
+    packet = getattr(torch.ops.aten, name[:-1], None)
+    twin = getattr(packet, target._overloadname, None) if packet is not None else None
+    if twin is None or len(twin._schema.arguments) != len(target._schema.arguments):
+        return None
+    return twin if isinstance(twin, OpOverload) else None
+
+
+class _Storages:
+    """Which values may share memory: views and in-place results, followed back to the value that owns it."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._base: dict[fx.Node, fx.Node] = {}
+        self._members: dict[fx.Node, list[fx.Node]] = {}
+        for node in graph.nodes:
+            source = _may_alias(node)
+            base = self._base[source] if source is not None else node
+            self._base[node] = base
+            self._members.setdefault(base, []).append(node)
+
+    def seen_by_others(self, write: fx.Node, written: fx.Node, order: dict[fx.Node, int]) -> bool:
+        """Whether anyone but the users of `written` and of `write` itself can see the write.
+
+        A view taken after the write is a later use of what it was taken from, so only earlier values count.
+        """
+        base = self._base[written]
+        if base.op == "get_attr":  # a buffer keeps the value between calls
+            return True
+        later = order[write]
+        return any(
+            order[user] > later
+            for member in self._members[base]
+            if member is not written and order[member] < later
+            for user in member.users
+        )
+
+    def detach(self, node: fx.Node) -> None:
+        """`node` now owns its memory: its descendants' storage starts there."""
+        members = self._members[self._base[node]]
+        own = [m for m in members if m is node or _reaches(m, node)]
+        for member in own:
+            members.remove(member)
+            self._base[member] = node
+        self._members[node] = own
+
+
+def _reaches(node: fx.Node, ancestor: fx.Node) -> bool:
+    """Whether `node` is a chain of views that starts at `ancestor`."""
+    current: fx.Node | None = node
+    while current is not None:
+        if current is ancestor:
+            return True
+        current = _may_alias(current)
+    return False
+
+
+# Composite operators whose schema does not say that they may return a view of their input.
+_MAYBE_VIEWS = frozenset(
+    {"reshape", "flatten", "contiguous", "to", "type_as", "dropout", "unflatten", "movedim", "einsum"}
+)
+
+
+def _may_alias(node: fx.Node) -> fx.Node | None:
+    """Return the input whose memory the result of `node` may share."""
+    if node.op != "call_function" or not node.args:
+        return None
+    target = node.target
+    if getattr(target, "__name__", "") == "getitem":
+        return node.args[0] if isinstance(node.args[0], fx.Node) else None
+    if not isinstance(target, OpOverload):
+        return None
+    name = target._schema.name.split("::")[-1]
+    for argument, value in zip(target._schema.arguments, node.args, strict=False):
+        if isinstance(value, fx.Node) and (argument.alias_info is not None or name in _MAYBE_VIEWS):
+            return value
+    return None

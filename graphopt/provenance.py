@@ -1,0 +1,79 @@
+"""Where each node came from: the captured node it descends from, and the pass and site that made it.
+
+Kept under one key of `node.meta["custom"]`, the only metadata that survives both re-export and `.pt2`
+(measured on torch 2.13). Values are strings, so that they serialise as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+_KEY = "graphopt"
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a node descends from."""
+
+    node: str  # name of the captured node
+    module: str  # path of the module whose forward ran it, "" for the model itself
+    op: str  # captured operator, "conv2d"; "" for inputs and parameters
+    made_by: str = ""  # pass that created the node, "" when capture did
+    site: str = ""  # the plan's name for the rewrite that created it
+
+
+def origin(node: fx.Node) -> Origin | None:
+    """Return the origin of `node`, or None if nothing recorded one."""
+    stored = node.meta.get("custom", {}).get(_KEY)
+    return Origin(**stored) if stored else None
+
+
+def record(node: fx.Node, value: Origin) -> None:
+    """Write `value` on `node`, leaving other owners of the metadata key alone."""
+    fields = {
+        "node": value.node,
+        "module": value.module,
+        "op": value.op,
+        "made_by": value.made_by,
+        "site": value.site,
+    }
+    node.meta["custom"] = {**node.meta.get("custom", {}), _KEY: fields}
+
+
+def record_capture(graph: fx.Graph) -> None:
+    """Give every freshly captured node its own origin; nodes that already carry one keep it."""
+    for node in graph.nodes:
+        if node.op == "output" or origin(node) is not None:
+            continue
+        record(node, Origin(node.name, module_path(node), op_name(node)))
+
+
+def module_path(node: fx.Node) -> str:
+    """Return the path of the innermost module that ran `node`, as in `named_modules()`."""
+    known = origin(node)
+    if known is not None:
+        return known.module
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next(reversed(stack.values()))[0] if stack else ""
+    return path.removeprefix("L['self'].").removeprefix("L['self']")
+
+
+def op_name(node: fx.Node) -> str:
+    """Return the short name of the operator `node` calls: "conv2d" for `aten.conv2d.default`."""
+    if node.op != "call_function":
+        return ""
+    packet = getattr(node.target, "_overloadpacket", None)
+    return str(getattr(packet or node.target, "__name__", node.target))
+
+
+def user_line(node: fx.Node) -> str:
+    """Return the innermost line of the user's model behind `node`, `file:line`, or "" if unknown."""
+    frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
+    files = [line for line in frames if line.startswith("File ")]
+    foreign = [line for line in files if "/torch/" not in line] or files
+    if not foreign:
+        return ""
+    path, _, rest = foreign[-1].removeprefix('File "').partition('", line ')
+    return f"{path}:{rest.split(',')[0]}"
