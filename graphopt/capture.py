@@ -66,9 +66,7 @@ def capture(
         args, kwargs, leaf_shapes = _with_dynamic_batch(model, args, kwargs, dynamic_shapes)
         expected = _run_model(model, args, kwargs)
         exported, notes = _export(model, args, kwargs, leaf_shapes)
-        program = from_exported(
-            exported, args, kwargs, leaf_shapes, notes=[*notes, *lost_in_eval(model, exported)]
-        )
+        program = from_exported(exported, args, kwargs, leaf_shapes, notes=[*notes, *lost_in_eval(model, exported)])
         _check_equal(program, expected, args, kwargs)
     return program if share_tensors else program.copy(share_tensors=False)
 
@@ -99,8 +97,7 @@ def export_again(program: Program) -> ExportedProgram:
         CaptureError: a rewrite tied a dynamic axis to one size; the message names it.
     """
     shapes: LeafShapes = [
-        {axis: Dim.DYNAMIC for axis, size in enumerate(spec.shape) if isinstance(size, str)}
-        for spec in program.inputs
+        {axis: Dim.DYNAMIC for axis, size in enumerate(spec.shape) if isinstance(size, str)} for spec in program.inputs
     ]
     gm = program.graph_module
     args, kwargs = tuple(program.example_args), dict(program.example_kwargs)
@@ -135,9 +132,7 @@ def _run_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             torch.manual_seed(0)
             return model(*args, **kwargs)
     except Exception as err:  # the user's own code may raise anything
-        shapes = [
-            tuple(leaf.shape) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
-        ]
+        shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         raise CaptureError(
             f"The model itself fails on the example inputs (shapes {shapes}): {type(err).__name__}: "
             f"{_first_line(err)}. Check the input shapes and dtypes (`--input name=1x3x224x224:float32`)."
@@ -173,9 +168,7 @@ def _with_dynamic_batch(
     return args, kwargs, shapes
 
 
-def _requested_axes(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], requested: Any
-) -> LeafShapes:
+def _requested_axes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], requested: Any) -> LeafShapes:
     """Bring a `dynamic_shapes` argument to one dictionary per tensor leaf."""
     combined = _combine_args(model, args, kwargs)
     if requested is not None and not isinstance(requested, Mapping):
@@ -274,9 +267,7 @@ def _raised_at(err: Exception) -> str:
 
 
 def _first_line(err: BaseException) -> str:
-    return next((line.strip() for line in str(err).splitlines() if line.strip()), type(err).__name__).rstrip(
-        "."
-    )
+    return next((line.strip() for line in str(err).splitlines() if line.strip()), type(err).__name__).rstrip(".")
 
 
 def _check_equal(program: Program, expected: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -286,15 +277,13 @@ def _check_equal(program: Program, expected: Any, args: tuple[Any, ...], kwargs:
         torch.manual_seed(0)
         found = program(*args, **kwargs)
     pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(found), strict=True)
-    for spec, (want, got) in zip(
-        program.outputs, (p for p in pairs if isinstance(p[0], torch.Tensor)), strict=True
-    ):
+    for spec, (want, got) in zip(program.outputs, (p for p in pairs if isinstance(p[0], torch.Tensor)), strict=True):
         scale = float(want.abs().max()) if want.is_floating_point() and want.numel() else 1.0
         if not torch.allclose(want, got, rtol=_CAPTURE_RTOL, atol=_CAPTURE_RTOL * scale, equal_nan=True):
             raise CaptureError(
                 f"The captured program does not compute what the model does: output `{spec.name}` differs by "
-                f"{float((want - got).abs().max()):.3g} (largest value {scale:.3g}). The model is random in eval mode, or "
-                "branches in Python on something that changes between calls."
+                f"{float((want - got).abs().max()):.3g} (largest value {scale:.3g}). The model is random in eval mode, "
+                "or branches in Python on something that changes between calls."
             )
 
 
@@ -347,7 +336,7 @@ def _input_specs(gm: fx.GraphModule, names: _AxisNames) -> tuple[TensorSpec, ...
 
 def _output_specs(gm: fx.GraphModule, names: _AxisNames, taken: set[str]) -> tuple[TensorSpec, ...]:
     values = pytree.tree_leaves(next(n for n in gm.graph.nodes if n.op == "output").args[0])
-    structure = pytree.tree_unflatten(list(range(len(values))), gm._out_spec)
+    structure = pytree.tree_unflatten(list(range(len(values))), _output_structure(gm))
     paths = [path for path, _ in pytree.tree_flatten_with_path(structure)[0]]
     specs = []
     for path, node in zip(paths, values, strict=True):
@@ -357,6 +346,12 @@ def _output_specs(gm: fx.GraphModule, names: _AxisNames, taken: set[str]) -> tup
         value = node.meta["val"]
         specs.append(TensorSpec(name, tuple(names.of(size) for size in value.shape), value.dtype))
     return tuple(specs)
+
+
+def _output_structure(gm: fx.GraphModule) -> pytree.TreeSpec:
+    structure = gm._out_spec
+    assert structure is not None  # torch.export always sets it
+    return structure
 
 
 def _output_name(path: tuple[Any, ...]) -> str:

@@ -49,9 +49,7 @@ def replacing_directory(path: Path) -> Iterator[Path]:
         path.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".writing.", dir=path))
     except OSError as err:
-        raise UsageError(
-            f"Could not write to {path}: {err.strerror or err}. Choose another place with -o."
-        ) from err
+        raise UsageError(f"Could not write to {path}: {err.strerror or err}. Choose another place with -o.") from err
     try:
         yield temporary
         for file in sorted(temporary.iterdir()):

@@ -84,9 +84,7 @@ class Editor:
         self._made_by = made_by
         self._mode = fake_mode_of(gm)
 
-    def call(
-        self, target: Callable[..., Any], *args: Any, like: fx.Node, site: str = "", **kwargs: Any
-    ) -> fx.Node:
+    def call(self, target: Callable[..., Any], *args: Any, like: fx.Node, site: str = "", **kwargs: Any) -> fx.Node:
         """Insert a call at the graph's insertion point, descending from `like`.
 
         Use inside `with editor.graph.inserting_before(node):`.

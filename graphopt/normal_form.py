@@ -46,9 +46,7 @@ def _inline_regions(gm: fx.GraphModule) -> bool:
         name = getattr(node.target, "__name__", "")
         if name == _SET_GRAD:
             body, operands = node.args[1], node.args[2:]
-        elif (
-            name == _AUTOCAST and node.args[2] is False
-        ):  # (device, dtype, enabled, cache_enabled, body, *operands)
+        elif name == _AUTOCAST and node.args[2] is False:  # (device, dtype, enabled, cache_enabled, body, *operands)
             body, operands = node.args[4], node.args[5:]
         else:
             continue
@@ -73,11 +71,17 @@ def _inline(gm: fx.GraphModule, call: fx.Node, body: fx.GraphModule, operands: I
             values[node].meta = dict(node.meta)
     if isinstance(results, tuple | list):
         for user in list(call.users):  # getitem(call, i)
-            user.replace_all_uses_with(results[user.args[1]])
+            user.replace_all_uses_with(results[_index(user)])
             gm.graph.erase_node(user)
     else:
         call.replace_all_uses_with(results)
     gm.graph.erase_node(call)
+
+
+def _index(getitem: fx.Node) -> int:
+    index = getitem.args[1]
+    assert isinstance(index, int)  # a region returns a tuple
+    return index
 
 
 def _make_functional(graph: fx.Graph) -> None:

@@ -92,13 +92,19 @@ class Pass(ABC, Generic[OptionsT, PlanT]):
     def apply(self, program: Program, plan: PlanT) -> Program:
         """Return a new program with the plan carried out. Depends on its two arguments alone."""
 
+    def prove(self, before: Program, after: Program, plan: PlanT) -> None:
+        """Check more than is affordable on every run (`--check full`). Passes that can prove more override it.
+
+        Raises:
+            VerifyError: the rewrite does not mean what the pass claims.
+        """
+
     def new_plan(self, *, sites: Iterable[str], refusals: Iterable[Refusal] = (), **fields: Any) -> PlanT:
         """Build this pass's plan with its name and options filled in."""
-        plan = self.plan_type(
+        return self.plan_type(  # type: ignore[return-value]
             pass_name=self.name,
             options=dataclasses.asdict(self.options),  # type: ignore[call-overload]
             sites=tuple(sites),
             refusals=tuple(refusals),
             **fields,
         )
-        return plan  # type: ignore[return-value]

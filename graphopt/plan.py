@@ -29,9 +29,7 @@ class Refusal:
 
     site: str  # node, weight or group
     reason: str  # full sentence fragment: "weight is shared with `lm_head`"
-    kind: str = (
-        ""  # the reason without the particulars, for counting: "weight is shared"; "" = same as reason
-    )
+    kind: str = ""  # the reason without the particulars, for counting: "weight is shared"; "" = same as reason
 
     @property
     def counted_as(self) -> str:
@@ -69,9 +67,7 @@ class Plan:
 
     def to_json(self) -> dict[str, Json]:
         """Return everything but the tensors as JSON data."""
-        data = {
-            item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "tensors"
-        }
+        data = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "tensors"}
         return typing.cast("dict[str, Json]", _plain(data))
 
     @classmethod
@@ -129,6 +125,4 @@ def _plain(value: Any) -> Json:
         return [_plain(item) for item in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise PassError(
-        f"A plan holds {type(value).__name__}, which is not JSON data. This is a bug in the pass."
-    )
+    raise PassError(f"A plan holds {type(value).__name__}, which is not JSON data. This is a bug in the pass.")

@@ -121,9 +121,7 @@ class Program:
 
     def with_graph(self, gm: fx.GraphModule, *, outputs: Sequence[TensorSpec] | None = None) -> Program:
         """Return this program with another graph of the same signature (or the given outputs)."""
-        return dataclasses.replace(
-            self, graph_module=gm, outputs=self.outputs if outputs is None else tuple(outputs)
-        )
+        return dataclasses.replace(self, graph_module=gm, outputs=self.outputs if outputs is None else tuple(outputs))
 
     def flat_examples(self) -> tuple[torch.Tensor, ...]:
         """Return the example inputs in the order of `inputs`."""
@@ -134,9 +132,7 @@ class Program:
         """Run on flat inputs in the order of `inputs`; return the flat tensor outputs in order of `outputs`."""
         if len(tensors) != len(self.inputs):
             wanted = ", ".join(spec.name for spec in self.inputs)
-            raise UsageError(
-                f"The program takes {len(self.inputs)} inputs ({wanted}), {len(tensors)} were given."
-            )
+            raise UsageError(f"The program takes {len(self.inputs)} inputs ({wanted}), {len(tensors)} were given.")
         args, kwargs = self.unflatten(tensors)
         leaves = pytree.tree_leaves(self.graph_module(*args, **kwargs))
         return tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))

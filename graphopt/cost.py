@@ -1,0 +1,73 @@
+"""What a program costs: parameters, floating-point operations and bytes of its tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from graphopt.graph import fake_mode_of
+from graphopt.program import Program
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Static cost of a program.
+
+    Attributes:
+        parameters: elements of weights and biases, in whatever precision, each tensor once.
+        flops: floating-point (or integer) operations of convolutions and matrix products for one sample, a
+            multiply-add counted as two.
+        bytes: bytes of all parameters, buffers and constants, each storage once.
+    """
+
+    parameters: int
+    flops: int
+    bytes: int
+
+
+def cost(program: Program) -> Cost:
+    """Measure `program` without running it: operators see shapes only."""
+    tensors = _distinct_tensors(program)
+    return Cost(
+        parameters=sum(t.numel() for name, t in tensors.items() if _is_weight(name, t)),
+        flops=_flops(program),
+        bytes=sum(t.numel() * t.element_size() for t in tensors.values()),
+    )
+
+
+def _distinct_tensors(program: Program) -> dict[str, torch.Tensor]:
+    """Return the tensors the graph reads by name, tied ones under their first name."""
+    gm = program.graph_module
+    found: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    named = [*gm.named_parameters(), *gm.named_buffers()]
+    for name, tensor in named:
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            found[name] = tensor
+    return found
+
+
+# Buffers that describe statistics or quantization, not learned weights.
+_NOT_WEIGHTS = ("running_mean", "running_var", "num_batches_tracked", "scale", "zero_point")
+
+
+def _is_weight(name: str, tensor: torch.Tensor) -> bool:
+    if isinstance(tensor, torch.nn.Parameter):
+        return True
+    # Weights stored as integers are buffers: only floating tensors can be parameters.
+    return (
+        tensor.dtype in (torch.int8, torch.uint8) and name.rpartition(".")[2] not in _NOT_WEIGHTS and tensor.dim() > 0
+    )
+
+
+def _flops(program: Program) -> int:
+    examples = program.flat_examples()
+    mode = fake_mode_of(program.graph_module)
+    with mode, FlopCounterMode(display=False) as counter, torch.no_grad():
+        fakes = [mode.from_tensor(example, static_shapes=True) for example in examples]
+        program.call_flat(fakes)
+    samples = examples[0].shape[0] if program.inputs[0].batched else 1
+    return int(counter.get_total_flops()) // samples
