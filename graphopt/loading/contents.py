@@ -1,0 +1,113 @@
+"""What a model file is, told from its first bytes and its members, never from its name."""
+
+from __future__ import annotations
+
+import enum
+
+from graphopt.loading.archive import Archive
+
+LEGACY_TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+
+
+class Kind(enum.Enum):
+    """The kinds of file a user may hand over as a model; the value says it in words."""
+
+    TORCH_PICKLE = "a torch.save file"
+    EXPORTED = "an exported program"
+    EXPORTED_OLD = "an exported program in the format of torch 2.7 and older"
+    TORCHSCRIPT = "a TorchScript archive"
+    SAFETENSORS = "a safetensors file"
+    ONNX = "an ONNX model"
+    PICKLE = "a Python pickle that torch.save did not write"
+    NUMPY = "a NumPy file"
+    HDF5 = "an HDF5 file, as Keras writes"
+    TFLITE = "a TensorFlow Lite model"
+    GGUF = "a GGUF model"
+    COMPRESSED = "a gzip, bzip2, xz or zstd archive"
+    TAR = "a tar archive"
+    ZIP = "a zip archive that is not a model"
+    LFS_POINTER = "a Git LFS pointer, not the file itself"
+    HTML = "a web page"
+    TEXT = "a text file"
+    EMPTY = "an empty file"
+    UNKNOWN = "a file of unknown kind"
+
+
+_MAGIC: tuple[tuple[bytes, Kind], ...] = (
+    (LEGACY_TORCH_MAGIC, Kind.TORCH_PICKLE),
+    (b"\x93NUMPY", Kind.NUMPY),
+    (b"\x89HDF\r\n\x1a\n", Kind.HDF5),
+    (b"GGUF", Kind.GGUF),
+    (b"\x1f\x8b", Kind.COMPRESSED),
+    (b"BZh", Kind.COMPRESSED),
+    (b"\xfd7zXZ\x00", Kind.COMPRESSED),
+    (b"\x28\xb5\x2f\xfd", Kind.COMPRESSED),
+    (b"version https://git-lfs.github.com/spec", Kind.LFS_POINTER),
+)
+
+
+def identify(data: bytes) -> tuple[Kind, Archive | None]:
+    """Return what `data` is, and its opened archive where it is a zip; raises `DamagedError` for a broken zip."""
+    if not data:
+        return Kind.EMPTY, None
+    if data.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+        return _identify_zip(Archive(data) if not _is_numpy_zip(data) else None)
+    for magic, kind in _MAGIC:
+        if data.startswith(magic):
+            return kind, None
+    if data[4:8] == b"TFL3":
+        return Kind.TFLITE, None
+    if data[257:262] == b"ustar":
+        return Kind.TAR, None
+    if _is_safetensors(data):
+        return Kind.SAFETENSORS, None
+    if data[0] == 0x80 and len(data) > 1 and data[1] <= 5:
+        return Kind.PICKLE, None
+    if _is_onnx(data):
+        return Kind.ONNX, None
+    return _identify_text(data[:4096]), None
+
+
+def _identify_zip(archive: Archive | None) -> tuple[Kind, Archive | None]:
+    if archive is None:
+        return Kind.NUMPY, None
+    if "archive_format" in archive:
+        return Kind.EXPORTED, archive
+    if "serialized_exported_program.json" in archive:
+        return Kind.EXPORTED_OLD, archive
+    if "constants.pkl" in archive:
+        return Kind.TORCHSCRIPT, archive
+    if "data.pkl" in archive:
+        return Kind.TORCH_PICKLE, archive
+    return Kind.ZIP, archive
+
+
+def _is_numpy_zip(data: bytes) -> bool:
+    """Tell an `.npz` by its first member, without opening it (it may be compressed)."""
+    length = int.from_bytes(data[26:28], "little")
+    return data[30 : 30 + length].endswith(b".npy")
+
+
+def _is_safetensors(data: bytes) -> bool:
+    header = int.from_bytes(data[:8], "little")
+    return len(data) > 8 and header + 8 <= len(data) and data[8:9] == b"{"
+
+
+def _is_onnx(data: bytes) -> bool:
+    """Tell an ONNX ModelProto: field 1 (`ir_version`, a small varint), then one of its other fields."""
+    return (
+        len(data) > 3 and data[0] == 0x08 and data[1] <= 0x20 and data[2] in (0x12, 0x1A, 0x22, 0x28, 0x32, 0x3A, 0x42)
+    )
+
+
+def _identify_text(head: bytes) -> Kind:
+    try:
+        text = head.decode("utf-8")
+    except UnicodeDecodeError as err:
+        # A multi-byte character may be cut at the end of the sample; anything else is not text.
+        if err.start < len(head) - 4:
+            return Kind.UNKNOWN
+        text = head[: err.start].decode("utf-8")
+    if any(ord(char) < 32 and char not in "\t\n\r\f" for char in text):
+        return Kind.UNKNOWN
+    return Kind.HTML if text.lstrip().lower().startswith(("<!doctype html", "<html")) else Kind.TEXT

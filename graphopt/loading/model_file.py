@@ -1,0 +1,181 @@
+"""`load_model`: from a path, a factory, or both, to a model that graphopt can capture."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from graphopt.errors import LoadError, UsageError
+from graphopt.loading.archive import Archive
+from graphopt.loading.contents import Kind, identify
+from graphopt.loading.exported import load_exported
+from graphopt.loading.factories import apply_weights, build_model, describe, is_state_dict, read_weights
+from graphopt.loading.functions import current_directory_importable
+from graphopt.loading.pickles import load_stock_pickle, load_trusted_pickle
+from graphopt.loading.refusal import DamagedError, HostileError, untrusted
+
+_ADVICE = {
+    Kind.SAFETENSORS: "it holds weights without the model they belong to; add `--factory package.module:function` "
+    "to say what builds it",
+    Kind.ONNX: "graphopt starts from PyTorch; give the model it was exported from",
+    Kind.TORCHSCRIPT: "its Python is gone, and torch.export cannot capture it; save the original module with "
+    "`torch.export.save` or `torch.save`",
+    Kind.EXPORTED_OLD: "save it again with `torch.export.save` of torch 2.8 or newer",
+    Kind.PICKLE: "save the model with `torch.export.save` or `torch.save`",
+    Kind.LFS_POINTER: "fetch the file itself with `git lfs pull`",
+    Kind.HTML: "the download went wrong; fetch the file again",
+    Kind.COMPRESSED: "unpack it first",
+    Kind.TAR: "unpack it first",
+    Kind.EMPTY: "whatever wrote it did not finish; save or copy it again",
+}
+_EXPECTED = (
+    "graphopt reads exported programs (`torch.export.save`), modules (`torch.save(model, ...)`), and, with "
+    "`--factory`, weights"
+)
+
+
+@dataclass(frozen=True)
+class ExampleInputs:
+    """Arguments that a file brings along for its program."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model read from a file, or built by a factory.
+
+    Attributes:
+        model: A module, or an exported program whose graph is safe to run.
+        source: The path or the factory, for messages and reports.
+        sha256: Digest of the file's bytes; None where a factory read no file.
+        example_inputs: What the file holds as inputs to try, if anything.
+        extra_files: Texts stored beside an exported program, by name.
+    """
+
+    model: nn.Module | ExportedProgram
+    source: str
+    sha256: str | None = None
+    example_inputs: ExampleInputs | None = None
+    extra_files: Mapping[str, str] = field(default_factory=dict)
+
+
+def load_model(
+    path: Path | None = None,
+    *,
+    trust: bool = False,
+    factory: str | None = None,
+    weights: Path | None = None,
+) -> LoadedModel:
+    """Load a model without running anything that its file brings along.
+
+    The file's contents decide what it is, never its name. Its bytes are read once, so what was checked is
+    what is loaded.
+
+    Args:
+        path: A model file; with `factory`, the file of its weights.
+        trust: Let the file run code: unpickle any class, skip every check.
+        factory: `package.module:function` that builds the module, called without arguments.
+        weights: The file of the weights, where `path` is not given; needs `factory`.
+
+    Raises:
+        LoadError: The file is missing, of another kind, damaged, or would run code; the message says what to do.
+        UsageError: The arguments contradict each other, or there is no such factory.
+    """
+    if factory is not None:
+        if path is not None and weights is not None:
+            raise UsageError("With `--factory` give the weights once: as the model path or as the weights option.")
+        return _load_from_factory(factory, path if path is not None else weights)
+    if weights is not None:
+        raise UsageError("Weights alone are not a model: add `--factory package.module:function`.")
+    if path is None:
+        raise UsageError("Give the path of a model file, or `--factory package.module:function`.")
+    data = read_file(path)
+    digest = hashlib.sha256(data).hexdigest()
+    try:
+        kind, archive = identify(data)
+        if kind is Kind.EXPORTED or (trust and kind is Kind.EXPORTED_OLD):
+            return _load_program(path, data, digest, archive, trust)
+        if kind is Kind.TORCH_PICKLE:
+            return LoadedModel(_load_module(path, data, trust), str(path), digest)
+    except HostileError as err:
+        raise untrusted(path, str(err)) from err
+    except DamagedError as err:
+        raise LoadError(f"Cannot load `{path}`: {err}.") from err
+    raise LoadError(f"Cannot load `{path}`: it is {kind.value}; {_ADVICE.get(kind, _EXPECTED)}.")
+
+
+def read_file(path: Path) -> bytes:
+    """Return a file's bytes; raises `LoadError` where there is no such file or it cannot be read."""
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError as err:
+        folder = Path(path).parent
+        names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+        near = difflib.get_close_matches(Path(path).name, names, 1)
+        hint = f" Did you mean `{folder / near[0]}`?" if near else ""
+        raise LoadError(f"There is no file `{path}`.{hint}") from err
+    except IsADirectoryError as err:
+        raise LoadError(
+            f"`{path}` is a directory, not a model file; give a file in it, or `--factory "
+            "package.module:function` with a function that builds the model from it."
+        ) from err
+    except OSError as err:
+        raise LoadError(f"Cannot read `{path}`: {err.strerror or err}.") from err
+
+
+def _load_from_factory(factory: str, weights: Path | None) -> LoadedModel:
+    data = None if weights is None else read_file(weights)
+    model = build_model(factory)
+    if data is None:
+        return LoadedModel(model, factory)
+    try:
+        apply_weights(model, read_weights(data, str(weights)), str(weights))
+    except HostileError as err:
+        raise LoadError(
+            f"`{weights}` is not weights alone: {err}. Save them with `torch.save(model.state_dict(), ...)` or as "
+            "`.safetensors`."
+        ) from err
+    return LoadedModel(model, factory, hashlib.sha256(data).hexdigest())
+
+
+def _load_program(path: Path, data: bytes, digest: str, archive: Archive | None, trust: bool) -> LoadedModel:
+    extra: dict[str, str] = {}
+    if trust or archive is None:
+        try:
+            program = torch.export.load(io.BytesIO(data), extra_files=extra)
+        except Exception as err:  # the file's own code runs here and may raise anything
+            raise DamagedError(f"torch could not load it ({type(err).__name__}: {str(err)[:200]})") from err
+    else:
+        program, extra = load_exported(archive)
+    example = None
+    if program.example_inputs:
+        args, kwargs = program.example_inputs
+        example = ExampleInputs(tuple(args), dict(kwargs))
+    return LoadedModel(program, str(path), digest, example, extra)
+
+
+def _load_module(path: Path, data: bytes, trust: bool) -> nn.Module:
+    if trust:
+        with current_directory_importable():
+            value = load_trusted_pickle(data)
+    else:
+        value = load_stock_pickle(data)
+    if isinstance(value, nn.Module):
+        return value
+    advice = (
+        "say what builds the model it belongs to with `--factory package.module:function`"
+        if is_state_dict(value) or isinstance(value, Mapping)
+        else "save the model itself with `torch.export.save` or `torch.save`"
+    )
+    raise LoadError(f"`{path}` holds {describe(value)}, not a model; {advice}.")

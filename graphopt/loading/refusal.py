@@ -1,0 +1,26 @@
+"""The one sentence that every refused file ends with: the two ways forward."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from graphopt.errors import LoadError
+
+WAYS_FORWARD = (
+    "Either build the model from your own code with `--factory package.module:function` and take only the "
+    "weights from a `.safetensors` or weights-only `.pt` file, or, if you trust whoever made the file, pass "
+    "`--trust` (it can run any code on this machine)."
+)
+
+
+def untrusted(source: str | Path, reason: str) -> LoadError:
+    """Return the error for a file that could run code: what was found, and the two ways forward."""
+    return LoadError(f"Refused to load `{source}`: {reason}. Nothing in the file was run. {WAYS_FORWARD}")
+
+
+class HostileError(Exception):
+    """Something in a file that a check does not allow; carries the reason, not yet the file's name."""
+
+
+class DamagedError(Exception):
+    """A file that is not what its layout promises; carries the reason, not yet the file's name."""

@@ -1,0 +1,360 @@
+"""Exported programs: honest ones load, hostile ones are refused before anything in them runs."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from graphopt.errors import LoadError
+from graphopt.loading import load_model
+
+Edit = Callable[[dict[str, bytes]], None]
+Write = Callable[..., Path]
+EditProgram = Callable[[Callable[[dict[str, Any]], None]], Edit]
+
+
+def nothing(members: dict[str, bytes]) -> None:
+    """Leave the archive as it is."""
+
+
+def assert_refused(path: Path, marker: Path, reason: str) -> None:
+    """Assert that a file is refused for `reason`, with both ways forward, and that its payload did not run."""
+    with pytest.raises(LoadError) as caught:
+        load_model(path)
+    message = str(caught.value)
+    assert reason in message
+    assert "--factory package.module:function" in message
+    assert "--trust" in message
+    assert "safetensors" in message
+    assert not marker.exists()
+
+
+def run_raw(path: Path) -> None:
+    """Do with a file what an unsuspecting user does: load it with torch and run it."""
+    program = torch.export.load(io.BytesIO(path.read_bytes()))
+    program.module()(torch.randn(2, 3, 6, 6), shift=torch.randn(2, 2))
+
+
+def node(program: dict[str, Any], operator: str) -> dict[str, Any]:
+    nodes = program["graph_module"]["graph"]["nodes"]
+    return next(entry for entry in nodes if entry["target"] == operator)
+
+
+def first_expression(value: Any) -> dict[str, Any] | None:
+    """Return the first object with an `expr_str` in a JSON value."""
+    if isinstance(value, dict) and "expr_str" in value:
+        return value
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next((found for child in children if (found := first_expression(child))), None)
+
+
+@pytest.mark.parametrize("name", ["model.pt2", "model.pt", "no-ending"])
+def test_honest_program_loads_whatever_its_name(write_exported: Write, name: str) -> None:
+    path = write_exported(nothing, name)
+    loaded = load_model(path)
+    expected = torch.export.load(io.BytesIO(path.read_bytes()))
+    assert isinstance(loaded.model, torch.export.ExportedProgram)
+    assert loaded.example_inputs is not None
+    args, kwargs = loaded.example_inputs.args, loaded.example_inputs.kwargs
+    batch5 = (torch.randn(5, 3, 6, 6),), {"shift": torch.randn(5, 2)}
+    for positional, keywords in ((args, kwargs), batch5):
+        actual = loaded.model.module()(*positional, **keywords)["logits"]
+        torch.testing.assert_close(actual, expected.module()(*positional, **keywords)["logits"], rtol=0, atol=0)
+    assert loaded.extra_files == {"note.txt": "hello"}
+    assert loaded.sha256 is not None
+    assert len(loaded.sha256) == 64
+
+
+def test_loaded_program_keeps_what_export_recorded(write_exported: Write) -> None:
+    loaded = load_model(write_exported(nothing)).model
+    assert isinstance(loaded, torch.export.ExportedProgram)
+    raw = torch.export.load(io.BytesIO(write_exported(nothing).read_bytes()))
+    assert str(loaded.graph) == str(raw.graph)
+    assert str(loaded.graph_signature) == str(raw.graph_signature)
+    assert str(loaded.range_constraints) == str(raw.range_constraints)
+    for ours, theirs in zip(loaded.graph.nodes, raw.graph.nodes, strict=True):
+        for key in ("stack_trace", "nn_module_stack", "torch_fn"):
+            assert ours.meta.get(key) == theirs.meta.get(key)
+
+
+def test_pickle_in_sample_inputs(write_exported: Write, marker: Path, touch_on_unpickle: object) -> None:
+    def edit(members: dict[str, bytes]) -> None:
+        buffer = io.BytesIO()
+        torch.save(((touch_on_unpickle,), {}), buffer)
+        members["data/sample_inputs/model.pt"] = buffer.getvalue()
+
+    path = write_exported(edit)
+    assert_refused(path, marker, "sample inputs are a pickle")
+    with contextlib.suppress(Exception):
+        run_raw(path)
+    assert marker.exists(), "the attack is real: torch.export.load runs it"
+
+
+def test_python_in_size_expression(write_exported: Write, edit_program: EditProgram, marker: Path) -> None:
+    def change(program: dict[str, Any]) -> None:
+        found = first_expression(program)
+        assert found is not None
+        found["expr_str"] = f"__import__('os').system('touch {marker}')"
+
+    path = write_exported(edit_program(change))
+    assert_refused(path, marker, "size expression")
+    with contextlib.suppress(Exception):
+        run_raw(path)
+    assert marker.exists(), "the attack is real: sympy evaluates it"
+
+
+@pytest.mark.parametrize("folder", ["weights", "constants"])
+def test_pickled_payload(write_exported: Write, marker: Path, touch_on_unpickle: object, folder: str) -> None:
+    def edit(members: dict[str, bytes]) -> None:
+        name = f"data/{folder}/model_{folder}_config.json"
+        config = json.loads(members[name])
+        entry = next(iter(config["config"].values()))
+        entry["use_pickle"] = True
+        members[name] = json.dumps(config).encode()
+        buffer = io.BytesIO()
+        torch.save(touch_on_unpickle, buffer)
+        members[f"data/{folder}/{entry['path_name']}"] = buffer.getvalue()
+
+    path = write_exported(edit)
+    assert_refused(path, marker, "is a pickle")
+    with contextlib.suppress(Exception):
+        run_raw(path)
+    assert marker.exists(), "the attack is real"
+
+
+@pytest.mark.parametrize("prefix", ["opaque_obj_", "custom_obj_"])
+def test_pickled_object_among_constants(write_exported: Write, marker: Path, prefix: str) -> None:
+    def edit(members: dict[str, bytes]) -> None:
+        name = "data/constants/model_constants_config.json"
+        config = json.loads(members[name])
+        config["config"]["evil"] = {
+            "path_name": f"{prefix}0",
+            "is_param": False,
+            "use_pickle": True,
+            "tensor_meta": None,
+        }
+        members[name] = json.dumps(config).encode()
+        members[f"data/constants/{prefix}0"] = f"cos\nsystem\n(S'touch {marker}'\ntR.".encode()
+
+    path = write_exported(edit)
+    assert_refused(path, marker, "pickled object")
+    if prefix == "opaque_obj_":
+        with contextlib.suppress(Exception):
+            run_raw(path)
+        assert marker.exists(), "the attack is real"
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["torch.os.system", "torch.hub.load", "_operator.methodcaller", "torch.ops.aten.save.str", "math.__loader__",
+     "torch.ops.aten.from_file.default", "torch.ops.aten.relu.__class__", "#ext:evil", "os.system",
+     "torch.ops.higher_order.triton_kernel_wrapper_mutation"],
+)  # fmt: skip
+def test_targets_beyond_the_allow_list(
+    write_exported: Write, edit_program: EditProgram, marker: Path, target: str
+) -> None:
+    def change(program: dict[str, Any]) -> None:
+        relu = node(program, "torch.ops.aten.relu.default")
+        relu["target"] = target
+        relu["inputs"] = [{"name": "", "arg": {"as_string": f"touch {marker}"}, "kind": 1}]
+
+    path = write_exported(edit_program(change))
+    assert_refused(path, marker, f"`{target}`")
+
+
+def test_custom_operator_needs_trust(write_exported: Write, edit_program: EditProgram, marker: Path) -> None:
+    def change(program: dict[str, Any]) -> None:
+        node(program, "torch.ops.aten.relu.default")["target"] = "torch.ops.torchvision.nms.default"
+
+    assert_refused(write_exported(edit_program(change)), marker, "custom operator `torch.ops.torchvision.nms")
+
+
+def test_operator_in_an_argument(write_exported: Write, edit_program: EditProgram, marker: Path) -> None:
+    def change(program: dict[str, Any]) -> None:
+        relu = node(program, "torch.ops.aten.relu.default")
+        relu["inputs"].append({"name": "op", "arg": {"as_operator": "torch.os.system"}, "kind": 1})
+
+    assert_refused(write_exported(edit_program(change)), marker, "`torch.os.system`")
+
+
+def test_value_name_that_is_source(write_exported: Write, edit_program: EditProgram, marker: Path) -> None:
+    def change(program: dict[str, Any]) -> None:
+        graph = program["graph_module"]["graph"]
+        evil = json.loads(json.dumps(node(program, "torch.ops.aten.relu.default")))
+        injected = f"__import__('os').mkdir('{marker}') if not __import__('os').path.exists('{marker}') else 0;z"
+        graph["tensor_values"][injected] = graph["tensor_values"][evil["outputs"][0]["as_tensor"]["name"]]
+        evil["outputs"] = [{"as_tensor": {"name": injected}}]
+        evil["name"] = injected
+        position = graph["nodes"].index(node(program, "torch.ops.aten.relu.default"))
+        graph["nodes"].insert(position + 1, evil)
+
+    path = write_exported(edit_program(change))
+    assert_refused(path, marker, "could be run as source")
+    raw = torch.export.load(io.BytesIO(path.read_bytes()))
+    assert f"    __import__('os').mkdir('{marker}')" in raw.graph_module.code, "the attack is real"
+
+
+def test_parameter_name_that_is_source(write_exported: Write, exported_members: dict[str, bytes], marker: Path) -> None:
+    payload = list(f"import os; os.mkdir({str(marker)!r})".encode())
+    injected = f'head.x"),exec(bytes({payload})),getattr(self,"y'
+
+    def edit(members: dict[str, bytes]) -> None:
+        for name in ("models/model.json", "data/weights/model_weights_config.json"):
+            members[name] = members[name].replace(b'"head.weight"', json.dumps(injected).encode())
+
+    path = write_exported(edit)
+    assert_refused(path, marker, "could be run as source")
+    with contextlib.suppress(Exception):
+        run_raw(path)
+    assert marker.exists(), "the attack is real: parameter names are pasted into generated source"
+
+
+def test_guards_are_dropped(write_exported: Write, edit_program: EditProgram, marker: Path) -> None:
+    def change(program: dict[str, Any]) -> None:
+        program["guards_code"] = [f"__import__('os').mkdir('{marker}') is None"]
+
+    path = write_exported(edit_program(change))
+    loaded = load_model(path).model
+    assert isinstance(loaded, torch.export.ExportedProgram)
+    loaded.module()(torch.randn(2, 3, 6, 6), shift=torch.randn(2, 2))
+    assert not marker.exists()
+    run_raw(path)
+    assert marker.exists(), "the attack is real: torch compiles guards and runs them"
+
+
+def test_input_nesting_that_imports_a_module(
+    write_exported: Write, edit_program: EditProgram, marker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "evil_on_import.py").write_text(f"import os\nos.mkdir({str(marker)!r})\nfactory = dict\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def change(program: dict[str, Any]) -> None:
+        signature = program["graph_module"]["module_call_graph"][0]["signature"]
+        context = {
+            "default_factory_module": "evil_on_import",
+            "default_factory_name": "factory",
+            "dict_context": ["logits"],
+        }
+        leaf = {"type": None, "context": None, "children_spec": []}
+        tree = {"type": "collections.defaultdict", "context": context, "children_spec": [leaf]}
+        signature["out_spec"] = json.dumps([1, tree])
+
+    path = write_exported(edit_program(change))
+    assert_refused(path, marker, "collections.defaultdict")
+    run_raw(path)
+    assert marker.exists(), "the attack is real"
+
+
+def test_enum_key_that_imports_a_module(write_exported: Write, edit_program: EditProgram, marker: Path) -> None:
+    def change(program: dict[str, Any]) -> None:
+        signature = program["graph_module"]["module_call_graph"][0]["signature"]
+        context = json.dumps([{"__enum__": True, "fqn": "evil_on_import:E", "name": "A"}])
+        leaf = {"type": None, "context": None, "children_spec": []}
+        signature["out_spec"] = json.dumps([1, {"type": "builtins.dict", "context": context, "children_spec": [leaf]}])
+
+    assert_refused(write_exported(edit_program(change)), marker, "name a Python class")
+
+
+@pytest.mark.parametrize(
+    ("member", "reason"),
+    [
+        ("data/aotinductor/model/kernel.so", "compiled code"),
+        ("data/weights/model.pt", "pickle of an older format"),
+        ("data/constants/model.pt", "pickle of an older format"),
+        ("data/constants/custom_obj_0", "pickled object"),
+        ("data/executorch/model.pte", "not part of a plain exported program"),
+        ("xl_model_weights/w", "not part of a plain exported program"),
+    ],
+)
+def test_members_that_a_plain_program_lacks(write_exported: Write, marker: Path, member: str, reason: str) -> None:
+    assert_refused(write_exported(lambda members: members.update({member: b"\x7fELF"})), marker, reason)
+
+
+def test_custom_object_argument(write_exported: Write, edit_program: EditProgram, marker: Path) -> None:
+    def change(program: dict[str, Any]) -> None:
+        relu = node(program, "torch.ops.aten.relu.default")
+        relu["inputs"][0]["arg"] = {"as_custom_obj": {"name": "x", "class_fqn": "evil"}}
+
+    assert_refused(write_exported(edit_program(change)), marker, "custom object")
+
+
+def test_trust_skips_the_checks(write_exported: Write, edit_program: EditProgram, marker: Path) -> None:
+    def change(program: dict[str, Any]) -> None:
+        program["guards_code"] = [f"__import__('os').mkdir('{marker}') is None"]
+
+    loaded = load_model(write_exported(edit_program(change)), trust=True).model
+    assert isinstance(loaded, torch.export.ExportedProgram)
+    loaded.module()(torch.randn(2, 3, 6, 6), shift=torch.randn(2, 2))
+    assert marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (lambda members: members.pop("models/model.json"), "no program"),
+        (lambda members: members.update({"models/two.json": b"{}"}), "2 programs (model, two)"),
+        (lambda members: members.pop("data/weights/weight_0"), "missing"),
+        (lambda members: members.update({"data/weights/weight_0": b""}), "missing"),
+        (lambda members: members.update({"models/model.json": b"{"}), "not JSON"),
+        (lambda members: members.update({"models/model.json": b"[" * 100_000}), "not JSON"),
+        (lambda members: members.update({"models/model.json": b"{}"}), "lacks the field"),
+        (lambda members: members.update({"archive_version": b"99"}), "not in the format"),
+        (lambda members: members.update({"byteorder": b"big"}), "big-endian"),
+    ],
+)
+def test_damaged_programs(write_exported: Write, edit: Edit, reason: str) -> None:
+    with pytest.raises(LoadError, match=r"Cannot load") as caught:
+        load_model(write_exported(edit))
+    assert reason in str(caught.value)
+
+
+def test_program_exported_on_a_gpu(write_exported: Write, exported_members: dict[str, bytes]) -> None:
+    def edit(members: dict[str, bytes]) -> None:
+        members["models/model.json"] = members["models/model.json"].replace(b'"type": "cpu"', b'"type": "cuda"')
+
+    with pytest.raises(LoadError, match=r"device 'cuda'.*model\.cpu\(\)"):
+        load_model(write_exported(edit))
+
+
+def test_wrong_types_in_the_program_are_damage(write_exported: Write, edit_program: EditProgram) -> None:
+    def change(program: dict[str, Any]) -> None:
+        found = first_expression(program)
+        assert found is not None
+        found["hint"] = {"as_int": "__import__('os')"}
+
+    with pytest.raises(LoadError, match="where an integer is expected"):
+        load_model(write_exported(edit_program(change)))
+
+
+@pytest.mark.parametrize("kind", ["compressed", "duplicate", "case"])
+def test_archives_that_torch_does_not_write(tmp_path: Path, exported_members: dict[str, bytes], kind: str) -> None:
+    path = tmp_path / "model.pt2"
+    compression = zipfile.ZIP_DEFLATED if kind == "compressed" else zipfile.ZIP_STORED
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for member, data in exported_members.items():
+            archive.writestr(f"archive/{member}", data)
+        if kind == "duplicate":
+            with pytest.warns(UserWarning, match="Duplicate"):
+                archive.writestr("archive/models/model.json", b"{}")
+        if kind == "case":
+            archive.writestr("archive/MODELS/model.json", b"{}")
+    reason = "compressed" if kind == "compressed" else "two members"
+    with pytest.raises(LoadError, match=reason):
+        load_model(path)
+
+
+def test_old_format_names_the_way_forward(tmp_path: Path) -> None:
+    path = tmp_path / "old.pt2"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("version", "8.1")
+        archive.writestr("serialized_exported_program.json", "{}")
+    with pytest.raises(LoadError, match=r"torch 2\.7 and older.*torch\.export\.save"):
+        load_model(path)
