@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -100,7 +101,7 @@ class Editor:
             node = self.graph.get_attr(name)
         if like is not None:
             self._describe(node, like, site)
-        node.meta["val"] = self._fake(tensor_attribute(self.gm, name))
+        node.meta["val"] = self.fake(tensor_attribute(self.gm, name))
         return node
 
     def put(self, name: str, tensor: torch.Tensor, *, trainable: bool) -> str:
@@ -122,7 +123,7 @@ class Editor:
         else:
             owner.register_buffer(leaf, value)
         for node in readers(self.graph, name):
-            node.meta["val"] = self._fake(tensor_attribute(self.gm, name))
+            node.meta["val"] = self.fake(tensor_attribute(self.gm, name))
             node.meta.pop("tensor_meta", None)
         return name
 
@@ -143,7 +144,8 @@ class Editor:
         """Recompute `meta["val"]` of one call from those of its inputs."""
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         try:
-            with self._mode:
+            # Without the Python dispatcher aten.pad, among others, fixes a symbolic batch to its example size.
+            with enable_python_dispatcher(), self._mode:
                 node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
         except Exception as err:  # whatever an operator's fake kernel raises is about this one node
             raise PassError(
@@ -160,6 +162,10 @@ class Editor:
                 self.propagate(node)
                 dirty.add(node)
 
+    def fake(self, tensor: torch.Tensor) -> FakeTensor:
+        """Return the fake tensor that stands for a parameter or buffer in the graph's metadata."""
+        return self._mode.from_tensor(tensor, static_shapes=True)
+
     def finish(self) -> fx.GraphModule:
         """Drop dead nodes and unread attributes, recompile, and return the graph module."""
         erase_dead(self.graph)
@@ -173,9 +179,6 @@ class Editor:
                 node.meta[key] = like.meta[key]
         base = origin(like) or Origin(like.name, "", op_name(like))
         record(node, Origin(base.node, base.module, base.op, self._made_by, site or like.name))
-
-    def _fake(self, tensor: torch.Tensor) -> FakeTensor:
-        return self._mode.from_tensor(tensor, static_shapes=True)
 
 
 def erase_dead(graph: fx.Graph) -> None:

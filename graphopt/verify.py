@@ -7,11 +7,12 @@ nothing that these two do not see.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 
@@ -99,7 +100,7 @@ class _Propagation(fx.Interpreter):
     def stale(self) -> tuple[fx.Node, str, str] | None:
         """Return the first node whose recorded value differs, with both descriptions."""
         inputs = [n.meta["val"] for n in self.graph.nodes if n.op == "placeholder"]
-        with self._mode, torch.no_grad():
+        with enable_python_dispatcher(), self._mode, torch.no_grad():
             self.run(*inputs, enable_io_processing=False)
         return self._stale
 
@@ -171,8 +172,18 @@ class Equivalence:
     agreement: float | None
 
 
-def measure(reference: Program, program: Program, batches: Sequence[tuple[torch.Tensor, ...]]) -> Equivalence:
-    """Run both programs on `batches` and compare the outputs they share, in order.
+FlatCallable = Callable[[tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]
+
+
+def measure(
+    reference: Program, candidate: FlatCallable, batches: Sequence[tuple[torch.Tensor, ...]]
+) -> Equivalence:
+    """Run a program and a candidate on `batches` and compare the outputs they share, in order.
+
+    Args:
+        reference: what the candidate should compute.
+        candidate: takes flat inputs and returns flat outputs: `Program.call_flat`, or a session.
+        batches: flat inputs.
 
     Raises:
         VerifyError: an output is not finite where the reference is.
@@ -181,9 +192,9 @@ def measure(reference: Program, program: Program, batches: Sequence[tuple[torch.
     agreed = rows = 0
     for batch in batches:
         with torch.no_grad():
-            wanted, found = reference.call_flat(batch), program.call_flat(batch)
+            wanted, found = reference.call_flat(batch), candidate(batch)
         for index, (want, got) in enumerate(zip(wanted, found, strict=False)):
-            worst = _worse(worst, _compare_output(program.outputs[index].name, want, got))
+            worst = _worse(worst, _compare_output(reference.outputs[index].name, want, got))
         if _like_logits(wanted[0]):
             same = wanted[0].argmax(-1) == found[0].argmax(-1)
             agreed, rows = agreed + int(same.sum()), rows + same.numel()

@@ -1,12 +1,13 @@
 """Layouts: what one dimension of one tensor is made of, as a term over axes.
 
-    layout := Axis                   an indivisible index range: the unit of removal
-            | Product(l1, .., lk)    row-major flattening, outermost first: heads x head_dim, groups x channels
-            | Concat(l1, .., lk)     segments side by side, in order: what cat makes and split, chunk, slice take apart
+    layout := Axis                  an indivisible index range: the unit of removal
+            | Product(l1, .., lk)   row-major flattening, outermost first: heads x head_dim
+            | Concat(l1, .., lk)    segments side by side: what cat makes and split, chunk, slice take apart
 
 A dimension of size 1 is `ONE`, the empty product: it is never removed and never unified, which is what
-broadcasting needs. Terms are immutable and hashable. Build compound terms with `product` and `concat`, which keep
-them in normal form: no nested product in a product, no nested concat in a concat, no unit factor, no single operand.
+broadcasting needs. Terms are immutable and hashable. Build compound terms with `product` and `concat`, which
+keep them in normal form: no product directly in a product, no concat directly in a concat, no unit factor,
+no single operand.
 
 Sizes are ints, or sympy expressions where torch has a symbolic size; a symbolic axis is never removed.
 """
@@ -18,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 
 Size: TypeAlias = int | sympy.Expr
 
@@ -145,8 +146,8 @@ def describe(layout: Layout) -> str:
     if isinstance(layout, Axis):
         return str(layout.size)
     if isinstance(layout, Product):
-        return "(" + " x ".join(describe(factor) for factor in layout.factors) + ")" if layout.factors else "1"
-    return "[" + " | ".join(describe(segment) for segment in layout.segments) + "]"
+        return f"({' x '.join(map(describe, layout.factors))})" if layout.factors else "1"
+    return f"[{' | '.join(map(describe, layout.segments))}]"
 
 
 def _static(value: Size) -> int:

@@ -1,0 +1,264 @@
+"""Axis inference: find a layout for every dimension of a graph, as a type checker finds types.
+
+Each operator's rule contributes equations between the layouts of its inputs, parameters and results; solving
+them is unification. What must stay whole is frozen with a reason: graph inputs and outputs, what an unknown
+operator touches, what has no common refinement, dimensions whose order matters.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.axes.call import Call, shape_of, to_size
+from graphopt.axes.groups import Group, Refusal, collect
+from graphopt.axes.layout import Axis, Layout, Size, leaves, size, touches
+from graphopt.axes.registry import Dims, Result, Rule, Rules, built_in_rules, find, operator_name
+from graphopt.axes.roles import Roles
+from graphopt.axes.sharing import Sharing
+from graphopt.axes.solver import Solver, equal
+from graphopt.errors import PassError
+from graphopt.provenance import user_line
+
+logger = logging.getLogger(__name__)
+
+
+class Axes:
+    """The layouts of one graph.
+
+    Attributes:
+        layouts: for each tensor-valued node the layout of each dimension; several results: via their getitem.
+        parameters: likewise for each parameter and buffer the graph reads, by qualified name.
+        frozen: the reason of each axis that must stay whole, by axis id.
+        unknown: the nodes of each operator that no rule covers, by operator name.
+        notes: for each call the layouts its rule keeps for the call's rewrite.
+        rules: the rule of each call that has one.
+    """
+
+    def __init__(self, gm: fx.GraphModule, inference: _Inference) -> None:
+        solver = inference.solver
+        self.gm = gm
+        self._several: dict[fx.Node, list[Dims | None]] = {}
+        self.layouts: dict[fx.Node, Dims] = {}
+        for node, known in inference.known.items():
+            if isinstance(known, tuple):
+                self.layouts[node] = tuple(solver.annotate(layout) for layout in known)
+            elif isinstance(known, list):
+                self._several[node] = [
+                    None if dims is None else tuple(solver.annotate(layout) for layout in dims) for dims in known
+                ]
+        self.parameters: dict[str, Dims] = {
+            str(node.target): dims for node, dims in self.layouts.items() if node.op == "get_attr"
+        }
+        self.notes = {
+            node: {key: solver.annotate(layout) for key, layout in notes.items()}
+            for node, notes in inference.notes.items()
+        }
+        self.rules = inference.rules_of
+        self.unknown = inference.unknown
+        self.frozen: dict[int, str] = {}
+        for dims in self.layouts.values():
+            for layout in dims:
+                for axis in leaves(layout):
+                    if axis.frozen is not None:
+                        self.frozen[axis.id] = axis.frozen
+        self._groups, self._refusals = collect(gm, self.parameters, inference.roles, solver)
+        self._order = {node: index for index, node in enumerate(gm.graph.nodes)}
+        self._symbols: dict[Size, tuple[fx.Node, int]] | None = None
+
+    def groups(self) -> list[Group]:
+        """Return every axis that may lose indices, in order of its first producing weight."""
+        return list(self._groups)
+
+    def refusals(self) -> list[Refusal]:
+        """Return every axis that some weight produces and that must stay whole, with the reason."""
+        return list(self._refusals)
+
+    def dims(self, node: fx.Node) -> Dims:
+        """Return the layouts of the dimensions of a tensor-valued node."""
+        return self.layouts[node]
+
+    def results(self, node: fx.Node) -> list[Dims | None]:
+        """Return the layouts of each of several results; None for those that are not tensors."""
+        return self._several[node]
+
+    def touched(self, node: fx.Node, kept: Mapping[int, Sequence[int]]) -> bool:
+        """Tell whether any dimension of a node's value loses positions."""
+        shapes = [self.layouts[node]] if node in self.layouts else self._several.get(node, [])
+        return any(touches(layout, kept) for dims in shapes if dims is not None for layout in dims)
+
+    def symbol_source(self, expression: Size, before: fx.Node) -> tuple[fx.Node, int] | None:
+        """Return the first node and dimension that has a dynamic size and cannot shrink, if before a node."""
+        if self._symbols is None:
+            self._symbols = {}
+            for node, dims in self.layouts.items():
+                for d, layout in enumerate(dims):
+                    if isinstance(layout, Axis) and not isinstance(layout.size, int):
+                        self._symbols.setdefault(layout.size, (node, d))
+        found = self._symbols.get(expression)
+        return found if found is not None and self._order[found[0]] < self._order[before] else None
+
+    def stale(self, value: fx.Node, kept: Mapping[int, Sequence[int]], new_of: Mapping[fx.Node, fx.Node]) -> bool:
+        """Tell whether a size computed in the new graph derives from a dimension that shrank."""
+        old_of = {new: old for old, new in new_of.items()} if value not in self._order else {}
+        pending = [old_of.get(value, value)]
+        while pending:
+            node = pending.pop()
+            for argument in node.all_input_nodes:
+                if argument in self.layouts or argument in self._several:
+                    if self.touched(argument, kept):
+                        return True
+                else:
+                    pending.append(argument)
+        return False
+
+
+def infer(gm: fx.GraphModule, rules: Mapping[str, Rule] | None = None) -> Axes:
+    """Infer the layout of every dimension of an exported graph.
+
+    Args:
+        gm: a graph of ATen operators as `torch.export` gives it, every node with `meta["val"]`.
+        rules: rules by operator name; all registered ones by default.
+
+    Raises:
+        PassError: a node lacks `meta["val"]`.
+    """
+    return Axes(gm, _Inference(gm, built_in_rules() if rules is None else rules))
+
+
+class _Inference:
+    """One walk over the graph, stating equations."""
+
+    def __init__(self, gm: fx.GraphModule, rules: Rules) -> None:
+        self.solver = Solver()
+        self.roles = Roles()
+        self.known: dict[fx.Node, Any] = {}
+        self.notes: dict[fx.Node, dict[str, Layout]] = {}
+        self.rules_of: dict[fx.Node, Rule] = {}
+        self.unknown: dict[str, list[fx.Node]] = {}
+        self._rules = rules
+        self._sharing = Sharing(gm, self.solver)
+        for node in gm.graph.nodes:
+            self._visit(node)
+        self._freeze_size_arithmetic(gm.graph)
+
+    def _visit(self, node: fx.Node) -> None:
+        if node.op == "output":
+            for value in node.all_input_nodes:
+                self._freeze([value], f"reaches graph output `{value.name}`")
+        elif node.op == "placeholder":
+            reason = f"reaches graph input `{node.name}`"
+            self.known[node] = self._fresh(node.meta.get("val"), reason)
+        elif node.op == "get_attr":
+            self.known[node] = self._sharing.dims(node)
+            self.roles.read(node, str(node.target))
+        else:
+            self.roles.call(node)
+            self.known[node] = self._call(node)
+
+    def _call(self, node: fx.Node) -> Result:
+        if "val" not in node.meta:
+            raise PassError(
+                f"`{node.format_node()}` has no meta['val']; axis inference needs the shape of every node. "
+                "Propagate fake tensors through the graph first."
+            )
+        if getattr(node.target, "__name__", "") == "getitem":
+            source, position = node.args
+            results = self.known.get(source) if isinstance(source, fx.Node) else None
+            return results[position] if isinstance(results, list) and isinstance(position, int) else None
+        rule = find(self._rules, node.target)
+        if rule is None:
+            return self._refuse(node, "unknown operator")
+        call = Call(node, self.solver, self.roles, self.known)
+        try:
+            result = rule.infer(call)
+        except Exception as err:  # a rule is a plugin; whatever it raises is about this call alone
+            logger.warning("The axis rule of %s failed at `%s`: %s", operator_name(node.target), node.name, err)
+            return self._refuse(node, f"failing rule ({type(err).__name__}: {err}) of operator")
+        if not _fits(node.meta["val"], result):
+            logger.warning("The axis rule of %s does not fit `%s`", operator_name(node.target), node.name)
+            return self._refuse(node, "ill-fitting rule of operator")
+        self.rules_of[node] = rule
+        if call.notes:
+            self.notes[node] = call.notes
+        return result
+
+    def _refuse(self, node: fx.Node, why: str) -> Result:
+        """Freeze everything an operator touches that cannot be reasoned about."""
+        value = node.meta["val"]
+        tensors = [argument for argument in node.all_input_nodes if self.known.get(argument) is not None]
+        if not tensors and not _has_tensor(value):
+            return None  # arithmetic on sizes
+        name = operator_name(node.target)
+        self.unknown.setdefault(name, []).append(node)
+        line = user_line(node)
+        reason = f"{why} {name} at `{node.name}`" + (f" ({line})" if line else "")
+        self._freeze(tensors, reason)
+        return self._fresh(value, reason)
+
+    def _freeze(self, nodes: Iterable[fx.Node], reason: str) -> None:
+        for node in nodes:
+            known = self.known.get(node)
+            shapes = [known] if isinstance(known, tuple) else known or []
+            for dims in shapes:
+                for layout in dims or ():
+                    self.solver.freeze(layout, reason)
+
+    def _fresh(self, value: Any, reason: str) -> Result:
+        if isinstance(value, torch.Tensor):
+            return tuple(self.solver.axis(length, reason) for length in shape_of(value))
+        if isinstance(value, list | tuple):
+            results = [self._fresh(item, reason) for item in value]
+            return [item if isinstance(item, tuple) else None for item in results]
+        return None
+
+    def _freeze_size_arithmetic(self, graph: fx.Graph) -> None:
+        """Freeze static factors of a dynamic dimension whose size is used as a number, not as a shape.
+
+        Example: (batch * heads) read by sym_size and multiplied into the activations.
+        """
+        factors: dict[fx.Node, list[Layout]] = {}
+        for node in graph.nodes:
+            if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.SymInt | int):
+                inherited = [layout for a in node.all_input_nodes for layout in factors.get(a, [])]
+                rule = self.rules_of.get(node)
+                if inherited and not (rule is not None and rule.resizes):
+                    for layout in inherited:
+                        self.solver.freeze(layout, f"its size is used as a number at `{node.name}`")
+                continue
+            factors[node] = [layout for a in node.all_input_nodes for layout in factors.get(a, [])]
+            source = node.args[0] if node.args else None
+            if isinstance(source, fx.Node) and isinstance(self.known.get(source), tuple):
+                dims: Dims = self.known[source]
+                if operator_name(node.target) == "aten::sym_size":
+                    dims = (dims[int(str(node.args[1]))],)
+                factors[node].extend(layout for layout in dims if _mixed(self.solver.resolve(layout)))
+
+
+def _mixed(layout: Layout) -> bool:
+    return not isinstance(layout, Axis) and not isinstance(size(layout), int)
+
+
+def _has_tensor(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(_has_tensor(item) for item in value)
+    return isinstance(value, torch.Tensor)
+
+
+def _fits(value: Any, result: Result) -> bool:
+    """Tell whether layouts have the sizes of the value they describe."""
+    if isinstance(value, torch.Tensor):
+        if not isinstance(result, tuple) or len(result) != value.dim():
+            return False
+        return all(equal(size(layout), to_size(n)) for layout, n in zip(result, value.shape, strict=True))
+    if isinstance(value, list | tuple):
+        if not _has_tensor(value):
+            return True
+        if not isinstance(result, list) or len(result) != len(value):
+            return False
+        return all(_fits(item, dims) for item, dims in zip(value, result, strict=True))
+    return True

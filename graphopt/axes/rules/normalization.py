@@ -1,0 +1,99 @@
+"""Normalisations: statistics over a dimension keep it an axis; they are taken over what survives."""
+
+from __future__ import annotations
+
+from graphopt.axes.call import Call
+from graphopt.axes.edit import Edit
+from graphopt.axes.layout import product
+from graphopt.axes.registry import Dims, rule
+
+
+def _per_channel(call: Call, dims: Dims, channel: int) -> None:
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        if call.has(name):
+            call.unify(dims[channel], call.dims(name)[0])
+
+
+@rule("aten::batch_norm", "aten::instance_norm")
+def channel_statistics(call: Call) -> Dims:
+    dims = call.dims("input")
+    _per_channel(call, dims, 1)
+    return dims
+
+
+@rule(
+    "aten::_native_batch_norm_legit",
+    "aten::_native_batch_norm_legit_no_training",
+    "aten::native_batch_norm",
+    "aten::cudnn_batch_norm",
+)
+def native_batch_norm(call: Call) -> list[Dims | None]:
+    dims = call.dims("input")
+    _per_channel(call, dims, 1)
+    results: list[Dims | None] = [dims]
+    for value in call.node.meta["val"][1:]:
+        results.append((dims[1],) if tuple(value.shape) == (value.numel(),) and value.numel() else call.axes(()))
+    return results
+
+
+def rewrite_shape(edit: Edit) -> None:
+    """Bring normalized_shape up to date."""
+    given = edit.arg("normalized_shape")
+    edit.set("normalized_shape", edit.sizes(edit.dims("input")[-len(given) :], given))
+
+
+@rule("aten::layer_norm", "aten::rms_norm", rewrite=rewrite_shape, resizes=True)
+def trailing_statistics(call: Call) -> Dims:
+    return _trailing(call)
+
+
+def _trailing(call: Call) -> Dims:
+    dims = call.dims("input")
+    for name in ("weight", "bias"):
+        if name in call.names() and call.has(name):
+            call.broadcast([dims, call.dims(name)])
+    return dims
+
+
+@rule("aten::native_layer_norm", rewrite=rewrite_shape, resizes=True)
+def native_layer_norm(call: Call) -> list[Dims | None]:
+    dims = _trailing(call)
+    return [dims, *(call.axes(call.shape(index), call.because("saved statistics")) for index in (1, 2))]
+
+
+def rewrite_groups(edit: Edit) -> None:
+    """Bring the number of groups up to date."""
+    edit.set("num_groups", edit.new_size(edit.note("groups")))
+
+
+@rule("aten::group_norm", rewrite=rewrite_groups)
+def group_norm(call: Call) -> Dims:
+    dims = call.dims("input")
+    groups = call.axis(int(call.arg("num_groups")))
+    call.note("groups", groups)
+    per_group = call.axis(call.ratio(dims[1], groups))
+    call.unify(dims[1], product([groups, per_group]))
+    _per_channel(call, dims, 1)
+    return dims
+
+
+@rule("aten::_weight_norm")
+def weight_norm(call: Call) -> Dims:
+    """Scale v to norm g over every dimension but one."""
+    return _weight_norm(call)
+
+
+def _weight_norm(call: Call) -> Dims:
+    return call.broadcast([call.dims("v"), call.dims("g")])
+
+
+@rule("aten::_weight_norm_interface")
+def weight_norm_interface(call: Call) -> list[Dims | None]:
+    return [_weight_norm(call), call.dims("g")]
+
+
+@rule("aten::cosine_similarity", "aten::pairwise_distance")
+def compare(call: Call) -> Dims:
+    dims = call.broadcast(call.tensors())
+    along = call.position("dim", len(dims)) if "dim" in call.names() else len(dims) - 1
+    return (*dims[:along], *dims[along + 1 :]) if len(call.shape()) < len(dims) else dims
