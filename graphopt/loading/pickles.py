@@ -67,6 +67,10 @@ def _load_restricted(data: bytes) -> Any:
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as err:  # on a crafted pickle the restricted unpickler raises many types
+        if "persistent_load of storage" in str(err):
+            raise HostileError(
+                "it is in the format of torch 1.5 and older, in which a module brings its source code along"
+            ) from err
         found = re.search(r"GLOBAL (\S+)", str(err))
         if found:
             raise HostileError(f"it needs `{found[1]}`, which is not one of torch.nn's own classes") from err

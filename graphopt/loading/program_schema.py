@@ -7,8 +7,7 @@ and many a string in it ends up being run:
     node targets, as_operator   looked up from `torch` and called                `operators`
     guards_code                 pasted into source that is run by `exec`         dropped (they are assertions)
     in_spec, out_spec           import modules                                   `treespecs`
-    names of values, arguments, pasted into the source of `GraphModule.forward`  must be identifiers
-    subgraphs, keywords
+    names of values, keywords   become names in the source of the module         must be identifiers
     names of parameters         pasted between quotes into the same source       no quotes or control codes
     custom objects              unpickled                                        refused
     source_fn_stack             looked up from `torch`                           dropped

@@ -10,6 +10,7 @@ tensors, plain data, and functionals of the allow-list.
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -80,7 +81,7 @@ def _check_attribute(path: str, module: nn.Module, key: object, value: object) -
     elif "hooks" in key:
         if value is not None and (type(value) not in (dict, OrderedDict) or len(value) or _own(value)):  # type: ignore[arg-type]
             raise HostileError(f"{_where(path)} carries hooks (`{key}`), code that would run with it")
-    elif _shadows(type(module), key):
+    elif _shadows(type(module), key) or (hasattr(type(module), key) and callable(value)):
         raise HostileError(f"{_where(path)} has its own `{key}` in place of `{type(module).__name__}.{key}`")
     else:
         _check_value(path, key, value)
@@ -108,6 +109,9 @@ def _check_value(path: str, key: str, value: Any) -> None:
         return
     if kind in (torch.Tensor, nn.Parameter):
         _check_tensor(path, key, value)
+    elif kind is weakref.ReferenceType and value.__callback__ is None:
+        # Recurrent layers make these of their own weights when they are unpickled; no pickle can bring one.
+        _check_value(path, key, value())
     elif kind in (list, tuple, set, frozenset):
         for item in value:
             _check_value(path, key, item)

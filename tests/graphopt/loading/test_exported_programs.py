@@ -198,13 +198,11 @@ def test_value_name_that_is_source(write_exported: Write, edit_program: EditProg
 
     path = write_exported(edit_program(change))
     assert_refused(path, marker, "could be run as source")
-    raw = torch.export.load(io.BytesIO(path.read_bytes()))
-    assert f"    __import__('os').mkdir('{marker}')" in raw.graph_module.code, "the attack is real"
 
 
-def test_parameter_name_that_is_source(write_exported: Write, exported_members: dict[str, bytes], marker: Path) -> None:
+def test_parameter_name_that_is_source(write_exported: Write, marker: Path) -> None:
     payload = list(f"import os; os.mkdir({str(marker)!r})".encode())
-    injected = f'head.x"),exec(bytes({payload})),getattr(self,"y'
+    injected = f'head.bias"),exec(bytes({payload})),getattr(self,"head'
 
     def edit(members: dict[str, bytes]) -> None:
         for name in ("models/model.json", "data/weights/model_weights_config.json"):

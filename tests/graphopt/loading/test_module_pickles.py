@@ -1,0 +1,297 @@
+"""Pickled modules: stock ones load, anything that could run code is refused before it runs."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import subprocess
+import sys
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from graphopt.errors import LoadError
+from graphopt.loading import load_model
+from graphopt.loading.refusal import HostileError
+from graphopt.loading.stock_modules import CLASSES, check_modules
+
+
+def save(value: object, path: Path, **options: Any) -> Path:
+    torch.save(value, path, **options)
+    return path
+
+
+def assert_refused(path: Path, reason: str) -> None:
+    with pytest.raises(LoadError) as caught:
+        load_model(path)
+    message = str(caught.value)
+    assert reason in message
+    assert "--factory package.module:function" in message
+    assert "--trust" in message
+
+
+class Stranger(nn.Module):
+    """A module class that is not torch.nn's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+STOCK: list[tuple[Callable[[], nn.Module], tuple[torch.Tensor, ...]]] = [
+    (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding="same", padding_mode="reflect"),
+            nn.BatchNorm2d(8),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(2),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Dropout(0.1),
+            nn.Linear(8, 4),
+            nn.Softmax(-1),
+        ),
+        (torch.randn(2, 3, 8, 8),),
+    ),
+    (lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, activation="gelu"), (torch.randn(2, 3, 8),)),
+    (
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, activation=functional.silu), 2),
+        (torch.randn(3, 2, 8),),
+    ),
+    (lambda: nn.MultiheadAttention(8, 2), (torch.randn(3, 2, 8),) * 3),
+    (lambda: nn.LSTM(4, 5, 2, bidirectional=True), (torch.randn(3, 2, 4),)),
+    (lambda: nn.Sequential(nn.Unflatten(1, (2, 2)), nn.Upsample(scale_factor=2.0)), (torch.randn(2, 4, 3),)),
+    (lambda: nn.Sequential(OrderedDict(emb=nn.Embedding(5, 4), norm=nn.LayerNorm(4))), (torch.ones(2, 3).long(),)),
+    (lambda: nn.Sequential(nn.GroupNorm(2, 4), nn.PReLU(4), nn.PixelShuffle(2)), (torch.randn(1, 4, 2, 2),)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("build", "inputs"), STOCK)
+def test_stock_modules_load_without_trust(
+    build: Callable[[], nn.Module], inputs: tuple[torch.Tensor, ...], tmp_path: Path
+) -> None:
+    module = build().eval()
+    path = save(module, tmp_path / "model.pt")
+    loaded = load_model(path).model
+    assert isinstance(loaded, nn.Module)
+    torch.testing.assert_close(loaded(*inputs), module(*inputs), rtol=0, atol=0)
+
+
+def test_shared_module_and_tied_weight_stay_shared(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    model.append(model[0])
+    loaded = load_model(save(model, tmp_path / "m.pt")).model
+    assert isinstance(loaded, nn.Sequential)
+    assert loaded[2] is loaded[0]
+    assert loaded[1].weight is loaded[0].weight
+
+
+def test_loading_leaves_the_process_allow_list_alone(tmp_path: Path) -> None:
+    with torch.serialization.safe_globals([nn.Linear]):
+        before = set(torch.serialization.get_safe_globals())
+        load_model(save(nn.Linear(2, 2), tmp_path / "m.pt"))
+        assert set(torch.serialization.get_safe_globals()) == before
+        assert nn.Linear in before
+
+
+def test_allow_list_has_the_usual_and_not_the_lazy() -> None:
+    names = {cls.__name__ for cls in CLASSES}
+    assert {"Conv2d", "Linear", "BatchNorm2d", "ModuleDict", "GRU", "Transformer"} <= names
+    assert not any(name.startswith("Lazy") for name in names)
+    assert nn.Module not in CLASSES
+
+
+def test_os_system_in_a_pickle(tmp_path: Path, touch_on_unpickle: object, marker: Path) -> None:
+    path = save(nn.Sequential(nn.Linear(2, 2)), tmp_path / "good.pt")
+    load_model(path)
+    evil = save({"model": touch_on_unpickle}, tmp_path / "evil.pt")
+    assert_refused(evil, "posix.system")
+    assert not marker.exists()
+    torch.load(evil, weights_only=False)
+    assert marker.exists(), "the attack is real"
+
+
+def test_legacy_format_is_checked_as_well(tmp_path: Path, touch_on_unpickle: object, marker: Path) -> None:
+    evil = save(touch_on_unpickle, tmp_path / "evil.pt", _use_new_zipfile_serialization=False)
+    assert_refused(evil, "posix.system")
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["builtins.eval", "builtins.getattr", "subprocess.Popen", "torch.hub.load", "torch.jit.load"]
+)
+def test_functions_beyond_the_allow_list(name: str, tmp_path: Path) -> None:
+    module, _, function = name.rpartition(".")
+    path = tmp_path / "evil.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(
+            "archive/data.pkl", b"\x80\x02c" + f"{module}\n{function}\n".encode() + b"(X\x01\x00\x00\x001tR."
+        )
+        archive.writestr("archive/version", "3\n")
+        archive.writestr("archive/byteorder", "little")
+    assert_refused(path, function)
+
+
+def shadowed_forward(layer: Any) -> None:
+    layer.forward = functional.relu
+
+
+def forward_hook(layer: Any) -> None:
+    layer._forward_hooks[0] = functional.relu
+
+
+def pre_hook_in_a_plain_dict(layer: Any) -> None:
+    layer.__dict__["_forward_pre_hooks"] = {0: functional.silu}
+
+
+def state_dict_hook(layer: Any) -> None:
+    layer._state_dict_hooks[0] = functional.relu
+
+
+def shadowed_call_impl(layer: Any) -> None:
+    layer.__dict__["_call_impl"] = functional.relu
+
+
+def compiled_call(layer: Any) -> None:
+    layer.__dict__["_compiled_call_impl"] = functional.relu
+
+
+def function_as_child(layer: Any) -> None:
+    layer._modules["child"] = functional.relu
+
+
+def function_as_parameter(layer: Any) -> None:
+    layer._parameters["weight"] = functional.relu
+
+
+def module_outside_the_children(layer: Any) -> None:
+    layer.__dict__["other"] = nn.ReLU()
+
+
+def children_with_their_own_items(layer: Any) -> None:
+    modules = OrderedDict()
+    modules.items = functional.relu  # type: ignore[attr-defined]
+    layer.__dict__["_modules"] = modules
+
+
+def tensor_with_a_method_of_its_own(layer: Any) -> None:
+    layer.weight.size = functional.relu
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (shadowed_forward, "own `forward` in place of `Linear.forward`"),
+        (forward_hook, "hooks (`_forward_hooks`)"),
+        (pre_hook_in_a_plain_dict, "hooks (`_forward_pre_hooks`)"),
+        (state_dict_hook, "hooks (`_state_dict_hooks`)"),
+        (shadowed_call_impl, "own `_call_impl`"),
+        (function_as_child, "which is not one of torch.nn's own classes"),
+        (function_as_parameter, "as its tensor `weight`"),
+        (module_outside_the_children, "holds a `torch.nn.modules.activation.ReLU` as `other`"),
+        (tensor_with_a_method_of_its_own, "has an attribute `size` of its own"),
+    ],
+)
+def test_modules_that_are_not_as_torch_made_them(change: Callable[[Any], None], reason: str, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.ReLU(), nn.Linear(2, 2))
+    change(model[1])
+    assert_refused(save(model, tmp_path / "model.pt"), reason)
+
+
+def test_children_kept_in_a_dictionary_with_a_method_of_its_own() -> None:
+    model = nn.Sequential(nn.ReLU())
+    children_with_their_own_items(model)
+    with pytest.raises(HostileError, match="keeps its `_modules` in something other than a plain dictionary"):
+        check_modules(model)
+
+
+def test_compiled_call_of_its_own() -> None:
+    model = nn.Sequential(nn.ReLU())
+    compiled_call(model)
+    with pytest.raises(HostileError, match="own `_compiled_call_impl`"):
+        check_modules(model)
+
+
+def test_module_in_the_format_of_old_torch(tmp_path: Path) -> None:
+    path = save(nn.Linear(2, 2), tmp_path / "model.pt", _use_new_zipfile_serialization=False)
+    assert_refused(path, "torch 1.5 and older")
+    assert isinstance(load_model(path, trust=True).model, nn.Linear)
+
+
+def test_module_without_its_tables_is_damaged(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.ReLU())
+    del model[0].__dict__["_modules"]
+    with pytest.raises(LoadError, match="module `0` has no `_modules`"):
+        load_model(save(model, tmp_path / "model.pt"))
+
+
+def test_stranger_needs_trust(tmp_path: Path) -> None:
+    path = save(Stranger(), tmp_path / "model.pt")
+    assert_refused(path, "Stranger")
+    assert isinstance(load_model(path, trust=True).model, Stranger)
+
+
+def test_bare_module_is_not_stock(tmp_path: Path) -> None:
+    assert_refused(save(nn.Module(), tmp_path / "model.pt"), "torch.nn.modules.module.Module")
+
+
+def test_trusted_class_that_cannot_be_imported(tmp_path: Path) -> None:
+    script = "import torch\nclass Net(torch.nn.Module): pass\ntorch.save(Net(), 'net.pt')"
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+    with pytest.raises(LoadError, match=r"cannot be imported .*--factory"):
+        load_model(tmp_path / "net.pt", trust=True)
+
+
+def test_state_dict_asks_for_a_factory(tmp_path: Path) -> None:
+    path = save(nn.Linear(2, 3).state_dict(), tmp_path / "weights.pt")
+    with pytest.raises(
+        LoadError, match=r"a state dict \(2 tensors: weight, bias\).*--factory package\.module:function"
+    ):
+        load_model(path)
+
+
+def test_checkpoint_asks_for_a_factory(tmp_path: Path) -> None:
+    path = save({"epoch": 3, "state_dict": nn.Linear(2, 3).state_dict()}, tmp_path / "last.pt")
+    with pytest.raises(LoadError, match=r"a dictionary with the keys epoch, state_dict.*--factory"):
+        load_model(path)
+
+
+def test_tensor_is_not_a_model(tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match=r"holds a torch\.Tensor, not a model"):
+        load_model(save(torch.ones(2), tmp_path / "t.pt"))
+
+
+def test_garbage_pickles_end_in_one_sentence(tmp_path: Path) -> None:
+    for position, pickled in enumerate(
+        [b"", b"\x80\x02", b"\x80\x02.", b"\x80\x02]R.", b"\x80\x02K\x01K\x02b.", b"\x80\x04\x95" + bytes(9)]
+    ):
+        path = tmp_path / f"{position}.pt"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("archive/data.pkl", pickled)
+            archive.writestr("archive/version", "3\n")
+            archive.writestr("archive/byteorder", "little")
+        with pytest.raises(LoadError, match=rf"`{path}`"):
+            load_model(path)
+
+
+def test_plain_python_pickle(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    path.write_bytes(pickle.dumps({"a": 1}, protocol=4))
+    with pytest.raises(LoadError, match=r"Python pickle that torch\.save did not write"):
+        load_model(path)
+
+
+def test_truncated_torch_file(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    torch.save(nn.Linear(64, 64), buffer)
+    path = tmp_path / "model.pt"
+    path.write_bytes(buffer.getvalue()[:5000])
+    with pytest.raises(LoadError, match="no readable directory"):
+        load_model(path)
