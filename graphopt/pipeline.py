@@ -184,7 +184,7 @@ def _reason(step: Step) -> str:
 def _suggested(steps: Sequence[Step]) -> list[str]:
     """Return the user's steps in an order that meets every constraint and is otherwise as written."""
     written = [step for step in steps if not step.inserted_for]
-    graph = nx.DiGraph()
+    graph: nx.DiGraph[int] = nx.DiGraph()
     graph.add_nodes_from(range(len(written)))
     for index, step in enumerate(written):
         for other, candidate in enumerate(written):

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from graphopt.context import Context
+from graphopt.equivalence import measure
 from graphopt.errors import VerifyError
 from graphopt.hooks import Hook
+from graphopt.invariants import check_invariants
 from graphopt.pipeline import Pipeline, Step
 from graphopt.plan import Plan
 from graphopt.program import Program
 from graphopt.target import TargetDescription
-from graphopt.verify import check_invariants, measure
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,11 @@ def apply(instance: Any, program: Program, plan: Plan) -> Program:
 
 
 def _check_exact(instance: Any, before: Program, after: Program) -> None:
-    found = measure(before, after, [before.flat_examples()])
+    found = measure(before, after.call_flat, before.flat_examples())
     if found.relative > instance.tolerance:
         raise VerifyError(
-            f"Pass `{instance.name}` is exact to {instance.tolerance:g}, but changed the outputs by {found.relative:.3g} "
-            "of their largest value. Leave the pass out and report the model."
+            f"Pass `{instance.name}` is exact to {instance.tolerance:g}, but changed the outputs by "
+            f"{found.relative:.3g} of their largest value. Leave the pass out and report the model."
         )
 
 

@@ -1,0 +1,84 @@
+"""The `graphopt` command: its sub-commands, and what its exit codes mean."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+import click
+import typer
+
+from graphopt.cli import bench, inspect, optimize, passes, replay, verify
+from graphopt.errors import GraphOptError
+
+EXIT_CODES = (
+    "Exit codes: 0 done, 1 a gate failed, 2 usage, 3 capture, 4 pass or verification, 5 lowering or runtime, "
+    "6 data, 130 interrupted."
+)
+
+app = typer.Typer(
+    name="graphopt",
+    help="Make a trained PyTorch model small and fast enough to deploy.",
+    epilog=EXIT_CODES,
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command("optimize", epilog=EXIT_CODES)(optimize.command)
+app.command("inspect")(inspect.command)
+app.add_typer(passes.app, name="passes")
+app.command("bench")(bench.command)
+app.command("verify")(verify.command)
+app.command("apply")(replay.command)
+
+
+@app.callback()
+def options(
+    verbose: bool = typer.Option(False, "--verbose", "-v", help="Say more: one line per decision, and tracebacks."),
+) -> None:
+    """Make a trained PyTorch model small and fast enough to deploy."""
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.ERROR, format="%(levelname)s %(message)s", stream=sys.stderr
+    )
+    logging.getLogger("graphopt").setLevel(logging.DEBUG if verbose else logging.WARNING)
+
+
+def main() -> None:
+    """Run the command line and exit with the code of what happened."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line; return its exit code. Errors are one sentence on stderr."""
+    try:
+        app(arguments, standalone_mode=False)
+    except GraphOptError as err:
+        if logging.getLogger("graphopt").isEnabledFor(logging.DEBUG):
+            logging.getLogger(__name__).debug("traceback", exc_info=True)
+        _say(str(err))
+        return err.exit_code
+    except click.exceptions.Exit as err:
+        return err.exit_code
+    except click.ClickException as err:
+        _say(err.format_message())
+        return 2
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        _say("Interrupted. Nothing was left half-written.")
+        return 130
+    except BrokenPipeError:
+        # whoever read our output is done; Python would complain again while closing stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except MemoryError:
+        _say("Out of memory. Give fewer calibration samples, a smaller batch, or a machine with more memory.")
+        return 4
+    except OSError as err:
+        _say(f"{err.strerror or err}{f': {err.filename}' if err.filename else ''}. Nothing was left half-written.")
+        return 2
+    return 0
+
+
+def _say(message: str) -> None:
+    print(f"graphopt: {message}", file=sys.stderr)

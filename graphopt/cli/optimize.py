@@ -1,0 +1,180 @@
+"""`graphopt optimize`: the whole job."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from graphopt.cli import arguments
+from graphopt.cli.arguments import Data, Dynamic, Factory, Format, Input, ModelPath, Seed, Trust, Weights
+from graphopt.errors import GateError, UsageError
+
+if TYPE_CHECKING:
+    from graphopt.pipeline import Pipeline
+    from graphopt.result import Result
+
+DEFAULT_PASSES = "prune:ratio=0.5,svd,int8"
+
+
+def command(
+    model: ModelPath = None,
+    passes: Annotated[
+        str, typer.Option(help="Passes in order: name:option=value,name. Or a .toml file. Empty: only lower.")
+    ] = DEFAULT_PASSES,
+    data: Data = None,
+    evaluation: Annotated[
+        str | None, typer.Option("--eval", help="Labelled data, DATA[:metric], or module:function. Higher is better.")
+    ] = None,
+    target: Annotated[
+        list[str] | None, typer.Option("--target", help="onnxruntime (default), tensorrt; repeat for several.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Directory for the results. Default: MODEL.graphopt/")
+    ] = None,
+    inputs: Input = None,
+    dynamic: Dynamic = None,
+    factory: Factory = None,
+    weights: Weights = None,
+    trust: Trust = False,
+    plugin: Annotated[list[Path] | None, typer.Option(help="A Python file with passes of your own.")] = None,
+    fail_if: Annotated[
+        list[str] | None, typer.Option("--fail-if", help='End with exit code 1 if this holds, such as "drop>0.5".')
+    ] = None,
+    check: Annotated[str, typer.Option(help="fast, or full: prove every rewrite, export after every pass.")] = "fast",
+    plan: Annotated[bool, typer.Option("--plan", help="Print what each pass decides as JSON; write nothing.")] = False,
+    bench: Annotated[bool, typer.Option(help="Time the result against the original.")] = True,
+    depfile: Annotated[Path | None, typer.Option(help="Write a Make/Ninja dependency file here.")] = None,
+    dump: Annotated[Path | None, typer.Option(help="Write the graph after every pass into this directory.")] = None,
+    seed: Seed = 0,
+    format: Format = "text",
+) -> None:
+    """Prune, factorise, quantize and lower a model; verify and time the result."""
+    from graphopt.cli.gates import Gate
+
+    arguments.check_format(format)
+    gates = [Gate.parse(text) for text in fail_if or ()]
+    pipeline = _pipeline(passes, plugin or ())
+    directory = output or _default_directory(model, factory)
+    if directory.exists() and not directory.is_dir():
+        raise UsageError(f"{directory} is a file. Give -o a directory.")
+    result = _optimize(
+        model, pipeline, data, evaluation, [] if plan else target or ["onnxruntime"], inputs, dynamic, factory, weights,
+        trust, check, bench, dump, seed,
+    )  # fmt: skip
+    if plan:
+        json.dump([found.to_json() for found in result.plans], sys.stdout, indent=1)
+        print()
+    else:
+        written = result.save(directory)
+        _print(result, directory, format)
+        if depfile is not None:
+            _write_depfile(depfile, written, [model, weights, *_paths(data, evaluation, passes), *(plugin or ())])
+    failures = [failure for gate in gates for failure in gate.failures(result.report)]
+    if failures:
+        raise GateError("; ".join(failures) + ".")
+
+
+def _pipeline(passes: str, plugins: Sequence[Path]) -> Pipeline:
+    from graphopt.pipeline import Pipeline
+    from graphopt.registry import PassRegistry
+
+    registry = PassRegistry(plugins)
+    if passes.endswith(".toml"):
+        return Pipeline.from_toml(Path(passes), registry)
+    return Pipeline.parse(passes, registry)
+
+
+def _default_directory(model: Path | None, factory: str | None) -> Path:
+    if model is not None:
+        return model.with_name(f"{model.stem}.graphopt")
+    if factory is not None:
+        return Path(f"{factory.partition(':')[2] or factory}.graphopt")
+    raise UsageError("Give the path of a model file, or --factory package.module:function.")
+
+
+def _optimize(
+    model: Path | None,
+    pipeline: Pipeline,
+    data: str | None,
+    evaluation: str | None,
+    targets: list[str],
+    inputs: list[str] | None,
+    dynamic: list[str] | None,
+    factory: str | None,
+    weights: Path | None,
+    trust: bool,
+    check: str,
+    bench: bool,
+    dump: Path | None,
+    seed: int,
+) -> Result:
+    from graphopt.cli.progress import TerminalProgress
+    from graphopt.hooks import Dump
+    from graphopt.optimize import optimize
+    from graphopt.registry import backend
+
+    names = [name.strip() for text in targets for name in text.split(",") if name.strip()]
+    backends = [backend(name) for name in names]
+    program = arguments.load_program(
+        model, data=data, inputs=inputs, dynamic=dynamic, factory=factory, weights=weights, trust=trust, seed=seed
+    )
+    return optimize(
+        program,
+        data,
+        pipeline,
+        backends or None,
+        evaluation,
+        seed,
+        check=check,
+        bench=bench,
+        hooks=[Dump(dump)] if dump else [],
+        progress=TerminalProgress(),
+        name=model.name if model is not None else factory,
+    )
+
+
+def _print(result: Result, directory: Path, format: str) -> None:
+    from rich.console import Console
+
+    from graphopt.cli.table import count, print_report
+
+    if format == "json":
+        json.dump(result.report.to_json(), sys.stdout, indent=1)
+        print()
+        return
+    console = Console() if sys.stdout.isatty() else Console(width=150)
+    print_report(result.report, console)
+    for name in result.report.files:
+        size = (directory / name).stat().st_size
+        console.print(f"{count(size) + 'B':>8}  {directory / name}", highlight=False, soft_wrap=True)
+
+
+def _paths(*arguments: str | None) -> list[Path]:
+    """Return those arguments that name files."""
+    found = []
+    for argument in arguments:
+        for text in (argument, (argument or "").rpartition(":")[0]):
+            if text and Path(text).exists():
+                found.append(Path(text))
+                break
+    return found
+
+
+def _write_depfile(path: Path, outputs: Sequence[Path], inputs: Sequence[Path | None]) -> None:
+    """Write `outputs: inputs` as Make and Ninja read it, spaces escaped."""
+    from graphopt.files import replacing
+
+    def names(paths: Sequence[Path]) -> str:
+        return " ".join(str(p).replace("$", "$$").replace("#", r"\#").replace(" ", r"\ ") for p in paths)
+
+    files: list[Path] = []
+    for item in inputs:
+        if item is not None:
+            files += sorted(p for p in item.rglob("*") if p.is_file()) if item.is_dir() else [item]
+    with replacing(path) as temporary:
+        temporary.write_text(f"{names(outputs)}: {names(files)}\n")

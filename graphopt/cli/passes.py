@@ -1,0 +1,68 @@
+"""`graphopt passes`: which passes there are, and what one does and takes."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="List the passes, or show one.", invoke_without_command=True, rich_markup_mode=None)
+Plugins = Annotated[list[Path] | None, typer.Option("--plugin", help="A Python file with passes of your own.")]
+
+
+@app.callback()
+def list_passes(context: typer.Context, plugin: Plugins = None) -> None:
+    """List the passes, or show one."""
+    if context.invoked_subcommand is not None:
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    from graphopt.pass_base import Pass
+    from graphopt.registry import PassRegistry
+
+    registry = PassRegistry(plugin or ())
+    table = Table(header_style="bold", pad_edge=False)
+    for column in ("pass", "", "what it does", "from"):
+        table.add_column(column)
+    for name, found in registry.working(Pass).items():
+        kind = "lossy" if found.tolerance is None else f"exact to {found.tolerance:g}"
+        table.add_row(name, kind, _first_line(found), registry.source(name))
+    Console().print(table)
+
+
+@app.command("show")
+def show(name: str, plugin: Plugins = None) -> None:
+    """Show what a pass does, refuses and takes."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from graphopt.options import describe
+    from graphopt.registry import PassRegistry
+
+    registry = PassRegistry(plugin or ())
+    found = registry.pass_class(name)
+    console = Console(highlight=False)
+    console.print(f"{found.name}, from {registry.source(name)}", style="bold")
+    console.print(inspect.getdoc(found) or "", markup=False)
+    order = {"needs": found.needs, "produces": found.produces, "after": found.after, "conflicts": found.conflicts}
+    for word, values in order.items():
+        if values:
+            console.print(f"{word}: {', '.join(values)}", markup=False)
+    rows = describe(found.options_type)
+    if not rows:
+        console.print("It has no options.")
+        return
+    table = Table(header_style="bold", pad_edge=False)
+    for column in ("option", "type", "default", "allowed"):
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print(inspect.getdoc(found.options_type) or "", markup=False)
+
+
+def _first_line(found: type) -> str:
+    return (inspect.getdoc(found) or "").partition("\n")[0]

@@ -1,0 +1,57 @@
+"""`graphopt verify A B`: do two models compute the same?"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from graphopt.cli import arguments
+from graphopt.cli.arguments import Data, Format, Seed, Trust
+from graphopt.errors import VerifyError
+
+
+def command(
+    one: Annotated[Path, typer.Argument(metavar="A", help="The reference: a model or an artifact.")],
+    other: Annotated[Path, typer.Argument(metavar="B", help="What should compute the same.")],
+    data: Data = None,
+    tolerance: Annotated[
+        float, typer.Option(help="Largest output error allowed, relative to the largest output.")
+    ] = 1e-4,
+    samples: Annotated[int, typer.Option(help="How many samples of --data to compare on.")] = 256,
+    trust: Trust = False,
+    seed: Seed = 0,
+    format: Format = "text",
+) -> None:
+    """Run two models or artifacts on the same inputs and compare their outputs."""
+    from graphopt.contenders import common_inputs, open_contender
+    from graphopt.equivalence import compare_outputs
+
+    arguments.check_format(format)
+    pair = [open_contender(path, data=data, trust=trust, seed=seed) for path in (one, other)]
+    batch = common_inputs(pair, data, samples, seed)
+    found = compare_outputs(pair[0].outputs, pair[0].call(batch), pair[1].call(batch))
+    facts = {
+        "max_error": found.max_error,
+        "relative": found.relative,
+        "sqnr": None if found.max_error == 0 else found.sqnr,
+        "agreement": found.agreement,
+        "tolerance": tolerance,
+        "equal": found.relative <= tolerance,
+    }
+    if format == "json":
+        json.dump(facts, sys.stdout, indent=1)
+        print()
+    else:
+        agreement = (
+            "" if found.agreement is None else f", largest entry at the same place in {found.agreement:.2%} of rows"
+        )
+        print(f"largest error {found.max_error:.3g} ({found.relative:.3g} of the largest output){rows}")
+    if found.relative > tolerance:
+        raise VerifyError(
+            f"{other} does not compute what {one} does: error {found.relative:.3g} of the largest output, allowed "
+            f"{tolerance:g}. Raise --tolerance if this is an approximation you accept."
+        )

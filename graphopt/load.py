@@ -1,0 +1,135 @@
+"""From a model file to a program: what `graphopt optimize PATH` does first."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from graphopt.capture import capture, from_exported
+from graphopt.data import InputSpec, Samples
+from graphopt.errors import CaptureError, LoadError
+from graphopt.loading import LoadedModel, load_model
+from graphopt.program import Note, Program, TensorSpec
+
+_SIGNATURE = "graphopt.json"
+
+
+def load(
+    path: str | Path | None = None,
+    *,
+    data: Any = None,
+    inputs: Sequence[InputSpec] = (),
+    trust: bool = False,
+    factory: str | None = None,
+    weights: str | Path | None = None,
+    dynamic_shapes: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> Program:
+    """Load a model file as a program. Its contents decide what it is, not its ending.
+
+    Args:
+        path: an exported program (`.pt2`), a pickled module, or with `factory` the weights.
+        data: example inputs come from its first samples, where the file brings none.
+        inputs: names, shapes and dtypes to make random example inputs of, where there is no data.
+        trust: let the file run code (a pickle of classes other than torch.nn's own, an unchecked `.pt2`).
+        factory: `package.module:function` that builds the module.
+        weights: `.safetensors` or weights-only `.pt` for `factory`.
+        dynamic_shapes: further dynamic axes, as `capture` takes them.
+        seed: of random example inputs.
+
+    Raises:
+        LoadError: missing, damaged, of another kind, or not trusted.
+        CaptureError: not traceable, or no example inputs to trace it with.
+    """
+    loaded = load_model(
+        Path(path) if path is not None else None,
+        trust=trust,
+        factory=factory,
+        weights=Path(weights) if weights is not None else None,
+    )
+    if isinstance(loaded.model, ExportedProgram):
+        return _from_file(loaded, loaded.model, dynamic_shapes)
+    args, kwargs = _examples(loaded, loaded.model, data, inputs, seed)
+    return capture(loaded.model, args, kwargs, dynamic_shapes, share_tensors=True)
+
+
+def _from_file(loaded: LoadedModel, exported: ExportedProgram, dynamic_shapes: Mapping[str, Any] | None) -> Program:
+    if loaded.example_inputs is None:
+        raise LoadError(
+            f"`{loaded.source}` is an exported program without its example inputs, which graphopt runs to check every "
+            "step. Save it with the torch.export.save of a program that still has them."
+        )
+    args, kwargs = loaded.example_inputs.args, loaded.example_inputs.kwargs
+    signature = loaded.extra_files.get(_SIGNATURE)
+    if signature is not None:
+        return _with_signature(from_exported(exported, args, kwargs), json.loads(signature), loaded.source)
+    if exported.range_constraints and dynamic_shapes is None:
+        return from_exported(exported, args, kwargs)
+    # A static program is captured again: many only became static because nobody asked for a dynamic batch.
+    return capture(exported.module(check_guards=False), args, kwargs, dynamic_shapes, share_tensors=True)
+
+
+def _with_signature(program: Program, stored: Mapping[str, Any], source: str) -> Program:
+    """Give a program the names and notes it was saved with."""
+
+    def specs(kind: str, found: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+        entries = stored[kind]
+        if len(entries) != len(found) or any(
+            len(e["shape"]) != len(f.shape) for e, f in zip(entries, found, strict=True)
+        ):
+            raise LoadError(f"`{source}` does not agree with its own signature ({kind}). Save the program again.")
+        return tuple(
+            TensorSpec(str(e["name"]), tuple(e["shape"]), f.dtype) for e, f in zip(entries, found, strict=True)
+        )
+
+    return dataclasses.replace(
+        program,
+        inputs=specs("inputs", program.inputs),
+        outputs=specs("outputs", program.outputs),
+        notes=tuple(Note(str(n["subject"]), str(n["text"])) for n in stored["notes"]),
+    )
+
+
+def _examples(
+    loaded: LoadedModel, model: nn.Module, data: Any, inputs: Sequence[InputSpec], seed: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Find example inputs: real samples first, then shapes the user gave."""
+    names = input_names(model)
+    if data is not None:
+        return Samples.open(data, names).first(2), {}
+    if not inputs:
+        wanted = ", ".join(names) or "its inputs"
+        raise CaptureError(
+            f"`{loaded.source}` does not say what its inputs look like ({wanted}). Give samples "
+            f"(--data samples.npz) or shapes (--input {names[0] if names else 'x'}=1x3x224x224:float32)."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    made = {spec.name: _random(spec, generator) for spec in inputs}
+    if len(made) == 1:
+        return tuple(made.values()), {}
+    unknown = [name for name in made if name not in names]
+    if unknown:
+        raise CaptureError(f"The model has no input {unknown}; its inputs are {names}. Use those names with --input.")
+    return (), made
+
+
+def _random(spec: InputSpec, generator: torch.Generator) -> torch.Tensor:
+    if spec.dtype.is_floating_point:
+        return torch.randn(spec.shape, generator=generator, dtype=torch.float32).to(spec.dtype)
+    # 0 and 1 are valid token ids, masks and labels of any model
+    return torch.randint(0, 2, spec.shape, generator=generator).to(spec.dtype)
+
+
+def input_names(model: nn.Module) -> list[str]:
+    """List the names of a module's inputs that can be given by position."""
+    import inspect
+
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [name for name, p in inspect.signature(model.forward).parameters.items() if p.kind in kinds]

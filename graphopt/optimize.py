@@ -1,0 +1,167 @@
+"""The whole job: capture, run the pipeline, lower, verify, time, report."""
+
+from __future__ import annotations
+
+import inspect
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from graphopt.backend import Backend
+from graphopt.capture import capture
+from graphopt.context import Batch, Context, NoProgress, Progress
+from graphopt.data import Samples
+from graphopt.deliver import deliver
+from graphopt.errors import DataError, UsageError
+from graphopt.evaluate import evaluator
+from graphopt.hooks import FullCheck, Hook
+from graphopt.pass_base import Pass
+from graphopt.pipeline import Pipeline
+from graphopt.program import Program
+from graphopt.recorder import Recorder
+from graphopt.registry import PassRegistry, backend
+from graphopt.report import Report
+from graphopt.result import Result
+from graphopt.runner import run
+
+_PROBE_SAMPLES = 32  # samples every row's output error is measured on
+DEFAULT_PASSES = "prune:ratio=0.5,svd,int8"
+
+
+def optimize(
+    model: nn.Module | Program,
+    data: Any = None,
+    passes: str | Sequence[Any] | Pipeline = DEFAULT_PASSES,
+    target: str | Backend | Sequence[str | Backend] | None = "onnxruntime",
+    eval: Any = None,
+    seed: int = 0,
+    *,
+    dynamic_shapes: Any = None,
+    plugins: Sequence[Path | str | type[Pass[Any, Any]]] = (),
+    hooks: Sequence[Hook] = (),
+    check: str = "fast",
+    bench: bool = True,
+    progress: Progress | None = None,
+    name: str | None = None,
+) -> Result:
+    """Optimise a model for one or several runtimes.
+
+    Args:
+        model: a module (captured on the first samples of `data`) or a program.
+        data: calibration data: a tensor or array (first axis: samples), a tuple or dict of them, an iterable of
+            batches, or a path. Passes that learn from data use it; without it they say so.
+        passes: pipeline text, or a sequence of passes. "" only captures and lowers.
+        target: a backend's name, a backend, several of them, or None for no lowering.
+        eval: a callable that takes anything callable like the model and returns a number, higher is better; or
+            labelled data, `(data, metric)`.
+        seed: every random draw descends from it.
+        dynamic_shapes: further dynamic axes, as `capture` takes them.
+        plugins: files or classes of passes that the pipeline may name.
+        hooks: called around every pass.
+        check: "fast", or "full" to export again and run each pass's own proof after it.
+        bench: whether to time the artifact against the unoptimised program in the same runtime.
+        progress: shows long loops.
+        name: what the report calls the model.
+
+    Returns:
+        The programs, plans, artifacts and the report. Artifacts live in a temporary directory until `Result.save`.
+
+    Raises:
+        GraphOptError: see its subclasses; nothing is left behind.
+    """
+    if check not in ("fast", "full"):
+        raise UsageError(f"check={check!r} is not known. Use 'fast' or 'full'.")
+    pipeline = Pipeline.parse(passes, PassRegistry(plugins))
+    backends = [backend(item) if isinstance(item, str) else item for item in _listed(target)]
+    program, samples = _program_and_samples(model, data, dynamic_shapes)
+    probe = _probe(program, samples)
+    metric = None if eval is None else evaluator(eval)
+    report = Report(name or _name(model), str(pipeline), metric=getattr(metric, "name", "") if metric else "")
+    report.notes += [f"{note.subject}: {note.text}" for note in program.notes]
+    recorder = Recorder(report, program, probe, metric)
+    recorder.add_original()
+    ctx = Context(
+        original=program,
+        targets=tuple(item.description for item in backends),
+        samples=samples,
+        seed=seed,
+        progress=progress or NoProgress(),
+    )
+    checks = [FullCheck()] if check == "full" else []
+    outcome = run(pipeline, program, ctx, [recorder, *checks, *hooks])
+    home = tempfile.TemporaryDirectory(prefix="graphopt-")
+    artifacts = {
+        item.name: deliver(
+            item,
+            outcome.programs[item.name],
+            program,
+            Path(home.name),
+            report,
+            probe=probe,
+            metric=metric,
+            bench=bench,
+        )
+        for item in backends
+    }
+    return Result(
+        original=program,
+        programs=outcome.programs,
+        plans=[plan for _, plan in outcome.plans],
+        report=report,
+        artifacts=artifacts,
+        pipeline=pipeline,
+        seed=seed,
+        _plan_targets=[name for name, _ in outcome.plans],
+        _home=home,
+    )
+
+
+def _listed(target: str | Backend | Sequence[str | Backend] | None) -> list[str | Backend]:
+    if target is None:
+        return []
+    if isinstance(target, str):
+        return [part.strip() for part in target.split(",") if part.strip()]
+    return [target] if isinstance(target, Backend) else list(target)
+
+
+def _name(model: nn.Module | Program) -> str:
+    return "program" if isinstance(model, Program) else type(model).__name__
+
+
+def _program_and_samples(model: nn.Module | Program, data: Any, dynamic_shapes: Any) -> tuple[Program, Samples | None]:
+    """Capture the model unless it is a program, and fit the data to its inputs."""
+    if isinstance(model, Program):
+        program = model
+    elif data is None:
+        raise DataError(
+            "A module cannot be captured without example inputs. Give data=..., or capture it first: "
+            "graphopt.capture(model, (example,))."
+        )
+    else:
+        program = capture_on(model, Samples.open(data, input_names(model)), dynamic_shapes)
+    if data is None:
+        return program, None
+    samples = Samples.open(data, [spec.name for spec in program.inputs])
+    samples.check(program.inputs)
+    return program, samples
+
+
+def capture_on(model: nn.Module, samples: Samples, dynamic_shapes: Any = None) -> Program:
+    """Capture a module on the first two samples of its data."""
+    return capture(model, samples.first(2), dynamic_shapes=dynamic_shapes)
+
+
+def input_names(model: nn.Module) -> list[str]:
+    """List the names of a module's positional inputs, by its forward's signature."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [name for name, p in inspect.signature(model.forward).parameters.items() if p.kind in kinds]
+
+
+def _probe(program: Program, samples: Samples | None) -> Batch:
+    """Return the inputs that errors are measured on: real samples if there are any."""
+    if samples is None or not program.batched:
+        return program.flat_examples()
+    return samples.first(_PROBE_SAMPLES)
