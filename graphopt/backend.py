@@ -28,9 +28,7 @@ class Session(Protocol):
 class Finding:
     """One thing a backend's check says about an artifact."""
 
-    severity: (
-        str  # "error": the runtime refuses it or computes something else; "warning": slower than it could be
-    )
+    severity: str  # "error": the runtime refuses it or computes something else; "warning": slower than it could be
     node: str  # ONNX node or value, "" for the whole artifact
     text: str  # what is the matter, and what to do
 
@@ -45,7 +43,8 @@ class Artifact:
         backend: the backend that wrote it and can run it.
         inputs: its inputs, as the program's.
         outputs: its outputs, as the program's.
-        session_options: recorded runtime options, as plain data: what `session()` uses and the manifest stores.
+        session_options: recorded runtime options, as plain data: what `session()` uses and the manifest stores. Empty:
+            the runtime's own defaults.
         facts: what the backend found out while lowering (integer operators reached, engine size, ...).
     """
 
@@ -63,7 +62,11 @@ class Artifact:
         return sum(file.stat().st_size for file in self.files)
 
     def session(self, **options: Json) -> Session:
-        """Load the artifact in its runtime. `options` override the recorded session options.
+        """Load the artifact in its runtime.
+
+        Args:
+            options: override the recorded session options. Every backend understands `threads`: how many an
+                operator may use, 0 for the runtime's choice.
 
         Raises:
             LoweringError: the runtime is missing or refuses the artifact.
@@ -72,9 +75,15 @@ class Artifact:
 
 
 class Backend(ABC):
-    """A runtime that programs are lowered to. Registered under `graphopt.backends`."""
+    """A runtime that programs are lowered to. Registered under `graphopt.backends`.
+
+    Attributes:
+        name: what `--target` calls it.
+        times_here: whether the time a session takes on this machine says anything about the target.
+    """
 
     name: ClassVar[str]
+    times_here: ClassVar[bool] = True
 
     @property
     @abstractmethod
@@ -114,4 +123,24 @@ class Backend(ABC):
 
     @abstractmethod
     def session(self, artifact: Artifact, **options: Json) -> Session:
-        """Load `artifact` in the runtime."""
+        """Load `artifact` in the runtime; `options` override those it was recorded with.
+
+        Raises:
+            LoweringError: the runtime is missing or refuses the artifact.
+        """
+
+    @abstractmethod
+    def open(self, path: Path) -> Artifact:
+        """Describe an artifact that `lower` wrote earlier.
+
+        Raises:
+            LoweringError: the file is missing or no artifact of this backend.
+        """
+
+    @abstractmethod
+    def summary(self, artifact: Artifact) -> str:
+        """Say in a few words what lowering reached ("21 of 21 convolutions int8"), for the report's table."""
+
+    @abstractmethod
+    def run_script(self, artifact: Artifact) -> str:
+        """Return a Python script of a few lines that runs the artifact beside it without graphopt."""
