@@ -135,6 +135,12 @@ def _observe_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
 
 observe.register_autograd(_observe_backward)
 
+# The operators as they stand in graphs.
+QUANTIZE = torch.ops.graphopt.quantize.default
+DEQUANTIZE = torch.ops.graphopt.dequantize.default
+FAKE_QUANTIZE = torch.ops.graphopt.fake_quantize.default
+OBSERVE = torch.ops.graphopt.observe.default
+
 
 def _steps(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Tensor:
     """Return round(x / scale) + zero_point as a new floating tensor."""
