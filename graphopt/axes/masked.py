@@ -1,0 +1,298 @@
+"""Masked equivalence: the proof that removing channels removed nothing else.
+
+A pruned program is right if it equals the original in which the removed positions are masked: the removed slices of
+every consuming weight are zero, and every reduction over a removed dimension is taken over the survivors. It is
+checked in float64 with all parameters and statistics drawn at random, at every value of the graph:
+
+    original --- removed positions masked --- live elements ---+
+                                                                +--- equal to 1e-6 of the largest
+    pruned, its tensors cut from the same random ones ---------+
+
+The only thing taken from the pruning is which indices of which parameter are kept. Which positions of every other
+value are gone follows from those, operator by operator (`graphopt.axes.oracle`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx._pytree import tree_flatten_spec
+from torch.utils import _pytree as pytree
+
+from graphopt.axes.oracle.run import Kept, MaskedRun, PlainRun
+from graphopt.axes.oracle.value import Value, compact
+from graphopt.axes.randomise import randomise
+from graphopt.errors import VerifyError
+from graphopt.graph import tensor_attribute
+from graphopt.provenance import user_line
+
+logger = logging.getLogger(__name__)
+
+# Of the largest element of a value. Float64 rounding over a thousand operators stays under 1e-10; one channel taken
+# for another shows at 1e-2 and more with parameters of scale 1.
+TOLERANCE = 1e-6
+_DEFAULT_SEED = 0
+
+
+@dataclass(slots=True)
+class _Findings:
+    """What the comparison has seen so far."""
+
+    error: float = 0.0
+    compared: int = 0
+    # The first value whose surviving elements have another shape than the pruned program's. That is no mistake where
+    # the elements are all alike (zeros, an expanded mask); what it leads to is compared further down.
+    other_shape: str = ""
+
+
+def masked_outputs(gm: fx.GraphModule, removed: Kept, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
+    """Run a program in float64 with removed positions masked; return its flat tensor outputs.
+
+    Args:
+        gm: the original program's graph module.
+        removed: for each parameter or buffer by name, for each dimension, the sorted indices that are kept.
+        inputs: flat inputs, one for each placeholder.
+
+    Raises:
+        VerifyError: an output has removed positions.
+        CannotProveError: an operator takes removed positions and has no rule that says what masking means.
+    """
+    outputs: Any = ()
+    with torch.no_grad():
+        for _, outputs in MaskedRun(gm, removed, inputs, _Reader(gm)):
+            pass  # the last node is the output
+    return tuple(_whole_output(leaf) for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Value))
+
+
+def check_masked_equivalence(
+    original: fx.GraphModule,
+    pruned: fx.GraphModule,
+    kept: Kept,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    generator: torch.Generator | None = None,
+) -> float:
+    """Prove in float64, all parameters drawn at random, that `pruned` is `original` with removed positions masked.
+
+    Args:
+        original: the program before the removal.
+        pruned: the program after it; nodes keep their names.
+        kept: for each parameter or buffer that was cut, for each dimension, the sorted kept indices.
+        args: example inputs; floating-point ones are used in double precision.
+        kwargs: example keyword inputs.
+        generator: for the random parameters; a fixed seed if not given.
+
+    Returns:
+        The largest error of any value of the graph, relative to the value's largest element.
+
+    Raises:
+        VerifyError: a tensor of `pruned` is not cut from that of `original`, or a value differs; the message names
+            the first such node.
+        CannotProveError: an operator takes removed positions and has no rule that says what masking means.
+    """
+    if generator is None:
+        generator = torch.Generator().manual_seed(_DEFAULT_SEED)
+    _check_names(original, pruned)
+    random = randomise(original, generator)
+    inputs = _flat_inputs(random, args, kwargs or {})
+    left = MaskedRun(random, kept, _copies(inputs), _Reader(random))
+    right = PlainRun(pruned, _copies(inputs), _Reader(random, kept))
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # what tensor factories without a dtype make
+    try:
+        with torch.no_grad():
+            findings = _compare_runs(left, right, {node.name for node in original.graph.nodes})
+    finally:
+        torch.set_default_dtype(default)
+    logger.debug("masked equivalence: %d values compared, largest error %.2g", findings.compared, findings.error)
+    return findings.error
+
+
+def check_slices(original: fx.GraphModule, pruned: fx.GraphModule, kept: Kept) -> None:
+    """Check that every tensor of `pruned` is the kept part of that of `original`, bit for bit.
+
+    Raises:
+        VerifyError: a tensor is missing in `original`, has another shape or dtype, or other elements.
+    """
+    _check_names(original, pruned)
+    for name in _tensor_names(pruned):
+        found = tensor_attribute(pruned, name)
+        expected = _cut(tensor_attribute(original, name), kept.get(name, {}))
+        if found.shape != expected.shape or found.dtype != expected.dtype:
+            raise VerifyError(
+                f"`{name}` is {_kind(found)} in the pruned program; what is kept of the original is {_kind(expected)}."
+            )
+        if not torch.equal(found.detach(), expected.detach()) and not _same_with_nan(found, expected):
+            raise VerifyError(f"`{name}` ({_kind(found)}) does not hold the kept elements of the original in order.")
+
+
+def _check_names(original: fx.GraphModule, pruned: fx.GraphModule) -> None:
+    known = frozenset(_tensor_names(original))
+    for name in _tensor_names(pruned):
+        if name not in known:
+            raise VerifyError(f"The pruned program reads `{name}`, which the original does not have.")
+
+
+def _compare_runs(left: MaskedRun, right: PlainRun, names: set[str]) -> _Findings:
+    """Step through both programs side by side; nodes that only one of them has are run but not compared."""
+    findings = _Findings()
+    pruned = iter(right)
+    present = {node.name for node in right.nodes}
+    for node, value in left:
+        if node.name not in present:
+            continue
+        for twin, found in pruned:
+            if twin.name == node.name:
+                _compare(node, value, found, findings)
+                break
+            if twin.name in names:
+                raise VerifyError(
+                    f"The pruned program runs `{twin.name}` before `{node.name}`, unlike the original: a removal keeps "
+                    "names and order of nodes, so this is a bug in the rewriting."
+                )
+    return findings
+
+
+def _compare(node: fx.Node, value: Any, found: Any, findings: _Findings) -> None:
+    expected = pytree.tree_leaves(value)
+    leaves = pytree.tree_leaves(found)
+    if node.op == "output":
+        for leaf in expected:
+            if isinstance(leaf, Value):
+                _whole_output(leaf)
+    if len(expected) != len(leaves):
+        raise VerifyError(f"{_where(node)} returns {len(leaves)} values, the original {len(expected)}.")
+    for want, got in zip(expected, leaves, strict=True):
+        if isinstance(want, Value) and isinstance(got, Tensor):
+            _compare_tensors(node, compact(want.tensor, want.dead), got, findings)
+
+
+def _compare_tensors(node: fx.Node, want: Tensor, got: Tensor, findings: _Findings) -> None:
+    if want.shape != got.shape:
+        text = f"{_where(node)} is {tuple(got.shape)}, the survivors of the original are {tuple(want.shape)}"
+        if node.op == "output":
+            raise VerifyError(f"Masked equivalence fails: {text}.{_hint(findings, text)}")
+        findings.other_shape = findings.other_shape or text
+        return
+    error = _relative_error(want, got)
+    findings.compared += 1
+    if not error <= TOLERANCE:
+        raise VerifyError(
+            f"Masked equivalence fails: {_where(node)} differs from the masked original by {error:.2g} of its largest "
+            f"element (shape {tuple(got.shape)}; allowed {TOLERANCE:g}).{_hint(findings)} The removal did not do to "
+            "this operator what it did to its inputs: keep this group whole and report it."
+        )
+    findings.error = max(findings.error, error)
+
+
+def _hint(findings: _Findings, told: str = "") -> str:
+    earlier = findings.other_shape
+    return f" It may have begun where {earlier}." if earlier and earlier != told else ""
+
+
+def _relative_error(want: Tensor, got: Tensor) -> float:
+    """Return max |want - got| / max |want|; 1 or more where what is not a finite number differs."""
+    if not want.numel():
+        return 0.0
+    if not (want.is_floating_point() or want.is_complex()):
+        return 0.0 if torch.equal(want, got) else 1.0
+    finite = torch.isfinite(want)
+    if not bool(finite.all()):
+        if not _same_with_nan(want.masked_fill(finite, 0), got.masked_fill(finite, 0)):
+            return float("inf")
+        want, got = want[finite], got[finite]
+        if not want.numel():
+            return 0.0
+    scale = float(want.abs().max())
+    difference = float((want - got).abs().max())
+    return difference / scale if scale > 0 else difference
+
+
+def _same_with_nan(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(torch.isclose(a, b, rtol=0, atol=0, equal_nan=True).all())
+
+
+def _whole_output(value: Value) -> Tensor:
+    if value.masked:
+        dims = [dim for dim, flags in enumerate(value.dead) if flags is not None]
+        raise VerifyError(
+            f"An output of shape {tuple(value.tensor.shape)} loses positions of its dimensions {dims}. Outputs must "
+            "keep their shapes: what they are made of is to be left whole."
+        )
+    return value.tensor
+
+
+class _Reader:
+    """Reads tensors of the randomised original, cut to what is kept where asked to."""
+
+    def __init__(self, gm: fx.GraphModule, kept: Kept | None = None) -> None:
+        self._gm = gm
+        self._kept = kept or {}
+        self._own: dict[str, Tensor] = {}
+        # A program that writes to its buffers must not change those of the other run.
+        self._mutates = any(_is_mutable(node) for node in gm.graph.nodes)
+
+    def attribute(self, name: str) -> Any:
+        """Return what the graph module holds under a qualified name: a tensor or the body of a region."""
+        value: Any = self._gm
+        for part in name.split("."):
+            value = getattr(value, part)
+        return value
+
+    def __call__(self, name: str) -> Any:
+        value = self.attribute(name)
+        if not isinstance(value, Tensor):
+            return value
+        if not self._mutates:
+            return _cut(value, self._kept.get(name, {}))
+        if name not in self._own:
+            self._own[name] = _cut(value, self._kept.get(name, {})).clone()
+        return self._own[name]
+
+
+def _is_mutable(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
+
+
+def _cut(tensor: Tensor, kept: Mapping[int, Sequence[int]]) -> Tensor:
+    for dim, indices in kept.items():
+        tensor = tensor.index_select(dim, torch.as_tensor(list(indices), dtype=torch.long))
+    return tensor
+
+
+def _tensor_names(gm: fx.GraphModule) -> list[str]:
+    names = dict.fromkeys(str(node.target) for node in gm.graph.nodes if node.op == "get_attr")
+    reader = _Reader(gm)
+    return [name for name in names if isinstance(reader.attribute(name), Tensor)]
+
+
+def _flat_inputs(gm: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """Arrange inputs as the placeholders stand."""
+    spec = getattr(gm, "_in_spec", None)
+    leaves = [*args, *kwargs.values()] if spec is None else tree_flatten_spec((tuple(args), dict(kwargs)), spec)
+    count = sum(node.op == "placeholder" for node in gm.graph.nodes)
+    if len(leaves) != count:
+        raise VerifyError(f"The program has {count} inputs, {len(leaves)} examples were given.")
+    return list(leaves)
+
+
+def _copies(inputs: Sequence[Any]) -> list[Any]:
+    return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in inputs]
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def _where(node: fx.Node) -> str:
+    if node.op == "output":
+        return "an output"
+    place = user_line(node)
+    return f"node `{node.name}` ({node.target}{', ' + place if place else ''})"

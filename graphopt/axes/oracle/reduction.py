@@ -1,0 +1,189 @@
+"""Reductions and normalisations: taken over the positions that survive."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional
+from torch.utils import _pytree as pytree
+
+from graphopt.axes.oracle.step import Step, masked_rule, tensor_result
+from graphopt.axes.oracle.value import Dead, Value, Vector, compact, from_mask, spread, to_mask, union
+
+
+def _along(dead: Sequence[Vector], dims: Sequence[int]) -> Dead:
+    """Return the vectors of the given dimensions alone."""
+    return tuple(flags if dim in dims else None for dim, flags in enumerate(dead))
+
+
+@masked_rule(
+    "aten::all",
+    "aten::amax",
+    "aten::amin",
+    "aten::aminmax",
+    "aten::any",
+    "aten::count_nonzero",
+    "aten::frobenius_norm",
+    "aten::linalg_norm",
+    "aten::linalg_vector_norm",
+    "aten::logsumexp",
+    "aten::mean",
+    "aten::nanmean",
+    "aten::nansum",
+    "aten::norm",
+    "aten::prod",
+    "aten::std",
+    "aten::std_mean",
+    "aten::sum",
+    "aten::var",
+    "aten::var_mean",
+    "aten::max",
+    "aten::min",
+)
+def reduce(step: Step) -> Any:
+    """Reduce what survives along the reduced dimensions; the others stay as they are."""
+    x = step.first()
+    rank = x.tensor.dim()
+    dims = step.dims("dim", rank)
+    result = step.run(**{step.first_name(): compact(x.tensor, _along(x.dead, dims))})
+    keep = bool(step.arguments.get("keepdim", False))
+    dead = tuple(None if d in dims else flags for d, flags in enumerate(x.dead) if keep or d not in dims)
+    return pytree.tree_map_only(Tensor, lambda t: Value(t, dead), result)
+
+
+@masked_rule("aten::max.dim", "aten::min.dim", "aten::argmax", "aten::argmin", "aten::median.dim", "aten::mode")
+def reduce_to_position(step: Step) -> Any:
+    """Return positions too: they would not be the same after a removal along the dimension."""
+    x = step.first()
+    dims = step.dims("dim", x.tensor.dim())
+    step.require_whole(_along(x.dead, dims), "the dimension whose positions are returned")
+    return reduce(step)
+
+
+@masked_rule("aten::max.other", "aten::min.other")
+def larger(step: Step) -> Value:
+    a, b = step.values()
+    return Value(
+        tensor_result(step.run()), from_mask(to_mask(a.tensor.shape, a.dead) | to_mask(b.tensor.shape, b.dead))
+    )
+
+
+@masked_rule(
+    "aten::_log_softmax",
+    "aten::_softmax",
+    "aten::cumprod",
+    "aten::cumsum",
+    "aten::log_softmax",
+    "aten::logcumsumexp",
+    "aten::softmax",
+    "aten::softmin",
+)
+def keep_shape(step: Step) -> Value:
+    """Run along what survives of the dimension and put the results back at their places."""
+    x = step.first()
+    dead = _along(x.dead, step.dims("dim", x.tensor.dim()))
+    result = step.run(**{step.first_name(): compact(x.tensor, dead)})
+    return Value(spread(tensor_result(result), dead), x.dead)
+
+
+@masked_rule("aten::sort", "aten::argsort", "aten::topk", "aten::kthvalue", "aten::cummax", "aten::cummin")
+def along_whole(step: Step) -> Any:
+    x = step.first()
+    dim = step.dim("dim", x.tensor.dim())
+    step.require_whole([x.dead[dim]], "the dimension that is ordered")
+    result = step.run()
+    dead = x.dead
+
+    def wrap(tensor: Tensor) -> Value:
+        return Value(tensor, dead if tensor.dim() == len(dead) else (*dead[:dim], *dead[dim + 1 :]))
+
+    return pytree.tree_map_only(Tensor, wrap, result)
+
+
+@masked_rule("aten::layer_norm", "aten::rms_norm", "aten::native_layer_norm")
+def layer_norm(step: Step) -> Value:
+    x, weight, bias = step["input"], step.get("weight"), step.get("bias")
+    count = len(step["normalized_shape"])
+    lead: Dead = (None,) * (x.tensor.dim() - count)
+    dead = [
+        union(*column) for column in zip(*(v.dead[-count:] for v in (x, weight, bias) if v is not None), strict=True)
+    ]
+    shortened: dict[str, Any] = {"input": compact(x.tensor, [*lead, *dead])}
+    shortened["normalized_shape"] = list(shortened["input"].shape[-count:])
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None:
+            shortened[name] = compact(value.tensor, dead)
+    result = pytree.tree_leaves(step.run(**shortened))
+    out = Value(spread(result[0], [*lead, *dead]), (*x.dead[:-count], *dead))
+    if len(result) == 1:
+        return out
+    statistics: Dead = (*x.dead[:-count], *((None,) * count))
+    return [out, *(Value(tensor, statistics) for tensor in result[1:])]  # type: ignore[return-value]
+
+
+@masked_rule("aten::group_norm")
+def group_norm(step: Step) -> Value:
+    """Normalise (channels / groups, space) of each group, then scale per channel."""
+    x, weight, bias = step["input"], step.get("weight"), step.get("bias")
+    groups = int(step["num_groups"])
+    shape = x.tensor.shape
+    step.require_whole(x.dead[2:], "space")
+    channels = union(*(v.dead[d] for v, d in ((x, 1), (weight, 0), (bias, 0)) if v is not None))
+    split = (shape[0], groups, shape[1] // groups, *shape[2:])
+    parts: Dead = (None,) * len(split)
+    if channels is not None:
+        of_group, inside = from_mask(channels.view(split[1:3]))
+        parts = (None, of_group, inside, *parts[3:])
+    left = compact(x.tensor.reshape(split), parts)
+    normal = functional.group_norm(left.flatten(1, 2), left.size(1), eps=float(step["eps"])).view(left.shape)
+    result = spread(normal, parts).reshape(shape)
+    per_channel = (1, -1, *(1 for _ in shape[2:]))
+    if weight is not None:
+        result = result * weight.tensor.view(per_channel)
+    if bias is not None:
+        result = result + bias.tensor.view(per_channel)
+    return Value(result, (x.dead[0], channels, *x.dead[2:]))
+
+
+@masked_rule(
+    "aten::batch_norm",
+    "aten::instance_norm",
+    "aten::cudnn_batch_norm",
+    "aten::native_batch_norm",
+    "aten::_native_batch_norm_legit",
+    "aten::_native_batch_norm_legit_no_training",
+)
+def per_channel_norm(step: Step) -> Any:
+    """Statistics of each channel are its own: nothing crosses channels."""
+    x, *others = step.values()
+    step.require_whole([x.dead[0], *x.dead[2:]], "a dimension that statistics are taken over")
+    dead: Dead = (None, union(x.dead[1], *(v.dead[0] for v in others)), *x.dead[2:])
+    result = step.run()
+    if isinstance(result, Tensor):
+        return Value(result, dead)
+    return [Value(t, dead if t.dim() == len(dead) else (None,) * t.dim()) for t in result]
+
+
+@masked_rule("aten::cosine_similarity", "aten::pairwise_distance")
+def compare_vectors(step: Step) -> Value:
+    a, b = step.values()
+    joined = tuple(union(*pair) for pair in zip(a.dead, b.dead, strict=True))
+    dim = step.dim("dim", a.tensor.dim()) if "dim" in step.arguments else a.tensor.dim() - 1
+    names = [name for name, value in step.arguments.items() if isinstance(value, Value)]
+    tensors = [compact(value.tensor, _along(joined, [dim])) for value in (a, b)]
+    result = step.run(**dict(zip(names, tensors, strict=True)))
+    return Value(tensor_result(result), (*joined[:dim], *joined[dim + 1 :]))
+
+
+@masked_rule(
+    "aten::fft_fft", "aten::fft_ifft", "aten::fft_rfft", "aten::fft_irfft", "aten::fft_hfft", "aten::fft_ihfft",
+    "aten::fft_fft2", "aten::fft_ifft2", "aten::fft_rfft2", "aten::fft_irfft2", "aten::fft_fftn", "aten::fft_ifftn",
+    "aten::fft_rfftn", "aten::fft_irfftn",
+)  # fmt: skip
+def transform(step: Step) -> Value:
+    x = step.first()
+    dims = step.dims("dim", x.tensor.dim())
+    step.require_whole(_along(x.dead, dims), "a dimension that is transformed")
+    return Value(tensor_result(step.run()), x.dead)
