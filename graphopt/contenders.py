@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from graphopt.backend import Artifact
+from graphopt.bench import batch_of
 from graphopt.context import Batch
 from graphopt.data import Samples
 from graphopt.deliver import flat
@@ -19,6 +20,7 @@ from graphopt.program import Program, TensorSpec
 from graphopt.registry import backend
 
 _ARTIFACT = ".onnx"
+_SAMPLES = 8  # of made-up inputs
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ def open_contender(path: Path, *, data: Any, trust: bool, seed: int) -> Contende
     return Contender(path, program.inputs, program.outputs, call, program)
 
 
-def common_inputs(pair: Sequence[Contender], data: Any, samples: int, seed: int) -> Batch:
-    """Return inputs that both contenders take: real samples, a program's examples, or random ones.
+def common_inputs(pair: Sequence[Contender], data: Any, samples: int) -> Batch:
+    """Return inputs that both contenders take: real samples, a program's examples, or made-up ones.
 
     Raises:
         UsageError: they take different inputs.
@@ -74,17 +76,4 @@ def common_inputs(pair: Sequence[Contender], data: Any, samples: int, seed: int)
     for one in pair:
         if isinstance(one.loaded, Program):
             return one.loaded.flat_examples()
-    return random_inputs(first.inputs, seed)
-
-
-def random_inputs(specs: Sequence[TensorSpec], seed: int, *, dynamic_size: int = 2) -> Batch:
-    """Make random inputs: normal floats, integers 0 and 1 (valid ids, masks and labels of any model)."""
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    for spec in specs:
-        shape = [size if isinstance(size, int) else dynamic_size for size in spec.shape]
-        if spec.dtype.is_floating_point:
-            made.append(torch.randn(shape, generator=generator).to(spec.dtype))
-        else:
-            made.append(torch.randint(0, 2, shape, generator=generator).to(spec.dtype))
-    return tuple(made)
+    return tuple(torch.from_numpy(array) for array in batch_of(first.inputs, None, _SAMPLES))

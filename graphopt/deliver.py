@@ -12,12 +12,12 @@ import torch
 from torch.utils import _pytree as pytree
 
 from graphopt.backend import Artifact, Backend, Session
-from graphopt.bench import compare
+from graphopt.bench import Comparison, Spread, Timing, compare
 from graphopt.context import Batch
 from graphopt.equivalence import measure
 from graphopt.program import Program
 from graphopt.recorder import Metric
-from graphopt.report import Report, Row
+from graphopt.report import Latency, Report, Row
 
 
 def deliver(
@@ -54,14 +54,34 @@ def deliver(
     )
     before = dataclasses.replace(report.original, size=baseline.size)
     if bench and item.times_here:
-        found = compare(baseline, artifact)
-        row = dataclasses.replace(row, latency=_latency(found, "recorded"), plain=_latency(found, "plain"))
-        before = dataclasses.replace(before, latency=_baseline(found, "recorded"), plain=_baseline(found, "plain"))
+        found = compare(baseline, artifact, tuple(tensor.numpy() for tensor in probe))
+        row = dataclasses.replace(
+            row,
+            latency=_latency("recorded", found, found.recorded.second, found.recorded.wall_ratio),
+            plain=_latency("plain", found, found.plain.second, found.plain.wall_ratio),
+        )
+        before = dataclasses.replace(
+            before,
+            latency=_latency("recorded", found, found.recorded.first),
+            plain=_latency("plain", found, found.plain.first),
+        )
     report.rows[0] = before
     report.rows.append(row)
     report.facts[item.name] = dict(artifact.facts)
     report.notes += [f"{item.name}: {finding.text}" for finding in item.check(artifact)]
     return artifact
+
+
+def _latency(options: str, found: Comparison, timing: Timing, ratio: Spread | None = None) -> Latency:
+    wall = timing.wall
+    return Latency(
+        f"{options} options, {found.threads} thread{'s' if found.threads > 1 else ''}",
+        found.batch,
+        wall.median,
+        (wall.lower, wall.upper),
+        ratio.median if ratio else None,
+        (ratio.lower, ratio.upper) if ratio else None,
+    )
 
 
 def flat(session: Session) -> Callable[[Batch], Batch]:

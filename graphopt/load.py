@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -101,9 +103,9 @@ def _examples(
     loaded: LoadedModel, model: nn.Module, data: Any, inputs: Sequence[InputSpec], seed: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Find example inputs: real samples first, then shapes the user gave."""
-    names = input_names(model)
+    names = [name for name, _ in _parameters(model)]
     if data is not None:
-        return Samples.open(data, names).first(2), {}
+        return example_inputs(model, data)
     if not inputs:
         wanted = ", ".join(names) or "its inputs"
         raise CaptureError(
@@ -117,7 +119,26 @@ def _examples(
     unknown = [name for name in made if name not in names]
     if unknown:
         raise CaptureError(f"The model has no input {unknown}; its inputs are {names}. Use those names with --input.")
-    return (), made
+    return _arrange(made, names)
+
+
+def example_inputs(model: nn.Module, data: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the first two samples of `data` as the arguments of a module.
+
+    Raises:
+        DataError: the data cannot be read, or has other names than the module's inputs.
+    """
+    parameters = _parameters(model)
+    required = sum(1 for _, optional in parameters if not optional)
+    names = [name for name, _ in parameters]
+    samples = Samples.open(data, names, required=required)
+    return _arrange(dict(zip(samples.names, samples.first(2), strict=True)), names)
+
+
+def _arrange(values: Mapping[str, torch.Tensor], names: Sequence[str]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Give inputs by position as far as no optional one is left out before them, the rest by keyword."""
+    positional = list(itertools.takewhile(lambda name: name in values, names))
+    return tuple(values[name] for name in positional), {k: values[k] for k in values if k not in positional}
 
 
 def _random(spec: InputSpec, generator: torch.Generator) -> torch.Tensor:
@@ -127,9 +148,8 @@ def _random(spec: InputSpec, generator: torch.Generator) -> torch.Tensor:
     return torch.randint(0, 2, spec.shape, generator=generator).to(spec.dtype)
 
 
-def input_names(model: nn.Module) -> list[str]:
-    """List the names of a module's inputs that can be given by position."""
-    import inspect
-
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [name for name, p in inspect.signature(model.forward).parameters.items() if p.kind in kinds]
+def _parameters(model: nn.Module) -> list[tuple[str, bool]]:
+    """List a module's inputs that have a name: (name, whether it may be left out)."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    signature = inspect.signature(model.forward).parameters
+    return [(name, p.default is not inspect.Parameter.empty) for name, p in signature.items() if p.kind in kinds]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +15,9 @@ from graphopt.context import Batch, Context, NoProgress, Progress
 from graphopt.data import Samples
 from graphopt.deliver import deliver
 from graphopt.errors import DataError, UsageError
-from graphopt.evaluate import evaluator
+from graphopt.evaluate import Evaluator, FunctionEvaluator, evaluator
 from graphopt.hooks import FullCheck, Hook
+from graphopt.load import example_inputs
 from graphopt.pass_base import Pass
 from graphopt.pipeline import Pipeline
 from graphopt.program import Program
@@ -78,8 +78,8 @@ def optimize(
     backends = [backend(item) if isinstance(item, str) else item for item in _listed(target)]
     program, samples = _program_and_samples(model, data, dynamic_shapes)
     probe = _probe(program, samples)
-    metric = None if eval is None else evaluator(eval)
-    report = Report(name or _name(model), str(pipeline), metric=getattr(metric, "name", "") if metric else "")
+    metric = None if eval is None else _evaluator(eval, program)
+    report = Report(name or _name(model), str(pipeline), metric.name if metric else "")
     report.notes += [f"{note.subject}: {note.text}" for note in program.notes]
     recorder = Recorder(report, program, probe, metric)
     recorder.add_original()
@@ -141,7 +141,7 @@ def _program_and_samples(model: nn.Module | Program, data: Any, dynamic_shapes: 
             "graphopt.capture(model, (example,))."
         )
     else:
-        program = capture_on(model, Samples.open(data, input_names(model)), dynamic_shapes)
+        program = capture(model, *example_inputs(model, data), dynamic_shapes)
     if data is None:
         return program, None
     samples = Samples.open(data, [spec.name for spec in program.inputs])
@@ -149,15 +149,11 @@ def _program_and_samples(model: nn.Module | Program, data: Any, dynamic_shapes: 
     return program, samples
 
 
-def capture_on(model: nn.Module, samples: Samples, dynamic_shapes: Any = None) -> Program:
-    """Capture a module on the first two samples of its data."""
-    return capture(model, samples.first(2), dynamic_shapes=dynamic_shapes)
-
-
-def input_names(model: nn.Module) -> list[str]:
-    """List the names of a module's positional inputs, by its forward's signature."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [name for name, p in inspect.signature(model.forward).parameters.items() if p.kind in kinds]
+def _evaluator(spec: Any, program: Program) -> Evaluator | FunctionEvaluator:
+    if program.batched:
+        return evaluator(spec, specs=program.inputs)
+    batch = program.flat_examples()[0].shape[0]
+    return evaluator(spec, specs=program.inputs, batch_size=batch, fixed_batch=True)
 
 
 def _probe(program: Program, samples: Samples | None) -> Batch:

@@ -24,12 +24,12 @@ class Latency:
     """Time of one call of a session, and of the float32 original measured in turn with it.
 
     Attributes:
-        session: what was measured: execution provider, threads, options ("recorded" or "plain").
+        session: which session was measured: options ("recorded" or "plain") and threads.
         batch: samples per call.
         milliseconds: median wall-clock time of a call.
-        spread: (smallest, largest) of the same.
+        spread: first and third quartile of the same.
         speedup: original over this, median of the pairs; None for the original itself.
-        speedup_spread: (first, third) quartile of the pairs' ratios.
+        speedup_spread: first and third quartile of the pairs' ratios.
     """
 
     session: str

@@ -27,9 +27,7 @@ Input = Annotated[
 ]
 Dynamic = Annotated[
     list[str] | None,
-    typer.Option(
-        "--dynamic", help="A further dynamic axis beside the batch: input:axis, such as tokens:1."
-    ),
+    typer.Option("--dynamic", help="A further dynamic axis beside the batch: input:axis, such as tokens:1."),
 ]
 Factory = Annotated[str | None, typer.Option(help="package.module:function that builds the model.")]
 Weights = Annotated[Path | None, typer.Option(help="Weights for --factory: .safetensors or a state dict.")]

@@ -32,7 +32,7 @@ def command(
 
     arguments.check_format(format)
     pair = [open_contender(path, data=data, trust=trust, seed=seed) for path in (one, other)]
-    batch = common_inputs(pair, data, samples, seed)
+    batch = common_inputs(pair, data, samples)
     found = compare_outputs(pair[0].outputs, pair[0].call(batch), pair[1].call(batch))
     facts = {
         "max_error": found.max_error,
@@ -46,9 +46,7 @@ def command(
         json.dump(facts, sys.stdout, indent=1)
         print()
     else:
-        agreement = (
-            "" if found.agreement is None else f", largest entry at the same place in {found.agreement:.2%} of rows"
-        )
+        rows = "" if found.agreement is None else f", largest entry at the same place in {found.agreement:.2%} of rows"
         print(f"largest error {found.max_error:.3g} ({found.relative:.3g} of the largest output){rows}")
     if found.relative > tolerance:
         raise VerifyError(

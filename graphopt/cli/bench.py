@@ -1,0 +1,99 @@
+"""`graphopt bench A [B]`: latency of artifacts, measured in turn."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from graphopt.cli import arguments
+from graphopt.cli.arguments import Data, Format, Input, Seed, Trust
+
+if TYPE_CHECKING:
+    from graphopt.backend import Artifact
+    from graphopt.bench import Comparison, Pair
+
+
+def command(
+    one: Annotated[Path, typer.Argument(metavar="A", help="An artifact (.onnx), or a model, which is lowered first.")],
+    other: Annotated[Path | None, typer.Argument(metavar="B", help="What A is compared with.")] = None,
+    data: Data = None,
+    inputs: Input = None,
+    batch: Annotated[int, typer.Option(min=1, help="Samples per call.")] = 1,
+    threads: Annotated[int, typer.Option(min=0, help="Threads of an operator; 0: the runtime's choice.")] = 1,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Time to spend on each kind of session.")] = 5.0,
+    target: Annotated[str, typer.Option(help="What models are lowered to before they are timed.")] = "onnxruntime",
+    trust: Trust = False,
+    seed: Seed = 0,
+    format: Format = "text",
+) -> None:
+    """Time one artifact, or two in turn, on recorded and on plain session options."""
+    import tempfile
+
+    from graphopt.bench import compare
+
+    arguments.check_format(format)
+    with tempfile.TemporaryDirectory(prefix="graphopt-") as home:
+
+        def opened(path: Path, name: str) -> Artifact:
+            return _artifact(path, Path(home) / f"{name}.onnx", target, data, inputs, trust, seed)
+
+        first = opened(one, "a")
+        second = opened(other, "b") if other is not None else first
+        feed = _feed(first, data, batch)
+        found = compare(first, second, feed, batch=batch, threads=threads, seconds=seconds)
+    if format == "json":
+        json.dump(dataclasses.asdict(found), sys.stdout, indent=1)
+        print()
+    else:
+        _print(found, str(one), str(other) if other is not None else None)
+
+
+def _artifact(
+    path: Path, lowered: Path, target: str, data: str | None, inputs: list[str] | None, trust: bool, seed: int
+) -> Artifact:
+    from graphopt.registry import backend
+
+    if path.suffix == ".onnx":
+        return backend(target).open(path)
+    program = arguments.load_program(
+        path, data=data, inputs=inputs, dynamic=None, factory=None, weights=None, trust=trust, seed=seed
+    )
+    return backend(target).lower(program, lowered)
+
+
+def _feed(artifact: Artifact, data: str | None, batch: int) -> tuple[Any, ...] | None:
+    if data is None:
+        return None
+    from graphopt.data import Samples
+
+    samples = Samples.open(data, [spec.name for spec in artifact.inputs])
+    samples.check(artifact.inputs)
+    return tuple(tensor.numpy() for tensor in samples.first(batch))
+
+
+def _print(found: Comparison, one: str, other: str | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"batch {found.batch}, {found.threads or 'all'} thread{'s' if found.threads != 1 else ''}"
+    table = Table(title=title, title_justify="left", header_style="bold", pad_edge=False)
+    table.add_column("model", overflow="fold")
+    for column in ("session", "wall ms (quartiles)", "CPU ms", f"A over B{' (quartiles)' if other else ''}"):
+        if other or not column.startswith("A over"):
+            table.add_column(column, justify="right")
+    kinds: list[tuple[str, Pair]] = [("recorded", found.recorded), ("plain", found.plain)]
+    for kind, pair in kinds:
+        ratio = pair.wall_ratio
+        rows = [(one, pair.first, "")]
+        if other is not None:
+            rows.append((other, pair.second, f"{ratio.median:.2f} ({ratio.lower:.2f}-{ratio.upper:.2f})"))
+        for name, timing, text in rows:
+            wall = f"{timing.wall.median:.3g} ({timing.wall.lower:.3g}-{timing.wall.upper:.3g})"
+            cells = [name, kind, wall, f"{timing.cpu.median:.3g}"]
+            table.add_row(*cells, *([text] if other is not None else []))
+    Console().print(table)
