@@ -113,7 +113,7 @@ def collect(
         users = [m for m in members[number] if _among(m, consumed.get(number, {}))]
         if not makers and not users:
             continue
-        kind = kinds.of(axis, makers)
+        kind = kinds.of(axis, makers or users)
         base = f"{(makers or users)[0].parameter.removesuffix('.weight')}:{kind}"
         names[base] = names.get(base, 0) + 1
         name = base if names[base] == 1 else f"{base}#{names[base]}"

@@ -38,18 +38,23 @@ def contract(call: Call, operands: Sequence[Operand], result: Sequence[str]) -> 
 
 
 def _assign_roles(call: Call, operands: Sequence[Operand], result: Sequence[str], by_label: dict[str, Layout]) -> None:
-    holders = {label: [op for op in operands if label in op.labels] for label in by_label}
     activations = [op for op in operands if not call.is_weight(op.node)]
     for label, layout in by_label.items():
-        weights = [op for op in holders[label] if call.is_weight(op.node)]
-        if label not in result:
-            for operand in weights:
-                call.consumes(operand.node, operand.labels.index(label))
-        elif len(holders[label]) == 1:
-            for operand in weights:
-                call.produces(operand.node, operand.labels.index(label))
+        holders = [op for op in operands if label in op.labels]
         if len(activations) == 2 and all(label in op.labels for op in activations):
             call.mark(layout, "heads" if label in result else "head_dim")
+        for place, operand in enumerate(holders):
+            if not call.is_weight(operand.node):
+                continue
+            dim = operand.labels.index(label)
+            if not activations:
+                # One weight computed from others: what they share, the first makes and the rest use up.
+                if label not in result:
+                    (call.consumes if place else call.produces)(operand.node, dim)
+            elif label not in result:
+                call.consumes(operand.node, dim)
+            elif len(holders) == 1:
+                call.produces(operand.node, dim)
 
 
 def _labels(prefix: str, count: int) -> tuple[str, ...]:
