@@ -1,0 +1,217 @@
+"""`Samples`: data as tuples of tensors in the model's input order, as often and in as small pieces as wanted."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from graphopt.data.binding import Bound, bind
+from graphopt.data.fitting import describe, fit
+from graphopt.data.input_spec import Spec
+from graphopt.data.sources import Source, open_source
+from graphopt.errors import DataError
+
+log = logging.getLogger(__name__)
+
+Batch = tuple[torch.Tensor, ...]  # one tensor per input, first axis: samples
+Labelled = tuple[Batch, torch.Tensor | None]
+# Samples read at once where the caller asks for no particular size.
+READ_SIZE = 256
+
+
+class Samples:
+    """Samples for a model, re-iterable, read as they are needed.
+
+    Attributes:
+        names: The inputs that the data has, in the model's order.
+        notes: What was converted or left aside, one sentence each, in the order it was met.
+    """
+
+    def __init__(self, source: Source, names: Sequence[str] | None, required: int | None) -> None:
+        """Use `Samples.open`."""
+        self._source = source
+        self._wanted = None if names is None else tuple(names)
+        self._required = required
+        self._specs: tuple[Spec, ...] | None = None
+        self.notes: list[str] = []
+        first = next(self._bound(), None)
+        if first is None:
+            raise DataError("The data holds no batches.")
+        self.names = first.names
+        if first.count == 0 and self.count == 0:
+            raise DataError(f"{first.where[:1].upper()}{first.where[1:]} holds no samples.")
+
+    @classmethod
+    def open(cls, source: Any, names: Sequence[str] | None = None, *, required: int | None = None) -> Samples:
+        """Open data of any kind; reads no more than the first batch, and of files the headers.
+
+        >>> samples = Samples.open(torch.ones(5, 3), ["x"])
+        >>> [batch[0].shape[0] for batch in samples.batches(2)]
+        [2, 2, 1]
+
+        Args:
+            source: A tensor or array (first axis: samples); a tuple or dict of them for several inputs; an
+                iterable of batches (a batch is a tensor, a tuple, list or dict of them, or a pair of such and
+                labels); or a path: `.npz`, `.npy`, `.safetensors`, a folder of them, `module:function` that
+                yields batches. In a tuple, one array more than the model has inputs is taken as labels; by name,
+                `labels`, `label`, `y`, `targets` or `target` are.
+            names: The model's inputs, in order; None takes the data's own.
+            required: How many of `names` must be given; the rest are optional arguments of the model.
+
+        Raises:
+            DataError: The data cannot be read, or has other names or numbers of arrays than the model.
+            UsageError: There is no such function.
+        """
+        return cls(open_source(source, names or ()), names, required)
+
+    @property
+    def count(self) -> int | None:
+        """How many samples there are; None where only going through them would tell."""
+        return sum(bound.count for bound in self._bound()) if self._source.sized else None
+
+    @property
+    def labels(self) -> torch.Tensor | None:
+        """The labels of all samples, shape (samples, ...); None where the data has none."""
+        if self._source.sized:
+            pieces = [bound.labels.read(0, bound.count) if bound.labels else None for bound in self._bound()]
+        else:
+            pieces = [labels for _, labels in self._pieces(READ_SIZE, None)]
+        found = [piece for piece in pieces if piece is not None]
+        return torch.cat(found) if found and len(found) == len(pieces) else None
+
+    def batches(self, batch_size: int, limit: int | None = None, *, drop_last: bool = False) -> Iterator[Batch]:
+        """Yield tuples of tensors of `batch_size` samples, in the data's order; the last may hold fewer.
+
+        Batches of unlike shapes (text padded to its own batch's length) are not joined: then a batch may also
+        end early.
+
+        Args:
+            batch_size: Samples per batch, at least 1.
+            limit: Stop after this many samples.
+            drop_last: Leave out what does not fill a batch, for models of a fixed batch size.
+        """
+        for inputs, _ in self.labelled_batches(batch_size, limit):
+            if not drop_last or inputs[0].shape[0] == batch_size:
+                yield inputs
+
+    def labelled_batches(self, batch_size: int, limit: int | None = None) -> Iterator[Labelled]:
+        """Yield pairs of inputs and labels as `batches` does; labels are None where the data has none."""
+        held: list[Labelled] = []
+        size = 0
+        for inputs, labels in self._pieces(batch_size, limit):
+            while inputs[0].shape[0]:
+                if held and not _joinable(held[-1], (inputs, labels)):
+                    yield _join(held)
+                    held, size = [], 0
+                take = min(batch_size - size, inputs[0].shape[0])
+                held.append((tuple(t[:take] for t in inputs), None if labels is None else labels[:take]))
+                size += take
+                inputs, labels = tuple(t[take:] for t in inputs), None if labels is None else labels[take:]
+                if size == batch_size:
+                    yield _join(held)
+                    held, size = [], 0
+        if held:
+            yield _join(held)
+
+    def first(self, count: int) -> Batch:
+        """Return the first `count` samples (or all, if there are fewer) as one batch."""
+        batch = next(self.batches(count, count), None)
+        if batch is None:
+            raise DataError("The data holds no samples.")
+        return batch
+
+    def check(self, specs: Sequence[Spec], limit: int | None = READ_SIZE) -> Samples:
+        """Check the data against a model's inputs, and from now on every batch as it is read.
+
+        Args:
+            specs: What the model takes, in order.
+            limit: How many samples to look at now; None looks at all.
+
+        Returns:
+            These samples; what is read of them from now on has the dtypes of `specs`.
+
+        Raises:
+            DataError: An input is missing, or rank, size, dtype or values of one do not fit.
+        """
+        missing = [spec for spec in specs if spec.name not in self.names]
+        if missing:
+            listed = ", ".join(f"`{spec.name}` ({describe(spec)})" for spec in missing)
+            has = ", ".join(f"`{name}`" for name in self.names)
+            raise DataError(f"The data lacks the model's input {listed}; it has {has}.")
+        self._wanted = tuple(spec.name for spec in specs)
+        self._specs = tuple(specs)
+        self.names = self._wanted
+        for _ in self._pieces(READ_SIZE, limit):
+            pass
+        return self
+
+    def _bound(self) -> Iterator[Bound]:
+        """Yield the chunks, matched to the inputs; every chunk must have what the first had."""
+        expected: tuple[str, ...] | None = None
+        for chunk in self._source.chunks():
+            bound = bind(chunk, self._wanted, self._required)
+            if expected is not None and bound.names != expected:
+                raise DataError(f"The inputs of {bound.where} are {bound.names}; those before it had {expected}.")
+            expected = bound.names
+            self._note(bound.note)
+            yield bound
+
+    def _pieces(self, size: int, limit: int | None) -> Iterator[Labelled]:
+        """Yield what is read at once: at most `size` samples of one chunk, checked."""
+        if size < 1:
+            raise DataError(f"A batch of {size} samples is empty; ask for at least 1.")
+        left = limit
+        for bound in self._bound():
+            stop = bound.count if left is None else min(bound.count, left)
+            for start in range(0, stop, size):
+                end = min(start + size, stop)
+                inputs = tuple(column.read(start, end) for column in bound.inputs)
+                labels = None if bound.labels is None else bound.labels.read(start, end)
+                yield self._fit(inputs, bound, start), labels
+            left = None if left is None else left - stop
+            if left == 0:
+                return
+
+    def _fit(self, inputs: Batch, bound: Bound, start: int) -> Batch:
+        if self._specs is None:
+            return inputs
+        fitted = []
+        sizes: dict[str, tuple[int, str]] = {}
+        for tensor, spec in zip(inputs, self._specs, strict=True):
+            result, note = fit(tensor, spec, bound.where, start)
+            self._note(note)
+            fitted.append(result)
+            for size, axis in zip(tensor.shape[1:], spec.shape[1:], strict=True):
+                known, owner = sizes.setdefault(axis, (size, spec.name)) if isinstance(axis, str) else (size, "")
+                if known != size:
+                    raise DataError(
+                        f"Inputs `{owner}` and `{spec.name}` must have the same size along `{axis}`, but {bound.where} "
+                        f"has {known} and {size}."
+                    )
+        return tuple(fitted)
+
+    def _note(self, text: str | None) -> None:
+        if text and text not in self.notes:
+            self.notes.append(text)
+            log.info("%s", text)
+
+
+def _joinable(one: Labelled, other: Labelled) -> bool:
+    """Tell whether two pieces can be one batch: same shapes but for the number of samples."""
+    tensors, others = [*one[0], one[1]], [*other[0], other[1]]
+    return all(
+        (a is None and b is None)
+        or (a is not None and b is not None and a.shape[1:] == b.shape[1:] and a.dtype == b.dtype)
+        for a, b in zip(tensors, others, strict=True)
+    )
+
+
+def _join(pieces: Sequence[Labelled]) -> Labelled:
+    if len(pieces) == 1:
+        return pieces[0]
+    inputs = tuple(torch.cat(parts) for parts in zip(*(piece[0] for piece in pieces), strict=True))
+    labels = [piece[1] for piece in pieces if piece[1] is not None]
+    return inputs, torch.cat(labels) if labels else None

@@ -1,0 +1,146 @@
+"""Metrics of outputs against labels, each higher-is-better.
+
+Those that count right answers are in percent, so that a drop of 0.5 means half a point; `mse` and `mae` are
+negated and in the units of the outputs.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from graphopt.errors import DataError, UsageError
+
+Array = NDArray[Any]
+# Labels that training code writes where there is nothing to predict.
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number for outputs and labels.
+
+    Attributes:
+        name: What `--eval DATA:name` calls it.
+        unit: What a drop is counted in.
+        reduce: Turns a batch's outputs and labels into rows that are kept, one per prediction.
+        score: Turns all kept rows into the number; higher is better.
+    """
+
+    name: str
+    unit: str
+    reduce: Callable[[Array, Array], Array]
+    score: Callable[[Array], float]
+
+
+def find_metric(name: str) -> Metric:
+    """Return a metric by name; raises `UsageError` with the nearest name."""
+    if name in METRICS:
+        return METRICS[name]
+    near = difflib.get_close_matches(name, list(METRICS), 1)
+    hint = f" Did you mean `{near[0]}`?" if near else ""
+    raise UsageError(f"There is no metric `{name}`.{hint} Known: {', '.join(METRICS)}.")
+
+
+def _scores_and_classes(outputs: Array, labels: Array) -> tuple[Array, Array]:
+    """Return scores of shape (predictions, classes) and classes of shape (predictions,), ignored ones left out.
+
+    Classes lie along the last axis (text: N, T, C), or, where only that fits the labels, along the second
+    (images: N, C, H, W). Labels may be one-hot.
+    """
+    if labels.shape == outputs.shape and outputs.ndim > 1:
+        labels = labels.argmax(-1)
+    if labels.ndim == outputs.ndim and labels.shape[-1] == 1:
+        labels = labels[..., 0]
+    if outputs.ndim > 1 and outputs.shape[:-1] == labels.shape:
+        scores = outputs
+    elif outputs.ndim > 1 and (outputs.shape[:1] + outputs.shape[2:]) == labels.shape:
+        scores = np.moveaxis(outputs, 1, -1)
+    else:
+        raise DataError(f"Outputs of shape {outputs.shape} are not scores of classes for labels {labels.shape}.")
+    if not np.issubdtype(labels.dtype, np.integer) and not np.array_equal(labels, np.floor(labels)):
+        raise DataError("The labels are not class numbers; for a regression use the metric mse, mae or spearman.")
+    scores, labels = scores.reshape(-1, scores.shape[-1]), labels.reshape(-1).astype(np.int64)
+    counted = labels != IGNORED_LABEL
+    if labels[counted].size and (labels[counted].min() < 0 or labels[counted].max() >= scores.shape[-1]):
+        raise DataError(f"Labels reach {labels[counted].max()}, but the model scores {scores.shape[-1]} classes.")
+    return scores[counted], labels[counted]
+
+
+def _in_top(k: int) -> Callable[[Array, Array], Array]:
+    def reduce(outputs: Array, labels: Array) -> Array:
+        scores, classes = _scores_and_classes(outputs, labels)
+        own = np.take_along_axis(scores, classes[:, None], 1)
+        # Ties are decided by the class number, as argmax does; a score of NaN is never right.
+        earlier = np.arange(scores.shape[1])[None] < classes[:, None]
+        better = (scores > own) | ((scores == own) & earlier)
+        finite = ~np.isnan(scores).any(1)
+        return (better.sum(1) < k) & finite
+
+    return reduce
+
+
+def _predicted_and_true(outputs: Array, labels: Array) -> Array:
+    scores, classes = _scores_and_classes(outputs, labels)
+    return np.stack([scores.argmax(1), classes], 1)
+
+
+def _values_and_targets(outputs: Array, labels: Array) -> Array:
+    if outputs.size != labels.size:
+        raise DataError(f"Outputs of shape {outputs.shape} and labels of shape {labels.shape} cannot be compared.")
+    return np.stack([outputs.reshape(-1).astype(np.float64), labels.reshape(-1).astype(np.float64)], 1)
+
+
+def _macro_f1(rows: Array) -> float:
+    """Return the mean over the classes that occur of 2 TP / (2 TP + FP + FN), in percent."""
+    predicted, true = rows[:, 0], rows[:, 1]
+    classes = np.union1d(predicted, true)
+    hits = np.array([np.sum((predicted == c) & (true == c)) for c in classes])
+    total = np.array([np.sum(predicted == c) + np.sum(true == c) for c in classes])
+    return float(100 * np.mean(2 * hits / total))
+
+
+def _spearman(rows: Array) -> float:
+    """Return the correlation of ranks, ties sharing their mean rank, times 100; 0 for a constant."""
+    ranks = np.stack([_mean_ranks(rows[:, 0]), _mean_ranks(rows[:, 1])])
+    centred = ranks - ranks.mean(1, keepdims=True)
+    scale = np.sqrt((centred[0] ** 2).sum() * (centred[1] ** 2).sum())
+    return float(100 * (centred[0] * centred[1]).sum() / scale) if scale else 0.0
+
+
+def _mean_ranks(values: Array) -> Array:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    mean: Array = last - (counts - 1) / 2
+    ranks: Array = mean[inverse]
+    return ranks
+
+
+def _percent(rows: Array) -> float:
+    return float(100 * np.mean(rows))
+
+
+def _negated_mean_square(rows: Array) -> float:
+    return -float(np.mean((rows[:, 0] - rows[:, 1]) ** 2))
+
+
+def _negated_mean_absolute(rows: Array) -> float:
+    return -float(np.mean(np.abs(rows[:, 0] - rows[:, 1])))
+
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric("top1", "%", _in_top(1), _percent),
+        Metric("top5", "%", _in_top(5), _percent),
+        Metric("f1", "%", _predicted_and_true, _macro_f1),
+        Metric("spearman", "%", _values_and_targets, _spearman),
+        Metric("mse", "", _values_and_targets, _negated_mean_square),
+        Metric("mae", "", _values_and_targets, _negated_mean_absolute),
+    )
+}
