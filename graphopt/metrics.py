@@ -80,7 +80,8 @@ def _in_top(k: int) -> Callable[[Array, Array], Array]:
         earlier = np.arange(scores.shape[1])[None] < classes[:, None]
         better = (scores > own) | ((scores == own) & earlier)
         finite = ~np.isnan(scores).any(1)
-        return (better.sum(1) < k) & finite
+        right: Array = (better.sum(1) < k) & finite
+        return right
 
     return reduce
 

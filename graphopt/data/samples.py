@@ -78,7 +78,7 @@ class Samples:
         if self._source.sized:
             pieces = [bound.labels.read(0, bound.count) if bound.labels else None for bound in self._bound()]
         else:
-            pieces = [labels for _, labels in self._pieces(READ_SIZE, None)]
+            pieces = [labels for _, labels in self._pieces(READ_SIZE, None, with_labels=True)]
         found = [piece for piece in pieces if piece is not None]
         return torch.cat(found) if found and len(found) == len(pieces) else None
 
@@ -93,28 +93,13 @@ class Samples:
             limit: Stop after this many samples.
             drop_last: Leave out what does not fill a batch, for models of a fixed batch size.
         """
-        for inputs, _ in self.labelled_batches(batch_size, limit):
+        for inputs, _ in self._rebatched(batch_size, limit, with_labels=False):
             if not drop_last or inputs[0].shape[0] == batch_size:
                 yield inputs
 
     def labelled_batches(self, batch_size: int, limit: int | None = None) -> Iterator[Labelled]:
         """Yield pairs of inputs and labels as `batches` does; labels are None where the data has none."""
-        held: list[Labelled] = []
-        size = 0
-        for inputs, labels in self._pieces(batch_size, limit):
-            while inputs[0].shape[0]:
-                if held and not _joinable(held[-1], (inputs, labels)):
-                    yield _join(held)
-                    held, size = [], 0
-                take = min(batch_size - size, inputs[0].shape[0])
-                held.append((tuple(t[:take] for t in inputs), None if labels is None else labels[:take]))
-                size += take
-                inputs, labels = tuple(t[take:] for t in inputs), None if labels is None else labels[take:]
-                if size == batch_size:
-                    yield _join(held)
-                    held, size = [], 0
-        if held:
-            yield _join(held)
+        return self._rebatched(batch_size, limit, with_labels=True)
 
     def first(self, count: int) -> Batch:
         """Return the first `count` samples (or all, if there are fewer) as one batch."""
@@ -144,7 +129,7 @@ class Samples:
         self._wanted = tuple(spec.name for spec in specs)
         self._specs = tuple(specs)
         self.names = self._wanted
-        for _ in self._pieces(READ_SIZE, limit):
+        for _ in self._pieces(READ_SIZE, limit, with_labels=False):
             pass
         return self
 
@@ -159,7 +144,26 @@ class Samples:
             self._note(bound.note)
             yield bound
 
-    def _pieces(self, size: int, limit: int | None) -> Iterator[Labelled]:
+    def _rebatched(self, batch_size: int, limit: int | None, with_labels: bool) -> Iterator[Labelled]:
+        """Cut and join what is read to batches of one size."""
+        held: list[Labelled] = []
+        size = 0
+        for inputs, labels in self._pieces(batch_size, limit, with_labels):
+            while inputs[0].shape[0]:
+                if held and not _joinable(held[-1], (inputs, labels)):
+                    yield _join(held)
+                    held, size = [], 0
+                take = min(batch_size - size, inputs[0].shape[0])
+                held.append((tuple(t[:take] for t in inputs), None if labels is None else labels[:take]))
+                size += take
+                inputs, labels = tuple(t[take:] for t in inputs), None if labels is None else labels[take:]
+                if size == batch_size:
+                    yield _join(held)
+                    held, size = [], 0
+        if held:
+            yield _join(held)
+
+    def _pieces(self, size: int, limit: int | None, with_labels: bool) -> Iterator[Labelled]:
         """Yield what is read at once: at most `size` samples of one chunk, checked."""
         if size < 1:
             raise DataError(f"A batch of {size} samples is empty; ask for at least 1.")
@@ -169,7 +173,7 @@ class Samples:
             for start in range(0, stop, size):
                 end = min(start + size, stop)
                 inputs = tuple(column.read(start, end) for column in bound.inputs)
-                labels = None if bound.labels is None else bound.labels.read(start, end)
+                labels = bound.labels.read(start, end) if with_labels and bound.labels else None
                 yield self._fit(inputs, bound, start), labels
             left = None if left is None else left - stop
             if left == 0:
