@@ -213,7 +213,11 @@ class WeightNormed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.utils.parametrizations.weight_norm(nn.Conv1d(3, 8, 3))
-        self.low, self.high, self.head = nn.Parameter(torch.randn(8, 4)), nn.Parameter(torch.randn(4, 6)), nn.Linear(6, 5)
+        self.low, self.high, self.head = (
+            nn.Parameter(torch.randn(8, 4)),
+            nn.Parameter(torch.randn(4, 6)),
+            nn.Linear(6, 5),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.conv(x).relu().mean(2) @ (self.low @ self.high))

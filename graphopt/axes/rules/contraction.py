@@ -190,3 +190,16 @@ def cdist(call: Call) -> Dims:
     a, b = call.dims("x1"), call.dims("x2")
     call.unify(a[-1], b[-1])
     return (*call.broadcast([a[:-2], b[:-2]]), a[-2], b[-2])
+
+
+@rule("aten::_grouped_mm", "transformers::grouped_mm_fallback")
+def grouped_mm(call: Call) -> Dims:
+    """Multiply runs of rows, each by its own expert's matrix: (rows, in) and (experts, in, out)."""
+    left, right, offsets = (name for name in _tensor_names(call)[:3])
+    x, weight = call.dims(left), call.dims(right)
+    if len(x) != 2 or len(weight) != 3:
+        call.freeze((*x, *weight), "grouped otherwise than by rows")
+        return call.axes(call.shape(), call.because("grouped otherwise than by rows"))
+    call.freeze((x[0], weight[0], *call.dims(offsets)), "rows are assigned to experts")
+    operands = [Operand(call.arg(left), x, ("t", "i")), Operand(call.arg(right), weight, ("e", "i", "o"))]
+    return contract(call, operands, ("t", "o"))

@@ -113,3 +113,10 @@ def topk(call: Call) -> list[Dims | None]:
     call.freeze(dims[along], "the largest positions are taken out")
     dims[along] = call.axis(call.shape(0)[along], call.because("the largest positions"))
     return [tuple(dims), tuple(dims)]
+
+
+@rule("aten::diff", "aten::histc")
+def between_neighbours(call: Call) -> Dims:
+    dims = call.dims("self")
+    call.freeze(dims, "the order of positions matters")
+    return call.axes(call.shape(), call.because("the order of positions matters"))
