@@ -4,7 +4,7 @@
 whatever it found (torch/_export/serde/serialize.py, `deserialize_operator`): `torch.ops.aten.relu.default`,
 but also `torch.hub.load` or `_operator.methodcaller`. Here a target must be one of the named scalar
 operators, a higher-order operator of a short list, or an overload that the dispatcher knows in namespace
-`aten` or `graphopt`, works on tensors, and takes no text but what is known to be a mode (so not
+`graphopt`, or in `aten` if it works on tensors and takes no text but what is known to be a mode (so not
 `aten.from_file` or `aten.save`, which open files).
 
 Reads the private `OpOverload._schema`; torch has no public way to an operator's schema.
@@ -13,6 +13,7 @@ Reads the private `OpOverload._schema`; torch has no public way to an operator's
 from __future__ import annotations
 
 import functools
+import importlib
 import re
 
 import torch
@@ -62,10 +63,12 @@ def check_operator(target: str) -> None:
         raise HostileError(
             f"it calls the custom operator `{target[:120]}`, and only torch's own are known to be harmless"
         )
+    if namespace == "graphopt":
+        importlib.import_module("graphopt.quantization.ops")  # registers them
     packet = getattr(getattr(torch.ops, namespace), name, None)
     if not isinstance(packet, torch._ops.OpOverloadPacket) or overload not in packet.overloads():  # type: ignore[no-untyped-call]
         raise HostileError(f"it calls `{target[:120]}`, an operator that torch {torch.__version__} does not have")
-    if not _is_tensor_operator(getattr(packet, overload)):
+    if namespace == "aten" and not _is_tensor_operator(getattr(packet, overload)):
         raise _refused(target)
 
 

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils.data import DataLoader, TensorDataset
 
 from graphopt.data import InputSpec, Samples, parse_input_spec
@@ -139,6 +141,20 @@ def test_folder_with_one_array_per_input(tmp_path: Path) -> None:
     samples = Samples.open(tmp_path, ["x", "mask"])
     same(samples, X, MASK)
     assert samples.labels is not None
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=8).filter(sum), st.integers(1, 9), st.integers(1, 20))
+def test_rebatching_keeps_every_sample_in_order(lengths: list[int], batch_size: int, limit: int) -> None:
+    total = sum(lengths)
+    data = list(torch.arange(total).split(lengths))
+    labelled = [(part[:, None].float(), part) for part in data]
+    batches = list(Samples.open(labelled, ["x"]).labelled_batches(batch_size, limit))
+    wanted = min(limit, total)
+    assert [len(labels) for _, labels in batches if labels is not None] == [
+        min(batch_size, wanted - start) for start in range(0, wanted, batch_size)
+    ]
+    assert torch.equal(torch.cat([labels for _, labels in batches if labels is not None]), torch.arange(wanted))
+    assert torch.equal(torch.cat([inputs[0][:, 0] for inputs, _ in batches]).long(), torch.arange(wanted))
 
 
 # --- labels

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
+import random
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +177,42 @@ def test_custom_operator_needs_trust(write_exported: Write, edit_program: EditPr
         node(program, "torch.ops.aten.relu.default")["target"] = "torch.ops.torchvision.nms.default"
 
     assert_refused(write_exported(edit_program(change)), marker, "custom operator `torch.ops.torchvision.nms")
+
+
+def test_quantized_program_of_graphopt_loads(tmp_path: Path) -> None:
+    class Quantized(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            scale, zero = torch.tensor(0.5), torch.tensor(0)
+            q = torch.ops.graphopt.quantize(torch.ops.graphopt.observe(x, "here"), scale, zero, None, -128, 127)
+            return torch.ops.graphopt.dequantize(q, scale, zero, None)  # type: ignore[no-any-return]
+
+    importlib.import_module("graphopt.quantization.ops")
+    with (tmp_path / "q.pt2").open("wb") as file:
+        torch.export.save(torch.export.export(Quantized(), (torch.ones(2, 3),)), file)
+    loaded = load_model(tmp_path / "q.pt2").model
+    assert isinstance(loaded, torch.export.ExportedProgram)
+    torch.testing.assert_close(loaded.module()(torch.full((2, 3), 0.7)), torch.full((2, 3), 0.5))
+
+
+def test_control_flow_and_sizes_from_data_load(tmp_path: Path) -> None:
+    class Net(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            with torch.no_grad():
+                y = x * 2
+            branch = torch.cond(x.sum() > 0, lambda v: v + 1, lambda v: v - 1, (y,))
+            picked = x[x > 0]
+            height = x.shape[0] // 2 + x.shape[0] % 3
+            return branch, picked.sum(), torch.zeros(height) + max(x.shape[0], x.shape[1])
+
+    example = torch.tensor([[1.0, -2, 3, 4], [5, 6, 7, -8], [1, 1, 1, 1]])
+    shapes = ({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},)
+    program = torch.export.export(Net(), (example,), dynamic_shapes=shapes, strict=False)
+    with (tmp_path / "m.pt").open("wb") as file:
+        torch.export.save(program, file)
+    loaded = load_model(tmp_path / "m.pt").model
+    assert isinstance(loaded, torch.export.ExportedProgram)
+    for inputs in (example, torch.randn(6, 5)):
+        torch.testing.assert_close(loaded.module(check_guards=False)(inputs), Net()(inputs))
 
 
 def test_operator_in_an_argument(write_exported: Write, edit_program: EditProgram, marker: Path) -> None:
@@ -356,3 +394,32 @@ def test_old_format_names_the_way_forward(tmp_path: Path) -> None:
         archive.writestr("serialized_exported_program.json", "{}")
     with pytest.raises(LoadError, match=r"torch 2\.7 and older.*torch\.export\.save"):
         load_model(path)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the path of everything inside a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in items:
+        yield (*path, key)
+        yield from places(child, (*path, key))
+
+
+def test_any_field_may_be_wrong(write_exported: Write, exported_members: dict[str, bytes]) -> None:
+    rng = random.Random(0)
+    wrong = [None, True, -1, 10**30, "", "two words", [], {}, 1.5, {"as_int": 3}, "__import__('os')"]
+    outcomes = {"loaded": 0, "refused": 0}
+    for _ in range(150):
+        member = rng.choice([name for name in exported_members if name.endswith(".json")])
+        value = json.loads(exported_members[member])
+        *parents, last = rng.choice(list(places(value)))
+        holder = value
+        for key in parents:
+            holder = holder[key]
+        holder[last] = rng.choice(wrong)
+        data = json.dumps(value).encode()
+        try:
+            load_model(write_exported(lambda members, m=member, d=data: members.update({m: d})))
+            outcomes["loaded"] += 1
+        except LoadError:
+            outcomes["refused"] += 1
+    assert outcomes["refused"] > 75, outcomes
