@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from graphopt.backend import Artifact, Backend, Finding, Session
-    from graphopt.capture import capture
+    from graphopt.capturing import capture
     from graphopt.context import Context
     from graphopt.errors import (
         CaptureError,
@@ -30,20 +30,20 @@ if TYPE_CHECKING:
     )
     from graphopt.graph import Editor
     from graphopt.hooks import Hook
-    from graphopt.load import load
-    from graphopt.optimize import optimize
+    from graphopt.loading.program import load
+    from graphopt.optimizing import optimize
     from graphopt.pass_base import NoOptions, Pass
     from graphopt.pipeline import Pipeline
     from graphopt.plan import Plan, Refusal
     from graphopt.program import Program, TensorSpec
-    from graphopt.replay import replay
+    from graphopt.replaying import replay
     from graphopt.report import Report
     from graphopt.result import Result
     from graphopt.target import TargetDescription
 
 _HOMES = {
     "graphopt.backend": ("Artifact", "Backend", "Finding", "Session"),
-    "graphopt.capture": ("capture",),
+    "graphopt.capturing": ("capture",),
     "graphopt.context": ("Context",),
     "graphopt.errors": (
         "CaptureError",
@@ -58,13 +58,13 @@ _HOMES = {
     ),
     "graphopt.graph": ("Editor",),
     "graphopt.hooks": ("Hook",),
-    "graphopt.load": ("load",),
-    "graphopt.optimize": ("optimize",),
+    "graphopt.loading.program": ("load",),
+    "graphopt.optimizing": ("optimize",),
     "graphopt.pass_base": ("NoOptions", "Pass"),
     "graphopt.pipeline": ("Pipeline",),
     "graphopt.plan": ("Plan", "Refusal"),
     "graphopt.program": ("Program", "TensorSpec"),
-    "graphopt.replay": ("replay",),
+    "graphopt.replaying": ("replay",),
     "graphopt.report": ("Report",),
     "graphopt.result": ("Result",),
     "graphopt.target": ("TargetDescription",),

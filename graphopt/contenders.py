@@ -15,7 +15,7 @@ from graphopt.context import Batch
 from graphopt.data import Samples
 from graphopt.deliver import flat
 from graphopt.errors import UsageError
-from graphopt.load import load
+from graphopt.loading.program import load
 from graphopt.program import Program, TensorSpec
 from graphopt.registry import backend
 

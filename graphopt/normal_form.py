@@ -126,7 +126,7 @@ class _Storages:
         self._base: dict[fx.Node, fx.Node] = {}
         self._members: dict[fx.Node, list[fx.Node]] = {}
         for node in graph.nodes:
-            source = _may_alias(node)
+            source = may_alias(node)
             base = self._base[source] if source is not None else node
             self._base[node] = base
             self._members.setdefault(base, []).append(node)
@@ -163,7 +163,7 @@ def _reaches(node: fx.Node, ancestor: fx.Node) -> bool:
     while current is not None:
         if current is ancestor:
             return True
-        current = _may_alias(current)
+        current = may_alias(current)
     return False
 
 
@@ -173,7 +173,7 @@ _MAYBE_VIEWS = frozenset(
 )
 
 
-def _may_alias(node: fx.Node) -> fx.Node | None:
+def may_alias(node: fx.Node) -> fx.Node | None:
     """Return the input whose memory the result of `node` may share."""
     if node.op != "call_function" or not node.args:
         return None

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from graphopt.errors import UsageError
 from graphopt.graph import assemble, copy_graph_module
+from graphopt.provenance import drop_process_traces
 from graphopt.training import set_training
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ class Program:
 
     def export(self) -> ExportedProgram:
         """Export the graph again with the same signature and dynamic axes."""
-        from graphopt.capture import export_again
+        from graphopt.capturing import export_again
 
         return export_again(self)
 
@@ -156,14 +157,16 @@ class Program:
         from graphopt.files import replacing
 
         extra = {"graphopt.json": json.dumps(self._signature(), indent=1)}
+        exported = self.export()
+        drop_process_traces(exported.graph)
         with replacing(Path(path)) as temporary, temporary.open("wb") as stream:
-            torch.export.save(self.export(), stream, extra_files=extra)
+            torch.export.save(exported, stream, extra_files=extra)
         return Path(path)
 
     @classmethod
     def load(cls, path: str | Path, *, trust: bool = False) -> Program:
         """Read a program that `save` wrote. See `graphopt.load` for every kind of file."""
-        from graphopt.load import load
+        from graphopt.loading.program import load
 
         return load(path, trust=trust)
 

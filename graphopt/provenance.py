@@ -44,10 +44,20 @@ def record(node: fx.Node, value: Origin) -> None:
 
 def record_capture(graph: fx.Graph) -> None:
     """Give every freshly captured node its own origin; nodes that already carry one keep it."""
+    drop_process_traces(graph)
     for node in graph.nodes:
         if node.op == "output" or origin(node) is not None:
             continue
         record(node, Origin(node.name, module_path(node), op_name(node)))
+
+
+def drop_process_traces(graph: fx.Graph) -> None:
+    """Remove what torch's exporter notes about this run of it: the same program must give the same bytes."""
+    for node in graph.nodes:
+        node.meta.pop("from_node", None)  # holds addresses
+        custom = node.meta.get("custom")
+        if custom:
+            node.meta["custom"] = {k: v for k, v in custom.items() if not k.startswith("_torchdynamo")}
 
 
 def module_path(node: fx.Node) -> str:

@@ -10,6 +10,7 @@ from math import lcm
 from typing import Literal
 
 Granularity = Literal["tensor", "channel"]
+Role = Literal["compute", "join", "same_scale", "move", "read"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,23 +29,35 @@ class IntegerFormat:
 
 @dataclass(frozen=True, slots=True)
 class OperatorRule:
-    """How one operator reaches the runtime's integer kernel.
+    """How one operator reaches the runtime's integer kernel, or how it behaves next to one.
+
+    Kernels are named after the ATen operator ("conv2d", "add", "max_pool2d"), with these exceptions: "gemm" is a
+    matrix times a constant matrix with a bias; "matmul" any other product with a constant matrix;
+    "global_average_pool" a mean over all spatial axes.
+
+    Roles:
+        compute: pays for quantizing its operands; integer chains start and end here.
+        join: has an integer kernel that pays only inside a chain: all its operands are integers already, or some
+            are and everything that reads its result is an integer kernel.
+        same_scale: like join; result and operand share one scale (max_pool).
+        move: like same_scale, and only moves values around (reshape, slice, pad): it runs on the stored integers.
+        read: stays float, but reads the quantized value where its operand has been quantized for someone else.
 
     Attributes:
-        operator: ATen name without overload, "conv2d"; several names that behave alike share one rule each.
-        quantize_inputs: whether its activation inputs must come through a quantize/dequantize pair.
-        quantize_output: whether the value it hands on must be quantized as well for the kernel to fuse.
-        weight_axis: axis of the weight along which scales may differ, None for per-tensor or no weight.
-        same_scale: whether output and inputs share one scale (max_pool, reshape, and the like).
+        operator: name of the kernel.
+        role: see above.
+        output: of a compute kernel, whether its result is quantized: "always" (the kernel fuses only then), "wanted"
+            (where integer kernels alone read it) or "never".
+        weight_axis: axis of the weight along which scales may differ (-1: the last), None for one scale or no weight.
         bias: how the bias is stored next to an integer kernel.
-        absorbs: activations that run inside its kernel when they follow it directly.
+        absorbs: activations that move in front of the quantization of its result when they alone read it; with
+            asymmetric activations those whose clamp the integer range carries out itself are dropped.
     """
 
     operator: str
-    quantize_inputs: bool = True
-    quantize_output: bool = True
+    role: Role = "compute"
+    output: Literal["always", "wanted", "never"] = "always"
     weight_axis: int | None = None
-    same_scale: bool = False
     bias: Literal["float", "int32"] = "float"
     absorbs: tuple[str, ...] = ()
 
@@ -58,7 +71,7 @@ class TargetDescription:
         opset: ONNX opset that lowering emits.
         activation: integer format of activations.
         weight: integer format of weights.
-        operators: operators with an integer kernel; everything else stays float.
+        operators: how operators reach integer kernels; those without a rule stay float.
         channel_multiple: channel counts the runtime's kernels like best.
         rank_multiple: the same for the inner size of factorised layers.
     """

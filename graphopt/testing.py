@@ -21,7 +21,7 @@ import torch
 from torch import fx, nn
 
 from graphopt.canonical import canonical_form
-from graphopt.capture import capture
+from graphopt.capturing import capture
 from graphopt.context import Batch, Context
 from graphopt.equivalence import measure
 from graphopt.errors import VerifyError

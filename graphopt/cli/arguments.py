@@ -53,7 +53,7 @@ def load_program(
 ) -> Program:
     """Load what the arguments name as a program."""
     from graphopt.data import parse_input_spec
-    from graphopt.load import load
+    from graphopt.loading.program import load
 
     return load(
         model,

@@ -115,7 +115,7 @@ def _optimize(
 ) -> Result:
     from graphopt.cli.progress import TerminalProgress
     from graphopt.hooks import Dump
-    from graphopt.optimize import optimize
+    from graphopt.optimizing import optimize
     from graphopt.registry import backend
 
     names = [name.strip() for text in targets for name in text.split(",") if name.strip()]

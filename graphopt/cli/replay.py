@@ -27,7 +27,7 @@ def command(
     """Carry out stored plans on the model they were made for, and lower the result."""
     from graphopt.files import replacing_directory
     from graphopt.registry import PassRegistry, backend
-    from graphopt.replay import replay
+    from graphopt.replaying import replay
 
     program = arguments.load_program(
         model, data=data, inputs=inputs, dynamic=dynamic, factory=factory, weights=weights, trust=trust, seed=seed

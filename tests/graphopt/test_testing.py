@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from graphopt.capture import capture
+from graphopt.capturing import capture
 from graphopt.errors import VerifyError
 from graphopt.graph import Editor, tensor_attribute
 from graphopt.pass_base import NoOptions, Pass

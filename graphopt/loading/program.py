@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from graphopt.capture import capture, from_exported
+from graphopt.capturing import capture, from_exported
 from graphopt.data import InputSpec, Samples
 from graphopt.errors import CaptureError, LoadError
 from graphopt.loading import LoadedModel, load_model

@@ -1,7 +1,7 @@
 """Capture: from an `nn.Module` to a Program, by `torch.export`.
 
 The batch axis is dynamic by default. The one adapter to torch's export machinery: private names of torch.export
-are used here and nowhere else (checked on torch 2.13; `tests/graphopt/test_capture.py` fails when they move).
+are used here and nowhere else (checked on torch 2.13; `tests/graphopt/test_capturing.py` fails when they move).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.dynamic_shapes import _combine_args
 from torch.utils import _pytree as pytree
 
+from graphopt.capture_errors import explain, first_line
 from graphopt.errors import CaptureError
 from graphopt.lost import lost_in_eval
 from graphopt.normal_form import normalise
@@ -64,10 +65,9 @@ def capture(
     with _eval_mode(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         args, kwargs, leaf_shapes = _with_dynamic_batch(model, args, kwargs, dynamic_shapes)
-        expected = _run_model(model, args, kwargs)
-        exported, notes = _export(model, args, kwargs, leaf_shapes)
-        program = from_exported(exported, args, kwargs, leaf_shapes, notes=[*notes, *lost_in_eval(model, exported)])
-        _check_equal(program, expected, args, kwargs)
+        _run_model(model, args, kwargs)  # tells a model that fails from a capture that fails
+        program = _capture(model, args, kwargs, leaf_shapes)
+        _check_equal(model, program, args, kwargs)
     return program if share_tensors else program.copy(share_tensors=False)
 
 
@@ -109,7 +109,7 @@ def export_again(program: Program) -> ExportedProgram:
             )
         except Exception as err:  # torch.export lets through whatever a kernel or a guard raises
             raise CaptureError(
-                f"The rewritten program cannot be exported again: {_first_line(err)}. This is a bug in the pass that "
+                f"The rewritten program cannot be exported again: {first_line(err)}. This is a bug in the pass that "
                 "ran last; `graphopt optimize --check full` names it."
             ) from err
 
@@ -135,7 +135,7 @@ def _run_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         raise CaptureError(
             f"The model itself fails on the example inputs (shapes {shapes}): {type(err).__name__}: "
-            f"{_first_line(err)}. Check the input shapes and dtypes (`--input name=1x3x224x224:float32`)."
+            f"{first_line(err)}. Check the input shapes and dtypes (`--input name=1x3x224x224:float32`)."
         ) from err
 
 
@@ -207,84 +207,98 @@ def _arrange(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sh
     return pytree.tree_map(axes, _combine_args(model, args, kwargs))
 
 
-def _export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: LeafShapes
-) -> tuple[ExportedProgram, list[Note]]:
-    """Export with the dynamic axes asked for; without the default batch axis where that fails."""
+def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: LeafShapes) -> Program:
+    """Export with the dynamic axes asked for; without the default batch axis where that fails or is wrong."""
 
     def attempt(wanted: LeafShapes) -> ExportedProgram:
         arranged = _arrange(model, args, kwargs, wanted)
         return torch.export.export(model, args, kwargs, dynamic_shapes=arranged, strict=False)
 
+    def program(exported: ExportedProgram, wanted: LeafShapes, notes: Sequence[Note] = ()) -> Program:
+        return from_exported(exported, args, kwargs, wanted, notes=[*notes, *lost_in_eval(model, exported)])
+
+    error: Exception | None = None
     try:
-        return attempt(shapes), []
+        captured = program(attempt(shapes), shapes)
+        reason = _wrong_batch(model, captured, args, kwargs) if captured.batched else ""
+        if not reason:
+            return captured
     except Exception as err:  # tracing runs the user's code, which may raise anything
-        dynamic_error = err
+        error = err
+        reason = explain(err, lambda: attempt(shapes))
     static = [{axis: dim for axis, dim in axes.items() if axis != 0} for axes in shapes]
     if static == shapes:
-        raise CaptureError(_explain(dynamic_error)) from dynamic_error
+        raise CaptureError(f"The model cannot be captured: {reason}") from error
     try:
         exported = attempt(static)
     except Exception as err:
-        raise CaptureError(_explain(err)) from err
-    for axes, kept in zip(shapes, static, strict=True):
-        axes.clear()
-        axes.update(kept)
-    reason = f"The batch size is fixed: {_explain(dynamic_error)}"
-    logger.warning("%s", reason)
-    return exported, [Note("batch", reason)]
+        raise CaptureError(f"The model cannot be captured: {explain(err, lambda: attempt(static))}") from err
+    text = f"The batch size is fixed: {reason}"
+    logger.warning("%s", text)
+    return program(exported, static, [Note("batch", text)])
 
 
-_SPECIALISED = re.compile(r"inputs?\['?(?P<input>[^\]']+)'?\]\.(?:size\(\)|shape)\[(?P<axis>\d+)\]")
-_USER_LINE = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
+_CHECKED_BATCHES = (1, 3)  # sizes beside the captured one at which program and model are compared
 
 
-def _explain(err: Exception) -> str:
-    """Translate an export error: which axis of which input, which line fixed it, what to write instead."""
-    text = str(err)
-    lines = [m for m in _USER_LINE.finditer(text) if "/torch/" not in m["file"]]
-    where = f" at {lines[-1]['file']}:{lines[-1]['line']}" if lines else _raised_at(err)
-    axis = _SPECIALISED.search(text)
-    if axis:
-        return (
-            f"axis {axis['axis']} of input `{axis['input']}` was fixed to one size{where}. Write sizes as "
-            "`x.shape[i]` or -1 instead of numbers, or mark the axis static with "
-            f"dynamic_shapes={{'{axis['input']}': {{{axis['axis']}: None}}}}."
+def _check_equal(model: nn.Module, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Compare the captured outputs with the model's: a trace may silently keep the wrong branch.
+
+    Raises:
+        CaptureError: they differ on the examples.
+    """
+    worst = _disagreement(model, program, args, kwargs)
+    if worst:
+        raise CaptureError(
+            f"The captured program does not compute what the model does: {worst}. The model is random in eval mode, or "
+            "branches in Python on something that changes between calls."
         )
-    if "data-dependent" in text or "Could not guard" in text:
-        return f"the model branches on the values of a tensor{where}. Replace the branch by torch.where or torch.cond."
-    return f"torch.export could not trace the model{where}: {type(err).__name__}: {_first_line(err)}"
 
 
-def _raised_at(err: Exception) -> str:
-    frames = []
-    trace = err.__traceback__
-    while trace is not None:
-        frames.append((trace.tb_frame.f_code.co_filename, trace.tb_lineno))
-        trace = trace.tb_next
-    own = [(file, line) for file, line in frames if "/torch/" not in file and "/graphopt/" not in file]
-    return f" at {own[-1][0]}:{own[-1][1]}" if own else ""
+def _wrong_batch(model: nn.Module, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Say at which batch size a program with a dynamic batch is not the model, "" if at none tried.
+
+    A Python branch on the batch size leaves no trace in the graph: only running it shows.
+    """
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    batched = iter([spec.batched for spec in program.inputs])
+    is_batched = [isinstance(leaf, torch.Tensor) and next(batched) for leaf in leaves]
+    for size in _CHECKED_BATCHES:
+        sized = [_resized(leaf, size) if flag else leaf for leaf, flag in zip(leaves, is_batched, strict=True)]
+        other_args, other_kwargs = pytree.tree_unflatten(sized, spec)
+        try:
+            worst = _disagreement(model, program, other_args, other_kwargs)
+        except CaptureError:
+            continue  # the model itself does not take this size
+        except Exception as err:  # the traced graph may fail in any kernel
+            worst = first_line(err)
+        if worst:
+            return f"at batch {size} the captured program differs from the model ({worst})"
+    return ""
 
 
-def _first_line(err: BaseException) -> str:
-    return next((line.strip() for line in str(err).splitlines() if line.strip()), type(err).__name__).rstrip(".")
+def _resized(tensor: torch.Tensor, size: int) -> torch.Tensor:
+    rows = torch.arange(size) % tensor.shape[0]
+    return tensor[rows]
 
 
-def _check_equal(program: Program, expected: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Compare the captured outputs with the model's: a trace may silently keep the wrong branch."""
+def _disagreement(model: nn.Module, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Run both on the same inputs and the same random numbers; say how they differ, "" if they do not."""
+    expected = _run_model(model, args, kwargs)
     args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         found = program(*args, **kwargs)
     pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(found), strict=True)
-    for spec, (want, got) in zip(program.outputs, (p for p in pairs if isinstance(p[0], torch.Tensor)), strict=True):
+    tensors = [pair for pair in pairs if isinstance(pair[0], torch.Tensor)]
+    for spec, (want, got) in zip(program.outputs, tensors, strict=True):
+        if want.shape != got.shape:
+            return f"output `{spec.name}` is {tuple(got.shape)} instead of {tuple(want.shape)}"
         scale = float(want.abs().max()) if want.is_floating_point() and want.numel() else 1.0
         if not torch.allclose(want, got, rtol=_CAPTURE_RTOL, atol=_CAPTURE_RTOL * scale, equal_nan=True):
-            raise CaptureError(
-                f"The captured program does not compute what the model does: output `{spec.name}` differs by "
-                f"{float((want - got).abs().max()):.3g} (largest value {scale:.3g}). The model is random in eval mode, "
-                "or branches in Python on something that changes between calls."
-            )
+            difference = float((want.double() - got.double()).abs().max())
+            return f"output `{spec.name}` is off by {difference:.3g} (largest value {scale:.3g})"
+    return ""
 
 
 class _AxisNames:

@@ -10,14 +10,14 @@ from typing import Any
 from torch import nn
 
 from graphopt.backend import Backend
-from graphopt.capture import capture
+from graphopt.capturing import capture
 from graphopt.context import Batch, Context, NoProgress, Progress
 from graphopt.data import Samples
 from graphopt.deliver import deliver
 from graphopt.errors import DataError, UsageError
 from graphopt.evaluate import Evaluator, FunctionEvaluator, evaluator
 from graphopt.hooks import FullCheck, Hook
-from graphopt.load import example_inputs
+from graphopt.loading.program import example_inputs
 from graphopt.pass_base import Pass
 from graphopt.pipeline import Pipeline
 from graphopt.program import Program

@@ -1,0 +1,188 @@
+"""Capture: dynamic batch by default, the model's own signature, translated errors, honest notes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from graphopt.capturing import capture, export_again
+from graphopt.errors import CaptureError
+from graphopt.provenance import origin
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(4, 8)
+        self.drop = nn.Dropout(0.5)
+        self.fc2 = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.fc2(self.drop(torch.relu(self.fc1(x))))
+        return y
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_batch_is_dynamic_whatever_the_example_holds(batch: int) -> None:
+    model = Small().eval()
+    program = capture(model, torch.randn(batch, 4))
+    assert program.inputs[0].shape == ("batch", 4)
+    assert program.outputs[0].shape == ("batch", 3)
+    for size in (1, 3, 8):
+        x = torch.randn(size, 4)
+        torch.testing.assert_close(program(x), model(x))
+
+
+def test_mode_of_the_model_is_restored() -> None:
+    model = Small().train()
+    model.fc1.eval()
+    capture(model, torch.randn(2, 4))
+    assert model.training
+    assert not model.fc1.training
+
+
+def test_training_the_model_leaves_the_program_alone() -> None:
+    model = Small().eval()
+    program = capture(model, torch.randn(2, 4))
+    x = torch.randn(3, 4)
+    before = program(x).clone()
+    with torch.no_grad():
+        model.fc1.weight.mul_(2)
+    torch.testing.assert_close(program(x), before, rtol=0, atol=0)
+
+
+def test_outputs_are_named_by_structure() -> None:
+    class Two(nn.Module):
+        def forward(self, x: torch.Tensor, *, scale: torch.Tensor) -> dict[str, object]:
+            return {"logits": x * scale, "hidden": (x, x + 1)}
+
+    program = capture(Two(), torch.randn(2, 4), {"scale": torch.ones(2, 4)})
+    assert [spec.name for spec in program.inputs] == ["x", "scale"]
+    assert [spec.name for spec in program.outputs] == ["logits", "hidden_0", "hidden_1"]
+    result = program(torch.ones(3, 4), scale=torch.full((3, 4), 2.0))
+    assert set(result) == {"logits", "hidden"}
+    assert result["logits"].eq(2).all()
+
+
+def test_requested_axis_is_dynamic_and_named() -> None:
+    class Sum(nn.Module):
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return tokens.float().cumsum(1)
+
+    time = torch.export.Dim("time", min=2, max=64)
+    program = capture(Sum(), torch.ones(2, 7, dtype=torch.int64), dynamic_shapes={"tokens": {1: time}})
+    assert program.inputs[0].shape == ("batch", "time")
+    assert program(torch.ones(3, 11, dtype=torch.int64)).shape == (3, 11)
+
+
+def test_a_fixed_batch_is_reported_with_the_line_that_fixed_it() -> None:
+    class Fixed(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.view(2, 4, 1).sum(0)
+
+    program = capture(Fixed(), torch.randn(2, 4))
+    assert not program.batched
+    (note,) = program.notes
+    assert note.subject == "batch"
+    assert "The batch size is fixed" in note.text
+    assert "test_capturing.py" in note.text
+
+
+def test_data_dependent_branch_is_explained() -> None:
+    class Branch(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if x.sum() > 0:
+                return x
+            return -x
+
+    with pytest.raises(CaptureError, match=r"branches on the values of a tensor at .*test_capturing.py:\d+.*torch.where"):
+        capture(Branch(), torch.randn(2, 4))
+
+
+def test_a_failing_model_is_told_apart_from_a_failing_capture() -> None:
+    with pytest.raises(CaptureError, match=r"The model itself fails on the example inputs \(shapes \[\(2, 5\)\]\)"):
+        capture(Small(), torch.randn(2, 5))
+
+
+def test_a_trace_that_computes_something_else_is_refused() -> None:
+    class Counter(nn.Module):
+        calls = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            Counter.calls += 1
+            return x * Counter.calls
+
+    with pytest.raises(CaptureError, match="does not compute what the model does"):
+        capture(Counter(), torch.randn(2, 4))
+
+
+def test_unknown_name_in_dynamic_shapes() -> None:
+    with pytest.raises(CaptureError, match=r"names \['y'\], but the model's inputs are \['x'\]"):
+        capture(Small(), torch.randn(2, 4), dynamic_shapes={"y": {1: torch.export.Dim("d")}})
+
+
+def test_what_eval_loses_is_noted() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, dropout=0.1, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.attention(x, x, x)[0]
+            return y
+
+    program = capture(Attention(), torch.randn(2, 5, 8))
+    assert any("MultiheadAttention" in note.text and "attention (0.1)" in note.text for note in program.notes)
+
+
+def test_every_node_knows_its_origin_and_it_survives_export() -> None:
+    program = capture(Small(), torch.randn(2, 4))
+    calls = [node for node in program.graph.nodes if node.op == "call_function"]
+    assert [origin(node).module for node in calls] == ["fc1", "", "drop", "fc2"]  # type: ignore[union-attr]
+    again = export_again(program)
+    kept = {origin(n).node for n in again.graph.nodes if n.op == "call_function"}  # type: ignore[union-attr]
+    assert kept == {node.name for node in calls}
+
+
+def test_in_place_operators_become_functional_where_nobody_sees_the_write() -> None:
+    class InPlace(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = x + 1
+            y.relu_()
+            y += x
+            return y
+
+    program = capture(InPlace(), torch.randn(2, 4))
+    names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert names == ["aten.add.Tensor", "aten.relu.default", "aten.add.Tensor"]
+
+
+def test_a_write_through_a_view_that_is_read_later_stays() -> None:
+    class Aliased(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = x + 1
+            z = y.view(-1)
+            z.mul_(2)
+            return y
+
+    model = Aliased()
+    program = capture(model, torch.randn(2, 4))
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(program(x), model(x))
+
+
+def test_gradient_switches_are_inlined() -> None:
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                y, z = torch.sin(x), torch.cos(x)
+            out: torch.Tensor = self.fc(y + z)
+            return out
+
+    program = capture(Frozen(), torch.randn(2, 4))
+    assert all("set_grad" not in str(node.target) for node in program.graph.nodes)

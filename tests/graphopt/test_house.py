@@ -1,0 +1,86 @@
+"""The house: who may import whom, what packaging ships, what importing graphopt costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("torch", "onnxruntime", "onnxsim", "onnx", "onnx_ir", "networkx", "numpy")
+
+
+def _imports(file: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def _sources(folder: str) -> list[Path]:
+    skipped = {ROOT / "graphopt" / "passes", ROOT / "graphopt" / "backends"}
+    return [f for f in sorted((ROOT / folder).rglob("*.py")) if not skipped.intersection(f.parents)]
+
+
+@pytest.mark.parametrize(
+    ("folder", "banned"),
+    [
+        ("graphopt", ("graphopt.passes", "graphopt.backends")),
+        ("passes", ("graphopt.backends",)),
+        ("backends", ("graphopt.passes",)),
+    ],
+)
+def test_dependency_rule(folder: str, banned: tuple[str, ...]) -> None:
+    found = [
+        f"{file.relative_to(ROOT)} imports {name}"
+        for file in _sources(folder)
+        for name in _imports(file)
+        if name.startswith(banned)
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize("folder", ["graphopt", "passes", "backends", "tests", "tools"])
+def test_no_second_copy_of_a_package(folder: str) -> None:
+    found = [
+        str(file.relative_to(ROOT))
+        for file in _sources(folder)
+        for name in _imports(file)
+        if name.split(".")[0] in ("passes", "backends")
+    ]
+    assert found == []
+
+
+def test_every_package_is_shipped() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    on_disk = set()
+    for folder, name in (("graphopt", "graphopt"), ("passes", "graphopt.passes"), ("backends", "graphopt.backends")):
+        for init in (ROOT / folder).rglob("__init__.py"):
+            if folder == "graphopt" and init.relative_to(ROOT).parts[1] in ("passes", "backends"):
+                continue
+            on_disk.add(".".join([name, *init.parent.relative_to(ROOT / folder).parts]))
+    assert set(settings["packages"]) == on_disk
+
+
+@pytest.mark.parametrize("statement", ["import graphopt", "from graphopt.cli.app import run; run(['--help'])"])
+def test_importing_is_cheap(statement: str) -> None:
+    code = f"{statement}\nimport sys\nprint([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+
+
+def test_public_names_resolve() -> None:
+    import graphopt
+
+    for name in graphopt.__all__:
+        found = getattr(graphopt, name)
+        assert callable(found)
+        assert found.__module__.startswith("graphopt.")
