@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
+from torch.export.pt2_archive._package import load_pt2
 
 from graphopt.loading.archive import Archive
 from graphopt.loading.program_schema import clean_payloads, clean_program
@@ -50,12 +51,22 @@ def load_exported(archive: Archive) -> tuple[ExportedProgram, dict[str, str]]:
     """
     model = _model_name(archive)
     _check_members(archive, model)
-    fresh = _rebuild(archive, model)
+    program, _ = load_archive(_rebuild(archive, model))
+    return program, _extra_files(archive)
+
+
+def load_archive(stream: io.BytesIO) -> tuple[ExportedProgram, dict[str, str]]:
+    """Let torch load an archive as it is, which runs whatever is in it; raises `DamagedError`.
+
+    `torch.export.load` would log the traceback of a failure and raise another, without the reason; its own
+    `load_pt2` raises the reason. It is private: drop it for the public function once that is fixed.
+    """
     try:
-        program = torch.export.load(fresh)
+        contents = load_pt2(stream)
+        (program,) = contents.exported_programs.values()
     except Exception as err:  # torch raises many types on a malformed program; all mean the same to a user
         raise DamagedError(f"torch could not rebuild its program ({_first_line(err)})") from err
-    return program, _extra_files(archive)
+    return program, contents.extra_files
 
 
 def _model_name(archive: Archive) -> str:

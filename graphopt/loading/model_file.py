@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 from graphopt.errors import LoadError, UsageError
 from graphopt.loading.archive import Archive
 from graphopt.loading.contents import Kind, identify
-from graphopt.loading.exported import load_exported
+from graphopt.loading.exported import load_archive, load_exported
 from graphopt.loading.factories import apply_weights, build_model, describe, is_state_dict, read_weights
 from graphopt.loading.functions import current_directory_importable
 from graphopt.loading.pickles import load_stock_pickle, load_trusted_pickle
@@ -104,8 +104,8 @@ def load_model(
     digest = hashlib.sha256(data).hexdigest()
     try:
         kind, archive = identify(data)
-        if kind is Kind.EXPORTED or (trust and kind is Kind.EXPORTED_OLD):
-            return _load_program(path, data, digest, archive, trust)
+        if archive is not None and (kind is Kind.EXPORTED or (trust and kind is Kind.EXPORTED_OLD)):
+            return _load_program(path, data, digest, kind, archive, trust)
         if kind is Kind.TORCH_PICKLE:
             return LoadedModel(_load_module(path, data, trust), str(path), digest)
     except HostileError as err:
@@ -149,20 +149,25 @@ def _load_from_factory(factory: str, weights: Path | None) -> LoadedModel:
     return LoadedModel(model, factory, hashlib.sha256(data).hexdigest())
 
 
-def _load_program(path: Path, data: bytes, digest: str, archive: Archive | None, trust: bool) -> LoadedModel:
-    extra: dict[str, str] = {}
-    if trust or archive is None:
-        try:
-            program = torch.export.load(io.BytesIO(data), extra_files=extra)
-        except Exception as err:  # the file's own code runs here and may raise anything
-            raise DamagedError(f"torch could not load it ({type(err).__name__}: {str(err)[:200]})") from err
-    else:
+def _load_program(path: Path, data: bytes, digest: str, kind: Kind, archive: Archive, trust: bool) -> LoadedModel:
+    if not trust:
         program, extra = load_exported(archive)
+    elif kind is Kind.EXPORTED:
+        program, extra = load_archive(io.BytesIO(data))
+    else:
+        program, extra = _load_old_program(data), {}
     example = None
     if program.example_inputs:
         args, kwargs = program.example_inputs
         example = ExampleInputs(tuple(args), dict(kwargs))
     return LoadedModel(program, str(path), digest, example, extra)
+
+
+def _load_old_program(data: bytes) -> ExportedProgram:
+    try:
+        return torch.export.load(io.BytesIO(data))
+    except Exception as err:  # the file's own code runs here and may raise anything
+        raise DamagedError(f"torch could not load it ({type(err).__name__}: {str(err)[:200]})") from err
 
 
 def _load_module(path: Path, data: bytes, trust: bool) -> nn.Module:
