@@ -1,0 +1,208 @@
+"""int8: weights and activations as 8-bit integers, placed so that the target's integer kernels fuse.
+
+    conv -> relu -> conv    becomes    quantize -> conv' -> quantize -> dequantize -> conv' -> ...
+
+Scales come from calibration data; weights are stored as integers in the program; everything about where quantize
+and dequantize stand is read from the target description.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, fx
+
+from graphopt.calibration import Calibration
+from graphopt.context import Context
+from graphopt.graph import Editor, constant
+from graphopt.pass_base import Pass
+from graphopt.passes.quantization.layers import LayerQuantizer
+from graphopt.passes.quantization.placement import Placement, Site, place
+from graphopt.passes.quantization.plan import Form, Int8Plan, LayerRecord, ValueRecord
+from graphopt.passes.quantization.prepare import respell, spellings
+from graphopt.passes.quantization.rewrite import Rewriter
+from graphopt.program import Program
+from graphopt.quantization.histogram import ChannelMean, Histogram
+from graphopt.quantization.ops import quantize
+from graphopt.quantization.qparams import Observer, QParams, choose, from_range
+from graphopt.target import IntegerFormat, TargetDescription
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Options:
+    """Options of int8."""
+
+    observer: Observer = "mse"  # how ranges are chosen: every value, all but the outermost, least squared error
+    percentile: Annotated[float, Field(gt=50, le=100)] = 99.99  # percent of values kept in range by `percentile`
+    samples: Annotated[int, Field(ge=1)] = 512  # calibration samples used
+    batch_size: Annotated[int, Field(ge=1)] = 32  # samples per calibration step; does not change the result
+    weights: Literal["channel", "tensor"] = "channel"  # one weight scale per output channel, or one in all
+    bias_correction: bool = True  # correct biases for the mean error that rounding weights causes
+    skip: tuple[str, ...] = ()  # glob patterns of module paths or nodes to leave float
+
+
+class Int8(Pass[Int8Options, Int8Plan]):
+    """Store weights and activations as 8-bit integers wherever the target has integer kernels.
+
+    1. Layers (convolutions, products with constant matrices) whose target rule says "compute" become integer.
+    2. Operators between them (add, mul, concatenation, pooling) follow where that keeps a chain in integers.
+    3. Operators that only move values (reshape, slice, pad) run on the stored integers.
+    4. Activations that the integer range clamps anyway (ReLU, ReLU6 in front of an unsigned quantization) are dropped.
+
+    Refused: operators without an integer kernel on the target, weights computed at run time, values that are not
+    float32 or are written in place, what `skip` names.
+    """
+
+    name = "int8"
+    options_type = Int8Options
+    plan_type = Int8Plan
+    needs = ("folded",)
+    after = ("prune", "svd", "recover")
+    reads_target = True
+
+    def plan(self, program: Program, ctx: Context) -> Int8Plan:
+        """Place integers, calibrate, and choose scales and integer weights."""
+        target = ctx.need_target(self.name)
+        respelled = spellings(program.graph, target)
+        prepared, originals = _prepared(program, respelled)
+        gm = prepared.graph_module
+        placement = place(gm, target, self.options.skip)
+        if not placement.sites:
+            return self.new_plan(sites=(), refusals=placement.refusals)
+        calibration = Calibration.of(
+            ctx, program, self.name, limit=self.options.samples, batch_size=self.options.batch_size
+        )
+        scales = self._choose_scales(placement, gm, calibration, originals, target)
+        values = _value_records(placement, gm, scales, self.options.observer)
+        layers, tensors = self._quantize_layers(placement, gm, calibration, originals, scales, target)
+        tensors.update(_constants(values, gm))
+        return self.new_plan(
+            sites=[site.node.name for site in placement.sites],
+            refusals=placement.refusals,
+            tensors=tensors,
+            respelled=respelled,
+            values=tuple(values),
+            layers=tuple(layers),
+            dropped=tuple(node.name for node in placement.dropped),
+        )
+
+    def apply(self, program: Program, plan: Int8Plan) -> Program:
+        """Insert what the plan says."""
+        prepared, _ = _prepared(program, plan.respelled)
+        editor = Editor(prepared.graph_module, self.name)
+        Rewriter(editor, plan).run()
+        return prepared.with_graph(editor.finish())
+
+    def _choose_scales(
+        self,
+        placement: Placement,
+        gm: fx.GraphModule,
+        calibration: Calibration,
+        originals: Mapping[str, str],
+        target: TargetDescription,
+    ) -> dict[fx.Node, QParams]:
+        """Choose the parameters of every value that has a scale of its own."""
+        values = [*placement.integers, *placement.reads]
+        roots = [node for node in values if placement.root(node) is node]
+        gates = {site.node: site for site in placement.sites if site.kernel.name == "sigmoid"}
+        observed = [node for node in roots if node not in gates and constant(node, gm) is None]
+        names = [originals.get(node.name, node.name) for node in observed]
+        histograms = dict(zip(observed, calibration.gather((n, Histogram()) for n in names), strict=True))
+        scales: dict[fx.Node, QParams] = {}
+        for node in gm.graph.nodes:
+            if node in histograms:
+                limits = placement.dropped.get(node, (-math.inf, math.inf))
+                scales[node] = self._choose(histograms[node], target.activation, limits)
+            elif node in gates:  # between 0 and the sigmoid of the largest input
+                largest = scales[placement.root(gates[node].kernel.operands[0])].range[1]
+                scales[node] = from_range(0.0, 1 / (1 + math.exp(-largest)), target.activation)
+            elif node in placement.reads and (value := constant(node, gm)) is not None:
+                scales[node] = from_range(float(value.min()), float(value.max()), target.activation)
+        return scales
+
+    def _choose(self, histogram: Histogram, integers: IntegerFormat, limits: tuple[float, float]) -> QParams:
+        return choose(histogram, integers, self.options.observer, percentile=self.options.percentile, bounds=limits)
+
+    def _quantize_layers(
+        self,
+        placement: Placement,
+        gm: fx.GraphModule,
+        calibration: Calibration,
+        originals: Mapping[str, str],
+        scales: Mapping[fx.Node, QParams],
+        target: TargetDescription,
+    ) -> tuple[list[LayerRecord], dict[str, Tensor]]:
+        sites = [site for site in placement.sites if site.kernel.weight is not None]
+        means = self._input_means(sites, calibration, originals) if self.options.bias_correction else {}
+        per_channel = self.options.weights == "channel"
+        quantizer = LayerQuantizer(gm, target.weight, per_channel=per_channel, least_squares=False)
+        layers = [
+            quantizer.quantize(site, scales[placement.root(site.kernel.operands[0])].scale, means) for site in sites
+        ]
+        return layers, quantizer.tensors
+
+    def _input_means(
+        self, sites: list[Site], calibration: Calibration, originals: Mapping[str, str]
+    ) -> dict[str, Tensor]:
+        requests = []
+        for site in sites:
+            operand = site.kernel.operands[0]
+            requests.append((originals.get(operand.name, operand.name), ChannelMean(site.kernel.in_axis)))
+        gathered = calibration.gather(requests)
+        return {site.node.name: statistic.mean for site, statistic in zip(sites, gathered, strict=True)}
+
+
+def _prepared(program: Program, respelled: Mapping[str, str]) -> tuple[Program, dict[str, str]]:
+    """Return a copy with nodes respelled, and the original name of each new node."""
+    prepared = program.copy()
+    editor = Editor(prepared.graph_module, "int8")
+    originals = respell(editor, respelled)
+    return prepared.with_graph(editor.finish()), originals
+
+
+def _value_records(
+    placement: Placement, gm: fx.GraphModule, scales: Mapping[fx.Node, QParams], observer: str
+) -> list[ValueRecord]:
+    moves = {site.node for site in placement.sites if site.rule.role == "move"}
+    records = []
+    for node in gm.graph.nodes:
+        if node not in placement.integers and node not in placement.reads:
+            continue
+        form: Form = "move" if node in moves else "constant" if constant(node, gm) is not None else "quantize"
+        readers = placement.reads.get(node) if node not in placement.integers else None
+        source = placement.root(node)
+        chosen = scales[source]
+        records.append(
+            ValueRecord(
+                value=node.name,
+                form=form,
+                source=source.name,
+                readers=[reader.name for reader in readers] if readers is not None else None,
+                scale=chosen.scale,
+                zero_point=chosen.zero_point,
+                low=chosen.low,
+                high=chosen.high,
+                observer=observer if form == "quantize" else "",
+            )
+        )
+    return records
+
+
+def _constants(values: list[ValueRecord], gm: fx.GraphModule) -> dict[str, Tensor]:
+    """Return the integers of constant operands."""
+    nodes = {node.name: node for node in gm.graph.nodes}
+    tensors = {}
+    for record in values:
+        if record["form"] == "constant":
+            value = constant(nodes[record["value"]], gm)
+            assert value is not None
+            scale, zero = torch.tensor(record["scale"]), torch.tensor(record["zero_point"])
+            tensors[f"int8.{record['value']}.integers"] = quantize(
+                value.detach(), scale, zero, None, record["low"], record["high"]
+            )
+    return tensors

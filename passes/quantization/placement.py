@@ -1,0 +1,277 @@
+"""Decides which kernels run on integers and which values therefore pass through quantize and dequantize.
+
+It reads nothing but the graph and the target description. A value is in one of three states:
+
+    float       its producer is a float operator and nobody wants integers
+    read        its producer is a float operator; some readers take dequantize(quantize(value))
+    integer     its producer is an integer kernel; every reader takes dequantize of the stored integers
+
+Refused, each with its reason: operators without an integer kernel on the target, weights computed at run time,
+values that are not float32, values written in place, kernels that would stand alone between float operators, and
+modules the user asked to leave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from torch import fx
+
+from graphopt.graph import constant
+from graphopt.passes.quantization.kernels import HEAVY, Kernel, clamp_range, kernel_of
+from graphopt.plan import Refusal
+from graphopt.provenance import module_path, op_name
+from graphopt.quantization.ops import DEQUANTIZE
+from graphopt.target import OperatorRule, TargetDescription
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A call that runs on integers.
+
+    Attributes:
+        node: the call.
+        kernel: how it is read.
+        rule: the target's rule for it.
+        end: the value whose quantization ends it: the call itself or the activation it absorbs. None when its
+            result stays float.
+    """
+
+    node: fx.Node
+    kernel: Kernel
+    rule: OperatorRule
+    end: fx.Node | None
+
+
+@dataclass(eq=False)
+class Placement:
+    """Where integers stand.
+
+    Attributes:
+        sites: calls on integers, in graph order.
+        integers: values produced by integer kernels; mapped to the value whose scale they share, or None.
+        reads: values of float producers (constants included), with the calls that read them quantized.
+        dropped: absorbed activations that the integer range carries out, with the range they clamp to.
+        refusals: what was matched and left alone.
+    """
+
+    sites: list[Site] = field(default_factory=list)
+    integers: dict[fx.Node, fx.Node | None] = field(default_factory=dict)
+    reads: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
+    dropped: dict[fx.Node, tuple[float, float]] = field(default_factory=dict)
+    refusals: list[Refusal] = field(default_factory=list)
+
+    def root(self, value: fx.Node) -> fx.Node:
+        """Return the value whose scale `value` has."""
+        source = self.integers.get(value)
+        while source is not None:
+            value, source = source, self.integers.get(source)
+        return value
+
+
+def place(gm: fx.GraphModule, target: TargetDescription, skip: Sequence[str] = ()) -> Placement:
+    """Decide where integers stand in `gm`.
+
+    Args:
+        gm: a prepared graph (`prepare.respell`).
+        target: what the runtime can do.
+        skip: glob patterns of module paths or node names to leave float.
+    """
+    return _Placer(gm, target, skip).run()
+
+
+class _Placer:
+    def __init__(self, gm: fx.GraphModule, target: TargetDescription, skip: Sequence[str]) -> None:
+        self._gm = gm
+        self._target = target
+        self._skip = skip
+        self._kernels = {node: kernel for node in gm.graph.nodes if (kernel := kernel_of(node, gm)) is not None}
+        self._problems: dict[fx.Node, Refusal | None] = {}
+        self._written = _written_values(gm.graph)
+        self._only_integers: dict[fx.Node, bool] = {}
+        self._result = Placement()
+
+    def run(self) -> Placement:
+        for node in reversed(self._gm.graph.nodes):
+            self._only_integers[node] = bool(node.users) and all(self._reads_integers(u, node) for u in node.users)
+        for node, kernel in self._kernels.items():
+            rule = self._target.rule(kernel.name)
+            if rule is None or rule.role == "read":
+                self._refuse_float(node, kernel, rule)
+            elif rule.role == "compute":
+                self._place_compute(node, kernel, rule)
+            else:
+                self._place_follower(node, kernel, rule)
+        self._place_reads()
+        return self._result
+
+    def _place_compute(self, node: fx.Node, kernel: Kernel, rule: OperatorRule) -> None:
+        problem = self._problem(node)
+        if problem is not None:
+            self._result.refusals.append(problem)
+            return
+        end = self._end(node, rule)
+        if rule.output == "never" or (rule.output == "wanted" and not self._only_integers[end]):
+            self._accept(Site(node, kernel, rule, None))
+        else:
+            self._accept(Site(node, kernel, rule, end))
+
+    def _place_follower(self, node: fx.Node, kernel: Kernel, rule: OperatorRule) -> None:
+        operands = [operand for operand in kernel.operands if constant(operand, self._gm) is None]
+        ready = [operand in self._result.integers for operand in operands]
+        if not any(ready):
+            return
+        problem = self._problem(node)
+        end = node if rule.role in ("same_scale", "move") else self._end(node, rule)
+        if problem is None and not all(ready) and not self._only_integers[end]:
+            reason = "some of its operands are float, and float operators read its result"
+            problem = Refusal(node.name, reason)
+        if problem is not None:
+            self._result.refusals.append(problem)
+            return
+        self._accept(Site(node, kernel, rule, end))
+
+    def _accept(self, site: Site) -> None:
+        result = self._result
+        result.sites.append(site)
+        for operand in dict.fromkeys(site.kernel.operands):
+            if operand not in result.integers:
+                result.reads.setdefault(operand, []).append(site.node)
+        if site.end is None:
+            return
+        shares = site.rule.role in ("same_scale", "move")
+        result.integers[site.end] = site.kernel.operands[0] if shares else None
+        if site.end is not site.node and not self._target.activation.symmetric:
+            limits = clamp_range(site.end)
+            assert limits is not None  # only clamps are absorbed where the range is asymmetric
+            result.dropped[site.end] = limits
+
+    def _place_reads(self) -> None:
+        """Let float operators that may do so read what was quantized for others."""
+        for node, kernel in self._kernels.items():
+            rule = self._target.rule(kernel.name)
+            if rule is None or rule.role != "read":
+                continue
+            for operand in dict.fromkeys(kernel.operands):
+                readers = self._result.reads.get(operand)
+                if readers is not None and constant(operand, self._gm) is None:
+                    readers.append(node)
+
+    def _refuse_float(self, node: fx.Node, kernel: Kernel, rule: OperatorRule | None) -> None:
+        if rule is not None or not _is_float(node):
+            return
+        chained = any(operand in self._result.integers for operand in kernel.operands)
+        absorbed = node in self._result.integers
+        if kernel.name in HEAVY or (chained and not absorbed):
+            reason = f"`{op_name(node)}` has no integer kernel on {self._target.name}"
+            self._result.refusals.append(Refusal(node.name, reason))
+
+    def _end(self, node: fx.Node, rule: OperatorRule) -> fx.Node:
+        """Return the activation that `node` absorbs, or `node`."""
+        if len(node.users) != 1:
+            return node
+        activation = next(iter(node.users))
+        if op_name(activation) not in rule.absorbs or self._problem(activation) is not None:
+            return node
+        if self._target.activation.symmetric:
+            return activation
+        limits = clamp_range(activation)
+        # the integer range starts at 0 and ends at the limit exactly; a range on both sides of 0 would not
+        return activation if limits is not None and limits[0] == 0.0 < limits[1] else node
+
+    def _reads_integers(self, user: fx.Node, value: fx.Node) -> bool:
+        """Whether `user` takes `value` as an operand of an integer kernel, whatever else is placed."""
+        kernel = self._kernels.get(user)
+        rule = self._target.rule(kernel.name) if kernel is not None else None
+        if kernel is None or rule is None or value not in kernel.operands or self._problem(user) is not None:
+            return False
+        if rule.role == "compute":
+            return value not in (kernel.weight, kernel.bias)
+        return rule.role in ("same_scale", "move") and self._only_integers[user]
+
+    def _problem(self, node: fx.Node) -> Refusal | None:
+        """Return why `node` has to stay float."""
+        if node not in self._problems:
+            reason, kind = self._reason(node, self._kernels[node])
+            self._problems[node] = Refusal(node.name, reason, kind) if reason else None
+        return self._problems[node]
+
+    def _reason(self, node: fx.Node, kernel: Kernel) -> tuple[str, str]:
+        """Return (reason, reason without particulars), empty if there is none."""
+        path = module_path(node)
+        pattern = next((p for p in self._skip if fnmatchcase(path, p) or fnmatchcase(node.name, p)), None)
+        if pattern is not None:
+            return f"left float as asked (skip={pattern})", "left float as asked"
+        if kernel.problem:
+            return kernel.problem, ""
+        if not kernel.operands:
+            return "it has no tensor operand", ""
+        for value in (*kernel.operands, node):
+            if not _is_float(value):
+                return f"`{value.name}` is {_dtype(value)}, not float32", "a value is not float32"
+            if value in self._written:
+                writer = self._written[value]
+                return f"`{value.name}` shares memory with what `{writer}` writes in place", "written in place"
+        for role, value in (("weight", kernel.weight), ("bias", kernel.bias)):
+            if value is None:
+                continue
+            if value.target is DEQUANTIZE:
+                return "it is quantized already", ""
+            if constant(value, self._gm) is None:
+                return f"its {role} is computed at run time by `{value.name}`", f"its {role} is computed at run time"
+            if not _is_float(value):
+                return f"its {role} is {_dtype(value)}, not float32", f"its {role} is not float32"
+            if not bool(torch.isfinite(constant(value, self._gm)).all()):  # type: ignore[arg-type]
+                return f"its {role} holds NaN or infinite values", ""
+        return "", ""
+
+
+def _written_values(graph: fx.Graph) -> dict[fx.Node, str]:
+    """Return every value that shares memory with the target of an in-place write, with the writer's name."""
+    written: dict[fx.Node, str] = {}
+    for node in graph.nodes:
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
+            if isinstance(value, fx.Node) and argument.alias_info is not None and argument.alias_info.is_write:
+                for alias in _aliases(value):
+                    written.setdefault(alias, node.name)
+                written.setdefault(node, node.name)
+    return written
+
+
+def _aliases(value: fx.Node) -> Iterable[fx.Node]:
+    """Return everything that may share memory with `value`: what it is a view of, and all views of that."""
+    base = value
+    while (source := _viewed(base)) is not None:
+        base = source
+    found = {base: None}
+    for node in base.graph.nodes:
+        if _viewed(node) in found:
+            found[node] = None
+    return found
+
+
+def _viewed(node: fx.Node) -> fx.Node | None:
+    """Return the value that `node` may be a view of."""
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.args[0]
+    first = node.target._schema.arguments[0]
+    composite = op_name(node) in ("reshape", "flatten", "contiguous", "unflatten", "movedim", "swapaxes", "to", "chunk")
+    return node.args[0] if first.alias_info is not None or composite else None
+
+
+def _is_float(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    leaves = value if isinstance(value, list | tuple) else [value]
+    return all(isinstance(leaf, torch.Tensor) and leaf.dtype is torch.float32 for leaf in leaves)
+
+
+def _dtype(node: fx.Node) -> str:
+    value = node.meta.get("val")
+    return str(value.dtype).removeprefix("torch.") if isinstance(value, torch.Tensor) else "no tensor"

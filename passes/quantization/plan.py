@@ -1,0 +1,63 @@
+"""What int8 decided, as plain data: one record per value and one per layer; the tensors are named in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, TypedDict
+
+from graphopt.plan import Plan
+
+Form = Literal["quantize", "move", "constant"]
+
+
+class ValueRecord(TypedDict):
+    """How one value of the prepared graph is stored.
+
+    `form`: "quantize" puts a quantize/dequantize pair behind it, "move" says that its producer runs on stored
+    integers, "constant" that it is stored as integers in the program. `readers`: calls that read it quantized, null
+    for all. `source`: the value whose scale it has (itself unless scales are shared).
+    """
+
+    value: str
+    form: Form
+    source: str
+    readers: list[str] | None
+    scale: float
+    zero_point: int
+    low: int
+    high: int
+    observer: str
+
+
+class LayerRecord(TypedDict):
+    """What becomes of one layer's weight and bias.
+
+    `weight` and `bias` are names of new tensors; the plan holds `NAME` as well as `NAME_scale` for integers. `axis`:
+    of the stored weight, null for one scale. `transposed`: stored the other way round, for a product `x @ w`.
+    """
+
+    site: str
+    kernel: str
+    weight: str
+    axis: int | None
+    transposed: bool
+    bias: str | None
+    bias_dtype: Literal["float", "int32"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8Plan(Plan):
+    """Placement, scales and weights.
+
+    Attributes:
+        respelled: node name to how it is spelled anew before anything is placed.
+        values: every value that is stored as integers, in graph order.
+        layers: every layer whose weight is, in graph order.
+        dropped: activations left out because the integer range clamps the same.
+    """
+
+    respelled: Mapping[str, str] = field(default_factory=dict)
+    values: tuple[ValueRecord, ...] = ()
+    layers: tuple[LayerRecord, ...] = ()
+    dropped: tuple[str, ...] = ()

@@ -1,0 +1,179 @@
+"""Carries out an int8 plan. Each function is one line of this algebra:
+
+conv(x, w, b)       -> conv(x, dequantize(w_int), b')
+linear(x, w, b)     -> linear(x, dequantize(w_int), dequantize(b_int)),  or  x @ dequantize(w_int.T) + b
+relu(conv(..))      -> conv(..)                                          where quantize clamps the same
+v                   -> dequantize(quantize(v))                           for the readers the plan names
+move(dequantize(q)) -> dequantize(move(q))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, fx
+
+from graphopt.graph import Editor, arguments
+from graphopt.passes.quantization.plan import Int8Plan, LayerRecord, ValueRecord
+from graphopt.provenance import op_name
+from graphopt.quantization.ops import DEQUANTIZE, QUANTIZE, storage_dtype
+
+aten = torch.ops.aten
+
+
+class Rewriter:
+    """Rewrites the prepared graph of one program."""
+
+    def __init__(self, editor: Editor, plan: Int8Plan) -> None:
+        self._editor = editor
+        self._graph = editor.graph
+        self._tensors: Mapping[str, Tensor] = plan.tensors
+        self._plan = plan
+        self._nodes = {node.name: node for node in editor.graph.nodes}
+        self._reads: dict[str, fx.Node] = {}
+        self._takers: dict[str, fx.Node] = {}  # calls that took over the operands of a respelled layer
+        self._first_input = next(node for node in editor.graph.nodes if node.op == "placeholder")
+
+    def run(self) -> None:
+        """Rewrite layers, then activations, then values, in graph order."""
+        for layer in self._plan.layers:
+            self._rewrite_layer(layer)
+        for name in self._plan.dropped:
+            activation = self._nodes[name]
+            self._nodes[name] = source = activation.args[0]  # type: ignore[assignment]
+            self._editor.replace(activation, source)  # type: ignore[arg-type]
+        moved = {record["value"] for record in self._plan.values if record["form"] == "move"}
+        moving = {self._nodes[name] for name in moved}
+        for record in self._plan.values:
+            self._rewrite_value(record, moving)
+
+    def _rewrite_layer(self, layer: LayerRecord) -> None:
+        node = self._nodes[layer["site"]]
+        with self._graph.inserting_before(node):
+            weight = self._stored(layer["weight"], layer["axis"], node)
+            bias = self._bias(layer, node)
+        if layer["kernel"] == "matmul":
+            self._nodes[node.name] = self._product(node, layer, weight, bias)
+        elif layer["kernel"] == "gemm":
+            self._nodes[node.name] = self._gemm(node, weight, bias)
+        else:
+            _set_argument(node, 1, "weight", weight)
+            if bias is not None:
+                _set_argument(node, 2, "bias", bias)
+
+    def _bias(self, layer: LayerRecord, node: fx.Node) -> fx.Node | None:
+        name = layer["bias"]
+        if name is None:
+            return None
+        if layer["bias_dtype"] == "int32":
+            return self._stored(name, 0, node)
+        return self._read(name, node, trainable=True)
+
+    def _product(self, node: fx.Node, layer: LayerRecord, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
+        """Rewrite linear, addmm, mm or matmul as `x @ w` plus a bias."""
+        given = arguments(node, ())
+        x = given.get("input", given.get("mat1", given.get("self")))
+        with self._graph.inserting_before(node):
+            product = self._editor.call(aten.matmul.default, x, weight, like=node, site=node.name)
+            self._takers[node.name] = product
+            if bias is not None:
+                product = self._editor.call(aten.add.Tensor, product, bias, like=node, site=node.name)
+        self._editor.replace(node, product)
+        return product
+
+    def _gemm(self, node: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
+        """Rewrite a product with a bias as a matrix product; leading axes of fixed size are flattened for it."""
+        if op_name(node) == "addmm":
+            node.args = (bias, node.args[1], weight)
+            return node
+        x = node.args[0]
+        assert isinstance(x, fx.Node)
+        sizes = list(node.meta["val"].shape)
+        if len(sizes) == 2:
+            node.args = (x, weight, bias)
+            return node
+        with self._graph.inserting_before(node):
+            flat = self._editor.call(aten.reshape.default, x, [-1, x.meta["val"].shape[-1]], like=node, site=node.name)
+            self._takers[node.name] = flat
+            product = self._editor.call(aten.linear.default, flat, weight, bias, like=node, site=node.name)
+            result = self._editor.call(aten.reshape.default, product, sizes, like=node, site=node.name)
+        self._editor.replace(node, result)
+        return result
+
+    def _rewrite_value(self, record: ValueRecord, moving: set[fx.Node]) -> None:
+        node = self._nodes[record["value"]]
+        users = list(node.users)
+        if record["readers"] is not None:
+            readers = {self._takers.get(name, self._nodes[name]) for name in record["readers"]}
+            users = [user for user in users if user in readers]
+        with self._graph.inserting_after(_last_input(node)):
+            stored = self._integers(node, record)
+        if not isinstance(stored.meta["val"], Tensor):
+            return  # a list of moved values; its items have records of their own
+        movers = [user for user in users if user in moving]
+        others = [user for user in users if user not in moving]
+        for user in movers:
+            user.replace_input_with(node, stored)
+        if not others:
+            return
+        scale, zero_point = self._qparams(record, node)
+        with self._graph.inserting_after(_last_input(stored)):
+            real = self._editor.call(DEQUANTIZE, stored, scale, zero_point, None, like=node, site=record["value"])
+        for user in others:
+            user.replace_input_with(node, real)
+
+    def _integers(self, node: fx.Node, record: ValueRecord) -> fx.Node:
+        """Return the node that holds the integers of a value."""
+        if record["form"] == "move":
+            if op_name(node) == "pad":  # what is padded is 0, which is stored as the zero point
+                node.args = (node.args[0], node.args[1], "constant", float(record["zero_point"]))
+                node.kwargs = {}
+            self._editor.propagate(node)
+            return node
+        if record["form"] == "constant":
+            return self._read(f"int8.{record['value']}.integers", node)
+        scale, zero_point = self._qparams(record, node)
+        bounds = record["low"], record["high"]
+        return self._editor.call(QUANTIZE, node, scale, zero_point, None, *bounds, like=node, site=record["value"])
+
+    def _qparams(self, record: ValueRecord, like: fx.Node) -> tuple[fx.Node, fx.Node]:
+        prefix = f"int8.{record['source']}"
+        dtype = storage_dtype(record["low"], record["high"])
+        scale = self._put(f"{prefix}.scale", torch.tensor(record["scale"], dtype=torch.float32), like)
+        return scale, self._put(f"{prefix}.zero_point", torch.tensor(record["zero_point"], dtype=dtype), like)
+
+    def _stored(self, name: str, axis: int | None, like: fx.Node) -> fx.Node:
+        """Insert the dequantization of a stored tensor of the plan."""
+        integers = self._read(name, like)
+        scale = self._read(f"{name}_scale", like)
+        zero = torch.zeros(self._tensors[f"{name}_scale"].shape, dtype=self._tensors[name].dtype)
+        zero_point = self._put(f"{name}_zero_point", zero, like)
+        return self._editor.call(DEQUANTIZE, integers, scale, zero_point, axis, like=like, site=like.name)
+
+    def _read(self, name: str, like: fx.Node, *, trainable: bool = False) -> fx.Node:
+        return self._put(name, self._tensors[name], like, trainable=trainable)
+
+    def _put(self, name: str, tensor: Tensor, like: fx.Node, *, trainable: bool = False) -> fx.Node:
+        """Store a tensor once and return the one read of it, at the top of the graph."""
+        if name not in self._reads:
+            self._editor.put(name, tensor, trainable=trainable)
+            with self._graph.inserting_before(self._first_input):
+                self._reads[name] = self._editor.read(name, like=like, site=like.name)
+        return self._reads[name]
+
+
+def _set_argument(node: fx.Node, position: int, name: str, value: fx.Node) -> None:
+    if name in node.kwargs or len(node.args) <= position:
+        node.update_kwarg(name, value)
+    else:
+        node.update_arg(position, value)
+
+
+def _last_input(node: fx.Node) -> fx.Node:
+    """Return the node behind which calls may stand: behind every input for an input, else behind `node`."""
+    if node.op not in ("placeholder", "get_attr"):
+        return node
+    while node.next.op in ("placeholder", "get_attr"):
+        node = node.next
+    return node
