@@ -63,8 +63,8 @@ class Registry:
     def __init__(self, group: str, extra: Iterable[Entry] = ()) -> None:
         self._entries: dict[str, Entry] = {}
         for point in sorted(entry_points(group=group), key=lambda point: (point.name, point.value)):
-            distribution = point.dist.name if point.dist else "an unknown distribution"
-            self._add(Entry(point.name, f"distribution `{distribution}`", point))
+            source = f"distribution `{point.dist.name}`" if point.dist else "an unknown distribution"
+            self._add(Entry(point.name, source, point))
         for entry in extra:
             self._add(entry)
 
