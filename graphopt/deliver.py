@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from graphopt.backend import Artifact, Backend, Session
 from graphopt.bench import Comparison, Spread, Timing, compare
 from graphopt.context import Batch
-from graphopt.equivalence import measure
+from graphopt.equivalence import Probe
 from graphopt.program import Program
 from graphopt.recorder import Metric
 from graphopt.report import Latency, Report, Row
@@ -27,7 +27,7 @@ def deliver(
     home: Path,
     report: Report,
     *,
-    probe: Batch,
+    probe: Probe,
     metric: Metric | None,
     bench: bool,
 ) -> Artifact:
@@ -38,7 +38,7 @@ def deliver(
     """
     started = time.perf_counter()
     artifact = item.lower(program, home / f"{item.name}.onnx")
-    item.verify(artifact, program, tuple(tensor.numpy() for tensor in probe))
+    item.verify(artifact, program, tuple(tensor.numpy() for tensor in probe.batch))
     seconds = time.perf_counter() - started
     baseline = item.lower(original, home / f"original.{item.name}.onnx")
     session = artifact.session()
@@ -47,14 +47,14 @@ def deliver(
         target=item.name,
         cost=report.rows[-1].cost,
         size=artifact.size,
-        error=measure(original, flat(session), probe),
+        error=probe.measure(flat(session)),
         metric=metric(as_model(session, original)) if metric else None,
         seconds=seconds,
         summary=item.summary(artifact),
     )
     before = dataclasses.replace(report.original, size=baseline.size)
     if bench and item.times_here:
-        found = compare(baseline, artifact, tuple(tensor.numpy() for tensor in probe))
+        found = compare(baseline, artifact, tuple(tensor.numpy() for tensor in probe.batch))
         row = dataclasses.replace(
             row,
             latency=_latency("recorded", found, found.recorded.second, found.recorded.wall_ratio),

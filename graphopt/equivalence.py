@@ -49,6 +49,25 @@ def measure(reference: Program, candidate: FlatCallable, batch: Batch) -> Equiva
         return compare_outputs(reference.outputs, reference.call_flat(batch), candidate(batch))
 
 
+class Probe:
+    """Inputs on which many candidates are compared with one program, which runs on them once."""
+
+    def __init__(self, reference: Program, batch: Batch) -> None:
+        self.batch = batch
+        self._specs = reference.outputs
+        with torch.no_grad():
+            self._wanted = reference.call_flat(batch)
+
+    def measure(self, candidate: FlatCallable) -> Equivalence:
+        """Run a candidate and compare it with the reference.
+
+        Raises:
+            VerifyError: an output is not finite where the reference is.
+        """
+        with torch.no_grad():
+            return compare_outputs(self._specs, self._wanted, candidate(self.batch))
+
+
 def compare_outputs(specs: Sequence[TensorSpec], wanted: Batch, found: Batch) -> Equivalence:
     """Compare flat outputs, those that both have, in order.
 

@@ -14,6 +14,7 @@ from graphopt.capturing import capture
 from graphopt.context import Batch, Context, NoProgress, Progress
 from graphopt.data import Samples
 from graphopt.deliver import deliver
+from graphopt.equivalence import Probe
 from graphopt.errors import DataError, UsageError
 from graphopt.evaluate import Evaluator, FunctionEvaluator, evaluator
 from graphopt.hooks import FullCheck, Hook
@@ -27,7 +28,7 @@ from graphopt.report import Report
 from graphopt.result import Result
 from graphopt.runner import run
 
-_PROBE_SAMPLES = 32  # samples every row's output error is measured on
+_PROBE_SAMPLES = 16  # samples every row's output error is measured on
 DEFAULT_PASSES = "prune:ratio=0.5,svd,int8"
 
 
@@ -77,10 +78,11 @@ def optimize(
     pipeline = Pipeline.parse(passes, PassRegistry(plugins))
     backends = [backend(item) if isinstance(item, str) else item for item in _listed(target)]
     program, samples = _program_and_samples(model, data, dynamic_shapes)
-    probe = _probe(program, samples)
+    probe = Probe(program, _probe_inputs(program, samples))
     metric = None if eval is None else _evaluator(eval, program)
     report = Report(name or _name(model), str(pipeline), metric.name if metric else "")
     report.notes += [f"{note.subject}: {note.text}" for note in program.notes]
+    report.notes += [f"data: {note}" for note in (samples.notes if samples else ())]
     recorder = Recorder(report, program, probe, metric)
     recorder.add_original()
     ctx = Context(
@@ -156,7 +158,7 @@ def _evaluator(spec: Any, program: Program) -> Evaluator | FunctionEvaluator:
     return evaluator(spec, specs=program.inputs, batch_size=batch, fixed_batch=True)
 
 
-def _probe(program: Program, samples: Samples | None) -> Batch:
+def _probe_inputs(program: Program, samples: Samples | None) -> Batch:
     """Return the inputs that errors are measured on: real samples if there are any."""
     if samples is None or not program.batched:
         return program.flat_examples()

@@ -7,9 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from graphopt.context import Batch
 from graphopt.cost import cost
-from graphopt.equivalence import Equivalence, measure
+from graphopt.equivalence import Equivalence, Probe
 from graphopt.hooks import Hook
 from graphopt.pipeline import Step
 from graphopt.plan import Plan
@@ -26,13 +25,13 @@ class Recorder(Hook):
     Attributes:
         report: where rows and refusals go.
         original: what every row is compared with.
-        probe: flat inputs the comparison runs on.
+        probe: inputs and original outputs of the comparison.
         metric: value of a program under the user's `eval`, None without one.
     """
 
     report: Report
     original: Program
-    probe: Batch
+    probe: Probe
     metric: Metric | None = None
     _started: float = field(default=0.0, init=False)
 
@@ -54,6 +53,6 @@ class Recorder(Hook):
     def _row(self, label: str, target: str, program: Program, seconds: float | None, summary: str) -> Row:
         error: Equivalence | None = None
         if program is not self.original:
-            error = measure(self.original, program.call_flat, self.probe)
+            error = self.probe.measure(program.call_flat)
         value = self.metric(program) if self.metric else None
         return Row(label, target, cost(program), None, error, value, None, None, seconds, summary)

@@ -6,8 +6,8 @@ import logging
 import os
 import sys
 
-import click
 import typer
+from typer.exceptions import TyperException
 
 from graphopt.cli import bench, inspect, optimize, passes, replay, verify
 from graphopt.errors import GraphOptError
@@ -16,6 +16,8 @@ EXIT_CODES = (
     "Exit codes: 0 done, 1 a gate failed, 2 usage, 3 capture, 4 pass or verification, 5 lowering or runtime, "
     "6 data, 130 interrupted."
 )
+
+_INTERRUPTED = 130
 
 app = typer.Typer(
     name="graphopt",
@@ -53,20 +55,20 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Run one command line; return its exit code. Errors are one sentence on stderr."""
     try:
-        app(arguments, standalone_mode=False)
+        code = app(arguments, standalone_mode=False)
+        if code == _INTERRUPTED:  # typer turns ^C into a code
+            _say("Interrupted. Nothing was left half-written.")
     except GraphOptError as err:
         if logging.getLogger("graphopt").isEnabledFor(logging.DEBUG):
             logging.getLogger(__name__).debug("traceback", exc_info=True)
         _say(str(err))
         return err.exit_code
-    except click.exceptions.Exit as err:
-        return err.exit_code
-    except click.ClickException as err:
-        _say(err.format_message())
+    except TyperException as err:
+        _say(err.format_message() if arguments else f"say what to do.\n\n{err}")
         return 2
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         _say("Interrupted. Nothing was left half-written.")
-        return 130
+        return _INTERRUPTED
     except BrokenPipeError:
         # whoever read our output is done; Python would complain again while closing stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -77,7 +79,7 @@ def run(arguments: list[str]) -> int:
     except OSError as err:
         _say(f"{err.strerror or err}{f': {err.filename}' if err.filename else ''}. Nothing was left half-written.")
         return 2
-    return 0
+    return code if isinstance(code, int) else 0
 
 
 def _say(message: str) -> None:

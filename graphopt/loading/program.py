@@ -71,32 +71,43 @@ def _from_file(loaded: LoadedModel, exported: ExportedProgram, dynamic_shapes: M
     args, kwargs = loaded.example_inputs.args, loaded.example_inputs.kwargs
     signature = loaded.extra_files.get(_SIGNATURE)
     if signature is not None:
-        return _with_signature(from_exported(exported, args, kwargs), json.loads(signature), loaded.source)
+        return _with_signature(from_exported(exported, args, kwargs), signature, loaded.source)
     if exported.range_constraints and dynamic_shapes is None:
         return from_exported(exported, args, kwargs)
     # A static program is captured again: many only became static because nobody asked for a dynamic batch.
     return capture(exported.module(check_guards=False), args, kwargs, dynamic_shapes, share_tensors=True)
 
 
-def _with_signature(program: Program, stored: Mapping[str, Any], source: str) -> Program:
-    """Give a program the names and notes it was saved with."""
+def _with_signature(program: Program, text: str, source: str) -> Program:
+    """Give a program the names and notes it was saved with.
+
+    Raises:
+        LoadError: the file's signature is damaged or not that of its program.
+    """
 
     def specs(kind: str, found: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
-        entries = stored[kind]
-        if len(entries) != len(found) or any(
-            len(e["shape"]) != len(f.shape) for e, f in zip(entries, found, strict=True)
-        ):
-            raise LoadError(f"`{source}` does not agree with its own signature ({kind}). Save the program again.")
-        return tuple(
-            TensorSpec(str(e["name"]), tuple(e["shape"]), f.dtype) for e, f in zip(entries, found, strict=True)
-        )
+        pairs = zip(stored[kind], found, strict=True)
+        return tuple(_renamed(spec, str(entry["name"]), entry["shape"]) for entry, spec in pairs)
 
-    return dataclasses.replace(
-        program,
-        inputs=specs("inputs", program.inputs),
-        outputs=specs("outputs", program.outputs),
-        notes=tuple(Note(str(n["subject"]), str(n["text"])) for n in stored["notes"]),
-    )
+    try:
+        stored = json.loads(text)
+        return dataclasses.replace(
+            program,
+            inputs=specs("inputs", program.inputs),
+            outputs=specs("outputs", program.outputs),
+            notes=tuple(Note(str(note["subject"]), str(note["text"])) for note in stored["notes"]),
+        )
+    except (KeyError, TypeError, ValueError) as err:
+        raise LoadError(
+            f"`{source}` does not agree with the signature stored in it ({type(err).__name__}: {err}). "
+            "Save the program again."
+        ) from err
+
+
+def _renamed(spec: TensorSpec, name: str, shape: Sequence[Any]) -> TensorSpec:
+    if [isinstance(size, str) for size in shape] != [isinstance(size, str) for size in spec.shape]:
+        raise ValueError(f"`{name}` is {shape}, the program's is {spec.shape}")
+    return TensorSpec(name, tuple(size if isinstance(size, str) else int(size) for size in shape), spec.dtype)
 
 
 def _examples(

@@ -96,7 +96,9 @@ def test_data_dependent_branch_is_explained() -> None:
                 return x
             return -x
 
-    with pytest.raises(CaptureError, match=r"branches on the values of a tensor at .*test_capturing.py:\d+.*torch.where"):
+    with pytest.raises(
+        CaptureError, match=r"branches on the values of a tensor at .*test_capturing.py:\d+.*torch.where"
+    ):
         capture(Branch(), torch.randn(2, 4))
 
 

@@ -78,7 +78,7 @@ def test_targets_fork_at_the_first_pass_that_reads_one(program: Program) -> None
 
 
 def test_a_pass_that_reads_the_target_says_so_without_one(program: Program) -> None:
-    with pytest.raises(PassError, match="no target was given. Try --target onnxruntime"):
+    with pytest.raises(PassError, match=r"no target was given\. Try --target onnxruntime"):
         run(Pipeline.parse("needs_ready", REGISTRY), program, Context(program))
 
 
@@ -90,7 +90,7 @@ def test_alignments_of_several_targets_are_combined(program: Program) -> None:
 
 
 def test_missing_data_is_explained(program: Program) -> None:
-    with pytest.raises(DataError, match="`int8` needs data to find ranges, and none was given.*--data samples.npz"):
+    with pytest.raises(DataError, match=r"`int8` needs data to find ranges, and none was given\..*--data samples\.npz"):
         Context(program).need_samples("int8", "to find ranges")
 
 

@@ -1,0 +1,71 @@
+"""Gates: what they read, and what they say."""
+
+from __future__ import annotations
+
+import pytest
+
+from graphopt.cli.gates import Gate
+from graphopt.equivalence import Equivalence
+from graphopt.errors import UsageError
+from graphopt.report import Latency, Report, Row
+
+REPORT = Report(
+    "model.pt",
+    "int8",
+    "top1",
+    rows=[
+        Row("original", size=1000, metric=80.0),
+        Row("int8", metric=79.0),
+        Row(
+            "onnxruntime.onnx",
+            target="onnxruntime",
+            size=250,
+            metric=78.0,
+            error=Equivalence(0.1, 0.02, 40.0, 0.99),
+            latency=Latency("recorded options, 1 thread", 1, 2.0, (1.9, 2.1), 3.0, (2.9, 3.1)),
+        ),
+    ],
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "fails"),
+    [
+        ("drop>1.5", True),
+        ("drop>2", False),
+        ("drop%>2.4", True),
+        ("drop%>=2.5", True),
+        ("drop%>2.5", False),
+        ("size>0.25", False),
+        ("size >= 0.25", True),
+        ("speedup<3.5", True),
+        ("speedup<2", False),
+        ("error>1e-3", True),
+        ("agreement<0.999", True),
+    ],
+)
+def test_gates(text: str, fails: bool) -> None:
+    assert bool(Gate.parse(text).failures(REPORT)) is fails
+
+
+def test_a_failure_says_value_and_gate() -> None:
+    assert Gate.parse("drop>0.5").failures(REPORT) == ["drop is 2 for onnxruntime.onnx, gate is drop>0.5"]
+
+
+def test_without_an_artifact_the_last_pass_counts() -> None:
+    report = Report("m", "p", "top1", rows=REPORT.rows[:2])
+    assert Gate.parse("drop>0.5").failures(report) == ["drop is 1 for int8, gate is drop>0.5"]
+
+
+@pytest.mark.parametrize("text", ["", "drop", "drop>", "drop>x", "accuracy<1", "drop=1"])
+def test_unreadable(text: str) -> None:
+    with pytest.raises(UsageError, match=r'Cannot read --fail-if.*such as "drop>0\.5"; quantities are drop, drop%'):
+        Gate.parse(text)
+
+
+def test_a_gate_on_what_was_not_measured() -> None:
+    report = Report("m", "p", rows=[Row("original"), Row("int8")])
+    with pytest.raises(
+        UsageError, match=r"nothing to look at: points of the --eval metric lost was not.*Give --eval\."
+    ):
+        Gate.parse("drop>1").failures(report)

@@ -1,0 +1,48 @@
+"""Cost: counts that can be checked by hand."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from graphopt.capturing import capture
+from graphopt.cost import cost
+
+
+def test_a_convolution_and_a_linear() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(256, 5))
+    found = cost(capture(model, torch.randn(3, 3, 8, 8)))
+    convolution, linear = 4 * 3 * 3 * 3, 256 * 5
+    assert found.parameters == convolution + 8 + linear + 5
+    assert found.flops == 2 * (convolution * 64 + linear)  # one sample, a multiply-add is two
+    statistics = 2 * 4 * 4  # running mean and variance; the number of batches is read by nobody
+    assert found.bytes == 4 * found.parameters + statistics
+
+
+def test_tied_weights_count_once() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(10, 4)
+            self.head = nn.Linear(4, 10, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.head(self.embedding(ids))
+            return logits
+
+    found = cost(capture(Tied(), torch.ones(2, 3, dtype=torch.int64)))
+    assert (found.parameters, found.bytes) == (40, 160)
+
+
+def test_a_static_program_counts_its_own_batch() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.fc(x.view(2, 4))
+            return y
+
+    assert cost(capture(Fixed(), torch.randn(2, 4))).flops == 2 * 2 * 12
