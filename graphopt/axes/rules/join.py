@@ -145,6 +145,8 @@ def narrow(call: Call) -> Dims:
     along = call.position("dim", len(dims))
     length, start, taken = size(dims[along]), call.arg("start"), call.shape()[along]
     if equal(length, taken):
+        call.note("before", call.axis(0))
+        call.note("taken", dims[along])
         return dims
     if not isinstance(length, int) or not isinstance(start, int) or not isinstance(taken, int) or taken == 0:
         return _frozen_slice(call, dims, along)
