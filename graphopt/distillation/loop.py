@@ -1,0 +1,207 @@
+"""The training loop, under Accelerate: one CPU, one GPU or, started by `accelerate launch`, many processes.
+
+The one adapter to `accelerate`, which is imported when a loop starts and not before. Every process draws the same
+batches and computes its share of each, so a run takes the same steps however many there are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from graphopt.context import Batch, Progress
+from graphopt.distillation.objective import Objective
+from graphopt.distillation.pool import Index, Pool
+from graphopt.distillation.statistics import estimate_statistics
+from graphopt.distillation.weights import overwrite, snapshot
+from graphopt.errors import PassError
+from graphopt.program import Program
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+View = Callable[[Batch, torch.Generator], Batch]  # a new view of the same inputs
+
+# Floor of a tensor's root mean square, for biases that start at 0 (Adafactor: Shazeer and Stern 2018, section 8).
+_SMALLEST_RMS = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How long and how fast to train."""
+
+    epochs: int
+    rate: float  # largest AdamW step, as a fraction of the root mean square of each tensor
+    warmup: float  # fraction of all steps in which the rate rises from 0; it falls to 0 as a cosine after
+    patience: int  # epochs without a lower held-out loss before stopping
+
+
+@dataclass
+class History:
+    """The held-out loss before training and after each epoch, and the tensors where it was lowest."""
+
+    losses: list[float]
+    best: dict[str, torch.Tensor] = field(default_factory=dict)  # empty: no epoch was better than what came in
+
+
+class Trainer:
+    """Trains a student program towards a teacher program, and judges it on inputs it never trains on.
+
+    Args:
+        student: tapped, owning its tensors; trained in place, on the device Accelerate chooses.
+        teacher: tapped likewise, owning its tensors since they move too.
+        objective: reads the flat outputs of both.
+        held_out: what the student is judged on.
+        batch_size: over all processes.
+    """
+
+    def __init__(
+        self, student: Program, teacher: Program, objective: Objective, held_out: Pool, batch_size: int
+    ) -> None:
+        self._accelerator = _accelerator()
+        self._student, self._teacher, self._objective = student, teacher, objective
+        self._held_out, self._batch_size = held_out, batch_size
+        self._names = [name for name, tensor in student.state_dict().items() if tensor.is_floating_point()]
+        for program in (student, teacher):
+            place(program, self._accelerator.device)
+        self._expected: list[tuple[torch.Tensor, ...]] = []
+
+    def held_out_loss(self) -> float:
+        """Return the loss of the student's own outputs on the held-out inputs, in evaluation mode."""
+        self._student.eval()
+        chunks = [self._on_device(self._held_out.take(index)) for index in self._batches(self._held_out)]
+        with torch.no_grad():
+            self._expected = self._expected or [self._teacher.call_flat(chunk) for chunk in chunks]
+            losses = [
+                self._objective.of_outputs(self._student.call_flat(chunk), wanted) * len(chunk[0])
+                for chunk, wanted in zip(chunks, self._expected, strict=True)
+            ]
+        mean = torch.stack(losses).sum() / sum(len(chunk[0]) for chunk in chunks)
+        # Statistics of BatchNorm differ between processes while training: all must decide alike.
+        return float(self._accelerator.reduce(mean, "mean"))
+
+    def estimate(self, inputs: Pool) -> dict[str, torch.Tensor]:
+        """Re-estimate the student's BatchNorm statistics on `inputs`, put them in place and return them."""
+        self._student.eval()
+        batches = (self._on_device(inputs.take(index)) for index in self._batches(inputs))
+        found = estimate_statistics(self._student, batches)
+        overwrite(self._student, found)
+        return snapshot(self._student, list(found))
+
+    def fit(
+        self, inputs: Pool, schedule: Schedule, view: View, generator: torch.Generator, progress: Progress
+    ) -> History:
+        """Train on `inputs`; keep the tensors of the epoch with the lowest held-out loss.
+
+        Raises:
+            PassError: the loss is not finite.
+        """
+        optimizer = torch.optim.AdamW(_groups(self._student, schedule.rate), weight_decay=0.0)
+        per_epoch = len(self._batches(inputs))
+        total = schedule.epochs * per_epoch
+        rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda at: _rate(at, total, schedule.warmup))
+        module, prepared = self._accelerator.prepare(_Module(self._student), optimizer)
+        history = History([self.held_out_loss()])
+        stale = 0
+        steps = self._drawn(inputs, schedule.epochs, generator)
+        for done, index in enumerate(progress.track(steps, "recover: training", total), start=1):
+            self._step(module, prepared, view(self._share(inputs, index), generator), done, schedule)
+            rates.step()
+            if done % per_epoch == 0:
+                stale = 0 if self._keep(history) else stale + 1
+                if stale >= schedule.patience:
+                    break
+                self._student.train()
+        self._student.eval()
+        return history
+
+    def _step(self, module: nn.Module, optimizer: Any, batch: Batch, done: int, schedule: Schedule) -> None:
+        with torch.no_grad(), self._accelerator.autocast():
+            wanted = self._teacher.call_flat(batch)
+        loss = self._objective(module(batch), wanted)
+        if not bool(torch.isfinite(loss)):
+            raise PassError(
+                f"Recovery training diverged: the loss is {float(loss)} at step {done} with lr={schedule.rate:g}. "
+                f"Try recover:lr={schedule.rate / 4:g}, and look for samples that are not finite."
+            )
+        optimizer.zero_grad()
+        self._accelerator.backward(loss)
+        optimizer.step()
+
+    def _keep(self, history: History) -> bool:
+        """Note the held-out loss of an epoch; copy the tensors if it is the lowest so far."""
+        loss = self.held_out_loss()
+        better = loss < min(history.losses)
+        history.losses.append(loss)
+        if better:
+            history.best = snapshot(self._student, self._names)
+        return better
+
+    def _batches(self, inputs: Pool, generator: torch.Generator | None = None) -> list[Index]:
+        return inputs.batches(self._batch_size, generator, fixed=not self._student.batched)
+
+    def _drawn(self, inputs: Pool, epochs: int, generator: torch.Generator) -> Iterator[Index]:
+        self._student.train()
+        for _ in range(epochs):
+            yield from self._batches(inputs, generator)
+
+    def _share(self, inputs: Pool, index: Index) -> Batch:
+        """Return this process's share of a batch."""
+        bucket, samples = index
+        share = samples.tensor_split(self._accelerator.num_processes)[self._accelerator.process_index]
+        return self._on_device(inputs.take((bucket, share)))
+
+    def _on_device(self, batch: Batch) -> Batch:
+        return tuple(part.to(self._accelerator.device) for part in batch)
+
+
+class _Module(nn.Module):
+    """A program as the module Accelerate wraps: it may patch this forward, and the graph's modes still switch."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        self.graph_module = program.graph_module
+        self._program = program
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, ...]:
+        return self._program.call_flat(batch)
+
+
+def place(program: Program, device: torch.device) -> None:
+    """Move the tensors of `program` to `device`, in place, and with them every device its graph names."""
+    program.graph_module.to(device)
+    changed = False
+    for node in program.graph.nodes:
+        if node.op == "call_function" and isinstance(node.kwargs.get("device"), torch.device):
+            node.update_kwarg("device", device)
+            changed = True
+    if changed:
+        program.graph_module.recompile()
+
+
+def _accelerator() -> Accelerator:
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    return Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+
+
+def _groups(student: Program, rate: float) -> list[dict[str, Any]]:
+    """Give every tensor steps in proportion to its size, so that one rate suits convolutions and transformers."""
+    return [
+        {"params": [parameter], "lr": rate * max(float(parameter.detach().square().mean().sqrt()), _SMALLEST_RMS)}
+        for parameter in student.parameters()
+        if parameter.requires_grad and parameter.numel()
+    ]
+
+
+def _rate(at: int, total: int, warmup: float) -> float:
+    rising = max(1, round(warmup * total))
+    if at < rising:
+        return (at + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (at - rising) / max(1, total - rising)))

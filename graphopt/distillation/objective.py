@@ -1,0 +1,125 @@
+"""What a student is to imitate: the teacher's outputs, each by the loss that suits it, and its taps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import fx
+
+from graphopt.distillation.losses import relative_error, soft_labels, tap_loss
+from graphopt.distillation.pairing import Pair
+from graphopt.distillation.taps import output_values, own_outputs
+from graphopt.graph import arguments
+from graphopt.plan import Refusal
+from graphopt.program import Program
+from graphopt.provenance import op_name
+
+OutputKind = Literal["logits", "probabilities", "values"]
+
+# Operators that only carry a value on: logits stay logits.
+_CARRYING = frozenset(
+    {"view", "reshape", "flatten", "squeeze", "unsqueeze", "slice", "select", "getitem", "permute", "transpose"}
+    | {"contiguous", "to", "dropout", "clone", "alias", "detach"}
+)
+_WEIGHTED = frozenset({"linear", "addmm", "matmul", "mm", "conv1d", "conv2d", "conv3d", "log_softmax"})
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One output that the student imitates."""
+
+    index: int  # among the tensor outputs
+    name: str
+    kind: OutputKind
+
+
+def targets_of(teacher: Program) -> tuple[list[Target], list[Refusal]]:
+    """Say how each output of `teacher` is imitated; outputs that have no gradient are refused.
+
+    "logits": what a weighted layer (or log-softmax) gives as (batch, ..., classes). "probabilities": what a softmax
+    over the last axis gives. "values": everything else, embeddings and dense maps among it.
+    """
+    targets, refusals = [], []
+    for index, (spec, node) in enumerate(zip(own_outputs(teacher), output_values(teacher), strict=True)):
+        if spec.dtype.is_floating_point:
+            targets.append(Target(index, spec.name, _kind(node)))
+        else:
+            reason = f"output is {str(spec.dtype).removeprefix('torch.')}: it has no gradient to learn from"
+            refusals.append(Refusal(spec.name, reason, "output has no gradient"))
+    return targets, refusals
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of a student against its teacher, as a function of what both return.
+
+    Attributes:
+        targets: the outputs imitated.
+        pairs: the taps imitated; both programs have them as outputs, in this order after their own.
+        temperature: softens the labels of logits and probabilities.
+        alpha: weight of the mean tap loss against the mean output loss.
+    """
+
+    targets: Sequence[Target]
+    pairs: Sequence[Pair]
+    temperature: float
+    alpha: float
+
+    def __call__(self, student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the loss of flat outputs: own outputs first, then one per pair."""
+        loss = self.of_outputs(student, teacher)
+        if self.pairs and self.alpha:
+            taps = zip(student[-len(self.pairs) :], teacher[-len(self.pairs) :], strict=True)
+            loss = loss + self.alpha * torch.stack([tap_loss(found, wanted) for found, wanted in taps]).mean()
+        return loss
+
+    def of_outputs(self, student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the mean loss of the outputs alone: what a held-out set is judged by."""
+        losses = [self._of(target, student[target.index], teacher[target.index]) for target in self.targets]
+        return torch.stack(losses).mean()
+
+    def _of(self, target: Target, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        values = relative_error(student, teacher)
+        if target.kind == "values":
+            return values
+        if target.kind == "probabilities":
+            student, teacher = _log(student), _log(teacher)
+        # Soft labels do not see a constant added to all logits, and what looks like logits may be an embedding or a
+        # regression: the relative error anchors the values themselves.
+        return soft_labels(student, teacher, self.temperature) + values
+
+
+def comparable(teacher: Program, student: Program, pairs: Sequence[Pair]) -> tuple[list[Pair], list[Refusal]]:
+    """Keep the pairs that a tap loss is defined for: floating values with the same first axis."""
+    values = [{node.name: node.meta.get("val") for node in program.graph.nodes} for program in (teacher, student)]
+    kept, refusals = [], []
+    for pair in pairs:
+        wanted, found = values[0][pair.teacher.node], values[1][pair.student.node]
+        if not (wanted.is_floating_point() and found.is_floating_point()):
+            reason = "its value is not floating: there is no gradient to learn from"
+        elif not (wanted.dim() and found.dim() and str(wanted.shape[0]) == str(found.shape[0])):
+            reason = f"teacher and student share no first axis: {tuple(wanted.shape)} and {tuple(found.shape)}"
+        else:
+            kept.append(pair)
+            continue
+        refusals.append(Refusal(pair.teacher.address, reason, reason.partition(":")[0]))
+    return kept, refusals
+
+
+def _log(probabilities: torch.Tensor) -> torch.Tensor:
+    return probabilities.float().clamp_min(torch.finfo(torch.float32).tiny).log()
+
+
+def _kind(node: fx.Node) -> OutputKind:
+    shape = node.meta["val"].shape
+    if len(shape) not in (2, 3) or (isinstance(shape[-1], int) and shape[-1] < 2):
+        return "values"
+    while op_name(node) in _CARRYING and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    if op_name(node) in ("softmax", "_softmax"):
+        axis = arguments(node, ("dim",))["dim"]
+        return "probabilities" if axis in (-1, node.meta["val"].dim() - 1) else "values"
+    return "logits" if op_name(node) in _WEIGHTED else "values"

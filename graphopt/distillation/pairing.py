@@ -1,0 +1,181 @@
+"""Pairing: which value of a student stands for which value of its teacher.
+
+A value means what its users take it for. Passes replace operators, but an operator that is still there takes what
+it always took, so its inputs say which values correspond:
+
+    fold    conv -> bn -> relu   becomes   conv' -> relu        relu took bn, so conv' stands for bn
+    svd     linear -> gelu       becomes   l1 -> l2 -> gelu     gelu took linear, so l2 stands for linear
+    prune   the same operators, narrower                        every value stands for itself
+
+Operators made by a pass from one captured operator act together as that operator, so two factorised layers in a
+row pair as well. Where nobody uses a value any more, it stands for the operator it descends from. A teacher value
+that no student value stands for (the convolution before a folded BatchNorm) is refused, not guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from graphopt.distillation.addresses import Tap, Tappable, addresses
+from graphopt.distillation.cuts import residual_points, stage_ends
+from graphopt.plan import Refusal
+from graphopt.program import Program
+from graphopt.provenance import op_name, origin
+
+# Operators that pass their input on unchanged when nothing is trained.
+_IDENTITIES = frozenset({"dropout", "alpha_dropout", "feature_dropout", "alias", "detach", "contiguous", "clone"})
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One value in two programs, under the teacher's address."""
+
+    teacher: Tap
+    student: Tap
+
+
+def derived_from(student: Program, teacher: Program) -> bool:
+    """Whether passes made `student` out of `teacher`: all of its captured operators are the teacher's."""
+    known = {descent.node: descent for descent in map(origin, teacher.graph.nodes) if descent}
+    calls = [origin(node) for node in student.graph.nodes if node.op == "call_function"]
+    for descent in calls:
+        twin = known.get(descent.node) if descent else None
+        if descent is None or twin is None or (twin.op, twin.module) != (descent.op, descent.module):
+            return False
+    return bool(calls)
+
+
+def pair_taps(teacher: Program, student: Program, taps: Sequence[Tap]) -> tuple[list[Pair], list[Refusal]]:
+    """Find, for values of the teacher, what stands for them in a student that passes made out of it.
+
+    Returns:
+        The pairs in the order of `taps`, and a refusal for each tap without a counterpart.
+    """
+    stands_for = _correspondence(teacher, student)
+    own = {node: address for address, node in addresses(student).items()}
+    nodes = {node.name: node for node in teacher.graph.nodes}
+    tappable = Tappable(student.graph)
+    pairs, refusals = [], []
+    for tap in taps:
+        found = stands_for.get(_behind_identities(nodes[tap.node]))
+        if found is None or found.name not in own:
+            refusals.append(Refusal(tap.address, "no value of the student stands for it: a pass merged it away"))
+        elif tappable.why_not(found):
+            refusals.append(Refusal(tap.address, f"in the student {tappable.why_not(found)}", "no tap in the student"))
+        else:
+            pairs.append(Pair(tap, Tap(own[found.name], found.name)))
+    return pairs, refusals
+
+
+def pair_stages(teacher: Program, student: Program) -> list[Pair]:
+    """Pair two programs of different descent by structure: the ends of stages where both have equally many.
+
+    A stage ends where the spatial size changes. With a single stage, as in a transformer, the student's block
+    boundaries are spread evenly over the teacher's (the uniform mapping of TinyBERT, Jiao et al. 2020).
+    """
+    ends = stage_ends(teacher), stage_ends(student)
+    if len(ends[0]) == len(ends[1]) > 1:
+        return _as_pairs(teacher, student, list(zip(*ends, strict=True)))
+    if len(ends[0]) > 1 or len(ends[1]) > 1:
+        return []
+    wide, narrow = residual_points(teacher), residual_points(student)
+    if len(wide) < len(narrow):
+        return []
+    last = [(index + 1) * len(wide) // len(narrow) - 1 for index in range(len(narrow))]
+    return _as_pairs(teacher, student, [(wide[at], point) for at, point in zip(last, narrow, strict=True)])
+
+
+def _as_pairs(teacher: Program, student: Program, found: Sequence[tuple[fx.Node, fx.Node]]) -> list[Pair]:
+    taught = {node: address for address, node in addresses(teacher).items()}
+    own = {node: address for address, node in addresses(student).items()}
+    return [Pair(Tap(taught[t.name], t.name), Tap(own[s.name], s.name)) for t, s in found]
+
+
+def _correspondence(teacher: Program, student: Program) -> dict[fx.Node, fx.Node]:
+    """Return the student's value for each of the teacher's that has one."""
+    captured = {descent.node: node for node in teacher.graph.nodes if (descent := origin(node)) and node.op != "output"}
+    groups = _groups(student)
+    produced = _by_production(groups, captured)
+    used = _by_use(teacher, student, groups, captured)
+    stands_for: dict[fx.Node, fx.Node] = {}
+    for node in student.graph.nodes:
+        claims = used.get(node) or ([produced[node]] if node in produced else [])
+        if len(claims) > 1:
+            claims = [claim for claim in claims if claim is produced.get(node)]
+        for claim in claims:
+            taken = stands_for.get(claim)
+            if taken is None or (produced.get(node) is claim and produced.get(taken) is not claim):
+                stands_for[claim] = node
+    return stands_for
+
+
+def _groups(student: Program) -> dict[str, list[fx.Node]]:
+    """Group the student's calls by the captured operator they descend from."""
+    groups: dict[str, list[fx.Node]] = {}
+    for node in student.graph.nodes:
+        descent = origin(node)
+        if node.op == "call_function":
+            groups.setdefault(descent.node if descent else node.name, []).append(node)
+    return groups
+
+
+def _by_production(groups: Mapping[str, Sequence[fx.Node]], captured: Mapping[str, fx.Node]) -> dict[fx.Node, fx.Node]:
+    """Claim the one value that leaves a group for the operator the group descends from."""
+    claims = {}
+    for name, members in groups.items():
+        leaving = [node for node in members if not node.users or any(user not in members for user in node.users)]
+        if len(leaving) == 1 and name in captured:
+            claims[leaving[0]] = _behind_identities(captured[name])
+    return claims
+
+
+def _by_use(
+    teacher: Program, student: Program, groups: Mapping[str, Sequence[fx.Node]], captured: Mapping[str, fx.Node]
+) -> dict[fx.Node, list[fx.Node]]:
+    """Claim what enters a group, or leaves the program, for what entered the operator, or left the teacher."""
+    claims: dict[fx.Node, list[fx.Node]] = {}
+
+    def claim(taken: Sequence[fx.Node], meant: Sequence[fx.Node]) -> None:
+        for node, value in zip(taken, meant, strict=True) if len(taken) == len(meant) else ():
+            value = _behind_identities(value)
+            if value not in claims.setdefault(node, []):
+                claims[node].append(value)
+
+    active = _activations(teacher) | _activations(student)
+    for name, members in groups.items():
+        if name in captured:
+            entering = [node for member in members for node in member.all_input_nodes if node not in members]
+            meant = [node for node in captured[name].all_input_nodes if node in active]
+            claim([node for node in dict.fromkeys(entering) if node in active], meant)
+    outputs = [[leaf for leaf in _results(program) if isinstance(leaf, fx.Node)] for program in (student, teacher)]
+    shared = min(map(len, outputs))  # taps follow the program's own outputs
+    claim(outputs[0][:shared], outputs[1][:shared])
+    return claims
+
+
+def _activations(program: Program) -> set[fx.Node]:
+    """Return the values, sizes aside, that depend on an input."""
+    found: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        depends = node.op == "placeholder" or any(source in found for source in node.all_input_nodes)
+        tensors = any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(node.meta.get("val")))
+        if depends and tensors and node.op != "output":
+            found.add(node)
+    return found
+
+
+def _results(program: Program) -> Sequence[object]:
+    leaves = next(node for node in program.graph.nodes if node.op == "output").args[0]
+    assert isinstance(leaves, tuple | list)
+    return leaves
+
+
+def _behind_identities(node: fx.Node) -> fx.Node:
+    while op_name(node) in _IDENTITIES and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node

@@ -1,0 +1,103 @@
+"""Recovering a student: re-estimate, train, and keep whatever is closest to the teacher on held-out inputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from graphopt.context import Context
+from graphopt.distillation.addresses import Tap
+from graphopt.distillation.loop import Schedule, Trainer, View
+from graphopt.distillation.objective import Objective
+from graphopt.distillation.pool import Pool
+from graphopt.distillation.statistics import batch_norms
+from graphopt.distillation.taps import insert_taps
+from graphopt.distillation.weights import overwrite, snapshot
+from graphopt.errors import PassError
+from graphopt.program import Program
+
+_HELD_OUT = 0.1  # fraction of the samples that judges and never trains
+_MOST_HELD_OUT = 1024
+_AGREED = 1e-6  # held-out loss of a program that has nothing to recover
+
+
+@dataclass
+class Recovery:
+    """What a recovery found.
+
+    Attributes:
+        tensors: the tensors with the lowest held-out loss, by name; empty if those that came in are the best.
+        losses: held-out losses, in the order they were measured: "before", "statistics", "epochs", "after".
+        refusal: why nothing is kept, "" otherwise.
+    """
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    losses: dict[str, float | list[float]] = field(default_factory=dict)
+    refusal: str = ""
+
+
+def recover(
+    student: Program,
+    teacher: Program,
+    objective: Objective,
+    pool: Pool,
+    batch_size: int,
+    schedule: Schedule,
+    view: View,
+    ctx: Context,
+) -> Recovery:
+    """Bring `student` closer to `teacher`; neither is changed.
+
+    Raises:
+        PassError: the loss is not finite, before training or while it runs.
+    """
+    held_out = min(_MOST_HELD_OUT, max(batch_size, round(_HELD_OUT * pool.count)), pool.count // 2)
+    training, held = pool.split(held_out, ctx.generator("recover/held out"))
+    own = _tapped(student, [Tap(pair.teacher.address, pair.student.node) for pair in objective.pairs])
+    trainer = Trainer(own, _tapped(teacher, [pair.teacher for pair in objective.pairs]), objective, held, batch_size)
+    lowest = trainer.held_out_loss()
+    found = Recovery(losses={"before": lowest})
+    if not math.isfinite(lowest):
+        raise PassError(
+            f"Pass `recover` cannot start: the loss on {held_out} held-out samples is {lowest}. The program or the "
+            "unoptimised one computes values that are not finite on this data."
+        )
+    if lowest <= _AGREED:
+        found.refusal = "outputs already agree: there is nothing to recover"
+        return found
+    lowest = _estimated(trainer, own, training, found, "statistics", lowest)
+    if schedule.epochs:
+        with torch.random.fork_rng(devices=[]):  # Dropout draws from torch's own generator
+            torch.manual_seed(ctx.generator("recover/dropout").initial_seed())
+            history = trainer.fit(training, schedule, view, ctx.generator("recover/batches"), ctx.progress)
+        found.losses["epochs"] = history.losses[1:]
+        if history.best:
+            overwrite(own, history.best)
+            found.tensors = history.best
+            lowest = _estimated(trainer, own, training, found, "after", min(history.losses))
+    if not found.tensors:
+        found.refusal = f"nothing tried is better: the loss on {held_out} held-out samples stays {lowest:.4g}"
+    return found
+
+
+def _estimated(trainer: Trainer, student: Program, inputs: Pool, found: Recovery, label: str, lowest: float) -> float:
+    """Re-estimate the BatchNorm statistics, keep them if the held-out loss falls, and return the lowest loss."""
+    names = [str(node.args[at].target) for node in batch_norms(student) for at in (3, 4)]  # type: ignore[union-attr]
+    if not names:
+        return lowest
+    former = snapshot(student, names)
+    statistics = trainer.estimate(inputs)
+    loss = trainer.held_out_loss()
+    found.losses[label] = loss
+    if loss < lowest:
+        found.tensors = {**found.tensors, **statistics}
+        return loss
+    overwrite(student, former)
+    return lowest
+
+
+def _tapped(program: Program, taps: Sequence[Tap]) -> Program:
+    return insert_taps(program, taps).copy(share_tensors=False)

@@ -1,0 +1,116 @@
+"""BatchNorm re-estimation: running statistics as the exact mean and variance of what a network sees now.
+
+Removing channels or factorising weights changes the distribution at every BatchNorm after it, and most of the
+accuracy lost at once is lost there. Momentum averages would forget the first batches and take the mean of batch
+variances for the variance; here moments are pooled exactly (Chan, Golub, LeVeque 1983, equation 2.1), each
+BatchNorm seeing inputs that the ones before it normalised by batch (PreciseBN: Wu and Johnson 2021, section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx import _pytree as fx_pytree  # what the code of every exported graph flattens its inputs with (torch 2.13)
+
+from graphopt.program import Program
+
+_BATCH_NORM = torch.ops.aten.batch_norm.default
+_INPUT, _MEAN, _VARIANCE, _TRAINING = 0, 3, 4, 5  # positions among its arguments
+
+
+def batch_norms(program: Program) -> list[fx.Node]:
+    """List the BatchNorm calls of `program` that keep running statistics."""
+    return [
+        node
+        for node in program.graph.nodes
+        if node.target is _BATCH_NORM and all(isinstance(node.args[at], fx.Node) for at in (_MEAN, _VARIANCE))
+    ]
+
+
+def estimate_statistics(program: Program, batches: Iterable[tuple[torch.Tensor, ...]]) -> dict[str, torch.Tensor]:
+    """Return the mean and the unbiased variance of every BatchNorm's input over all of `batches`, by buffer name.
+
+    A BatchNorm that runs several times pools what all its calls see. Forward only; Dropout stays off.
+
+    Args:
+        program: in evaluation mode; it is not changed.
+        batches: flat inputs, at least two values per channel each.
+
+    Returns:
+        New values of the running means and variances, in the dtype and on the device they have.
+    """
+    observer = _Observer(program)
+    with torch.no_grad():
+        for batch in batches:
+            args, kwargs = program.unflatten(batch)
+            flat = fx_pytree.tree_flatten_spec((args, kwargs), program.graph_module._in_spec)
+            observer.run(*flat, enable_io_processing=False)
+    return observer.statistics()
+
+
+class _Observer(fx.Interpreter):
+    """Runs a graph with batch statistics and pools the moments of every BatchNorm's input."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program.graph_module, garbage_collect_values=True)
+        self._program = program
+        self._watched = set(batch_norms(program))
+        self._moments: dict[tuple[str, str], _Moments] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node; normalise by the batch if it is a BatchNorm, and note the moments of what enters."""
+        if n not in self._watched:
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        key = (_target(n.args[_MEAN]), _target(n.args[_VARIANCE]))
+        self._moments.setdefault(key, _Moments()).add(args[_INPUT])
+        return self.call_function(_BATCH_NORM, _by_batch(args), kwargs)
+
+    def statistics(self) -> dict[str, torch.Tensor]:
+        """Return running means and variances by buffer name."""
+        stored = self._program.state_dict()
+        found = {}
+        for (mean, variance), moments in self._moments.items():
+            found[mean] = moments.mean.to(stored[mean])
+            found[variance] = moments.variance().to(stored[variance])
+        return found
+
+
+class _Moments:
+    """Pooled count, mean and sum of squared deviations per channel, in float64 on the CPU."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = torch.zeros((), dtype=torch.float64)
+        self._deviations = torch.zeros((), dtype=torch.float64)
+
+    def add(self, values: torch.Tensor) -> None:
+        """Pool one batch, (samples, channels, ...)."""
+        wide = values if values.dtype in (torch.float32, torch.float64) else values.float()
+        axes = [axis for axis in range(wide.dim()) if axis != 1]
+        variance, mean = (t.to("cpu", torch.float64) for t in torch.var_mean(wide, axes, correction=0))
+        count = wide.numel() // wide.shape[1]
+        total = self.count + count
+        shift = mean - self.mean
+        self._deviations = self._deviations + variance * count + shift.square() * (self.count * count / total)
+        self.mean = self.mean + shift * (count / total)
+        self.count = total
+
+    def variance(self) -> torch.Tensor:
+        """Return the unbiased variance, as BatchNorm stores it."""
+        return self._deviations / max(self.count - 1, 1)
+
+
+def _by_batch(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the arguments of a BatchNorm call that normalises by its batch and updates nothing."""
+    changed = list(args)
+    changed[_MEAN] = changed[_VARIANCE] = None
+    changed[_TRAINING] = True
+    return tuple(changed)
+
+
+def _target(node: Any) -> str:
+    return str(node.target)

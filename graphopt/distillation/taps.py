@@ -1,0 +1,185 @@
+"""Taps: values inside a program as extra outputs, inserted and stripped without trace.
+
+    return out                      ->   return (out, {"layer1.0:relu#1": relu_2})
+    outputs: [output]               ->   outputs: [output, tap_layer1_0_relu_1]
+
+The program's own outputs stay first and keep their structure; the taps follow in a dictionary by address, in
+graph order of insertion. No node is added, so stripping gives back the very graph. The name of a tap among
+`Program.outputs`, and so in ONNX, is its address with everything but letters and digits made `_`, after `tap_`.
+Capture calls the second part of a tuple `output_1_...`, so no captured output is ever taken for a tap.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from graphopt.distillation.addresses import Tap
+from graphopt.errors import PassError
+from graphopt.graph import assemble, copy_graph_module, erase_dead
+from graphopt.program import Dimension, Program, TensorSpec
+
+_PREFIX = "tap_"
+
+
+def taps_of(program: Program) -> list[Tap]:
+    """List the taps of a program, in the order of its outputs; empty if it has none."""
+    addresses = _tap_addresses(program)
+    leaves = _output_node(program.graph).args[0]
+    assert isinstance(leaves, tuple | list)
+    tapped = [leaf for leaf in leaves[len(leaves) - len(addresses) :] if isinstance(leaf, fx.Node)]
+    return [Tap(address, node.name) for address, node in zip(addresses, tapped, strict=True)]
+
+
+def insert_taps(program: Program, taps: Sequence[Tap]) -> Program:
+    """Return `program` with the values of `taps` as further outputs; those it has already stay.
+
+    Raises:
+        PassError: the program has no such node, as when a plan is applied to another program.
+    """
+    present = taps_of(program)
+    known = {tap.address for tap in present}
+    every = [*present, *(tap for tap in taps if tap.address not in known)]
+    return _with_outputs(program, every) if len(every) > len(present) else program
+
+
+def strip_taps(program: Program, taps: Sequence[str] | None = None) -> Program:
+    """Return `program` without the taps at these addresses (all of them by default): what `insert_taps` was given.
+
+    What only a stripped tap kept alive is dropped with it.
+    """
+    present = taps_of(program)
+    kept = [tap for tap in present if taps is not None and tap.address not in taps]
+    return _with_outputs(program, kept) if len(kept) < len(present) else program
+
+
+def split_outputs(program: Program, outputs: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Split what calling `program` returned into the program's own outputs and its taps by address."""
+    return outputs if _tap_addresses(program) else (outputs, {})
+
+
+def own_outputs(program: Program) -> tuple[TensorSpec, ...]:
+    """Return the outputs of `program` without its taps."""
+    return program.outputs[: len(program.outputs) - len(_tap_addresses(program))]
+
+
+def output_values(program: Program) -> list[fx.Node]:
+    """List the nodes behind `own_outputs`."""
+    leaves = _output_node(program.graph).args[0]
+    assert isinstance(leaves, tuple | list)
+    nodes = [leaf for leaf in leaves if isinstance(leaf, fx.Node) and isinstance(leaf.meta.get("val"), torch.Tensor)]
+    return nodes[: len(own_outputs(program))]
+
+
+def _with_outputs(program: Program, taps: Sequence[Tap]) -> Program:
+    """Return a copy of `program` whose taps are exactly `taps`."""
+    gm = copy_graph_module(program.graph_module)
+    structure = _structure(gm)
+    had = len(_tap_addresses(program))
+    own = structure.children()[0] if had else structure
+    output = _output_node(gm.graph)
+    leaves = list(output.args[0])  # type: ignore[arg-type]
+    tapped = _nodes(gm.graph, taps)
+    output.args = ((*leaves[: len(leaves) - had], *tapped),)
+    erase_dead(gm.graph)
+    result = _restructured(gm, _wrapped(own, [tap.address for tap in taps]) if taps else own)
+    specs = own_outputs(program)
+    return program.with_graph(result, outputs=(*specs, *_specs(program, taps, tapped)))
+
+
+def _nodes(graph: fx.Graph, taps: Sequence[Tap]) -> list[fx.Node]:
+    by_name = {node.name: node for node in graph.nodes}
+    missing = [tap for tap in taps if tap.node not in by_name]
+    if missing:
+        raise PassError(
+            f"The program has no node `{missing[0].node}` for the tap `{missing[0].address}`. The plan was made for "
+            "another program: plan again."
+        )
+    return [by_name[tap.node] for tap in taps]
+
+
+def _structure(gm: fx.GraphModule) -> pytree.TreeSpec:
+    structure = gm._out_spec
+    assert isinstance(structure, pytree.TreeSpec)  # torch.export always sets it
+    return structure
+
+
+def _wrapped(own: pytree.TreeSpec, addresses: Sequence[str]) -> pytree.TreeSpec:
+    inner = pytree.tree_unflatten(range(own.num_leaves), own)
+    return pytree.tree_structure((inner, dict.fromkeys(addresses, 0)))
+
+
+def _restructured(gm: fx.GraphModule, structure: pytree.TreeSpec) -> fx.GraphModule:
+    """Return `gm` with another output structure.
+
+    The generated code reads it from the module, the interpreter from the code generator (torch 2.13).
+    """
+    generator: Any = copy.copy(gm.graph._codegen)
+    generator.pytree_info = generator.pytree_info._replace(out_spec=structure)
+    gm.graph.set_codegen(generator)
+    result = assemble(gm, gm.graph)
+    result._out_spec = structure
+    return result
+
+
+def _specs(program: Program, taps: Sequence[Tap], nodes: Sequence[fx.Node]) -> list[TensorSpec]:
+    taken = {spec.name for spec in (*program.inputs, *own_outputs(program))}
+    names = _axis_names(program)
+    specs = []
+    for tap, node in zip(taps, nodes, strict=True):
+        value = node.meta["val"]
+        shape = tuple(_dimension(size, names) for size in value.shape)
+        name = _free(_PREFIX + re.sub(r"\W+", "_", tap.address).strip("_"), taken)
+        specs.append(TensorSpec(name, shape, value.dtype))
+    return specs
+
+
+def _free(wanted: str, taken: set[str]) -> str:
+    name, count = wanted, 0
+    while name in taken:
+        count += 1
+        name = f"{wanted}_{count}"
+    taken.add(name)
+    return name
+
+
+def _axis_names(program: Program) -> dict[Any, str]:
+    """Return the name of every symbol that is the size of an input axis."""
+    inputs = [node for node in program.graph.nodes if node.op == "placeholder"]
+    tensors = [node for node in inputs if isinstance(node.meta.get("val"), torch.Tensor)]
+    names: dict[Any, str] = {}
+    for spec, node in zip(program.inputs, tensors, strict=True):
+        for size, name in zip(node.meta["val"].shape, spec.shape, strict=True):
+            if isinstance(size, torch.SymInt) and isinstance(name, str) and size.node.expr.is_symbol:
+                names.setdefault(size.node.expr, name)
+    return names
+
+
+def _dimension(size: int | torch.SymInt, names: dict[Any, str]) -> Dimension:
+    if not isinstance(size, torch.SymInt):
+        return size
+    expression = size.node.expr
+    if expression.is_number:
+        return int(expression)
+    return str(expression.xreplace({symbol: type(symbol)(name) for symbol, name in names.items()})).replace(" ", "")
+
+
+def _tap_addresses(program: Program) -> list[str]:
+    """Return the addresses of the taps that the output structure holds."""
+    structure = _structure(program.graph_module)
+    parts = structure.children() if structure.type is tuple else []
+    if len(parts) != 2 or parts[1].type is not dict or not parts[1].num_leaves:
+        return []
+    addresses = list(parts[1].context)
+    named = program.outputs[len(program.outputs) - len(addresses) :]
+    return addresses if all(spec.name.startswith(_PREFIX) for spec in named) else []
+
+
+def _output_node(graph: fx.Graph) -> fx.Node:
+    return graph.output_node()

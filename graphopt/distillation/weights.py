@@ -1,0 +1,44 @@
+"""Which tensors of a program training may change, and putting changed ones in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from graphopt.program import Program
+from graphopt.provenance import op_name
+
+
+def trainable(program: Program) -> list[str]:
+    """List the floating parameters that have a gradient, tied ones under their first name."""
+    return [
+        name
+        for name, parameter in program.graph_module.named_parameters()
+        if parameter.requires_grad and parameter.is_floating_point() and parameter.numel()
+    ]
+
+
+def integer_weights(program: Program) -> list[str]:
+    """List the stored tensors that dequantize calls read: weights that quantization has frozen."""
+    return [
+        str(source.target)
+        for node in program.graph.nodes
+        if node.op == "call_function" and op_name(node) == "dequantize"
+        for source in node.all_input_nodes[:1]
+        if source.op == "get_attr"
+    ]
+
+
+def overwrite(program: Program, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Copy `tensors` into those of `program`, in place, so that tied names stay tied. The program must own them."""
+    stored = program.state_dict()
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            stored[name].copy_(tensor)
+
+
+def snapshot(program: Program, names: list[str]) -> dict[str, torch.Tensor]:
+    """Copy the tensors called `names` to the CPU."""
+    stored = program.state_dict()
+    return {name: stored[name].detach().cpu().clone() for name in names}

@@ -1,0 +1,213 @@
+"""Recovery: the unoptimised program teaches the optimised one what it lost, without labels.
+
+    statistics   every BatchNorm's mean and variance, re-estimated exactly by running forward
+    loss         T^2 KL(teacher || student) + |student - teacher|^2 / |teacher|^2          for logits
+                 |student - teacher|^2 / |teacher|^2                                       for other outputs
+                 + alpha * mean over taps of |student - teacher|^2 / |teacher|^2           at block boundaries
+
+Trained tensors are the plan's payload; applying it puts them in place byte for byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Final, Literal
+
+import torch
+from pydantic import Field
+
+from graphopt.context import Batch, Context
+from graphopt.distillation.addresses import resolve
+from graphopt.distillation.augment import flip, shift, takes_images
+from graphopt.distillation.cuts import auto_taps
+from graphopt.distillation.loop import Schedule, View
+from graphopt.distillation.losses import tap_loss_for
+from graphopt.distillation.objective import Objective, comparable, targets_of
+from graphopt.distillation.pairing import Pair, derived_from, pair_stages, pair_taps
+from graphopt.distillation.pool import Pool
+from graphopt.distillation.recovery import recover
+from graphopt.distillation.statistics import batch_norms
+from graphopt.distillation.taps import own_outputs, strip_taps
+from graphopt.distillation.weights import integer_weights, overwrite, trainable
+from graphopt.errors import DataError, PassError
+from graphopt.pass_base import Pass
+from graphopt.plan import Plan, Refusal
+from graphopt.program import Program
+
+AUTO: Final = "auto"
+
+_TAPS = 12  # taps that auto places at most
+_FEWEST_SAMPLES = 16
+_WARMUP = 0.1  # fraction of the steps
+_PATIENCE = 3  # epochs
+_VIEWS = {"flip": flip, "shift": shift}
+
+Augmentation = Literal["auto", "flip", "shift"]
+
+
+@dataclass(frozen=True, slots=True)
+class RecoverOptions:
+    """Options of the pass; defaults by measurement on ResNet-20, see `tools/bench_recover.py`."""
+
+    epochs: Annotated[int, Field(ge=0)] = 8  # passes over the samples; 0: BatchNorm statistics only
+    lr: Annotated[float, Field(gt=0, le=1)] = 0.03  # AdamW step as a fraction of each tensor's root mean square
+    batch_size: Annotated[int, Field(ge=2)] = 64  # samples per step
+    samples: Annotated[int, Field(ge=_FEWEST_SAMPLES)] | None = 16384  # samples used at most; none: all there are
+    temperature: Annotated[float, Field(gt=0)] = 4.0  # softens the teacher's logits
+    alpha: Annotated[float, Field(ge=0)] = 10.0  # weight of the tap losses against the output loss
+    taps: tuple[str, ...] | None = (AUTO,)  # addresses in the unoptimised program; auto: block boundaries
+    augment: tuple[Augmentation, ...] | None = (AUTO,)  # auto: flip and shift images
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoverPlan(Plan):
+    """Sites are the tensors that change; the payload holds them.
+
+    Attributes:
+        outputs: how each output was imitated.
+        taps: the loss at each tap, by its address in the unoptimised program.
+        views: the augmentations that were used.
+    """
+
+    outputs: Mapping[str, str] = field(default_factory=dict)
+    taps: Mapping[str, str] = field(default_factory=dict)
+    views: tuple[str, ...] = ()
+
+
+class Recover(Pass[RecoverOptions, RecoverPlan]):
+    """Win back accuracy by distillation from the unoptimised program; needs data, no labels.
+
+    1. BatchNorm statistics are re-estimated, then the weights are trained on soft labels and on values at block
+       boundaries, by AdamW under Accelerate; a tenth of the samples only judges.
+    2. What is kept is what has the lowest loss on the held-out samples: trained weights, statistics alone, or, with
+       a refusal, what came in. The result is never further from the unoptimised program than before.
+    3. Refused: a program with int8 weights (they are frozen: recover stands before int8), one without any floating
+       parameter, one whose outputs already agree, outputs and taps that have no gradient or no counterpart.
+    4. Taps of `distill_hooks` in the program stay outputs and are not changed.
+    """
+
+    name = "recover"
+    options_type = RecoverOptions
+    plan_type = RecoverPlan
+
+    def plan(self, program: Program, ctx: Context) -> RecoverPlan:
+        """Train a copy and store what it learned.
+
+        Raises:
+            DataError: there is no data, or too little.
+            PassError: training diverged, or the outputs are not those of the unoptimised program.
+        """
+        reason = _why_not(program)
+        if reason:
+            return self.new_plan(sites=(), refusals=[Refusal("program", reason, reason.partition(":")[0])])
+        pool = Pool.read(ctx.need_samples(self.name, "to imitate the unoptimised program on"), self.options.samples)
+        batch_size = self._batch_size(program, pool)
+        teacher, student = strip_taps(ctx.original), strip_taps(program)
+        _check_outputs(teacher, student)
+        targets, refusals = targets_of(teacher)
+        pairs, left = self._pairs(teacher, student) if self.options.epochs else ([], [])
+        refusals += left
+        if not targets:
+            return self.new_plan(sites=(), refusals=refusals)
+        objective = Objective(targets, pairs, self.options.temperature, self.options.alpha)
+        views = self._views(program) if self.options.epochs else ()
+        schedule = Schedule(self.options.epochs, self.options.lr, _WARMUP, _PATIENCE)
+        found = recover(student, teacher, objective, pool, batch_size, schedule, _view(views), ctx)
+        if found.refusal:
+            refusals.append(Refusal("program", found.refusal, found.refusal.partition(":")[0]))
+        return self.new_plan(
+            sites=found.tensors,
+            refusals=refusals,
+            tensors=found.tensors,
+            measured=found.losses,
+            outputs={target.name: target.kind for target in targets},
+            taps={pair.teacher.address: _loss_name(teacher, student, pair) for pair in pairs},
+            views=views,
+        )
+
+    def apply(self, program: Program, plan: RecoverPlan) -> Program:
+        """Put the tensors of the plan in place."""
+        missing = sorted(set(plan.tensors) - set(program.state_dict()))
+        if missing:
+            raise PassError(f"The program has no tensor `{missing[0]}`: the plan was made for another. Plan again.")
+        result = program.copy(share_tensors=False)
+        overwrite(result, plan.tensors)
+        return result
+
+    def _batch_size(self, program: Program, pool: Pool) -> int:
+        if pool.count < _FEWEST_SAMPLES:
+            raise DataError(
+                f"Pass `recover` needs at least {_FEWEST_SAMPLES} samples to train on and to judge by, and the data "
+                f"holds {pool.count}. Give a few hundred typical inputs."
+            )
+        if program.batched:
+            return self.options.batch_size
+        fixed = int(program.flat_examples()[0].shape[0])
+        if fixed < 2 and batch_norms(program):
+            raise PassError(
+                "The program takes one sample at a time, and BatchNorm cannot be trained on single samples. Capture it "
+                "with a dynamic batch, or fold the BatchNorms first: --passes ...,fold,recover."
+            )
+        return fixed
+
+    def _pairs(self, teacher: Program, student: Program) -> tuple[list[Pair], list[Refusal]]:
+        """Find the taps and what stands for them in the student."""
+        if self.options.taps is None or not self.options.alpha:
+            return [], []
+        taps, refusals = resolve(teacher, [address for address in self.options.taps if address != AUTO])
+        if not derived_from(student, teacher):
+            reason = "the program was not made from the unoptimised one: only stages are paired"
+            kept, left = comparable(teacher, student, pair_stages(teacher, student))
+            return kept, [*refusals, *(Refusal(tap.address, reason) for tap in taps), *left]
+        if AUTO in self.options.taps:
+            taps += [tap for tap in auto_taps(teacher, _TAPS) if tap not in taps]
+        pairs, unpaired = pair_taps(teacher, student, taps)
+        kept, incomparable = comparable(teacher, student, pairs)
+        return kept, [*refusals, *unpaired, *incomparable]
+
+    def _views(self, program: Program) -> tuple[str, ...]:
+        wanted = self.options.augment or ()
+        if AUTO in wanted:
+            return ("flip", "shift") if takes_images(program) else ()
+        if wanted and len(program.inputs[0].shape) != 4:
+            raise PassError(
+                f"recover:augment={'+'.join(wanted)} moves images, and the first input is {program.inputs[0]}. "
+                "Leave the option out, or say augment=none."
+            )
+        return tuple(wanted)
+
+
+def _why_not(program: Program) -> str:
+    frozen = integer_weights(program)
+    if frozen:
+        return f"weights are stored as integers: `{frozen[0]}` cannot be trained, put recover before int8"
+    if not trainable(program):
+        return "there is no trainable parameter: the program holds no floating parameter with a gradient"
+    return ""
+
+
+def _check_outputs(teacher: Program, student: Program) -> None:
+    if [spec.dtype for spec in own_outputs(teacher)] != [spec.dtype for spec in own_outputs(student)]:
+        raise PassError(
+            f"Pass `recover` compares outputs, and the program has {[*map(str, student.outputs)]} where the "
+            f"unoptimised one has {[*map(str, teacher.outputs)]}. Leave out the pass that changed them."
+        )
+
+
+def _view(names: Sequence[str]) -> View:
+    """Return a function that makes new views of the first input, an image, and passes others on."""
+
+    def view(batch: Batch, generator: torch.Generator) -> Batch:
+        images, *others = batch
+        for name in names:
+            images = _VIEWS[name](images, generator)
+        return (images, *others)
+
+    return view
+
+
+def _loss_name(teacher: Program, student: Program, pair: Pair) -> str:
+    wanted = next(node for node in teacher.graph.nodes if node.name == pair.teacher.node).meta["val"]
+    found = next(node for node in student.graph.nodes if node.name == pair.student.node).meta["val"]
+    return tap_loss_for([*map(str, found.shape)], [*map(str, wanted.shape)])[0]
