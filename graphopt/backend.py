@@ -43,8 +43,8 @@ class Artifact:
         backend: the backend that wrote it and can run it.
         inputs: its inputs, as the program's.
         outputs: its outputs, as the program's.
-        session_options: recorded runtime options, as plain data: what `session()` uses and the manifest stores. Empty:
-            the runtime's own defaults.
+        session_options: recorded runtime options, as plain data: what `session()` uses and the manifest stores.
+            Empty: the runtime's own defaults.
         facts: what the backend found out while lowering (integer operators reached, engine size, ...).
     """
 
@@ -117,8 +117,8 @@ class Backend(ABC):
             The largest error relative to the largest output.
 
         Raises:
-            LoweringError: an output differs by more than float tolerance or, where integers are involved, by more than one
-                quantization step.
+            LoweringError: an output differs by more than float tolerance or, where integers are involved, by more
+                than one quantization step.
         """
 
     @abstractmethod

@@ -149,8 +149,8 @@ def time_in_turn(first: Callable[[], object], second: Callable[[], object], *, s
             wall[index].append(waited)
             cpu[index].append(worked)
         rounds += 1
-    timings = [Timing(Spread.of(wall[index]), Spread.of(cpu[index])) for index in (0, 1)]
-    return Pair(*timings, _ratios(*wall), _ratios(*cpu), rounds)
+    one, other = (Timing(Spread.of(wall[index]), Spread.of(cpu[index])) for index in (0, 1))
+    return Pair(one, other, _ratios(*wall), _ratios(*cpu), rounds)
 
 
 def batch_of(specs: Sequence[TensorSpec], inputs: Sequence[Array] | None, batch: int) -> tuple[Array, ...]:

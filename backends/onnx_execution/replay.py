@@ -1,0 +1,94 @@
+"""Run a program from a runtime's own integers, so that errors do not add up from one quantization to the next.
+
+Two correct runtimes may round a value that lies between two integers differently; whatever comes after then differs
+too, by more with every layer. So a program is cut at its quantizations: each piece starts from the integers the
+runtime computed, and must arrive at the integers the runtime computed next, to one step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+import graphopt.quantization.ops  # noqa: F401  (registers the operators)
+from graphopt.backends.onnx_lowering.flat_program import SOURCE
+from graphopt.program import Program
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """How far a runtime's integers are from those the program computes out of the runtime's previous ones.
+
+    Attributes:
+        node: the program's quantize node.
+        largest: largest difference in steps.
+        share: share of the elements that differ at all.
+    """
+
+    node: str
+    largest: int
+    share: float
+
+
+class Replay(fx.Interpreter):
+    """Interprets a flat program, taking the runtime's integers over after comparing with them."""
+
+    def __init__(self, flat: Program, codes: Mapping[str, torch.Tensor], *, exact: bool = False) -> None:
+        """Prepare to run.
+
+        Args:
+            flat: what `flatten` returned.
+            codes: the runtime's integers by quantize node of the original program. Nodes without are computed.
+            exact: compute every float32 value in float64.
+        """
+        super().__init__(flat.graph_module)
+        self._codes = codes
+        self._exact = exact
+        self.steps: list[Step] = []
+
+    def outputs(self, inputs: Tensors) -> Tensors:
+        """Return the flat outputs; `steps` then says how far each quantization was off."""
+        self.steps = []
+        with torch.no_grad():
+            result: Tensors = self.run(*(self._widened(tensor) for tensor in inputs))
+        return result
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node."""
+        result = super().run_node(n)
+        if n.target is torch.ops.graphopt.quantize.default:
+            source = n.meta["custom"][SOURCE]
+            codes = self._codes.get(source)
+            if codes is not None:
+                self.steps.append(_step(source, result, codes))
+                return codes
+        return self._widened(result)
+
+    def _widened(self, value: Any) -> Any:
+        if (
+            self._exact
+            and isinstance(value, torch.Tensor)
+            and value.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        ):
+            return value.double()
+        if isinstance(value, tuple | list):
+            return type(value)(self._widened(item) for item in value)
+        return value
+
+
+def quantize_nodes(program: Program) -> list[str]:
+    """List the quantizations of a program whose integers a runtime can be asked for."""
+    return [node.name for node in program.graph.nodes if node.target is torch.ops.graphopt.quantize.default]
+
+
+def _step(source: str, computed: torch.Tensor, codes: torch.Tensor) -> Step:
+    difference = (computed.to(torch.int32) - codes.to(torch.int32)).abs()
+    if difference.numel() == 0:
+        return Step(source, 0, 0.0)
+    return Step(source, int(difference.max()), float((difference > 0).double().mean()))

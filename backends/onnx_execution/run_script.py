@@ -1,0 +1,80 @@
+"""The `run.py` written beside an artifact: a few lines of numpy and onnxruntime, no graphopt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+
+import torch
+
+from graphopt.backends.onnx_execution.session import SessionSettings
+from graphopt.plan import Json
+from graphopt.program import TensorSpec
+
+_TEMPLATE = '''"""Run {file} in ONNX Runtime. Needs: pip install numpy onnxruntime=={version}
+
+    python run.py [NAME=ARRAY.npy ...]
+
+Inputs: {inputs}
+Inputs that are not given are zeros.{remark}
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+options = onnxruntime.SessionOptions()
+{options}
+session = onnxruntime.InferenceSession(
+    str(Path(__file__).resolve().parent / {file!r}), options, providers=["CPUExecutionProvider"]{disabled}
+)
+feed = {{
+{zeros}
+}}
+feed.update((name, np.load(file)) for name, file in (word.split("=", 1) for word in sys.argv[1:]))
+for output, value in zip(session.get_outputs(), session.run(None, feed)):
+    print(output.name, value.shape, value.dtype)
+    print(value)
+'''
+
+
+def run_script(file: str, inputs: Sequence[TensorSpec], options: Mapping[str, Json], *, remark: str = "") -> str:
+    """Return the script.
+
+    Args:
+        file: name of the artifact, which lies beside the script.
+        inputs: its inputs.
+        options: recorded session options.
+        remark: a sentence for the script's docstring.
+    """
+    settings = SessionSettings.of(options)
+    lines = []
+    if settings.threads:
+        lines.append(f"options.intra_op_num_threads = {settings.threads}")
+    level = "ORT_DISABLE_ALL" if settings.optimization == "disabled" else f"ORT_ENABLE_{settings.optimization.upper()}"
+    lines.append(f"options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.{level}")
+    config = {**({} if settings.spinning else {"session.intra_op.allow_spinning": "0"}), **(settings.config or {})}
+    lines += [f"options.add_session_config_entry({key!r}, {value!r})" for key, value in config.items()]
+    disabled = f", disabled_optimizers={list(settings.disabled_optimizers)!r}" if settings.disabled_optimizers else ""
+    return _TEMPLATE.format(
+        file=file,
+        version=version("onnxruntime"),
+        inputs="; ".join(map(str, inputs)),
+        options="\n".join(lines),
+        disabled=disabled,
+        zeros="\n".join(
+            f"    {spec.name!r}: np.zeros({_shape(spec)}, dtype={_numpy_name(spec.dtype)!r})," for spec in inputs
+        ),
+        remark=f"\n{remark}" if remark else "",
+    )
+
+
+def _shape(spec: TensorSpec) -> str:
+    sizes = [str(size if isinstance(size, int) else 1) for size in spec.shape]
+    return f"({', '.join(sizes)}{',' if len(sizes) == 1 else ''})"
+
+
+def _numpy_name(dtype: torch.dtype) -> str:
+    return str(torch.empty(0, dtype=dtype).numpy().dtype)

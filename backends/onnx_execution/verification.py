@@ -1,0 +1,135 @@
+"""Reload an artifact, run it at several batch sizes and compare it with the program.
+
+Without integers: outputs agree to float tolerance (`agreement`). With integers, in three steps that leave nothing to
+accumulate and nothing to trust:
+
+1. A copy of the file that also returns the integers of every QuantizeLinear runs beside the artifact. Its outputs
+   are those of the artifact, bit for bit, so its integers are the artifact's.
+2. The program is run piece by piece from those integers (`replay`); each piece must arrive within one step of the
+   next.
+3. From the last integers on, outputs agree to float tolerance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import onnx
+import torch
+
+from graphopt.backend import Array
+from graphopt.backends.onnx_execution.agreement import Reference, disagreements, relative_error
+from graphopt.backends.onnx_execution.batches import batches
+from graphopt.backends.onnx_execution.replay import Replay, Step, quantize_nodes
+from graphopt.backends.onnx_execution.session import OnnxSession, SessionSettings
+from graphopt.backends.onnx_lowering.exporter import SOURCE_PROPERTY
+from graphopt.backends.onnx_lowering.flat_program import flatten
+from graphopt.errors import LoweringError
+from graphopt.program import Program
+
+_ALLOWED_STEPS = 1  # a value half-way between two integers may be rounded either way
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+def verify(path: Path, program: Program, inputs: Sequence[Array] | None, settings: SessionSettings) -> float:
+    """Compare the artifact at `path` with `program`; return the largest relative error of an output, end to end.
+
+    Raises:
+        LoweringError: the runtime refuses the artifact, or an output or an integer on the way is wrong; the message
+            names it.
+    """
+    flat = flatten(program)
+    session = OnnxSession(path, settings)
+    _check_signature(session, program, path)
+    probe = _Probe(path, program, settings) if quantize_nodes(program) else None
+    worst = 0.0
+    for where, arrays in batches(program, inputs):
+        feed = tuple(torch.from_numpy(array) for array in arrays)
+        found = session(*arrays)
+        codes = probe.codes(arrays, found) if probe else {}
+        replay = Replay(flat, codes)
+        reference = _reference(flat, codes, feed, replay.outputs(feed))
+        got = tuple(torch.from_numpy(array) for array in found)
+        _check_steps(program, replay.steps, where)
+        for wrong in disagreements(reference, got):
+            raise LoweringError(
+                f"{path.name} computes something else than the program: output `{program.outputs[wrong.output].name}` "
+                f"{wrong.text}, {where}. Please report the model; it may work without int8, or for another target."
+            )
+        plain = reference.wanted if not codes else Replay(flat, {}).outputs(feed)
+        pairs = zip(plain, got, strict=True)
+        worst = max([worst, *(relative_error(want, have) for want, have in pairs if want.is_floating_point())])
+    return worst
+
+
+class _Probe:
+    """The artifact with the integers of its quantizations as further outputs."""
+
+    def __init__(self, path: Path, program: Program, settings: SessionSettings) -> None:
+        model = onnx.load(path, load_external_data=False)
+        known = set(quantize_nodes(program))
+        self._values: dict[str, str] = {}  # program node: ONNX value
+        for node in model.graph.node:
+            source = next((entry.value for entry in node.metadata_props if entry.key == SOURCE_PROPERTY), "")
+            if node.op_type == "QuantizeLinear" and source in known:
+                self._values[source] = node.output[0]
+        returned = {value.name for value in model.graph.output}
+        for name in dict.fromkeys(self._values.values()):
+            if name not in returned:
+                model.graph.output.append(onnx.ValueInfoProto(name=name))
+        self._path = path
+        self._session = OnnxSession(model.SerializeToString(), settings, folder=path.parent)
+
+    def codes(self, arrays: Sequence[Array], found: Sequence[Array]) -> Mapping[str, torch.Tensor]:
+        """Return the runtime's integers by program node.
+
+        Raises:
+            LoweringError: asking for them changed the outputs, so they prove nothing.
+        """
+        names = self._session.outputs
+        results = dict(zip(names, self._session(*arrays), strict=True))
+        for name, array in zip(names, found, strict=False):
+            if results[name].tobytes() != array.tobytes():
+                raise LoweringError(
+                    f"ONNX Runtime computes output `{name}` of {self._path.name} differently when it also returns "
+                    "the integers on the way, so they cannot be verified. Please report the model."
+                )
+        return {source: torch.from_numpy(results[value]) for source, value in self._values.items()}
+
+
+def _check_signature(session: OnnxSession, program: Program, path: Path) -> None:
+    for kind, found, wanted in (
+        ("inputs", session.inputs, program.inputs),
+        ("outputs", session.outputs, program.outputs),
+    ):
+        names = tuple(spec.name for spec in wanted)
+        if found != names:
+            raise LoweringError(f"{path.name} has the {kind} {', '.join(found)}; the program has {', '.join(names)}.")
+
+
+def _check_steps(program: Program, steps: Sequence[Step], where: str) -> None:
+    for step in steps:
+        if step.largest > _ALLOWED_STEPS:
+            raise LoweringError(
+                f"ONNX Runtime computes other integers than the program at `{step.node}`: off by {step.largest} steps, "
+                f"{step.share:.2%} of them differ, {where}, where rounding explains {_ALLOWED_STEPS}. Leave that "
+                "layer out of int8, or report the model."
+            )
+
+
+def _reference(flat: Program, codes: Mapping[str, torch.Tensor], feed: Tensors, wanted: Tensors) -> Reference:
+    def perturbed(seed: int) -> Tensors:
+        generator = torch.Generator().manual_seed(seed)
+        return Replay(flat, codes).outputs(tuple(_perturbed(tensor, generator) for tensor in feed))
+
+    return Reference(wanted, lambda: Replay(flat, codes, exact=True).outputs(feed), perturbed)
+
+
+def _perturbed(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Change the last three bits of each number's significand."""
+    if not tensor.is_floating_point():
+        return tensor
+    noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype) - 0.5
+    return tensor * (1 + 16 * torch.finfo(tensor.dtype).eps * noise)

@@ -1,0 +1,1 @@
+"""From a program to an ONNX file: what every backend that reads ONNX shares."""

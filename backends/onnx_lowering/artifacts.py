@@ -1,0 +1,52 @@
+"""Reading an artifact's signature back from its file, and the script that runs it without graphopt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+from onnx_ir.tensor_adapters import to_torch_dtype
+
+from graphopt.errors import LoweringError
+from graphopt.program import TensorSpec
+
+
+def read_model(path: Path) -> ir.Model:
+    """Read an ONNX file; large tensors stay on disk.
+
+    Raises:
+        LoweringError: the file is missing, damaged or something else.
+    """
+    if not path.is_file():
+        raise LoweringError(f"There is no file {path}. Give the .onnx file that `graphopt optimize` wrote.")
+    try:
+        return ir.load(path)
+    except Exception as err:  # protobuf and onnx_ir raise unrelated classes on damaged files
+        raise LoweringError(f"{path} is no ONNX model, or damaged: {type(err).__name__}: {err}.") from err
+
+
+def files_of(path: Path, model: ir.Model) -> tuple[Path, ...]:
+    """List the files of an artifact, `path` first."""
+    tensors = (value.const_value for graph in model.graphs() for value in graph.initializers.values())
+    beside = dict.fromkeys(path.parent / tensor.location for tensor in tensors if isinstance(tensor, ir.ExternalTensor))
+    return path, *beside
+
+
+def specs(values: list[ir.Value], path: Path) -> tuple[TensorSpec, ...]:
+    """Describe the inputs or outputs of a model.
+
+    Raises:
+        LoweringError: one has no shape or is no tensor.
+    """
+    found = []
+    for value in values:
+        if value.name is None or value.shape is None or value.dtype is None:
+            raise LoweringError(
+                f"`{value.name}` of {path.name} has no shape. Only models with known ranks can be opened."
+            )
+        shape = tuple(
+            size if isinstance(size, int) else str(size.value or f"{value.name}_{axis}")
+            for axis, size in enumerate(value.shape.dims)
+        )
+        found.append(TensorSpec(value.name, shape, to_torch_dtype(value.dtype)))
+    return tuple(found)

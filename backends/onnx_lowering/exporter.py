@@ -1,0 +1,147 @@
+"""The one adapter to `torch.onnx`: export a flat program, and say in the user's terms what cannot be lowered.
+
+`torch.onnx.export` reports the operator it stumbled over only in the frames of its traceback and in its message;
+both are read here and nowhere else (checked on torch 2.13).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+
+import onnx_ir as ir
+import torch
+from torch import fx
+from torch.onnx import OnnxExporterError
+
+from graphopt.backends.onnx_lowering.flat_program import SOURCE
+from graphopt.backends.onnx_lowering.translations import table
+from graphopt.errors import LoweringError
+from graphopt.program import Program
+from graphopt.provenance import module_path, user_line
+
+logger = logging.getLogger(__name__)
+
+SOURCE_PROPERTY = SOURCE  # key of an ONNX node's metadata: the program's name of what it computes
+MODULE_PROPERTY = "graphopt.module"  # the module whose forward ran it
+
+_UNTRANSLATED = re.compile(
+    r"No ONNX function found for <OpOverload\(op='(?P<op>[^']+)', overload='(?P<overload>[^']+)'"
+)
+
+
+def export(flat: Program, opset: int) -> ir.Model:
+    """Export a program that `flatten` returned.
+
+    Every ONNX node carries the module path and the program node it comes from as metadata.
+
+    Raises:
+        LoweringError: an operator has no ONNX form.
+    """
+    exported = flat.export()
+    with warnings.catch_warnings(), _quiet("torch.onnx"), _quiet("onnxscript"), _quiet("onnx_ir"):
+        warnings.simplefilter("ignore")
+        try:
+            onnx_program = torch.onnx.export(
+                exported, dynamo=True, opset_version=opset, custom_translation_table=table(), verbose=False
+            )
+        except OnnxExporterError as err:
+            raise LoweringError(_explain(err, exported.graph)) from err
+    assert onnx_program is not None  # only the TorchScript exporter writes a file instead
+    model: ir.Model = onnx_program.model
+    _name_sources(model, exported.graph)
+    return model
+
+
+class _quiet:  # noqa: N801  (a context manager, used like a function)
+    """Silence a library's progress and advice; errors arrive as exceptions."""
+
+    def __init__(self, name: str) -> None:
+        self._logger = logging.getLogger(name)
+
+    def __enter__(self) -> None:
+        self._level = self._logger.level
+        self._logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *exception: object) -> None:
+        self._logger.setLevel(self._level)
+
+
+def _name_sources(model: ir.Model, graph: fx.Graph) -> None:
+    """Replace the exporter's metadata (source paths, stack traces) by where each node comes from."""
+    origins = {node.name: node for node in graph.nodes if node.op == "call_function"}
+    for node in model.graph.all_nodes():
+        described = node.metadata_props.get("pkg.torch.onnx.fx_node", "")
+        name = described.removeprefix("%").split(" ", 1)[0]
+        origin = origins.get(name)
+        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+        node.metadata_props.clear()
+        if origin is not None:
+            source = origin.meta.get("custom", {}).get(SOURCE)
+            if source:
+                node.metadata_props[SOURCE_PROPERTY] = source
+            path = module_path(origin)
+        else:
+            path = _innermost(scopes)
+        if path:
+            node.metadata_props[MODULE_PROPERTY] = path
+
+
+def _innermost(scopes: str) -> str:
+    """Return the module path among the exporter's scopes, written as a list whose last item is the operator."""
+    names = re.findall(r"'([^']*)'", scopes)
+    return names[-2] if len(names) >= 2 else ""
+
+
+def _explain(err: OnnxExporterError, graph: fx.Graph) -> str:
+    missing = _UNTRANSLATED.search(_chain(err))
+    node = _failing_node(err)
+    line = (user_line(node) if node is not None else "") or _line_of(node, graph)
+    where = f" at {line}" if line else ""
+    if missing:
+        name = missing["op"] if missing["overload"] == "default" else f"{missing['op']}.{missing['overload']}"
+        return (
+            f"The operator {name}{where} has no ONNX form. Write that line with other operators, or compute it outside "
+            "of the model."
+        )
+    shown = f" of {node.format_node()}" if node is not None else ""
+    return (
+        f"torch.onnx cannot translate the program{where}{shown}: {_root(err)}. Write that line with other operators, "
+        "or try a newer torch."
+    )
+
+
+def _chain(err: BaseException) -> str:
+    texts, current = [], err
+    while current is not None:
+        texts.append(str(current))
+        current = current.__cause__ or current.__context__  # type: ignore[assignment]
+    return "\n".join(texts)
+
+
+def _root(err: BaseException) -> str:
+    while err.__cause__ is not None:
+        err = err.__cause__
+    return next((line.strip() for line in str(err).splitlines() if line.strip()), type(err).__name__).rstrip(".")
+
+
+def _failing_node(err: BaseException | None) -> fx.Node | None:
+    """Return the node that was being translated: the local variable of the exporter's loop."""
+    while err is not None:
+        trace = err.__traceback__
+        while trace is not None:
+            found = trace.tb_frame.f_locals.get("node")
+            if isinstance(found, fx.Node):
+                return found
+            trace = trace.tb_next
+        err = err.__cause__
+    return None
+
+
+def _line_of(node: fx.Node | None, graph: fx.Graph) -> str:
+    """Return the user's line of a decomposed operator: that of the exported call that has its name."""
+    if node is None:
+        return ""
+    same = next((candidate for candidate in graph.nodes if candidate.name == node.name), None)
+    return user_line(same) if same is not None else ""

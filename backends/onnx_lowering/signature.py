@@ -1,0 +1,109 @@
+"""Give an exported model the program's own names and axes: `batch`, not `s77`.
+
+Also makes names deterministic: a node is called after the module and operator it comes from.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import onnx_ir as ir
+from onnx_ir.passes.common import OutputFixPass
+from onnx_ir.tensor_adapters import from_torch_dtype
+
+from graphopt.backends.onnx_lowering.exporter import MODULE_PROPERTY
+from graphopt.errors import LoweringError
+from graphopt.program import Dimension, TensorSpec
+
+
+def apply_signature(model: ir.Model, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
+    """Rename inputs, outputs and dynamic axes to those of the program, in place.
+
+    Raises:
+        LoweringError: an input or output is of a kind ONNX has no equal of (complex numbers).
+    """
+    _check_kinds((*inputs, *outputs))
+    OutputFixPass()(model)
+    graph = model.graph
+    if len(graph.inputs) != len(inputs) or len(graph.outputs) != len(outputs):
+        raise LoweringError(
+            f"The exported graph has {len(graph.inputs)} inputs and {len(graph.outputs)} outputs where the program has "
+            f"{len(inputs)} and {len(outputs)}. Please report the model."
+        )
+    names = _axis_names(graph.inputs, inputs)
+    for value in _all_values(graph):
+        if value.shape is not None:
+            value.shape = ir.Shape([_renamed(size, names) for size in value.shape.dims])
+    _rename_values(graph, [*zip(graph.inputs, inputs, strict=True), *zip(graph.outputs, outputs, strict=True)])
+    _rename_nodes(graph)
+
+
+def _check_kinds(specs: Iterable[TensorSpec]) -> None:
+    for spec in specs:
+        if spec.dtype.is_complex:
+            raise LoweringError(
+                f"`{spec.name}` is complex, and ONNX models have no complex inputs or outputs. Let the model take "
+                "or return torch.view_as_real of it."
+            )
+
+
+def _axis_names(values: Iterable[ir.Value], specs: Iterable[TensorSpec]) -> dict[str, str]:
+    """Map the exporter's symbols to the program's axis names."""
+    names: dict[str, str] = {}
+    for value, spec in zip(values, specs, strict=True):
+        assert value.shape is not None  # the exporter knows the shape of every input
+        for size, wanted in zip(value.shape.dims, spec.shape, strict=True):
+            if isinstance(size, ir.SymbolicDim) and isinstance(wanted, str) and size.value is not None:
+                symbol = str(size.value)
+                if symbol.isidentifier():
+                    names.setdefault(symbol, wanted)
+    return names
+
+
+def _renamed(size: int | ir.SymbolicDim, names: dict[str, str]) -> int | ir.SymbolicDim:
+    if isinstance(size, int) or size.value is None:
+        return size
+    text = re.sub(r"[A-Za-z_]\w*", lambda match: names.get(match[0], match[0]), str(size.value))
+    return ir.SymbolicDim(text.replace(" ", ""))
+
+
+def _all_values(graph: ir.Graph) -> Iterable[ir.Value]:
+    yield from graph.inputs
+    for node in graph.all_nodes():
+        yield from node.outputs
+
+
+def _rename_values(graph: ir.Graph, wanted: list[tuple[ir.Value, TensorSpec]]) -> None:
+    """Give inputs and outputs their names; whoever has one of those names already gives it up."""
+    reserved = {spec.name for _, spec in wanted}
+    fixed = {id(value) for value, _ in wanted}
+    others = [*graph.initializers.values(), *(value for node in graph.all_nodes() for value in node.outputs)]
+    taken = reserved | {value.name for value in others if value.name}
+    for value, _ in wanted:  # free every name first: an output may bear the name an input is to have
+        value.name = _unused(f"{value.name}_", taken)
+    for value in others:
+        if id(value) not in fixed and value.name in reserved:
+            value.name = _unused(value.name, taken)
+    for value, spec in wanted:
+        value.name = spec.name
+        shape: list[Dimension] = list(spec.shape)
+        value.shape = ir.Shape(shape)
+        value.dtype = from_torch_dtype(spec.dtype)
+
+
+def _unused(name: str, taken: set[str]) -> str:
+    candidate, count = name, 0
+    while candidate in taken:
+        count += 1
+        candidate = f"{name}_{count}"
+    taken.add(candidate)
+    return candidate
+
+
+def _rename_nodes(graph: ir.Graph) -> None:
+    """Call nodes after the module they come from: `layer1.0.conv1/Conv`."""
+    taken: set[str] = set()
+    for node in graph.all_nodes():
+        module = node.metadata_props.get(MODULE_PROPERTY, "")
+        node.name = _unused(f"{module}/{node.op_type}" if module else node.op_type, taken)

@@ -1,0 +1,52 @@
+"""What ONNX Runtime's CPU kernels can do with integers, measured on onnxruntime 1.31.1 (x86 with VNNI).
+
+Activations are uint8: an int8 value with several readers keeps every kernel around it float. Weights are int8,
+symmetric, per output channel: uint8 weights or int8 activations reach kernels several times slower. A kernel fuses
+only where its result is quantized too, except that of a product without a bias, which is faster (and four times more
+exact) with a float result.
+"""
+
+from __future__ import annotations
+
+from graphopt.target import IntegerFormat, OperatorRule, TargetDescription
+
+# Clamps that the range of the quantization behind them carries out; the runtime would need them gone to fuse.
+_CLAMPS = ("relu", "relu6", "hardtanh", "clamp", "clamp_min")
+
+_CONVOLUTIONS = tuple(
+    OperatorRule(f"conv{rank}d", output="always", weight_axis=0, bias="float", absorbs=_CLAMPS) for rank in (1, 2)
+)
+_PRODUCTS = (
+    # A float bias keeps a Gemm float; an int32 one reaches QGemm, with or without a quantized result.
+    OperatorRule("gemm", output="wanted", weight_axis=0, bias="int32", absorbs=_CLAMPS),
+    # MatMulIntegerToFloat; quantizing the result of a transformer's products costs four times the error.
+    OperatorRule("matmul", output="never", weight_axis=1),
+)
+_JOINS = (
+    OperatorRule("add", role="join", absorbs=_CLAMPS),
+    OperatorRule("mul", role="join", absorbs=_CLAMPS),
+    OperatorRule("cat", role="join"),
+    OperatorRule("sigmoid", role="join"),
+    OperatorRule("leaky_relu", role="join"),
+    OperatorRule("avg_pool2d", role="join"),
+    OperatorRule("global_average_pool", role="join"),
+)
+_SAME_SCALE = (OperatorRule("max_pool2d", role="same_scale"), OperatorRule("upsample_nearest2d", role="same_scale"))
+_MOVES = tuple(
+    OperatorRule(name, role="move")
+    for name in (
+        "view", "reshape", "flatten", "unflatten", "permute", "transpose", "t", "unsqueeze", "squeeze", "slice",
+        "select", "split", "split_with_sizes", "chunk", "getitem", "contiguous",
+    )
+)  # fmt: skip
+
+DESCRIPTION = TargetDescription(
+    name="onnxruntime",
+    opset=20,
+    activation=IntegerFormat("uint8", symmetric=False, low=0, high=255),
+    weight=IntegerFormat("int8", symmetric=True, low=-127, high=127, granularity="channel"),
+    operators=(*_CONVOLUTIONS, *_PRODUCTS, *_JOINS, *_SAME_SCALE, *_MOVES),
+    channel_multiple=16,  # NCHWc and VNNI kernels work on blocks of 16 channels
+    rank_multiple=16,
+    notes=("uint8 activations and int8 weights need a CPU with VNNI: others saturate in 16 bits.",),
+)

@@ -1,0 +1,52 @@
+"""What TensorRT's compiler can do with integers, confirmed on tensorrt-rtx 1.7.1.
+
+Everything is symmetric int8 with zero point 0; other zero points, uint8 and int32 biases are refused. Quantization
+stands behind the activation, and between a convolution and its residual add there is none: the add runs in the
+convolution's epilogue.
+"""
+
+from __future__ import annotations
+
+from graphopt.target import IntegerFormat, OperatorRule, TargetDescription
+
+# Run in the epilogue of the kernel in front, before its result is quantized.
+_ACTIVATIONS = (
+    "relu",
+    "relu6",
+    "hardtanh",
+    "clamp",
+    "clamp_min",
+    "hardswish",
+    "silu",
+    "leaky_relu",
+    "sigmoid",
+    "gelu",
+    "tanh",
+)
+
+_CONVOLUTIONS = tuple(
+    OperatorRule(name, output="wanted", weight_axis=axis, absorbs=_ACTIVATIONS)
+    for name, axis in (("conv1d", 0), ("conv2d", 0), ("conv3d", 0), ("conv_transpose2d", 1))
+)
+_PRODUCTS = (
+    OperatorRule("gemm", output="wanted", weight_axis=None, absorbs=_ACTIVATIONS),
+    OperatorRule("matmul", output="never", weight_axis=1),
+)
+_CHAINS = (
+    OperatorRule("add", role="read"),
+    OperatorRule("max_pool2d", role="same_scale"),
+)
+_MOVES = tuple(
+    OperatorRule(name, role="move")
+    for name in ("view", "reshape", "flatten", "permute", "transpose", "unsqueeze", "squeeze", "contiguous")
+)
+
+DESCRIPTION = TargetDescription(
+    name="tensorrt",
+    opset=20,
+    activation=IntegerFormat("int8", symmetric=True, low=-128, high=127),
+    weight=IntegerFormat("int8", symmetric=True, low=-127, high=127, granularity="channel"),
+    operators=(*_CONVOLUTIONS, *_PRODUCTS, *_CHAINS, *_MOVES),
+    channel_multiple=32,  # tensor-core tiles of int8 channels
+    rank_multiple=32,
+)
