@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import typing
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -29,12 +30,12 @@ class Refusal:
 
     site: str  # node, weight or group
     reason: str  # full sentence fragment: "weight is shared with `lm_head`"
-    kind: str = ""  # the reason without the particulars, for counting: "weight is shared"; "" = same as reason
+    kind: str = ""  # the reason without the particulars, for counting: "weight is shared"; "" = names left out
 
     @property
     def counted_as(self) -> str:
         """The text that refusals are counted by."""
-        return self.kind or self.reason
+        return self.kind or re.sub(r"`[^`]*`", "…", self.reason.partition(";")[0])
 
 
 @dataclass(frozen=True, kw_only=True)
