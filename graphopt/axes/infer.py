@@ -217,7 +217,7 @@ class _Inference:
         return None
 
     def _freeze_size_arithmetic(self, graph: fx.Graph) -> None:
-        """Freeze static factors of a dynamic dimension whose size is used as a number, not as a shape.
+        """Freeze a dimension whose size the graph reads and uses as a number, not as a shape.
 
         Example: (batch * heads) read by sym_size and multiplied into the activations.
         """
@@ -236,11 +236,11 @@ class _Inference:
                 dims: Dims = self.known[source]
                 if operator_name(node.target) == "aten::sym_size":
                     dims = (dims[int(str(node.args[1]))],)
-                factors[node].extend(layout for layout in dims if _mixed(self.solver.resolve(layout)))
+                factors[node].extend(layout for layout in dims if _can_shrink(self.solver.resolve(layout)))
 
 
-def _mixed(layout: Layout) -> bool:
-    return not isinstance(layout, Axis) and not isinstance(size(layout), int)
+def _can_shrink(layout: Layout) -> bool:
+    return any(isinstance(axis.size, int) for axis in leaves(layout))
 
 
 def _has_tensor(value: Any) -> bool:

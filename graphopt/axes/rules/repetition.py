@@ -99,17 +99,20 @@ def repeat_by_tensor(call: Call) -> Dims:
     return tuple(dims)
 
 
-@rule("aten::broadcast_tensors", "aten::meshgrid")
+@rule("aten::broadcast_tensors")
 def broadcast_tensors(call: Call) -> list[Dims | None]:
     shapes = call.many("tensors")
-    if "meshgrid" in call.where:
-        dims = tuple(layouts[0] if layouts else ONE for layouts in shapes)
-        order = call.arg("indexing") if "indexing" in call.names() else "ij"
-        if order == "xy" and len(dims) > 1:
-            dims = (dims[1], dims[0], *dims[2:])
-    else:
-        dims = call.broadcast(shapes)
+    dims = call.broadcast(shapes)
     return [dims for _ in shapes]
+
+
+@rule("aten::meshgrid")
+def meshgrid(call: Call) -> list[Dims | None]:
+    """Every result has one dimension per operand; indexing="xy" swaps the first two."""
+    dims = [layouts[0] if layouts else ONE for layouts in call.many("tensors")]
+    if "indexing" in call.names() and call.arg("indexing") == "xy" and len(dims) > 1:
+        dims[0], dims[1] = dims[1], dims[0]
+    return [tuple(dims) for _ in dims]
 
 
 @rule("aten::unfold")

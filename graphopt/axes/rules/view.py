@@ -108,10 +108,15 @@ def transpose(call: Call) -> Dims:
     return tuple(dims)
 
 
-@rule("aten::t", "aten::numpy_T", "aten::mT", "aten::mH", "aten::adjoint")
+@rule("aten::t", "aten::numpy_T")
+def reverse(call: Call) -> Dims:
+    return tuple(reversed(call.dims("self")))
+
+
+@rule("aten::mT", "aten::mH", "aten::adjoint", "aten::matrix_H")
 def swap_last(call: Call) -> Dims:
-    dims = call.dims("self")
-    return tuple(reversed(dims)) if len(dims) <= 2 or "numpy" in call.where else (*dims[:-2], dims[-1], dims[-2])
+    *batch, rows, columns = call.dims("self")
+    return (*batch, columns, rows)
 
 
 @rule("aten::movedim", "aten::moveaxis")
