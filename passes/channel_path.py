@@ -1,0 +1,108 @@
+"""Follow a channel axis backwards through views and permutations to the layer that makes the channels."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.graph import arguments
+from graphopt.passes.weighted_calls import WeightedCall, weighted_call
+
+aten = torch.ops.aten
+_RESHAPES = frozenset(
+    {
+        aten.view.default,
+        aten.reshape.default,
+        aten.flatten.using_ints,
+        aten.unflatten.int,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.squeeze.default,
+        aten.unsqueeze.default,
+        aten.contiguous.default,
+        aten.view_as.default,
+        aten.reshape_as.default,
+    }
+)
+
+
+def path_to_layer(
+    value: fx.Node, reader: fx.Node, axis: int | None, gm: fx.GraphModule
+) -> tuple[WeightedCall | None, str]:
+    """Find the layer whose output features run along `axis` of `value`.
+
+    Args:
+        value: where to start.
+        reader: the user of `value` that wants to be folded; the values on the path must have no other.
+        axis: the axis to follow; None when it does not matter (one number for all elements).
+        gm: the module that holds the weights.
+
+    Returns:
+        The layer and why what follows cannot be folded into it ("" if it can); (None, "") if there is no layer.
+    """
+    path = [value]
+    while True:
+        node = path[-1]
+        call = weighted_call(node, gm)
+        if call is not None:
+            return call, _obstacle([reader, *path], call, axis)
+        step = _step(node, axis)
+        if step is None:
+            return None, ""
+        source, axis = step
+        path.append(source)
+
+
+def _obstacle(path: list[fx.Node], call: WeightedCall, axis: int | None) -> str:
+    for follower, node in itertools.pairwise(path):
+        other = next((user for user in node.users if user is not follower), None)
+        if other is not None:
+            what = "an output of the program" if other.op == "output" else f"`{other.name}`"
+            return f"the output of `{node.name}` has another reader ({what})"
+    if axis is not None and axis != call.output_axis:
+        return f"it runs along axis {axis}, `{call.node.name}` makes its features on axis {call.output_axis}"
+    return ""
+
+
+def _step(node: fx.Node, axis: int | None) -> tuple[fx.Node, int | None] | None:
+    """Return the input of a view-like `node` and where `axis` lies in it."""
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    source = node.args[0]
+    if node.target is aten.permute.default or node.target in (aten.transpose.int, aten.t.default):
+        return source, None if axis is None else _permutation(node)[axis]
+    if node.target not in _RESHAPES:
+        return None
+    if axis is None:
+        return source, None
+    before, after = source.meta["val"].shape, node.meta["val"].shape
+    for candidate in range(len(before)):
+        if _equal(before[candidate], after[axis]) and _equal(
+            math.prod(before[candidate + 1 :]), math.prod(after[axis + 1 :])
+        ):
+            return source, candidate
+    return None
+
+
+def _permutation(node: fx.Node) -> list[int]:
+    """Return, for every axis of the result, the axis of the input it comes from."""
+    rank = node.meta["val"].dim()
+    given = arguments(node, ())
+    if node.target is aten.permute.default:
+        return [axis % rank for axis in given["dims"]]
+    order = list(range(rank))
+    if node.target is aten.transpose.int:
+        first, second = given["dim0"] % rank, given["dim1"] % rank
+    else:
+        first, second = (0, 1) if rank == 2 else (0, 0)
+    order[first], order[second] = order[second], order[first]
+    return order
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two sizes are the same number or the same expression, without guarding on it."""
+    return str(one) == str(other)

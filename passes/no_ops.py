@@ -1,0 +1,186 @@
+"""Drop calls that return their input unchanged.
+
+    y = dropout(x), eval        identity(x)         contiguous(x), clone(x), to(x, its own dtype), detach(x)
+    x + 0, x * 1, x / 1         view, expand, permute, slice, pad, roll, ... that change nothing
+    adaptive_avg_pool(x) to the size x has
+
+A call goes only if its result has the shape, dtype, strides and device of its input, so that nothing behind it can
+see the difference, and, where it would have made a copy, only if nobody writes to either side of it. Left alone: a
+value that is an input (or a weight) and an output of the program at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.aliasing import Storages
+from graphopt.graph import Editor, arguments
+from graphopt.passes.likeness import indistinguishable
+from graphopt.plan import Refusal
+from graphopt.program import Program
+
+aten = torch.ops.aten
+Given = Mapping[str, Any]
+Test = Callable[[Given, torch.Tensor], bool]  # arguments by name, the value of the input
+
+
+def _always(given: Given, value: torch.Tensor) -> bool:
+    """Same shape and dtype is enough."""
+    return True
+
+
+def _not_training(given: Given, value: torch.Tensor) -> bool:
+    return not given.get("train", given.get("training", False)) or given.get("p") == 0
+
+
+def _identity_order(given: Given, value: torch.Tensor) -> bool:
+    return [axis % value.dim() for axis in given["dims"]] == list(range(value.dim()))
+
+
+def _same_axis(given: Given, value: torch.Tensor) -> bool:
+    first, second = given.get("dim0", given.get("axis0", 0)), given.get("dim1", given.get("axis1", 0))
+    return value.dim() == 0 or first % value.dim() == second % value.dim()
+
+
+def _whole_axis(given: Given, value: torch.Tensor) -> bool:
+    return given["start"] in (None, 0) and given["step"] == 1
+
+
+def _no_padding(given: Given, value: torch.Tensor) -> bool:
+    return not any(given["pad"])
+
+
+def _no_shift(given: Given, value: torch.Tensor) -> bool:
+    return not any(given["shifts"])
+
+
+def _no_axes(given: Given, value: torch.Tensor) -> bool:
+    return not given["dims"]
+
+
+def _adds_zero(given: Given, value: torch.Tensor) -> bool:
+    return _is_number(given["other"]) and given["other"] * given.get("alpha", 1) == 0
+
+
+def _times_one(given: Given, value: torch.Tensor) -> bool:
+    return _is_number(given["other"]) and given["other"] == 1
+
+
+def _to_the_first(given: Given, value: torch.Tensor) -> bool:
+    return _is_number(given["exponent"]) and given["exponent"] == 1
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)
+
+
+def _alone(given: Given, value: torch.Tensor) -> bool:
+    return len(given["tensors"]) == 1
+
+
+def _unit_window(given: Given, value: torch.Tensor) -> bool:
+    def all_are(name: str, wanted: int) -> bool:
+        return all(size == wanted for size in given.get(name) or [wanted])
+
+    return all_are("kernel_size", 1) and all_are("stride", 1) and all_are("padding", 0)
+
+
+# operator -> when it returns its input, given that shape, dtype, strides and device are those of the input
+_TESTS: Mapping[str, Test] = {
+    **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"), _not_training),
+    **dict.fromkeys(("contiguous", "clone", "alias", "detach", "lift_fresh", "lift_fresh_copy", "positive"), _always),
+    **dict.fromkeys(("to", "type_as", "_to_copy", "view", "reshape", "view_as", "reshape_as", "flatten"), _always),
+    **dict.fromkeys(("unflatten", "expand", "expand_as", "squeeze", "repeat", "tile", "_unsafe_view"), _always),
+    **dict.fromkeys(("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"), _always),
+    **dict.fromkeys(("avg_pool1d", "avg_pool2d", "avg_pool3d"), _unit_window),
+    **dict.fromkeys(("max_pool1d", "max_pool2d", "max_pool3d"), _unit_window),
+    **dict.fromkeys(("add", "sub"), _adds_zero),
+    **dict.fromkeys(("mul", "div"), _times_one),
+    **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _same_axis),
+    "permute": _identity_order,
+    "slice": _whole_axis,
+    "pad": _no_padding,
+    "constant_pad_nd": _no_padding,
+    "roll": _no_shift,
+    "flip": _no_axes,
+    "pow": _to_the_first,
+    "cat": _alone,
+}
+# of these the result never has memory of its own
+_VIEWS = frozenset({"alias", "detach", "view", "view_as", "expand", "expand_as", "slice", "permute", "transpose"})
+
+
+def find_no_ops(program: Program) -> tuple[list[str], list[Refusal]]:
+    """List the calls that can go, and those that return their input and must stay."""
+    storages = Storages(program.graph)
+    found: list[str] = []
+    refusals: list[Refusal] = []
+    gone: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        source = _returned_input(node)
+        if source is None:
+            if _is_settled_check(node):
+                found.append(node.name)
+            continue
+        reason = _why_it_stays(node, source, storages, gone)
+        if reason:
+            refusals.append(Refusal(node.name, reason))
+        else:
+            found.append(node.name)
+            gone.add(node)
+    return found, refusals
+
+
+def drop_no_ops(program: Program, names: Sequence[str]) -> Program:
+    """Let the users of every named call read its input instead."""
+    program = program.copy()
+    editor = Editor(program.graph_module, "fold")
+    nodes = {node.name: node for node in program.graph.nodes}
+    for name in names:
+        node = nodes[name]
+        if not _is_settled_check(node):
+            node.replace_all_uses_with(_first_tensor(node))
+        editor.graph.erase_node(node)
+    return program.with_graph(editor.finish())
+
+
+def _returned_input(node: fx.Node) -> fx.Node | None:
+    """Return the input that `node` returns unchanged."""
+    overload = node.target if node.op == "call_function" else None
+    if not isinstance(overload, torch._ops.OpOverload) or overload.namespace != "aten":
+        return None
+    test = _TESTS.get(overload._schema.name.removeprefix("aten::"))
+    source = _first_tensor(node) if test is not None else None
+    if test is None or source is None:
+        return None
+    if not indistinguishable(source, node):
+        return None
+    return source if test(arguments(node, ()), source.meta["val"]) else None
+
+
+def _first_tensor(node: fx.Node) -> Any:
+    first = node.args[0] if node.args else None
+    if isinstance(first, list | tuple):
+        first = first[0] if first else None
+    return first if isinstance(first, fx.Node) else None
+
+
+def _why_it_stays(node: fx.Node, source: fx.Node, storages: Storages, gone: set[fx.Node]) -> str:
+    if node.target._schema.name.removeprefix("aten::") not in _VIEWS:  # type: ignore[union-attr]
+        writes = [*storages.writes(source), *storages.writes(node)]
+        if writes:
+            return f"it may be a copy, and `{writes[0].name}` writes to one side of it"
+    while source in gone:
+        source = _first_tensor(source)
+    if source.op in ("placeholder", "get_attr") and any(user.op == "output" for user in node.users):
+        return f"it hands `{source.name}` straight to an output of the program"
+    return ""
+
+
+def _is_settled_check(node: fx.Node) -> bool:
+    """Whether `node` only asserts what capture has already settled: dtype, device and layout of a value."""
+    return node.target is aten._assert_tensor_metadata.default and not node.users

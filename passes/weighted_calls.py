@@ -1,0 +1,187 @@
+"""Convolutions and linear layers as calls with a stored weight, whatever operator and layout they use.
+
+operator            weight                  features of the output
+linear              (out, in)               last axis
+addmm, mm, matmul   (in, out)               last axis
+convN               (out, in/groups, *k)    axis before the N spatial ones
+conv_transposeN     (in, out/groups, *k)    axis before the N spatial ones
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from graphopt.graph import arguments, constant, tensor_attribute
+
+aten = torch.ops.aten
+Kind = Literal["linear", "matmul", "conv", "transposed conv"]
+
+# operator -> (kind, input, weight, bias), the last three by the names of the operator's schema
+_OPERATORS: Mapping[Any, tuple[Kind, str, str, str]] = {
+    aten.linear.default: ("linear", "input", "weight", "bias"),
+    aten.addmm.default: ("matmul", "mat1", "mat2", "self"),
+    aten.mm.default: ("matmul", "self", "mat2", ""),
+    aten.matmul.default: ("matmul", "self", "other", ""),
+    aten.conv1d.default: ("conv", "input", "weight", "bias"),
+    aten.conv2d.default: ("conv", "input", "weight", "bias"),
+    aten.conv3d.default: ("conv", "input", "weight", "bias"),
+    aten.conv1d.padding: ("conv", "input", "weight", "bias"),
+    aten.conv2d.padding: ("conv", "input", "weight", "bias"),
+    aten.conv3d.padding: ("conv", "input", "weight", "bias"),
+    aten.conv_transpose1d.default: ("transposed conv", "input", "weight", "bias"),
+    aten.conv_transpose2d.input: ("transposed conv", "input", "weight", "bias"),
+    aten.conv_transpose3d.input: ("transposed conv", "input", "weight", "bias"),
+    aten.convolution.default: ("conv", "input", "weight", "bias"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class WeightedCall:
+    """One call of a layer whose weight is a stored floating-point tensor.
+
+    Attributes:
+        node: the call.
+        kind: which layout the weight has, see the module's table.
+        input: the value it is applied to.
+        weight: the read of its weight.
+        bias: the read of its bias, None where it has none.
+        weight_argument: name of the weight in the operator's schema.
+        bias_argument: likewise; "" where the operator cannot take a bias.
+        groups: convolution groups, 1 for linear layers.
+    """
+
+    node: fx.Node
+    kind: Kind
+    input: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    weight_argument: str
+    bias_argument: str
+    groups: int
+
+    @property
+    def weight_name(self) -> str:
+        """Qualified name of the weight."""
+        return str(self.weight.target)
+
+    @property
+    def input_axis(self) -> int:
+        """Axis of the input that the weight contracts over."""
+        return int(self.input.meta["val"].dim()) - self._features_from_end
+
+    @property
+    def output_axis(self) -> int:
+        """Axis of the output that the weight produces."""
+        return int(self.node.meta["val"].dim()) - self._features_from_end
+
+    @property
+    def _features_from_end(self) -> int:
+        spatial = self.weight.meta["val"].dim() - 2 if "conv" in self.kind else 0
+        return spatial + 1
+
+    @property
+    def out_features(self) -> int:
+        """Number of output channels or features."""
+        return int(self.node.meta["val"].shape[self.output_axis])
+
+    @property
+    def in_features(self) -> int:
+        """Number of input channels or features."""
+        return int(self.input.meta["val"].shape[self.input_axis])
+
+    @property
+    def zero_padded(self) -> bool:
+        """Whether a convolution sees zeros around its input."""
+        padding = arguments(self.node, ()).get("padding", 0)
+        if isinstance(padding, str):
+            return padding == "same" and any(size != 1 for size in self.weight.meta["val"].shape[2:])
+        return any(pad != 0 for pad in ([padding] if isinstance(padding, int) else padding))
+
+
+def weighted_call(node: fx.Node, gm: fx.GraphModule) -> WeightedCall | None:
+    """Describe `node` if it is a convolution or linear layer with a stored floating-point weight.
+
+    A bias that is computed, an `addmm` with factors, and products whose stored operand is not a matrix are not.
+    """
+    known = _OPERATORS.get(node.target) if node.op == "call_function" else None
+    if known is None:
+        return None
+    kind, input_name, weight_name, bias_name = known
+    given = arguments(node, ())
+    source, weight, bias = given[input_name], given[weight_name], given.get(bias_name)
+    tensor = constant(weight, gm)
+    if tensor is None or not tensor.is_floating_point() or not isinstance(source, fx.Node) or source.op == "get_attr":
+        return None
+    if bias is not None and (constant(bias, gm) is None or bias.meta["val"].dim() != 1):
+        return None
+    if kind == "matmul" and (tensor.dim() != 2 or given.get("alpha", 1) != 1 or given.get("beta", 1) != 1):
+        return None
+    if given.get("transposed") is True:
+        kind = "transposed conv"
+    if source.meta["val"].dim() < (1 if kind in ("linear", "matmul") else tensor.dim() - 1) or tensor.dim() < 2:
+        return None
+    return WeightedCall(node, kind, source, weight, bias, weight_name, bias_name, int(given.get("groups", 1)))
+
+
+def set_argument(node: fx.Node, name: str, value: fx.Node) -> None:
+    """Set the argument called `name` in the operator's schema, given or not so far."""
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    position = names.index(name)
+    if position < len(node.args):
+        node.update_arg(position, value)
+    elif position == len(node.args) and name not in node.kwargs:
+        node.args = (*node.args, value)
+    else:
+        node.update_kwarg(name, value)
+
+
+def uses(gm: fx.GraphModule, name: str) -> list[fx.Node]:
+    """List the calls that read the tensor called `name`, or another name it is tied to, in graph order."""
+    tensor = tensor_attribute(gm, name)
+    reads = [node for node in gm.graph.nodes if constant(node, gm) is tensor]
+    users = {user for read in reads for user in read.users}
+    return [node for node in gm.graph.nodes if node in users]
+
+
+def scale_outputs(call: WeightedCall, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return `weight` such that output feature i is multiplied by `scale[i]` (out,)."""
+    if call.kind == "matmul":
+        return weight * scale[None, :]
+    if call.kind == "transposed conv":
+        grouped = _by_group(call, weight)  # (groups, in/groups, out/groups, *k)
+        return (grouped * _spread(scale.view(call.groups, 1, -1), grouped)).flatten(0, 1)
+    return weight * _spread(scale, weight)
+
+
+def scale_inputs(call: WeightedCall, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return `weight` such that input feature i counts `scale[i]` (in,) times."""
+    if call.kind in ("matmul", "transposed conv"):
+        return weight * _spread(scale, weight)
+    grouped = _by_group(call, weight)  # (groups, out/groups, in/groups, *k)
+    return (grouped * _spread(scale.view(call.groups, 1, -1), grouped)).flatten(0, 1)
+
+
+def response_to(call: WeightedCall, weight: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """Return what a constant input `shift` (in,) adds to each output feature (out,), away from any padding.
+
+    Not defined for transposed convolutions, whose border outputs see fewer weights.
+    """
+    if call.kind == "matmul":
+        return shift @ weight
+    grouped = _by_group(call, weight).flatten(3)  # (groups, out/groups, in/groups, k)
+    taps = grouped.sum(-1) if grouped.dim() == 4 else grouped
+    return torch.einsum("goi,gi->go", taps, shift.view(call.groups, -1)).flatten()
+
+
+def _by_group(call: WeightedCall, weight: torch.Tensor) -> torch.Tensor:
+    return weight.reshape(call.groups, -1, *weight.shape[1:])
+
+
+def _spread(vector: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Append size-1 axes to `vector` until it broadcasts along the leading axes of `like`."""
+    return vector.reshape(*vector.shape, *([1] * (like.dim() - vector.dim())))
