@@ -1,7 +1,8 @@
 """Putting a captured graph in training mode and back: BatchNorm statistics and Dropout masks.
 
-Capture in eval mode bakes `training=False` into those operators; only their flag changes here. What the
-model did in Python under `if self.training` is gone from the graph and is reported at capture.
+Capture in eval mode bakes `training=False` into those operators; only that flag changes here. A call that capture
+saw in training mode is random, or normalises by its batch, on purpose, and stays so. What the model did in Python
+under `if self.training` is gone from the graph and is reported at capture.
 """
 
 from __future__ import annotations
@@ -20,14 +21,20 @@ TRAINING_FLAG = {
     torch.ops.aten.rrelu.default: 3,
 }
 
+_SWITCHED = "graphopt_training"  # in meta["custom"]: this module switched the call to training
+
 
 def set_training(gm: fx.GraphModule, mode: bool) -> None:
-    """Set the training flag of every BatchNorm and Dropout call, in place."""
+    """Set the training flag of every BatchNorm and Dropout call that eval capture switched off, in place."""
     changed = False
     for node in gm.graph.nodes:
         position = TRAINING_FLAG.get(node.target)
         if position is None or node.args[position] is mode:
             continue
+        custom = dict(node.meta.get("custom", {}))
+        if not mode and custom.pop(_SWITCHED, None) is None:
+            continue
+        node.meta["custom"] = {**custom, _SWITCHED: "on"} if mode else custom
         node.update_arg(position, mode)
         changed = True
     gm.training = mode

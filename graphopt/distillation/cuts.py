@@ -33,7 +33,7 @@ _SIZE_ONLY = frozenset(f"{stem}_like" for stem in ("zeros", "ones", "full", "emp
 }
 
 # Operators in which a weight meets an activation: the start of a layer.
-_WEIGHTED = frozenset({"linear", "addmm", "matmul", "mm", "bmm", "einsum", "lstm", "gru", "embedding"}) | {
+WEIGHTED = frozenset({"linear", "addmm", "matmul", "mm", "bmm", "einsum", "lstm", "gru", "embedding"}) | {
     f"conv{transposed}{rank}d" for transposed in ("", "_transpose") for rank in (1, 2, 3)
 }
 
@@ -147,7 +147,7 @@ def _joins(graph: nx.DiGraph[fx.Node | str], chain: Sequence[fx.Node]) -> list[f
 
 
 def _layer_inputs(chain: Sequence[fx.Node]) -> list[fx.Node]:
-    return [before for before, node in pairwise(chain) if op_name(node) in _WEIGHTED]
+    return [before for before, node in pairwise(chain) if op_name(node) in WEIGHTED]
 
 
 def _same_shape(one: fx.Node, other: fx.Node) -> bool:

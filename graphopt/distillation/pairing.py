@@ -22,10 +22,15 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from graphopt.distillation.addresses import Tap, Tappable, addresses
-from graphopt.distillation.cuts import residual_points, stage_ends
+from graphopt.distillation.cuts import WEIGHTED, residual_points, stage_ends
 from graphopt.plan import Refusal
 from graphopt.program import Program
 from graphopt.provenance import op_name, origin
+
+# Operators that show the same numbers in another shape.
+_CARRYING = frozenset(
+    {"view", "reshape", "flatten", "unflatten", "permute", "transpose", "squeeze", "unsqueeze", "contiguous"}
+)
 
 # Operators that pass their input on unchanged when nothing is trained.
 _IDENTITIES = frozenset({"dropout", "alpha_dropout", "feature_dropout", "alias", "detach", "contiguous", "clone"})
@@ -102,16 +107,58 @@ def _correspondence(teacher: Program, student: Program) -> dict[fx.Node, fx.Node
     groups = _groups(student)
     produced = _by_production(groups, captured)
     used = _by_use(teacher, student, groups, captured)
-    stands_for: dict[fx.Node, fx.Node] = {}
+    means: dict[fx.Node, fx.Node] = {}
     for node in student.graph.nodes:
-        claims = used.get(node) or ([produced[node]] if node in produced else [])
-        if len(claims) > 1:
-            claims = [claim for claim in claims if claim is produced.get(node)]
-        for claim in claims:
-            taken = stands_for.get(claim)
-            if taken is None or (produced.get(node) is claim and produced.get(taken) is not claim):
-                stands_for[claim] = node
+        value = _meaning(node, produced.get(node), used.get(node, []))
+        if value is not None:
+            means[node] = value
+    stands_for: dict[fx.Node, fx.Node] = {}
+    for node, value in means.items():
+        taken = stands_for.get(value)
+        if taken is None or (produced.get(node) is value and produced.get(taken) is not value):
+            stands_for[value] = node
+    for node, value in means.items():
+        if produced.get(node) is not value and _carries(node):  # a scale went in before it, behind its back
+            stands_for = {known: other for known, other in stands_for.items() if other not in _carried(node)}
     return stands_for
+
+
+def _meaning(node: fx.Node, produced: fx.Node | None, used: Sequence[fx.Node]) -> fx.Node | None:
+    """Choose between what a value descends from and what its users take it for."""
+    if len(used) > 1:
+        return produced if produced in used else None
+    if not used or used[0] is produced or produced is None:
+        return used[0] if used else produced
+    # A scale between the two went into a weight: the one before it, or, if there is none, the one after, which now
+    # takes the plain value.
+    scaled = _only_scales(used[0], produced)
+    weighted = op_name(_carried(node)[-1]) in WEIGHTED
+    return produced if scaled and not weighted else used[0]
+
+
+def _only_scales(value: fx.Node, start: fx.Node) -> bool:
+    """Whether `value` is computed from `start` alone, by calls that take one activation each."""
+    active = _activation_inputs(value)
+    while value is not start and len(active) == 1:
+        value = active[0]
+        active = _activation_inputs(value)
+    return value is start
+
+
+def _activation_inputs(node: fx.Node) -> list[fx.Node]:
+    return [source for source in node.all_input_nodes if source.op != "get_attr"] if node.op == "call_function" else []
+
+
+def _carries(node: fx.Node) -> bool:
+    return op_name(node) in _CARRYING and isinstance(node.args[0], fx.Node)
+
+
+def _carried(node: fx.Node) -> list[fx.Node]:
+    """Return what a chain of views shows, `node` first and the value that was computed last."""
+    chain = [node]
+    while _carries(chain[-1]):
+        chain.append(chain[-1].args[0])  # type: ignore[arg-type]
+    return chain[1:] or chain
 
 
 def _groups(student: Program) -> dict[str, list[fx.Node]]:

@@ -1,0 +1,87 @@
+"""CIFAR-10 and the ResNets trained on it, as the benchmarks read them from `--data DIR`.
+
+The directory holds `cifar10_train_5k.npz`, `cifar10_test.npz` (images as a reversible delta filter) and
+`cifar10_resnet20.safetensors`, `cifar10_resnet56.safetensors`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.functional import avg_pool2d, pad, relu
+
+_MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut without weights (option A of He et al. 2015, section 4.2)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.widening = outputs - inputs
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (batch, inputs, h, w) to (batch, outputs, h / stride, w / stride)."""
+        shortcut = x
+        if self.widening:
+            side = self.widening // 2
+            shortcut = pad(x[:, :, ::2, ::2], (0, 0, 0, 0, side, side))
+        return relu(self.bn2(self.conv2(relu(self.bn1(self.conv1(x))))) + shortcut)
+
+
+class CifarResNet(nn.Module):
+    """ResNet of depth 6n + 2 for 32x32 images: three stages of n blocks with 16, 32 and 64 channels."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        count = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = _stage(count, 16, 16, 1)
+        self.layer2 = _stage(count, 16, 32, 2)
+        self.layer3 = _stage(count, 32, 64, 2)
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map images (batch, 3, 32, 32) to logits (batch, 10)."""
+        x = self.layer3(self.layer2(self.layer1(relu(self.bn1(self.conv1(x))))))
+        return self.linear(avg_pool2d(x, x.shape[3]).flatten(1))
+
+
+def trained_resnet(data: Path, depth: int) -> CifarResNet:
+    """Return ResNet-20 or ResNet-56 with its trained weights, in evaluation mode."""
+    model = CifarResNet(depth)
+    model.load_state_dict(load_file(data / f"cifar10_resnet{depth}.safetensors"), strict=False)
+    return model.eval()
+
+
+def images(data: Path, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Read `name`.npz: normalised images (count, 3, 32, 32) and labels (count,)."""
+    stored = np.load(data / f"{name}.npz")
+    planes = np.cumsum(np.cumsum(stored["x_delta"], 2, dtype=np.uint8), 3, dtype=np.uint8)
+    rgb = np.stack([planes[1] + planes[0], planes[0], planes[2] + planes[0]], 1)
+    scaled = torch.from_numpy(rgb).float() / 255
+    mean, deviation = (torch.tensor(values).view(1, 3, 1, 1) for values in (_MEAN, _DEVIATION))
+    return (scaled - mean) / deviation, torch.from_numpy(stored["y"]).long()
+
+
+def top1(program: object, pictures: torch.Tensor, labels: torch.Tensor) -> float:
+    """Return the top-1 accuracy in percent of anything callable like the model."""
+    correct = 0
+    with torch.no_grad():
+        for x, y in zip(pictures.split(500), labels.split(500), strict=True):
+            correct += int((program(x).argmax(1) == y).sum())  # type: ignore[operator]
+    return 100 * correct / len(labels)
+
+
+def _stage(count: int, inputs: int, outputs: int, stride: int) -> nn.Sequential:
+    first = BasicBlock(inputs, outputs, stride)
+    return nn.Sequential(first, *(BasicBlock(outputs, outputs, 1) for _ in range(count - 1)))
