@@ -79,7 +79,7 @@ def linear(call: Call) -> Dims:
     return dims
 
 
-@rule("aten::matmul", "aten::mm", "aten::bmm", "aten::mv", "aten::dot")
+@rule("aten::matmul", "aten::mm", "aten::bmm", "aten::mv", "aten::dot", "aten::vdot")
 def matmul(call: Call) -> Dims:
     left, right = _tensor_names(call)
     return _product(call, call.arg(left), call.arg(right))
