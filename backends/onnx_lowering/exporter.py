@@ -23,9 +23,10 @@ from graphopt.provenance import module_path, user_line
 
 logger = logging.getLogger(__name__)
 
-SOURCE_PROPERTY = SOURCE  # key of an ONNX node's metadata: the program's name of what it computes
+SOURCE_PROPERTY = SOURCE  # key of an ONNX node's metadata: the program's name of a quantization
 MODULE_PROPERTY = "graphopt.module"  # the module whose forward ran it
 
+_CALL = "pkg.torch.onnx.fx_node"  # where the exporter writes the call an ONNX node translates
 _UNTRANSLATED = re.compile(
     r"No ONNX function found for <OpOverload\(op='(?P<op>[^']+)', overload='(?P<overload>[^']+)'"
 )
@@ -34,7 +35,7 @@ _UNTRANSLATED = re.compile(
 def export(flat: Program, opset: int) -> ir.Model:
     """Export a program that `flatten` returned.
 
-    Every ONNX node carries the module path and the program node it comes from as metadata.
+    Every ONNX node carries the module path it comes from as metadata, and every QuantizeLinear its program node.
 
     Raises:
         LoweringError: an operator has no ONNX form.
@@ -70,22 +71,36 @@ class _quiet:  # noqa: N801  (a context manager, used like a function)
 
 def _name_sources(model: ir.Model, graph: fx.Graph) -> None:
     """Replace the exporter's metadata (source paths, stack traces) by where each node comes from."""
-    origins = {node.name: node for node in graph.nodes if node.op == "call_function"}
+    exported = {node.name: node for node in graph.nodes if node.op == "call_function"}
+    quantizers = _quantizers(model, graph)
     for node in model.graph.all_nodes():
-        described = node.metadata_props.get("pkg.torch.onnx.fx_node", "")
-        name = described.removeprefix("%").split(" ", 1)[0]
-        origin = origins.get(name)
+        name = _exported_name(node)
         scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
         node.metadata_props.clear()
-        if origin is not None:
-            source = origin.meta.get("custom", {}).get(SOURCE)
-            if source:
-                node.metadata_props[SOURCE_PROPERTY] = source
-            path = module_path(origin)
-        else:
-            path = _innermost(scopes)
+        origin = quantizers.get(name, exported.get(name))
+        if name in quantizers:
+            node.metadata_props[SOURCE_PROPERTY] = quantizers[name].meta["custom"][SOURCE]
+        path = module_path(origin) if origin is not None else _innermost(scopes)
         if path:
             node.metadata_props[MODULE_PROPERTY] = path
+
+
+def _quantizers(model: ir.Model, graph: fx.Graph) -> dict[str, fx.Node]:
+    """Map the exporter's names of quantizations to the exported calls.
+
+    The exporter renames calls when it decomposes; it neither adds, drops nor reorders quantizations.
+    """
+    calls = list(graph.find_nodes(op="call_function", target=torch.ops.graphopt.quantize.default))
+    described = (node for node in model.graph.all_nodes() if node.op_type == "QuantizeLinear")
+    names = [_exported_name(node) for node in described if "graphopt.quantize." in node.metadata_props.get(_CALL, "")]
+    if len(names) != len(calls):  # some range has no QuantizeLinear: names are all there is
+        by_name = {node.name: node for node in calls}
+        return {name: by_name[name] for name in names if name in by_name}
+    return dict(zip(names, calls, strict=True))
+
+
+def _exported_name(node: ir.Node) -> str:
+    return node.metadata_props.get(_CALL, "").removeprefix("%").split(" ", 1)[0]
 
 
 def _innermost(scopes: str) -> str:

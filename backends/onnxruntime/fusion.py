@@ -22,6 +22,7 @@ from graphopt.backends.onnx_execution.session import OnnxSession, SessionSetting
 # Operators that pay for quantizing: those whose float form is a loss worth reporting.
 _LAYERS = ("Conv", "Gemm", "MatMul")
 _FOLLOWERS = ("Add", "Mul", "MaxPool", "AveragePool", "GlobalAveragePool", "Concat", "Sigmoid", "LeakyRelu")
+_RESHAPES = ("Squeeze", "Unsqueeze", "Reshape", "Flatten", "Transpose")
 _INTEGER_KERNELS = {
     "Conv": ("QLinearConv", "ConvInteger"),
     "Gemm": ("QGemm", "MatMulIntegerToFloat", "QLinearMatMul"),
@@ -122,7 +123,11 @@ def _dequantizes(value: ir.Value | None) -> bool:
 
 
 def _has_quantized_result(node: ir.Node) -> bool:
-    return any(user.op_type == "QuantizeLinear" for user in _users(node))
+    """Whether the result is quantized, behind a reshape perhaps: the runtime quantizes in front of it instead."""
+    return any(
+        user.op_type == "QuantizeLinear" or (user.op_type in _RESHAPES and _has_quantized_result(user))
+        for user in _users(node)
+    )
 
 
 def _users(node: ir.Node) -> Iterator[ir.Node]:

@@ -129,9 +129,9 @@ def no_foreign_operators(model: ir.Model) -> Iterator[Finding]:
 def constant_reduction_axes(model: ir.Model) -> Iterator[Finding]:
     """Reductions over axes known when the engine is built."""
     for node in model.graph.all_nodes():
-        if node.op_type.startswith("Reduce") and len(node.inputs) > 1 and node.inputs[1] is not None:
-            if not is_constant(node.inputs[1]):
-                yield _error(node, "its axes are computed, and TensorRT wants constants. Write them as numbers.")
+        axes = node.inputs[1] if node.op_type.startswith("Reduce") and len(node.inputs) > 1 else None
+        if axes is not None and not is_constant(axes):
+            yield _error(node, "its axes are computed, and TensorRT wants constants. Write them as numbers.")
 
 
 def no_block_weights_with_integers(model: ir.Model) -> Iterator[Finding]:
@@ -225,9 +225,7 @@ def quantize_after_activation(model: ir.Model) -> Iterator[Finding]:
         for quantize in readers(node.outputs[0], "QuantizeLinear"):
             for dequantize in readers(quantize.outputs[0], "DequantizeLinear"):
                 if any(use.node.op_type in _ACTIVATIONS for use in dequantize.outputs[0].uses()):
-                    text = (
-                        "its result is quantized before its activation: what follows runs in float. Quantize behind it."
-                    )
+                    text = "its result is quantized before its activation: what follows runs in float."
                     yield _warning(node, text)
 
 

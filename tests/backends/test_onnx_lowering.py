@@ -1,0 +1,218 @@
+"""A program as an ONNX file: names, axes, what is left out, the same bytes, external data, refusals."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from torch import Tensor, nn
+
+from graphopt import capture
+from graphopt.backends.onnx_execution.session import OnnxSession, SessionSettings
+from graphopt.backends.onnx_execution.verification import verify
+from graphopt.backends.onnx_lowering.flat_program import flatten
+from graphopt.backends.onnx_lowering.lowering import Style, lower
+from graphopt.backends.onnx_lowering.saving import save
+from graphopt.errors import LoweringError, UsageError
+from graphopt.program import Program
+from tests.backends.quantized import IntegerFeedForward
+from tests.models import Residual
+
+STYLE = Style(opset=20, global_pooling=True)
+
+
+class Detector(nn.Module):
+    """Several inputs, keyword and plain ones among them; nested outputs, one of them an input, one returned twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.embed = nn.Conv2d(3, 4, 3), nn.Embedding(11, 4)
+
+    def forward(self, image: Tensor, scale: float, *, tokens: Tensor) -> dict[str, object]:
+        feature = self.conv(image) * scale
+        words = self.embed(tokens)
+        return {"image": image, "boxes": (feature, words), "again": words, "best": words.argmax(-1)}
+
+
+class Leaky(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.eigvalsh(x @ x.transpose(-1, -2))
+
+
+def detector() -> Program:
+    torch.manual_seed(0)
+    return capture(
+        Detector().eval(),
+        (torch.randn(2, 3, 8, 8), 0.5),
+        {"tokens": torch.randint(0, 11, (2, 5))},
+        dynamic_shapes={"tokens": {1: torch.export.Dim("length")}},
+    )
+
+
+@pytest.fixture(scope="module")
+def residual() -> Program:
+    torch.manual_seed(0)
+    return capture(Residual().eval(), torch.randn(2, 3, 8, 8))
+
+
+@pytest.fixture(scope="module")
+def lowered(residual: Program) -> ir.Model:
+    return lower(residual, STYLE)
+
+
+def test_signature_is_the_programs(tmp_path: Path) -> None:
+    program = detector()
+    model = lower(program, STYLE)
+    for values, specs in ((model.graph.inputs, program.inputs), (model.graph.outputs, program.outputs)):
+        assert [value.name for value in values] == [spec.name for spec in specs]
+        assert [tuple(str(size) for size in value.shape) for value in values] == [
+            tuple(map(str, spec.shape)) for spec in specs
+        ]
+    assert [spec.name for spec in program.inputs] == ["image", "tokens"]
+    save(model, tmp_path / "model.onnx")
+    assert verify(tmp_path / "model.onnx", program, None, SessionSettings()) < 1e-5
+    session = OnnxSession(tmp_path / "model.onnx", SessionSettings())
+    image, first, second, again, best = session(np.ones((5, 3, 8, 8), "float32"), np.ones((5, 9), "int64"))
+    assert image.shape == (5, 3, 8, 8)
+    assert first.shape == (5, 4, 6, 6)
+    assert best.shape == (5, 9)
+    np.testing.assert_array_equal(second, again)
+
+
+def test_no_axis_keeps_the_exporters_symbol(lowered: ir.Model) -> None:
+    symbols = {
+        str(size) for value in _values(lowered) if value.shape for size in value.shape if not isinstance(size, int)
+    }
+    assert symbols == {"batch"}
+
+
+def test_flattening_names_every_call_after_the_program(residual: Program) -> None:
+    calls = {node.name for node in residual.graph.nodes if node.op == "call_function"}
+    flat = flatten(residual)
+    assert {n.meta["custom"]["graphopt.source"] for n in flat.graph.nodes if n.op == "call_function"} == calls
+    inputs = residual.flat_examples()
+    torch.testing.assert_close(flat(*inputs), residual.call_flat(inputs))
+
+
+def test_nothing_about_this_machine_is_in_the_file(lowered: ir.Model, tmp_path: Path) -> None:
+    (file,) = save(lowered, tmp_path / "model.onnx")
+    content = file.read_bytes()
+    for leak in (b".py", b"stack_trace", b"pkg.", str(Path.home()).encode(), str(Path(__file__).parents[2]).encode()):
+        assert leak not in content
+    assert lowered.producer_name == "graphopt"
+
+
+def test_nodes_say_which_module_they_come_from(lowered: ir.Model) -> None:
+    convolutions = [node.name for node in lowered.graph if node.op_type == "Conv"]
+    assert len(convolutions) == 3
+    assert convolutions[-1] == "outer/Conv"
+    names = [node.name for node in lowered.graph]
+    assert len(set(names)) == len(names)
+
+
+def test_spatial_mean_is_a_global_pool_and_batch_norm_is_folded(lowered: ir.Model) -> None:
+    operators = [node.op_type for node in lowered.graph]
+    assert operators == ["Conv", "Relu", "Conv", "Relu", "Conv", "Add", "GlobalAveragePool", "Squeeze", "Gemm"]
+
+
+def test_same_bytes_in_another_process(tmp_path: Path) -> None:
+    code = f"""
+import sys, torch
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+from tests.backends.quantized import IntegerFeedForward
+from graphopt import capture
+from graphopt.backends.onnx_lowering.lowering import Style, lower
+from graphopt.backends.onnx_lowering.saving import save
+torch.manual_seed(0)
+program = capture(IntegerFeedForward().eval(), torch.randn(2, 5, 32))
+save(lower(program, Style(20)), Path(sys.argv[1]))
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "there.onnx")], check=True, capture_output=True)
+    torch.manual_seed(0)
+    program = capture(IntegerFeedForward().eval(), torch.randn(2, 5, 32))
+    digests = set()
+    for name in ("here.onnx", "again.onnx"):
+        save(lower(program, Style(20)), tmp_path / name)
+        digests.add(_digest(tmp_path / name))
+    assert digests == {_digest(tmp_path / "there.onnx")}
+
+
+def test_external_data_above_the_threshold(lowered: ir.Model, residual: Program, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    assert save(lowered, path, external_data_above=100) == (path, tmp_path / "model.onnx.data")
+    assert path.stat().st_size < (tmp_path / "model.onnx.data").stat().st_size
+    digests = [_digest(file) for file in sorted(tmp_path.iterdir())]
+    verify(path, residual, None, SessionSettings())
+    save(lowered, path, external_data_above=100)
+    assert [_digest(file) for file in sorted(tmp_path.iterdir())] == digests
+    assert save(lowered, path) == (path,)  # and the file that is no longer needed is gone
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_place_that_cannot_be_written(lowered: ir.Model, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="Could not write"):
+        save(lowered, tmp_path / "file" / "model.onnx")
+    assert [item.name for item in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_operator_without_onnx_form_is_named_with_its_line() -> None:
+    program = capture(Leaky(), torch.randn(2, 4, 4))
+    with pytest.raises(
+        LoweringError, match=r"aten\._linalg_eigh at .*test_onnx_lowering\.py:\d+ has no ONNX form\. Write"
+    ):
+        lower(program, STYLE)
+
+
+def test_complex_outputs_are_refused() -> None:
+    class Spectrum(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.complex(x, x)
+
+    with pytest.raises(LoweringError, match="`output` is complex, and ONNX models have no complex"):
+        lower(capture(Spectrum(), torch.randn(2, 4)), STYLE)
+
+
+def test_static_batch_and_integer_inputs(tmp_path: Path) -> None:
+    class Fixed(nn.Module):
+        def forward(self, ids: Tensor, keep: Tensor) -> Tensor:
+            return (ids.reshape(2, -1) * 3).where(keep, 0)
+
+    program = capture(Fixed(), (torch.arange(8).reshape(2, 4), torch.rand(2, 4) > 0.5))
+    assert not program.batched
+    model = lower(program, STYLE)
+    assert [value.dtype for value in model.graph.inputs] == [ir.DataType.INT64, ir.DataType.BOOL]
+    save(model, tmp_path / "model.onnx")
+    assert verify(tmp_path / "model.onnx", program, None, SessionSettings()) == 0.0
+
+
+def test_names_of_inputs_and_outputs_win(tmp_path: Path) -> None:
+    class Swap(nn.Module):
+        """Its outputs bear the names its values and weights have inside."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.relu = nn.Parameter(torch.ones(4))
+
+        def forward(self, add: Tensor) -> dict[str, Tensor]:
+            hidden = torch.relu(add + self.relu)
+            return {"relu": hidden * 2, "mul": hidden, "weight": hidden.sum(-1)}
+
+    program = capture(Swap(), torch.randn(2, 4))
+    save(lower(program, STYLE), tmp_path / "model.onnx")
+    assert verify(tmp_path / "model.onnx", program, None, SessionSettings()) < 1e-6
+
+
+def _values(model: ir.Model) -> list[ir.Value]:
+    return [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,168 @@
+"""Given / expected for each rewrite of an exported model, in ONNX text."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from graphopt.backends.onnx_lowering.duplicates import DuplicateInitializersPass
+from graphopt.backends.onnx_lowering.global_pooling import GlobalPoolingPass
+from graphopt.backends.onnx_lowering.saturation import SaturatedClampPass
+from graphopt.backends.onnx_lowering.stored_weights import StoredWeightsPass
+
+HEADER = '<ir_version: 10, opset_import: ["" : 20]>'
+
+
+def model(text: str, **initializers: np.ndarray) -> ir.Model:
+    built = ir.from_onnx_text(f"{HEADER}\n{text}")
+    for name, array in initializers.items():
+        value = next((v for n in built.graph for v in n.inputs if v is not None and v.name == name), None)
+        assert value is not None, name
+        value.const_value = ir.tensor(array, name=name)
+        value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
+        if name not in built.graph.initializers:
+            built.graph.register_initializer(value)
+    return built
+
+
+def operators(built: ir.Model) -> list[str]:
+    return [node.op_type for node in built.graph]
+
+
+class TestGlobalPooling:
+    def test_keeping_dimensions(self) -> None:
+        built = model("g (float[n,3,5,5] x) => (float[n,3,1,1] y) <int64[2] axes = {2, 3}> { y = ReduceMean(x, axes) }")
+        assert GlobalPoolingPass()(built).modified
+        assert operators(built) == ["GlobalAveragePool"]
+        assert built.graph.outputs[0].name == "y"
+
+    def test_dropping_dimensions(self) -> None:
+        built = model(
+            "g (float[n,3,5,5] x) => (float[n,3] z) <int64[2] axes = {-1, -2}>"
+            "{ y = ReduceMean<keepdims=0>(x, axes) z = Relu(y) }"
+        )
+        assert GlobalPoolingPass()(built).modified
+        assert operators(built) == ["GlobalAveragePool", "Constant", "Squeeze", "Relu"]
+
+    @pytest.mark.parametrize(
+        ("text", "why"),
+        [
+            ("g (float[n,3,5,5] x) => (float y) <int64[1] axes = {2}> { y = ReduceMean(x, axes) }", "one axis"),
+            ("g (float[n,3,5,5] x) => (float y) <int64[2] axes = {1, 2}> { y = ReduceMean(x, axes) }", "channels"),
+            ("g (float[n,3,5] x, int64[1] axes) => (float y) { y = ReduceMean(x, axes) }", "computed axes"),
+            ("g (float[n,3] x) => (float y) <int64[1] axes = {1}> { y = ReduceMean(x, axes) }", "no spatial axis"),
+            ("g (int32[n,3,5] x) => (int32 y) <int64[1] axes = {2}> { y = ReduceMean(x, axes) }", "integers"),
+            ("g (float[n,3,5] x) => (float y) <int64[1] axes = {2}> { y = ReduceMax(x, axes) }", "another reduction"),
+        ],
+    )
+    def test_left_alone(self, text: str, why: str) -> None:
+        built = model(text)
+        assert not GlobalPoolingPass()(built).modified, why
+
+
+class TestStoredWeights:
+    TRANSPOSED = """g (float[n,3] x) => (float[n,2] y) {
+        w = DequantizeLinear<axis=0>(q, scale)
+        t = Transpose<perm=[1, 0]>(w)
+        y = MatMul(x, t)
+    }"""
+
+    def test_transpose(self) -> None:
+        stored = np.arange(6, dtype=np.int8).reshape(2, 3)
+        built = model(self.TRANSPOSED, q=stored, scale=np.array([0.5, 0.25], np.float32))
+        assert StoredWeightsPass()(built).modified
+        dequantize = built.graph.outputs[0].producer().inputs[1].producer()
+        assert dequantize.op_type == "DequantizeLinear"
+        assert dequantize.attributes["axis"].as_int() == 1
+        np.testing.assert_array_equal(dequantize.inputs[0].const_value.numpy(), stored.T)
+
+    def test_reshape_keeps_the_axis_of_the_scales(self) -> None:
+        built = model(
+            """g (float[n,3] x) => (float[2,3] r) <int64[2] shape = {2, 3}> {
+                w = DequantizeLinear<axis=0>(q, scale)
+                r = Reshape(w, shape)
+            }""",
+            q=np.arange(6, dtype=np.int8).reshape(2, 3, 1, 1),
+            scale=np.array([0.5, 0.25], np.float32),
+        )
+        assert StoredWeightsPass()(built).modified
+        assert built.graph.outputs[0].producer().attributes["axis"].as_int() == 0
+
+    def test_reshape_across_the_scales_is_left_alone(self) -> None:
+        built = model(
+            """g (float[n,3] x) => (float[3,2] r) <int64[2] shape = {3, 2}> {
+                w = DequantizeLinear<axis=0>(q, scale)
+                r = Reshape(w, shape)
+            }""",
+            q=np.arange(6, dtype=np.int8).reshape(2, 3),
+            scale=np.array([0.5, 0.25], np.float32),
+        )
+        assert not StoredWeightsPass()(built).modified
+
+    def test_computed_integers_are_left_alone(self) -> None:
+        built = model(
+            "g (int8[2,3] q) => (float[3,2] t) <float scale = {0.5}> "
+            "{ w = DequantizeLinear(q, scale) t = Transpose<perm=[1, 0]>(w) }"
+        )
+        assert not StoredWeightsPass()(built).modified
+
+
+class TestSaturation:
+    def clamp(self, clamp: str, *, zero: int, dtype: str = "uint8", scale: float = 0.1) -> ir.Model:
+        return model(
+            f"g (float[n] x) => ({dtype}[n] q) <float low = {{0}}, float high = {{6}}, float s = {{{scale}}}, "
+            f"{dtype} z = {{{zero}}}> {{ r = {clamp} q = QuantizeLinear(r, s, z) }}"
+        )
+
+    def test_relu_before_an_unsigned_range(self) -> None:
+        built = self.clamp("Relu(x)", zero=0)
+        assert SaturatedClampPass()(built).modified
+        assert built.graph.outputs[0].producer().inputs[0].name == "x"
+
+    def test_clip_that_ends_where_the_range_does(self) -> None:
+        built = self.clamp("Clip(x, low, high)", zero=0, scale=0.023)
+        assert SaturatedClampPass()(built).modified
+
+    @pytest.mark.parametrize(
+        ("clamp", "zero", "dtype", "scale"),
+        [
+            ("Relu(x)", 3, "uint8", 0.1),  # negative numbers have integers of their own
+            ("Relu(x)", 0, "int8", 0.1),
+            ("Clip(x, low, high)", 0, "uint8", 0.1),  # 25.5 would pass
+            ("Sigmoid(x)", 0, "uint8", 0.1),
+        ],
+    )
+    def test_left_alone(self, clamp: str, zero: int, dtype: str, scale: float) -> None:
+        assert not SaturatedClampPass()(self.clamp(clamp, zero=zero, dtype=dtype, scale=scale)).modified
+
+    def test_other_readers_keep_the_clamp(self) -> None:
+        built = model(
+            "g (float[n] x) => (uint8[n] q, float[n] r) <float s = {0.1}, uint8 z = {0}> "
+            "{ r = Relu(x) q = QuantizeLinear(r, s, z) }"
+        )
+        assert SaturatedClampPass()(built).modified
+        assert operators(built) == ["Relu", "QuantizeLinear"]
+
+
+class TestDuplicates:
+    def test_equal_tensors_are_stored_once(self) -> None:
+        view = np.asfortranarray(np.arange(6, dtype=np.float32).reshape(2, 3))
+        built = model(
+            "g (float[2,3] x) => (float[2,3] y) { a = Add(x, first) b = Add(a, second) y = Mul(b, other) }",
+            first=view,
+            second=np.ascontiguousarray(view),
+            other=view + 1,
+        )
+        assert DuplicateInitializersPass()(built).modified
+        assert list(built.graph.initializers) == ["first", "other"]
+        assert not DuplicateInitializersPass()(built).modified
+
+    def test_equal_bytes_of_another_type_or_shape_stay(self) -> None:
+        built = model(
+            "g (float[1] x) => (float y) { a = Add(x, first) b = Add(a, second) y = Reshape(b, third) }",
+            first=np.zeros(1, np.float32),
+            second=np.zeros((1, 1), np.float32),
+            third=np.zeros(0, np.int64),
+        )
+        assert not DuplicateInitializersPass()(built).modified

@@ -1,0 +1,315 @@
+"""The ONNX Runtime backend: integer kernels reached, losses reported, session options, scripts, refusals."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from torch import Tensor, nn
+
+from graphopt import capture
+from graphopt.backend import Artifact
+from graphopt.backends.onnx_execution.session import SessionSettings
+from graphopt.backends.onnx_lowering import simplification
+from graphopt.backends.onnx_lowering.saving import save
+from graphopt.backends.onnxruntime import OnnxRuntimeBackend
+from graphopt.backends.onnxruntime.fusion import kernel_counts
+from graphopt.errors import LoweringError, UsageError
+from graphopt.program import Program
+from tests.backends.quantized import Conv, Dense, IntegerFeedForward, IntegerResNet, Rounded, signed
+from tests.models import Residual
+
+BACKEND = OnnxRuntimeBackend()
+
+
+def program_of(model: nn.Module, *shape: int) -> Program:
+    torch.manual_seed(0)
+    return capture(model.eval(), torch.randn(shape))
+
+
+@pytest.fixture(scope="module")
+def resnet(tmp_path_factory: pytest.TempPathFactory) -> tuple[Program, Artifact]:
+    torch.manual_seed(0)
+    program = program_of(IntegerResNet(), 2, 3, 16, 16)
+    return program, BACKEND.lower(program, tmp_path_factory.mktemp("resnet") / "onnxruntime.onnx")
+
+
+@pytest.fixture(scope="module")
+def feed_forward(tmp_path_factory: pytest.TempPathFactory) -> tuple[Program, Artifact]:
+    torch.manual_seed(0)
+    program = program_of(IntegerFeedForward(), 2, 5, 32)
+    return program, BACKEND.lower(program, tmp_path_factory.mktemp("ffn") / "onnxruntime.onnx")
+
+
+def test_every_quantized_operator_reaches_an_integer_kernel(resnet: tuple[Program, Artifact]) -> None:
+    _, artifact = resnet
+    counts = kernel_counts(artifact.path, SessionSettings.of(artifact.session_options))
+    assert (counts["QLinearConv"], counts["QLinearAdd"], counts["QLinearGlobalAveragePool"]) == (6, 2, 1)
+    assert counts["QGemm"] == 1
+    assert "Conv" not in counts
+    assert (artifact.facts["quantized"], artifact.facts["integer"]) == (10, 10)
+    assert BACKEND.check(artifact) == []
+    assert BACKEND.summary(artifact) == "10 of 10 quantized operators on integer kernels"
+
+
+def test_integer_artifact_is_verified(resnet: tuple[Program, Artifact]) -> None:
+    program, artifact = resnet
+    assert BACKEND.verify(artifact, program) < 0.1
+
+
+def test_weights_are_a_quarter(resnet: tuple[Program, Artifact]) -> None:
+    model = ir.load(resnet[1].path)
+    weights = [value for value in model.graph.initializers.values() if len(value.shape) in (2, 4)]
+    assert {value.dtype for value in weights} == {ir.DataType.INT8}
+
+
+def test_products_of_a_transformer_give_float(feed_forward: tuple[Program, Artifact]) -> None:
+    program, artifact = feed_forward
+    counts = kernel_counts(artifact.path, SessionSettings.of(artifact.session_options))
+    assert counts["MatMulIntegerToFloat"] == 2
+    assert artifact.session_options["disabled_optimizers"] == ["BiasGeluFusion", "SkipLayerNormFusion"]
+    assert BACKEND.verify(artifact, program) < 1e-4
+
+
+def test_a_fusion_that_would_lose_the_integers_is_turned_off(tmp_path: Path) -> None:
+    """A product of fixed shape with a bias behind it becomes a float Gemm, unless told otherwise."""
+
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.input, self.product, self.bias = Rounded(0.03, 128), Dense(16, 8), nn.Parameter(torch.randn(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.input(x) @ self.product.stored().t() + self.bias
+
+    program = program_of(Product(), 2, 16)
+    artifact = BACKEND.lower(program, tmp_path / "product.onnx")
+    assert artifact.session_options["disabled_optimizers"] == ["MatMulAddFusion"]
+    assert [layer.kernel for layer in BACKEND.integer_operators(artifact)] == ["MatMulIntegerToFloat"]
+    BACKEND.verify(artifact, program)
+    lost = BACKEND.check(Artifact(artifact.path, artifact.files, BACKEND, artifact.inputs, artifact.outputs))
+    assert [finding.text for finding in lost] == [
+        "MatMul is quantized, but ONNX Runtime runs it in float: MatMulAddFusion made a float Gemm of it and its bias."
+    ]
+
+
+class ReluBetween(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.input, self.conv, self.output = Rounded(0.03, 128), Conv(3, 8), Rounded(0.02, 128)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.conv(self.input(x)).relu())
+
+
+class FloatResult(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.input, self.conv = Rounded(0.03, 128), Conv(3, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.input(x))
+
+
+class FloatBias(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.input, self.dense = Rounded(0.03, 128), Dense(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dense(self.input(x))
+
+
+class ReadTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.input, self.conv, self.output = Rounded(0.03, 128), Conv(3, 8), Rounded(0.02, 128)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        result = self.conv(self.input(x))
+        return result, self.output(result)
+
+
+class SignedFanOut(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.input, self.middle, self.output = signed(0.03), signed(0.02), signed(0.02)
+        self.first, self.second = Conv(3, 8), Conv(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.middle(self.first(self.input(x)))
+        return self.output(self.second(x)) + x
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "reason"),
+    [
+        (
+            ReluBetween,
+            (2, 3, 8, 8),
+            "Relu stands in front of the quantization of its result, whose zero point is not 0",
+        ),
+        (FloatResult, (2, 3, 8, 8), "its result is not quantized, and the convolution kernel only writes integers"),
+        (FloatBias, (2, 16), "its bias is float; QGemm takes an int32 one"),
+        (ReadTwice, (2, 3, 8, 8), "its result is read both quantized and in float"),
+        (SignedFanOut, (2, 3, 8, 8), "its activations are int8; a value with several readers then stays float"),
+    ],
+)
+def test_lost_integers_are_reported_with_the_reason(
+    model: type[nn.Module], shape: tuple[int, ...], reason: str, tmp_path: Path
+) -> None:
+    program = program_of(model(), *shape)
+    artifact = BACKEND.lower(program, tmp_path / "lost.onnx")
+    findings = BACKEND.check(artifact)
+    assert [finding.severity for finding in findings] == ["warning"] * len(findings)
+    assert any(reason in finding.text for finding in findings)
+    BACKEND.verify(artifact, program)
+
+
+class TestSession:
+    def test_takes_arrays_in_order_and_gives_arrays(self, resnet: tuple[Program, Artifact]) -> None:
+        session = resnet[1].session(threads=1)
+        (found,) = session(np.zeros((5, 3, 16, 16), np.float32))
+        assert found.shape == (5, 10)
+        assert found.dtype == np.float32
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"thread": 1}, "There is no session option `thread`. Known: threads"),
+            ({"threads": -1}, "Session option `threads` cannot be -1."),
+            ({"optimization": "most"}, "Session option `optimization` cannot be 'most'."),
+        ],
+    )
+    def test_unknown_options(self, resnet: tuple[Program, Artifact], options: dict[str, object], message: str) -> None:
+        with pytest.raises(UsageError, match=message):
+            resnet[1].session(**options)  # type: ignore[arg-type]
+
+    def test_inputs_that_do_not_fit(self, resnet: tuple[Program, Artifact]) -> None:
+        session = resnet[1].session()
+        with pytest.raises(LoweringError, match=r"takes 1 inputs \(x\), 2 were given"):
+            session(np.zeros(1), np.zeros(1))
+        with pytest.raises(LoweringError, match=r"fails on inputs x: 1x2x16x16: .*Got invalid dimensions"):
+            session(np.zeros((1, 2, 16, 16), np.float32))
+
+    def test_recorded_options_reach_the_runtime(self) -> None:
+        settings = SessionSettings.of(
+            {"threads": 3, "spinning": False, "optimization": "basic", "disabled_optimizers": ["A"]}
+        )
+        native = settings.native()
+        assert native.intra_op_num_threads == 3
+        assert native.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+        assert settings.disabled_optimizers == ("A",)
+
+
+class TestOpen:
+    def test_reads_the_signature_back(self, resnet: tuple[Program, Artifact]) -> None:
+        program, artifact = resnet
+        opened = BACKEND.open(artifact.path)
+        assert (opened.inputs, opened.outputs) == (program.inputs, program.outputs)
+        assert opened.session_options == artifact.session_options
+        assert opened.files == artifact.files
+
+    def test_external_data_belongs_to_it(self, resnet: tuple[Program, Artifact], tmp_path: Path) -> None:
+        save(ir.load(resnet[1].path), tmp_path / "large.onnx", external_data_above=0)
+        opened = BACKEND.open(tmp_path / "large.onnx")
+        assert [file.name for file in opened.files] == ["large.onnx", "large.onnx.data"]
+        assert opened.size > 4000
+
+    @pytest.mark.parametrize("content", [b"", b"this is no model", b"\x08\x0a"])
+    def test_something_else(self, content: bytes, tmp_path: Path) -> None:
+        (tmp_path / "model.onnx").write_bytes(content)
+        with pytest.raises(LoweringError, match="ONNX"):
+            BACKEND.open(tmp_path / "model.onnx").session()
+
+    def test_nothing_there(self, tmp_path: Path) -> None:
+        with pytest.raises(LoweringError, match="There is no file"):
+            BACKEND.open(tmp_path / "model.onnx")
+
+
+def test_run_script_needs_no_graphopt(feed_forward: tuple[Program, Artifact], tmp_path: Path) -> None:
+    _, artifact = feed_forward
+    script = BACKEND.run_script(artifact)
+    assert "graphopt" not in script
+    (artifact.path.parent / "run.py").write_text(script)
+    x = np.random.default_rng(0).standard_normal((3, 5, 32), dtype=np.float32)
+    np.save(tmp_path / "x.npy", x)
+    command = [sys.executable, "-I", str(artifact.path.parent / "run.py"), f"x={tmp_path / 'x.npy'}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.startswith("output (3, 5, 32) float32\n")
+    (wanted,) = artifact.session()(x)
+    assert str(wanted).splitlines()[0] in done.stdout
+
+
+def test_an_operator_without_a_kernel_leaves_nothing_behind(tmp_path: Path) -> None:
+    class Unsupported(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nn.functional.conv2d(x, torch.ones(2, 3, 1, 1, dtype=torch.float64))
+
+    program = capture(Unsupported(), torch.randn(2, 3, 4, 4, dtype=torch.float64))
+    with pytest.raises(LoweringError, match=r"ONNX Runtime refuses model\.onnx: .*Conv"):
+        BACKEND.lower(program, tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+class TestSimplification:
+    @pytest.fixture(scope="class")
+    def residual(self) -> Program:
+        return program_of(Residual(), 2, 3, 8, 8)
+
+    def test_an_optimized_graph_is_kept(self, residual: Program, tmp_path: Path) -> None:
+        pytest.importorskip("onnxsim")
+        artifact = OnnxRuntimeBackend(simplify=True).lower(residual, tmp_path / "model.onnx")
+        assert str(artifact.facts["onnxsim"]).startswith(("discarded: ", "kept: "))
+        BACKEND.verify(artifact, residual)
+
+    @pytest.mark.parametrize(
+        ("change", "verdict"),
+        [
+            (lambda proto: proto, "discarded: 9 nodes before, 9 after"),
+            (lambda proto: _without_pool(proto, scale=1.0), "kept: 9 nodes before, 8 after"),
+            (lambda proto: _without_pool(proto, scale=2.0), "discarded: it computes something else"),
+        ],
+    )
+    def test_kept_only_if_smaller_and_equal(
+        self, residual: Program, change: object, verdict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Fake:
+            @staticmethod
+            def simplify(proto: object, **_: object) -> tuple[object, bool]:
+                return change(proto), True  # type: ignore[operator]
+
+        monkeypatch.setattr(simplification, "_import", lambda: Fake)
+        artifact = OnnxRuntimeBackend(simplify=True).lower(residual, tmp_path / "model.onnx")
+        assert str(artifact.facts["onnxsim"]).startswith(verdict)
+        BACKEND.verify(artifact, residual)
+
+    def test_not_installed(self, residual: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "onnxsim", None)
+        with pytest.raises(LoweringError, match=r"pip install 'graphopt\[onnxsim\]'"):
+            OnnxRuntimeBackend(simplify=True).lower(residual, tmp_path / "model.onnx")
+
+
+def _without_pool(proto: object, *, scale: float) -> object:
+    """Merge the pool and the squeeze behind it, which is right; scale the head's bias, which is right by 1 only."""
+    import onnx
+
+    changed = onnx.ModelProto()
+    changed.CopyFrom(proto)
+    counts = Counter(node.op_type for node in changed.graph.node)
+    assert counts["GlobalAveragePool"] == counts["Squeeze"] == 1
+    pool = next(node for node in changed.graph.node if node.op_type == "GlobalAveragePool")
+    squeeze = next(node for node in changed.graph.node if node.op_type == "Squeeze")
+    squeeze.op_type = "ReduceMean"
+    squeeze.input[0] = pool.input[0]
+    squeeze.attribute.append(onnx.AttributeProto(name="keepdims", type=onnx.AttributeProto.INT, i=0))
+    changed.graph.node.remove(pool)
+    bias = next(tensor for tensor in changed.graph.initializer if tensor.name == "head.bias")
+    bias.raw_data = (np.frombuffer(bias.raw_data, np.float32) * np.float32(scale)).tobytes()
+    return changed

@@ -1,0 +1,209 @@
+"""The proof that an artifact computes what its program does, and that it fails when it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from torch import Tensor, nn
+
+from graphopt import capture
+from graphopt.backends.onnx_execution.agreement import Reference, disagreements, half_of_the_digits, relative_error
+from graphopt.backends.onnx_execution.batches import batches, evaluate
+from graphopt.backends.onnx_execution.replay import Replay, quantize_nodes
+from graphopt.backends.onnx_execution.session import SessionSettings
+from graphopt.backends.onnx_execution.verification import verify
+from graphopt.backends.onnx_lowering.flat_program import flatten
+from graphopt.backends.onnx_lowering.lowering import Style, lower
+from graphopt.backends.onnx_lowering.saving import save
+from graphopt.errors import LoweringError
+from graphopt.program import Program
+from tests.backends.quantized import IntegerResNet
+from tests.models import Residual
+
+SETTINGS = SessionSettings(threads=1)
+
+
+@pytest.fixture(scope="module")
+def residual(tmp_path_factory: pytest.TempPathFactory) -> tuple[Program, Path]:
+    torch.manual_seed(0)
+    return lowered(capture(Residual().eval(), torch.randn(2, 3, 8, 8)), tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def integers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Program, Path]:
+    torch.manual_seed(0)
+    return lowered(capture(IntegerResNet().eval(), torch.randn(2, 3, 16, 16)), tmp_path_factory)
+
+
+def lowered(program: Program, factory: pytest.TempPathFactory) -> tuple[Program, Path]:
+    path = factory.mktemp("artifact") / "model.onnx"
+    save(lower(program, Style(20, global_pooling=True)), path)
+    return program, path
+
+
+def tampered(path: Path, home: Path, change: Callable[[ir.Model], None]) -> Path:
+    model = ir.load(path)
+    change(model)
+    save(model, home / "model.onnx")
+    return home / "model.onnx"
+
+
+def stored(model: ir.Model, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    value = model.graph.initializers[name]
+    value.const_value = ir.tensor(change(value.const_value.numpy().copy()), name=name)
+
+
+def test_float_program_agrees(residual: tuple[Program, Path]) -> None:
+    assert verify(residual[1], residual[0], None, SETTINGS) < 1e-5
+
+
+def test_a_wrong_weight_is_found(residual: tuple[Program, Path], tmp_path: Path) -> None:
+    program, path = residual
+    wrong = tampered(path, tmp_path, lambda model: stored(model, "outer.weight", lambda array: array * 1.01))
+    with pytest.raises(
+        LoweringError, match=r"computes something else than the program: output `output` is off by 0\.0"
+    ):
+        verify(wrong, program, None, SETTINGS)
+
+
+def test_a_file_of_another_program_is_found(residual: tuple[Program, Path], integers: tuple[Program, Path]) -> None:
+    class Other(nn.Module):
+        def forward(self, y: Tensor) -> Tensor:
+            return y + 1
+
+    with pytest.raises(LoweringError, match="has the inputs x; the program has y"):
+        verify(residual[1], capture(Other(), torch.randn(2, 3)), None, SETTINGS)
+
+
+def test_integer_program_agrees_step_by_step(integers: tuple[Program, Path]) -> None:
+    program, path = integers
+    assert verify(path, program, None, SETTINGS) < 0.1  # end to end, rounding adds up; each step is within one
+    rng = np.random.default_rng(1)
+    assert verify(path, program, (rng.standard_normal((5, 3, 16, 16), dtype=np.float32),), SETTINGS) < 0.1
+
+
+def test_one_weight_off_by_a_few_is_found(integers: tuple[Program, Path], tmp_path: Path) -> None:
+    """End to end the difference drowns in rounding; between two quantizations it does not."""
+
+    def change(array: np.ndarray) -> np.ndarray:
+        array[0] += np.where(array[0] > 0, -40, 40).astype(np.int8)
+        return array
+
+    program, path = integers
+    wrong = tampered(path, tmp_path, lambda model: stored(model, "blocks.0.first.stored.weight", change))
+    with pytest.raises(LoweringError, match=r"other integers than the program at `quantize_2`: off by \d+ steps"):
+        verify(wrong, program, None, SETTINGS)
+
+
+def test_a_shifted_zero_point_is_found(integers: tuple[Program, Path], tmp_path: Path) -> None:
+    def change(model: ir.Model) -> None:
+        quantize = next(node for node in model.graph if node.op_type == "QuantizeLinear")
+        stored(model, str(quantize.inputs[2].name), lambda array: array + np.uint8(2))
+
+    program, path = integers
+    with pytest.raises(LoweringError, match="other integers than the program at `quantize`"):
+        verify(tampered(path, tmp_path, change), program, None, SETTINGS)
+
+
+def test_replay_starts_each_piece_from_the_runtimes_integers(integers: tuple[Program, Path]) -> None:
+    program, _ = integers
+    flat = flatten(program)
+    x = program.flat_examples()
+    names = quantize_nodes(program)
+    free = Replay(flat, {})
+    outputs = free.outputs(x)
+    assert free.steps == []
+    torch.testing.assert_close(outputs[0], program.call_flat(x)[0])
+    first = program.graph.find_nodes(op="call_function", target=torch.ops.graphopt.quantize.default)[0]
+    codes = torch.zeros(first.meta["val"].shape[1:], dtype=torch.uint8).expand(2, -1, -1, -1)
+    replay = Replay(flat, {names[0]: codes})
+    other = replay.outputs(x)
+    assert [step.node for step in replay.steps] == names[:1]
+    assert replay.steps[0].largest > 1
+    assert not torch.equal(other[0], outputs[0])
+
+
+class TestBatches:
+    def test_sizes_and_distinct_rows(self) -> None:
+        program = capture(Residual().eval(), torch.randn(2, 3, 8, 8))
+        drawn = dict(batches(program, None))
+        assert [arrays[0].shape[0] for arrays in drawn.values()] == [1, 3, 8]
+        rows = drawn["at batch size 8"][0].reshape(8, -1)
+        assert len({row.tobytes() for row in rows}) == 8
+        assert sorted(rows[2]) == sorted(rows[0])  # shuffled, so that values stay valid
+        np.testing.assert_array_equal(dict(batches(program, None))["at batch size 8"][0].reshape(8, -1), rows)
+
+    def test_given_samples_are_cycled_through(self) -> None:
+        program = capture(Residual().eval(), torch.randn(2, 3, 8, 8))
+        samples = np.random.default_rng(0).standard_normal((3, 3, 8, 8), dtype=np.float32)
+        drawn = dict(batches(program, (samples,)))["at batch size 8"][0]
+        np.testing.assert_array_equal(drawn, samples[[0, 1, 2, 0, 1, 2, 0, 1]])
+
+    @pytest.mark.parametrize(
+        ("expression", "value"),
+        [("batch", 3), ("2*batch", 6), ("batch//2+1", 2), ("rows*batch", None), ("f(batch)", None)],
+    )
+    def test_size_expressions(self, expression: str, value: int | None) -> None:
+        assert evaluate(expression, {"batch": 3}) == value
+
+
+def reference(*wanted: Tensor, exact: Tensor | None = None, perturbed: Tensor | None = None) -> Reference:
+    def never(*_: object) -> tuple[Tensor, ...]:
+        raise AssertionError("not needed")
+
+    return Reference(
+        wanted,
+        (lambda: (exact,)) if exact is not None else never,
+        (lambda seed: (perturbed,)) if perturbed is not None else never,
+    )
+
+
+class TestAgreement:
+    def test_half_of_the_digits(self) -> None:
+        assert half_of_the_digits(torch.float32) == pytest.approx(3.45e-4, rel=1e-2)
+
+    def test_close_floats_need_no_second_run(self) -> None:
+        want = torch.tensor([1.0, -2.0])
+        assert disagreements(reference(want), (want * (1 + 1e-5),)) == []
+
+    def test_what_torch_itself_loses_is_allowed_to_the_runtime(self) -> None:
+        exact = torch.tensor([1.0, 2.0], dtype=torch.float64)
+        want, got = torch.tensor([1.0, 2.01]), torch.tensor([1.0, 1.98])
+        assert disagreements(reference(want, exact=exact), (got,)) == []
+        (wrong,) = disagreements(reference(want, exact=exact), (torch.tensor([1.0, 1.5]),))
+        assert wrong.text == "is off by 0.25 of its largest value, where float arithmetic explains 0.04"
+
+    def test_integers_must_be_equal(self) -> None:
+        want = torch.tensor([3, 1])
+        found = disagreements(reference(want, exact=want, perturbed=want), (torch.tensor([3, 2]),))
+        assert [wrong.text for wrong in found] == ["has 1 of 2 wrong entries"]
+
+    def test_an_argmax_that_rounding_decides_is_no_error(self) -> None:
+        want = torch.tensor([3, 1])
+        assert disagreements(reference(want, exact=torch.tensor([3, 2]), perturbed=want), (torch.tensor([3, 2]),)) == []
+
+    @pytest.mark.parametrize(
+        ("want", "got", "error"),
+        [
+            ([1.0, 2.0], [1.0, 1.0], 0.5),
+            ([-np.inf, 2.0], [-np.inf, 2.0], 0.0),
+            ([-np.inf, 2.0], [0.0, 2.0], np.inf),
+            ([1.0, 2.0], [np.nan, 2.0], np.inf),
+            ([np.nan, 2.0], [np.nan, 2.0], 0.0),
+            ([0.0], [0.0], 0.0),
+            ([0.0], [1e-9], np.inf),
+            ([], [], 0.0),
+        ],
+    )
+    def test_relative_error(self, want: list[float], got: list[float], error: float) -> None:
+        assert relative_error(torch.tensor(want), torch.tensor(got)) == error
+
+    def test_another_shape_or_type(self) -> None:
+        want = torch.zeros(2, 3)
+        (wrong,) = disagreements(reference(want), (torch.zeros(2, 3, dtype=torch.float64),))
+        assert wrong.text == "is float64 of shape 2x3, expected float32 of shape 2x3"
