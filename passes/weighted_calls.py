@@ -50,7 +50,8 @@ class WeightedCall:
         input: the value it is applied to.
         weight: the read of its weight.
         bias: the read of its bias, None where it has none.
-        weight_argument: name of the weight in the operator's schema.
+        input_argument: name of the input in the operator's schema.
+        weight_argument: name of the weight likewise.
         bias_argument: likewise; "" where the operator cannot take a bias.
         groups: convolution groups, 1 for linear layers.
     """
@@ -60,6 +61,7 @@ class WeightedCall:
     input: fx.Node
     weight: fx.Node
     bias: fx.Node | None
+    input_argument: str
     weight_argument: str
     bias_argument: str
     groups: int
@@ -95,6 +97,14 @@ class WeightedCall:
         return int(self.input.meta["val"].shape[self.input_axis])
 
     @property
+    def strides(self) -> tuple[int, ...]:
+        """Step of a convolution along each spatial axis, () for linear layers."""
+        stride = arguments(self.node, ()).get("stride", ())
+        spatial = self._features_from_end - 1
+        steps = [stride] if isinstance(stride, int) else list(stride)
+        return tuple(steps * spatial if len(steps) == 1 else steps)
+
+    @property
     def zero_padded(self) -> bool:
         """Whether a convolution sees zeros around its input."""
         padding = arguments(self.node, ()).get("padding", 0)
@@ -125,7 +135,8 @@ def weighted_call(node: fx.Node, gm: fx.GraphModule) -> WeightedCall | None:
         kind = "transposed conv"
     if source.meta["val"].dim() < (1 if kind in ("linear", "matmul") else tensor.dim() - 1) or tensor.dim() < 2:
         return None
-    return WeightedCall(node, kind, source, weight, bias, weight_name, bias_name, int(given.get("groups", 1)))
+    groups = int(given.get("groups", 1))
+    return WeightedCall(node, kind, source, weight, bias, input_name, weight_name, bias_name, groups)
 
 
 def set_argument(node: fx.Node, name: str, value: fx.Node) -> None:

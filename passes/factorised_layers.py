@@ -1,0 +1,205 @@
+"""Layers that can be written as two smaller ones in a row, and the rewrite that does it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.errors import PassError
+from graphopt.graph import Editor, arguments, constant, tensor_attribute
+from graphopt.passes.weighted_calls import WeightedCall, uses, weighted_call
+from graphopt.plan import Refusal
+from graphopt.program import Program
+from graphopt.provenance import origin
+
+aten = torch.ops.aten
+_LAYERS = (aten.linear.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+
+
+@dataclass(frozen=True, slots=True)
+class FactorNames:
+    """Where the factors of a weight are kept: in the program, and in a plan's payload."""
+
+    u: str
+    v: str
+    u_payload: str
+    v_payload: str
+    bias_payload: str
+
+
+def factor_names(weight: str) -> FactorNames:
+    """Return `fc.u.weight` and `fc.v.weight` for `fc.weight`, `name_u` and `name_v` for any other name."""
+    stem, _, leaf = weight.rpartition(".")
+    if leaf == "weight":
+        u, v = (".".join(filter(None, (stem, part, "weight"))) for part in ("u", "v"))
+    else:
+        u, v = f"{weight}_u", f"{weight}_v"
+    return FactorNames(u, v, f"{weight}/u", f"{weight}/v", f"{weight}/bias")
+
+
+def factorisable(gm: fx.GraphModule, skip: Sequence[str]) -> tuple[list[WeightedCall], list[Refusal]]:
+    """List the linear layers and 1x1 convolutions that could be factorised, and why the others cannot."""
+    found: list[WeightedCall] = []
+    refusals: list[Refusal] = []
+    for node in gm.graph.nodes:
+        call = weighted_call(node, gm)
+        if call is None:
+            reason = _computed_weight(node, gm)
+            if reason:
+                refusals.append(Refusal(node.name, reason))
+            continue
+        if "conv" in call.kind and (
+            call.kind != "conv" or any(size != 1 for size in call.weight.meta["val"].shape[2:])
+        ):
+            continue  # neither linear nor 1x1
+        reason = _why_not(gm, call, skip)
+        if reason:
+            refusals.append(Refusal(call.weight_name, reason))
+        else:
+            found.append(call)
+    return found, refusals
+
+
+def as_matrix(call: WeightedCall, weight: torch.Tensor) -> torch.Tensor:
+    """Return the weight of `call` as (out, in)."""
+    return weight.t() if call.kind == "matmul" else weight.flatten(1)
+
+
+def replace_by_factors(program: Program, weights: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> Program:
+    """Put two calls in the place of each layer.
+
+    Args:
+        program: the program; it is left as it is.
+        weights: name of the weight by the name of the node that reads it.
+        tensors: U (out, rank) under "WEIGHT/u", V (rank, in) under "WEIGHT/v", and maybe a bias under "WEIGHT/bias".
+    """
+    program = program.copy()
+    gm = program.graph_module
+    editor = Editor(gm, "svd")
+    nodes = {node.name: node for node in gm.graph.nodes}
+    for node_name, weight in weights.items():
+        call = weighted_call(nodes[node_name], gm) if node_name in nodes else None
+        if call is None or call.weight_name != weight:
+            raise PassError(
+                f"Pass `svd` planned to factorise `{weight}` at `{node_name}`, which is no such layer in this program. "
+                "The plan belongs to another program; make it again."
+            )
+        _replace(editor, call, tensors)
+    return program.with_graph(editor.finish())
+
+
+def _replace(editor: Editor, call: WeightedCall, tensors: Mapping[str, torch.Tensor]) -> None:
+    names = factor_names(call.weight_name)
+    trainable = isinstance(tensor_attribute(editor.gm, call.weight_name), torch.nn.Parameter)
+    site = call.weight_name
+
+    def read(wanted: str, payload: str) -> fx.Node:
+        factor = _in_layout(call, tensors[payload])
+        name = editor.put(editor.new_name(wanted), factor, trainable=trainable)
+        return editor.read(name, like=call.weight, site=site)
+
+    with editor.graph.inserting_before(call.node):
+        v, u = read(names.v, names.v_payload), read(names.u, names.u_payload)
+        bias = call.bias
+        if bias is not None and names.bias_payload in tensors:
+            bias = _stored_bias(editor, call, tensors[names.bias_payload])
+        first = _first_call(editor, call, v)
+        second = _second_call(editor, call, first, u, bias)
+    editor.replace(call.node, second)
+
+
+def _in_layout(call: WeightedCall, matrix: torch.Tensor) -> torch.Tensor:
+    """Return a factor (rows, columns) in the layout of the layer's weight."""
+    if call.kind == "matmul":
+        return matrix.t().contiguous()
+    spatial = call.weight.meta["val"].dim() - 2
+    return matrix.reshape(*matrix.shape, *([1] * spatial)).contiguous()
+
+
+def _stored_bias(editor: Editor, call: WeightedCall, bias: torch.Tensor) -> fx.Node:
+    """Store the corrected bias under the old name, under a new one if somebody else reads the old."""
+    assert call.bias is not None
+    name = str(call.bias.target)
+    if len(uses(editor.gm, name)) > 1:
+        name = editor.new_name(f"{name}_own")
+    trainable = isinstance(tensor_attribute(editor.gm, str(call.bias.target)), torch.nn.Parameter)
+    editor.put(name, bias, trainable=trainable)
+    return editor.read(name, like=call.bias, site=call.weight_name)
+
+
+def _first_call(editor: Editor, call: WeightedCall, v: fx.Node) -> fx.Node:
+    """Insert V x: the layer without its bias. It keeps the stride of a convolution, so that less is computed."""
+    if call.node.target is aten.addmm.default:
+        return editor.call(aten.mm.default, call.input, v, like=call.node, site=call.weight_name)
+    changes: dict[str, Any] = {call.weight_argument: v}
+    if call.bias_argument:
+        changes[call.bias_argument] = None
+    return _call_with(editor, call, changes)
+
+
+def _second_call(editor: Editor, call: WeightedCall, first: fx.Node, u: fx.Node, bias: fx.Node | None) -> fx.Node:
+    """Insert U (V x) + b, at every position there is."""
+    changes: dict[str, Any] = {call.input_argument: first, call.weight_argument: u}
+    if call.bias_argument:
+        changes[call.bias_argument] = bias
+    if call.kind == "conv":
+        changes["stride"] = [1] * len(call.strides)
+    return _call_with(editor, call, changes)
+
+
+def _call_with(editor: Editor, call: WeightedCall, changes: Mapping[str, Any]) -> fx.Node:
+    """Insert the layer's call with other arguments, trailing defaults left out."""
+    schema = call.node.target._schema  # type: ignore[union-attr]
+    given = {**arguments(call.node, ()), **changes}
+    names = [argument.name for argument in schema.arguments if not argument.kwarg_only]
+    defaults = {argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()}
+    while names and names[-1] in defaults and _same(given[names[-1]], defaults[names[-1]]):
+        names.pop()
+    args = tuple(given[name] for name in names)
+    return editor.call(call.node.target, *args, like=call.node, site=call.weight_name)  # type: ignore[arg-type]
+
+
+def _same(value: Any, default: Any) -> bool:
+    """Whether `value` says what `default` says; schemas write 1 for [1, 1]."""
+    if isinstance(value, list | tuple) and isinstance(default, int):
+        return all(item == default for item in value)
+    if isinstance(value, list | tuple) and isinstance(default, list | tuple):
+        return list(value) == list(default)
+    return value is default or (not isinstance(value, fx.Node) and bool(value == default))
+
+
+def _why_not(gm: fx.GraphModule, call: WeightedCall, skip: Sequence[str]) -> str:
+    matching = next((glob for glob in skip if fnmatchcase(call.weight_name, glob)), None)
+    if matching is not None:
+        return f"`skip={matching}` names it"
+    if any(known is not None and known.made_by == "svd" for known in (origin(call.node), origin(call.weight))):
+        return "it is a factor already"
+    others = [user for user in uses(gm, call.weight_name) if user is not call.node]
+    if others:
+        return f"its weight is shared with `{others[0].name}`"
+    if call.groups != 1:
+        return f"the convolution has {call.groups} groups"
+    if call.zero_padded:
+        return "the convolution pads its input"
+    if not bool(torch.isfinite(tensor_attribute(gm, call.weight_name)).all()):
+        return "its weight holds NaN or infinite values"
+    if not bool(tensor_attribute(gm, call.weight_name).any()):
+        return "its weight is zero"
+    return ""
+
+
+def _computed_weight(node: fx.Node, gm: fx.GraphModule) -> str:
+    """Return why a layer has no stored weight, "" if `node` is no layer."""
+    if node.op != "call_function" or node.target not in _LAYERS:
+        return ""
+    weight = arguments(node, ())["weight"]
+    if constant(weight, gm) is not None or not isinstance(weight, fx.Node) or weight.op != "call_function":
+        return ""
+    if getattr(weight.target, "namespace", "") == "graphopt":
+        return f"its weight is quantized (`{weight.name}`); run `svd` before `int8`"
+    return f"its weight is computed by `{weight.name}`; run `fold` first if it does not depend on the input"
