@@ -21,10 +21,12 @@ from torch.utils import _pytree as pytree
 
 from graphopt.capture_errors import explain, first_line
 from graphopt.errors import CaptureError
+from graphopt.graph import copy_graph_module
 from graphopt.lost import lost_in_eval
 from graphopt.normal_form import normalise
 from graphopt.program import Dimension, Note, Program, TensorSpec
 from graphopt.provenance import record_capture
+from graphopt.training import set_training
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +64,9 @@ def capture(
     """
     args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
     kwargs = dict(kwargs or {})
+    if isinstance(model, fx.GraphModule):  # what torch.export made refuses eval()
+        model = copy_graph_module(model)
+        set_training(model, False)
     with _eval_mode(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         args, kwargs, leaf_shapes = _with_dynamic_batch(model, args, kwargs, dynamic_shapes)
@@ -85,7 +90,7 @@ def from_exported(
     gm = normalise(gm)
     record_capture(gm.graph)
     names = _AxisNames(leaf_shapes or [])
-    inputs = _input_specs(gm, names)
+    inputs = _input_specs(gm, names, tuple(args), dict(kwargs))
     outputs = _output_specs(gm, names, {spec.name for spec in inputs})
     return Program(gm, inputs, outputs, tuple(args), dict(kwargs), tuple(notes))
 
@@ -336,16 +341,21 @@ def _expression(size: Any) -> Any:
     return None if expression.is_number else expression
 
 
-def _input_specs(gm: fx.GraphModule, names: _AxisNames) -> tuple[TensorSpec, ...]:
-    specs = []
+def _input_specs(
+    gm: fx.GraphModule, names: _AxisNames, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[TensorSpec, ...]:
+    """Describe the tensor inputs by the names of the model's own arguments; FX renames some (`input` -> `input_1`)."""
+    paths = pytree.tree_flatten_with_path(_combine_args(gm, args, kwargs))[0]
+    given = [_joined(path) for path, leaf in paths if isinstance(leaf, torch.Tensor)]
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     tensors = [node for node in placeholders if isinstance(node.meta.get("val"), torch.Tensor)]
-    for index, node in enumerate(tensors):
-        names.learn(index, node.name, node.meta["val"].shape)
-    for node in tensors:
-        value = node.meta["val"]
-        specs.append(TensorSpec(node.name, tuple(names.of(size) for size in value.shape), value.dtype))
-    return tuple(specs)
+    labels = given if len(given) == len(tensors) and all(given) else [node.name for node in tensors]
+    for index, (label, node) in enumerate(zip(labels, tensors, strict=True)):
+        names.learn(index, label, node.meta["val"].shape)
+    return tuple(
+        TensorSpec(label, tuple(names.of(size) for size in node.meta["val"].shape), node.meta["val"].dtype)
+        for label, node in zip(labels, tensors, strict=True)
+    )
 
 
 def _output_specs(gm: fx.GraphModule, names: _AxisNames, taken: set[str]) -> tuple[TensorSpec, ...]:
@@ -368,9 +378,14 @@ def _output_structure(gm: fx.GraphModule) -> pytree.TreeSpec:
     return structure
 
 
-def _output_name(path: tuple[Any, ...]) -> str:
+def _joined(path: tuple[Any, ...]) -> str:
+    """Join the keys that lead to a leaf of a pytree: `batch_ids`, `hidden_0`."""
     keys = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path]
-    name = re.sub(r"\W+", "_", "_".join(keys)).strip("_")
+    return re.sub(r"\W+", "_", "_".join(keys)).strip("_")
+
+
+def _output_name(path: tuple[Any, ...]) -> str:
+    name = _joined(path)
     return name if name and not name[0].isdigit() else f"output_{name}" if name else "output"
 
 

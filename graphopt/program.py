@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,7 +160,8 @@ class Program:
         extra = {"graphopt.json": json.dumps(self._signature(), indent=1)}
         exported = self.export()
         drop_process_traces(exported.graph)
-        with replacing(Path(path)) as temporary, temporary.open("wb") as stream:
+        with replacing(Path(path)) as temporary, temporary.open("wb") as stream, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about tensors that share memory, which load as they were saved
             torch.export.save(exported, stream, extra_files=extra)
         return Path(path)
 

@@ -78,10 +78,11 @@ def _feed(artifact: Artifact, data: str | None, batch: int) -> tuple[Any, ...] |
 
 def _print(found: Comparison, one: str, other: str | None) -> None:
     from rich.console import Console
-    from rich.table import Table
+
+    from graphopt.cli.table import new_table
 
     title = f"batch {found.batch}, {found.threads or 'all'} thread{'s' if found.threads != 1 else ''}"
-    table = Table(title=title, title_justify="left", header_style="bold", pad_edge=False)
+    table = new_table(title)
     table.add_column("model", overflow="fold")
     for column in ("session", "wall ms (quartiles)", "CPU ms", f"A over B{' (quartiles)' if other else ''}"):
         if other or not column.startswith("A over"):

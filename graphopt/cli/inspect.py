@@ -51,12 +51,14 @@ def command(
 
 def _print(facts: dict[str, Any]) -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    from graphopt.cli.table import count
+    from graphopt.cli.table import count, new_table
 
     console = Console(highlight=False)
-    table = Table(show_header=False, pad_edge=False, title=facts["model"], title_justify="left")
+    table = new_table(facts["model"])
+    table.show_header = False
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
     table.add_row("inputs", "\n".join(facts["inputs"]))
     table.add_row("outputs", "\n".join(facts["outputs"]))
     table.add_row("parameters", count(facts["parameters"]))

@@ -18,13 +18,13 @@ def list_passes(context: typer.Context, plugin: Plugins = None) -> None:
     if context.invoked_subcommand is not None:
         return
     from rich.console import Console
-    from rich.table import Table
 
+    from graphopt.cli.table import new_table
     from graphopt.pass_base import Pass
     from graphopt.registry import PassRegistry
 
     registry = PassRegistry(plugin or ())
-    table = Table(header_style="bold", pad_edge=False)
+    table = new_table()
     for column in ("pass", "", "what it does", "from"):
         table.add_column(column)
     for name, found in registry.working(Pass).items():
@@ -37,8 +37,8 @@ def list_passes(context: typer.Context, plugin: Plugins = None) -> None:
 def show(name: str, plugin: Plugins = None) -> None:
     """Show what a pass does, refuses and takes."""
     from rich.console import Console
-    from rich.table import Table
 
+    from graphopt.cli.table import new_table
     from graphopt.options import describe
     from graphopt.registry import PassRegistry
 
@@ -55,7 +55,7 @@ def show(name: str, plugin: Plugins = None) -> None:
     if not rows:
         console.print("It has no options.")
         return
-    table = Table(header_style="bold", pad_edge=False)
+    table = new_table()
     for column in ("option", "type", "default", "allowed"):
         table.add_column(column)
     for row in rows:

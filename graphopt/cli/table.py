@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
+from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from graphopt.report import Latency, Report, Row
@@ -22,20 +23,39 @@ def print_report(report: Report, console: Console) -> None:
 
 def before_after(report: Report) -> Table:
     """Build the table: a row for the original, each pass, and each artifact."""
-    table = Table(title=f"{report.model}: {report.pipeline}", title_justify="left", header_style="bold", pad_edge=False)
+    table = new_table(f"{report.model}: {report.pipeline}")
     table.add_column("step", overflow="fold", min_width=12)
-    columns = ["parameters", "FLOPs", "bytes", "latency", "speed-up", "error", report.metric or "agreement"]
+    timed = [row for row in report.rows if row.latency is not None]
+    columns = ["parameters", "FLOPs", "bytes on disk", "speed-up", "error", report.metric or "agreement"]
+    if timed:
+        columns.insert(3, "latency (quartiles)")
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     for row in report.rows:
-        last_of_section = row is report.rows[0] or row.size is not None
-        table.add_row(*_cells(row, report), end_section=last_of_section, style="bold" if row.size is not None else "")
+        cells = _cells(row, report)
+        if not timed:
+            del cells[4]
+        artifact = row.size is not None and row is not report.original
+        last = row is report.original or row is report.rows[-1]
+        table.add_row(*cells, end_section=last, style="bold" if artifact else "")
+    if timed:
+        latency = timed[-1].latency
+        assert latency is not None
+        table.caption = f"latency and speed-up: {latency.session}, batch {latency.batch}, median of paired calls"
+        table.caption_justify = "left"
     return table
+
+
+def new_table(title: str = "") -> Table:
+    """Return an empty table in the one look that all of graphopt's have."""
+    return Table(
+        title=escape(title) or None, title_justify="left", title_style="bold", header_style="bold", box=box.SIMPLE_HEAD
+    )
 
 
 def left_alone(report: Report) -> Table:
     """Build the table of refusals, counted by reason."""
-    table = Table(title="left alone", title_justify="left", header_style="bold", pad_edge=False)
+    table = new_table("left alone")
     table.add_column("pass")
     table.add_column("sites", justify="right")
     table.add_column("reason", overflow="fold")
@@ -45,24 +65,34 @@ def left_alone(report: Report) -> Table:
     return table
 
 
-def _cells(row: Row, report: Report) -> Sequence[str]:
+def _cells(row: Row, report: Report) -> list[str]:
     before = report.original
-    label = row.label if row.size is not None or not row.target else f"{row.label} [{row.target}]".replace("[", r"\[")
+    artifact = row.size is not None
+    label = f"{row.label} for {row.target}" if row.target and not artifact else row.label
     parameters = _ratio(row.cost.parameters, before.cost.parameters) if row.cost and before.cost else ""
     flops = _ratio(row.cost.flops, before.cost.flops) if row.cost and before.cost else ""
-    metric = _metric(row, report)
-    speedup = ""
-    if row.latency is not None and row.latency.speedup is not None:
-        speedup = f"{row.latency.speedup:.2f}x"
-        if row.latency.speedup_spread is not None:
-            low, high = row.latency.speedup_spread
-            speedup += f" ({low:.2f}-{high:.2f})"
-    return (label, parameters, flops, _size(row, report), _latency(row.latency), speedup, _error(row), metric)
+    return [
+        escape(label),
+        parameters,
+        flops,
+        _size(row, report),
+        _latency(row.latency),
+        _speedup(row.latency),
+        _error(row),
+        _metric(row, report),
+    ]
 
 
 def _ratio(value: int, before: int) -> str:
-    text = count(value)
-    return text if value == before or not before else f"{text} ({value / before:.0%})"
+    share = value / before if before else 1.0
+    return count(value) if 0.995 < share < 1.005 else f"{count(value)} ({share:.0%})"
+
+
+def _speedup(latency: Latency | None) -> str:
+    if latency is None or latency.speedup is None:
+        return ""
+    spread = latency.speedup_spread
+    return f"{latency.speedup:.2f}x" + (f" ({spread[0]:.2f}-{spread[1]:.2f})" if spread else "")
 
 
 def _size(row: Row, report: Report) -> str:
@@ -71,7 +101,9 @@ def _size(row: Row, report: Report) -> str:
         return ""
     before = report.original.size
     text = f"{count(row.size)}B"
-    return text if row is report.original or not before else f"{text} ({before / row.size:.1f}x less)"
+    if row is report.original or not before:
+        return text
+    return f"{text} ({before / row.size:.1f}x smaller)" if row.size < before else f"{text} ({row.size / before:.2f}x)"
 
 
 def _latency(latency: Latency | None) -> str:

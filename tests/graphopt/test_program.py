@@ -94,5 +94,5 @@ def test_an_interrupted_save_leaves_nothing(program: Program, tmp_path: Path, mo
 
 
 def test_flat_calls_name_the_missing_input(program: Program) -> None:
-    with pytest.raises(UsageError, match=r"takes 1 inputs \(input_1\), 0 were given"):
+    with pytest.raises(UsageError, match=r"takes 1 inputs \(input\), 0 were given"):
         program.call_flat(())

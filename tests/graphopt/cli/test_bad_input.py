@@ -1,0 +1,174 @@
+"""Bad input: one clear sentence, the right exit code, no traceback, nothing half-written."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from tests.graphopt.cli.conftest import Fails, Files, small_net
+
+LOWER = ("optimize", "model.pt", "--passes", "int8", "--data", "data.npz")
+
+
+def leftovers(folder: Path) -> list[str]:
+    """List what a run left beside the user's own files."""
+    return sorted(p.name for p in folder.iterdir() if p.name not in {"model.pt", "data.npz", "labelled.npz", "bad"})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "empty"),
+        (b"just some text\n", "text"),
+        (b"\x80\x04K\x01.", "pickle"),
+    ],
+)
+def test_files_that_are_no_models(files: Files, fails: Fails, content: bytes, message: str) -> None:
+    (files.folder / "bad").write_bytes(content)
+    assert message in fails(3, "optimize", "bad").lower()
+    assert leftovers(files.folder) == []
+
+
+def test_a_missing_file(files: Files, fails: Fails) -> None:
+    said = fails(3, "optimize", "modle.pt")
+    assert said == "There is no file `modle.pt`. Did you mean `model.pt`?"
+
+
+def test_a_directory(files: Files, fails: Fails) -> None:
+    (files.folder / "bad").mkdir()
+    assert "is a directory, not a model file" in fails(3, "optimize", "bad")
+
+
+def test_an_onnx_file(files: Files, fails: Fails) -> None:
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
+    other = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [value], [other])
+    onnx.save(helper.make_model(graph), files.folder / "bad")
+    assert "graphopt starts from PyTorch" in fails(3, "optimize", "bad")
+
+
+def test_a_state_dict_without_a_factory(files: Files, fails: Fails) -> None:
+    torch.save(small_net().state_dict(), files.folder / "bad")
+    assert "--factory package.module:function" in fails(3, "optimize", "bad")
+
+
+def test_an_untrusted_pickle_names_both_ways_forward(files: Files, fails: Fails) -> None:
+    class Own(torch.nn.Module):
+        pass
+
+    globals()["Own"] = Own
+    Own.__qualname__ = "Own"
+    torch.save(Own(), files.folder / "bad")
+    said = fails(3, "optimize", "bad")
+    assert "--factory" in said
+    assert "--trust" in said
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"inputs": np.zeros((4, 3, 8, 8), np.float32)}, "`input`"),
+        ({"input": np.zeros((4, 3, 8), np.float32)}, "input"),
+        ({"input": np.zeros((4, 3, 8, 8), np.int64)}, "int64"),
+        ({"input": np.full((4, 3, 8, 8), np.nan, np.float32)}, "nan"),
+        ({"input": np.zeros((4, 1, 8, 8), np.float32)}, "input"),
+    ],
+)
+def test_data_that_does_not_fit(files: Files, fails: Fails, arrays: dict[str, np.ndarray], message: str) -> None:
+    np.savez(files.folder / "bad.npz", **arrays)
+    said = fails(6, "optimize", "model.pt", "--passes", "int8", "--data", "bad.npz")
+    assert message in said.lower() or message in said
+    (files.folder / "bad.npz").unlink()
+    assert leftovers(files.folder) == []
+
+
+def test_missing_data_says_what_it_is_for(files: Files, fails: Fails) -> None:
+    assert "--data samples.npz" in fails(6, "optimize", "model.pt", "--passes", "int8")
+
+
+def test_data_that_is_not_there(files: Files, fails: Fails) -> None:
+    fails(6, "optimize", "model.pt", "--passes", "int8", "--data", "nothing.npz")
+
+
+@pytest.mark.parametrize(
+    ("passes", "message"),
+    [
+        ("purne", "There is no pass `purne`; did you mean `prune`?"),
+        ("prune:ration=0.5", "has no option `ration`; did you mean `ratio`?"),
+        ("prune:ratio=1.5", "cannot take `ratio=1.5`: Input should be less than 1"),
+        ("int8,prune", "`int8` must come after `prune`"),
+    ],
+)
+def test_pipelines_with_mistakes(files: Files, fails: Fails, passes: str, message: str) -> None:
+    assert message in fails(2, "optimize", "model.pt", "--passes", passes)
+    assert leftovers(files.folder) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--target", "onnxruntme"), "did you mean `onnxruntime`?"),
+        (("--fail-if", "drop"), "Cannot read --fail-if"),
+        (("--check", "slow"), "Use 'fast' or 'full'"),
+        (("--format", "xml"), "Use --format text or --format json"),
+        (("--nonsense",), "No such option: --nonsense"),
+        (("-o", "data.npz"), "data.npz is a file"),
+        (("--dynamic", "x"), "Cannot read --dynamic x"),
+    ],
+)
+def test_arguments_with_mistakes(files: Files, fails: Fails, arguments: tuple[str, ...], message: str) -> None:
+    assert message in fails(2, *LOWER, *arguments)
+    assert leftovers(files.folder) == []
+
+
+def test_no_model_at_all(files: Files, fails: Fails) -> None:
+    assert "Give the path of a model file" in fails(2, "optimize", "--passes", "fold")
+
+
+def test_a_full_disk_leaves_nothing(files: Files) -> None:
+    def small_files_only() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+
+    command = [sys.executable, "-B", "-c", "from graphopt.cli import main; main()"]
+    done = subprocess.run(
+        [*command, "optimize", "model.pt", "--passes", "", "--no-bench", "-o", "out"],
+        capture_output=True,
+        text=True,
+        preexec_fn=small_files_only,
+        cwd=files.folder,
+        env=None,
+    )
+    assert done.returncode in (2, 5)
+    assert "Traceback" not in done.stderr
+    assert "File too large" in done.stderr
+    out = files.folder / "out"
+    assert not out.exists() or list(out.iterdir()) == []
+
+
+def test_an_interrupt_leaves_nothing(files: Files, fails: Fails) -> None:
+    plugin = files.folder / "stop.py"
+    plugin.write_text(
+        "import os, signal\n"
+        "from graphopt import NoOptions, Pass, Plan\n"
+        "class Stop(Pass[NoOptions, Plan]):\n"
+        "    '''Press ^C.'''\n"
+        "    name = 'stop'\n"
+        "    def plan(self, program, ctx):\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    def apply(self, program, plan):\n"
+        "        return program\n"
+    )
+    said = fails(130, "optimize", "model.pt", "--passes", "fold,stop", "--plugin", plugin)
+    assert said == "Interrupted. Nothing was left half-written."
+    plugin.unlink()
+    assert leftovers(files.folder) == []
