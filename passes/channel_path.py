@@ -28,6 +28,7 @@ _RESHAPES = frozenset(
         aten.reshape_as.default,
     }
 )
+_LIKE_ANOTHER = (aten.view_as.default, aten.reshape_as.default, aten.expand_as.default)
 
 
 def path_to_layer(
@@ -59,13 +60,21 @@ def path_to_layer(
 
 def _obstacle(path: list[fx.Node], call: WeightedCall, axis: int | None) -> str:
     for follower, node in itertools.pairwise(path):
-        other = next((user for user in node.users if user is not follower), None)
+        others = (user for user in node.users if user is not follower and not _reads_only_shape(user, node))
+        other = next(others, None)
         if other is not None:
             what = "an output of the program" if other.op == "output" else f"`{other.name}`"
             return f"the output of `{node.name}` has another reader ({what})"
     if axis is not None and axis != call.output_axis:
         return f"it runs along axis {axis}, `{call.node.name}` makes its features on axis {call.output_axis}"
     return ""
+
+
+def _reads_only_shape(user: fx.Node, node: fx.Node) -> bool:
+    """Whether `user` would return the same for any other values in `node`."""
+    if user.target in (aten.sym_size.int, aten.sym_numel.default):
+        return True
+    return user.target in _LIKE_ANOTHER and user.args[0] is not node
 
 
 def _step(node: fx.Node, axis: int | None) -> tuple[fx.Node, int | None] | None:

@@ -83,9 +83,10 @@ class Fold(Pass[NoOptions, FoldPlan]):
             rounds.append(tuple(folds))
             program = apply_affine_folds(program, folds)
         affines = [name for folds in rounds for fold in folds for name in fold.affines]
+        present = {node.name for node in program.graph.nodes}  # what one stage leaves, a later one may remove
         plan = self.new_plan(
             sites=[*dropped, *(fold.node for fold in constants), *affines],
-            refusals=[*refusals, *too_large, *left],
+            refusals=[refusal for refusal in (*refusals, *too_large, *left) if refusal.site in present],
             tensors=tensors,
             dropped=tuple(dropped),
             constants=tuple(constants),

@@ -184,8 +184,7 @@ def response_to(call: WeightedCall, weight: torch.Tensor, shift: torch.Tensor) -
     """
     if call.kind == "matmul":
         return shift @ weight
-    grouped = _by_group(call, weight).flatten(3)  # (groups, out/groups, in/groups, k)
-    taps = grouped.sum(-1) if grouped.dim() == 4 else grouped
+    taps = _by_group(call, weight.flatten(2).sum(2) if weight.dim() > 2 else weight)  # (groups, out/groups, in/groups)
     return torch.einsum("goi,gi->go", taps, shift.view(call.groups, -1)).flatten()
 
 
