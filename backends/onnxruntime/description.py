@@ -36,7 +36,8 @@ _MOVES = tuple(
     OperatorRule(name, role="move")
     for name in (
         "view", "reshape", "flatten", "unflatten", "permute", "transpose", "t", "unsqueeze", "squeeze", "slice",
-        "select", "split", "split_with_sizes", "chunk", "getitem", "contiguous",
+        "select", "narrow", "split", "split_with_sizes", "chunk", "unbind", "getitem", "contiguous", "pad", "expand",
+        "channel_shuffle", "movedim", "swapaxes",
     )
 )  # fmt: skip
 

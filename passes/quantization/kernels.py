@@ -130,7 +130,8 @@ def _product(node: fx.Node, name: str, gm: fx.GraphModule) -> Kernel:
     elif name == "addmm":
         x, weight, bias, out_axis = given["mat1"], given["mat2"], given["self"], 1
     else:
-        x, weight, bias, out_axis = given["self"], given.get("mat2", given.get("other")), None, 1
+        x, bias, out_axis = given["self"], None, 1
+        weight = given["mat2"] if "mat2" in given else given["other"]
         if constant(weight, gm) is None or rank(weight) != 2:
             return Kernel("batched_matmul", (x, weight))
     problem = ""

@@ -45,7 +45,8 @@ class LayerQuantizer:
         """
         kernel = site.kernel
         weight, bias = constant(kernel.weight, self._gm), constant(kernel.bias, self._gm)
-        assert weight is not None and kernel.weight is not None
+        assert weight is not None  # placement takes no others
+        assert kernel.weight is not None
         transposed = kernel.name == "matmul" and kernel.out_axis == 0
         stored = (weight.t() if transposed else weight).detach()
         axis = self._axis(site, transposed)

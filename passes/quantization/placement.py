@@ -13,13 +13,14 @@ modules the user asked to leave.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import torch
 from torch import fx
 
+from graphopt.aliasing import Storages
 from graphopt.graph import constant
 from graphopt.passes.quantization.kernels import HEAVY, Kernel, clamp_range, kernel_of
 from graphopt.plan import Refusal
@@ -90,7 +91,7 @@ class _Placer:
         self._skip = skip
         self._kernels = {node: kernel for node in gm.graph.nodes if (kernel := kernel_of(node, gm)) is not None}
         self._problems: dict[fx.Node, Refusal | None] = {}
-        self._written = _written_values(gm.graph)
+        self._storages = Storages(gm.graph)
         self._only_integers: dict[fx.Node, bool] = {}
         self._result = Placement()
 
@@ -167,7 +168,7 @@ class _Placer:
         absorbed = node in self._result.integers
         if kernel.name in HEAVY or (chained and not absorbed):
             reason = f"`{op_name(node)}` has no integer kernel on {self._target.name}"
-            self._result.refusals.append(Refusal(node.name, reason))
+            self._result.refusals.append(Refusal(node.name, reason, reason.replace("`", "")))
 
     def _end(self, node: fx.Node, rule: OperatorRule) -> fx.Node:
         """Return the activation that `node` absorbs, or `node`."""
@@ -212,9 +213,8 @@ class _Placer:
         for value in (*kernel.operands, node):
             if not _is_float(value):
                 return f"`{value.name}` is {_dtype(value)}, not float32", "a value is not float32"
-            if value in self._written:
-                writer = self._written[value]
-                return f"`{value.name}` shares memory with what `{writer}` writes in place", "written in place"
+            if reason := self._written(value):
+                return reason, "written in place"
         for role, value in (("weight", kernel.weight), ("bias", kernel.bias)):
             if value is None:
                 continue
@@ -224,46 +224,15 @@ class _Placer:
                 return f"its {role} is computed at run time by `{value.name}`", f"its {role} is computed at run time"
             if not _is_float(value):
                 return f"its {role} is {_dtype(value)}, not float32", f"its {role} is not float32"
+            if reason := self._written(value):
+                return reason, "written in place"
             if not bool(torch.isfinite(constant(value, self._gm)).all()):  # type: ignore[arg-type]
                 return f"its {role} holds NaN or infinite values", ""
         return "", ""
 
-
-def _written_values(graph: fx.Graph) -> dict[fx.Node, str]:
-    """Return every value that shares memory with the target of an in-place write, with the writer's name."""
-    written: dict[fx.Node, str] = {}
-    for node in graph.nodes:
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-            continue
-        for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
-            if isinstance(value, fx.Node) and argument.alias_info is not None and argument.alias_info.is_write:
-                for alias in _aliases(value):
-                    written.setdefault(alias, node.name)
-                written.setdefault(node, node.name)
-    return written
-
-
-def _aliases(value: fx.Node) -> Iterable[fx.Node]:
-    """Return everything that may share memory with `value`: what it is a view of, and all views of that."""
-    base = value
-    while (source := _viewed(base)) is not None:
-        base = source
-    found = {base: None}
-    for node in base.graph.nodes:
-        if _viewed(node) in found:
-            found[node] = None
-    return found
-
-
-def _viewed(node: fx.Node) -> fx.Node | None:
-    """Return the value that `node` may be a view of."""
-    if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
-        return None
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return node.args[0]
-    first = node.target._schema.arguments[0]
-    composite = op_name(node) in ("reshape", "flatten", "contiguous", "unflatten", "movedim", "swapaxes", "to", "chunk")
-    return node.args[0] if first.alias_info is not None or composite else None
+    def _written(self, value: fx.Node) -> str:
+        writers = self._storages.writes(value)
+        return f"`{value.name}` shares memory with what `{writers[0].name}` writes in place" if writers else ""
 
 
 def _is_float(node: fx.Node) -> bool:

@@ -1,4 +1,6 @@
-"""Carries out an int8 plan. Each function is one line of this algebra:
+"""Carries out an int8 plan.
+
+Each function is one line of this algebra:
 
 conv(x, w, b)       -> conv(x, dequantize(w_int), b')
 linear(x, w, b)     -> linear(x, dequantize(w_int), dequantize(b_int)),  or  x @ dequantize(w_int.T) + b
@@ -41,8 +43,10 @@ class Rewriter:
             self._rewrite_layer(layer)
         for name in self._plan.dropped:
             activation = self._nodes[name]
-            self._nodes[name] = source = activation.args[0]  # type: ignore[assignment]
-            self._editor.replace(activation, source)  # type: ignore[arg-type]
+            source = activation.args[0]
+            assert isinstance(source, fx.Node)  # an activation has one operand
+            self._nodes[name] = source
+            self._editor.replace(activation, source)
         moved = {record["value"] for record in self._plan.values if record["form"] == "move"}
         moving = {self._nodes[name] for name in moved}
         for record in self._plan.values:
