@@ -237,6 +237,18 @@ class WritesThroughViews(nn.Module):
         return self.head(joined)
 
 
+class Recurrent(nn.Module):
+    """Two bidirectional layers: their four cells share one hidden axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(7, 9), nn.Linear(12, 5)
+        self.lstm = nn.LSTM(9, 6, num_layers=2, bidirectional=True, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(self.embed(x).relu())[0])
+
+
 class NeighbourGate(nn.Module):
     """ECA: a convolution across channels, so that their order matters."""
 
@@ -267,6 +279,7 @@ EXAMPLES: dict[type[nn.Module], str] = {
     GroupNormed: IMAGE,
     WeightNormed: SERIES,
     WritesThroughViews: VECTOR,
+    Recurrent: TOKENS,
     NeighbourGate: IMAGE,
 }
 

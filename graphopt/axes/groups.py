@@ -107,23 +107,38 @@ def collect(
     kinds = _Kinds(roles, solver, parameters)
     groups: list[Group] = []
     refusals: list[Refusal] = []
-    names: dict[str, int] = {}
+    names = _Names()
+    left: list[tuple[Axis, list[Member], str, str]] = []
     for number, axis in axes.items():
         makers = [m for m in members[number] if m.parameter in trained and _among(m, produced.get(number, {}))]
         users = [m for m in members[number] if _among(m, consumed.get(number, {}))]
         if not makers and not users:
             continue
         kind = kinds.of(axis, makers or users)
-        base = f"{(makers or users)[0].parameter.removesuffix('.weight')}:{kind}"
-        names[base] = names.get(base, 0) + 1
-        name = base if names[base] == 1 else f"{base}#{names[base]}"
         reason = _refused(axis, makers, users)
-        if reason is None:
-            length = int(axis.size)
-            groups.append(Group(number, length, name, kind, *map(tuple, (members[number], makers, users))))
-        elif isinstance(axis.size, int):
-            refusals.append(Refusal(number, axis.size, name, (makers or users)[0].parameter, reason))
+        if reason is not None:
+            left.append((axis, makers or users, kind, reason))
+            continue
+        name = names.new(makers[0], kind)
+        groups.append(Group(number, int(axis.size), name, kind, *map(tuple, (members[number], makers, users))))
+    # What can be pruned takes the plain names; what cannot is numbered on.
+    for axis, holders, kind, reason in left:
+        if isinstance(axis.size, int):
+            name = names.new(holders[0], kind)
+            refusals.append(Refusal(axis.id, axis.size, name, holders[0].parameter, reason))
     return groups, refusals
+
+
+class _Names:
+    """Hands out unique names: `layer1.conv1:channels`, `layer1.conv1:channels#2`."""
+
+    def __init__(self) -> None:
+        self._taken: dict[str, int] = {}
+
+    def new(self, member: Member, kind: str) -> str:
+        base = f"{member.parameter.removesuffix('.weight')}:{kind}"
+        self._taken[base] = self._taken.get(base, 0) + 1
+        return base if self._taken[base] == 1 else f"{base}#{self._taken[base]}"
 
 
 def _refused(axis: Axis, makers: list[Member], users: list[Member]) -> str | None:

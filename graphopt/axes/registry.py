@@ -46,6 +46,7 @@ _BUILT_IN = (
     "indexing",
     "join",
     "normalization",
+    "recurrent",
     "reduction",
     "repetition",
     "scalar",

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, fx, nn
 
+from graphopt.axes.call import Call
 from graphopt.axes.groups import Group
 from graphopt.axes.infer import Axes, infer
 from graphopt.axes.layout import describe, leaves
-from graphopt.axes.registry import Rule, built_in_rules
+from graphopt.axes.registry import ENTRY_POINTS, Dims, Rule, built_in_rules
 from graphopt.capturing import capture
 from graphopt.errors import PassError
 from tests import models
@@ -67,6 +68,7 @@ def places(members: object) -> list[str]:
         (models.Mixer, {"patch:channels": 8, "tokens:hidden": 6, "channels:hidden": 10}),
         (models.GroupNormed, {"stem:channels": 3, "stem:channels#2": 4}),
         (models.WritesThroughViews, {"a:hidden": 6, "b:hidden": 4}),
+        (models.Recurrent, {"embed:hidden": 9, "lstm.weight_ih_l0:hidden": 6}),
         (models.NeighbourGate, {}),
     ],
 )
@@ -250,3 +252,48 @@ def test_the_same_graph_gives_the_same_groups() -> None:
     first, second = (axes_of(models.GroupedQuery) for _ in range(2))
     assert first.groups() == second.groups()
     assert first.refusals() == second.refusals()
+
+
+def test_a_plugin_registers_rules_by_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    registered: list[str] = []
+
+    class Entry:
+        name = "mylib"
+
+        def load(self) -> Callable[[], None]:
+            return lambda: registered.append(self.name)
+
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [Entry()] * (group == ENTRY_POINTS))
+    built_in_rules()
+    assert registered == ["mylib"]
+
+
+@torch.library.custom_op("axes_tests::scale_channels", mutates_args=())
+def scale_channels(x: Tensor, scale: Tensor) -> Tensor:
+    return x * scale
+
+
+@scale_channels.register_fake
+def _(x: Tensor, scale: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def test_a_rule_for_a_custom_operator_frees_what_it_touches() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(5, 8), nn.Linear(8, 3)
+            self.scale = nn.Parameter(torch.ones(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(torch.ops.axes_tests.scale_channels(self.first(x), self.scale))
+
+    def along_the_last(call: Call) -> Dims:
+        call.unify(call.dims("x")[-1], call.dims("scale")[0])
+        return call.dims("x")
+
+    gm = capture(Scaled().double(), (VECTOR,)).graph_module
+    assert list(infer(gm).unknown) == ["axes_tests::scale_channels"]
+    assert infer(gm).groups() == []
+    rules = {**built_in_rules(), "axes_tests::scale_channels": Rule(along_the_last)}
+    assert summary(infer(gm, rules)) == {"first:hidden": 8}
