@@ -1,0 +1,173 @@
+"""The commands, end to end on a small model: what they print, write, and can be chained to."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import graphopt
+from graphopt.cli.app import run
+from tests.graphopt.cli.conftest import Fails, Files
+
+FULL = ("optimize", "model.pt", "--passes", "prune:ratio=0.5,svd,int8", "--data", "data.npz")
+
+
+def test_optimize_writes_everything_a_deployment_needs(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*FULL, "--eval", "labelled.npz", "--depfile", "model.d"]) == 0
+    table = capsys.readouterr().out
+    out = files.folder / "model.graphopt"
+    names = {"onnxruntime.onnx", "program.pt2", "manifest.json", "report.json", "run.py", "plans.safetensors"}
+    assert {path.name for path in out.iterdir()} == names
+    for text in ("original", "prune:ratio=0.5", "fold", "onnxruntime.onnx", "top1", "speed-up", "smaller"):
+        assert text in table
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert [plan["pass_name"] for plan in manifest["plans"]] == ["prune", "svd", "fold", "int8"]
+    assert manifest["artifacts"]["onnxruntime"]["session_options"]
+    depfile = (files.folder / "model.d").read_text()
+    assert "model.graphopt/onnxruntime.onnx" in depfile.partition(": ")[0]
+    assert depfile.partition(": ")[2].split() == ["model.pt", "data.npz", "labelled.npz"]
+
+
+def test_the_artifact_runs_without_graphopt(files: Files) -> None:
+    assert run([*FULL, "--no-bench"]) == 0
+    np.save(files.folder / "x.npy", np.load(files.data)["input"][:3])
+    script = files.folder / "model.graphopt" / "run.py"
+    done = subprocess.run(
+        [sys.executable, "-B", str(script), "input=x.npy"], capture_output=True, text=True, cwd=files.folder, check=True
+    )
+    assert "(3, 4)" in done.stdout
+    assert "import graphopt" not in script.read_text()
+
+
+def test_same_input_same_bytes_and_replay(files: Files) -> None:
+    for folder in ("one", "two"):
+        assert run([*FULL, "--no-bench", "-o", folder]) == 0
+    for name in ("onnxruntime.onnx", "program.pt2", "plans.safetensors", "manifest.json", "run.py"):
+        assert (files.folder / "one" / name).read_bytes() == (files.folder / "two" / name).read_bytes(), name
+    assert run(["apply", "model.pt", "one/manifest.json", "-o", "again"]) == 0
+    for name in ("onnxruntime.onnx", "program.pt2"):
+        assert (files.folder / "again" / name).read_bytes() == (files.folder / "one" / name).read_bytes(), name
+
+
+def test_replay_on_another_model_is_refused(files: Files, fails: Fails) -> None:
+    assert run([*FULL, "--no-bench"]) == 0
+    other = graphopt.load("model.pt")
+    with torch.no_grad():
+        next(other.parameters()).add_(1)
+    other.save("other.pt2")
+    said = fails(4, "apply", "other.pt2", "model.graphopt/manifest.json", "-o", "again")
+    assert "were made for another program" in said
+
+
+def test_json_on_stdout_is_nothing_but_json(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*FULL, "--format", "json", "--eval", "labelled.npz"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    original, *_, artifact = report["rows"]
+    assert artifact["size"] < original["size"]
+    assert artifact["latency"]["speedup"] > 0
+    assert original["metric"] == 100.0
+    assert report["files"][-1] == "report.json"
+
+
+def test_plan_prints_decisions_and_writes_nothing(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["optimize", "model.pt", "--passes", "prune:ratio=0.5", "--plan"]) == 0
+    (plan,) = json.loads(capsys.readouterr().out)
+    assert plan["pass_name"] == "prune"
+    assert plan["kept"]
+    assert not (files.folder / "model.graphopt").exists()
+
+
+def test_a_failed_gate_still_writes_and_exits_with_1(files: Files, fails: Fails) -> None:
+    said = fails(1, *FULL, "--fail-if", "size>0.01")
+    assert said.startswith("size is ")
+    assert (files.folder / "model.graphopt" / "onnxruntime.onnx").exists()
+
+
+def test_two_targets_share_what_comes_before_the_fork(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*FULL, "--target", "onnxruntime", "--target", "tensorrt", "--no-bench"]) == 0
+    out = files.folder / "model.graphopt"
+    for name in ("onnxruntime.onnx", "tensorrt.onnx", "program.onnxruntime.pt2", "program.tensorrt.pt2"):
+        assert (out / name).exists()
+    plans = [(p["target"], p["pass_name"]) for p in json.loads((out / "manifest.json").read_text())["plans"]]
+    assert plans.count(("", "prune")) == 1
+    assert plans[-2:] == [("onnxruntime", "int8"), ("tensorrt", "int8")]
+    assert "tensorrt.onnx" in capsys.readouterr().out
+
+
+def test_verify_tells_equal_from_different(files: Files, capsys: pytest.CaptureFixture[str], fails: Fails) -> None:
+    assert run(["optimize", "model.pt", "--passes", "fold", "--no-bench"]) == 0
+    artifact = "model.graphopt/onnxruntime.onnx"
+    capsys.readouterr()
+    assert run(["verify", "model.pt", artifact, "--data", "data.npz", "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["equal"] is True
+    assert run(["optimize", "model.pt", "--passes", "prune:ratio=0.5", "--no-bench", "-o", "pruned"]) == 0
+    said = fails(4, "verify", "model.pt", "pruned/onnxruntime.onnx", "--data", "data.npz")
+    assert "does not compute what model.pt does" in said
+
+
+def test_bench_prints_a_ratio(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "model.pt", "model.pt", "--seconds", "0.2", "--format", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["threads"] == 1
+    assert found["recorded"]["wall_ratio"]["median"] > 0
+
+
+def test_inspect_and_passes(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["inspect", "model.pt", "--format", "json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["inputs"] == ["input: batchx3x8x8 float32"]
+    assert facts["operators"]["conv2d"] == 2
+    assert run(["passes"]) == 0
+    listed = capsys.readouterr().out
+    for name in ("fold", "prune", "svd", "int8", "distill_hooks", "recover"):
+        assert name in listed
+    for name in ("fold", "prune", "svd", "int8", "distill_hooks", "recover"):
+        assert run(["passes", "show", name]) == 0
+        assert name in capsys.readouterr().out
+
+
+def test_a_custom_pass_from_a_file(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    (files.folder / "my_pass.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from graphopt import Editor, NoOptions, Pass, Plan\n"
+        "class HalfBias(Pass[NoOptions, Plan]):\n"
+        "    '''Halve every bias.'''\n"
+        "    name = 'half_bias'\n"
+        "    def plan(self, program, ctx):\n"
+        "        names = [name for name, _ in program.graph_module.named_parameters()]\n"
+        "        return self.new_plan(sites=[name for name in names if name.endswith('bias')])\n"
+        "    def apply(self, program, plan):\n"
+        "        program = program.copy()\n"
+        "        editor = Editor(program.graph_module, self.name)\n"
+        "        for name in plan.sites:\n"
+        "            editor.put(name, program.graph_module.get_parameter(name) / 2, trainable=True)\n"
+        "        return program.with_graph(editor.finish())\n"
+    )
+    command = ["optimize", "model.pt", "--passes", "half_bias", "--plugin", "my_pass.py", "--no-bench"]
+    assert run(command) == 0
+    assert "half_bias" in capsys.readouterr().out
+    before, after = graphopt.load("model.pt"), graphopt.load("model.graphopt/program.pt2")
+    torch.testing.assert_close(after.state_dict()["0.bias"], before.state_dict()["0.bias"] / 2)
+
+
+def test_a_pipeline_file(files: Files) -> None:
+    Path("passes.toml").write_text('[[pass]]\nname = "prune"\nratio = 0.5\n\n[[pass]]\nname = "fold"\n')
+    assert run(["optimize", "model.pt", "--passes", "passes.toml", "--no-bench"]) == 0
+    assert json.loads(Path("model.graphopt/manifest.json").read_text())["pipeline"] == "prune:ratio=0.5,fold"
+
+
+def test_help_is_quick_to_import() -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", "from graphopt.cli.app import run; run(['--help'])"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "optimize" in done.stdout
+    assert "torch" not in {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
