@@ -16,7 +16,7 @@ from torch import fx
 
 from graphopt.axes.call import Call, shape_of, to_size
 from graphopt.axes.groups import Group, Refusal, collect
-from graphopt.axes.layout import Axis, Layout, Size, leaves, size, touches
+from graphopt.axes.layout import Axis, Layout, Product, Size, concat, leaves, product, size, touches
 from graphopt.axes.registry import Dims, Result, Rule, Rules, built_in_rules, find, operator_name
 from graphopt.axes.roles import Roles
 from graphopt.axes.sharing import Sharing
@@ -25,6 +25,28 @@ from graphopt.errors import PassError
 from graphopt.provenance import user_line
 
 logger = logging.getLogger(__name__)
+
+
+class _Annotated:
+    """Turns layouts into what they are once solving is done, each axis with its freezing reason."""
+
+    def __init__(self, solver: Solver) -> None:
+        self._solver = solver
+        self._axes: dict[int, Layout] = {}
+
+    def __call__(self, layout: Layout) -> Layout:
+        if isinstance(layout, Axis):
+            if layout.id not in self._axes:
+                resolved = self._solver.resolve(layout)
+                self._axes[layout.id] = (
+                    Axis(resolved.id, resolved.size, self._solver.reason(resolved))
+                    if isinstance(resolved, Axis)
+                    else self(resolved)
+                )
+            return self._axes[layout.id]
+        if isinstance(layout, Product):
+            return product(map(self, layout.factors))
+        return concat(map(self, layout.segments))
 
 
 class Axes:
@@ -41,22 +63,22 @@ class Axes:
 
     def __init__(self, gm: fx.GraphModule, inference: _Inference) -> None:
         solver = inference.solver
+        annotated = _Annotated(solver)
         self.gm = gm
         self._several: dict[fx.Node, list[Dims | None]] = {}
         self.layouts: dict[fx.Node, Dims] = {}
         for node, known in inference.known.items():
             if isinstance(known, tuple):
-                self.layouts[node] = tuple(solver.annotate(layout) for layout in known)
+                self.layouts[node] = tuple(annotated(layout) for layout in known)
             elif isinstance(known, list):
                 self._several[node] = [
-                    None if dims is None else tuple(solver.annotate(layout) for layout in dims) for dims in known
+                    None if dims is None else tuple(annotated(layout) for layout in dims) for dims in known
                 ]
         self.parameters: dict[str, Dims] = {
             str(node.target): dims for node, dims in self.layouts.items() if node.op == "get_attr"
         }
         self.notes = {
-            node: {key: solver.annotate(layout) for key, layout in notes.items()}
-            for node, notes in inference.notes.items()
+            node: {key: annotated(layout) for key, layout in notes.items()} for node, notes in inference.notes.items()
         }
         self.rules = inference.rules_of
         self.unknown = inference.unknown

@@ -40,6 +40,7 @@ class Solver:
 
     def __init__(self) -> None:
         self._terms: dict[int, Layout] = {}  # axis id -> the term it has become
+        self._resolved: dict[int, int] = {}  # axis id -> how many bindings its term was last resolved under
         self._frozen: dict[int, str] = {}
         self._count = 0
 
@@ -58,9 +59,11 @@ class Solver:
             term = self._terms.get(layout.id)
             if term is None:
                 return layout
+            if self._resolved.get(layout.id) == len(self._terms):
+                return term
             resolved = self.resolve(term)
-            if resolved is not term:
-                self._terms[layout.id] = resolved
+            self._terms[layout.id] = resolved
+            self._resolved[layout.id] = len(self._terms)
             return resolved
         if isinstance(layout, Product):
             factors = [self.resolve(factor) for factor in layout.factors]
@@ -80,17 +83,6 @@ class Solver:
         if not isinstance(axis.size, int):
             return f"dynamic size {axis.size}"
         return self._frozen.get(axis.id)
-
-    def annotate(self, layout: Layout) -> Layout:
-        """Return the resolved layout with each axis carrying its freezing reason."""
-        return self._annotated(self.resolve(layout))
-
-    def _annotated(self, layout: Layout) -> Layout:
-        if isinstance(layout, Axis):
-            return Axis(layout.id, layout.size, self.reason(layout))
-        if isinstance(layout, Product):
-            return Product(tuple(self._annotated(factor) for factor in layout.factors))
-        return Concat(tuple(self._annotated(segment) for segment in layout.segments))
 
     def unify(self, a: Layout, b: Layout, where: str) -> None:
         """Make two layouts of the same size the same; freeze what has no common refinement.

@@ -39,9 +39,12 @@ def any_convolution(call: Call) -> Dims:
 
 def _convolve(call: Call, *, transposed: bool) -> Dims:
     x, weight = call.dims("input"), call.dims("weight")
+    if not isinstance(call.arg("groups"), int):
+        call.freeze((*x, *weight), "number of groups computed at run time")
+        return call.axes(call.shape(), call.because("number of groups computed at run time"))
     spatial = len(weight) - 2
     *batch, channels = x[: len(x) - spatial]
-    groups = call.axis(int(call.arg("groups")))
+    groups = call.axis(call.arg("groups"))
     call.note("groups", groups)
     # weight: (groups * out, in, *kernel), or transposed (groups * in, out, *kernel)
     first, second = weight[0], weight[1]
