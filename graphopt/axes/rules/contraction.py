@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from graphopt.axes.call import Call
-from graphopt.axes.layout import ONE, Layout
+from graphopt.axes.layout import ONE, Layout, leaves
 from graphopt.axes.registry import Dims, rule
 
 
@@ -39,10 +39,10 @@ def contract(call: Call, operands: Sequence[Operand], result: Sequence[str]) -> 
 
 def _assign_roles(call: Call, operands: Sequence[Operand], result: Sequence[str], by_label: dict[str, Layout]) -> None:
     activations = [op for op in operands if not call.is_weight(op.node)]
-    for label, layout in by_label.items():
+    if len(activations) == 2:
+        _mark_attention(call, activations, result, by_label)
+    for label in by_label:
         holders = [op for op in operands if label in op.labels]
-        if len(activations) == 2 and all(label in op.labels for op in activations):
-            call.mark(layout, "heads" if label in result else "head_dim")
         for place, operand in enumerate(holders):
             if not call.is_weight(operand.node):
                 continue
@@ -55,6 +55,20 @@ def _assign_roles(call: Call, operands: Sequence[Operand], result: Sequence[str]
                 call.consumes(operand.node, dim)
             elif len(holders) == 1:
                 call.produces(operand.node, dim)
+
+
+def _mark_attention(
+    call: Call, activations: Sequence[Operand], result: Sequence[str], by_label: dict[str, Layout]
+) -> None:
+    """Name the axes of a product of two activations: what it is done for each of, heads; the rest, head_dim."""
+    shared = [label for label in by_label if all(label in op.labels for op in activations)]
+    heads = [label for label in shared if label in result]
+    for label in heads:
+        call.mark(by_label[label], "heads")
+    if any(isinstance(axis.size, int) for label in heads for axis in leaves(by_label[label])):
+        for label, layout in by_label.items():
+            if label not in heads:
+                call.mark(layout, "head_dim")
 
 
 def _labels(prefix: str, count: int) -> tuple[str, ...]:

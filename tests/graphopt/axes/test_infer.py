@@ -96,7 +96,7 @@ def test_query_heads_are_key_heads_times_repeats() -> None:
 
 def test_heads_merged_into_the_batch_stay_removable() -> None:
     axes = axes_of(models.SplitAttention)
-    assert summary(axes)["q:heads"] == 3
+    assert summary(axes) == {"q:heads": 3, "v:head_dim": 4}
     assert {m.parameter for m in group(axes, "q:heads").producers} == {"q.weight", "k.weight", "v.weight"}
 
 
