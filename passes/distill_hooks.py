@@ -71,7 +71,7 @@ class DistillHooks(Pass[DistillHooksOptions, TapPlan]):
     def apply(self, program: Program, plan: TapPlan) -> Program:
         """Insert or strip the taps of the plan."""
         if plan.nodes:
-            return insert_taps(program, [Tap(address, node) for address, node in plan.nodes.items()])
+            return insert_taps(program, [Tap(address, plan.nodes[address]) for address in plan.sites])
         return strip_taps(program, plan.sites)
 
     def _plan_insert(self, program: Program) -> TapPlan:

@@ -143,7 +143,7 @@ def _leaving(program: Program, path: str) -> list[str]:
 
 
 def _alternatives(program: Program, canonical: Mapping[str, str], address: str) -> str:
-    known = [*_paths(program), *canonical.values()]
+    known = list(canonical.values()) if ":" in address else _paths(program)
     close = get_close_matches(address, known, n=_SHOWN, cutoff=0.5) or known
     return f"Nearest: {_listed(close)}. `graphopt inspect` lists the modules."
 

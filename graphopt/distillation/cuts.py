@@ -8,7 +8,7 @@ outside opens no way around a block.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -81,7 +81,9 @@ def residual_points(program: Program) -> list[fx.Node]:
     """
     found = flow(program)
     outputs = set(output_values(program))
-    points = [point for chain in found.chains for point in (_joins(found.graph, chain) or _layer_inputs(chain))]
+    points = [
+        point for chain in found.chains for point in (_joins(found.graph, chain, outputs) or _layer_inputs(chain))
+    ]
     order = {node: index for index, node in enumerate(program.graph.nodes)}
     tappable = Tappable(program.graph)
     usable = [point for point in dict.fromkeys(points) if point not in outputs and not tappable.why_not(point)]
@@ -131,15 +133,14 @@ def _holds_tensors(node: fx.Node) -> bool:
     return any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(node.meta.get("val")))
 
 
-def _joins(graph: nx.DiGraph[fx.Node | str], chain: Sequence[fx.Node]) -> list[fx.Node]:
+def _joins(graph: nx.DiGraph[fx.Node | str], chain: Sequence[fx.Node], outputs: Container[fx.Node]) -> list[fx.Node]:
     points: list[fx.Node] = []
     open_run = False
-    for before, node in pairwise(chain):
-        straight = graph.in_degree(node) == 1 and graph.out_degree(before) == 1
-        if not straight:
+    for node in chain[1:]:
+        if graph.in_degree(node) > 1:
             points.append(node)
             open_run = True
-        elif open_run and _same_shape(node, points[-1]):
+        elif open_run and node not in outputs and _same_shape(node, points[-1]):
             points[-1] = points[-1] if op_name(node) in _CARRYING else node
         else:
             open_run = False

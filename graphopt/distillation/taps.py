@@ -87,6 +87,8 @@ def _with_outputs(program: Program, taps: Sequence[Tap]) -> Program:
     leaves = list(output.args[0])  # type: ignore[arg-type]
     tapped = _nodes(gm.graph, taps)
     output.args = ((*leaves[: len(leaves) - had], *tapped),)
+    if "val" in output.meta:  # recorded by a load from `.pt2`, not by capture
+        output.meta["val"] = fx.map_arg(output.args[0], lambda node: node.meta["val"])
     erase_dead(gm.graph)
     result = _restructured(gm, _wrapped(own, [tap.address for tap in taps]) if taps else own)
     specs = own_outputs(program)

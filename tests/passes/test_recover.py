@@ -1,0 +1,264 @@
+"""recover: it learns from the unoptimised program alone, keeps only what is better, and replays byte for byte."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from graphopt.capturing import capture
+from graphopt.context import Context
+from graphopt.distillation.taps import taps_of
+from graphopt.errors import DataError, PassError
+from graphopt.graph import Editor
+from graphopt.passes.distill_hooks import DistillHooks, DistillHooksOptions
+from graphopt.passes.recover import Recover, RecoverOptions, RecoverPlan
+from graphopt.pipeline import Pipeline
+from graphopt.program import Program
+from graphopt.runner import run
+from graphopt.testing import TensorSamples, check_pass, fingerprint
+from tests.graphopt.distillation.models import Encoder, Mlp, ResidualNet, settled
+
+SMALL = RecoverOptions(epochs=3, batch_size=32)
+
+
+@pytest.fixture(scope="module")
+def samples() -> Tensor:
+    return torch.randn(192, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def teacher(samples: Tensor) -> Program:
+    torch.manual_seed(0)
+    model = settled(ResidualNet(), samples)
+    nn.init.normal_(model.get_parameter("head.weight"))
+    return capture(model, samples[:2])
+
+
+@pytest.fixture(scope="module")
+def pruned(teacher: Program) -> Program:
+    pipeline = Pipeline.parse("prune:ratio=0.5:round_to=1:skip=stem*+down*")
+    return run(pipeline, teacher, Context(original=teacher)).programs[""]
+
+
+def recovered(
+    program: Program, original: Program, *data: Tensor, options: RecoverOptions = SMALL, seed: int = 0
+) -> tuple[Program, RecoverPlan]:
+    recover = Recover(options)
+    plan = recover.plan(program, Context(original=original, samples=TensorSamples(data), seed=seed))
+    return recover.apply(program, plan), plan
+
+
+def test_it_brings_the_outputs_closer_by_a_margin(teacher: Program, pruned: Program, samples: Tensor) -> None:
+    result, plan = recovered(pruned, teacher, samples)
+    fresh = torch.randn(256, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        wanted = teacher(fresh)
+        before, after = (float((program(fresh) - wanted).square().mean()) for program in (pruned, result))
+    assert after < 0.5 * before
+    assert plan.measured["after"] < 0.5 * plan.measured["before"]  # type: ignore[operator]
+    assert plan.outputs == {"output": "logits"}
+    assert plan.taps == {"layer1.relu:relu#1": "values", "layer2.relu:relu#1": "values"}
+    assert plan.views == ()
+
+
+def test_the_original_and_the_program_are_untouched_to_the_bit(
+    teacher: Program, pruned: Program, samples: Tensor
+) -> None:
+    shared = teacher.copy()  # as passes hand programs on: its tensors are the teacher's own
+    before = fingerprint(teacher), fingerprint(pruned)
+    recovered(pruned, shared, samples, options=dataclasses.replace(SMALL, epochs=1))
+    assert (fingerprint(teacher), fingerprint(pruned)) == before
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(
+    teacher: Program, pruned: Program, samples: Tensor
+) -> None:
+    options = dataclasses.replace(SMALL, epochs=1)
+    torch.manual_seed(5)
+    one, _ = recovered(pruned, teacher, samples, options=options)
+    torch.manual_seed(6)  # the state of torch's own generator does not matter, and is left alone
+    state = torch.get_rng_state()
+    again, _ = recovered(pruned, teacher, samples, options=options)
+    assert torch.equal(torch.get_rng_state(), state)
+    other, _ = recovered(pruned, teacher, samples, options=options, seed=1)
+    assert fingerprint(one) == fingerprint(again)
+    assert fingerprint(one) != fingerprint(other)
+
+
+def test_the_contract_of_a_pass(samples: Tensor) -> None:
+    torch.manual_seed(3)
+    original = capture(settled(ResidualNet(), samples), samples[:2])
+    program = original.copy(share_tensors=False)
+    with torch.no_grad():
+        program.state_dict()["layer1.conv1.weight"].mul_(0.7)
+    recover = _Taught(dataclasses.replace(SMALL, epochs=1), original)
+    checked = check_pass(recover, program, program.example_args, data=[samples], idempotent=False)
+    assert set(checked.plan.sites) == set(checked.plan.tensors)
+
+
+class _Taught(Recover):
+    """Recover with a teacher of its own, where a test runs the pass on a program that no pass has touched."""
+
+    def __init__(self, options: RecoverOptions, original: Program) -> None:
+        super().__init__(options)
+        self._original = original
+
+    def plan(self, program: Program, ctx: Context) -> RecoverPlan:
+        return super().plan(program, dataclasses.replace(ctx, original=self._original))
+
+
+def test_without_epochs_only_statistics_change(teacher: Program, pruned: Program, samples: Tensor) -> None:
+    result, plan = recovered(pruned, teacher, samples, options=RecoverOptions(epochs=0))
+    assert all(name.endswith(("running_mean", "running_var")) for name in plan.sites)
+    assert plan.measured["statistics"] < plan.measured["before"]  # type: ignore[operator]
+    assert plan.taps == {}
+    before, after = pruned.state_dict(), result.state_dict()
+    assert {name for name in before if not torch.equal(before[name], after[name])} <= set(plan.sites)
+
+
+def test_a_program_that_lost_nothing(teacher: Program, samples: Tensor) -> None:
+    plan = Recover(SMALL).plan(teacher.copy(), Context(original=teacher, samples=TensorSamples((samples,))))
+    assert plan.sites == ()
+    assert plan.refusals[0].reason == "outputs already agree: there is nothing to recover"
+
+
+def test_what_is_worse_than_before_is_refused(teacher: Program, pruned: Program, samples: Tensor) -> None:
+    good, _ = recovered(pruned, teacher, samples)
+    context = Context(original=teacher, samples=TensorSamples((samples,)))
+    plan = Recover(RecoverOptions(epochs=1, lr=1.0, batch_size=32)).plan(good, context)
+    assert plan.sites == ()
+    assert plan.refusals[-1].counted_as == "nothing tried is better"
+
+
+def test_a_weight_that_two_layers_share_stays_one() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encode, self.decode = nn.Linear(12, 12, bias=False), nn.Linear(12, 12, bias=False)
+            self.decode.weight = self.encode.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.decode(self.encode(x).tanh()).tanh()
+
+    torch.manual_seed(0)
+    x = torch.randn(128, 12)
+    original = capture(Tied(), x[:2])
+    program = original.copy(share_tensors=False)
+    with torch.no_grad():
+        next(program.parameters()).mul_(0.5)
+    result, plan = recovered(program, original, x)
+    assert len(list(result.parameters())) == 1
+    assert plan.sites == tuple(name for name, _ in result.graph_module.named_parameters())
+    assert plan.outputs == {"output": "values"}
+
+
+def test_factorised_layers_and_texts_of_unlike_length_learn() -> None:
+    torch.manual_seed(0)
+    inputs = (torch.randint(0, 11, (2, 6)), torch.ones(2, 6, dtype=torch.long))
+    original = capture(Encoder(), inputs, dynamic_shapes={"tokens": {1: "length"}, "mask": {1: "length"}})
+    program = run(Pipeline.parse("svd:rank=4"), original, Context(original=original)).programs[""]
+
+    class Texts:
+        def batches(self, batch_size: int, limit: int | None = None) -> list[tuple[Tensor, ...]]:
+            drawn = torch.Generator().manual_seed(0)
+            ids = [torch.randint(0, 11, (24, length), generator=drawn) for length in (5, 6, 7)]
+            return [(part, torch.ones_like(part)) for part in ids]
+
+    plan = Recover(SMALL).plan(program, Context(original=original, samples=Texts()))  # type: ignore[arg-type]
+    assert plan.measured["epochs"][-1] < plan.measured["before"]  # type: ignore[index, operator]
+    assert [name for name in plan.taps] == ["layers.0:add#1", "layers.0:add#2", "layers.1:add#1", "layers.1:add#2"]
+    assert plan.outputs == {"output": "values"}
+
+
+def test_taps_of_the_user_stay_outputs(teacher: Program, pruned: Program, samples: Tensor) -> None:
+    hooks = DistillHooks(DistillHooksOptions(taps=("layer1",)))
+    tapped = hooks.apply(pruned, hooks.plan(pruned, Context(original=teacher)))
+    options = dataclasses.replace(SMALL, epochs=1, taps=("layer2",))
+    result, plan = recovered(tapped, teacher, samples, options=options)
+    assert [tap.address for tap in taps_of(result)] == ["layer1.relu:relu#1"]
+    assert list(plan.taps) == ["layer2.relu:relu#1"]
+
+
+def test_outputs_without_a_gradient_are_refused(samples: Tensor) -> None:
+    class Classes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Mlp()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            scores = self.net(x).softmax(-1)
+            return scores, scores.argmax(-1)
+
+    torch.manual_seed(0)
+    x = torch.randn(64, 24)
+    original = capture(Classes(), x[:2])
+    program = original.copy(share_tensors=False)
+    with torch.no_grad():
+        program.state_dict()["net.second.weight"].mul_(0.5)
+    _, plan = recovered(program, original, x)
+    assert plan.outputs == {"output_0": "probabilities"}
+    assert [(refusal.site, refusal.kind) for refusal in plan.refusals] == [("output_1", "output has no gradient")]
+
+
+def test_integer_weights_are_refused() -> None:
+    import graphopt.quantization.ops  # noqa: F401  (registers the operators)
+
+    original = capture(nn.Linear(4, 3), torch.randn(2, 4))
+    program = original.copy()
+    editor = Editor(program.graph_module, "test")
+    weight = next(node for node in program.graph.nodes if node.target == "weight")
+    editor.put("weight_int8", torch.ones(3, 4, dtype=torch.int8), trainable=False)
+    editor.put("scale", torch.ones(3), trainable=False)
+    editor.put("zero", torch.zeros(3, dtype=torch.int32), trainable=False)
+    with editor.graph.inserting_after(weight):
+        reads = [editor.read(name, like=weight) for name in ("zero", "scale", "weight_int8")]
+    with editor.graph.inserting_before(next(node for node in program.graph.nodes if node.name == "linear")):
+        found = editor.call(torch.ops.graphopt.dequantize.default, *reversed(reads), 0, like=weight)
+    editor.replace(weight, found)
+    frozen = program.with_graph(editor.finish())
+    plan = Recover().plan(frozen, Context(original=original))
+    assert plan.sites == ()
+    assert plan.refusals[0].reason == (
+        "weights are stored as integers: `weight_int8` cannot be trained, put recover before int8"
+    )
+
+
+def test_a_program_without_parameters_is_refused() -> None:
+    program = capture(nn.ReLU(), torch.randn(2, 4))
+    plan = Recover().plan(program, Context(original=program))
+    assert plan.refusals[0].counted_as == "there is no trainable parameter"
+
+
+def test_data_is_needed_and_enough_of_it(teacher: Program, pruned: Program, samples: Tensor) -> None:
+    with pytest.raises(DataError, match="Pass `recover` needs data to imitate the unoptimised program on"):
+        Recover().plan(pruned, Context(original=teacher))
+    with pytest.raises(DataError, match="needs at least 16 samples to train on and to judge by, and the data holds 7"):
+        recovered(pruned, teacher, samples[:7])
+
+
+def test_values_that_are_not_finite(teacher: Program, pruned: Program, samples: Tensor) -> None:
+    broken = samples.clone()
+    broken[:, 0, 0, 0] = float("nan")
+    with pytest.raises(PassError, match=r"cannot start: the loss on \d+ held-out samples is nan"):
+        recovered(pruned, teacher, broken)
+
+
+def test_views_of_something_else_than_images() -> None:
+    original = capture(nn.Linear(4, 3), torch.randn(2, 4))
+    with pytest.raises(PassError, match=r"recover:augment=flip moves images, and the first input is input: batchx4"):
+        recovered(original, original, torch.randn(32, 4), options=RecoverOptions(augment=("flip",)))
+
+
+def test_a_static_batch_is_trained_at_its_own_size() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 24)
+    original = capture(Mlp(), (x[:8],), dynamic_shapes={"x": {0: None}})
+    program = original.copy(share_tensors=False)
+    with torch.no_grad():
+        program.state_dict()["second.weight"].mul_(0.5)
+    assert not program.batched
+    _, plan = recovered(program, original, x)
+    assert plan.measured["epochs"][-1] < plan.measured["before"]  # type: ignore[index, operator]
