@@ -122,7 +122,7 @@ class Int8(Pass[Int8Options, Int8Plan]):
                 largest = scales[placement.root(gates[node].kernel.operands[0])].range[1]
                 scales[node] = from_range(0.0, 1 / (1 + math.exp(-largest)), target.activation)
             elif node in placement.reads and (value := constant(node, gm)) is not None:
-                scales[node] = from_range(float(value.min()), float(value.max()), target.activation)
+                scales[node] = from_range(float(value.detach().min()), float(value.detach().max()), target.activation)
         return scales
 
     def _choose(self, histogram: Histogram, integers: IntegerFormat, limits: tuple[float, float]) -> QParams:

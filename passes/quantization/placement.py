@@ -215,18 +215,21 @@ class _Placer:
                 return f"`{value.name}` is {_dtype(value)}, not float32", "a value is not float32"
             if reason := self._written(value):
                 return reason, "written in place"
-        for role, value in (("weight", kernel.weight), ("bias", kernel.bias)):
-            if value is None:
+        for role, parameter in (("weight", kernel.weight), ("bias", kernel.bias)):
+            if parameter is None:
                 continue
-            if value.target is DEQUANTIZE:
+            if parameter.target is DEQUANTIZE:
                 return "it is quantized already", ""
-            if constant(value, self._gm) is None:
-                return f"its {role} is computed at run time by `{value.name}`", f"its {role} is computed at run time"
-            if not _is_float(value):
-                return f"its {role} is {_dtype(value)}, not float32", f"its {role} is not float32"
-            if reason := self._written(value):
+            if constant(parameter, self._gm) is None:
+                return (
+                    f"its {role} is computed at run time by `{parameter.name}`",
+                    f"its {role} is computed at run time",
+                )
+            if not _is_float(parameter):
+                return f"its {role} is {_dtype(parameter)}, not float32", f"its {role} is not float32"
+            if reason := self._written(parameter):
                 return reason, "written in place"
-            if not bool(torch.isfinite(constant(value, self._gm)).all()):  # type: ignore[arg-type]
+            if not bool(torch.isfinite(constant(parameter, self._gm)).all()):  # type: ignore[arg-type]
                 return f"its {role} holds NaN or infinite values", ""
         return "", ""
 

@@ -1,0 +1,659 @@
+"""int8: what it makes of a graph, what it leaves alone and why, and that the runtimes fuse the result."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own name for it
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from graphopt.backends.onnx_execution.session import SessionSettings
+from graphopt.backends.onnxruntime import OnnxRuntimeBackend
+from graphopt.backends.onnxruntime.description import DESCRIPTION as ONNXRUNTIME
+from graphopt.backends.onnxruntime.fusion import kernel_counts
+from graphopt.backends.tensorrt.description import DESCRIPTION as TENSORRT
+from graphopt.backends.tensorrt.rules import check_model
+from graphopt.capturing import capture
+from graphopt.context import Context
+from graphopt.equivalence import measure
+from graphopt.errors import DataError, PassError, UsageError
+from graphopt.options import build
+from graphopt.passes.fold import Fold
+from graphopt.passes.int8 import Int8, Int8Options
+from graphopt.passes.quantization.plan import Int8Plan
+from graphopt.pipeline import Pipeline
+from graphopt.program import Program
+from graphopt.provenance import op_name
+from graphopt.quantization.ops import DEQUANTIZE, QUANTIZE
+from graphopt.target import TargetDescription
+from graphopt.testing import TensorSamples, assert_same_program, check_pass
+from tests.models import OptionA, Residual
+
+OPS = torch.ops.graphopt
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def images(channels: int = 3, size: int = 8, count: int = 16) -> Tensor:
+    return noise(count, channels, size, size, seed=1)
+
+
+def seeded(model: nn.Module) -> nn.Module:
+    """Give a model weights of its own that do not depend on what ran before."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        fan = max(parameter[0].numel(), 1) if parameter.dim() > 1 else 4
+        parameter.data.normal_(generator=generator).div_(fan**0.5)
+    return model.eval()
+
+
+def folded(model: nn.Module, *inputs: Tensor) -> Program:
+    program = capture(seeded(model), inputs)
+    plan = Fold().plan(program, Context(original=program))
+    return Fold().apply(program, plan) if plan.sites else program
+
+
+def quantized(
+    model: nn.Module | Program,
+    *data: Tensor,
+    target: TargetDescription = ONNXRUNTIME,
+    options: Int8Options | None = None,
+) -> tuple[Program, Int8Plan]:
+    program = model if isinstance(model, Program) else folded(model, *data)
+    instance = Int8(options)
+    context = Context(original=program, targets=(target,), target=target, samples=TensorSamples(data))
+    plan = instance.plan(program, context)
+    return (instance.apply(program, plan) if plan.sites else program), plan
+
+
+def kernels(program: Program, path: Path, *data: Tensor) -> Counter[str]:
+    """Lower, let ONNX Runtime optimise, compare with the program, and count the kernels that run."""
+    backend = OnnxRuntimeBackend()
+    artifact = backend.lower(program, path / "model.onnx")
+    backend.verify(artifact, program, tuple(tensor.numpy() for tensor in data))
+    assert [finding.text for finding in backend.check(artifact)] == []
+    return Counter(kernel_counts(artifact.path, SessionSettings.of(artifact.session_options)))
+
+
+def operators(program: Program) -> Counter[str]:
+    return Counter(op_name(node) for node in program.graph.nodes if node.op == "call_function")
+
+
+def reasons(plan: Int8Plan) -> dict[str, str]:
+    return {refusal.site: refusal.reason for refusal in plan.refusals}
+
+
+# Given and expected
+
+
+class Constants(nn.Module):
+    """Scales and integers of a plan, under the names the pass gives them."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        for name, tensor in program.state_dict().items():
+            trained = name.endswith(".bias") and tensor.is_floating_point()
+            setattr(self, name.replace(".", "_"), nn.Parameter(tensor) if trained else nn.Buffer(tensor))
+
+    def pair(self, x: Tensor, name: str) -> Tensor:
+        return self.read(self.store(x, name), name)
+
+    def store(self, x: Tensor, name: str) -> Tensor:
+        return OPS.quantize(x, self.get(f"int8_{name}_scale"), self.get(f"int8_{name}_zero_point"), None, 0, 255)
+
+    def read(self, q: Tensor, name: str) -> Tensor:
+        return OPS.dequantize(q, self.get(f"int8_{name}_scale"), self.get(f"int8_{name}_zero_point"), None)
+
+    def weight(self, name: str, axis: int = 0) -> Tensor:
+        return OPS.dequantize(self.get(name), self.get(f"{name}_scale"), self.get(f"{name}_zero_point"), axis)
+
+    def get(self, name: str) -> Tensor:
+        tensor: Tensor = getattr(self, name)
+        return tensor
+
+
+class TwoConvs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu()
+        return self.b(x) + x
+
+
+def test_residual_block() -> None:
+    """conv -> relu -> conv -> add: relu goes, every value of the chain is stored once, the output is dequantized."""
+    given, _ = quantized(TwoConvs(), images())
+
+    class Expected(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c = Constants(given)
+
+        def forward(self, x: Tensor) -> Tensor:
+            c = self.c
+            x = F.conv2d(c.pair(x, "x"), c.weight("a_weight_int8"), c.get("int8_conv2d_bias"))
+            x = c.pair(x, "relu")
+            y = F.conv2d(x, c.weight("b_weight_int8"), c.get("int8_conv2d_1_bias"), padding=1)
+            return c.pair(c.pair(y, "conv2d_1") + x, "add")
+
+    assert_same_program(given, capture(Expected(), (images(count=2),)))
+
+
+class Head(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.conv(x).mean((2, 3)))
+
+
+def test_pooled_head() -> None:
+    """The mean becomes a pooling, flatten runs on integers, the logits stay float and the bias is int32."""
+    given, _ = quantized(Head(), images())
+
+    class Expected(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c = Constants(given)
+
+        def forward(self, x: Tensor) -> Tensor:
+            c = self.c
+            x = F.conv2d(c.pair(x, "x"), c.weight("conv_weight_int8"), c.get("int8_conv2d_bias"))
+            x = F.adaptive_avg_pool2d(c.pair(x, "conv2d"), [1, 1])
+            x = c.read(c.store(x, "adaptive_avg_pool2d_default").flatten(1), "adaptive_avg_pool2d_default")
+            return F.linear(x, c.weight("linear_weight_int8"), c.weight("int8_linear_bias"))
+
+    assert_same_program(given, capture(Expected(), (images(count=2),)))
+    assert given.state_dict()["int8.linear.bias"].dtype is torch.int32
+
+
+def test_symmetric_target() -> None:
+    """For TensorRT: signed, zero point 0, nothing between convolution and add, relu stays in front of quantize."""
+    given, plan = quantized(TwoConvs(), images(), target=TENSORRT)
+    assert {record["zero_point"] for record in plan.values} == {0}
+    assert plan.dropped == ()
+    add = next(node for node in given.graph.nodes if op_name(node) == "add")
+    assert [op_name(operand) for operand in add.all_input_nodes] == ["conv2d", "dequantize"]
+    assert operators(given)["relu"] == 1
+
+
+# Refusals
+
+
+def test_says_what_has_no_integer_kernel() -> None:
+    class Up(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.up = nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 3, 2, stride=2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.up(F.hardswish(self.conv(x)))
+
+    _, plan = quantized(Up(), images())
+    assert reasons(plan) == {
+        "hardswish": "`hardswish` has no integer kernel on onnxruntime",
+        "conv_transpose2d": "`conv_transpose2d` has no integer kernel on onnxruntime",
+    }
+
+
+def test_leaves_computed_weights() -> None:
+    class Computed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.maker = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.maker(x))
+
+    _, plan = quantized(Computed(), noise(8, 8))
+    assert reasons(plan) == {"linear_1": "its weight is computed at run time by `linear`"}
+
+
+def test_leaves_what_is_skipped() -> None:
+    _, plan = quantized(Head(), images(), options=Int8Options(skip=("lin*",)))
+    assert reasons(plan)["linear"] == "left float as asked (skip=lin*)"
+    assert "linear" not in plan.sites
+
+
+def test_leaves_what_is_written_in_place() -> None:
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            y[:, 0] += 1.0
+            return y
+
+    program, plan = quantized(Written(), images())
+    if any("_" in name for name in operators(program) if name.endswith("_")):
+        assert "writes in place" in reasons(plan)["conv2d"]
+
+
+def test_leaves_other_dtypes() -> None:
+    _, plan = quantized(seeded(nn.Linear(8, 4)).double(), noise(8, 8).double())
+    assert reasons(plan)["linear"].endswith("` is float64, not float32")
+
+
+def test_leaves_a_join_that_floats_read() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(self.conv(x) + torch.tanh(x))
+
+    _, plan = quantized(Mixed(), images())
+    assert reasons(plan)["add"] == "some of its operands are float, and float operators read its result"
+
+
+def test_quantizes_once() -> None:
+    program, _ = quantized(Head(), images())
+    _, plan = quantized(program, images())
+    assert plan.sites == ()
+    assert reasons(plan)["conv2d"] == "it is quantized already"
+
+
+@pytest.mark.parametrize("name", ["percentile", "samples", "observer"])
+def test_options_are_checked(name: str) -> None:
+    with pytest.raises(UsageError, match=name):
+        build("int8", Int8Options, {name: "0"})
+
+
+def test_asks_for_data_and_target() -> None:
+    program = folded(Head(), images())
+    with pytest.raises(DataError, match="--data"):
+        Int8().plan(program, Context(original=program, target=ONNXRUNTIME))
+    with pytest.raises(PassError, match="--target"):
+        Int8().plan(program, Context(original=program, samples=TensorSamples((images(),))))
+
+
+def test_needs_fold() -> None:
+    assert [step.name for step in Pipeline.parse("int8").steps] == ["fold", "int8"]
+
+
+# At the edges
+
+
+class TwoReaders(nn.Module):
+    """A value that is an output, feeds a convolution and a float operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = self.a(x).relu()
+        return y, self.b(y), torch.tanh(y)
+
+
+class SharedWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.conv(x).relu())
+
+
+class ConstantOperand(nn.Module):
+    """Adds and multiplies by stored numbers of several shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.out = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+        self.offset, self.gain = nn.Parameter(torch.ones(1, 1, 8, 8)), nn.Parameter(torch.ones(1, 4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out((self.conv(x).relu() + self.offset) * self.gain)
+
+
+class Gate(nn.Module):
+    """Squeeze and excite: a broadcast product of integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.squeeze, self.out = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.conv(x))
+        return self.out(x * self.squeeze(F.adaptive_avg_pool2d(x, 1)).sigmoid())
+
+
+class Shuffle(nn.Module):
+    """Grouped and depthwise convolutions, a channel shuffle, chunk and concatenation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 8, 1, groups=2), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.c, self.d = nn.Conv2d(4, 4, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(self.a(x).relu())
+        b, c, h, w = x.shape
+        x = x.view(b, 2, c // 2, h, w).transpose(1, 2).reshape(b, c, h, w)
+        left, right = x.chunk(2, dim=1)
+        return self.d(torch.cat([left, self.c(right).relu()], 1))
+
+
+class Pools(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu6(self.a(x)), 2)
+        return self.b(F.avg_pool2d(F.interpolate(x, scale_factor=2), 2))
+
+
+class Perceptron(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).relu())
+
+
+class Tokens(nn.Module):
+    """A transformer's feed-forward block on embedded ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(11, 8), nn.LayerNorm(8)
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class Signal(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv1d(3, 4, 3), nn.Conv1d(4, 4, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).relu())
+
+
+IDS = torch.randint(0, 11, (16, 6), generator=torch.Generator().manual_seed(0))
+EDGES: list[tuple[type[nn.Module], Tensor, dict[str, int]]] = [
+    (TwoConvs, images(), {"QLinearConv": 2, "QLinearAdd": 1}),
+    (Head, images(), {"QLinearConv": 1, "QLinearGlobalAveragePool": 1, "QGemm": 1}),
+    (TwoReaders, images(), {"QLinearConv": 2}),
+    (SharedWeight, images(4), {"QLinearConv": 2}),
+    (ConstantOperand, images(), {"QLinearConv": 2, "QLinearAdd": 1, "QLinearMul": 0}),
+    (Gate, images(), {"QLinearConv": 3, "QLinearMul": 2, "QLinearSigmoid": 2, "QLinearGlobalAveragePool": 1}),
+    (Shuffle, images(4), {"QLinearConv": 4, "QLinearConcat": 1, "DequantizeLinear": 1}),
+    (Pools, images(), {"QLinearConv": 2, "QLinearAveragePool": 1, "MaxPool": 0}),
+    (Perceptron, noise(16, 8), {"QGemm": 2, "Relu": 0}),
+    (Tokens, IDS, {"MatMulIntegerToFloat": 2, "MatMul": 0}),
+    (Signal, noise(16, 3, 16), {"QLinearConv": 2}),
+    (OptionA, images(), {"QLinearConv": 2, "QLinearAdd": 1, "QGemm": 1, "Pad": 1, "QuantizeLinear": 1}),
+    (Residual, images(), {"QLinearConv": 3, "QLinearAdd": 1}),
+]
+
+
+@pytest.mark.parametrize(("model", "data", "wanted"), EDGES, ids=[edge[0].__name__ for edge in EDGES])
+def test_reaches_integer_kernels(model: type[nn.Module], data: Tensor, wanted: dict[str, int], tmp_path: Path) -> None:
+    program, _ = quantized(model(), data)
+    found = kernels(program, tmp_path, data)
+    assert {name: found[name] for name in wanted} == wanted, dict(found)
+
+
+@pytest.mark.parametrize(("model", "data"), [edge[:2] for edge in EDGES], ids=[edge[0].__name__ for edge in EDGES])
+@pytest.mark.parametrize("target", [ONNXRUNTIME, TENSORRT], ids=lambda target: target.name)
+def test_keeps_the_contract(model: type[nn.Module], data: Tensor, target: TargetDescription) -> None:
+    program = folded(model(), data)
+    checked = check_pass(Int8(), program, data[:2], data=(data,), target=target)
+    found = measure(program, checked.after.call_flat, (data,))
+    assert found.sqnr > 20  # 8 bits over a range of a few sigma: about 30 dB a layer, a few layers deep
+
+
+def test_two_readers_see_the_same_numbers() -> None:
+    """Whoever reads the result of an integer kernel reads what was stored, the program's outputs included."""
+    program, _ = quantized(TwoReaders(), images())
+    y, _, z = program(images())
+    torch.testing.assert_close(torch.tanh(y), z, rtol=0, atol=0)
+
+
+def test_shared_weight_is_stored_once() -> None:
+    program, plan = quantized(SharedWeight(), images(4))
+    assert len({layer["weight"] for layer in plan.layers}) == 1
+    stored = [tensor for tensor in program.state_dict().values() if tensor.dtype is torch.int8 and tensor.dim() > 1]
+    assert len(stored) == 1
+
+
+def test_weight_that_floats_read_too_stays() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(11, 8), nn.Linear(8, 11, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.embed(ids)))
+
+    program, plan = quantized(Tied(), IDS)
+    assert plan.sites == ("linear",)
+    assert {tensor.dtype for tensor in program.state_dict().values()} == {torch.float32, torch.int8, torch.uint8}
+
+
+def test_conditional_regions_are_left_alone(tmp_path: Path) -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return torch.cond(x.sum() > 0, lambda y: y * 2, lambda y: y - 1, (y,))
+
+    program, plan = quantized(Branches(), images())
+    assert plan.sites == ("conv2d",)
+    found = kernels(program, tmp_path, images())
+    assert found["QLinearConv"] == 1
+
+
+def test_fixed_batch(tmp_path: Path) -> None:
+    """A program that takes one batch size: the incomplete last batch is left out, 3-D products still reach integers."""
+    model = seeded(nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)))
+    program = capture(model, (noise(2, 3, 8),), dynamic_shapes={"input": {0: None}})
+    program, _ = quantized(program, noise(5, 3, 8))
+    found = kernels(program, tmp_path, noise(2, 3, 8))
+    assert found["QGemm"] + found["MatMulIntegerToFloat"] == 2, dict(found)
+
+
+def test_silent_channels_and_zero_inputs(tmp_path: Path) -> None:
+    """Ranges that are empty, of weights and of activations, still give positive finite scales."""
+    model = seeded(nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.ReLU(), nn.Conv2d(4, 4, 1)))
+    model[0].weight.data[1] = 0
+    program, plan = quantized(capture(model, (images(count=2),)), torch.zeros(4, 3, 8, 8))
+    scales = [tensor for name, tensor in plan.tensors.items() if name.endswith("_scale")]
+    assert all(bool((scale > 0).all()) for scale in scales)
+    assert all(record["scale"] > 0 for record in plan.values)
+    assert bool(torch.isfinite(program(images())).all())
+
+
+# Meaning
+
+
+def test_stores_integers() -> None:
+    """The weights of the program itself are int8: no float copy is left."""
+    program, _ = quantized(TwoConvs(), images())
+    floats = [name for name, t in program.state_dict().items() if t.is_floating_point() and t.dim() > 1]
+    assert floats == []
+
+
+def test_clamps_that_the_range_repeats_are_exact() -> None:
+    """Leaving out relu6 changes no bit, since the largest integer stands for at most 6."""
+
+    class Clipped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(F.relu6(self.a(x) * 8))
+
+    program, plan = quantized(Clipped(), images() * 4)
+    assert plan.dropped == ("relu6",)
+    record = next(record for record in plan.values if record["value"] == "relu6")
+    assert record["zero_point"] == 0
+    assert record["scale"] * 255 <= 6.0
+    assert operators(program)["relu6"] == 0
+
+
+def test_bias_correction_keeps_the_mean() -> None:
+    """Without it the mean of a layer's output moves by the rounding of its weights; with it, much less."""
+    layer = seeded(nn.Linear(64, 32))
+    data = noise(256, 64) + 3.0
+    errors = {}
+    for corrected in (False, True):
+        program, _ = quantized(layer, data, options=Int8Options(bias_correction=corrected, observer="minmax"))
+        errors[corrected] = float((program(data) - layer(data)).mean(0).abs().mean())
+    assert errors[True] < 0.5 * errors[False]
+
+
+@pytest.mark.parametrize("observer", ["minmax", "percentile", "mse"])
+def test_observers(observer: str) -> None:
+    options = build("int8", Int8Options, {"observer": observer})
+    program, plan = quantized(TwoConvs(), images(), options=options)
+    reference = folded(TwoConvs(), images())
+    assert {record["observer"] for record in plan.values} == {observer}
+    assert measure(reference, program.call_flat, (images(),)).sqnr > 25
+
+
+def test_one_scale_per_weight() -> None:
+    _, plan = quantized(TwoConvs(), images(), options=Int8Options(weights="tensor"))
+    assert {layer["axis"] for layer in plan.layers} == {None}
+
+
+def test_batch_size_does_not_matter() -> None:
+    _, one = quantized(Head(), images(), options=Int8Options(batch_size=1))
+    _, other = quantized(Head(), images(), options=Int8Options(batch_size=16))
+    for left, right in zip(one.values, other.values, strict=True):
+        assert left["scale"] == pytest.approx(right["scale"], rel=1e-5)  # convolutions sum in another order
+        assert left["zero_point"] == right["zero_point"]
+
+
+def test_training_data_is_not_needed_twice() -> None:
+    """Two targets share one calibration: values both ask about are observed once."""
+    program = folded(TwoConvs(), images())
+    runs = []
+
+    class Counting(TensorSamples):
+        def batches(self, batch_size: int, limit: int | None = None):  # type: ignore[no-untyped-def]
+            runs.append(batch_size)
+            return super().batches(batch_size, limit)
+
+    shared = Context(original=program, target=ONNXRUNTIME, samples=Counting((images(),)))
+    Int8().plan(program, shared)
+    first = len(runs)
+    shared.target = TENSORRT
+    Int8().plan(program, shared)
+    assert first == len(runs)
+
+
+# For TensorRT
+
+TENSORRT_EDGES = [TwoConvs, Head, TwoReaders, ConstantOperand, Gate, Shuffle, Pools, Tokens, OptionA]
+
+
+@pytest.mark.parametrize("model", TENSORRT_EDGES, ids=lambda model: model.__name__)
+def test_tensorrt_takes_it(model: type[nn.Module], tmp_path: Path) -> None:
+    from graphopt.backends.tensorrt import TensorRTBackend
+
+    data = next(edge[1] for edge in EDGES if edge[0] is model)
+    program, _ = quantized(model(), data, target=TENSORRT)
+    artifact = TensorRTBackend().lower(program, tmp_path / "model.onnx")  # parsed and built where it is installed
+    assert [finding.text for finding in TensorRTBackend().check(artifact)] == []
+    zero_points = {
+        int(value)
+        for tensor in onnx.load(artifact.path).graph.initializer
+        if "zero" in tensor.name
+        for value in onnx.numpy_helper.to_array(tensor).reshape(-1)
+    }
+    assert zero_points <= {0}
+
+
+# Property
+
+
+@st.composite
+def networks(draw: st.DrawFn) -> nn.Module:
+    """Random small CNNs: chains with branches, joined by add, mul or concatenation."""
+    steps = draw(st.lists(st.tuples(st.sampled_from(sorted(Random.STEPS)), st.integers(0, 3)), min_size=1, max_size=5))
+    return Random(steps)
+
+
+class Random(nn.Module):
+    WIDTH = 4
+    STEPS = ("conv", "conv_relu", "depthwise", "relu6", "add", "mul", "cat", "max_pool", "avg_pool", "sigmoid", "pad")
+
+    def __init__(self, steps: list[tuple[str, int]]) -> None:
+        super().__init__()
+        self.steps = steps
+        self.stem, self.head = nn.Conv2d(3, self.WIDTH, 1), nn.Linear(self.WIDTH, 3)
+        self.layers = nn.ModuleList()
+        for name, _ in steps:
+            groups = self.WIDTH if name == "depthwise" else 1
+            inputs = 2 * self.WIDTH if name == "cat" else self.WIDTH
+            self.layers.append(nn.Conv2d(inputs, self.WIDTH, 3, padding=1, groups=groups))
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = [self.stem(x)]
+        for (name, back), layer in zip(self.steps, self.layers, strict=True):
+            seen.append(self.step(name, layer, seen[-1], seen[max(len(seen) - 1 - back, 0)]))
+        return self.head(seen[-1].mean((2, 3)))
+
+    def step(self, name: str, layer: nn.Module, x: Tensor, other: Tensor) -> Tensor:
+        match name:
+            case "conv" | "depthwise":
+                return layer(x)
+            case "conv_relu":
+                return layer(x).relu()
+            case "relu6":
+                return F.relu6(x)
+            case "add":
+                return layer(x) + other
+            case "mul":
+                return x * layer(other).sigmoid()
+            case "cat":
+                return layer(torch.cat([x, other], 1))
+            case "max_pool":
+                return F.max_pool2d(x, 3, stride=1, padding=1)
+            case "avg_pool":
+                return F.avg_pool2d(x, 3, stride=1, padding=1)
+            case "sigmoid":
+                return x.sigmoid()
+        return F.pad(x[:, :2], (0, 0, 0, 0, 1, 1))
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(networks())
+def test_program_and_runtime_agree(model: nn.Module) -> None:
+    """Every integer ONNX Runtime computes is within one step of the program's (`verify`), and outputs mean the same."""
+    import tempfile
+
+    data = images(3, 6, 8)
+    program, plan = quantized(model, data)
+    assert "conv2d" in plan.sites
+    with tempfile.TemporaryDirectory() as folder:
+        backend = OnnxRuntimeBackend()
+        artifact = backend.lower(program, Path(folder) / "model.onnx")
+        backend.verify(artifact, program, (data.numpy(),))
