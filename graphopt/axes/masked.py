@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 # for another shows at 1e-2 and more with parameters of scale 1.
 TOLERANCE = 1e-6
 _DEFAULT_SEED = 0
+# What these hold before it is written to is nobody's business.
+_UNINITIALISED = frozenset({"aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided"})
 
 
 @dataclass(slots=True)
@@ -62,10 +64,9 @@ def masked_outputs(gm: fx.GraphModule, removed: Kept, inputs: Sequence[Any]) -> 
         VerifyError: an output has removed positions.
         CannotProveError: an operator takes removed positions and has no rule that says what masking means.
     """
-    outputs: Any = ()
+    run = MaskedRun(gm, removed, inputs, _Reader(gm))
     with torch.no_grad():
-        for _, outputs in MaskedRun(gm, removed, inputs, _Reader(gm)):
-            pass  # the last node is the output
+        outputs = next(value for node, value in run if node.op == "output")
     return tuple(_whole_output(leaf) for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Value))
 
 
@@ -174,6 +175,8 @@ def _compare(node: fx.Node, value: Any, found: Any, findings: _Findings) -> None
 
 
 def _compare_tensors(node: fx.Node, want: Tensor, got: Tensor, findings: _Findings) -> None:
+    if _operator(node) in _UNINITIALISED:
+        return
     if want.shape != got.shape:
         text = f"{_where(node)} is {tuple(got.shape)}, the survivors of the original are {tuple(want.shape)}"
         if node.op == "output":
@@ -189,6 +192,11 @@ def _compare_tensors(node: fx.Node, want: Tensor, got: Tensor, findings: _Findin
             "this operator what it did to its inputs: keep this group whole and report it."
         )
     findings.error = max(findings.error, error)
+
+
+def _operator(node: fx.Node) -> str:
+    schema = getattr(node.target, "_schema", None)
+    return str(schema.name) if schema is not None else ""
 
 
 def _hint(findings: _Findings, told: str = "") -> str:

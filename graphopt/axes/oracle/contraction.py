@@ -68,6 +68,17 @@ def _product(left: Value, right: Value) -> tuple[list[Tensor], Dead]:
     return contract([left, right], labels, [*max(batches, key=len), *rows, *columns])
 
 
+@masked_rule("aten::_grouped_mm", "transformers::grouped_mm_fallback")
+def grouped_product(step: Step) -> Value:
+    """Multiply rows sorted by expert, (rows, in), with the experts' weights (experts, in, out)."""
+    (first, x), (second, weight), *_ = [(n, v) for n, v in step.arguments.items() if isinstance(v, Value)]
+    if (x.tensor.dim(), weight.tensor.dim()) != (2, 3):
+        step.require_whole([*x.dead, *weight.dead], "a grouped product of other ranks than rows by experts")
+    step.require_whole([x.dead[0], weight.dead[0]], "the rows or the experts")
+    tensors, dead = contract([x, weight], [["row", "sum"], ["expert", "sum", "column"]], ["row", "column"])
+    return Value(tensor_result(step.run(**{first: tensors[0], second: tensors[1]})), dead)
+
+
 @masked_rule("aten::outer", "aten::ger")
 def outer(step: Step) -> Value:
     a, b = step.values()
@@ -122,7 +133,7 @@ def convolution(step: Step) -> Value:
         return _transposed(step)
     x, weight, bias = step["input"], step["weight"], step.get("bias")
     channel = x.tensor.dim() - weight.tensor.dim() + 1  # 0 where there is no batch
-    step.require_whole([*x.dead[channel + 1 :], *weight.dead[2:]], "a dimension that the kernel slides over")
+    _require_whole_space(step, x.dead[channel + 1 :])
     result = step.run(
         input=zeroed(x.tensor, _only(x.dead, channel)), weight=zeroed(weight.tensor, _only(weight.dead, 1))
     )
@@ -139,7 +150,7 @@ def transposed(step: Step) -> Value:
 def _transposed(step: Step) -> Value:
     x, weight, bias = step["input"], step["weight"], step.get("bias")
     channel = x.tensor.dim() - weight.tensor.dim() + 1
-    step.require_whole([*x.dead[channel + 1 :], *weight.dead[2:]], "a dimension that the kernel slides over")
+    _require_whole_space(step, x.dead[channel + 1 :])
     result = step.run(
         input=zeroed(x.tensor, _only(x.dead, channel)), weight=zeroed(weight.tensor, _only(weight.dead, 0))
     )
@@ -150,6 +161,26 @@ def _transposed(step: Step) -> Value:
         lost_groups = vector(weight.dead[0].view(groups, -1).all(1).repeat_interleave(inner))
     out = union(per_group, lost_groups, bias.dead[0] if bias is not None else None)
     return Value(tensor_result(result), _at_channel(x.dead, channel, out))
+
+
+def _require_whole_space(step: Step, space: Dead) -> None:
+    """Refuse removed positions that a kernel slides over; one of size 1 leaves each position by itself."""
+    weight: Value = step["weight"]
+    for d, flags in enumerate(space):
+        stride, padding = (_of_dim(step.arguments.get(name, default), d) for name, default in _SLIDING)
+        if (weight.tensor.size(2 + d), stride, padding) != (1, 1, 0):
+            step.require_whole([flags], "a dimension that the kernel slides over")
+    step.require_whole(weight.dead[2:], "the kernel's extent")
+
+
+_SLIDING = (("stride", 1), ("padding", 0))
+
+
+def _of_dim(option: object, dim: int) -> object:
+    """Return an option of one dimension; `same` and `valid` do not pad a kernel of size 1."""
+    if isinstance(option, list | tuple):
+        return option[dim] if len(option) > dim else option[0]
+    return 0 if isinstance(option, str) else option
 
 
 def _only(dead: Dead, dim: int) -> Dead:

@@ -16,6 +16,7 @@ from graphopt.axes.oracle.value import CannotProveError, Value, Vector, from_mas
 @masked_rule(
     "aten::_reshape_alias",
     "aten::_unsafe_view",
+    "aten::broadcast_to",
     "aten::channel_shuffle",
     "aten::chunk",
     "aten::diagonal",
@@ -83,8 +84,8 @@ def cat(step: Step) -> Value:
     parts: list[Value] = [v for v in step["tensors"] if v.tensor.dim() > 1 or v.tensor.numel() or v.masked]
     rank = parts[0].tensor.dim()
     dim = step.dim("dim", rank)
-    dead = [union(*(part.dead[d] for part in parts)) for d in range(rank)]
-    dead[dim] = vector(torch.cat([_flags(part.dead[dim], part.tensor.size(dim)) for part in parts]))
+    joined = vector(torch.cat([_flags(part.dead[dim], part.tensor.size(dim)) for part in parts]))
+    dead = [joined if d == dim else union(*(part.dead[d] for part in parts)) for d in range(rank)]
     return Value(tensor_result(step.run()), tuple(dead))
 
 

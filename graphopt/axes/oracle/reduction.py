@@ -156,14 +156,15 @@ def group_norm(step: Step) -> Value:
     "aten::_native_batch_norm_legit_no_training",
 )
 def per_channel_norm(step: Step) -> Any:
-    """Statistics of each channel are its own: nothing crosses channels."""
+    """Statistics of each channel are its own: nothing crosses channels. They are given, or taken over survivors."""
     x, *others = step.values()
-    step.require_whole([x.dead[0], *x.dead[2:]], "a dimension that statistics are taken over")
-    dead: Dead = (None, union(x.dead[1], *(v.dead[0] for v in others)), *x.dead[2:])
-    result = step.run()
+    dead: Dead = (x.dead[0], union(x.dead[1], *(v.dead[0] for v in others)), *x.dead[2:])
+    rest: Dead = (dead[0], None, *dead[2:])  # what statistics are taken over
+    result = step.run(**{step.first_name(): compact(x.tensor, rest)})
     if isinstance(result, Tensor):
-        return Value(result, dead)
-    return [Value(t, dead if t.dim() == len(dead) else (None,) * t.dim()) for t in result]
+        return Value(spread(result, rest), dead)
+    out, *statistics = result
+    return [Value(spread(out, rest), dead), *(Value(t, (dead[1],) if t.numel() else (None,)) for t in statistics)]
 
 
 @masked_rule("aten::cosine_similarity", "aten::pairwise_distance")
