@@ -122,8 +122,12 @@ def _instance(item: AnyPass | type[AnyPass] | str, registry: PassRegistry) -> An
         return item()
     name, *settings = item.split(":")
     options: dict[str, Any] = {}
+    latest = ""
     for setting in settings:
         key, equals, value = setting.partition("=")
+        if not equals and latest:  # a value may hold colons itself: taps=layer1.conv1:conv2d
+            options[latest] += f":{setting}"
+            continue
         if not equals or not key:
             raise UsageError(
                 f"Cannot read `{setting}` in `{item}`. Write options as name:option=value:option=value, "
@@ -132,6 +136,7 @@ def _instance(item: AnyPass | type[AnyPass] | str, registry: PassRegistry) -> An
         if key in options:
             raise UsageError(f"`{key}` is given twice in `{item}`. Keep one.")
         options[key] = value
+        latest = key
     return _build(name, options, registry)
 
 

@@ -73,3 +73,10 @@ def test_auto_without_a_block_boundary_says_so() -> None:
 def test_an_unknown_address(program: Program) -> None:
     with pytest.raises(UsageError, match=r"Nothing in the program is at `layer9`. Nearest: `layer2`, `layer1`"):
         hooks("layer9").plan(program, Context(original=program))
+
+
+def test_addresses_with_an_operator_round_trip_as_pipeline_text() -> None:
+    text = "distill_hooks:taps=layer1.conv1:conv2d+layer1.relu:relu#1:limit=3"
+    pipeline = Pipeline.parse(text)
+    assert pipeline.steps[0].instance.options.taps == ("layer1.conv1:conv2d", "layer1.relu:relu#1")
+    assert pipeline.text == text

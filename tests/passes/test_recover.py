@@ -169,7 +169,7 @@ def test_factorised_layers_and_texts_of_unlike_length_learn() -> None:
 
     plan = Recover(SMALL).plan(program, Context(original=original, samples=Texts()))  # type: ignore[arg-type]
     assert plan.measured["epochs"][-1] < plan.measured["before"]  # type: ignore[index, operator]
-    assert [name for name in plan.taps] == ["layers.0:add#1", "layers.0:add#2", "layers.1:add#1", "layers.1:add#2"]
+    assert list(plan.taps) == ["layers.0:add#1", "layers.0:add#2", "layers.1:add#1", "layers.1:add#2"]
     assert plan.outputs == {"output": "values"}
 
 
