@@ -17,7 +17,7 @@ from a parameter is a parameter, so that it can be trained.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,8 +52,10 @@ class ConstantFold:
     trainable: bool  # whether it comes from a parameter
 
 
-def find_constants(program: Program) -> tuple[list[ConstantFold], dict[str, torch.Tensor], list[Refusal]]:
-    """List the values to store, the tensors by attribute name, and the values that are too large."""
+def find_constants(
+    program: Program, *, taken: Iterable[str] = ()
+) -> tuple[list[ConstantFold], dict[str, torch.Tensor], list[Refusal]]:
+    """List the values to store, the tensors by attribute name (none of `taken`), and the values that are too large."""
     gm = program.graph_module
     storages = Storages(gm.graph)
     constants = _constants(gm, storages)
@@ -68,7 +70,7 @@ def find_constants(program: Program) -> tuple[list[ConstantFold], dict[str, torc
         trainable = value.is_floating_point() and any(
             isinstance(constant(source, gm), torch.nn.Parameter) for source in _sources([node])
         )
-        name = _twin(value, trainable, folds, tensors) or _free_name(editor, _wanted_name(node), tensors)
+        name = _twin(value, trainable, folds, tensors) or _free_name(editor, _wanted_name(node), {*taken, *tensors})
         tensors.setdefault(name, value.detach().clone(memory_format=torch.contiguous_format))
         folds.append(ConstantFold(node.name, name, trainable))
     return folds, tensors, refusals
@@ -168,7 +170,10 @@ def _worth_storing(
         if not isinstance(node.meta["val"], torch.Tensor) or written_inputs(node):
             outside.add(node)
             continue
-        reason = too_large(_bytes(node.meta["val"]), _replaced(gm, node, constants))
+        replaced = _replaced(gm, node, constants - outside)
+        if replaced == 0 and any(member.op == "get_attr" for member in storages.members(node)):
+            continue  # a view of an attribute that stays: storing it again would save nothing
+        reason = too_large(_bytes(node.meta["val"]), replaced)
         if not reason:
             chosen[node] = None
             continue
@@ -180,7 +185,7 @@ def _worth_storing(
 
 
 def _replaced(gm: fx.GraphModule, node: fx.Node, constants: set[fx.Node]) -> int:
-    """Return the bytes of the attributes that only constants read and `node` is computed from."""
+    """Return the bytes of the attributes that `node` is computed from and only `constants` read."""
     tensors = {
         source.target: _bytes(tensor_attribute(gm, str(source.target)))
         for source in _sources([node])
@@ -268,7 +273,7 @@ def _wanted_name(node: fx.Node) -> str:
     return ".".join(filter(None, (module_path(node), node.name)))
 
 
-def _free_name(editor: Editor, wanted: str, taken: Mapping[str, torch.Tensor]) -> str:
+def _free_name(editor: Editor, wanted: str, taken: Set[str]) -> str:
     name, count = editor.new_name(wanted), 0
     while name in taken:
         count += 1

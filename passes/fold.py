@@ -2,48 +2,64 @@
 
     conv2d -> dropout -> batch_norm -> relu        conv2d -> relu
 
-Three stages, each a module of its own: `no_ops`, `constant_folding`, `affine_folding` (repeated while it finds
-something: conv -> batch_norm -> mul is two rounds).
+Three stages, each a module of its own: `no_ops`, `constant_folding`, `affine_folding`; repeated while they find
+something.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
 
 from graphopt.context import Context
 from graphopt.pass_base import NoOptions, Pass
 from graphopt.passes.affine_folding import AffineFold, apply_affine_folds, find_affine_folds
 from graphopt.passes.constant_folding import ConstantFold, find_constants, store_constants
 from graphopt.passes.no_ops import drop_no_ops, find_no_ops
-from graphopt.plan import Plan
+from graphopt.plan import Plan, Refusal
 from graphopt.program import Program
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class FoldPlan(Plan):
-    """What `fold` does, stage by stage. The tensors are the constants, by the name they are stored under.
+@dataclass(frozen=True, slots=True)
+class FoldRound:
+    """What is done at once; the next round works on the result.
 
     Attributes:
         dropped: names of the calls that return their input.
         constants: values that are stored instead of computed.
-        rounds: scales and shifts that go into a layer; each round works on the result of the one before.
+        affines: scales and shifts that go into a layer.
     """
 
     dropped: tuple[str, ...] = ()
     constants: tuple[ConstantFold, ...] = ()
-    rounds: tuple[tuple[AffineFold, ...], ...] = ()
+    affines: tuple[AffineFold, ...] = ()
+
+    @property
+    def sites(self) -> list[str]:
+        """The nodes that go."""
+        folded = [name for fold in self.affines for name in fold.affines]
+        return [*self.dropped, *(fold.node for fold in self.constants), *folded]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldPlan(Plan):
+    """What `fold` does. The tensors are the constants, by the name they are stored under.
+
+    Attributes:
+        rounds: each works on the result of the one before: conv -> batch_norm -> mul is two.
+    """
+
+    rounds: tuple[FoldRound, ...] = ()
 
     def __post_init__(self) -> None:
         """Turn stored JSON back into records."""
-        object.__setattr__(self, "dropped", tuple(self.dropped))
-        object.__setattr__(self, "constants", tuple(_record(ConstantFold, item) for item in self.constants))
-        rounds = tuple(tuple(_record(AffineFold, item) for item in folds) for folds in self.rounds)
-        object.__setattr__(self, "rounds", rounds)
+        object.__setattr__(self, "rounds", tuple(_round(item) for item in self.rounds))
 
 
 class Fold(Pass[NoOptions, FoldPlan]):
@@ -70,42 +86,68 @@ class Fold(Pass[NoOptions, FoldPlan]):
     produces = ("folded",)
 
     def plan(self, program: Program, ctx: Context) -> FoldPlan:
-        """Find what can be folded, stage after stage, each on the result of the one before."""
-        dropped, refusals = find_no_ops(program)
-        program = drop_no_ops(program, dropped)
-        constants, tensors, too_large = find_constants(program)
-        program = store_constants(program, constants, tensors)
-        rounds: list[tuple[AffineFold, ...]] = []
+        """Find what can be folded, round after round, each on the result of the one before."""
+        rounds: list[FoldRound] = []
+        tensors: dict[str, torch.Tensor] = {}
         while True:
-            folds, left = find_affine_folds(program)
-            if not folds:
+            found, refusals, program = _find_round(program, tensors)
+            if not found.sites:
                 break
-            rounds.append(tuple(folds))
-            program = apply_affine_folds(program, folds)
-        affines = [name for folds in rounds for fold in folds for name in fold.affines]
-        present = {node.name for node in program.graph.nodes}  # what one stage leaves, a later one may remove
+            rounds.append(found)
         plan = self.new_plan(
-            sites=[*dropped, *(fold.node for fold in constants), *affines],
-            refusals=[refusal for refusal in (*refusals, *too_large, *left) if refusal.site in present],
+            sites=[site for found in rounds for site in found.sites],
+            refusals=refusals,
             tensors=tensors,
-            dropped=tuple(dropped),
-            constants=tuple(constants),
             rounds=tuple(rounds),
         )
         logger.info("fold: %s", plan.summary())
         return plan
 
     def apply(self, program: Program, plan: FoldPlan) -> Program:
-        """Carry out the stages in order."""
-        program = drop_no_ops(program, plan.dropped)
-        program = store_constants(program, plan.constants, plan.tensors)
-        for folds in plan.rounds:
-            program = apply_affine_folds(program, folds)
-        return program
+        """Carry out the rounds in order."""
+        result = program
+        for found in plan.rounds:
+            result = _apply_affines(_apply_constants(_drop(result, found), found, plan.tensors), found)
+        return program.copy() if result is program else result
 
 
-def _record(kind: type[Any], item: Any) -> Any:
-    """Return `item` as a `kind`, lists as tuples."""
-    if not isinstance(item, Mapping):
+def _find_round(program: Program, tensors: dict[str, torch.Tensor]) -> tuple[FoldRound, list[Refusal], Program]:
+    """Return one round, what it leaves alone, and the program after it; add its constants to `tensors`."""
+    dropped, refusals = find_no_ops(program)
+    found = FoldRound(dropped=tuple(dropped))
+    program = _drop(program, found)
+    constants, stored, too_large = find_constants(program, taken=tensors)
+    tensors.update(stored)
+    found = replace(found, constants=tuple(constants))
+    program = _apply_constants(program, found, tensors)
+    affines, left = find_affine_folds(program)
+    found = replace(found, affines=tuple(affines))
+    program = _apply_affines(program, found)
+    present = {node.name for node in program.graph.nodes}  # what one stage leaves, a later one may remove
+    return found, [refusal for refusal in (*refusals, *too_large, *left) if refusal.site in present], program
+
+
+def _drop(program: Program, found: FoldRound) -> Program:
+    return drop_no_ops(program, found.dropped) if found.dropped else program
+
+
+def _apply_constants(program: Program, found: FoldRound, tensors: Mapping[str, torch.Tensor]) -> Program:
+    return store_constants(program, found.constants, tensors) if found.constants else program
+
+
+def _apply_affines(program: Program, found: FoldRound) -> Program:
+    return apply_affine_folds(program, found.affines) if found.affines else program
+
+
+def _round(item: FoldRound | Mapping[str, Any]) -> FoldRound:
+    """Return a round that may have come from JSON."""
+    if isinstance(item, FoldRound):
         return item
-    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in item.items()})
+    return FoldRound(
+        dropped=tuple(item["dropped"]),
+        constants=tuple(ConstantFold(**fold) for fold in item["constants"]),
+        affines=tuple(
+            AffineFold(tuple(f["affines"]), tuple(f["calls"]), f["side"], f["weight"], f["bias"])
+            for f in item["affines"]
+        ),
+    )

@@ -20,7 +20,9 @@ import torch
 
 from graphopt.covariance import Covariance
 
-_LEAST_SHRINKAGE = 1e-6  # keeps C invertible; far below what 8-bit or even float32 inference can tell
+# Least eigenvalue of C over its norm: above the rounding of float32 activations (6e-8), which could otherwise make C
+# indefinite; 60 dB below the strongest direction, and 8-bit activations resolve 50.
+_FLOOR = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,10 +77,10 @@ def decompose(weight: torch.Tensor, covariance: Covariance | None, *, has_bias: 
         left, values, right = torch.linalg.svd(weight, full_matrices=False)
         return _with_fixed_signs(left, values, right, None)
     moments = covariance.about_mean() if has_bias else covariance.about_zero()
-    scales, directions = torch.linalg.eigh(shrunk(moments, covariance.rows))
-    root = scales.clamp_min(scales[-1] * torch.finfo(torch.float64).eps).sqrt()
-    left, values, right = torch.linalg.svd(weight @ (directions * root), full_matrices=False)
-    return _with_fixed_signs(left, values, (right / root) @ directions.T, covariance.mean() if has_bias else None)
+    root = torch.linalg.cholesky(shrunk(moments, covariance.rows))  # L
+    left, values, right = torch.linalg.svd(weight @ root, full_matrices=False)
+    right = torch.linalg.solve_triangular(root, right, upper=False, left=False)
+    return _with_fixed_signs(left, values, right, covariance.mean() if has_bias else None)
 
 
 def shrunk(moments: torch.Tensor, rows: int) -> torch.Tensor:
@@ -87,9 +89,10 @@ def shrunk(moments: torch.Tensor, rows: int) -> torch.Tensor:
     trace, squares = float(moments.trace()), float(moments.square().sum())
     spread = (rows + 1 - 2 / features) * (squares - trace**2 / features)
     wanted = ((1 - 2 / features) * squares + trace**2) / spread if spread > 0 else 1.0
-    share = min(max(wanted, _LEAST_SHRINKAGE), 1.0)
     mean_eigenvalue = trace / features if trace > 0 else 1.0
-    return (1 - share) * moments + share * mean_eigenvalue * torch.eye(features, dtype=moments.dtype)
+    share = min(max(wanted, _FLOOR * squares**0.5 / mean_eigenvalue), 1.0)
+    target = mean_eigenvalue * torch.eye(features, dtype=moments.dtype)
+    return torch.lerp(moments, target, share)
 
 
 def _with_fixed_signs(

@@ -113,6 +113,13 @@ class WeightedCall:
         return any(pad != 0 for pad in ([padding] if isinstance(padding, int) else padding))
 
 
+def is_layer(node: fx.Node) -> bool:
+    """Tell whether `node` is a convolution or linear layer, wherever its weight comes from."""
+    if node.op != "call_function" or node.target not in _OPERATORS:
+        return False
+    return node.target not in (aten.mm.default, aten.matmul.default)  # products of two values as often as layers
+
+
 def weighted_call(node: fx.Node, gm: fx.GraphModule) -> WeightedCall | None:
     """Describe `node` if it is a convolution or linear layer with a stored floating-point weight.
 
