@@ -4,6 +4,7 @@
 
 Which dimensions go together is inferred (`graphopt.axes`): an axis that some weight produces and some weight
 consumes is a group, and an index leaves every parameter, buffer and literal that carries the group's axis at once.
+With calibration data the layers behind are refitted to give what they gave before (`graphopt.passes.compensation`).
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from graphopt.axes.rewrite import remove, slices
 from graphopt.context import Context
 from graphopt.errors import PassError, UsageError
 from graphopt.pass_base import Pass
+from graphopt.passes.compensation import Compensation
 from graphopt.passes.pruning_scores import score
-from graphopt.plan import Plan, Refusal
+from graphopt.passes.reconstruction import FEWEST, reconstruct, with_tensors
+from graphopt.plan import Json, Plan, Refusal
 from graphopt.program import Program
 
 Kind = Literal["channels", "hidden", "heads", "head_dim", "width"]
@@ -46,6 +49,8 @@ class PruneOptions:
     min_channels: keep at least so many of every group.
     kinds: which kinds of axis may go.
     skip: groups to leave whole, as globs of names like `layer1.*`.
+    compensate: with data, refit the layers behind what is removed, so that the model works before any training.
+    samples: calibration samples used for that at most.
     """
 
     ratio: Annotated[float, Field(ge=0, lt=1)] = 0.3
@@ -55,19 +60,24 @@ class PruneOptions:
     min_channels: Annotated[int, Field(ge=1)] = 2
     kinds: tuple[Kind, ...] = ("channels", "hidden", "heads", "head_dim", "width")
     skip: tuple[str, ...] = ()
+    compensate: bool = True
+    samples: Annotated[int, Field(ge=FEWEST)] = 512
 
 
 @dataclass(frozen=True, kw_only=True)
 class PruningPlan(Plan):
-    """Which indices stay.
+    """Which indices stay. Tensors: refitted weights, biases and statistics by name, in their new shapes.
 
     Attributes:
         kept: {parameter or buffer: {dimension: sorted kept indices of the original}}, for what shrinks.
         groups: {group: sorted kept indices of its axis}; what `apply` reads.
+        compensated: {weight: {"before": relative squared error of its output on held-out samples, "after": the same
+            with the refitted weight, "ridge": strength of the pull to the old one}}.
     """
 
     kept: Mapping[str, Mapping[int, Sequence[int]]] = field(default_factory=dict)
     groups: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    compensated: Mapping[str, Mapping[str, Json]] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Self:
@@ -87,6 +97,8 @@ class Prune(Pass[PruneOptions, PruningPlan]):
        reshape without common factors, nothing consumes it); the reason names what holds it.
     3. Refused: a group so small, or a ratio so low, that rounding leaves it whole.
     4. Refused: a group named in `skip`, or of a kind that is not in `kinds`.
+    5. With data, every layer whose input changed is refitted by least squares; refused: one whose weight is shared or
+       computed, and one that the held-out samples show to be no better for it.
     """
 
     name = "prune"
@@ -111,7 +123,16 @@ class Prune(Pass[PruneOptions, PruningPlan]):
             else:
                 refusals.append(_left_whole(group, self.options, multiple))
         named = {group.name: kept[group.axis] for group in groups if group.axis in kept}
-        return self.new_plan(sites=named, refusals=refusals, groups=named, kept=slices(axes, kept))
+        found, quality = self._compensation(program, axes, kept, ctx)
+        return self.new_plan(
+            sites=named,
+            refusals=[*refusals, *found.refusals],
+            groups=named,
+            kept=slices(axes, kept),
+            tensors=found.tensors,
+            compensated=found.layers,
+            measured=quality,
+        )
 
     def apply(self, program: Program, plan: PruningPlan) -> Program:
         """Remove what the plan does not keep.
@@ -127,13 +148,27 @@ class Prune(Pass[PruneOptions, PruningPlan]):
         kept = {axis_of[name]: list(indices) for name, indices in plan.groups.items()}
         if slices(axes, kept) != {name: dict(dims) for name, dims in plan.kept.items()}:
             raise PassError("The plan was made for a program with other weights' shapes. Make the plan again.")
-        return program.with_graph(remove(program.graph_module, axes, kept, self.name))
+        pruned = program.with_graph(remove(program.graph_module, axes, kept, self.name))
+        return with_tensors(pruned, plan.tensors, self.name) if plan.tensors else pruned
 
     def prove(self, before: Program, after: Program, plan: PruningPlan) -> None:
-        """Prove masked equivalence in float64 with all parameters drawn at random."""
+        """Prove masked equivalence in float64 with all parameters drawn at random.
+
+        That is about the removal alone: what is refitted has other values, which the proof does not look at.
+        """
         check_masked_equivalence(
             before.graph_module, after.graph_module, plan.kept, before.example_args, before.example_kwargs
         )
+
+    def _compensation(
+        self, program: Program, axes: Axes, kept: Mapping[int, Sequence[int]], ctx: Context
+    ) -> tuple[Compensation, dict[str, float]]:
+        if not kept or not self.options.compensate:
+            return Compensation(), {}
+        if ctx.samples is None:
+            return Compensation(refusals=[Refusal("compensation", "not compensated: there is no data")]), {}
+        pruned = program.with_graph(remove(program.graph_module, axes, kept, self.name))
+        return reconstruct(program, pruned, axes, kept, ctx, self.options.samples, self.name)
 
     def _wanted(self, axes: Axes) -> tuple[list[Group], list[Refusal]]:
         """Return the groups that may be pruned, and a refusal for every axis that may not."""

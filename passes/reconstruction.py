@@ -1,0 +1,95 @@
+"""What calibration data makes of a program that lost channels: the tensors with which it is nearest the original.
+
+Compensated weights, or those and re-estimated BatchNorm statistics, or neither: what is kept is what brings the
+outputs nearest those of the original.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from graphopt.axes.infer import Axes
+from graphopt.context import Batch, Context
+from graphopt.distillation.statistics import batch_norms, estimate_statistics
+from graphopt.equivalence import Probe
+from graphopt.graph import Editor, tensor_attribute
+from graphopt.passes.compensation import Compensation, compensate
+from graphopt.plan import Refusal
+from graphopt.program import Program
+from graphopt.stepping import peak_bytes_per_sample
+
+FEWEST = 16  # samples; of fewer, what is held out is no judge
+MEMORY = 2 << 30  # bytes of activations of both programs held at once
+_BATCH = 64  # samples run at once
+_JUDGED = 2  # batches whose outputs are compared
+
+
+def reconstruct(
+    original: Program,
+    pruned: Program,
+    axes: Axes,
+    kept: Mapping[int, Sequence[int]],
+    ctx: Context,
+    limit: int,
+    made_by: str,
+) -> tuple[Compensation, dict[str, float]]:
+    """Find the tensors that `pruned` should have, from at most `limit` samples.
+
+    Args:
+        original: the program before the removal.
+        pruned: the program after it; not changed.
+        axes: of `original`.
+        kept: the indices each axis keeps.
+        ctx: whose samples are run, at least one batch of them.
+        limit: samples used at most; fewer where they would not fit in `MEMORY`.
+        made_by: the pass.
+
+    Returns:
+        New tensors with what was left alone, and by name of what was tried the signal-to-noise ratio of the outputs
+        in dB.
+    """
+    batches = _batches(original, ctx, limit)
+    count = sum(len(batch[0]) for batch in batches)
+    if count < FEWEST:
+        reason = f"not compensated: {count} samples of calibration data, at least {FEWEST} are needed"
+        return Compensation(refusals=[Refusal("compensation", reason, "not compensated: too few samples")]), {}
+    found = compensate(original, pruned, axes, kept, batches, ctx)
+    candidates = {"plain": {}, "compensated": found.tensors}
+    if batch_norms(pruned):
+        compensated = with_tensors(pruned, found.tensors, made_by)
+        statistics = estimate_statistics(compensated, batches)
+        candidates["compensated, statistics re-estimated"] = {**found.tensors, **statistics}
+    probes = [Probe(original, batch) for batch in batches[:_JUDGED]]
+    quality: dict[str, float] = {}
+    for name, tensors in candidates.items():
+        candidate = with_tensors(pruned, tensors, made_by)
+        quality[name] = min(probe.measure(candidate.call_flat).sqnr for probe in probes)
+    best = max(quality, key=quality.__getitem__)
+    if best == "plain":
+        reason = "not compensated: the outputs are nearest the original's without"
+        found.refusals.append(Refusal("compensation", reason))
+        found.layers.clear()
+    found.tensors = dict(candidates[best])
+    return found, quality
+
+
+def with_tensors(program: Program, tensors: Mapping[str, torch.Tensor], made_by: str) -> Program:
+    """Return a copy of `program` in which some parameters and buffers hold other values."""
+    program = program.copy()
+    editor = Editor(program.graph_module, made_by)
+    for name, tensor in tensors.items():
+        old = tensor_attribute(program.graph_module, name)
+        editor.put(name, tensor.to(old.device), trainable=isinstance(old, torch.nn.Parameter))
+    return program.with_graph(editor.finish())
+
+
+def _batches(program: Program, ctx: Context, limit: int) -> list[Batch]:
+    """Read the samples that fit in memory, in batches the program takes."""
+    samples = ctx.need_samples("prune", "to make up for what is removed")
+    fits = MEMORY // max(1, 2 * peak_bytes_per_sample(program))
+    limit = min(limit, max(FEWEST, fits))
+    size = _BATCH if program.batched else int(program.inputs[0].shape[0])
+    batches = [tuple(batch) for batch in samples.batches(size, limit)]
+    return [batch for batch in batches if program.batched or len(batch[0]) == size]
