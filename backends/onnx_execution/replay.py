@@ -39,29 +39,40 @@ class Step:
 class Replay(fx.Interpreter):
     """Interprets a flat program, taking the runtime's integers over after comparing with them."""
 
-    def __init__(self, flat: Program, codes: Mapping[str, torch.Tensor], *, exact: bool = False) -> None:
+    def __init__(self, flat: Program, *, exact: bool = False) -> None:
         """Prepare to run.
 
         Args:
             flat: what `flatten` returned.
-            codes: the runtime's integers by quantize node of the original program. Nodes without are computed.
             exact: compute every float32 value in float64.
         """
         super().__init__(flat.graph_module)
-        self._codes = codes
+        self._codes: Mapping[str, torch.Tensor] = {}
         self._exact = exact
+        self._weights: dict[fx.Node, torch.Tensor] = {}
         self.steps: list[Step] = []
 
-    def outputs(self, inputs: Tensors) -> Tensors:
-        """Return the flat outputs; `steps` then says how far each quantization was off."""
+    def outputs(self, inputs: Tensors, codes: Mapping[str, torch.Tensor] | None = None) -> Tensors:
+        """Return the flat outputs; `steps` then says how far each quantization was off.
+
+        Args:
+            inputs: flat inputs.
+            codes: the runtime's integers by quantize node of the original program. Nodes without are computed.
+        """
         self.steps = []
+        self._codes = codes or {}
         with torch.no_grad():
             result: Tensors = self.run(*(self._widened(tensor) for tensor in inputs))
         return result
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run one node."""
+        """Run one node; weights are dequantized once for all runs."""
+        if n in self._weights:
+            return self._weights[n]
         result = super().run_node(n)
+        if n.target is torch.ops.graphopt.dequantize.default and _is_stored(n.args[0]):
+            self._weights[n] = result = self._widened(result)
+            return result
         if n.target is torch.ops.graphopt.quantize.default:
             source = n.meta["custom"][SOURCE]
             codes = self._codes.get(source)
@@ -87,8 +98,13 @@ def quantize_nodes(program: Program) -> list[str]:
     return [node.name for node in program.graph.nodes if node.target is torch.ops.graphopt.quantize.default]
 
 
+def _is_stored(argument: object) -> bool:
+    return isinstance(argument, fx.Node) and argument.op == "get_attr"
+
+
 def _step(source: str, computed: torch.Tensor, codes: torch.Tensor) -> Step:
-    difference = (computed.to(torch.int32) - codes.to(torch.int32)).abs()
-    if difference.numel() == 0:
+    if torch.equal(computed, codes):
         return Step(source, 0, 0.0)
-    return Step(source, int(difference.max()), float((difference > 0).double().mean()))
+    wide = torch.int64 if computed.dtype is torch.int32 else torch.int16
+    difference = computed.to(wide).sub_(codes).abs_()
+    return Step(source, int(difference.max()), int(difference.count_nonzero()) / difference.numel())

@@ -53,8 +53,11 @@ def _(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, low: int, 
 @torch.library.custom_op("graphopt::dequantize", mutates_args=())
 def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Tensor:
     """Return the real numbers that the integers `q` stand for, in the dtype of `scale`."""
-    centred = q.to(torch.int32) - _along(zero_point, q.dim(), axis).to(torch.int32)
-    return centred.to(scale.dtype) * _along(scale, q.dim(), axis)
+    shift = _along(zero_point, q.dim(), axis)
+    if q.dtype is torch.int32:
+        return (q - shift.to(torch.int32)).to(scale.dtype) * _along(scale, q.dim(), axis)
+    # differences of 8-bit integers are exact in every floating type
+    return q.to(scale.dtype).sub_(shift.to(scale.dtype)).mul_(_along(scale, q.dim(), axis))
 
 
 @dequantize.register_fake

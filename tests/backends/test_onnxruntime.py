@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from graphopt import capture
 from graphopt.backend import Artifact
 from graphopt.backends.onnx_execution.session import SessionSettings
 from graphopt.backends.onnx_lowering import simplification
+from graphopt.backends.onnx_lowering.lowering import Style, lower
 from graphopt.backends.onnx_lowering.saving import save
 from graphopt.backends.onnxruntime import OnnxRuntimeBackend
 from graphopt.backends.onnxruntime.fusion import kernel_counts
@@ -260,14 +262,15 @@ def test_an_operator_without_a_kernel_leaves_nothing_behind(tmp_path: Path) -> N
 
 class TestSimplification:
     @pytest.fixture(scope="class")
-    def residual(self) -> Program:
-        return program_of(Residual(), 2, 3, 8, 8)
+    def lowered(self) -> tuple[Program, ir.Model]:
+        program = program_of(Residual(), 2, 3, 8, 8)
+        return program, lower(program, Style(20, global_pooling=True))
 
-    def test_an_optimized_graph_is_kept(self, residual: Program, tmp_path: Path) -> None:
+    def test_by_onnxsim_itself(self, lowered: tuple[Program, ir.Model], tmp_path: Path) -> None:
         pytest.importorskip("onnxsim")
-        artifact = OnnxRuntimeBackend(simplify=True).lower(residual, tmp_path / "model.onnx")
+        artifact = OnnxRuntimeBackend(simplify=True).lower(lowered[0], tmp_path / "model.onnx")
         assert str(artifact.facts["onnxsim"]).startswith(("discarded: ", "kept: "))
-        BACKEND.verify(artifact, residual)
+        BACKEND.verify(artifact, lowered[0])
 
     @pytest.mark.parametrize(
         ("change", "verdict"),
@@ -275,25 +278,31 @@ class TestSimplification:
             (lambda proto: proto, "discarded: 9 nodes before, 9 after"),
             (lambda proto: _without_pool(proto, scale=1.0), "kept: 9 nodes before, 8 after"),
             (lambda proto: _without_pool(proto, scale=2.0), "discarded: it computes something else"),
+            (lambda proto: 1 / 0, "discarded: it failed (ZeroDivisionError)"),
         ],
     )
     def test_kept_only_if_smaller_and_equal(
-        self, residual: Program, change: object, verdict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self,
+        lowered: tuple[Program, ir.Model],
+        change: Callable[[object], object],
+        verdict: str,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         class Fake:
             @staticmethod
             def simplify(proto: object, **_: object) -> tuple[object, bool]:
-                return change(proto), True  # type: ignore[operator]
+                return change(proto), True
 
         monkeypatch.setattr(simplification, "_import", lambda: Fake)
-        artifact = OnnxRuntimeBackend(simplify=True).lower(residual, tmp_path / "model.onnx")
-        assert str(artifact.facts["onnxsim"]).startswith(verdict)
-        BACKEND.verify(artifact, residual)
+        program, model = lowered
+        result, said = simplification.simplify_where_smaller(model, program)
+        assert said.startswith(verdict)
+        assert (result is model) == said.startswith("discarded")
 
-    def test_not_installed(self, residual: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_not_installed(self, lowered: tuple[Program, ir.Model], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "onnxsim", None)
         with pytest.raises(LoweringError, match=r"pip install 'graphopt\[onnxsim\]'"):
-            OnnxRuntimeBackend(simplify=True).lower(residual, tmp_path / "model.onnx")
+            simplification.simplify_where_smaller(lowered[1], lowered[0])
 
 
 def _without_pool(proto: object, *, scale: float) -> object:

@@ -115,14 +115,14 @@ def test_replay_starts_each_piece_from_the_runtimes_integers(integers: tuple[Pro
     flat = flatten(program)
     x = program.flat_examples()
     names = quantize_nodes(program)
-    free = Replay(flat, {})
+    free = Replay(flat)
     outputs = free.outputs(x)
     assert free.steps == []
     torch.testing.assert_close(outputs[0], program.call_flat(x)[0])
     first = program.graph.find_nodes(op="call_function", target=torch.ops.graphopt.quantize.default)[0]
     codes = torch.zeros(first.meta["val"].shape[1:], dtype=torch.uint8).expand(2, -1, -1, -1)
-    replay = Replay(flat, {names[0]: codes})
-    other = replay.outputs(x)
+    replay = Replay(flat)
+    other = replay.outputs(x, {names[0]: codes})
     assert [step.node for step in replay.steps] == names[:1]
     assert replay.steps[0].largest > 1
     assert not torch.equal(other[0], outputs[0])
