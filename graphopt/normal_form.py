@@ -15,6 +15,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
+from graphopt.aliasing import Storages
 from graphopt.graph import assemble, erase_dead
 
 _SET_GRAD = "wrap_with_set_grad_enabled"
@@ -27,7 +28,10 @@ def normalise(gm: fx.GraphModule) -> fx.GraphModule:
         pass
     _make_functional(gm.graph)
     # Identities that only exist so that a Python constant is not written to.
+    storages = Storages(gm.graph)
     for node in list(gm.graph.nodes):
+        if node.target is torch.ops.aten.lift_fresh_copy.default and storages.writes(node):
+            continue  # without the copy every call would write to the constant again
         if node.target in (torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.detach_.default):
             node.replace_all_uses_with(node.args[0])
             gm.graph.erase_node(node)

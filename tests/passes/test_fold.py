@@ -627,3 +627,16 @@ def test_the_lowered_program_has_no_norm_and_no_mask_arithmetic(tmp_path: Path) 
     kinds = [node.op_type for node in onnx.load(artifact.path).graph.node]
     assert kinds.count("Conv") == 1
     assert not {"BatchNormalization", "ScatterND", "Expand", "Slice"} & set(kinds)
+
+
+def test_a_python_constant_that_the_model_writes_to_is_the_same_at_every_call() -> None:
+    class Counter(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            start = torch.tensor([0.0, 1.0, 2.0])
+            start[0] += 1
+            return x + start
+
+    program = capture(Counter(), noise(2, 3))
+    zeros = torch.zeros(1, 3)
+    assert torch.equal(program(zeros), program(zeros))
+    assert operators(check_pass(Fold(), program, ()).after) == ["add"]
