@@ -70,9 +70,9 @@ def capture(
     with _eval_mode(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         args, kwargs, leaf_shapes = _with_dynamic_batch(model, args, kwargs, dynamic_shapes)
-        _run_model(model, args, kwargs)  # tells a model that fails from a capture that fails
+        expected = _run_model(model, args, kwargs)  # tells a model that fails from a capture that fails
         program = _capture(model, args, kwargs, leaf_shapes)
-        _check_equal(model, program, args, kwargs)
+        _check_equal(program, expected, args, kwargs)
     return program if share_tensors else program.copy(share_tensors=False)
 
 
@@ -246,13 +246,13 @@ def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sh
 _CHECKED_BATCHES = (1, 3)  # sizes beside the captured one at which program and model are compared
 
 
-def _check_equal(model: nn.Module, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _check_equal(program: Program, expected: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Compare the captured outputs with the model's: a trace may silently keep the wrong branch.
 
     Raises:
         CaptureError: they differ on the examples.
     """
-    worst = _disagreement(model, program, args, kwargs)
+    worst = _disagreement(program, expected, args, kwargs)
     if worst:
         raise CaptureError(
             f"The captured program does not compute what the model does: {worst}. The model is random in eval mode, or "
@@ -272,7 +272,8 @@ def _wrong_batch(model: nn.Module, program: Program, args: tuple[Any, ...], kwar
         sized = [_resized(leaf, size) if flag else leaf for leaf, flag in zip(leaves, is_batched, strict=True)]
         other_args, other_kwargs = pytree.tree_unflatten(sized, spec)
         try:
-            worst = _disagreement(model, program, other_args, other_kwargs)
+            expected = _run_model(model, other_args, other_kwargs)
+            worst = _disagreement(program, expected, other_args, other_kwargs)
         except CaptureError:
             continue  # the model itself does not take this size
         except Exception as err:  # the traced graph may fail in any kernel
@@ -287,9 +288,8 @@ def _resized(tensor: torch.Tensor, size: int) -> torch.Tensor:
     return tensor[rows]
 
 
-def _disagreement(model: nn.Module, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """Run both on the same inputs and the same random numbers; say how they differ, "" if they do not."""
-    expected = _run_model(model, args, kwargs)
+def _disagreement(program: Program, expected: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Run the program on what the model returned `expected` for; say how they differ, "" if they do not."""
     args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

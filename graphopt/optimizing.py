@@ -28,7 +28,7 @@ from graphopt.report import Report
 from graphopt.result import Result
 from graphopt.runner import run
 
-_PROBE_SAMPLES = 16  # samples every row's output error is measured on
+_PROBE_SAMPLES = 8  # samples every row's output error is measured on
 DEFAULT_PASSES = "prune:ratio=0.5,svd,int8"
 
 
