@@ -3,7 +3,7 @@
     python tools/zoo_prune.py --family torchvision
     python tools/zoo_prune.py --family timm --only 'swin*' --ratio 0.3
 
-Each model is captured, half of every group is removed at random with no hints, the result is run, its outputs' shapes
+Each model is captured and put through `prune` with no hints, the result is run, its outputs' shapes
 and its share of removed parameters are checked, and masked equivalence is proved in float64 with random parameters.
 One model runs per process, so that memory is given back and a crash costs one row.
 """
@@ -11,9 +11,9 @@ One model runs per process, so that memory is given back and a crash costs one r
 from __future__ import annotations
 
 import concurrent.futures
+import enum
 import fnmatch
 import json
-import math
 import os
 import subprocess
 import sys
@@ -35,16 +35,25 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import zoo_models
 
-from graphopt.axes.infer import Axes, infer
+from graphopt.axes.infer import infer
 from graphopt.axes.masked import check_masked_equivalence, check_slices
 from graphopt.axes.oracle.value import CannotProveError
-from graphopt.axes.rewrite import remove, slices
 from graphopt.capturing import capture
+from graphopt.context import Context
 from graphopt.errors import CaptureError, VerifyError
+from graphopt.passes.prune import Prune, PruneOptions
 from graphopt.program import Program
 
 _LEAST_REMOVED = 0.3  # of the parameters, at a ratio of one half
 _EXACT = "exact"
+
+
+class Criterion(enum.Enum):
+    """The criteria of `prune`."""
+
+    L1 = "l1"
+    L2 = "l2"
+    RANDOM = "random"
 
 
 @dataclass(slots=True)
@@ -71,13 +80,13 @@ class Row:
         return 1 - self.after / self.before if self.before else 0.0
 
 
-def examine(family: str, name: str, ratio: float) -> Row:
+def examine(family: str, name: str, ratio: float, criterion: Criterion) -> Row:
     """Capture, prune and prove one architecture."""
     row = Row(family, name)
     torch.manual_seed(0)
     subject = zoo_models.families()[family]()[name]()
     try:
-        _examine(row, subject, ratio)
+        _examine(row, subject, ratio, criterion)
     except CaptureError as err:
         row.verdict, row.message = "capture failed", str(err)
     except CannotProveError as err:
@@ -89,7 +98,7 @@ def examine(family: str, name: str, ratio: float) -> Row:
     return row
 
 
-def _examine(row: Row, subject: zoo_models.Subject, ratio: float) -> None:
+def _examine(row: Row, subject: zoo_models.Subject, ratio: float, criterion: Criterion) -> None:
     start = time.perf_counter()
     program = capture(subject.model, subject.args, subject.kwargs, share_tensors=True)
     row.capture_seconds = time.perf_counter() - start
@@ -101,26 +110,18 @@ def _examine(row: Row, subject: zoo_models.Subject, ratio: float) -> None:
     row.analysis_seconds = time.perf_counter() - start
     row.unknown = sorted(axes.unknown)
     row.groups = len(axes.groups())
-    kept = _random_half(axes, ratio)
-    pruned = remove(gm, axes, kept)
+    del axes
+    prune = Prune(PruneOptions(ratio=ratio, criterion=criterion.value))
+    plan = prune.plan(program, Context(program))
+    pruned = prune.apply(program, plan).graph_module
     row.after = _count(pruned)
     _same_shapes(program, pruned)
-    cut = slices(axes, kept)
-    check_slices(gm, pruned, cut)
+    check_slices(gm, pruned, plan.kept)
     start = time.perf_counter()
-    row.error = check_masked_equivalence(gm, pruned, cut, program.example_args, program.example_kwargs)
+    row.error = check_masked_equivalence(gm, pruned, plan.kept, program.example_args, program.example_kwargs)
     row.proof_seconds = time.perf_counter() - start
     enough = row.removed >= _LEAST_REMOVED * ratio / 0.5
     row.verdict = _EXACT if enough else "too little removed"
-
-
-def _random_half(axes: Axes, ratio: float) -> dict[int, list[int]]:
-    generator = torch.Generator().manual_seed(0)
-    kept = {}
-    for group in axes.groups():
-        count = max(1, group.size - math.floor(group.size * ratio))
-        kept[group.axis] = sorted(torch.randperm(group.size, generator=generator)[:count].tolist())
-    return kept
 
 
 def _same_shapes(program: Program, pruned: fx.GraphModule) -> None:
@@ -138,11 +139,12 @@ def _count(gm: fx.GraphModule) -> int:
     return sum(parameter.numel() for parameter in gm.parameters())
 
 
-def _in_process(family: str, name: str, ratio: float, timeout: float) -> Row:
+def _in_process(family: str, name: str, ratio: float, criterion: Criterion, timeout: float) -> Row:
     """Examine one architecture in a process of its own."""
     with tempfile.TemporaryDirectory() as directory:
         result = Path(directory) / "row.json"
         command = [sys.executable, __file__, "--family", family, "--one", name, "--ratio", str(ratio)]
+        command += ["--criterion", criterion.value]
         environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", **os.environ}
         try:
             done = subprocess.run(
@@ -180,6 +182,7 @@ def main(
     family: Annotated[str, typer.Option(help="torchvision, timm, transformers, own, or all")] = "torchvision",
     only: Annotated[str, typer.Option(help="names to run, as a glob")] = "*",
     ratio: Annotated[float, typer.Option(help="share of each group to remove", min=0.0, max=1.0)] = 0.5,
+    criterion: Annotated[Criterion, typer.Option(help="what decides which indices go")] = Criterion.L2,
     jobs: Annotated[int, typer.Option(help="models at a time", min=1)] = 1,
     json_path: Annotated[Path | None, typer.Option("--json", help="where to write all figures")] = None,
     timeout: Annotated[float, typer.Option(help="seconds for one model")] = 900.0,
@@ -188,7 +191,7 @@ def main(
     """Prune every architecture of a family and prove the results."""
     if one:
         assert json_path is not None
-        json_path.write_text(json.dumps(asdict(examine(family, one, ratio))))
+        json_path.write_text(json.dumps(asdict(examine(family, one, ratio, criterion))))
         return
     wanted = list(zoo_models.families()) if family == "all" else [family]
     todo = [(f, name) for f in wanted for name in zoo_models.families()[f]() if fnmatch.fnmatch(name, only)]
@@ -196,7 +199,7 @@ def main(
     console = Console(stderr=True)
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool, Progress(console=console) as progress:
         task = progress.add_task("pruning", total=len(todo))
-        for row in pool.map(lambda item: _in_process(item[0], item[1], ratio, timeout), todo):
+        for row in pool.map(lambda item: _in_process(item[0], item[1], ratio, criterion, timeout), todo):
             rows.append(row)
             progress.advance(task)
             if row.verdict != _EXACT:

@@ -166,7 +166,7 @@ def _compare(node: fx.Node, value: Any, found: Any, findings: _Findings) -> None
     if node.op == "output":
         for leaf in expected:
             if isinstance(leaf, Value):
-                _whole_output(leaf)
+                _check_informative(_whole_output(leaf))
     if len(expected) != len(leaves):
         raise VerifyError(f"{_where(node)} returns {len(leaves)} values, the original {len(expected)}.")
     for want, got in zip(expected, leaves, strict=True):
@@ -234,6 +234,14 @@ def _whole_output(value: Value) -> Tensor:
             "keep their shapes: what they are made of is to be left whole."
         )
     return value.tensor
+
+
+def _check_informative(output: Tensor) -> None:
+    if output.is_floating_point() and (bool(output.isnan().any()) or not bool(output.isfinite().any())):
+        raise VerifyError(
+            f"With random parameters an output of shape {tuple(output.shape)} is not a number, so comparing it proves "
+            "nothing. Try another seed; if it stays so, the model takes roots or logarithms of what may be negative."
+        )
 
 
 class _Reader:

@@ -92,7 +92,7 @@ def _draw(tensor: Tensor, use: _Use | None, generator: torch.Generator) -> Tenso
 
 
 def _as_double(tensor: Tensor) -> Tensor:
-    return tensor.detach().double() if tensor.is_floating_point() else tensor.detach()
+    return tensor.detach().to("cpu", torch.float64 if tensor.is_floating_point() else tensor.dtype)
 
 
 def _fan_in(shape: tuple[int, ...], use: _Use) -> float | None:

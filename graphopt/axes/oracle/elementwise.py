@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from graphopt.axes.oracle.step import Step, masked_rule, tensor_result
@@ -81,6 +83,12 @@ def like_first(step: Step) -> Value:
 def new_tensor(step: Step) -> torch.Tensor:
     """Make a tensor of given size; the operand gives its dtype alone."""
     return tensor_result(step.run())
+
+
+@masked_rule("aten::sym_size", "aten::sym_numel", "aten::sym_stride", "aten::size", "aten::numel")
+def sizes(step: Step) -> Any:
+    """Return numbers: those of the original, whose literals keep their meaning."""
+    return step.run()
 
 
 @masked_rule("aten::copy")

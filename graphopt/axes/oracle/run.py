@@ -34,12 +34,12 @@ for _module in ("elementwise", "contraction", "movement", "reduction", "spatial"
 
 
 def doubled(value: Any) -> Any:
-    """Return a tensor in double precision, or a dtype's double twin; anything else unchanged."""
+    """Return a tensor in double precision on the CPU, or the twin of a dtype or device; anything else unchanged."""
     if isinstance(value, torch.dtype):
         return _DOUBLE.get(value, value)
-    if isinstance(value, Tensor) and value.dtype in _DOUBLE:
-        return value.detach().to(_DOUBLE[value.dtype])
-    return value.detach() if isinstance(value, Tensor) else value
+    if isinstance(value, torch.device):
+        return torch.device("cpu")
+    return value.detach().to("cpu", _DOUBLE.get(value.dtype, value.dtype)) if isinstance(value, Tensor) else value
 
 
 class PlainRun:
@@ -62,7 +62,7 @@ class PlainRun:
         """Yield each node with what it computes, in graph order."""
         for node in self.nodes:
             args, kwargs = fx.map_arg((node.args, node.kwargs), self._values.__getitem__)
-            args, kwargs = pytree.tree_map_only(torch.dtype, doubled, (args, kwargs))
+            args, kwargs = pytree.tree_map_only((torch.dtype, torch.device), doubled, (args, kwargs))
             value = self._compute(node, args, kwargs)
             if node.users:
                 self._values[node] = value
@@ -129,6 +129,8 @@ class MaskedRun(PlainRun):
             return rule(Step(node, args, kwargs))
         except CannotProveError as err:
             raise _cannot_prove(node, str(err)) from err
+        except Exception as err:  # rules are plugins: whatever one raises is about this call
+            raise _cannot_prove(node, f"its rule failed ({type(err).__name__}: {err})") from err
 
 
 def removed(tensor: Tensor, kept: Mapping[int, Sequence[int]]) -> Dead:

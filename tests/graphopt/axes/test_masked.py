@@ -490,3 +490,25 @@ def test_masks_are_boxes() -> None:
     mask[0, 1, 0] = True
     with pytest.raises(CannotProveError, match="box"):
         from_mask(mask)
+
+
+def test_outputs_that_are_not_numbers_prove_nothing() -> None:
+    body = between(lambda p, h: (-1 - h.abs()).log())
+    with pytest.raises(VerifyError, match="proves nothing"):
+        error_of(body, body, LINEARS, LINEARS_KEPT, ROWS)
+
+
+def test_a_failing_rule_names_the_node() -> None:
+    @torch.library.custom_op("masked_test::third", mutates_args=())
+    def third(x: Tensor) -> Tensor:
+        return x / 3
+
+    third.register_fake(torch.empty_like)
+
+    @masked_rule("masked_test::third")
+    def rule(step: Step) -> Value:
+        raise KeyError("no such thing")
+
+    body = between(lambda p, h: torch.ops.masked_test.third(h))
+    with pytest.raises(CannotProveError, match=r"masked_test\.third .*KeyError"):
+        error_of(body, body, LINEARS, LINEARS_KEPT, ROWS)
