@@ -63,6 +63,23 @@ def written_inputs(node: fx.Node) -> list[fx.Node]:
     ]
 
 
+def sharing_memory(node: fx.Node) -> list[fx.Node]:
+    """List the values that may share memory with `node`, itself included, as the graph is now.
+
+    For graphs that are being rewritten; `Storages` answers for all nodes of a graph at once.
+    """
+    found = {node: None}
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        views = [user for user in current.users if current in shared_inputs(user)]
+        for other in (*shared_inputs(current), *views):
+            if other not in found:
+                found[other] = None
+                pending.append(other)
+    return list(found)
+
+
 class Storages:
     """The values of one graph, grouped by the memory they may share."""
 

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from graphopt.aliasing import Storages
+from graphopt.aliasing import Storages, sharing_memory
 from graphopt.graph import assemble, erase_dead
 
 _SET_GRAD = "wrap_with_set_grad_enabled"
@@ -89,14 +89,13 @@ def _index(getitem: fx.Node) -> int:
 
 
 def _make_functional(graph: fx.Graph) -> None:
-    storages = _Storages(graph)
     order = {node: index for index, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
         twin = _functional_twin(node.target)
         if twin is None or not isinstance(node.args[0], fx.Node):
             continue
         written = node.args[0]
-        if storages.seen_by_others(node, written, order):
+        if _seen_by_others(node, written, order):
             continue
         value = written.meta.get("val")
         if not isinstance(value, torch.Tensor) or value.dtype != node.meta["val"].dtype:
@@ -105,7 +104,6 @@ def _make_functional(graph: fx.Graph) -> None:
         for user in list(written.users):
             if order[user] > order[node]:
                 user.replace_input_with(written, node)
-        storages.detach(node)
 
 
 def _functional_twin(target: Any) -> OpOverload | None:
@@ -123,71 +121,18 @@ def _functional_twin(target: Any) -> OpOverload | None:
     return twin if isinstance(twin, OpOverload) else None
 
 
-class _Storages:
-    """Which values may share memory: views and in-place results, followed back to the value that owns it."""
+def _seen_by_others(write: fx.Node, written: fx.Node, order: dict[fx.Node, int]) -> bool:
+    """Whether anyone but the users of `written` and of `write` itself can see the write.
 
-    def __init__(self, graph: fx.Graph) -> None:
-        self._base: dict[fx.Node, fx.Node] = {}
-        self._members: dict[fx.Node, list[fx.Node]] = {}
-        for node in graph.nodes:
-            source = may_alias(node)
-            base = self._base[source] if source is not None else node
-            self._base[node] = base
-            self._members.setdefault(base, []).append(node)
-
-    def seen_by_others(self, write: fx.Node, written: fx.Node, order: dict[fx.Node, int]) -> bool:
-        """Whether anyone but the users of `written` and of `write` itself can see the write.
-
-        A view taken after the write is a later use of what it was taken from, so only earlier values count.
-        """
-        base = self._base[written]
-        if base.op == "get_attr":  # a buffer keeps the value between calls
-            return True
-        later = order[write]
-        return any(
-            order[user] > later
-            for member in self._members[base]
-            if member is not written and order[member] < later
-            for user in member.users
-        )
-
-    def detach(self, node: fx.Node) -> None:
-        """`node` now owns its memory: its descendants' storage starts there."""
-        members = self._members[self._base[node]]
-        own = [m for m in members if m is node or _reaches(m, node)]
-        for member in own:
-            members.remove(member)
-            self._base[member] = node
-        self._members[node] = own
-
-
-def _reaches(node: fx.Node, ancestor: fx.Node) -> bool:
-    """Whether `node` is a chain of views that starts at `ancestor`."""
-    current: fx.Node | None = node
-    while current is not None:
-        if current is ancestor:
-            return True
-        current = may_alias(current)
-    return False
-
-
-# Composite operators whose schema does not say that they may return a view of their input.
-_MAYBE_VIEWS = frozenset(
-    {"reshape", "flatten", "contiguous", "to", "type_as", "dropout", "unflatten", "movedim", "einsum"}
-)
-
-
-def may_alias(node: fx.Node) -> fx.Node | None:
-    """Return the input whose memory the result of `node` may share."""
-    if node.op != "call_function" or not node.args:
-        return None
-    target = node.target
-    if getattr(target, "__name__", "") == "getitem":
-        return node.args[0] if isinstance(node.args[0], fx.Node) else None
-    if not isinstance(target, OpOverload):
-        return None
-    name = target._schema.name.split("::")[-1]
-    for argument, value in zip(target._schema.arguments, node.args, strict=False):
-        if isinstance(value, fx.Node) and (argument.alias_info is not None or name in _MAYBE_VIEWS):
-            return value
-    return None
+    A view taken after the write is a later use of what it was taken from, so only earlier values count.
+    """
+    later = order[write]
+    members = sharing_memory(written)
+    if any(member.op == "get_attr" for member in members):  # a buffer keeps the value between calls
+        return True
+    return any(
+        order[user] > later
+        for member in members
+        if member is not written and order[member] < later
+        for user in member.users
+    )

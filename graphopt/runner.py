@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from graphopt.context import Context
 from graphopt.equivalence import measure
 from graphopt.errors import VerifyError
@@ -95,11 +97,20 @@ def apply(instance: Any, program: Program, plan: Plan) -> Program:
 
 def _check_exact(instance: Any, before: Program, after: Program) -> None:
     found = measure(before, after.call_flat, before.flat_examples())
-    if found.relative > instance.tolerance:
+    tolerance = instance.tolerance * _coarseness(before)
+    if found.relative > tolerance:
         raise VerifyError(
-            f"Pass `{instance.name}` is exact to {instance.tolerance:g}, but changed the outputs by "
+            f"Pass `{instance.name}` is exact to {tolerance:g}, but changed the outputs by "
             f"{found.relative:.3g} of their largest value. Leave the pass out and report the model."
         )
+
+
+def _coarseness(program: Program) -> float:
+    """Return how much coarser than float32 the program's coarsest floating type is; tolerances are for float32."""
+    floats = [tensor.dtype for tensor in program.state_dict().values() if tensor.is_floating_point()]
+    floats += [spec.dtype for spec in program.outputs if spec.dtype.is_floating_point]
+    coarsest = max((torch.finfo(dtype).eps for dtype in floats), default=0.0)
+    return max(1.0, coarsest / torch.finfo(torch.float32).eps)
 
 
 def _for_target(ctx: Context, target: TargetDescription) -> Context:
