@@ -27,11 +27,16 @@ AUTO = "auto"
 
 @dataclass(frozen=True, slots=True)
 class DistillHooksOptions:
-    """Options of the pass."""
+    """Which values.
 
-    taps: tuple[str, ...] = (AUTO,)  # addresses, "layer1.0.conv2:conv2d", globs; auto: block boundaries
-    limit: Annotated[int, Field(ge=1)] = 12  # taps that auto places at most, evenly spread
-    strip: bool = False  # remove taps instead: those at the addresses given, all for auto
+    taps: addresses like `layer1.0.conv2:conv2d`, `layer1.0`, `layer?.?`, `*:gelu`; auto: block boundaries.
+    limit: taps that auto places at most, evenly spread.
+    strip: remove taps instead: those at the addresses given, all for auto.
+    """
+
+    taps: tuple[str, ...] = (AUTO,)
+    limit: Annotated[int, Field(ge=1)] = 12
+    strip: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,12 +33,15 @@ _SMALLEST_RMS = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """How long and how fast to train."""
+    """How long to train."""
 
     epochs: int
-    rate: float  # largest AdamW step, as a fraction of the root mean square of each tensor
     warmup: float  # fraction of all steps in which the rate rises from 0; it falls to 0 as a cosine after
     patience: int  # epochs without a lower held-out loss before stopping
+
+
+class DivergedError(PassError):
+    """Training reached a loss that is not finite."""
 
 
 @dataclass
@@ -94,14 +97,28 @@ class Trainer:
         return snapshot(self._student, list(found))
 
     def fit(
-        self, inputs: Pool, schedule: Schedule, view: View, generator: torch.Generator, progress: Progress
+        self,
+        inputs: Pool,
+        schedule: Schedule,
+        rate: float,
+        view: View,
+        generator: torch.Generator,
+        progress: Progress,
     ) -> History:
         """Train on `inputs`; keep the tensors of the epoch with the lowest held-out loss.
 
+        Args:
+            inputs: what to train on.
+            schedule: how long.
+            rate: largest AdamW step, as a fraction of the root mean square of each tensor.
+            view: makes a new view of each batch.
+            generator: draws batches and views.
+            progress: shows the steps.
+
         Raises:
-            PassError: the loss is not finite.
+            DivergedError: the loss is not finite.
         """
-        optimizer = torch.optim.AdamW(_groups(self._student, schedule.rate), weight_decay=0.0)
+        optimizer = torch.optim.AdamW(_groups(self._student, rate), weight_decay=0.0)
         per_epoch = len(self._batches(inputs))
         total = schedule.epochs * per_epoch
         rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda at: _rate(at, total, schedule.warmup))
@@ -110,7 +127,7 @@ class Trainer:
         stale = 0
         steps = self._drawn(inputs, schedule.epochs, generator)
         for done, index in enumerate(progress.track(steps, "recover: training", total), start=1):
-            self._step(module, prepared, view(self._share(inputs, index), generator), done, schedule)
+            self._step(module, prepared, view(self._share(inputs, index), generator))
             rates.step()
             if done % per_epoch == 0:
                 stale = 0 if self._keep(history) else stale + 1
@@ -120,14 +137,14 @@ class Trainer:
         self._student.eval()
         return history
 
-    def _step(self, module: nn.Module, optimizer: Any, batch: Batch, done: int, schedule: Schedule) -> None:
+    def _step(self, module: nn.Module, optimizer: Any, batch: Batch) -> None:
         with torch.no_grad(), self._accelerator.autocast():
             wanted = self._teacher.call_flat(batch)
         loss = self._objective(module(batch), wanted)
         if not bool(torch.isfinite(loss)):
-            raise PassError(
-                f"Recovery training diverged: the loss is {float(loss)} at step {done} with lr={schedule.rate:g}. "
-                f"Try recover:lr={schedule.rate / 4:g}, and look for samples that are not finite."
+            raise DivergedError(
+                f"Recovery training diverged: the loss is {float(loss)}. Try a tenth of the rate, recover:lr=..., and "
+                "look for samples that are not finite."
             )
         optimizer.zero_grad()
         self._accelerator.backward(loss)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from graphopt.context import Context
 from graphopt.distillation.addresses import Tap
-from graphopt.distillation.loop import Schedule, Trainer, View
+from graphopt.distillation.loop import DivergedError, History, Schedule, Trainer, View
 from graphopt.distillation.objective import Objective
 from graphopt.distillation.pool import Pool
 from graphopt.distillation.statistics import batch_norms
@@ -46,13 +46,25 @@ def recover(
     pool: Pool,
     batch_size: int,
     schedule: Schedule,
+    rates: Sequence[float],
     view: View,
     ctx: Context,
 ) -> Recovery:
     """Bring `student` closer to `teacher`; neither is changed.
 
+    Args:
+        student: what to recover, without taps.
+        teacher: what to imitate, without taps.
+        objective: how, and at which taps.
+        pool: samples, to train on and to judge by.
+        batch_size: samples per step.
+        schedule: how long to train; no epochs: only BatchNorm statistics are re-estimated.
+        rates: learning rates, each tried only if the one before made nothing better.
+        view: makes a new view of a batch.
+        ctx: gives randomness and shows progress.
+
     Raises:
-        PassError: the loss is not finite, before training or while it runs.
+        PassError: the loss is not finite, before training or at the last rate.
     """
     held_out = min(_MOST_HELD_OUT, max(batch_size, round(_HELD_OUT * pool.count)), pool.count // 2)
     training, held = pool.split(held_out, ctx.generator("recover/held out"))
@@ -70,10 +82,15 @@ def recover(
         return found
     lowest = _estimated(trainer, own, training, found, "statistics", lowest)
     if schedule.epochs:
-        with torch.random.fork_rng(devices=[]):  # Dropout draws from torch's own generator
-            torch.manual_seed(ctx.generator("recover/dropout").initial_seed())
-            history = trainer.fit(training, schedule, view, ctx.generator("recover/batches"), ctx.progress)
-        found.losses["epochs"] = history.losses[1:]
+
+        def train(rate: float) -> History:
+            batches = ctx.generator("recover/batches")
+            with torch.random.fork_rng(devices=[]):  # Dropout draws from torch's own generator
+                torch.manual_seed(ctx.generator("recover/dropout").initial_seed())
+                return trainer.fit(training, schedule, rate, view, batches, ctx.progress)
+
+        history, rate = _first_that_helps(train, rates, own)
+        found.losses.update({"epochs": history.losses[1:], "lr": rate})
         if history.best:
             overwrite(own, history.best)
             found.tensors = history.best
@@ -81,6 +98,23 @@ def recover(
     if not found.tensors:
         found.refusal = f"nothing tried is better: the loss on {held_out} held-out samples stays {lowest:.4g}"
     return found
+
+
+def _first_that_helps(
+    train: Callable[[float], History], rates: Sequence[float], student: Program
+) -> tuple[History, float]:
+    """Train at one rate after the other, each from the same weights, until an epoch is better than what came in."""
+    start = snapshot(student, [name for name, tensor in student.state_dict().items() if tensor.is_floating_point()])
+    for rate in rates[:-1]:
+        try:
+            history = train(rate)
+        except DivergedError:
+            history = History([])
+        if history.best:
+            return history, rate
+        student.eval()
+        overwrite(student, start)
+    return train(rates[-1]), rates[-1]
 
 
 def _estimated(trainer: Trainer, student: Program, inputs: Pool, found: Recovery, label: str, lowest: float) -> float:

@@ -133,6 +133,22 @@ def test_what_is_worse_than_before_is_refused(teacher: Program, pruned: Program,
     assert plan.refusals[-1].counted_as == "nothing tried is better"
 
 
+def test_a_rate_too_large_gives_way_to_a_smaller_one(
+    teacher: Program, pruned: Program, samples: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("graphopt.passes.recover._RATES_WITH_BATCH_NORM", (1e30, 1.0, 0.03))
+    _, plan = recovered(pruned, teacher, samples)
+    assert plan.measured["lr"] == 0.03
+    monkeypatch.setattr("graphopt.passes.recover._RATES_WITH_BATCH_NORM", (0.03,))
+    _, at_once = recovered(pruned, teacher, samples)
+    assert all(torch.equal(plan.tensors[name], at_once.tensors[name]) for name in plan.sites)
+
+
+def test_divergence_at_the_only_rate_is_an_error(teacher: Program, pruned: Program, samples: Tensor) -> None:
+    with pytest.raises(PassError, match=r"Recovery training diverged: the loss is nan\."):
+        recovered(pruned, teacher, samples, options=dataclasses.replace(SMALL, lr=1e30))
+
+
 def test_a_weight_that_two_layers_share_stays_one() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
