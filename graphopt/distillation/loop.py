@@ -6,6 +6,7 @@ batches and computes its share of each, so a run takes the same steps however ma
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -50,6 +51,7 @@ class History:
 
     losses: list[float]
     best: dict[str, torch.Tensor] = field(default_factory=dict)  # empty: no epoch was better than what came in
+    stale: int = 0  # epochs since the lowest
 
 
 class Trainer:
@@ -118,46 +120,59 @@ class Trainer:
         Raises:
             DivergedError: the loss is not finite.
         """
-        optimizer = torch.optim.AdamW(_groups(self._student, rate), weight_decay=0.0)
         per_epoch = len(self._batches(inputs))
         total = schedule.epochs * per_epoch
-        rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda at: _rate(at, total, schedule.warmup))
-        module, prepared = self._accelerator.prepare(_Module(self._student), optimizer)
         history = History([self.held_out_loss()])
-        stale = 0
-        steps = self._drawn(inputs, schedule.epochs, generator)
-        for done, index in enumerate(progress.track(steps, "recover: training", total), start=1):
-            self._step(module, prepared, view(self._share(inputs, index), generator))
-            rates.step()
-            if done % per_epoch == 0:
-                stale = 0 if self._keep(history) else stale + 1
-                if stale >= schedule.patience:
-                    break
-                self._student.train()
-        self._student.eval()
+        steps = progress.track(self._drawn(inputs, schedule.epochs, generator), "recover: training", total)
+        with self._prepared(rate, total, schedule.warmup) as step:
+            for done, index in enumerate(steps, start=1):
+                step(view(self._share(inputs, index), generator))
+                if done % per_epoch == 0:
+                    self._keep(history)
+                    if history.stale >= schedule.patience:
+                        break
+                    self._student.train()
         return history
+
+    @contextlib.contextmanager
+    def _prepared(self, rate: float, total: int, warmup: float) -> Iterator[Callable[[Batch], None]]:
+        """Yield a function that takes one step on one batch."""
+        optimizer = torch.optim.AdamW(_groups(self._student, rate), weight_decay=0.0)
+        rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda at: _rate(at, total, warmup))
+        module, prepared = self._accelerator.prepare(_Module(self._student), optimizer)
+
+        def step(batch: Batch) -> None:
+            self._step(module, prepared, batch)
+            rates.step()
+
+        try:
+            yield step
+        finally:
+            self._student.eval()
+            self._accelerator.free_memory()  # hooks of a wrapped module would fire again in the next training
 
     def _step(self, module: nn.Module, optimizer: Any, batch: Batch) -> None:
         with torch.no_grad(), self._accelerator.autocast():
             wanted = self._teacher.call_flat(batch)
         loss = self._objective(module(batch), wanted)
-        if not bool(torch.isfinite(loss)):
+        seen = float(self._accelerator.reduce(loss.detach(), "mean"))  # all processes stop, or none
+        if not math.isfinite(seen):
             raise DivergedError(
-                f"Recovery training diverged: the loss is {float(loss)}. Try a tenth of the rate, recover:lr=..., and "
+                f"Recovery training diverged: the loss is {seen}. Try a tenth of the rate, recover:lr=..., and "
                 "look for samples that are not finite."
             )
         optimizer.zero_grad()
         self._accelerator.backward(loss)
         optimizer.step()
 
-    def _keep(self, history: History) -> bool:
+    def _keep(self, history: History) -> None:
         """Note the held-out loss of an epoch; copy the tensors if it is the lowest so far."""
         loss = self.held_out_loss()
         better = loss < min(history.losses)
         history.losses.append(loss)
+        history.stale = 0 if better else history.stale + 1
         if better:
             history.best = snapshot(self._student, self._names)
-        return better
 
     def _batches(self, inputs: Pool, generator: torch.Generator | None = None) -> list[Index]:
         return inputs.batches(self._batch_size, generator, fixed=not self._student.batched)

@@ -112,7 +112,6 @@ def _first_that_helps(
             history = History([])
         if history.best:
             return history, rate
-        student.eval()
         overwrite(student, start)
     return train(rates[-1]), rates[-1]
 
