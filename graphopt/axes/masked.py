@@ -47,8 +47,8 @@ class _Findings:
 
     error: float = 0.0
     compared: int = 0
-    # The first value whose surviving elements have another shape than the pruned program's. That is no mistake where
-    # the elements are all alike (zeros, an expanded mask); what it leads to is compared further down.
+    # The first value that is smaller in the pruned program than its surviving elements. That is no mistake where
+    # nothing was known to be removed (zeros, an expanded mask, repeated heads); what it leads to is compared below.
     other_shape: str = ""
 
 
@@ -179,7 +179,9 @@ def _compare_tensors(node: fx.Node, want: Tensor, got: Tensor, findings: _Findin
         return
     if want.shape != got.shape:
         text = f"{_where(node)} is {tuple(got.shape)}, the survivors of the original are {tuple(want.shape)}"
-        if node.op == "output":
+        # Positions that were removed from what it is computed of cannot have stayed in it.
+        grown = want.dim() != got.dim() or any(g > w for w, g in zip(want.shape, got.shape, strict=True))
+        if grown or node.op == "output":
             raise VerifyError(f"Masked equivalence fails: {text}.{_hint(findings, text)}")
         findings.other_shape = findings.other_shape or text
         return

@@ -1,11 +1,13 @@
 """Masked equivalence: small networks pruned by hand, rightly and wrongly.
 
-The pruned programs here are written down, not made by the inference: what is judged is the oracle.
+The pruned programs here are written down, not made by the inference (but for the last test): what is judged is the
+oracle.
 """
 
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Mapping
 
 import pytest
@@ -13,11 +15,16 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import Tensor, fx, nn
 
+from graphopt.axes.infer import infer
 from graphopt.axes.masked import TOLERANCE, check_masked_equivalence, check_slices, masked_outputs
 from graphopt.axes.oracle.step import Step, masked_rule, tensor_result
 from graphopt.axes.oracle.value import CannotProveError, Value, from_mask, to_mask
 from graphopt.axes.randomise import randomise
+from graphopt.axes.rewrite import remove, slices
+from graphopt.capturing import capture
 from graphopt.errors import VerifyError
+from graphopt.graph import tensor_attribute
+from tests import models
 
 _EXACT = 1e-12  # float64 rounding of a few operators; far under TOLERANCE
 assert _EXACT < TOLERANCE
@@ -512,3 +519,30 @@ def test_a_failing_rule_names_the_node() -> None:
     body = between(lambda p, h: torch.ops.masked_test.third(h))
     with pytest.raises(CannotProveError, match=r"masked_test\.third .*KeyError"):
         error_of(body, body, LINEARS, LINEARS_KEPT, ROWS)
+
+
+def test_a_misplaced_channel_is_found_even_where_an_activation_hides_it() -> None:
+    """Its weight and its bias keep different positions, and nothing gets through the activation."""
+    body = between(lambda p, h: (h - 1e6).relu() + 1)
+    kept = {**LINEARS_KEPT, "up": {0: [0, 2, 6]}}
+    with pytest.raises(VerifyError, match=r"node `linear` .* is \(2, 4, 3\), the survivors .* are \(2, 4, 2\)"):
+        error_of(body, body, LINEARS, kept, ROWS)
+
+
+@pytest.mark.parametrize("kind", [models.Residual, models.FusedAttention, models.GroupedQuery, models.Recurrent])
+def test_no_single_misplaced_index_goes_unseen(kind: type[nn.Module]) -> None:
+    """The pruned program stays as it is; one index of one tensor is claimed to be another."""
+    model, x = kind().double(), models.example(kind)
+    gm = capture(model, (x,)).graph_module
+    axes = infer(gm)
+    draw = random.Random(0)
+    kept = {g.axis: sorted(draw.sample(range(g.size), max(1, g.size // 2))) for g in axes.groups()}
+    pruned, right = remove(gm, axes, kept), slices(axes, kept)
+    assert check_masked_equivalence(gm, pruned, right, (x,)) < _EXACT
+    for name, dims in right.items():
+        for dim, indices in dims.items():
+            others = sorted(set(range(tensor_attribute(gm, name).size(dim))) - set(indices))
+            wrong = sorted([*draw.sample(indices, len(indices) - 1), draw.choice(others)])
+            claimed = {**right, name: {**dims, dim: wrong}}
+            with pytest.raises(VerifyError):
+                check_masked_equivalence(gm, pruned, claimed, (x,))
