@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from graphopt.graph import fake_mode_of
 from graphopt.program import Program
 
 
@@ -65,9 +65,10 @@ def _is_weight(name: str, tensor: torch.Tensor) -> bool:
 
 def _flops(program: Program) -> int:
     examples = program.flat_examples()
-    mode = fake_mode_of(program.graph_module)
+    # a mode of its own: in the graph's, counting with plain sizes would fix its dynamic axes to them
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode, FlopCounterMode(display=False) as counter, torch.no_grad():
-        fakes = [mode.from_tensor(example, static_shapes=True) for example in examples]
+        fakes = [mode.from_tensor(example) for example in examples]
         program.call_flat(fakes)
     samples = examples[0].shape[0] if program.inputs[0].batched else 1
     return int(counter.get_total_flops()) // samples

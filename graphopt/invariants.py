@@ -27,6 +27,7 @@ def check_invariants(before: Program, after: Program, pass_name: str, *, changes
     """
     _check_graph(after, pass_name)
     _check_signature(before, after, pass_name, changes_outputs)
+    _check_dynamic(after, pass_name)
     _check_values(after, pass_name)
     _check_tensors(after, pass_name)
 
@@ -64,6 +65,21 @@ def _check_signature(before: Program, after: Program, pass_name: str, changes_ou
         raise VerifyError(
             f"After pass `{pass_name}` the graph returns {len(tensors)} tensors, not {len(after.outputs)}."
         )
+
+
+def _check_dynamic(program: Program, pass_name: str) -> None:
+    """Check that no dynamic axis of an input has been fixed to a size behind everybody's back.
+
+    Any comparison of a symbolic size with a number may do so, and from then on every propagation agrees with it.
+    """
+    nodes = [n for n in program.graph.nodes if n.op == "placeholder" and isinstance(n.meta["val"], torch.Tensor)]
+    for spec, node in zip(program.inputs, nodes, strict=True):
+        for wanted, size in zip(spec.shape, node.meta["val"].shape, strict=True):
+            if isinstance(wanted, str) and not (isinstance(size, torch.SymInt) and not size.node.expr.is_number):
+                raise VerifyError(
+                    f"Pass `{pass_name}` fixed the dynamic axis `{wanted}` of input `{spec.name}` to {size}. It used a "
+                    "symbolic size as a number; this is a bug in the pass."
+                )
 
 
 def _check_values(program: Program, pass_name: str) -> None:
