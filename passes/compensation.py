@@ -10,28 +10,25 @@ from block to block (section 3.2). Both programs are run side by side, once, nod
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import fx
 
 from graphopt.axes.infer import Axes
-from graphopt.axes.layout import surviving, touches
+from graphopt.axes.layout import size, surviving, touches
 from graphopt.context import Batch, Context
 from graphopt.graph import tensor_attribute
 from graphopt.passes.layer_rows import as_matrices, as_weight, input_rows, output_rows, positions
-from graphopt.passes.least_squares import Sums, solve
+from graphopt.passes.least_squares import Correction, Sums, solve
 from graphopt.passes.residual_sums import Branch, branch_of, running_mean
 from graphopt.passes.weighted_calls import WeightedCall, is_layer, uses, weighted_call
 from graphopt.plan import Json, Refusal
 from graphopt.program import Program
 from graphopt.stepping import Stepper
 
-logger = logging.getLogger(__name__)
-
-WIDEST = 8192  # inputs of a group; a wider Gram matrix would take more than half a gigabyte
+WIDEST = 6144  # inputs of a group; the matrices of a wider one would take more than two gigabytes
 _HELD_OUT = 8  # every so many-th sample judges and is not fitted
 _ROWS_PER_INPUT = 24
 _FEWEST_ROWS, _MOST_ROWS = 8192, 65536
@@ -86,6 +83,7 @@ class _Walk:
         ctx: Context,
     ) -> None:
         self._gm = pruned.graph_module
+        self._sizes = [len(batch[0]) for batch in batches]
         self._axes, self._kept = axes, kept
         self._before, self._after = Stepper(original, batches), Stepper(pruned, batches)
         self._twins = {node.name: node for node in original.graph.nodes}
@@ -112,36 +110,25 @@ class _Walk:
         if reason:
             self._leave(call.weight_name, reason)
             return
-        weight = tensor_attribute(self._gm, call.weight_name)
-        matrices = as_matrices(call, weight)
-        bias = None if call.bias is None else tensor_attribute(self._gm, str(call.bias.target))
-        mean = None if bias is not None else running_mean(call, self._gm)
-        sums = self._sums(call, twin, matrices, bias)
+        layer = _Layer.of(call, self._gm)
+        sums = self._sums(layer, twin)
         if sums is None:
             self._leave(call.weight_name, "its values are not finite on the samples")
             return
         fit, held_out = sums
         if fit.squares + held_out.squares <= _UNCHANGED * (fit.target + held_out.target):
             return
-        correction, before, after = solve(fit, held_out, with_bias=bias is not None or mean is not None)
+        correction, before, after = solve(fit, held_out, with_bias=layer.bias_name is not None)
         if not after < before:
             self._leave(call.weight_name, "no correction lowers its error on held-out samples")
             return
-        self._put(call.weight_name, as_weight(call, matrices + correction.weight, weight))
-        added = correction.bias.flatten()
-        if bias is not None and call.bias is not None:
-            self._put(str(call.bias.target), (bias.detach().double() + added).to(bias.dtype))
-        elif mean is not None:
-            stored = tensor_attribute(self._gm, mean)
-            self._put(mean, (stored.double() - added).to(stored.dtype))
+        for name, tensor in layer.corrected(correction).items():
+            self._found.tensors[name] = tensor
+            self._after.replace(name, tensor)
         self._found.layers[call.weight_name] = {"before": before, "after": after, "ridge": correction.ridge}
 
     def _leave(self, site: str, reason: str) -> None:
         self._found.refusals.append(Refusal(site, f"not compensated: {reason}"))
-
-    def _put(self, name: str, tensor: torch.Tensor) -> None:
-        self._found.tensors[name] = tensor.detach()
-        self._after.replace(name, tensor.detach())
 
     def _why_not(self, call: WeightedCall, twin: fx.Node) -> str:
         others = [user for user in uses(self._gm, call.weight_name) if user is not call.node]
@@ -150,58 +137,117 @@ class _Walk:
         if call.bias is not None and len(uses(self._gm, str(call.bias.target))) > 1:
             return f"bias is shared with another layer than `{call.node.name}`"
         dims = self._axes.dims(twin)
-        if any(touches(layout, self._kept) for d, layout in enumerate(dims) if d != call.output_axis):
-            return "positions of its output were removed, not only features"
+        if any(touches(layout, self._kept) and not isinstance(size(layout), int) for layout in dims):
+            return "an axis of dynamic size of its output lost positions"
         inputs = as_matrices(call, call.weight.meta["val"]).shape[1]
         return f"{inputs} inputs, more than {WIDEST}" if inputs > WIDEST else ""
 
-    def _sums(
-        self, call: WeightedCall, twin: fx.Node, matrices: torch.Tensor, bias: torch.Tensor | None
-    ) -> tuple[Sums, Sums] | None:
+    def _sums(self, layer: _Layer, twin: fx.Node) -> tuple[Sums, Sums] | None:
         """Sum up rows to fit and rows to judge by; None if there are values that are not finite."""
-        groups, inputs, outputs = matrices.shape
+        groups, inputs, outputs = layer.matrices.shape
         fit, held_out = Sums(groups, inputs, outputs), Sums(groups, inputs, outputs)
-        wanted = min(max(_ROWS_PER_INPUT * inputs, _FEWEST_ROWS), _MOST_ROWS)
-        branch = branch_of(call, self._gm)
         first = 0
-        for index in range(self._after.batches):
-            y = self._before.values[twin][index]
-            samples = y.shape[0]
-            total = positions(call, y)
-            share = -(-wanted // self._after.batches)
-            chosen = torch.arange(total) if total <= share else self._draw(total, share)
-            per_chunk = max(1, _CHUNK // (groups * inputs))
-            for part in _pieces(chosen, per_chunk):
-                x = input_rows(call, self._after.values[call.input][index], part, y.shape)
-                target = self._target(call, twin, index, part, branch).view(len(part), groups, outputs)
+        for index, samples in enumerate(self._sizes):
+            y = self._at_positions_left(twin, index, layer.call.output_axis)
+            total = positions(layer.call, y)
+            for part in self._parts(total, groups * inputs, inputs):
+                x = input_rows(layer.call, self._after.values[layer.call.input][index], part, y.shape)
+                target = self._target(layer, twin, index, part).view(len(part), groups, outputs)
                 if not bool(torch.isfinite(x).all() & torch.isfinite(target).all()):
                     return None
-                given = torch.einsum("rgi,gio->rgo", x, matrices)
-                if bias is not None:
-                    given += bias.detach().double().view(groups, outputs)
+                residual = target - layer.given(x)
+                x = layer.shifted(x)
                 judge = (first + part * samples // total) % _HELD_OUT == _HELD_OUT - 1
                 for sums, rows in ((fit, ~judge), (held_out, judge)):
-                    sums.add(x[rows], (target - given)[rows], target[rows])
+                    sums.add(x[rows], residual[rows], target[rows])
             first += samples
         return fit, held_out
 
-    def _draw(self, total: int, count: int) -> torch.Tensor:
-        return torch.randperm(total, generator=self._generator)[:count].sort().values
+    def _parts(self, total: int, width: int, inputs: int) -> Iterator[torch.Tensor]:
+        """Draw positions of one batch, in pieces whose rows fit in memory."""
+        wanted = min(max(_ROWS_PER_INPUT * inputs, _FEWEST_ROWS), _MOST_ROWS)
+        share = -(-wanted // len(self._sizes))
+        if total <= share:
+            chosen = torch.arange(total)
+        else:
+            chosen = torch.randperm(total, generator=self._generator)[:share].sort().values
+        rows = max(1, _CHUNK // width)
+        for start in range(0, len(chosen), rows):
+            yield chosen[start : start + rows]
 
-    def _target(
-        self, call: WeightedCall, twin: fx.Node, index: int, part: torch.Tensor, branch: Branch | None
-    ) -> torch.Tensor:
-        y = output_rows(call, self._before.values[twin][index], part)[:, self._alive(twin, call.output_axis)]
+    def _target(self, layer: _Layer, twin: fx.Node, index: int, part: torch.Tensor) -> torch.Tensor:
+        """Return what the layer's output should be at some positions, (rows, groups * outputs)."""
+        call, branch = layer.call, layer.branch
+        y = self._original_rows(call, twin, index, part)
         other = None if branch is None else self._twins.get(branch.other.name)
         if branch is None or branch.other not in self._after.values or other not in self._before.values:
             return y  # the sum's other operand comes later, and is the one to make up for what is lost here
-        wanted, found = self._before.values[other][index], self._after.values[branch.other][index]
-        lost = output_rows(call, wanted, part)[:, self._alive(other, call.output_axis)] - output_rows(call, found, part)
-        return y + lost * branch.factor
+        lost = self._original_rows(call, other, index, part)
+        lost -= output_rows(call, self._after.values[branch.other][index], part)
+        return y + lost * branch.factor.to(lost.dtype)
 
-    def _alive(self, node: fx.Node, axis: int) -> torch.Tensor:
-        return torch.as_tensor(list(surviving(self._axes.dims(node)[axis], self._kept)))
+    def _original_rows(self, call: WeightedCall, node: fx.Node, index: int, part: torch.Tensor) -> torch.Tensor:
+        """Return what is left of the original value of a node at some positions, (rows, features)."""
+        rows = output_rows(call, self._at_positions_left(node, index, call.output_axis), part)
+        layout = self._axes.dims(node)[call.output_axis]
+        return rows[:, list(surviving(layout, self._kept))]
+
+    def _at_positions_left(self, node: fx.Node, index: int, features: int) -> torch.Tensor:
+        """Return the original value of a node in one batch, at the positions that are left, with all its features."""
+        value: torch.Tensor = self._before.values[node][index]
+        for d, layout in enumerate(self._axes.dims(node)):
+            if d != features and touches(layout, self._kept):
+                value = value.index_select(d, torch.as_tensor(list(surviving(layout, self._kept))))
+        return value
 
 
-def _pieces(chosen: torch.Tensor, size: int) -> list[torch.Tensor]:
-    return [chosen[start : start + size] for start in range(0, len(chosen), size)]
+@dataclass(eq=False)
+class _Layer:
+    """One layer of the pruned program while it is refitted.
+
+    Attributes:
+        call: where it is.
+        weight: its weight as it is stored.
+        matrices: the same as (groups, inputs, outputs), in float64.
+        bias_name: name of what a change of the bias goes to: the bias, or with the opposite sign the running mean of
+            the BatchNorm behind; None if there is neither.
+        bias: the stored tensor of that name.
+        branch: the sum it ends in.
+    """
+
+    call: WeightedCall
+    weight: torch.Tensor
+    matrices: torch.Tensor
+    bias_name: str | None
+    bias: torch.Tensor | None
+    branch: Branch | None
+    _shift: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, call: WeightedCall, gm: fx.GraphModule) -> _Layer:
+        weight = tensor_attribute(gm, call.weight_name).detach()
+        name = running_mean(call, gm) if call.bias is None else str(call.bias.target)
+        bias = None if name is None else tensor_attribute(gm, name).detach()
+        return cls(call, weight, as_matrices(call, weight), name, bias, branch_of(call, gm))
+
+    def given(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what the layer gives for rows of its input, (rows, groups, outputs)."""
+        y = (x.transpose(0, 1) @ self.matrices.to(x.dtype)).transpose(0, 1)
+        return y if self.call.bias is None or self.bias is None else y + self.bias.to(x.dtype).view(y.shape[1:])
+
+    def shifted(self, x: torch.Tensor) -> torch.Tensor:
+        """Return rows about the mean of the first ones, where the bias can take it: products lose no digits to it."""
+        if self.bias_name is None:
+            return x
+        if self._shift is None:
+            self._shift = x.mean(0)
+        return x - self._shift
+
+    def corrected(self, found: Correction) -> dict[str, torch.Tensor]:
+        """Return the corrected tensors by name."""
+        tensors = {self.call.weight_name: as_weight(self.call, self.matrices + found.weight, self.weight)}
+        if self.bias_name is not None and self.bias is not None and self._shift is not None:
+            added = found.bias - torch.einsum("gi,gio->go", self._shift.double(), found.weight)
+            sign = -1 if self.call.bias is None else 1
+            tensors[self.bias_name] = (self.bias.double() + sign * added.flatten()).to(self.bias.dtype)
+        return tensors

@@ -28,11 +28,11 @@ def output_rows(call: WeightedCall, output: torch.Tensor, chosen: torch.Tensor) 
     axis = _axis(call, output)
     moved = output.movedim(axis, -1)
     where = torch.unravel_index(chosen, moved.shape[:-1])
-    return moved[where].double()
+    return moved[where].to(working_dtype(output))
 
 
 def input_rows(call: WeightedCall, x: torch.Tensor, chosen: torch.Tensor, output: torch.Size) -> torch.Tensor:
-    """Return what the weight sees at the output positions `chosen`, (rows, groups, inputs), in float64.
+    """Return what the weight sees at the output positions `chosen`, (rows, groups, inputs).
 
     Args:
         call: the layer.
@@ -41,13 +41,18 @@ def input_rows(call: WeightedCall, x: torch.Tensor, chosen: torch.Tensor, output
         output: shape of its output.
     """
     if "conv" not in call.kind:
-        return x.reshape(-1, x.shape[-1])[chosen].double().unsqueeze(1)
+        return x.reshape(-1, x.shape[-1])[chosen].to(working_dtype(x)).unsqueeze(1)
     spatial = call.weight.meta["val"].dim() - 2
     if x.dim() == spatial + 1:  # without a batch
         x, output = x.unsqueeze(0), torch.Size([1, *output])
     patches = _patches(call, x, torch.unravel_index(chosen, (output[0], *output[2:])))  # (rows, *k, in)
     rows = patches.movedim(-1, 1)  # (rows, in, *k)
-    return rows.reshape(len(chosen), call.groups, -1).double()
+    return rows.reshape(len(chosen), call.groups, -1).to(working_dtype(x))
+
+
+def working_dtype(values: torch.Tensor) -> torch.dtype:
+    """Return the precision rows of these values are multiplied in: at least single."""
+    return torch.promote_types(values.dtype, torch.float32)
 
 
 def as_matrices(call: WeightedCall, weight: torch.Tensor) -> torch.Tensor:

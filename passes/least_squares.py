@@ -8,16 +8,18 @@ rows that were held out.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
-# Fractions of the mean of the Gram matrix's diagonal; 1e6 leaves the weights as they are and corrects the bias.
-RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e6)
+# Fractions of the mean of the Gram matrix's diagonal. ResNets take 1e-3 in their first layers and 1 in their last;
+# an infinite one leaves the weights as they are and corrects the bias.
+RIDGES = (1e-6, 1e-3, 1e-2, 1e-1, 1.0, math.inf)
 
 
 class Sums:
-    """Second moments of inputs and residuals, group by group, in float64."""
+    """Second moments of inputs and residuals, group by group: products in the rows' precision, sums in float64."""
 
     def __init__(self, groups: int, inputs: int, outputs: int) -> None:
         self.rows = 0
@@ -32,12 +34,12 @@ class Sums:
         """Take in rows: x (rows, groups, inputs), r and y (rows, groups, outputs)."""
         wide, tall = x.transpose(0, 1), r.transpose(0, 1)  # (groups, rows, ...)
         self.rows += len(x)
-        self.gram.baddbmm_(wide.transpose(1, 2), wide)
-        self.cross.baddbmm_(wide.transpose(1, 2), tall)
-        self.inputs += x.sum(0)
-        self.residual += r.sum(0)
-        self.squares += float(r.square().sum())
-        self.target += float(y.square().sum())
+        self.gram += wide.transpose(1, 2) @ wide
+        self.cross += wide.transpose(1, 2) @ tall
+        self.inputs += x.sum(0, dtype=torch.float64)
+        self.residual += r.sum(0, dtype=torch.float64)
+        self.squares += float(r.square().sum(dtype=torch.float64))
+        self.target += float(y.square().sum(dtype=torch.float64))
 
     def __add__(self, other: Sums) -> Sums:
         total = Sums(*self.cross.shape)
@@ -99,6 +101,10 @@ def _corrections(sums: Sums, ridges: tuple[float, ...], with_bias: bool) -> list
     identity = torch.eye(gram.shape[1], dtype=torch.float64)
     found = []
     for ridge in ridges:
+        if math.isinf(ridge):
+            bias = mean_r if with_bias else torch.zeros_like(mean_r)
+            found.append(Correction(torch.zeros_like(cross), bias, ridge))
+            continue
         # Inputs that are all zero leave nothing to divide by; any positive number gives them a correction of zero.
         added = torch.where(diagonal > 0, diagonal * ridge, torch.ones_like(diagonal))
         factor, failed = torch.linalg.cholesky_ex(gram + added.view(-1, 1, 1) * identity)
