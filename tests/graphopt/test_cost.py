@@ -46,3 +46,11 @@ def test_a_static_program_counts_its_own_batch() -> None:
             return y
 
     assert cost(capture(Fixed(), torch.randn(2, 4))).flops == 2 * 2 * 12
+
+
+def test_counting_leaves_the_batch_dynamic() -> None:
+    program = capture(nn.Linear(4, 3), torch.randn(8, 4))
+    cost(program)
+    (placeholder,) = [node for node in program.graph.nodes if node.op == "placeholder"]
+    assert isinstance(placeholder.meta["val"].shape[0], torch.SymInt)
+    assert not placeholder.meta["val"].shape[0].node.expr.is_number

@@ -134,3 +134,19 @@ def test_hooks_see_every_step(program: Program, tmp_path: Path) -> None:
     )
     assert [name for name, _, _ in timing.seconds] == ["scale", "random"]
     assert [file.name for file in sorted((tmp_path / "dump").iterdir())] == ["001_scale.py", "002_random.py"]
+
+
+def test_a_pass_must_not_fix_a_dynamic_axis(program: Program) -> None:
+    class Fixes(Scale):
+        """Use a symbolic size as a number."""
+
+        name = "fixes"
+
+        def plan(self, program: Program, ctx: Context) -> Plan:
+            """Compare the batch with 2."""
+            (placeholder,) = [node for node in program.graph.nodes if node.op == "placeholder"]
+            assert int(placeholder.meta["val"].shape[0]) == 2
+            return super().plan(program, ctx)
+
+    with pytest.raises(VerifyError, match="`fixes` fixed the dynamic axis `batch` of input `input` to 2"):
+        run(Pipeline.parse([Fixes(ScaleOptions(factor=0.5))]), program, Context(program))
