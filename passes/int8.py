@@ -140,7 +140,7 @@ class Int8(Pass[Int8Options, Int8Plan]):
         sites = [site for site in placement.sites if site.kernel.weight is not None]
         means = self._input_means(sites, calibration, originals) if self.options.bias_correction else {}
         per_channel = self.options.weights == "channel"
-        quantizer = LayerQuantizer(gm, target.weight, per_channel=per_channel, least_squares=False)
+        quantizer = LayerQuantizer(gm, target.weight, per_channel=per_channel)
         layers = [
             quantizer.quantize(site, scales[placement.root(site.kernel.operands[0])].scale, means) for site in sites
         ]

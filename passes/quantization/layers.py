@@ -1,6 +1,6 @@
 """Turns weights and biases into integers.
 
-    w_int  = round(w / s_w), per output channel           s_w = max|w| / 127, or smaller where that rounds better
+    w_int  = round(w / s_w), per output channel           s_w = max|w| / 127
     b'     = b - mean over samples of (w' - w) x          w' = w_int * s_w; bias correction
     b_int  = round(b' / (s_x * s_w))                      where the target wants the bias as int32
 
@@ -27,11 +27,10 @@ _INT32 = 2**31 - 1
 class LayerQuantizer:
     """Quantizes the layers of one program, weights that several layers share once."""
 
-    def __init__(self, gm: fx.GraphModule, integers: IntegerFormat, *, per_channel: bool, least_squares: bool) -> None:
+    def __init__(self, gm: fx.GraphModule, integers: IntegerFormat, *, per_channel: bool) -> None:
         self._gm = gm
         self._integers = integers
         self._per_channel = per_channel
-        self._least_squares = least_squares
         self._stored: dict[tuple[str, int | None, bool], str] = {}
         self.tensors: dict[str, Tensor] = {}
 
@@ -74,7 +73,7 @@ class LayerQuantizer:
         key = (source, axis, transposed)
         if key not in self._stored:
             name = f"{source}_int8" + ("_t" if transposed else "") + ("" if axis is not None else "_tensor")
-            scales = weight_scales(weight, self._integers, axis, least_squares=self._least_squares)
+            scales = weight_scales(weight, self._integers, axis)
             if site.rule.bias == "int32" and bias is not None:
                 # a bias far larger than the weights must still fit int32
                 floor = (bias.detach().abs().double() / (x * _INT32 * 0.5)).float()

@@ -1,0 +1,132 @@
+"""The quantization operators: arithmetic, gradients, and what survives export, files and ONNX."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from graphopt.quantization.ops import dequantize, fake_quantize, observe, quantize, storage_dtype
+
+OPS = torch.ops.graphopt
+SCALE, ZERO = torch.tensor(0.1), torch.tensor(3, dtype=torch.uint8)
+
+
+def test_rounds_half_to_even_and_saturates() -> None:
+    x = torch.tensor([0.5, 1.5, 2.5, -0.5, 300.0, -300.0, float("inf"), float("-inf")])
+    one, zero = torch.tensor(1.0), torch.tensor(0, dtype=torch.int8)
+    assert quantize(x, one, zero, None, -128, 127).tolist() == [0, 2, 2, 0, 127, -128, 127, -128]
+
+
+def test_range_within_the_storage() -> None:
+    x = torch.tensor([-9.0, 9.0])
+    q = quantize(x, torch.tensor(1.0), torch.tensor(0, dtype=torch.int8), None, -8, 7)
+    assert q.tolist() == [-8, 7]
+    assert q.dtype is torch.int8
+
+
+def test_per_channel_along_any_axis() -> None:
+    x = torch.ones(2, 3, 4)
+    scale, zero = torch.tensor([1.0, 0.5, 0.25]), torch.zeros(3, dtype=torch.int8)
+    for axis in (1, -2):
+        q = quantize(x, scale, zero, axis, -128, 127)
+        assert q[0, :, 0].tolist() == [1, 2, 4]
+        torch.testing.assert_close(dequantize(q, scale, zero, axis), x, rtol=0, atol=0)
+
+
+def test_int32_is_exact_beyond_float_digits() -> None:
+    q = torch.tensor([2**24 + 1, -(2**31)], dtype=torch.int32)
+    real = dequantize(q, torch.tensor(1.0, dtype=torch.float64), torch.tensor(0, dtype=torch.int32), None)
+    assert real.tolist() == [2**24 + 1, -(2**31)]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "dtype"),
+    [(0, 255, torch.uint8), (0, 15, torch.uint8), (-128, 127, torch.int8), (-8, 7, torch.int8), (-1, 255, torch.int32)],
+)
+def test_storage(low: int, high: int, dtype: torch.dtype) -> None:
+    assert storage_dtype(low, high) is dtype
+
+
+def test_storage_has_an_end() -> None:
+    with pytest.raises(ValueError, match="int32 is the widest"):
+        storage_dtype(0, 2**40)
+
+
+@pytest.mark.parametrize(("scale", "axis"), [((2,), None), ((2,), 1), ((3,), 5)])
+def test_fake_tensors_refuse_misfits(scale: tuple[int, ...], axis: int | None) -> None:
+    with torch._subclasses.FakeTensorMode(), pytest.raises(ValueError, match="do not fit"):
+        quantize(torch.empty(4, 3), torch.empty(scale), torch.empty(scale, dtype=torch.int8), axis, -128, 127)
+
+
+@given(
+    st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=20),
+    st.floats(2**-10, 4.0, width=32),
+    st.integers(0, 255),
+)
+def test_round_trip_is_within_half_a_step(values: list[float], scale: float, zero: int) -> None:
+    x, s, z = torch.tensor(values), torch.tensor(scale), torch.tensor(zero, dtype=torch.uint8)
+    back = dequantize(quantize(x, s, z, None, 0, 255), s, z, None)
+    limited = x.clamp(float(s) * (0 - zero), float(s) * (255 - zero))
+    step = float(s) / 2 * (1 + 1e-4) + 255 * float(s) * torch.finfo(torch.float32).eps
+    assert float((back - limited).abs().max()) <= step
+
+
+def test_fake_quantize_is_quantize_then_dequantize() -> None:
+    x = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    found = fake_quantize(x, SCALE, ZERO, None, 0, 255)
+    torch.testing.assert_close(found, dequantize(quantize(x, SCALE, ZERO, None, 0, 255), SCALE, ZERO, None))
+
+
+def test_gradients_of_fake_quantize() -> None:
+    """Straight through inside the range, none outside; learned step sizes by their formula."""
+    x = torch.tensor([0.24, 100.0, -100.0], dtype=torch.float64, requires_grad=True)
+    scale = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    zero = torch.tensor(0, dtype=torch.int8)
+    fake_quantize(x, scale, zero, None, -8, 7).sum().backward()  # type: ignore[no-untyped-call]
+    assert x.grad is not None
+    assert scale.grad is not None
+    assert x.grad.tolist() == [1.0, 0.0, 0.0]
+    torch.testing.assert_close(scale.grad.item(), (2 - 2.4) + 7 - 8)
+
+
+def test_gradient_of_dequantize() -> None:
+    q = torch.tensor([[1, -2], [3, 4]], dtype=torch.int8)
+    zero = torch.zeros(2, dtype=torch.int8)
+    scale = torch.tensor([0.5, 2.0], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda s: dequantize(q, s, zero, 0), (scale,))
+
+
+def test_operators_are_well_formed() -> None:
+    """Schema, fake kernels, autograd registration and dynamic shapes, by torch's own checker."""
+    x = torch.randn(3, 4, 5, requires_grad=True)
+    scale, zero = torch.rand(4).add(0.1).requires_grad_(), torch.zeros(4, dtype=torch.int8)
+    q = torch.randint(-9, 9, (3, 4, 5), dtype=torch.int8)
+    torch.library.opcheck(quantize, (x.detach(), scale.detach(), zero, 1, -128, 127))
+    torch.library.opcheck(fake_quantize, (x, scale, zero, 1, -8, 7))
+    torch.library.opcheck(dequantize, (q, scale, zero, 1))
+    torch.library.opcheck(observe, (x, "name"))
+
+
+def test_survive_export_and_files() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.zero = nn.Buffer(SCALE), nn.Buffer(ZERO)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = OPS.observe(x, "x")
+            x = OPS.dequantize(OPS.quantize(x, self.scale, self.zero, None, 0, 255), self.scale, self.zero, None)
+            return OPS.fake_quantize(x * 2, self.scale, self.zero, None, 0, 255)
+
+    x = torch.randn(2, 3)
+    exported = torch.export.export(Net(), (x,), dynamic_shapes={"x": {0: torch.export.Dim.DYNAMIC}})
+    stream = io.BytesIO()
+    torch.export.save(exported, stream)
+    stream.seek(0)
+    loaded = torch.export.load(stream)
+    torch.testing.assert_close(loaded.module()(torch.ones(5, 3)), Net()(torch.ones(5, 3)), rtol=0, atol=0)
