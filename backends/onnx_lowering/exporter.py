@@ -41,6 +41,7 @@ def export(flat: Program, opset: int) -> ir.Model:
         LoweringError: an operator has no ONNX form.
     """
     exported = flat.export()
+    _forget_strides(exported.graph_module)
     with warnings.catch_warnings(), _quiet("torch.onnx"), _quiet("onnxscript"), _quiet("onnx_ir"):
         warnings.simplefilter("ignore")
         try:
@@ -53,6 +54,27 @@ def export(flat: Program, opset: int) -> ir.Model:
     model: ir.Model = onnx_program.model
     _name_sources(model, exported.graph)
     return model
+
+
+def _forget_strides(gm: fx.GraphModule) -> None:
+    """Put a copy between a view and the transpose it is of: an Identity to ONNX, which knows no strides.
+
+    The exporter runs the graph again with attention whose result has other strides than when the view was traced, and
+    then fails on the view (torch 2.13; T5, whose `contiguous` was traced away as idle).
+    """
+    aten = torch.ops.aten
+    for node in list(gm.graph.nodes):
+        if node.target not in (aten.view.default, aten.reshape.default):
+            continue
+        source = node.args[0]
+        if source.target not in (aten.transpose.int, aten.permute.default):
+            continue
+        with gm.graph.inserting_before(node):
+            copy = gm.graph.call_function(aten.clone.default, (source,), {"memory_format": torch.contiguous_format})
+        copy.meta.update({key: value for key, value in source.meta.items() if key != "custom"})
+        copy.meta["val"] = source.meta["val"].contiguous()
+        node.replace_input_with(source, copy)
+    gm.recompile()
 
 
 class _quiet:  # noqa: N801  (a context manager, used like a function)

@@ -193,6 +193,27 @@ def test_static_batch_and_integer_inputs(tmp_path: Path) -> None:
     assert verify(tmp_path / "model.onnx", program, None, SessionSettings()) == 0.0
 
 
+def test_a_reshape_of_attention_whose_strides_the_exporter_changes(tmp_path: Path) -> None:
+    """As in T5: traced, the attention's result needs no copy before the reshape; decomposed, it does."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.project, self.bias = nn.Linear(16, 48), nn.Parameter(torch.randn(1, 4, 6, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            shape = (*x.shape[:-1], 4, 4)
+            q, k, v = (part.view(shape).transpose(1, 2) for part in self.project(x).chunk(3, -1))
+            mask = self.bias.expand(x.shape[0], -1, -1, -1).clone()
+            attended = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+            attended = attended.reshape(attended.shape)
+            return attended.transpose(1, 2).reshape(*x.shape[:-1], -1).contiguous()
+
+    program = capture(Attention().eval(), torch.randn(2, 6, 16))
+    save(lower(program, STYLE), tmp_path / "model.onnx")
+    assert verify(tmp_path / "model.onnx", program, None, SessionSettings()) < 1e-5
+
+
 def test_names_of_inputs_and_outputs_win(tmp_path: Path) -> None:
     class Swap(nn.Module):
         """Its outputs bear the names its values and weights have inside."""
