@@ -12,6 +12,7 @@ from torch import nn
 from graphopt.backend import Backend
 from graphopt.capturing import capture
 from graphopt.context import Batch, Context, NoProgress, Progress
+from graphopt.cost import cost
 from graphopt.data import Samples
 from graphopt.deliver import deliver
 from graphopt.equivalence import Probe
@@ -28,7 +29,9 @@ from graphopt.report import Report
 from graphopt.result import Result
 from graphopt.runner import run
 
-_PROBE_SAMPLES = 8  # samples every row's output error is measured on
+# Samples that every row's output error is measured on: as many as cost this many operations, within bounds.
+_PROBE_FLOPS = 2e10
+_FEWEST_PROBES, _MOST_PROBES = 2, 32
 DEFAULT_PASSES = "prune:ratio=0.5,svd,int8"
 
 
@@ -162,4 +165,5 @@ def _probe_inputs(program: Program, samples: Samples | None) -> Batch:
     """Return the inputs that errors are measured on: real samples if there are any."""
     if samples is None or not program.batched:
         return program.flat_examples()
-    return samples.first(_PROBE_SAMPLES)
+    affordable = int(_PROBE_FLOPS // max(cost(program).flops, 1))
+    return samples.first(min(max(affordable, _FEWEST_PROBES), _MOST_PROBES))
