@@ -59,16 +59,21 @@ class Stepper:
         node = next(self._pending)
         with torch.no_grad():
             self.values[node] = self._run(node)
-        for argument in node.all_input_nodes:
-            if self._last_user[argument] is node:
-                del self.values[argument]
+        for argument in self._read_last(node):
+            del self.values[argument]
         return node
 
     def live_bytes(self) -> int:
         """Return the bytes of all values that are held, each storage once; parameters are not counted."""
         held = (entry for node, entries in self.values.items() if node.op != "get_attr" for entry in entries)
         tensors = (leaf for entry in held for leaf in pytree.tree_leaves(entry) if isinstance(leaf, torch.Tensor))
-        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+        sizes: dict[int, int] = {}
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            # An input may be a small part of a large tensor of the user's, an expanded value less than it looks.
+            used = min(storage.nbytes(), tensor.numel() * tensor.element_size())
+            sizes[storage.data_ptr()] = max(used, sizes.get(storage.data_ptr(), 0))
+        return sum(sizes.values())
 
     def _run(self, node: fx.Node) -> list[Any]:
         if node.op == "placeholder":
@@ -80,7 +85,12 @@ class Stepper:
         for index in range(self.batches):
             args, kwargs = self._arguments(node, index)
             results.append(args[0] if node.op == "output" else node.target(*args, **kwargs))  # type: ignore[operator]
+            for argument in self._read_last(node):
+                self.values[argument][index] = None  # at once, or operands and results of all batches would coexist
         return results
+
+    def _read_last(self, node: fx.Node) -> list[fx.Node]:
+        return [argument for argument in node.all_input_nodes if self._last_user[argument] is node]
 
     def _arguments(self, node: fx.Node, index: int) -> Any:
         return fx.map_arg((node.args, node.kwargs), lambda used: self.values[used][index])
@@ -100,7 +110,7 @@ class Stepper:
 
 
 def peak_bytes_per_sample(program: Program) -> int:
-    """Return the most bytes of values that one sample keeps alive at once, measured on the example inputs."""
+    """Return the most bytes of values that one sample keeps alive between two nodes, measured on the examples."""
     examples = program.flat_examples()
     stepper = Stepper(program, [examples])
     peak = 0

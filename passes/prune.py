@@ -61,7 +61,7 @@ class PruneOptions:
     kinds: tuple[Kind, ...] = ("channels", "hidden", "heads", "head_dim", "width")
     skip: tuple[str, ...] = ()
     compensate: bool = True
-    samples: Annotated[int, Field(ge=FEWEST)] = 512
+    samples: Annotated[int, Field(ge=FEWEST)] = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
