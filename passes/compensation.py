@@ -128,7 +128,8 @@ class _Walk:
         self._found.layers[call.weight_name] = {"before": before, "after": after, "ridge": correction.ridge}
 
     def _leave(self, site: str, reason: str) -> None:
-        self._found.refusals.append(Refusal(site, f"not compensated: {reason}"))
+        if all(refusal.site != site for refusal in self._found.refusals):  # a shared weight is met at every use
+            self._found.refusals.append(Refusal(site, f"not compensated: {reason}"))
 
     def _why_not(self, call: WeightedCall, twin: fx.Node) -> str:
         others = [user for user in uses(self._gm, call.weight_name) if user is not call.node]

@@ -1,0 +1,269 @@
+"""Compensation: what data makes of a removal, what is left alone and why."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from graphopt.capturing import capture
+from graphopt.context import Context
+from graphopt.equivalence import measure
+from graphopt.options import build
+from graphopt.passes.prune import Prune, PruneOptions, PruningPlan
+from graphopt.program import Program
+from graphopt.testing import TensorSamples, check_pass, fingerprint
+from tests import models
+from tests.graphopt.axes.test_random_networks import STEPS, Network, Step
+from tests.models import EXAMPLES, example
+
+EXACT = 1e-5  # relative error: a ridge of 1e-6 of the mean square pulls every direction that far from the optimum
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def prune(**options: Any) -> Prune:
+    return Prune(build("prune", PruneOptions, {"ratio": 0.5, "round_to": 1, "min_channels": 1, **options}))
+
+
+def plan_of(pass_: Prune, program: Program, data: Tensor | None) -> PruningPlan:
+    samples = None if data is None else TensorSamples((data,))
+    return pass_.plan(program, Context(original=program, samples=samples))
+
+
+def reasons(plan: PruningPlan) -> dict[str, str]:
+    return {refusal.site: refusal.reason for refusal in plan.refusals}
+
+
+class Redundant(nn.Module):
+    """The second half of the channels are sums of the first and smaller, so nothing need be lost with them."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind = kind
+        self.first = nn.Conv2d(3, 6, 1) if kind != "linear" else nn.Linear(5, 6)
+        self.second: nn.Module = {
+            "linear": nn.Linear(6, 4),
+            "conv": nn.Conv2d(6, 4, 3, stride=2, padding=1),
+            "no bias": nn.Conv2d(6, 4, 3, padding=2, dilation=2, bias=False),
+            "transposed": nn.ConvTranspose2d(6, 4, 3, stride=2, padding=1),
+            "norm": nn.Sequential(nn.Conv2d(6, 4, 3, bias=False), nn.BatchNorm2d(4)),
+        }[kind]
+        mix = torch.rand(3, 3) * 0.1
+        with torch.no_grad():
+            self.first.weight[3:] = torch.einsum("oi,i...->o...", mix, self.first.weight[:3])
+            self.first.bias[3:] = mix @ self.first.bias[:3]
+            if kind == "no bias":
+                self.first.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+def data_for(kind: str, count: int = 64) -> Tensor:
+    return randn(count, 5) if kind == "linear" else randn(count, 3, 6, 6)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv", "no bias", "transposed", "norm"])
+def test_channels_that_depend_on_others_cost_nothing(kind: str) -> None:
+    data = data_for(kind)
+    checked = check_pass(prune(), Redundant(kind).double(), data[:2], data=[data], idempotent=False)
+    assert checked.plan.sites == (f"first:{'hidden' if kind == 'linear' else 'channels'}",)
+    fresh = data_for(kind, 100)[64:]
+    assert measure(checked.before, checked.after.call_flat, (fresh,)).relative < EXACT
+    plain = prune(compensate=False)
+    removed = plain.apply(checked.before, plan_of(plain, checked.before, data))
+    assert measure(checked.before, removed.call_flat, (fresh,)).relative > 100 * EXACT
+
+
+def test_the_bias_of_a_convolution_before_a_norm_is_its_running_mean() -> None:
+    data = data_for("norm")
+    program = capture(Redundant("norm").double(), (data[:2],))
+    plan = plan_of(prune(), program, data)
+    assert sorted(plan.tensors) == ["second.0.weight", "second.1.running_mean"]
+
+
+def test_the_plan_says_what_each_layer_gained_and_survives_its_files(tmp_path: Path) -> None:
+    data = example(models.Residual, 96)
+    program = capture(models.Residual().double(), (data[:2],))
+    plan = plan_of(prune(), program, data)
+    plan.save(tmp_path / "plan")
+    stored = PruningPlan.load(tmp_path / "plan")
+    assert stored.compensated == plan.compensated
+    assert sorted(stored.compensated) == ["head.weight", "inner.weight", "outer.weight"]
+    for layer in stored.compensated.values():
+        assert set(layer) == {"before", "after", "ridge"}
+        assert 0 <= layer["after"] < layer["before"]  # type: ignore[operator]
+    assert fingerprint(prune().apply(program, stored)) == fingerprint(prune().apply(program, plan))
+    assert plan.measured["compensated"] > plan.measured["plain"]  # type: ignore[operator]
+
+
+class Shortcut(nn.Module):
+    """A block behind another: what the first loses arrives at the second's sum, and the second can make up for it."""
+
+    def __init__(self, widths: tuple[int, int]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Linear(6, 6)
+        self.a, self.b = (nn.Sequential(nn.Linear(6, w), nn.Tanh(), nn.Linear(w, 6)) for w in widths)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.a(x)
+        return x + self.b(x)
+
+
+def test_a_later_branch_makes_up_for_what_the_shortcut_lost() -> None:
+    data = randn(512, 6)
+    program = capture(Shortcut((6, 40)).double(), (data[:2],))
+    pass_ = prune(kinds=("hidden",), skip=("b.*",), ratio=0.5)
+    after = pass_.apply(program, plan_of(pass_, program, data))
+    errors = []
+    for name in ("add", "add_1"):
+        wanted, found = (_value(p, name, data) for p in (program, after))
+        errors.append(float((wanted - found).norm()))
+    assert errors[1] < 0.5 * errors[0]
+
+
+def _value(program: Program, name: str, data: Tensor) -> Tensor:
+    from graphopt.stepping import Stepper
+
+    node = next(node for node in program.graph.nodes if node.name == name)
+    stepper = Stepper(program, [(data,)])
+    stepper.run_until(node)
+    value: Tensor = stepper.values[node][0]
+    return value
+
+
+# -- refusals --------------------------------------------------------------------------------------------
+
+
+def test_without_data_the_removal_is_plain_and_says_so() -> None:
+    program = capture(Redundant("linear").double(), (data_for("linear")[:2],))
+    plan = plan_of(prune(), program, None)
+    assert plan.sites
+    assert not plan.tensors
+    assert reasons(plan)["compensation"] == "not compensated: there is no data"
+
+
+def test_too_few_samples_say_so() -> None:
+    data = data_for("linear", 15)
+    plan = plan_of(prune(), capture(Redundant("linear").double(), (data[:2],)), data)
+    assert not plan.tensors
+    wanted = "not compensated: 15 samples of calibration data, at least 16 are needed"
+    assert reasons(plan)["compensation"] == wanted
+
+
+def test_switched_off_means_plain_and_silent() -> None:
+    data = data_for("linear")
+    plan = plan_of(prune(compensate=False), capture(Redundant("linear").double(), (data[:2],)), data)
+    assert not plan.tensors
+    assert "compensation" not in reasons(plan)
+
+
+class Shared(Redundant):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.second(x) + self.second(x.relu())
+
+
+def test_a_shared_weight_is_left_alone() -> None:
+    data = data_for("linear")
+    plan = plan_of(prune(), capture(Shared("linear").double(), (data[:2],)), data)
+    assert reasons(plan)["second.weight"] == "not compensated: weight is shared with `linear_2`"
+
+
+def test_a_computed_weight_is_left_alone() -> None:
+    data = example(models.WeightNormed, 64)
+    plan = plan_of(prune(), capture(models.WeightNormed().double(), (data[:2],)), data)
+    assert reasons(plan)["conv1d"] == "not compensated: its weight is computed"
+
+
+def test_values_that_are_not_finite_are_left_alone() -> None:
+    class Logarithm(Redundant):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x).relu().log()).nan_to_num()
+
+    data = data_for("linear")
+    plan = plan_of(prune(), capture(Logarithm("linear").double(), (data[:2].abs(),)), data)
+    assert reasons(plan)["second.weight"] == "not compensated: its values are not finite on the samples"
+
+
+def test_a_layer_that_sees_what_it_saw_keeps_its_weights() -> None:
+    data = data_for("linear")
+    plan = plan_of(prune(), capture(Redundant("linear").double(), (data[:2],)), data)
+    assert sorted(plan.tensors) == ["second.bias", "second.weight"]
+    assert "first.weight" not in reasons(plan)
+
+
+# -- edges, invariants, meaning --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [k for k in EXAMPLES if k not in (models.NeighbourGate, models.Recurrent)],
+    ids=lambda k: k.__name__,
+)
+def test_every_structure_keeps_the_contract(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    data = example(kind, 32)
+    checked = check_pass(prune(), kind().double(), data[:2], data=[data], idempotent=False)
+    assert isinstance(checked.plan, PruningPlan)
+    prune().prove(checked.before, checked.after, checked.plan)
+    assert max(checked.plan.measured.values()) >= checked.plan.measured["plain"]  # type: ignore[type-var,operator]
+
+
+def test_a_fixed_batch_is_respected() -> None:
+    from torch.export import export
+
+    data = randn(40, 5)
+    model = Redundant("linear").double()
+    program = capture(model, (data[:8],), dynamic_shapes=None)
+    fixed = dataclasses.replace(
+        program, graph_module=export(model, (data[:8],)).module(check_guards=False), inputs=_fixed(program, 8)
+    )
+    plan = plan_of(prune(), fixed, randn(43, 5))  # five batches; what is left over is not used
+    assert plan.compensated
+
+
+def _fixed(program: Program, batch: int) -> tuple[Any, ...]:
+    return tuple(dataclasses.replace(spec, shape=(batch, *spec.shape[1:])) for spec in program.inputs)
+
+
+def test_single_precision_loses_little() -> None:
+    data = data_for("conv").float()
+    program = capture(Redundant("conv"), (data[:2],))
+    after = prune().apply(program, plan_of(prune(), program, data))
+    assert measure(program, after.call_flat, (data,)).relative < 10 * EXACT
+    assert {tensor.dtype for tensor in after.parameters()} == {torch.float32}
+
+
+def test_a_second_run_finds_its_own_result_and_goes_on_from_it() -> None:
+    data = example(models.Residual, 64)
+    program = capture(models.Residual().double(), (data[:2],))
+    once = prune().apply(program, plan_of(prune(), program, data))
+    checked = check_pass(prune(), once, data[:2], data=[data], idempotent=False)
+    assert len(list(checked.after.parameters())) == len(list(program.parameters()))
+
+
+@settings(max_examples=10, deadline=None)
+@given(STEPS, st.integers(0, 2**16))
+def test_random_networks_come_out_no_worse_than_plain(steps: list[Step], seed: int) -> None:
+    data = torch.randn(24, 2, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    program = capture(Network(steps, seed).double(), (data[:2],))
+    pass_ = prune(criterion="random")
+    plan = plan_of(pass_, program, data)
+    after = pass_.apply(program, plan)
+    plain = pass_.apply(program, dataclasses.replace(plan, tensors={}))
+    errors = [measure(program, found.call_flat, (data,)).sqnr for found in (after, plain)]
+    assert errors[0] >= errors[1] - 1e-9
+    pass_.prove(program, after, plan)
