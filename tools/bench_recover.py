@@ -1,6 +1,6 @@
 """How much accuracy `recover` wins back on ResNet-20 after half of every block's inner channels are gone.
 
-    python tools/bench_recover.py --data DIR [--seeds 0 1] [--recover epochs=4:augment=none]
+    python tools/bench_recover.py --data DIR [--seeds 0 1] [--recover epochs=4:augment=none] [--prune PIPELINE]
 
 Prints one row per stage: parameters, top-1 on the 10,000 test images, seconds. No labels are used but to score.
 """
@@ -34,10 +34,10 @@ def main() -> None:
     unlabelled, _ = images(options.data, "cifar10_train_5k")
     original = capture(trained_resnet(options.data, 20), (unlabelled[:2],))
     recover = ":".join(["recover", *([options.recover] if options.recover else [])])
-    print(f"{'':40s} {'parameters':>10s} {'top-1 %':>8s} {'seconds':>8s}")
+    print(f"{'':56s} {'parameters':>10s} {'top-1 %':>8s} {'seconds':>8s}")
     _row("unoptimised", original, data, labels, 0.0)
-    pruned, _ = _optimise(_PRUNE, original, original, unlabelled, 0)
-    _row(_PRUNE, pruned, data, labels, 0.0)
+    pruned, _ = _optimise(options.prune, original, original, unlabelled, 0)
+    _row(options.prune, pruned, data, labels, 0.0)
     _row("recover:epochs=0", *_timed("recover:epochs=0", pruned, original, unlabelled[:2560], 0, data, labels))
     for seed in options.seeds:
         _row(f"{recover} (seed {seed})", *_timed(recover, pruned, original, unlabelled, seed, data, labels))
@@ -48,6 +48,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="directory with CIFAR-10 and the trained ResNets")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--prune", default=_PRUNE, help="pipeline that damages the model")
     parser.add_argument("--recover", default="", help="options of recover other than the defaults")
     return parser.parse_args()
 
@@ -78,7 +79,7 @@ def _timed(
 
 def _row(what: str, program: Program, data: torch.Tensor, labels: torch.Tensor, seconds: float) -> None:
     shown = f"{seconds:8.0f}" if seconds else ""
-    print(f"{what:40s} {cost(program).parameters:10,d} {top1(program, data, labels):8.2f} {shown}", flush=True)
+    print(f"{what:56s} {cost(program).parameters:10,d} {top1(program, data, labels):8.2f} {shown}", flush=True)
 
 
 if __name__ == "__main__":
