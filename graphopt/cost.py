@@ -68,7 +68,9 @@ def _flops(program: Program) -> int:
     # a mode of its own: in the graph's, counting with plain sizes would fix its dynamic axes to them
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode, FlopCounterMode(display=False) as counter, torch.no_grad():
-        fakes = [mode.from_tensor(example) for example in examples]
-        program.call_flat(fakes)
+        # detached: the counter runs the branches of torch.cond with gradients on, and trips over weights that have them
+        weights = {name: mode.from_tensor(tensor.detach()) for name, tensor in program.state_dict().items()}
+        args, kwargs = program.unflatten([mode.from_tensor(example) for example in examples])
+        torch.func.functional_call(program.graph_module, weights, args, dict(kwargs), strict=False)
     samples = examples[0].shape[0] if program.inputs[0].batched else 1
     return int(counter.get_total_flops()) // samples

@@ -54,3 +54,16 @@ def test_counting_leaves_the_batch_dynamic() -> None:
     (placeholder,) = [node for node in program.graph.nodes if node.op == "placeholder"]
     assert isinstance(placeholder.meta["val"].shape[0], torch.SymInt)
     assert not placeholder.meta["val"].shape[0].node.expr.is_number
+
+
+def test_branches_are_counted() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Linear(4, 3, bias=False), nn.Linear(4, 3, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = torch.cond(x.sum() > 0, self.one, self.other, (x,))
+            return y
+
+    assert cost(capture(Branching(), torch.randn(2, 4))).flops == 2 * 12  # one of the two is taken
