@@ -6,11 +6,10 @@ are used here and nowhere else (checked on torch 2.13; `tests/graphopt/test_capt
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,10 +18,12 @@ from torch.export import Dim, ExportedProgram
 from torch.export.dynamic_shapes import _combine_args
 from torch.utils import _pytree as pytree
 
+from graphopt.capture_checks import check_equal, check_memory, run_model, wrong_batch
 from graphopt.capture_errors import explain, first_line
 from graphopt.errors import CaptureError
 from graphopt.graph import copy_graph_module
 from graphopt.lost import lost_in_eval
+from graphopt.model_calls import in_eval_mode, spelled_out
 from graphopt.normal_form import normalise
 from graphopt.program import Dimension, Note, Program, TensorSpec
 from graphopt.provenance import record_capture
@@ -30,8 +31,6 @@ from graphopt.training import set_training
 
 logger = logging.getLogger(__name__)
 
-# Captured and original outputs come from the same kernels in the same order; what differs is inlining.
-_CAPTURE_RTOL = 1e-4
 _SMALLEST_DYNAMIC_BATCH = 2  # torch.export specialises an axis of size 1
 
 LeafShapes = list[dict[int, Any]]  # per tensor leaf: {axis: Dim}
@@ -49,8 +48,8 @@ def capture(
 
     Args:
         model: any module that `torch.export` can trace. Its mode is restored afterwards.
-        args: example positional inputs, or the only one. The first axis of the first tensor is the batch;
-            every tensor input with the same first size shares it.
+        args: example positional inputs, or the only one. The first axis of the first tensor that has one is the
+            batch; every tensor input with the same first size shares it.
         kwargs: example keyword inputs.
         dynamic_shapes: further dynamic axes in the form `torch.export.export` takes. An axis 0 given here
             overrides the default for that input; `{0: None}` makes it static.
@@ -67,12 +66,13 @@ def capture(
     if isinstance(model, fx.GraphModule):  # what torch.export made refuses eval()
         model = copy_graph_module(model)
         set_training(model, False)
-    with _eval_mode(model), torch.no_grad(), warnings.catch_warnings():
+    with in_eval_mode(model), spelled_out(model, kwargs), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         args, kwargs, leaf_shapes = _with_dynamic_batch(model, args, kwargs, dynamic_shapes)
-        expected = _run_model(model, args, kwargs)  # tells a model that fails from a capture that fails
+        expected = run_model(model, args, kwargs)  # tells a model that fails from a capture that fails
         program = _capture(model, args, kwargs, leaf_shapes)
-        _check_equal(program, expected, args, kwargs)
+        check_equal(program, expected, args, kwargs)
+        check_memory(program, args, kwargs)
     return program if share_tensors else program.copy(share_tensors=False)
 
 
@@ -119,31 +119,6 @@ def export_again(program: Program) -> ExportedProgram:
             ) from err
 
 
-@contextlib.contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def _run_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return model(*args, **kwargs)
-    except Exception as err:  # the user's own code may raise anything
-        shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        raise CaptureError(
-            f"The model itself fails on the example inputs (shapes {shapes}): {type(err).__name__}: "
-            f"{first_line(err)}. Check the input shapes and dtypes (`--input name=1x3x224x224:float32`)."
-        ) from err
-
-
 def _with_dynamic_batch(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], requested: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any], LeafShapes]:
@@ -153,7 +128,9 @@ def _with_dynamic_batch(
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     if not tensors:
         raise CaptureError("There is no tensor among the example inputs. Give at least one.")
-    batch = tensors[0].shape[0] if tensors[0].dim() else None
+    batch = next((tensor.shape[0] for tensor in tensors if tensor.dim()), None)
+    if batch == 0:
+        raise CaptureError("The example inputs hold no samples. Give at least one.")
     shapes: LeafShapes = []
     enlarged: list[Any] = []
     axes = iter(asked)
@@ -225,7 +202,7 @@ def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sh
     error: Exception | None = None
     try:
         captured = program(attempt(shapes), shapes)
-        reason = _wrong_batch(model, captured, args, kwargs) if captured.batched else ""
+        reason = wrong_batch(model, captured, args, kwargs) if captured.batched else ""
         if not reason:
             return captured
     except Exception as err:  # tracing runs the user's code, which may raise anything
@@ -241,69 +218,6 @@ def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sh
     text = f"The batch size is fixed: {reason}"
     logger.warning("%s", text)
     return program(exported, static, [Note("batch", text)])
-
-
-_CHECKED_BATCHES = (1, 3)  # sizes beside the captured one at which program and model are compared
-
-
-def _check_equal(program: Program, expected: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Compare the captured outputs with the model's: a trace may silently keep the wrong branch.
-
-    Raises:
-        CaptureError: they differ on the examples.
-    """
-    worst = _disagreement(program, expected, args, kwargs)
-    if worst:
-        raise CaptureError(
-            f"The captured program does not compute what the model does: {worst}. The model is random in eval mode, or "
-            "branches in Python on something that changes between calls."
-        )
-
-
-def _wrong_batch(model: nn.Module, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """Say at which batch size a program with a dynamic batch is not the model, "" if at none tried.
-
-    A Python branch on the batch size leaves no trace in the graph: only running it shows.
-    """
-    leaves, spec = pytree.tree_flatten((args, kwargs))
-    batched = iter([spec.batched for spec in program.inputs])
-    is_batched = [isinstance(leaf, torch.Tensor) and next(batched) for leaf in leaves]
-    for size in _CHECKED_BATCHES:
-        sized = [_resized(leaf, size) if flag else leaf for leaf, flag in zip(leaves, is_batched, strict=True)]
-        other_args, other_kwargs = pytree.tree_unflatten(sized, spec)
-        try:
-            expected = _run_model(model, other_args, other_kwargs)
-            worst = _disagreement(program, expected, other_args, other_kwargs)
-        except CaptureError:
-            continue  # the model itself does not take this size
-        except Exception as err:  # the traced graph may fail in any kernel
-            worst = first_line(err)
-        if worst:
-            return f"at batch {size} the captured program differs from the model ({worst})"
-    return ""
-
-
-def _resized(tensor: torch.Tensor, size: int) -> torch.Tensor:
-    rows = torch.arange(size) % tensor.shape[0]
-    return tensor[rows]
-
-
-def _disagreement(program: Program, expected: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """Run the program on what the model returned `expected` for; say how they differ, "" if they do not."""
-    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        found = program(*args, **kwargs)
-    pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(found), strict=True)
-    tensors = [pair for pair in pairs if isinstance(pair[0], torch.Tensor)]
-    for spec, (want, got) in zip(program.outputs, tensors, strict=True):
-        if want.shape != got.shape:
-            return f"output `{spec.name}` is {tuple(got.shape)} instead of {tuple(want.shape)}"
-        scale = float(want.abs().max()) if want.is_floating_point() and want.numel() else 1.0
-        if not torch.allclose(want, got, rtol=_CAPTURE_RTOL, atol=_CAPTURE_RTOL * scale, equal_nan=True):
-            difference = float((want.double() - got.double()).abs().max())
-            return f"output `{spec.name}` is off by {difference:.3g} (largest value {scale:.3g})"
-    return ""
 
 
 class _AxisNames:

@@ -188,3 +188,71 @@ def test_gradient_switches_are_inlined() -> None:
 
     program = capture(Frozen(), torch.randn(2, 4))
     assert all("set_grad" not in str(node.target) for node in program.graph.nodes)
+
+
+def test_inputs_behind_two_stars_are_dynamic() -> None:
+    class Stars(nn.Module):
+        def forward(self, x: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
+            return x + more["a"] - more["b"]
+
+    x = torch.randn(3, 4)
+    program = capture(Stars(), (x,), {"b": x + 1, "a": x})
+    assert [spec.shape for spec in program.inputs] == [("batch", 4)] * 3
+    torch.testing.assert_close(program(x[:1], a=x[:1], b=x[:1]), x[:1])
+
+
+def test_a_number_before_the_samples_leaves_the_batch_dynamic() -> None:
+    class Scaled(nn.Module):
+        def forward(self, scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            return x * scale
+
+    program = capture(Scaled(), (torch.tensor(2.0), torch.randn(3, 4)))
+    assert [spec.shape for spec in program.inputs] == [(), ("batch", 4)]
+
+
+class Counting(nn.Module):
+    def __init__(self, *, read: bool) -> None:
+        super().__init__()
+        self.read = read
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.add_(1)  # type: ignore[operator]
+        return x * self.calls if self.read else x * 2  # type: ignore[operator,no-any-return]
+
+
+def test_a_model_that_remembers_earlier_calls_is_refused() -> None:
+    model = Counting(read=True)
+    with pytest.raises(CaptureError, match="remembers earlier calls: it writes to `calls`"):
+        capture(model, torch.randn(3, 4))
+
+
+def test_buffers_of_the_model_are_left_alone() -> None:
+    model = Counting(read=False)
+    capture(model, torch.randn(3, 4))
+    assert float(model.calls) == 0  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("result", [None, 3])
+def test_a_model_without_tensor_outputs_is_refused(result: object) -> None:
+    class Nothing(nn.Module):
+        def forward(self, x: torch.Tensor) -> object:
+            return result
+
+    with pytest.raises(CaptureError, match="returns no tensor"):
+        capture(Nothing(), torch.randn(3, 4))
+
+
+def test_an_empty_batch_is_refused() -> None:
+    with pytest.raises(CaptureError, match="no samples"):
+        capture(nn.Linear(4, 3), torch.randn(0, 4))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_outputs_that_are_not_finite_are_compared_too(value: float) -> None:
+    class Undefined(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([x, torch.full_like(x, value)], 1)
+
+    program = capture(Undefined(), torch.randn(3, 4))
+    assert program.inputs[0].shape == ("batch", 4)

@@ -1,0 +1,122 @@
+"""Whether a captured program is the model: same outputs, at other batch sizes too, and no memory of earlier calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from graphopt.aliasing import Storages
+from graphopt.capture_errors import first_line
+from graphopt.errors import CaptureError
+from graphopt.model_calls import with_its_buffers
+from graphopt.program import Program
+
+# Captured and original outputs come from the same kernels in the same order; what differs is inlining.
+_CAPTURE_RTOL = 1e-4
+_CHECKED_BATCHES = (1, 3)  # sizes beside the captured one at which program and model are compared
+
+
+def run_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run the user's model on copies of the inputs; the model is left as it was.
+
+    Raises:
+        CaptureError: it fails, or returns no tensor.
+    """
+    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
+    try:
+        with torch.random.fork_rng(devices=[]), with_its_buffers(model):
+            torch.manual_seed(0)
+            result = pytree.tree_map_only(torch.Tensor, torch.clone, model(*args, **kwargs))
+    except Exception as err:  # the user's own code may raise anything
+        shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        raise CaptureError(
+            f"The model itself fails on the example inputs (shapes {shapes}): {type(err).__name__}: "
+            f"{first_line(err)}. Check the input shapes and dtypes (`--input name=1x3x224x224:float32`)."
+        ) from err
+    if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(result)):
+        raise CaptureError("The model returns no tensor. Let its forward return the tensors it is deployed for.")
+    return result
+
+
+def check_equal(program: Program, expected: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Compare the captured outputs with the model's: a trace may silently keep the wrong branch.
+
+    Raises:
+        CaptureError: they differ on the examples.
+    """
+    worst = _disagreement(program, expected, args, kwargs)
+    if worst:
+        raise CaptureError(
+            f"The captured program does not compute what the model does: {worst}. The model is random in eval mode, or "
+            "branches in Python on something that changes between calls."
+        )
+
+
+def check_memory(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse a program whose outputs depend on what earlier calls left in its buffers.
+
+    Raises:
+        CaptureError: the second of two equal calls gives something else.
+    """
+    storages = Storages(program.graph)
+    written = [str(n.target) for n in program.graph.nodes if n.op == "get_attr" and storages.writes(n)]
+    if not written:
+        return
+    with with_its_buffers(program.graph_module):
+        first = pytree.tree_map_only(torch.Tensor, torch.clone, program(*args, **kwargs))
+        worst = _disagreement(program, first, args, kwargs)
+    if worst:
+        raise CaptureError(
+            f"The model remembers earlier calls: it writes to {', '.join(f'`{name}`' for name in written)}, and the "
+            f"same input then gives another output ({worst}). Let it take its state as an input and return it."
+        )
+
+
+def wrong_batch(model: nn.Module, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Say at which batch size a program with a dynamic batch is not the model, "" if at none tried.
+
+    A Python branch on the batch size leaves no trace in the graph: only running it shows.
+    """
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    batched = iter([spec.batched for spec in program.inputs])
+    is_batched = [isinstance(leaf, torch.Tensor) and next(batched) for leaf in leaves]
+    for size in _CHECKED_BATCHES:
+        sized = [_resized(leaf, size) if flag else leaf for leaf, flag in zip(leaves, is_batched, strict=True)]
+        other_args, other_kwargs = pytree.tree_unflatten(sized, spec)
+        try:
+            expected = run_model(model, other_args, other_kwargs)
+            worst = _disagreement(program, expected, other_args, other_kwargs)
+        except CaptureError:
+            continue  # the model itself does not take this size
+        except Exception as err:  # the traced graph may fail in any kernel
+            worst = first_line(err)
+        if worst:
+            return f"at batch {size} the captured program differs from the model ({worst})"
+    return ""
+
+
+def _resized(tensor: torch.Tensor, size: int) -> torch.Tensor:
+    rows = torch.arange(size) % tensor.shape[0]
+    return tensor[rows]
+
+
+def _disagreement(program: Program, expected: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Run the program on what the model returned `expected` for; say how they differ, "" if they do not."""
+    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
+    with torch.random.fork_rng(devices=[]), with_its_buffers(program.graph_module):
+        torch.manual_seed(0)
+        found = pytree.tree_map_only(torch.Tensor, torch.clone, program(*args, **kwargs))
+    pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(found), strict=True)
+    tensors = [pair for pair in pairs if isinstance(pair[0], torch.Tensor)]
+    for spec, (want, got) in zip(program.outputs, tensors, strict=True):
+        if want.shape != got.shape:
+            return f"output `{spec.name}` is {tuple(got.shape)} instead of {tuple(want.shape)}"
+        finite = want[torch.isfinite(want)].abs()
+        scale = float(finite.max()) if want.is_floating_point() and finite.numel() else 1.0
+        if not torch.allclose(want, got, rtol=_CAPTURE_RTOL, atol=_CAPTURE_RTOL * scale, equal_nan=True):
+            difference = float((want.double() - got.double()).abs().max())
+            return f"output `{spec.name}` is off by {difference:.3g} (largest value {scale:.3g})"
+    return ""

@@ -1,0 +1,76 @@
+"""Calling a user's model without leaving a trace on it."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextlib.contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put every module in evaluation mode, and back in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextlib.contextmanager
+def with_its_buffers(model: nn.Module) -> Iterator[None]:
+    """Give buffers back the tensors and values they had: a forward may write to them."""
+    held = [(table, name, tensor) for table, name, tensor in _buffers(model)]
+    values = [tensor.detach().clone() for _, _, tensor in held]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for (table, name, tensor), value in zip(held, values, strict=True):
+                table[name] = tensor
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
+
+
+def _buffers(model: nn.Module) -> Iterator[tuple[dict[str, torch.Tensor | None], str, torch.Tensor]]:
+    for module in model.modules():
+        for name, tensor in module._buffers.items():
+            if tensor is not None:
+                yield module._buffers, name, tensor
+
+
+@contextlib.contextmanager
+def spelled_out(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Let `forward(**inputs)` look as if it named each of `kwargs`.
+
+    Without it torch.export (2.13) mistakes the inputs behind `**` for a nested one when axes are dynamic.
+    """
+    signature = inspect.signature(model.forward)
+    extra = [name for name in kwargs if name not in signature.parameters]
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values())
+    if not extra or not takes_any:
+        yield
+        return
+    named = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    named += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in extra]
+    own = model.__dict__.get("forward")
+    forward = model.forward
+
+    def explicit(*args: Any, **inputs: Any) -> Any:
+        return forward(*args, **inputs)
+
+    explicit.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
+    model.__dict__["forward"] = explicit
+    try:
+        yield
+    finally:
+        if own is None:
+            del model.__dict__["forward"]
+        else:
+            model.__dict__["forward"] = own
