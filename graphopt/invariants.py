@@ -13,6 +13,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 
 from graphopt.errors import VerifyError
+from graphopt.finite import all_finite
 from graphopt.graph import fake_mode_of
 from graphopt.program import Program
 from graphopt.provenance import user_line
@@ -29,7 +30,7 @@ def check_invariants(before: Program, after: Program, pass_name: str, *, changes
     _check_signature(before, after, pass_name, changes_outputs)
     _check_dynamic(after, pass_name)
     _check_values(after, pass_name)
-    _check_tensors(after, pass_name)
+    _check_tensors(before, after, pass_name)
 
 
 def _check_graph(program: Program, pass_name: str) -> None:
@@ -154,13 +155,14 @@ def _shown(value: torch.Tensor) -> str:
     return f"{str(value.dtype).removeprefix('torch.')}[{', '.join(map(str, value.shape))}]"
 
 
-def _check_tensors(program: Program, pass_name: str) -> None:
-    gm = program.graph_module
+def _check_tensors(before: Program, after: Program, pass_name: str) -> None:
+    gm = after.graph_module
+    known = {id(tensor) for tensor in before.state_dict().values()} | {id(t) for t in before.parameters()}
     read = {node.target for node in gm.graph.nodes if node.op == "get_attr"}
     for name, tensor in [*gm.named_parameters(), *gm.named_buffers()]:
         if name not in read:
             raise VerifyError(
                 f"Pass `{pass_name}` left `{name}`, which no node reads. End the pass with `Editor.finish`."
             )
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()) and name.endswith(("weight", "bias")):
+        if name.endswith(("weight", "bias")) and id(tensor) not in known and not all_finite(tensor):
             raise VerifyError(f"After pass `{pass_name}` `{name}` holds NaN or infinite values.")

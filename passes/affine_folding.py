@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from graphopt.errors import PassError
+from graphopt.finite import all_finite
 from graphopt.graph import Editor, tensor_attribute
 from graphopt.passes.affine import Affine, affine, is_batch_norm
 from graphopt.passes.channel_path import path_to_layer
@@ -209,8 +210,8 @@ def _groups_of_equals(group: list[_Candidate]) -> list[list[_Candidate]]:
 def _fold(gm: fx.GraphModule, same: list[_Candidate], taken: set[str]) -> AffineFold | str:
     """Decide under which names the tensors of one fold are stored, or why it is refused."""
     call = same[0].call
-    weight, bias = folded_tensors(gm, same[0].affine, call, same[0].side)
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in (weight, bias) if tensor is not None):
+    weight = tensor_attribute(gm, call.weight_name)
+    if not _stays_finite(gm, same[0].affine, call, same[0].side):
         return f"the folded weight of `{call.node.name}` would overflow {str(weight.dtype).removeprefix('torch.')}"
     calls = {candidate.call.node for candidate in same}
     others = [user for user in uses(gm, call.weight_name) if user not in calls]
@@ -221,9 +222,23 @@ def _fold(gm: fx.GraphModule, same: list[_Candidate], taken: set[str]) -> Affine
             other = _named(others[0]) if others else "a layer folded otherwise"
             return f"the weight of `{call.node.name}` is shared with {other}; for a copy of its own {reason}"
         weight_name = _free_name(gm, weight_name, taken)
-    bias_name = _bias_target(gm, call, calls, taken) if bias is not None else ""
+    has_bias = call.bias is not None or same[0].affine.shift is not None
+    bias_name = _bias_target(gm, call, calls, taken) if has_bias else ""
     affines = tuple(candidate.affine.result.name for candidate in same)
     return AffineFold(affines, tuple(c.call.node.name for c in same), same[0].side, weight_name, bias_name)
+
+
+def _stays_finite(gm: fx.GraphModule, found: Affine, call: WeightedCall, side: Side) -> bool:
+    """Tell whether weight and bias with `found` folded in are finite; computes them only where that is in doubt."""
+    weight = tensor_attribute(gm, call.weight_name).detach()
+    if side == "after" and weight.numel() and found.scale is not None and all_finite(weight):
+        largest = float(weight.abs().max()) * float(found.scale.abs().max())
+        bias = tensor_attribute(gm, str(call.bias.target)).detach().double() if call.bias is not None else None
+        offset = [t for t in (bias * found.scale if bias is not None else None, found.shift) if t is not None]
+        limit = torch.finfo(weight.dtype).max
+        if largest < limit and all(float(t.abs().max()) < limit / 2 for t in offset):
+            return True
+    return all(all_finite(tensor) for tensor in folded_tensors(gm, found, call, side) if tensor is not None)
 
 
 def _bias_target(gm: fx.GraphModule, call: WeightedCall, calls: set[fx.Node], taken: set[str]) -> str:

@@ -21,6 +21,7 @@ import torch
 from torch import fx
 
 from graphopt.aliasing import Storages
+from graphopt.finite import all_finite
 from graphopt.graph import constant
 from graphopt.passes.quantization.kernels import HEAVY, Kernel, clamp_range, kernel_of
 from graphopt.plan import Refusal
@@ -229,7 +230,7 @@ class _Placer:
                 return f"its {role} is {_dtype(parameter)}, not float32", f"its {role} is not float32"
             if reason := self._written(parameter):
                 return reason, "written in place"
-            if not bool(torch.isfinite(constant(parameter, self._gm)).all()):  # type: ignore[arg-type]
+            if not all_finite(constant(parameter, self._gm)):  # type: ignore[arg-type]
                 return f"its {role} holds NaN or infinite values", ""
         return "", ""
 
