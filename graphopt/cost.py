@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -27,8 +28,18 @@ class Cost:
     bytes: int
 
 
+# programs are values, so what one costs never changes
+_known: weakref.WeakKeyDictionary[Program, Cost] = weakref.WeakKeyDictionary()
+
+
 def cost(program: Program) -> Cost:
     """Measure `program` without running it: operators see shapes only."""
+    if program not in _known:
+        _known[program] = _measure(program)
+    return _known[program]
+
+
+def _measure(program: Program) -> Cost:
     tensors = _distinct_tensors(program)
     return Cost(
         parameters=sum(t.numel() for name, t in tensors.items() if _is_weight(name, t)),
@@ -69,7 +80,8 @@ def _flops(program: Program) -> int:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode, FlopCounterMode(display=False) as counter, torch.no_grad():
         # detached: the counter runs the branches of torch.cond with gradients on, and trips over weights that have them
-        weights = {name: mode.from_tensor(tensor.detach()) for name, tensor in program.state_dict().items()}
+        held = program.state_dict()
+        weights: dict[str, torch.Tensor] = {name: mode.from_tensor(tensor.detach()) for name, tensor in held.items()}
         args, kwargs = program.unflatten([mode.from_tensor(example) for example in examples])
         torch.func.functional_call(program.graph_module, weights, args, dict(kwargs), strict=False)
     samples = examples[0].shape[0] if program.inputs[0].batched else 1
