@@ -241,4 +241,7 @@ def _column(value: Any, where: str) -> Column:
         return TensorColumn(value)
     if isinstance(value, np.ndarray):
         return ArrayColumn(value, where)
-    raise DataError(f"{where} is a {type(value).__name__}, not a tensor or an array.")
+    advice = ""
+    if isinstance(value, Mapping | tuple | list):
+        advice = " A model with nested inputs is captured first (graphopt.capture); its data is given by flat names."
+    raise DataError(f"{where} is a {type(value).__name__}, not a tensor or an array.{advice}")

@@ -130,7 +130,7 @@ def _examples(
     unknown = [name for name in made if name not in names]
     if unknown:
         raise CaptureError(f"The model has no input {unknown}; its inputs are {names}. Use those names with --input.")
-    return _arrange(made, names)
+    return _arrange(made, model)
 
 
 def example_inputs(model: nn.Module, data: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -141,14 +141,21 @@ def example_inputs(model: nn.Module, data: Any) -> tuple[tuple[Any, ...], dict[s
     """
     parameters = _parameters(model)
     required = sum(1 for _, optional in parameters if not optional)
-    names = [name for name, _ in parameters]
-    samples = Samples.open(data, names, required=required)
-    return _arrange(dict(zip(samples.names, samples.first(2), strict=True)), names)
+    if _takes_any_number(model):
+        samples = Samples.open(data)
+        first = dict(zip(samples.names, samples.first(2), strict=True))
+        named = not samples.names[0].isdigit()  # arrays without names are numbered
+        return _arrange(first, model) if named else (tuple(first.values()), {})
+    samples = Samples.open(data, [name for name, _ in parameters], required=required)
+    return _arrange(dict(zip(samples.names, samples.first(2), strict=True)), model)
 
 
-def _arrange(values: Mapping[str, torch.Tensor], names: Sequence[str]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _arrange(values: Mapping[str, torch.Tensor], model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Give inputs by position as far as no optional one is left out before them, the rest by keyword."""
-    positional = list(itertools.takewhile(lambda name: name in values, names))
+    signature = inspect.signature(model.forward).parameters
+    positional = list(
+        itertools.takewhile(lambda name: name in values and signature[name].kind in _BY_POSITION, signature)
+    )
     return tuple(values[name] for name in positional), {k: values[k] for k in values if k not in positional}
 
 
@@ -159,8 +166,17 @@ def _random(spec: InputSpec, generator: torch.Generator) -> torch.Tensor:
     return torch.randint(0, 2, spec.shape, generator=generator).to(spec.dtype)
 
 
+_BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
 def _parameters(model: nn.Module) -> list[tuple[str, bool]]:
     """List a module's inputs that have a name: (name, whether it may be left out)."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    kinds = (*_BY_POSITION, inspect.Parameter.KEYWORD_ONLY)
     signature = inspect.signature(model.forward).parameters
     return [(name, p.default is not inspect.Parameter.empty) for name, p in signature.items() if p.kind in kinds]
+
+
+def _takes_any_number(model: nn.Module) -> bool:
+    """Tell whether inputs have no names of their own: `forward(*inputs)`."""
+    signature = inspect.signature(model.forward).parameters.values()
+    return any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in signature)

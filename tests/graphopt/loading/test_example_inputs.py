@@ -1,0 +1,46 @@
+"""Data become the arguments of a module, however its forward takes them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from graphopt.errors import DataError
+from graphopt.loading.program import example_inputs
+
+A, B = torch.zeros(3, 4), torch.ones(3, 5)
+
+
+class Keywords(nn.Module):
+    def forward(self, *, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.cat([a, b], 1)
+
+
+class Optional(nn.Module):
+    def forward(
+        self, a: torch.Tensor, skipped: torch.Tensor | None = None, b: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return a if b is None else torch.cat([a, b], 1)
+
+
+class Star(nn.Module):
+    def forward(self, *inputs: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
+        return torch.cat([*inputs, *named.values()], 1)
+
+
+@pytest.mark.parametrize("model", [Keywords(), Optional(), Star()])
+def test_by_name(model: nn.Module) -> None:
+    args, kwargs = example_inputs(model, {"a": A, "b": B})
+    torch.testing.assert_close(model(*args, **kwargs), torch.cat([A, B], 1)[:2])
+
+
+@pytest.mark.parametrize("model", [Keywords(), Star()])
+def test_by_position(model: nn.Module) -> None:
+    args, kwargs = example_inputs(model, (A, B))
+    torch.testing.assert_close(model(*args, **kwargs), torch.cat([A, B], 1)[:2])
+
+
+def test_nested_data_say_what_to_do() -> None:
+    with pytest.raises(DataError, match=r"`a` of the data is a dict.*captured first \(graphopt.capture\)"):
+        example_inputs(Optional(), {"a": {"x": A}})
