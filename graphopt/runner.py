@@ -15,9 +15,11 @@ from graphopt.errors import VerifyError
 from graphopt.hooks import Hook
 from graphopt.invariants import check_invariants
 from graphopt.pipeline import Pipeline, Step
-from graphopt.plan import Plan
+from graphopt.plan import Plan, Refusal
 from graphopt.program import Program
 from graphopt.target import TargetDescription
+
+_NOTHING_FOUND = Refusal("the program", "there is nothing in it that the pass rewrites")
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ def run_step(step: Step, program: Program, ctx: Context, hooks: Sequence[Hook] =
     for hook in hooks:
         hook.before(step, program, target)
     plan = step.instance.plan(program, ctx)
+    if not plan.sites and not plan.refusals and not step.inserted_for:
+        plan = dataclasses.replace(plan, refusals=(_NOTHING_FOUND,))
     for hook in hooks:
         hook.planned(step, plan, target)
     result = apply(step.instance, program, plan)

@@ -150,3 +150,9 @@ def test_a_pass_must_not_fix_a_dynamic_axis(program: Program) -> None:
 
     with pytest.raises(VerifyError, match="`fixes` fixed the dynamic axis `batch` of input `input` to 2"):
         run(Pipeline.parse([Fixes(ScaleOptions(factor=0.5))]), program, Context(program))
+
+
+def test_a_pass_that_finds_nothing_says_so() -> None:
+    program = capture(nn.ReLU(), torch.randn(2, 4))
+    ((_, plan),) = run(Pipeline.parse([Scale(ScaleOptions())]), program, Context(program)).plans
+    assert plan.summary() == "matched 1, rewrote 0, left 1 (1 x there is nothing in it that the pass rewrites)"
