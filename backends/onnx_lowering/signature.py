@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 
 import onnx_ir as ir
+import torch
 from onnx_ir.passes.common import OutputFixPass
 from onnx_ir.tensor_adapters import from_torch_dtype
 
@@ -16,12 +17,20 @@ from graphopt.backends.onnx_lowering.exporter import MODULE_PROPERTY
 from graphopt.errors import LoweringError
 from graphopt.program import Dimension, TensorSpec
 
+_NUMPY_HOLDS = frozenset(
+    {
+        *(torch.float16, torch.float32, torch.float64, torch.bool),
+        *(torch.int8, torch.int16, torch.int32, torch.int64),
+        *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+    }
+)
+
 
 def apply_signature(model: ir.Model, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
     """Rename inputs, outputs and dynamic axes to those of the program, in place.
 
     Raises:
-        LoweringError: an input or output is of a kind ONNX has no equal of (complex numbers).
+        LoweringError: an input or output is of a kind that ONNX or numpy has no equal of (complex numbers, bfloat16).
     """
     _check_kinds((*inputs, *outputs))
     OutputFixPass()(model)
@@ -45,6 +54,11 @@ def _check_kinds(specs: Iterable[TensorSpec]) -> None:
             raise LoweringError(
                 f"`{spec.name}` is complex, and ONNX models have no complex inputs or outputs. Let the model take "
                 "or return torch.view_as_real of it."
+            )
+        if spec.dtype not in _NUMPY_HOLDS:
+            raise LoweringError(
+                f"`{spec.name}` is {str(spec.dtype).removeprefix('torch.')}, which numpy arrays cannot hold. Convert "
+                "the model with `model.float()`, or let it take and return float32 and convert inside."
             )
 
 

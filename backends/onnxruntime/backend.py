@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import onnx_ir as ir
+import torch
 
 from graphopt.backend import Array, Artifact, Backend, Finding
 from graphopt.backends.onnx_execution.run_script import run_script
@@ -62,9 +63,14 @@ class OnnxRuntimeBackend(Backend):
             layers = quantized_layers(path, SessionSettings.of(options))
             if not layers:
                 OnnxSession(path, SessionSettings.of(options))
-        except LoweringError:
+        except LoweringError as err:
             for file in files:
                 file.unlink(missing_ok=True)
+            if any(tensor.dtype is torch.bfloat16 for tensor in program.state_dict().values()):
+                raise LoweringError(
+                    "ONNX Runtime has no bfloat16 kernels for some operators of the model. Convert it with "
+                    f"`model.float()` first. The runtime says: {err}"
+                ) from err
             raise
         facts["operators"] = _count(model)
         facts["quantized"] = len(layers)

@@ -180,6 +180,11 @@ def test_complex_outputs_are_refused() -> None:
         lower(capture(Spectrum(), torch.randn(2, 4)), STYLE)
 
 
+def test_bfloat16_inputs_are_refused() -> None:
+    with pytest.raises(LoweringError, match=r"`input` is bfloat16, which numpy arrays cannot hold.*model.float\(\)"):
+        lower(capture(nn.ReLU(), torch.randn(2, 4, dtype=torch.bfloat16)), STYLE)
+
+
 def test_static_batch_and_integer_inputs(tmp_path: Path) -> None:
     class Fixed(nn.Module):
         def forward(self, ids: Tensor, keep: Tensor) -> Tensor:

@@ -322,3 +322,18 @@ def _without_pool(proto: object, *, scale: float) -> object:
     bias = next(tensor for tensor in changed.graph.initializer if tensor.name == "head.bias")
     bias.raw_data = (np.frombuffer(bias.raw_data, np.float32) * np.float32(scale)).tobytes()
     return changed
+
+
+def test_bfloat16_weights_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    class Inside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3, dtype=torch.bfloat16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.fc(x.bfloat16()).float()
+            return y
+
+    with pytest.raises(LoweringError, match=r"no bfloat16 kernels.*model.float\(\)"):
+        OnnxRuntimeBackend().lower(capture(Inside(), torch.randn(2, 4)), tmp_path / "inside.onnx")
+    assert not list(tmp_path.iterdir())
