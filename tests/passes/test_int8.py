@@ -2,91 +2,52 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 
 import onnx
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from graphopt.backends.onnx_execution.session import SessionSettings
-from graphopt.backends.onnxruntime import OnnxRuntimeBackend
 from graphopt.backends.onnxruntime.description import DESCRIPTION as ONNXRUNTIME
-from graphopt.backends.onnxruntime.fusion import kernel_counts
 from graphopt.backends.tensorrt.description import DESCRIPTION as TENSORRT
 from graphopt.capturing import capture
 from graphopt.context import Context
 from graphopt.equivalence import measure
 from graphopt.errors import DataError, PassError, UsageError
 from graphopt.options import build
-from graphopt.passes.fold import Fold
 from graphopt.passes.int8 import Int8, Int8Options
-from graphopt.passes.quantization.plan import Int8Plan
 from graphopt.pipeline import Pipeline
 from graphopt.program import Program
 from graphopt.provenance import op_name
 from graphopt.target import TargetDescription
 from graphopt.testing import TensorSamples, assert_same_program, check_pass
 from tests.models import OptionA, Residual
+from tests.passes.int8_models import (
+    EDGES,
+    IDS,
+    ConstantOperand,
+    Gate,
+    Head,
+    Pools,
+    SharedWeight,
+    Shuffle,
+    Signal,
+    Tokens,
+    TwoConvs,
+    TwoReaders,
+    folded,
+    images,
+    kernels,
+    noise,
+    operators,
+    quantized,
+    reasons,
+    seeded,
+)
 
 OPS = torch.ops.graphopt
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def images(channels: int = 3, size: int = 8, count: int = 16) -> Tensor:
-    return noise(count, channels, size, size, seed=1)
-
-
-def seeded(model: nn.Module) -> nn.Module:
-    """Give a model weights of its own that do not depend on what ran before."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        fan = max(parameter[0].numel(), 1) if parameter.dim() > 1 else 4
-        parameter.data.normal_(generator=generator).div_(fan**0.5)
-    return model.eval()
-
-
-def folded(model: nn.Module, *inputs: Tensor) -> Program:
-    program = capture(seeded(model), inputs)
-    plan = Fold().plan(program, Context(original=program))
-    return Fold().apply(program, plan) if plan.sites else program
-
-
-def quantized(
-    model: nn.Module | Program,
-    *data: Tensor,
-    target: TargetDescription = ONNXRUNTIME,
-    options: Int8Options | None = None,
-) -> tuple[Program, Int8Plan]:
-    program = model if isinstance(model, Program) else folded(model, *data)
-    instance = Int8(options)
-    context = Context(original=program, targets=(target,), target=target, samples=TensorSamples(data))
-    plan = instance.plan(program, context)
-    return (instance.apply(program, plan) if plan.sites else program), plan
-
-
-def kernels(program: Program, path: Path, *data: Tensor) -> Counter[str]:
-    """Lower, let ONNX Runtime optimise, compare with the program, and count the kernels that run."""
-    backend = OnnxRuntimeBackend()
-    artifact = backend.lower(program, path / "model.onnx")
-    backend.verify(artifact, program, tuple(tensor.numpy() for tensor in data))
-    assert [finding.text for finding in backend.check(artifact)] == []
-    return Counter(kernel_counts(artifact.path, SessionSettings.of(artifact.session_options)))
-
-
-def operators(program: Program) -> Counter[str]:
-    return Counter(op_name(node) for node in program.graph.nodes if node.op == "call_function")
-
-
-def reasons(plan: Int8Plan) -> dict[str, str]:
-    return {refusal.site: refusal.reason for refusal in plan.refusals}
 
 
 # Given and expected
@@ -118,16 +79,6 @@ class Constants(nn.Module):
         return tensor
 
 
-class TwoConvs(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.a(x).relu()
-        return self.b(x) + x
-
-
 def test_residual_block() -> None:
     """Conv -> relu -> conv -> add: relu goes, every value of the chain is stored once, the output is dequantized."""
     given, _ = quantized(TwoConvs(), images())
@@ -145,15 +96,6 @@ def test_residual_block() -> None:
             return c.pair(c.pair(y, "conv2d_1") + x, "add")
 
     assert_same_program(given, capture(Expected(), (images(count=2),)))
-
-
-class Head(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.linear = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(self.conv(x).mean((2, 3)))
 
 
 def test_pooled_head() -> None:
@@ -289,126 +231,6 @@ def test_needs_fold() -> None:
 
 
 # At the edges
-
-
-class TwoReaders(nn.Module):
-    """A value that is an output, feeds a convolution and a float operator."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        y = self.a(x).relu()
-        return y, self.b(y), torch.tanh(y)
-
-
-class SharedWeight(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(4, 4, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(self.conv(x).relu())
-
-
-class ConstantOperand(nn.Module):
-    """Adds and multiplies by stored numbers of several shapes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.out = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
-        self.offset, self.gain = nn.Parameter(torch.ones(1, 1, 8, 8)), nn.Parameter(torch.ones(1, 4, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out((self.conv(x).relu() + self.offset) * self.gain)
-
-
-class Gate(nn.Module):
-    """Squeeze and excite: a broadcast product of integers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.squeeze, self.out = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.silu(self.conv(x))
-        return self.out(x * self.squeeze(F.adaptive_avg_pool2d(x, 1)).sigmoid())
-
-
-class Shuffle(nn.Module):
-    """Grouped and depthwise convolutions, a channel shuffle, chunk and concatenation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Conv2d(4, 8, 1, groups=2), nn.Conv2d(8, 8, 3, padding=1, groups=8)
-        self.c, self.d = nn.Conv2d(4, 4, 1), nn.Conv2d(8, 4, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.b(self.a(x).relu())
-        b, c, h, w = x.shape
-        x = x.view(b, 2, c // 2, h, w).transpose(1, 2).reshape(b, c, h, w)
-        left, right = x.chunk(2, dim=1)
-        return self.d(torch.cat([left, self.c(right).relu()], 1))
-
-
-class Pools(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.max_pool2d(F.relu6(self.a(x)), 2)
-        return self.b(F.avg_pool2d(F.interpolate(x, scale_factor=2), 2))
-
-
-class Perceptron(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(self.a(x).relu())
-
-
-class Tokens(nn.Module):
-    """A transformer's feed-forward block on embedded ids."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.norm = nn.Embedding(11, 8), nn.LayerNorm(8)
-        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8, bias=False)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids)
-        return x + self.down(F.gelu(self.up(self.norm(x))))
-
-
-class Signal(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Conv1d(3, 4, 3), nn.Conv1d(4, 4, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(self.a(x).relu())
-
-
-IDS = torch.randint(0, 11, (16, 6), generator=torch.Generator().manual_seed(0))
-EDGES: list[tuple[type[nn.Module], Tensor, dict[str, int]]] = [
-    (TwoConvs, images(), {"QLinearConv": 2, "QLinearAdd": 1}),
-    (Head, images(), {"QLinearConv": 1, "QLinearGlobalAveragePool": 1, "QGemm": 1}),
-    (TwoReaders, images(), {"QLinearConv": 2}),
-    (SharedWeight, images(4), {"QLinearConv": 2}),
-    (ConstantOperand, images(), {"QLinearConv": 2, "QLinearAdd": 1, "QLinearMul": 0}),
-    (Gate, images(), {"QLinearConv": 3, "QLinearMul": 2, "QLinearSigmoid": 2, "QLinearGlobalAveragePool": 1}),
-    (Shuffle, images(4), {"QLinearConv": 4, "QLinearConcat": 1, "DequantizeLinear": 1}),
-    (Pools, images(), {"QLinearConv": 2, "QLinearAveragePool": 1, "MaxPool": 0}),
-    (Perceptron, noise(16, 8), {"QGemm": 2, "Relu": 0}),
-    (Tokens, IDS, {"MatMulIntegerToFloat": 2, "MatMul": 0}),
-    (Signal, noise(16, 3, 16), {"QLinearConv": 2}),
-    (OptionA, images(), {"QLinearConv": 2, "QLinearAdd": 1, "QGemm": 1, "Pad": 1, "QuantizeLinear": 1}),
-    (Residual, images(), {"QLinearConv": 3, "QLinearAdd": 1}),
-]
 
 
 @pytest.mark.parametrize(("model", "data", "wanted"), EDGES, ids=[edge[0].__name__ for edge in EDGES])
@@ -596,71 +418,3 @@ def test_tensorrt_takes_it(model: type[nn.Module], tmp_path: Path) -> None:
         for value in onnx.numpy_helper.to_array(tensor).reshape(-1)
     }
     assert zero_points <= {0}
-
-
-# Property
-
-
-@st.composite
-def networks(draw: st.DrawFn) -> nn.Module:
-    """Random small CNNs: chains with branches, joined by add, mul or concatenation."""
-    steps = draw(st.lists(st.tuples(st.sampled_from(sorted(Random.STEPS)), st.integers(0, 3)), min_size=1, max_size=5))
-    return Random(steps)
-
-
-class Random(nn.Module):
-    WIDTH = 4
-    STEPS = ("conv", "conv_relu", "depthwise", "relu6", "add", "mul", "cat", "max_pool", "avg_pool", "sigmoid", "pad")
-
-    def __init__(self, steps: list[tuple[str, int]]) -> None:
-        super().__init__()
-        self.steps = steps
-        self.stem, self.head = nn.Conv2d(3, self.WIDTH, 1), nn.Linear(self.WIDTH, 3)
-        self.layers = nn.ModuleList()
-        for name, _ in steps:
-            groups = self.WIDTH if name == "depthwise" else 1
-            inputs = 2 * self.WIDTH if name == "cat" else self.WIDTH
-            self.layers.append(nn.Conv2d(inputs, self.WIDTH, 3, padding=1, groups=groups))
-
-    def forward(self, x: Tensor) -> Tensor:
-        seen = [self.stem(x)]
-        for (name, back), layer in zip(self.steps, self.layers, strict=True):
-            seen.append(self.step(name, layer, seen[-1], seen[max(len(seen) - 1 - back, 0)]))
-        return self.head(seen[-1].mean((2, 3)))
-
-    def step(self, name: str, layer: nn.Module, x: Tensor, other: Tensor) -> Tensor:
-        match name:
-            case "conv" | "depthwise":
-                return layer(x)
-            case "conv_relu":
-                return layer(x).relu()
-            case "relu6":
-                return F.relu6(x)
-            case "add":
-                return layer(x) + other
-            case "mul":
-                return x * layer(other).sigmoid()
-            case "cat":
-                return layer(torch.cat([x, other], 1))
-            case "max_pool":
-                return F.max_pool2d(x, 3, stride=1, padding=1)
-            case "avg_pool":
-                return F.avg_pool2d(x, 3, stride=1, padding=1)
-            case "sigmoid":
-                return x.sigmoid()
-        return F.pad(x[:, :2], (0, 0, 0, 0, 1, 1))
-
-
-@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-@given(networks())
-def test_program_and_runtime_agree(model: nn.Module) -> None:
-    """Every integer ONNX Runtime computes is within one step of the program's (`verify`), and outputs mean the same."""
-    import tempfile
-
-    data = images(3, 6, 8)
-    program, plan = quantized(model, data)
-    assert "conv2d" in plan.sites
-    with tempfile.TemporaryDirectory() as folder:
-        backend = OnnxRuntimeBackend()
-        artifact = backend.lower(program, Path(folder) / "model.onnx")
-        backend.verify(artifact, program, (data.numpy(),))

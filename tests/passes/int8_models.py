@@ -1,0 +1,217 @@
+"""Small networks that show one placement each, with the kernels ONNX Runtime should run, and how tests quantize."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own name for it
+from torch import Tensor, nn
+
+from graphopt.backends.onnx_execution.session import SessionSettings
+from graphopt.backends.onnxruntime import OnnxRuntimeBackend
+from graphopt.backends.onnxruntime.description import DESCRIPTION as ONNXRUNTIME
+from graphopt.backends.onnxruntime.fusion import kernel_counts
+from graphopt.capturing import capture
+from graphopt.context import Context
+from graphopt.passes.fold import Fold
+from graphopt.passes.int8 import Int8, Int8Options
+from graphopt.passes.quantization.plan import Int8Plan
+from graphopt.program import Program
+from graphopt.provenance import op_name
+from graphopt.target import TargetDescription
+from graphopt.testing import TensorSamples
+from tests.models import OptionA, Residual
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def images(channels: int = 3, size: int = 8, count: int = 16) -> Tensor:
+    return noise(count, channels, size, size, seed=1)
+
+
+def seeded(model: nn.Module) -> nn.Module:
+    """Give a model weights of its own that do not depend on what ran before."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        fan = max(parameter[0].numel(), 1) if parameter.dim() > 1 else 4
+        parameter.data.normal_(generator=generator).div_(fan**0.5)
+    return model.eval()
+
+
+def folded(model: nn.Module, *inputs: Tensor) -> Program:
+    program = capture(seeded(model), inputs)
+    plan = Fold().plan(program, Context(original=program))
+    return Fold().apply(program, plan) if plan.sites else program
+
+
+def quantized(
+    model: nn.Module | Program,
+    *data: Tensor,
+    target: TargetDescription = ONNXRUNTIME,
+    options: Int8Options | None = None,
+) -> tuple[Program, Int8Plan]:
+    program = model if isinstance(model, Program) else folded(model, *data)
+    instance = Int8(options)
+    context = Context(original=program, targets=(target,), target=target, samples=TensorSamples(data))
+    plan = instance.plan(program, context)
+    return (instance.apply(program, plan) if plan.sites else program), plan
+
+
+def kernels(program: Program, path: Path, *data: Tensor) -> Counter[str]:
+    """Lower, let ONNX Runtime optimise, compare with the program, and count the kernels that run."""
+    backend = OnnxRuntimeBackend()
+    artifact = backend.lower(program, path / "model.onnx")
+    backend.verify(artifact, program, tuple(tensor.numpy() for tensor in data))
+    assert [finding.text for finding in backend.check(artifact)] == []
+    return Counter(kernel_counts(artifact.path, SessionSettings.of(artifact.session_options)))
+
+
+def operators(program: Program) -> Counter[str]:
+    return Counter(op_name(node) for node in program.graph.nodes if node.op == "call_function")
+
+
+def reasons(plan: Int8Plan) -> dict[str, str]:
+    return {refusal.site: refusal.reason for refusal in plan.refusals}
+
+
+class TwoConvs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu()
+        return self.b(x) + x
+
+
+class Head(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.conv(x).mean((2, 3)))
+
+
+class TwoReaders(nn.Module):
+    """A value that is an output, feeds a convolution and a float operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = self.a(x).relu()
+        return y, self.b(y), torch.tanh(y)
+
+
+class SharedWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.conv(x).relu())
+
+
+class ConstantOperand(nn.Module):
+    """Adds and multiplies by stored numbers of several shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.out = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+        self.offset, self.gain = nn.Parameter(torch.ones(1, 1, 8, 8)), nn.Parameter(torch.ones(1, 4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out((self.conv(x).relu() + self.offset) * self.gain)
+
+
+class Gate(nn.Module):
+    """Squeeze and excite: a broadcast product of integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.squeeze, self.out = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.conv(x))
+        return self.out(x * self.squeeze(F.adaptive_avg_pool2d(x, 1)).sigmoid())
+
+
+class Shuffle(nn.Module):
+    """Grouped and depthwise convolutions, a channel shuffle, chunk and concatenation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 8, 1, groups=2), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.c, self.d = nn.Conv2d(4, 4, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(self.a(x).relu())
+        b, c, h, w = x.shape
+        x = x.view(b, 2, c // 2, h, w).transpose(1, 2).reshape(b, c, h, w)
+        left, right = x.chunk(2, dim=1)
+        return self.d(torch.cat([left, self.c(right).relu()], 1))
+
+
+class Pools(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu6(self.a(x)), 2)
+        return self.b(F.avg_pool2d(F.interpolate(x, scale_factor=2), 2))
+
+
+class Perceptron(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).relu())
+
+
+class Tokens(nn.Module):
+    """A transformer's feed-forward block on embedded ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(11, 8), nn.LayerNorm(8)
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class Signal(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv1d(3, 4, 3), nn.Conv1d(4, 4, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).relu())
+
+
+IDS = torch.randint(0, 11, (16, 6), generator=torch.Generator().manual_seed(0))
+EDGES: list[tuple[type[nn.Module], Tensor, dict[str, int]]] = [
+    (TwoConvs, images(), {"QLinearConv": 2, "QLinearAdd": 1}),
+    (Head, images(), {"QLinearConv": 1, "QLinearGlobalAveragePool": 1, "QGemm": 1}),
+    (TwoReaders, images(), {"QLinearConv": 2}),
+    (SharedWeight, images(4), {"QLinearConv": 2}),
+    (ConstantOperand, images(), {"QLinearConv": 2, "QLinearAdd": 1, "QLinearMul": 0}),
+    (Gate, images(), {"QLinearConv": 3, "QLinearMul": 2, "QLinearSigmoid": 2, "QLinearGlobalAveragePool": 1}),
+    (Shuffle, images(4), {"QLinearConv": 4, "QLinearConcat": 1, "DequantizeLinear": 1}),
+    (Pools, images(), {"QLinearConv": 2, "QLinearAveragePool": 1, "MaxPool": 0}),
+    (Perceptron, noise(16, 8), {"QGemm": 2, "Relu": 0}),
+    (Tokens, IDS, {"MatMulIntegerToFloat": 2, "MatMul": 0}),
+    (Signal, noise(16, 3, 16), {"QLinearConv": 2}),
+    (OptionA, images(), {"QLinearConv": 2, "QLinearAdd": 1, "QGemm": 1, "Pad": 1, "QuantizeLinear": 1}),
+    (Residual, images(), {"QLinearConv": 3, "QLinearAdd": 1}),
+]
