@@ -99,7 +99,7 @@ def check_masked_equivalence(
     """
     if generator is None:
         generator = torch.Generator().manual_seed(_DEFAULT_SEED)
-    _check_names(original, pruned)
+    _check_kinds(original, pruned, kept)
     random = randomise(original, generator)
     inputs = _flat_inputs(random, args, kwargs or {})
     left = MaskedRun(random, kept, _copies(inputs), _Reader(random))
@@ -121,23 +121,27 @@ def check_slices(original: fx.GraphModule, pruned: fx.GraphModule, kept: Kept) -
     Raises:
         VerifyError: a tensor is missing in `original`, has another shape or dtype, or other elements.
     """
-    _check_names(original, pruned)
+    _check_kinds(original, pruned, kept)
     for name in _tensor_names(pruned):
-        found = tensor_attribute(pruned, name)
-        expected = _cut(tensor_attribute(original, name), kept.get(name, {}))
-        if found.shape != expected.shape or found.dtype != expected.dtype:
-            raise VerifyError(
-                f"`{name}` is {_kind(found)} in the pruned program; what is kept of the original is {_kind(expected)}."
-            )
-        if not torch.equal(found.detach(), expected.detach()) and not _same_with_nan(found, expected):
+        found = tensor_attribute(pruned, name).detach()
+        expected = _cut(tensor_attribute(original, name).detach(), kept.get(name, {}))
+        if not torch.equal(found, expected) and not _same_with_nan(found, expected):
             raise VerifyError(f"`{name}` ({_kind(found)}) does not hold the kept elements of the original in order.")
 
 
-def _check_names(original: fx.GraphModule, pruned: fx.GraphModule) -> None:
+def _check_kinds(original: fx.GraphModule, pruned: fx.GraphModule, kept: Kept) -> None:
+    """Check names, shapes and dtypes; the elements may have been refitted since the removal."""
     known = frozenset(_tensor_names(original))
     for name in _tensor_names(pruned):
         if name not in known:
             raise VerifyError(f"The pruned program reads `{name}`, which the original does not have.")
+        found, whole = tensor_attribute(pruned, name), tensor_attribute(original, name)
+        shape = tuple(len(kept.get(name, {}).get(dim, range(size))) for dim, size in enumerate(whole.shape))
+        if tuple(found.shape) != shape or found.dtype != whole.dtype:
+            raise VerifyError(
+                f"`{name}` is {_kind(found)} in the pruned program; what is kept of the original's {_kind(whole)} is "
+                f"{shape}."
+            )
 
 
 def _compare_runs(left: MaskedRun, right: PlainRun, names: set[str]) -> _Findings:

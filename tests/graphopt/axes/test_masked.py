@@ -425,8 +425,15 @@ def test_slices_are_checked_bit_for_bit() -> None:
     small["down"][0, 0] = math.nextafter(float(small["down"][0, 0]), math.inf) + 1e-6
     with pytest.raises(VerifyError, match="`down`"):
         check_slices(original, graph_of(body, small, ROWS), LINEARS_KEPT)
-    with pytest.raises(VerifyError, match=r"`down` is float32 \(5, 3\)"):
+    with pytest.raises(VerifyError, match=r"`down` is float32 \(5, 3\) .* float32 \(5, 8\) is \(5, 2\)"):
         check_slices(original, graph_of(body, small, ROWS), {**LINEARS_KEPT, "down": {1: [0, 1]}})
+
+
+def test_a_tensor_of_another_shape_than_is_claimed_is_found_before_anything_runs() -> None:
+    body = between(lambda p, h: h.relu())
+    original, pruned = (graph_of(body, tensors, ROWS) for tensors in (LINEARS, cut(LINEARS, LINEARS_KEPT)))
+    with pytest.raises(VerifyError, match=r"`down` is float32 \(5, 3\)"):
+        check_masked_equivalence(original, pruned, {**LINEARS_KEPT, "down": {1: [1, 2]}}, (ROWS,))
 
 
 def test_randomise_draws_everything_anew_and_leaves_the_program_alone() -> None:
