@@ -10,9 +10,10 @@ from torch.utils import _pytree as pytree
 
 from graphopt.aliasing import Storages
 from graphopt.capture_errors import first_line
-from graphopt.errors import CaptureError
+from graphopt.errors import CaptureError, ExampleError
 from graphopt.model_calls import with_its_buffers
 from graphopt.program import Program
+from graphopt.provenance import op_name, user_line
 
 # Captured and original outputs come from the same kernels in the same order; what differs is inlining.
 _CAPTURE_RTOL = 1e-4
@@ -23,7 +24,8 @@ def run_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     """Run the user's model on copies of the inputs; the model is left as it was.
 
     Raises:
-        CaptureError: it fails, or returns no tensor.
+        ExampleError: it fails.
+        CaptureError: it returns no tensor.
     """
     args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
     try:
@@ -32,12 +34,17 @@ def run_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             result = pytree.tree_map_only(torch.Tensor, torch.clone, model(*args, **kwargs))
     except Exception as err:  # the user's own code may raise anything
         shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        raise CaptureError(
-            f"The model itself fails on the example inputs (shapes {shapes}): {type(err).__name__}: "
-            f"{first_line(err)}. Check the input shapes and dtypes (`--input name=1x3x224x224:float32`)."
+        reason = f"{type(err).__name__}: {first_line(err)}"
+        raise ExampleError(
+            f"The model itself fails on the example inputs (shapes {shapes}): {reason}. Check the input shapes and "
+            "dtypes (`--input name=1x3x224x224:float32`).",
+            reason,
         ) from err
     if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(result)):
-        raise CaptureError("The model returns no tensor. Let its forward return the tensors it is deployed for.")
+        raise CaptureError(
+            f"The model returns no tensor, but a {type(result).__name__}. Let its forward return a tensor, or a tuple, "
+            "list or dict of them; another class is registered with torch.export.register_dataclass."
+        )
     return result
 
 
@@ -55,23 +62,38 @@ def check_equal(program: Program, expected: Any, args: tuple[Any, ...], kwargs: 
         )
 
 
-def check_memory(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse a program whose outputs depend on what earlier calls left in its buffers.
+def check_repeatable(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse a program whose outputs are no function of its inputs.
 
     Raises:
-        CaptureError: the second of two equal calls gives something else.
+        CaptureError: they depend on random numbers, or on what earlier calls left in its buffers.
     """
+    _check_random(program, args, kwargs)
     storages = Storages(program.graph)
-    written = [str(n.target) for n in program.graph.nodes if n.op == "get_attr" and storages.writes(n)]
+    written = [f"`{n.target}`" for n in program.graph.nodes if n.op == "get_attr" and storages.writes(n)]
     if not written:
         return
     with with_its_buffers(program.graph_module):
-        first = pytree.tree_map_only(torch.Tensor, torch.clone, program(*args, **kwargs))
+        first = _run(program, args, kwargs)
         worst = _disagreement(program, first, args, kwargs)
     if worst:
         raise CaptureError(
-            f"The model remembers earlier calls: it writes to {', '.join(f'`{name}`' for name in written)}, and the "
-            f"same input then gives another output ({worst}). Let it take its state as an input and return it."
+            f"The model remembers earlier calls: it writes to {', '.join(written)}, and the same input then gives "
+            f"another output ({worst}). Let it take its state as an input and return it."
+        )
+
+
+def _check_random(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    draws = [n for n in program.graph.nodes if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())]
+    if not draws:
+        return
+    worst = _disagreement(program, _run(program, args, kwargs, seed=1), args, kwargs)
+    if worst:
+        line = user_line(draws[0])
+        raise CaptureError(
+            f"The model draws random numbers in eval mode, by `{op_name(draws[0])}`{f' at {line}' if line else ''}: "
+            f"the same input gives another output ({worst}), so that nothing made of it could be checked. Let it "
+            "take them as an input, or draw them in training mode only (`training=self.training`)."
         )
 
 
@@ -105,10 +127,8 @@ def _resized(tensor: torch.Tensor, size: int) -> torch.Tensor:
 
 def _disagreement(program: Program, expected: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """Run the program on what the model returned `expected` for; say how they differ, "" if they do not."""
-    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
-    with torch.random.fork_rng(devices=[]), with_its_buffers(program.graph_module):
-        torch.manual_seed(0)
-        found = pytree.tree_map_only(torch.Tensor, torch.clone, program(*args, **kwargs))
+    with with_its_buffers(program.graph_module):
+        found = _run(program, args, kwargs)
     pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(found), strict=True)
     tensors = [pair for pair in pairs if isinstance(pair[0], torch.Tensor)]
     for spec, (want, got) in zip(program.outputs, tensors, strict=True):
@@ -120,3 +140,11 @@ def _disagreement(program: Program, expected: Any, args: tuple[Any, ...], kwargs
             difference = float((want.double() - got.double()).abs().max())
             return f"output `{spec.name}` is off by {difference:.3g} (largest value {scale:.3g})"
     return ""
+
+
+def _run(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], *, seed: int = 0) -> Any:
+    """Run a program on copies of the inputs and return copies of its outputs."""
+    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return pytree.tree_map_only(torch.Tensor, torch.clone, program(*args, **kwargs))

@@ -18,12 +18,12 @@ from torch.export import Dim, ExportedProgram
 from torch.export.dynamic_shapes import _combine_args
 from torch.utils import _pytree as pytree
 
-from graphopt.capture_checks import check_equal, check_memory, run_model, wrong_batch
+from graphopt.capture_checks import check_equal, check_repeatable, run_model, wrong_batch
 from graphopt.capture_errors import explain, first_line
-from graphopt.errors import CaptureError
+from graphopt.errors import CaptureError, ExampleError
 from graphopt.graph import copy_graph_module
 from graphopt.lost import lost_in_eval
-from graphopt.model_calls import in_eval_mode, spelled_out
+from graphopt.model_calls import check_module, in_eval_mode, spelled_out
 from graphopt.normal_form import normalise
 from graphopt.program import Dimension, Note, Program, TensorSpec
 from graphopt.provenance import record_capture
@@ -59,8 +59,10 @@ def capture(
         A program whose outputs on the examples were compared with the model's.
 
     Raises:
-        CaptureError: the model fails on the examples, or cannot be traced, or the trace computes something else.
+        CaptureError: the model fails on the examples, cannot be traced, or is no function of its inputs, or the trace
+            computes something else.
     """
+    check_module(model)
     args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
     kwargs = dict(kwargs or {})
     if isinstance(model, fx.GraphModule):  # what torch.export made refuses eval()
@@ -68,11 +70,10 @@ def capture(
         set_training(model, False)
     with in_eval_mode(model), spelled_out(model, kwargs), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        args, kwargs, leaf_shapes = _with_dynamic_batch(model, args, kwargs, dynamic_shapes)
-        expected = run_model(model, args, kwargs)  # tells a model that fails from a capture that fails
-        program = _capture(model, args, kwargs, leaf_shapes)
+        args, kwargs, leaf_shapes, expected, note = _examples(model, args, kwargs, dynamic_shapes)
+        program = _capture(model, args, kwargs, leaf_shapes, note)
         check_equal(program, expected, args, kwargs)
-        check_memory(program, args, kwargs)
+        check_repeatable(program, args, kwargs)
     return program if share_tensors else program.copy(share_tensors=False)
 
 
@@ -117,6 +118,25 @@ def export_again(program: Program) -> ExportedProgram:
                 f"The rewritten program cannot be exported again: {first_line(err)}. This is a bug in the pass that "
                 "ran last; `graphopt optimize --check full` names it."
             ) from err
+
+
+def _examples(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], requested: Any
+) -> tuple[tuple[Any, ...], dict[str, Any], LeafShapes, Any, list[Note]]:
+    """Find a batch the model takes: arguments, dynamic axes, outputs, and a note where only a batch of 1 works."""
+    batch_args, batch_kwargs, shapes = _with_dynamic_batch(model, args, kwargs, requested)
+    try:
+        return batch_args, batch_kwargs, shapes, run_model(model, batch_args, batch_kwargs), []
+    except ExampleError as err:
+        one_args, one_kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t[:1] if t.dim() else t, (args, kwargs))
+        static = [{axis: dim for axis, dim in axes.items() if axis != 0} for axes in shapes]
+        try:
+            expected = run_model(model, one_args, one_kwargs)
+        except ExampleError:
+            raise err from None
+        text = f"The batch size is fixed to 1: with more samples the model raises {err.reason}."
+        logger.warning("%s", text)
+        return one_args, one_kwargs, static, expected, [Note("batch", text)]
 
 
 def _with_dynamic_batch(
@@ -189,7 +209,9 @@ def _arrange(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sh
     return pytree.tree_map(axes, _combine_args(model, args, kwargs))
 
 
-def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: LeafShapes) -> Program:
+def _capture(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: LeafShapes, given: list[Note]
+) -> Program:
     """Export with the dynamic axes asked for; without the default batch axis where that fails or is wrong."""
 
     def attempt(wanted: LeafShapes) -> ExportedProgram:
@@ -197,7 +219,7 @@ def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sh
         return torch.export.export(model, args, kwargs, dynamic_shapes=arranged, strict=False)
 
     def program(exported: ExportedProgram, wanted: LeafShapes, notes: Sequence[Note] = ()) -> Program:
-        return from_exported(exported, args, kwargs, wanted, notes=[*notes, *lost_in_eval(model, exported)])
+        return from_exported(exported, args, kwargs, wanted, notes=[*given, *notes, *lost_in_eval(model, exported)])
 
     error: Exception | None = None
     try:

@@ -33,6 +33,18 @@ class CaptureError(GraphOptError):
     exit_code = 3
 
 
+class ExampleError(CaptureError):
+    """A model that fails on its example inputs, before anything is traced.
+
+    Attributes:
+        reason: what the model raised, on one line.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 class LoadError(CaptureError):
     """A model file that is missing, damaged, of another kind, or not trusted."""
 

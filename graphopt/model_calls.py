@@ -10,6 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from graphopt.errors import UsageError
+
+
+def check_module(model: object) -> None:
+    """Raise `UsageError` unless `model` is a module."""
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"The model is a {type(model).__name__}, not an nn.Module. A file is read by graphopt.load(path); a "
+            "function becomes the forward of a module."
+        )
+
 
 @contextlib.contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:

@@ -10,7 +10,6 @@ from typing import Any
 from torch import nn
 
 from graphopt.backend import Backend
-from graphopt.capturing import capture
 from graphopt.context import Batch, Context, NoProgress, Progress
 from graphopt.cost import cost
 from graphopt.data import Samples
@@ -19,7 +18,8 @@ from graphopt.equivalence import Probe
 from graphopt.errors import DataError, UsageError
 from graphopt.evaluate import Evaluator, FunctionEvaluator, evaluator
 from graphopt.hooks import FullCheck, Hook
-from graphopt.loading.program import example_inputs
+from graphopt.loading.program import capture_on
+from graphopt.model_calls import check_module
 from graphopt.pass_base import Pass
 from graphopt.pipeline import Pipeline
 from graphopt.program import Program
@@ -138,6 +138,8 @@ def _name(model: nn.Module | Program) -> str:
 
 def _program_and_samples(model: nn.Module | Program, data: Any, dynamic_shapes: Any) -> tuple[Program, Samples | None]:
     """Capture the model unless it is a program, and fit the data to its inputs."""
+    if not isinstance(model, Program):
+        check_module(model)
     if isinstance(model, Program):
         program = model
     elif data is None:
@@ -146,7 +148,7 @@ def _program_and_samples(model: nn.Module | Program, data: Any, dynamic_shapes: 
             "graphopt.capture(model, (example,))."
         )
     else:
-        program = capture(model, *example_inputs(model, data), dynamic_shapes)
+        program = capture_on(model, data, dynamic_shapes)
     if data is None:
         return program, None
     samples = Samples.open(data, [spec.name for spec in program.inputs])

@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 
 from graphopt.capturing import capture, from_exported
 from graphopt.data import InputSpec, Samples
-from graphopt.errors import CaptureError, LoadError
+from graphopt.errors import CaptureError, DataError, ExampleError, LoadError
 from graphopt.loading import LoadedModel, load_model
 from graphopt.program import Note, Program, TensorSpec
 
@@ -58,7 +58,9 @@ def load(
     )
     if isinstance(loaded.model, ExportedProgram):
         return _from_file(loaded, loaded.model, dynamic_shapes)
-    args, kwargs = _examples(loaded, loaded.model, data, inputs, seed)
+    if data is not None:
+        return capture_on(loaded.model, data, dynamic_shapes, share_tensors=True)
+    args, kwargs = _random_examples(loaded, loaded.model, inputs, seed)
     return capture(loaded.model, args, kwargs, dynamic_shapes, share_tensors=True)
 
 
@@ -110,13 +112,29 @@ def _renamed(spec: TensorSpec, name: str, shape: Sequence[Any]) -> TensorSpec:
     return TensorSpec(name, tuple(size if isinstance(size, str) else int(size) for size in shape), spec.dtype)
 
 
-def _examples(
-    loaded: LoadedModel, model: nn.Module, data: Any, inputs: Sequence[InputSpec], seed: int
+def capture_on(model: nn.Module, data: Any, dynamic_shapes: Any = None, *, share_tensors: bool = False) -> Program:
+    """Capture a module on the first samples of its data.
+
+    Raises:
+        DataError: the data cannot be read, or the model fails on them.
+        CaptureError: the model cannot be captured.
+    """
+    args, kwargs = example_inputs(model, data)
+    try:
+        return capture(model, args, kwargs, dynamic_shapes, share_tensors=share_tensors)
+    except ExampleError as err:
+        shapes = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (*args, *kwargs.values()))
+        raise DataError(
+            f"The model fails on the first samples of the data ({shapes}): {err.reason}. Give samples of the shape and "
+            "dtype that the model takes."
+        ) from err
+
+
+def _random_examples(
+    loaded: LoadedModel, model: nn.Module, inputs: Sequence[InputSpec], seed: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Find example inputs: real samples first, then shapes the user gave."""
+    """Make example inputs of the shapes the user gave."""
     names = [name for name, _ in _parameters(model)]
-    if data is not None:
-        return example_inputs(model, data)
     if not inputs:
         wanted = ", ".join(names) or "its inputs"
         raise CaptureError(
@@ -125,7 +143,7 @@ def _examples(
         )
     generator = torch.Generator().manual_seed(seed)
     made = {spec.name: _random(spec, generator) for spec in inputs}
-    if len(made) == 1:
+    if len(made) == 1 and not set(made) & set(names):
         return tuple(made.values()), {}
     unknown = [name for name in made if name not in names]
     if unknown:
@@ -143,11 +161,19 @@ def example_inputs(model: nn.Module, data: Any) -> tuple[tuple[Any, ...], dict[s
     required = sum(1 for _, optional in parameters if not optional)
     if _takes_any_number(model):
         samples = Samples.open(data)
-        first = dict(zip(samples.names, samples.first(2), strict=True))
+        first = _first(samples, model)
         named = not samples.names[0].isdigit()  # arrays without names are numbered
         return _arrange(first, model) if named else (tuple(first.values()), {})
     samples = Samples.open(data, [name for name, _ in parameters], required=required)
-    return _arrange(dict(zip(samples.names, samples.first(2), strict=True)), model)
+    return _arrange(_first(samples, model), model)
+
+
+def _first(samples: Samples, model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return two samples by name; numpy's double precision becomes single where the model knows no double."""
+    known = {tensor.dtype for tensor in model.state_dict().values()}
+    single = torch.float32 in known and torch.float64 not in known
+    batch = (t.float() if single and t.dtype is torch.float64 else t for t in samples.first(2))
+    return dict(zip(samples.names, batch, strict=True))
 
 
 def _arrange(values: Mapping[str, torch.Tensor], model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:

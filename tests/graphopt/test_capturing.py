@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from graphopt.capturing import capture, export_again
-from graphopt.errors import CaptureError
+from graphopt.errors import CaptureError, UsageError
 from graphopt.provenance import origin
 
 
@@ -256,3 +256,59 @@ def test_outputs_that_are_not_finite_are_compared_too(value: float) -> None:
 
     program = capture(Undefined(), torch.randn(3, 4))
     assert program.inputs[0].shape == ("batch", 4)
+
+
+class OneAtATime(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.fc(x.reshape(1, -1))
+        return y
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_model_that_takes_one_sample_only_stays_at_one(batch: int) -> None:
+    program = capture(OneAtATime(), torch.randn(batch, 16))
+    assert program.inputs[0].shape == (1, 16)
+    (note,) = program.notes
+    assert note.text.startswith("The batch size is fixed to 1: with more samples the model raises RuntimeError")
+
+
+class Noisy(nn.Module):
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.mode = mode
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.mode == "noise":
+            return x + torch.randn_like(x)
+        return nn.functional.dropout(x, 0.5, training=self.mode == "dropout")
+
+
+@pytest.mark.parametrize(("mode", "operator"), [("noise", "randn_like"), ("dropout", "dropout")])
+def test_random_outputs_are_refused(mode: str, operator: str) -> None:
+    with pytest.raises(CaptureError, match=rf"draws random numbers in eval mode, by `{operator}` at .*test_capturing"):
+        capture(Noisy(mode), torch.randn(3, 4))
+
+
+def test_dropout_that_is_off_is_not_random() -> None:
+    capture(Noisy("eval"), torch.randn(3, 4))
+
+
+def test_what_is_no_module_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"The model is a function, not an nn\.Module"):
+        capture(lambda x: x, torch.randn(3, 4))  # type: ignore[arg-type]
+
+
+def test_an_unknown_class_of_outputs_says_how_to_register_it() -> None:
+    class Own:
+        pass
+
+    class Wrapping(nn.Module):
+        def forward(self, x: torch.Tensor) -> object:
+            return Own()
+
+    with pytest.raises(CaptureError, match=r"no tensor, but a Own.*register_dataclass"):
+        capture(Wrapping(), torch.randn(3, 4))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from graphopt.errors import DataError
-from graphopt.loading.program import example_inputs
+from graphopt.loading.program import capture_on, example_inputs
 
 A, B = torch.zeros(3, 4), torch.ones(3, 5)
 
@@ -44,3 +44,14 @@ def test_by_position(model: nn.Module) -> None:
 def test_nested_data_say_what_to_do() -> None:
     with pytest.raises(DataError, match=r"`a` of the data is a dict.*captured first \(graphopt.capture\)"):
         example_inputs(Optional(), {"a": {"x": A}})
+
+
+def test_double_precision_of_numpy_becomes_single() -> None:
+    assert capture_on(nn.Linear(4, 3), A.double().numpy()).inputs[0].dtype is torch.float32
+    assert capture_on(nn.Linear(4, 3).double(), A.double().numpy()).inputs[0].dtype is torch.float64
+
+
+@pytest.mark.parametrize("data", [torch.zeros(3, 5), torch.zeros(3, 4, dtype=torch.uint8)])
+def test_data_the_model_fails_on(data: torch.Tensor) -> None:
+    with pytest.raises(DataError, match=r"The model fails on the first samples of the data \(\(2, \d\) .*RuntimeError"):
+        capture_on(nn.Linear(4, 3), data)
