@@ -23,7 +23,7 @@ from graphopt.graph import Editor, constant
 from graphopt.pass_base import Pass
 from graphopt.passes.quantization.layers import LayerQuantizer
 from graphopt.passes.quantization.placement import Placement, Site, place
-from graphopt.passes.quantization.plan import Form, Int8Plan, LayerRecord, ValueRecord
+from graphopt.passes.quantization.plan import Form, Int8Plan, LayerRecord, ValueRecord, stored_name
 from graphopt.passes.quantization.prepare import respell, spellings
 from graphopt.passes.quantization.rewrite import Rewriter
 from graphopt.program import Program
@@ -202,7 +202,7 @@ def _constants(values: list[ValueRecord], gm: fx.GraphModule) -> dict[str, Tenso
             value = constant(nodes[record["value"]], gm)
             assert value is not None
             scale, zero = torch.tensor(record["scale"]), torch.tensor(record["zero_point"])
-            tensors[f"int8.{record['value']}.integers"] = quantize(
+            tensors[stored_name(record["value"], "integers")] = quantize(
                 value.detach(), scale, zero, None, record["low"], record["high"]
             )
     return tensors

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from graphopt.graph import constant
 from graphopt.passes.quantization.placement import Site
-from graphopt.passes.quantization.plan import LayerRecord
+from graphopt.passes.quantization.plan import LayerRecord, stored_name
 from graphopt.quantization.qparams import quantize_weight, weight_scales
 from graphopt.target import IntegerFormat
 
@@ -108,7 +108,7 @@ class LayerQuantizer:
             return None
         value = (bias.detach().double() if bias is not None else 0.0) - (shift if shift is not None else 0.0)
         assert isinstance(value, Tensor)
-        name = f"int8.{site.node.name}.bias"
+        name = stored_name(site.node.name, "bias")
         if site.rule.bias == "float":
             self.tensors[name] = value.float()
             return name

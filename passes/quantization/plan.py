@@ -61,3 +61,11 @@ class Int8Plan(Plan):
     values: tuple[ValueRecord, ...] = ()
     layers: tuple[LayerRecord, ...] = ()
     dropped: tuple[str, ...] = ()
+
+
+def stored_name(node: str, what: str) -> str:
+    """Name a tensor that is stored for a node: `int8_conv2d.scale`.
+
+    Not `int8.conv2d.scale`: a node may be called `float` or `to`, and a submodule may not.
+    """
+    return f"int8_{node}.{what}"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.graph import Editor, arguments
-from graphopt.passes.quantization.plan import Int8Plan, LayerRecord, ValueRecord
+from graphopt.passes.quantization.plan import Int8Plan, LayerRecord, ValueRecord, stored_name
 from graphopt.provenance import op_name
 from graphopt.quantization.ops import DEQUANTIZE, QUANTIZE, storage_dtype
 
@@ -136,16 +136,19 @@ class Rewriter:
             self._editor.propagate(node)
             return node
         if record["form"] == "constant":
-            return self._read(f"int8.{record['value']}.integers", node)
+            return self._read(stored_name(record["value"], "integers"), node)
         scale, zero_point = self._qparams(record, node)
         bounds = record["low"], record["high"]
         return self._editor.call(QUANTIZE, node, scale, zero_point, None, *bounds, like=node, site=record["value"])
 
     def _qparams(self, record: ValueRecord, like: fx.Node) -> tuple[fx.Node, fx.Node]:
-        prefix = f"int8.{record['source']}"
         dtype = storage_dtype(record["low"], record["high"])
-        scale = self._put(f"{prefix}.scale", torch.tensor(record["scale"], dtype=torch.float32), like)
-        return scale, self._put(f"{prefix}.zero_point", torch.tensor(record["zero_point"], dtype=dtype), like)
+        scale = torch.tensor(record["scale"], dtype=torch.float32)
+        zero_point = torch.tensor(record["zero_point"], dtype=dtype)
+        return (
+            self._put(stored_name(record["source"], "scale"), scale, like),
+            self._put(stored_name(record["source"], "zero_point"), zero_point, like),
+        )
 
     def _stored(self, name: str, axis: int | None, like: fx.Node) -> fx.Node:
         """Insert the dequantization of a stored tensor of the plan."""

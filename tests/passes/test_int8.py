@@ -115,7 +115,7 @@ def test_pooled_head() -> None:
             return F.linear(x, c.weight("linear_weight_int8"), c.weight("int8_linear_bias"))
 
     assert_same_program(given, capture(Expected(), (images(count=2),)))
-    assert given.state_dict()["int8.linear.bias"].dtype is torch.int32
+    assert given.state_dict()["int8_linear.bias"].dtype is torch.int32
 
 
 def test_symmetric_target() -> None:
@@ -418,3 +418,20 @@ def test_tensorrt_takes_it(model: type[nn.Module], tmp_path: Path) -> None:
         for value in onnx.numpy_helper.to_array(tensor).reshape(-1)
     }
     assert zero_points <= {0}
+
+
+def test_values_called_like_methods_of_modules() -> None:
+    class Bytes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.fc(x.float())
+            return y
+
+    data = torch.randint(0, 255, (16, 8), dtype=torch.uint8)
+    program, plan = quantized(Bytes(), data)
+    (value,) = plan.values
+    assert hasattr(nn.Module, value["value"])
+    assert f"int8_{value['value']}.scale" in program.state_dict()
