@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from graphopt.backends.onnx_lowering.branch_outputs import BranchOutputsPass
 from graphopt.backends.onnx_lowering.duplicates import DuplicateInitializersPass
 from graphopt.backends.onnx_lowering.exporter import export
 from graphopt.backends.onnx_lowering.flat_program import flatten
@@ -46,6 +47,7 @@ def lower(program: Program, style: Style) -> ir.Model:
         *([GlobalPoolingPass()] if style.global_pooling else []),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.IdentityEliminationPass(),
+        BranchOutputsPass(),  # the step before takes identities that end a branch
         DuplicateInitializersPass(),
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]

@@ -35,6 +35,8 @@ def _strip_value(value: ir.Value) -> None:
     value.metadata_props.clear()
     value.doc_string = None
     tensor = value.const_value
-    if tensor is not None:
+    if isinstance(tensor, ir.TensorProtoTensor):  # from a function of the exporter's library; its notes are fixed
+        value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
+    elif tensor is not None:
         tensor.doc_string = None
         tensor.metadata_props.clear()

@@ -337,3 +337,25 @@ def test_bfloat16_weights_are_refused_with_the_way_out(tmp_path: Path) -> None:
     with pytest.raises(LoweringError, match=r"no bfloat16 kernels.*model.float\(\)"):
         OnnxRuntimeBackend().lower(capture(Inside(), torch.randn(2, 4)), tmp_path / "inside.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_constants_of_the_exporters_own_functions(tmp_path: Path) -> None:
+    program = capture(nn.EmbeddingBag(50, 16), torch.randint(0, 50, (4, 6)))
+    artifact = BACKEND.lower(program, tmp_path / "bag.onnx")
+    assert BACKEND.verify(artifact, program) < 1e-5
+
+
+def test_a_branch_may_return_what_it_was_given(tmp_path: Path) -> None:
+    class Maybe(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = torch.cond(x.sum() > 0, lambda x: x.clone(), self.fc, (x,))
+            return y + 1
+
+    program = program_of(Maybe(), 2, 4)
+    artifact = BACKEND.lower(program, tmp_path / "maybe.onnx")
+    assert BACKEND.verify(artifact, program, (np.ones((8, 4), np.float32),)) < 1e-5
+    assert BACKEND.verify(artifact, program, (-np.ones((8, 4), np.float32),)) < 1e-5
