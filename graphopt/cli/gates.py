@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Callable
@@ -52,12 +53,12 @@ class Gate:
         return cls(text, match["quantity"], match["sign"], float(match["limit"]))
 
     def failures(self, report: Report) -> list[str]:
-        """Say for which artifacts (or, without any, for the last pass) the condition holds."""
+        """Say for which artifacts (or, without any, for the last pass) the condition holds, or cannot be told."""
         rows = report.artifact_rows() or report.rows[-1:]
         found = []
         for row in rows:
             value = _value(self.quantity, row, report)
-            if _SIGNS[self.sign](value, self.limit):
+            if math.isnan(value) or _SIGNS[self.sign](value, self.limit):
                 found.append(f"{self.quantity} is {value:.4g} for {row.label}, gate is {self.text}")
         return found
 
@@ -66,7 +67,9 @@ def _value(quantity: str, row: Row, report: Report) -> float:
     before = report.original
     if quantity in ("drop", "drop%") and row.metric is not None and before.metric is not None:
         drop = before.metric - row.metric
-        return drop if quantity == "drop" else 100 * drop / abs(before.metric)
+        if quantity == "drop" or drop == 0:
+            return drop
+        return 100 * drop / abs(before.metric) if before.metric else math.copysign(math.inf, drop)
     if quantity == "size" and row.size is not None and before.size:
         return row.size / before.size
     if quantity == "speedup" and row.latency is not None and row.latency.speedup is not None:

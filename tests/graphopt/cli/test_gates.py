@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from graphopt.cli.gates import Gate
@@ -69,3 +71,18 @@ def test_a_gate_on_what_was_not_measured() -> None:
         UsageError, match=r"nothing to look at: points of the --eval metric lost was not.*Give --eval\."
     ):
         Gate.parse("drop>1").failures(report)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "text", "fails"),
+    [
+        (80.0, math.nan, "drop>0.5", True),
+        (80.0, math.nan, "drop%>0.5", True),
+        (0.0, -1.0, "drop%>50", True),
+        (0.0, 1.0, "drop%>50", False),
+        (0.0, 0.0, "drop%>50", False),
+    ],
+)
+def test_metrics_that_are_zero_or_undefined(before: float, after: float, text: str, fails: bool) -> None:
+    report = Report("model.pt", "int8", "r2", rows=[Row("original", metric=before), Row("int8", metric=after)])
+    assert bool(Gate.parse(text).failures(report)) is fails
