@@ -33,13 +33,14 @@ from graphopt.runner import run
 _PROBE_FLOPS = 2e10
 _FEWEST_PROBES, _MOST_PROBES = 2, 32
 DEFAULT_PASSES = "prune:ratio=0.5,svd,int8"
+DEFAULT_TARGET = "onnxruntime"
 
 
 def optimize(
     model: nn.Module | Program,
     data: Any = None,
     passes: str | Sequence[Any] | Pipeline = DEFAULT_PASSES,
-    target: str | Backend | Sequence[str | Backend] | None = "onnxruntime",
+    target: str | Backend | Sequence[str | Backend] | None = DEFAULT_TARGET,
     eval: Any = None,
     seed: int = 0,
     *,
@@ -48,6 +49,7 @@ def optimize(
     hooks: Sequence[Hook] = (),
     check: str = "fast",
     bench: bool = True,
+    lower: bool = True,
     progress: Progress | None = None,
     name: str | None = None,
 ) -> Result:
@@ -58,7 +60,8 @@ def optimize(
         data: calibration data: a tensor or array (first axis: samples), a tuple or dict of them, an iterable of
             batches, or a path. Passes that learn from data use it; without it they say so.
         passes: pipeline text, or a sequence of passes. "" only captures and lowers.
-        target: a backend's name, a backend, several of them, or None for no lowering.
+        target: a backend's name, a backend, several of them, or None for no lowering; passes that decide by their
+            target then decide for ONNX Runtime.
         eval: a callable that takes anything callable like the model and returns a number, higher is better; or
             labelled data, `(data, metric)`.
         seed: every random draw descends from it.
@@ -67,6 +70,7 @@ def optimize(
         hooks: called around every pass.
         check: "fast", or "full" to export again and run each pass's own proof after it.
         bench: whether to time the artifact against the unoptimised program in the same runtime.
+        lower: False decides and rewrites for the targets, and stops before lowering.
         progress: shows long loops.
         name: what the report calls the model.
 
@@ -86,11 +90,16 @@ def optimize(
     report = Report(name or _name(model), str(pipeline), metric.name if metric else "")
     report.notes += [f"{note.subject}: {note.text}" for note in program.notes]
     report.notes += [f"data: {note}" for note in (samples.notes if samples else ())]
+    deciding = backends
+    if not backends and pipeline.fork() < len(pipeline.steps):
+        deciding = [backend(DEFAULT_TARGET)]
+        first = pipeline.steps[pipeline.fork()].text
+        report.notes.append(f"target: none was given, so `{first}` and what follows decided for {DEFAULT_TARGET}")
     recorder = Recorder(report, program, probe, metric)
     recorder.add_original()
     ctx = Context(
         original=program,
-        targets=tuple(item.description for item in backends),
+        targets=tuple(item.description for item in deciding),
         samples=samples,
         seed=seed,
         progress=progress or NoProgress(),
@@ -109,7 +118,7 @@ def optimize(
             metric=metric,
             bench=bench,
         )
-        for item in backends
+        for item in (backends if lower else ())
     }
     return Result(
         original=program,
@@ -159,7 +168,7 @@ def _program_and_samples(model: nn.Module | Program, data: Any, dynamic_shapes: 
 def _evaluator(spec: Any, program: Program) -> Evaluator | FunctionEvaluator:
     if program.batched:
         return evaluator(spec, specs=program.inputs)
-    batch = program.flat_examples()[0].shape[0]
+    batch = next(tensor.shape[0] for tensor in program.flat_examples() if tensor.dim())
     return evaluator(spec, specs=program.inputs, batch_size=batch, fixed_batch=True)
 
 

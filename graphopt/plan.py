@@ -55,7 +55,7 @@ class Plan:
     options: Mapping[str, Json] = field(default_factory=dict)
     sites: tuple[str, ...] = ()
     refusals: tuple[Refusal, ...] = ()
-    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
     measured: Mapping[str, Json] = field(default_factory=dict)
 
     def summary(self) -> str:

@@ -55,7 +55,7 @@ class Note:
     text: str
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Program:
     """A `torch.fx` graph in the ATen dialect of `torch.export`, and what is needed to run and lower it.
 
@@ -78,6 +78,10 @@ class Program:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program: same signature and output structure as the model it was captured from."""
         return self.graph_module(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        inputs, outputs = (", ".join(map(str, specs)) for specs in (self.inputs, self.outputs))
+        return f"<Program of {len(self.graph.nodes)} nodes: {inputs} -> {outputs}>"
 
     @property
     def graph(self) -> fx.Graph:

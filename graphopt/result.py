@@ -18,13 +18,13 @@ from graphopt.program import Program
 from graphopt.report import Report
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Result:
     """What `optimize` made.
 
     Attributes:
         original: the program as captured.
-        programs: the optimised program of each target, keyed by target name ("" without a target).
+        programs: the optimised program of each target, keyed by target name ("" where no pass asked for one).
         plans: every pass's plan, in pipeline order.
         report: the before/after table, refusals and notes.
         artifacts: the lowered program of each target.
@@ -40,6 +40,10 @@ class Result:
     _plan_targets: list[str] = field(default_factory=list, repr=False)
     _home: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
 
+    def __repr__(self) -> str:
+        targets = ", ".join(self.artifacts) or "no target"
+        return f"<Result of {str(self.pipeline)!r} on {self.report.model} for {targets}>"
+
     @property
     def program(self) -> Program:
         """The optimised program; with several targets that of the first."""
@@ -53,7 +57,7 @@ class Result:
             UsageError: there was no target.
         """
         if not self.artifacts:
-            raise UsageError("Nothing was lowered: optimize() was called with target=None. Give a target.")
+            raise UsageError("Nothing was lowered: optimize() was called with target=None or lower=False.")
         return next(iter(self.artifacts.values()))
 
     def save(self, directory: str | Path) -> list[Path]:

@@ -63,8 +63,8 @@ def command(
     if directory.exists() and not directory.is_dir():
         raise UsageError(f"{directory} is a file. Give -o a directory.")
     result = _optimize(
-        model, pipeline, data, evaluation, [] if plan else target or ["onnxruntime"], inputs, dynamic, factory, weights,
-        trust, check, bench, dump, seed,
+        model, pipeline, data, evaluation, target or ["onnxruntime"], inputs, dynamic, factory, weights, trust, check,
+        bench, dump, seed, not plan,
     )  # fmt: skip
     if plan:
         json.dump([found.to_json() for found in result.plans], sys.stdout, indent=1)
@@ -112,6 +112,7 @@ def _optimize(
     bench: bool,
     dump: Path | None,
     seed: int,
+    lower: bool,
 ) -> Result:
     from graphopt.cli.progress import TerminalProgress
     from graphopt.hooks import Dump
@@ -132,6 +133,7 @@ def _optimize(
         seed,
         check=check,
         bench=bench,
+        lower=lower,
         hooks=[Dump(dump)] if dump else [],
         progress=TerminalProgress(),
         name=model.name if model is not None else factory,

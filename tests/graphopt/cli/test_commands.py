@@ -83,6 +83,16 @@ def test_plan_prints_decisions_and_writes_nothing(files: Files, capsys: pytest.C
     assert not (files.folder / "model.graphopt").exists()
 
 
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+def test_plan_decides_for_the_target(files: Files, capsys: pytest.CaptureFixture[str], target: str) -> None:
+    code = run(["optimize", "model.pt", "--passes", "int8", "--data", "data.npz", "--plan", "--target", target])
+    assert code == 0
+    plan = json.loads(capsys.readouterr().out)[-1]
+    assert plan["pass_name"] == "int8"
+    assert {value["low"] for value in plan["values"]} == ({0} if target == "onnxruntime" else {-128})
+    assert not (files.folder / "model.graphopt").exists()
+
+
 def test_a_failed_gate_still_writes_and_exits_with_1(files: Files, fails: Fails) -> None:
     said = fails(1, *FULL, "--fail-if", "size>0.01")
     assert said.startswith("size is ")
