@@ -17,9 +17,9 @@ import torch
 
 from graphopt.context import Context
 from graphopt.pass_base import NoOptions, Pass
-from graphopt.passes.affine_folding import AffineFold, apply_affine_folds, find_affine_folds
-from graphopt.passes.constant_folding import ConstantFold, find_constants, store_constants
-from graphopt.passes.no_ops import drop_no_ops, find_no_ops
+from graphopt.passes.folding.affine_folding import AffineFold, apply_affine_folds, find_affine_folds
+from graphopt.passes.folding.constant_folding import ConstantFold, find_constants, store_constants
+from graphopt.passes.folding.no_ops import drop_no_ops, find_no_ops
 from graphopt.plan import Plan, Refusal
 from graphopt.program import Program
 

@@ -4,7 +4,8 @@
 
 Which dimensions go together is inferred (`graphopt.axes`): an axis that some weight produces and some weight
 consumes is a group, and an index leaves every parameter, buffer and literal that carries the group's axis at once.
-With calibration data the layers behind are refitted to give what they gave before (`graphopt.passes.compensation`).
+With calibration data the layers behind are refitted to give what they gave before
+(`graphopt.passes.pruning.compensation`).
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from graphopt.axes.rewrite import remove, slices
 from graphopt.context import Context
 from graphopt.errors import PassError, UsageError
 from graphopt.pass_base import Pass
-from graphopt.passes.compensation import Compensation
-from graphopt.passes.pruning_scores import score
-from graphopt.passes.reconstruction import FEWEST, reconstruct, with_tensors
+from graphopt.passes.pruning.compensation import Compensation
+from graphopt.passes.pruning.reconstruction import FEWEST, reconstruct, with_tensors
+from graphopt.passes.pruning.scores import score
 from graphopt.plan import Json, Plan, Refusal
 from graphopt.program import Program
 

@@ -20,8 +20,8 @@ from graphopt.context import Context
 from graphopt.covariance import WIDEST, Covariance, gather_covariances
 from graphopt.graph import tensor_attribute
 from graphopt.pass_base import Pass
-from graphopt.passes.factorised_layers import as_matrix, factor_names, factorisable, replace_by_factors
-from graphopt.passes.low_rank import Decomposition, decompose
+from graphopt.passes.factorisation.factorised_layers import as_matrix, factor_names, factorisable, replace_by_factors
+from graphopt.passes.factorisation.low_rank import Decomposition, decompose
 from graphopt.passes.weighted_calls import WeightedCall
 from graphopt.plan import Json, Plan, Refusal
 from graphopt.program import Program

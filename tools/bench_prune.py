@@ -26,7 +26,7 @@ from graphopt.cost import cost
 from graphopt.distillation.statistics import estimate_statistics
 from graphopt.options import build
 from graphopt.passes.prune import Prune, PruneOptions
-from graphopt.passes.reconstruction import with_tensors
+from graphopt.passes.pruning.reconstruction import with_tensors
 from graphopt.program import Program
 from graphopt.testing import TensorSamples
 

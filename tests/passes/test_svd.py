@@ -17,8 +17,8 @@ from graphopt.context import Context
 from graphopt.covariance import Covariance
 from graphopt.errors import DataError, PassError, UsageError
 from graphopt.options import build
+from graphopt.passes.factorisation.low_rank import decompose, shrunk
 from graphopt.passes.fold import Fold
-from graphopt.passes.low_rank import decompose, shrunk
 from graphopt.passes.svd import Svd, SvdOptions, SvdPlan
 from graphopt.program import Program
 from graphopt.provenance import origin

@@ -20,10 +20,10 @@ from torch import fx
 from graphopt.errors import PassError
 from graphopt.finite import all_finite
 from graphopt.graph import Editor, tensor_attribute
-from graphopt.passes.affine import Affine, affine, is_batch_norm
-from graphopt.passes.channel_path import path_to_layer
-from graphopt.passes.growth import too_large
-from graphopt.passes.likeness import indistinguishable
+from graphopt.passes.folding.affine import Affine, affine, is_batch_norm
+from graphopt.passes.folding.channel_path import path_to_layer
+from graphopt.passes.folding.growth import too_large
+from graphopt.passes.folding.likeness import indistinguishable
 from graphopt.passes.weighted_calls import (
     WeightedCall,
     response_to,

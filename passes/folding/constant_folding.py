@@ -27,8 +27,8 @@ from torch._ops import OpOverload
 
 from graphopt.aliasing import Storages, written_inputs
 from graphopt.graph import Editor, constant, erase_dead, tensor_attribute
-from graphopt.passes.growth import too_large
-from graphopt.passes.likeness import indistinguishable
+from graphopt.passes.folding.growth import too_large
+from graphopt.passes.folding.likeness import indistinguishable
 from graphopt.plan import Refusal
 from graphopt.program import Program
 from graphopt.provenance import module_path

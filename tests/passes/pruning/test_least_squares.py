@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from graphopt.passes.least_squares import Sums, solve
+from graphopt.passes.pruning.least_squares import Sums, solve
 
 GENERATOR = torch.Generator().manual_seed(0)
 

@@ -19,7 +19,7 @@ from torch import fx
 
 from graphopt.aliasing import Storages
 from graphopt.graph import Editor, arguments
-from graphopt.passes.likeness import indistinguishable
+from graphopt.passes.folding.likeness import indistinguishable
 from graphopt.plan import Refusal
 from graphopt.program import Program
 

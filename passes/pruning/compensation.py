@@ -20,9 +20,9 @@ from graphopt.axes.infer import Axes
 from graphopt.axes.layout import size, surviving, touches
 from graphopt.context import Batch, Context
 from graphopt.graph import tensor_attribute
-from graphopt.passes.layer_rows import as_matrices, as_weight, input_rows, output_rows, positions
-from graphopt.passes.least_squares import Correction, Sums, solve
-from graphopt.passes.residual_sums import Branch, branch_of, running_mean
+from graphopt.passes.pruning.layer_rows import as_matrices, as_weight, input_rows, output_rows, positions
+from graphopt.passes.pruning.least_squares import Correction, Sums, solve
+from graphopt.passes.pruning.residual_sums import Branch, branch_of, running_mean
 from graphopt.passes.weighted_calls import WeightedCall, is_layer, uses, weighted_call
 from graphopt.plan import Json, Refusal
 from graphopt.program import Program

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graphopt.capturing import capture
 from graphopt.graph import tensor_attribute
-from graphopt.passes.layer_rows import as_matrices, as_weight, input_rows, output_rows, positions
+from graphopt.passes.pruning.layer_rows import as_matrices, as_weight, input_rows, output_rows, positions
 from graphopt.passes.weighted_calls import weighted_call
 
 

@@ -15,7 +15,7 @@ from graphopt.context import Batch, Context
 from graphopt.distillation.statistics import batch_norms, estimate_statistics
 from graphopt.equivalence import Probe
 from graphopt.graph import Editor, tensor_attribute
-from graphopt.passes.compensation import Compensation, compensate
+from graphopt.passes.pruning.compensation import Compensation, compensate
 from graphopt.plan import Refusal
 from graphopt.program import Program
 from graphopt.stepping import peak_bytes_per_sample

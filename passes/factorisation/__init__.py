@@ -1,0 +1,1 @@
+"""How svd splits: which layers can be two factors, and the truncated decomposition of their weights."""
