@@ -19,7 +19,7 @@ from torch.export.dynamic_shapes import _combine_args
 from torch.utils import _pytree as pytree
 
 from graphopt.capture_checks import check_equal, check_repeatable, run_model, wrong_batch
-from graphopt.capture_errors import explain, first_line
+from graphopt.capture_errors import explain
 from graphopt.errors import CaptureError, ExampleError
 from graphopt.graph import copy_graph_module
 from graphopt.lost import lost_in_eval
@@ -94,30 +94,6 @@ def from_exported(
     inputs = _input_specs(gm, names, tuple(args), dict(kwargs))
     outputs = _output_specs(gm, names, {spec.name for spec in inputs})
     return Program(gm, inputs, outputs, tuple(args), dict(kwargs), tuple(notes))
-
-
-def export_again(program: Program) -> ExportedProgram:
-    """Export the graph of `program` with its own signature and dynamic axes.
-
-    Raises:
-        CaptureError: a rewrite tied a dynamic axis to one size; the message names it.
-    """
-    shapes: LeafShapes = [
-        {axis: Dim.DYNAMIC for axis, size in enumerate(spec.shape) if isinstance(size, str)} for spec in program.inputs
-    ]
-    gm = program.graph_module
-    args, kwargs = tuple(program.example_args), dict(program.example_kwargs)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return torch.export.export(
-                gm, args, kwargs, dynamic_shapes=_arrange(gm, args, kwargs, shapes), strict=False
-            )
-        except Exception as err:  # torch.export lets through whatever a kernel or a guard raises
-            raise CaptureError(
-                f"The rewritten program cannot be exported again: {first_line(err)}. This is a bug in the pass that "
-                "ran last; `graphopt optimize --check full` names it."
-            ) from err
 
 
 def _examples(
@@ -199,7 +175,7 @@ def _collect_axes(value: Any, asked: Any, found: LeafShapes) -> None:
             _collect_axes(item, asked[index] if isinstance(asked, list | tuple) else None, found)
 
 
-def _arrange(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: LeafShapes) -> Any:
+def arranged(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: LeafShapes) -> Any:
     """Arrange per-leaf dynamic axes in the structure `torch.export.export` asks for."""
     remaining = iter(shapes)
 
@@ -215,8 +191,8 @@ def _capture(
     """Export with the dynamic axes asked for; without the default batch axis where that fails or is wrong."""
 
     def attempt(wanted: LeafShapes) -> ExportedProgram:
-        arranged = _arrange(model, args, kwargs, wanted)
-        return torch.export.export(model, args, kwargs, dynamic_shapes=arranged, strict=False)
+        wanted_shapes = arranged(model, args, kwargs, wanted)
+        return torch.export.export(model, args, kwargs, dynamic_shapes=wanted_shapes, strict=False)
 
     def program(exported: ExportedProgram, wanted: LeafShapes, notes: Sequence[Note] = ()) -> Program:
         return from_exported(exported, args, kwargs, wanted, notes=[*given, *notes, *lost_in_eval(model, exported)])

@@ -21,7 +21,6 @@ from torch.utils import _pytree as pytree
 
 from graphopt.errors import UsageError
 from graphopt.graph import assemble, copy_graph_module
-from graphopt.provenance import drop_process_traces
 from graphopt.training import set_training
 
 if TYPE_CHECKING:
@@ -106,7 +105,10 @@ class Program:
 
         What eval capture dropped (see `notes`) does not come back.
         """
+        from graphopt.exporting import forget
+
         set_training(self.graph_module, mode)
+        forget(self)
         return self
 
     def eval(self) -> Self:
@@ -153,20 +155,20 @@ class Program:
 
     def export(self) -> ExportedProgram:
         """Export the graph again with the same signature and dynamic axes."""
-        from graphopt.capturing import export_again
+        from graphopt.exporting import export_again
 
-        return export_again(self)
+        return export_again(self).program
 
     def save(self, path: str | Path) -> Path:
         """Write the program as a `.pt2` file; `load` gives it back. Written whole or not at all."""
+        from graphopt.exporting import exported
         from graphopt.files import replacing
 
         extra = {"graphopt.json": json.dumps(self._signature(), indent=1)}
-        exported = self.export()
-        drop_process_traces(exported.graph)
+        program = exported(self).program
         with replacing(Path(path)) as temporary, temporary.open("wb") as stream, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about tensors that share memory, which load as they were saved
-            torch.export.save(exported, stream, extra_files=extra)
+            torch.export.save(program, stream, extra_files=extra)
         return Path(path)
 
     @classmethod

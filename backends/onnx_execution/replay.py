@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 import graphopt.quantization.ops  # noqa: F401  (registers the operators)
-from graphopt.backends.onnx_lowering.flat_program import SOURCE
 from graphopt.program import Program
 
 Tensors = tuple[torch.Tensor, ...]
@@ -37,16 +37,17 @@ class Step:
 
 
 class Replay(fx.Interpreter):
-    """Interprets a flat program, taking the runtime's integers over after comparing with them."""
+    """Interprets a program on flat tensors, taking the runtime's integers over after comparing with them."""
 
-    def __init__(self, flat: Program, *, exact: bool = False) -> None:
+    def __init__(self, program: Program, *, exact: bool = False) -> None:
         """Prepare to run.
 
         Args:
-            flat: what `flatten` returned.
+            program: what to run.
             exact: compute every float32 value in float64.
         """
-        super().__init__(flat.graph_module)
+        super().__init__(program.graph_module)
+        self._program = program
         self._codes: Mapping[str, torch.Tensor] = {}
         self._exact = exact
         self._weights: dict[fx.Node, torch.Tensor] = {}
@@ -62,8 +63,9 @@ class Replay(fx.Interpreter):
         self.steps = []
         self._codes = codes or {}
         with torch.no_grad():
-            result: Tensors = self.run(*(self._widened(tensor) for tensor in inputs))
-        return result
+            arguments = pytree.tree_leaves(self._program.unflatten([self._widened(tensor) for tensor in inputs]))
+            result = self.run(*arguments, enable_io_processing=False)
+        return tuple(leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor))
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node; weights are dequantized once for all runs."""
@@ -74,10 +76,9 @@ class Replay(fx.Interpreter):
             self._weights[n] = result = self._widened(result)
             return result
         if n.target is torch.ops.graphopt.quantize.default:
-            source = n.meta["custom"][SOURCE]
-            codes = self._codes.get(source)
+            codes = self._codes.get(n.name)
             if codes is not None:
-                self.steps.append(_step(source, result, codes))
+                self.steps.append(_step(n.name, result, codes))
                 return codes
         return self._widened(result)
 

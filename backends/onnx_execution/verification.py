@@ -24,7 +24,6 @@ from graphopt.backends.onnx_execution.batches import batches
 from graphopt.backends.onnx_execution.replay import Replay, Step, quantize_nodes
 from graphopt.backends.onnx_execution.session import OnnxSession, SessionSettings
 from graphopt.backends.onnx_lowering.exporter import SOURCE_PROPERTY
-from graphopt.backends.onnx_lowering.flat_program import flatten
 from graphopt.errors import LoweringError
 from graphopt.program import Program
 
@@ -42,17 +41,16 @@ def verify(path: Path, program: Program, inputs: Sequence[Array] | None, setting
         LoweringError: the runtime refuses the artifact, or an output or an integer on the way is wrong; the message
             names it.
     """
-    flat = flatten(program)
     session = OnnxSession(path, settings)
     _check_signature(session, program, path)
     probe = _Probe(path, program, settings) if quantize_nodes(program) else None
-    replay = Replay(flat)
+    replay = Replay(program)
     worst = 0.0
     for index, (where, arrays) in enumerate(batches(program, inputs)):
         feed = tuple(torch.from_numpy(array) for array in arrays)
         found = session(*arrays)
         codes = probe.codes(arrays, found) if probe else {}
-        reference = _reference(flat, codes, feed, replay.outputs(feed, codes))
+        reference = _reference(program, codes, feed, replay.outputs(feed, codes))
         got = tuple(torch.from_numpy(array) for array in found)
         _check_steps(program, replay.steps, where)
         for wrong in disagreements(reference, got):
@@ -122,12 +120,12 @@ def _check_steps(program: Program, steps: Sequence[Step], where: str) -> None:
             )
 
 
-def _reference(flat: Program, codes: Mapping[str, torch.Tensor], feed: Tensors, wanted: Tensors) -> Reference:
+def _reference(program: Program, codes: Mapping[str, torch.Tensor], feed: Tensors, wanted: Tensors) -> Reference:
     def perturbed(seed: int) -> Tensors:
         generator = torch.Generator().manual_seed(seed)
-        return Replay(flat).outputs(tuple(_perturbed(tensor, generator) for tensor in feed), codes)
+        return Replay(program).outputs(tuple(_perturbed(tensor, generator) for tensor in feed), codes)
 
-    return Reference(wanted, lambda: Replay(flat, exact=True).outputs(feed, codes), perturbed)
+    return Reference(wanted, lambda: Replay(program, exact=True).outputs(feed, codes), perturbed)
 
 
 def _perturbed(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

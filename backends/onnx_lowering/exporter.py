@@ -1,4 +1,4 @@
-"""The one adapter to `torch.onnx`: export a flat program, and say in the user's terms what cannot be lowered.
+"""The one adapter to `torch.onnx`: translate a program, and say in the user's terms what cannot be lowered.
 
 `torch.onnx.export` reports the operator it stumbled over only in the frames of its traceback and in its message;
 both are read here and nowhere else (checked on torch 2.13).
@@ -9,21 +9,24 @@ from __future__ import annotations
 import logging
 import re
 import warnings
+from collections.abc import Mapping
 
 import onnx_ir as ir
 import torch
 from torch import fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, OutputKind, TensorArgument
 from torch.onnx import OnnxExporterError
 
-from graphopt.backends.onnx_lowering.flat_program import SOURCE
 from graphopt.backends.onnx_lowering.translations import table
 from graphopt.errors import LoweringError
+from graphopt.exporting import export_again, exported
 from graphopt.program import Program
 from graphopt.provenance import module_path, user_line
 
 logger = logging.getLogger(__name__)
 
-SOURCE_PROPERTY = SOURCE  # key of an ONNX node's metadata: the program's name of a quantization
+SOURCE_PROPERTY = "graphopt.source"  # key of an ONNX node's metadata: the program's name of a quantization
 MODULE_PROPERTY = "graphopt.module"  # the module whose forward ran it
 
 _CALL = "pkg.torch.onnx.fx_node"  # where the exporter writes the call an ONNX node translates
@@ -32,28 +35,54 @@ _UNTRANSLATED = re.compile(
 )
 
 
-def export(flat: Program, opset: int) -> ir.Model:
-    """Export a program that `flatten` returned.
+def export(program: Program, opset: int) -> ir.Model:
+    """Translate a program; arguments and results that are no tensors are left out.
 
     Every ONNX node carries the module path it comes from as metadata, and every QuantizeLinear its program node.
 
     Raises:
         LoweringError: an operator has no ONNX form.
     """
-    exported = flat.export()
-    _forget_strides(exported.graph_module)
+    found = exported(program)
+    if _strided(found.program.graph):
+        found = export_again(program)  # the shared one stays as it is
+        _forget_strides(found.program.graph_module)
+    graph = found.program.graph
     with warnings.catch_warnings(), _quiet("torch.onnx"), _quiet("onnxscript"), _quiet("onnx_ir"):
         warnings.simplefilter("ignore")
         try:
             onnx_program = torch.onnx.export(
-                exported, dynamo=True, opset_version=opset, custom_translation_table=table(), verbose=False
+                found.program, dynamo=True, opset_version=opset, custom_translation_table=table(), verbose=False
             )
         except OnnxExporterError as err:
-            raise LoweringError(_explain(err, exported.graph)) from err
+            raise LoweringError(_explain(err, graph)) from err
     assert onnx_program is not None  # only the TorchScript exporter writes a file instead
     model: ir.Model = onnx_program.model
-    _name_sources(model, exported.graph)
+    _keep_tensors(model, found.program)
+    _name_sources(model, graph, found.sources)
     return model
+
+
+def _keep_tensors(model: ir.Model, program: ExportedProgram) -> None:
+    """Drop outputs that are dynamic sizes: the exporter returns them, a program's outputs are its tensors."""
+    returned = [
+        spec.arg
+        for spec in program.graph_signature.output_specs
+        if spec.kind == OutputKind.USER_OUTPUT and not isinstance(spec.arg, ConstantArgument)
+    ]
+    kept = [
+        value
+        for value, argument in zip(model.graph.outputs, returned, strict=True)
+        if isinstance(argument, TensorArgument)
+    ]
+    model.graph.outputs[:] = kept
+
+
+def _strided(graph: fx.Graph) -> list[fx.Node]:
+    """List the views of a transpose."""
+    aten = torch.ops.aten
+    views = (node for node in graph.nodes if node.target in (aten.view.default, aten.reshape.default))
+    return [node for node in views if node.args[0].target in (aten.transpose.int, aten.permute.default)]
 
 
 def _forget_strides(gm: fx.GraphModule) -> None:
@@ -62,15 +91,13 @@ def _forget_strides(gm: fx.GraphModule) -> None:
     The exporter runs the graph again with attention whose result has other strides than when the view was traced, and
     then fails on the view (torch 2.13; T5, whose `contiguous` was traced away as idle).
     """
-    aten = torch.ops.aten
-    for node in list(gm.graph.nodes):
-        if node.target not in (aten.view.default, aten.reshape.default):
-            continue
+    for node in _strided(gm.graph):
         source = node.args[0]
-        if source.target not in (aten.transpose.int, aten.permute.default):
-            continue
+        assert isinstance(source, fx.Node)
         with gm.graph.inserting_before(node):
-            copy = gm.graph.call_function(aten.clone.default, (source,), {"memory_format": torch.contiguous_format})
+            copy = gm.graph.call_function(
+                torch.ops.aten.clone.default, (source,), {"memory_format": torch.contiguous_format}
+            )
         copy.meta.update({key: value for key, value in source.meta.items() if key != "custom"})
         copy.meta["val"] = source.meta["val"].contiguous()
         node.replace_input_with(source, copy)
@@ -91,17 +118,17 @@ class _quiet:  # noqa: N801  (a context manager, used like a function)
         self._logger.setLevel(self._level)
 
 
-def _name_sources(model: ir.Model, graph: fx.Graph) -> None:
+def _name_sources(model: ir.Model, graph: fx.Graph, sources: Mapping[str, str]) -> None:
     """Replace the exporter's metadata (source paths, stack traces) by where each node comes from."""
-    exported = {node.name: node for node in graph.nodes if node.op == "call_function"}
+    calls = {node.name: node for node in graph.nodes if node.op == "call_function"}
     quantizers = _quantizers(model, graph)
     for node in model.graph.all_nodes():
         name = _exported_name(node)
         scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
         node.metadata_props.clear()
-        origin = quantizers.get(name, exported.get(name))
+        origin = quantizers.get(name, calls.get(name))
         if name in quantizers:
-            node.metadata_props[SOURCE_PROPERTY] = quantizers[name].meta["custom"][SOURCE]
+            node.metadata_props[SOURCE_PROPERTY] = sources[quantizers[name].name]
         path = module_path(origin) if origin is not None else _innermost(scopes)
         if path:
             node.metadata_props[MODULE_PROPERTY] = path

@@ -1,4 +1,4 @@
-"""Lower a program to an ONNX model: flatten, export once, then a straight list of rewrites."""
+"""Lower a program to an ONNX model: export, then a straight list of rewrites."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from onnx_ir.passes import common
 from graphopt.backends.onnx_lowering.branch_outputs import BranchOutputsPass
 from graphopt.backends.onnx_lowering.duplicates import DuplicateInitializersPass
 from graphopt.backends.onnx_lowering.exporter import export
-from graphopt.backends.onnx_lowering.flat_program import flatten
 from graphopt.backends.onnx_lowering.global_pooling import GlobalPoolingPass
 from graphopt.backends.onnx_lowering.metadata import StripMetadataPass
 from graphopt.backends.onnx_lowering.saturation import SaturatedClampPass
@@ -38,7 +37,7 @@ def lower(program: Program, style: Style) -> ir.Model:
     Raises:
         LoweringError: an operator has no ONNX form.
     """
-    model = export(flatten(program), style.opset)
+    model = export(program, style.opset)
     passes: list[ir.passes.PassBase] = [
         StripMetadataPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),

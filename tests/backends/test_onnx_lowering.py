@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from graphopt import capture
 from graphopt.backends.onnx_execution.session import OnnxSession, SessionSettings
 from graphopt.backends.onnx_execution.verification import verify
-from graphopt.backends.onnx_lowering.flat_program import flatten
 from graphopt.backends.onnx_lowering.lowering import Style, lower
 from graphopt.backends.onnx_lowering.saving import save
 from graphopt.errors import LoweringError, UsageError
@@ -90,14 +89,6 @@ def test_no_axis_keeps_the_exporters_symbol(lowered: ir.Model) -> None:
         str(size) for value in _values(lowered) if value.shape for size in value.shape if not isinstance(size, int)
     }
     assert symbols == {"batch"}
-
-
-def test_flattening_names_every_call_after_the_program(residual: Program) -> None:
-    calls = {node.name for node in residual.graph.nodes if node.op == "call_function"}
-    flat = flatten(residual)
-    assert {n.meta["custom"]["graphopt.source"] for n in flat.graph.nodes if n.op == "call_function"} == calls
-    inputs = residual.flat_examples()
-    torch.testing.assert_close(flat(*inputs), residual.call_flat(inputs))
 
 
 def test_nothing_about_this_machine_is_in_the_file(lowered: ir.Model, tmp_path: Path) -> None:

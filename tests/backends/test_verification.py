@@ -17,7 +17,6 @@ from graphopt.backends.onnx_execution.batches import batches, evaluate
 from graphopt.backends.onnx_execution.replay import Replay, quantize_nodes
 from graphopt.backends.onnx_execution.session import SessionSettings
 from graphopt.backends.onnx_execution.verification import verify
-from graphopt.backends.onnx_lowering.flat_program import flatten
 from graphopt.backends.onnx_lowering.lowering import Style, lower
 from graphopt.backends.onnx_lowering.saving import save
 from graphopt.errors import LoweringError
@@ -112,16 +111,15 @@ def test_a_shifted_zero_point_is_found(integers: tuple[Program, Path], tmp_path:
 
 def test_replay_starts_each_piece_from_the_runtimes_integers(integers: tuple[Program, Path]) -> None:
     program, _ = integers
-    flat = flatten(program)
     x = program.flat_examples()
     names = quantize_nodes(program)
-    free = Replay(flat)
+    free = Replay(program)
     outputs = free.outputs(x)
     assert free.steps == []
     torch.testing.assert_close(outputs[0], program.call_flat(x)[0])
     first = program.graph.find_nodes(op="call_function", target=torch.ops.graphopt.quantize.default)[0]
     codes = torch.zeros(first.meta["val"].shape[1:], dtype=torch.uint8).expand(2, -1, -1, -1)
-    replay = Replay(flat)
+    replay = Replay(program)
     other = replay.outputs(x, {names[0]: codes})
     assert [step.node for step in replay.steps] == names[:1]
     assert replay.steps[0].largest > 1

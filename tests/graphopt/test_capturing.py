@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from graphopt.capturing import capture, export_again
+from graphopt.capturing import capture
 from graphopt.errors import CaptureError, UsageError
+from graphopt.exporting import exported
 from graphopt.provenance import origin
 
 
@@ -142,7 +143,7 @@ def test_every_node_knows_its_origin_and_it_survives_export() -> None:
     program = capture(Small(), torch.randn(2, 4))
     calls = [node for node in program.graph.nodes if node.op == "call_function"]
     assert [origin(node).module for node in calls] == ["fc1", "", "drop", "fc2"]  # type: ignore[union-attr]
-    again = export_again(program)
+    again = exported(program).program
     kept = {origin(n).node for n in again.graph.nodes if n.op == "call_function"}  # type: ignore[union-attr]
     assert kept == {node.name for node in calls}
 

@@ -1,0 +1,96 @@
+"""Exporting a program again: what saving writes and lowering translates."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+from torch.export import Dim, ExportedProgram
+
+from graphopt.capture_errors import first_line
+from graphopt.capturing import LeafShapes, arranged
+from graphopt.errors import CaptureError
+from graphopt.graph import copy_graph_module
+from graphopt.provenance import drop_process_traces
+
+if TYPE_CHECKING:
+    from graphopt.program import Program
+
+_SOURCE = "graphopt.source"  # in meta["custom"] while exporting, which renames nodes
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """An export of a program, for reading: whoever asks for the same program gets the same object.
+
+    Attributes:
+        program: with the program's own signature and dynamic axes.
+        sources: the program's name of each exported call.
+    """
+
+    program: ExportedProgram
+    sources: Mapping[str, str]
+
+
+_known: weakref.WeakKeyDictionary[Program, Exported] = weakref.WeakKeyDictionary()
+
+
+def exported(program: Program) -> Exported:
+    """Export `program`, once: exporting ResNet-50 takes as long as translating it to ONNX.
+
+    Raises:
+        CaptureError: as `export_again`.
+    """
+    if program not in _known:
+        _known[program] = export_again(program)
+    return _known[program]
+
+
+def forget(program: Program) -> None:
+    """Export anew when next asked: the graph of `program` has changed in place."""
+    _known.pop(program, None)
+
+
+def export_again(program: Program) -> Exported:
+    """Export the graph of `program` with its own signature and dynamic axes.
+
+    Raises:
+        CaptureError: a rewrite tied a dynamic axis to one size; the message names it.
+    """
+    shapes: LeafShapes = [
+        {axis: Dim.DYNAMIC for axis, size in enumerate(spec.shape) if isinstance(size, str)} for spec in program.inputs
+    ]
+    gm = _named(program.graph_module)
+    args, kwargs = tuple(program.example_args), dict(program.example_kwargs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            again = torch.export.export(
+                gm, args, kwargs, dynamic_shapes=arranged(gm, args, kwargs, shapes), strict=False
+            )
+        except Exception as err:  # torch.export lets through whatever a kernel or a guard raises
+            raise CaptureError(
+                f"The rewritten program cannot be exported again: {first_line(err)}. This is a bug in the pass that "
+                "ran last; `graphopt optimize --check full` names it."
+            ) from err
+    sources = {}
+    for node in again.graph.nodes:
+        source = node.meta.get("custom", {}).pop(_SOURCE, None)
+        if source is not None:
+            sources[node.name] = source
+    drop_process_traces(again.graph)
+    return Exported(again, sources)
+
+
+def _named(gm: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy in which every call carries its name as metadata that survives export."""
+    named = copy_graph_module(gm)
+    for node in named.graph.nodes:
+        if node.op == "call_function":
+            node.meta["custom"] = {**node.meta.get("custom", {}), _SOURCE: node.name}
+    return named
