@@ -6,6 +6,7 @@ closes it: each inserted node has `meta["val"]` from fake propagation and an ori
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils import _pytree as pytree
 
 from graphopt.errors import PassError
 from graphopt.provenance import Origin, op_name, origin, record, user_line
@@ -45,6 +47,19 @@ def assemble(gm: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
     for name in ("_in_spec", "_out_spec"):
         if hasattr(gm, name):
             setattr(result, name, getattr(gm, name))
+    return result
+
+
+def restructure(gm: fx.GraphModule, structure: pytree.TreeSpec) -> fx.GraphModule:
+    """Return a module of the graph of `gm` whose results are arranged in another structure.
+
+    The generated code reads it from the module, the interpreter from the code generator (torch 2.13).
+    """
+    generator: Any = copy.copy(gm.graph._codegen)
+    generator.pytree_info = generator.pytree_info._replace(out_spec=structure)
+    gm.graph.set_codegen(generator)
+    result = assemble(gm, gm.graph)
+    result._out_spec = structure
     return result
 
 

@@ -14,10 +14,9 @@ from collections.abc import Mapping
 import onnx_ir as ir
 import torch
 from torch import fx
-from torch.export import ExportedProgram
-from torch.export.graph_signature import ConstantArgument, OutputKind, TensorArgument
 from torch.onnx import OnnxExporterError
 
+from graphopt.backends.onnx_lowering.tensor_results import only_tensors
 from graphopt.backends.onnx_lowering.translations import table
 from graphopt.errors import LoweringError
 from graphopt.exporting import export_again, exported
@@ -43,9 +42,10 @@ def export(program: Program, opset: int) -> ir.Model:
     Raises:
         LoweringError: an operator has no ONNX form.
     """
-    found = exported(program)
+    returned = only_tensors(program)
+    found = exported(returned)
     if _strided(found.program.graph):
-        found = export_again(program)  # the shared one stays as it is
+        found = export_again(returned)  # the shared one stays as it is
         _forget_strides(found.program.graph_module)
     graph = found.program.graph
     with warnings.catch_warnings(), _quiet("torch.onnx"), _quiet("onnxscript"), _quiet("onnx_ir"):
@@ -58,24 +58,8 @@ def export(program: Program, opset: int) -> ir.Model:
             raise LoweringError(_explain(err, graph)) from err
     assert onnx_program is not None  # only the TorchScript exporter writes a file instead
     model: ir.Model = onnx_program.model
-    _keep_tensors(model, found.program)
     _name_sources(model, graph, found.sources)
     return model
-
-
-def _keep_tensors(model: ir.Model, program: ExportedProgram) -> None:
-    """Drop outputs that are dynamic sizes: the exporter returns them, a program's outputs are its tensors."""
-    returned = [
-        spec.arg
-        for spec in program.graph_signature.output_specs
-        if spec.kind == OutputKind.USER_OUTPUT and not isinstance(spec.arg, ConstantArgument)
-    ]
-    kept = [
-        value
-        for value, argument in zip(model.graph.outputs, returned, strict=True)
-        if isinstance(argument, TensorArgument)
-    ]
-    model.graph.outputs[:] = kept
 
 
 def _strided(graph: fx.Graph) -> list[fx.Node]:

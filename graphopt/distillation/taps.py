@@ -11,7 +11,6 @@ Capture calls the second part of a tuple `output_1_...`, so no captured output i
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from graphopt.distillation.addresses import Tap
 from graphopt.errors import PassError
-from graphopt.graph import assemble, copy_graph_module, erase_dead
+from graphopt.graph import copy_graph_module, erase_dead, restructure
 from graphopt.program import Dimension, Program, TensorSpec
 
 _PREFIX = "tap_"
@@ -90,7 +89,7 @@ def _with_outputs(program: Program, taps: Sequence[Tap]) -> Program:
     if "val" in output.meta:  # recorded by a load from `.pt2`, not by capture
         output.meta["val"] = fx.map_arg(output.args[0], lambda node: node.meta["val"])
     erase_dead(gm.graph)
-    result = _restructured(gm, _wrapped(own, [tap.address for tap in taps]) if taps else own)
+    result = restructure(gm, _wrapped(own, [tap.address for tap in taps]) if taps else own)
     specs = own_outputs(program)
     return program.with_graph(result, outputs=(*specs, *_specs(program, taps, tapped)))
 
@@ -115,19 +114,6 @@ def _structure(gm: fx.GraphModule) -> pytree.TreeSpec:
 def _wrapped(own: pytree.TreeSpec, addresses: Sequence[str]) -> pytree.TreeSpec:
     inner = pytree.tree_unflatten(range(own.num_leaves), own)
     return pytree.tree_structure((inner, dict.fromkeys(addresses, 0)))
-
-
-def _restructured(gm: fx.GraphModule, structure: pytree.TreeSpec) -> fx.GraphModule:
-    """Return `gm` with another output structure.
-
-    The generated code reads it from the module, the interpreter from the code generator (torch 2.13).
-    """
-    generator: Any = copy.copy(gm.graph._codegen)
-    generator.pytree_info = generator.pytree_info._replace(out_spec=structure)
-    gm.graph.set_codegen(generator)
-    result = assemble(gm, gm.graph)
-    result._out_spec = structure
-    return result
 
 
 def _specs(program: Program, taps: Sequence[Tap], nodes: Sequence[fx.Node]) -> list[TensorSpec]:

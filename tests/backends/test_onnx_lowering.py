@@ -233,3 +233,15 @@ def _values(model: ir.Model) -> list[ir.Value]:
 
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_results_that_are_no_tensors_are_left_out() -> None:
+    class Mixed(nn.Module):
+        def forward(self, x: torch.Tensor, scale: int = 2, *, flag: bool = True) -> dict[str, object]:
+            y = x * scale
+            return {"a": y if flag else -y, "size": x.shape[0], "none": None, "three": 3, "b": (y.relu(), y)}
+
+    program = capture(Mixed(), (torch.randn(2, 5), 3), {"flag": False})
+    model = lower(program, STYLE)
+    assert [value.name for value in model.graph.inputs] == ["x"]
+    assert [value.name for value in model.graph.outputs] == ["a", "b_0", "b_1"]
