@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from graphopt.program import Program
@@ -19,7 +24,7 @@ class Cost:
     Attributes:
         parameters: elements of weights and biases, in whatever precision, each tensor once.
         flops: floating-point (or integer) operations of convolutions and matrix products for one sample, a
-            multiply-add counted as two.
+            multiply-add counted as two. A size that depends on data counts as 1.
         bytes: bytes of all parameters, buffers and constants, each storage once.
     """
 
@@ -75,14 +80,88 @@ def _is_weight(name: str, tensor: torch.Tensor) -> bool:
 
 
 def _flops(program: Program) -> int:
-    examples = program.flat_examples()
+    """Count call by call on the recorded shapes, so that what did not change is not counted again."""
+    total = sum(_node_flops(node) for node in program.graph.nodes if node.op == "call_function")
+    first = next(node for node in program.graph.nodes if node.op == "placeholder")
+    samples = _size(first.meta["val"].shape[0]) if program.inputs[0].batched else 1
+    return total // samples
+
+
+_FREE = {torch.Tag.pointwise, torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+
+
+def _node_flops(node: fx.Node) -> int:
+    if not isinstance(node.target, torch._ops.OperatorBase):
+        return 0  # arithmetic on sizes
+    if isinstance(node.target, torch._ops.OpOverload) and (node.target.is_view or _FREE.intersection(node.target.tags)):
+        return 0
+    if node.target in _RECURRENT:
+        return _recurrent_flops(node)
+    if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(node.meta.get("val"))):
+        return 0
+    args, kwargs = _described(node.args), tuple((name, _described(value)) for name, value in node.kwargs.items())
+    if any(argument.op == "get_attr" and "val" not in argument.meta for argument in node.all_input_nodes):
+        return _counted(node.target, args, kwargs)  # branches are not to be kept alive
+    return _remembered(node.target, args, kwargs)
+
+
+# kernels that torch's counter does not know; {operator: position of the weights}
+_RECURRENT = {
+    getattr(getattr(torch.ops.aten, kind), overload): position
+    for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu")
+    for overload, position in (("input", 2), ("data", 3))
+}
+
+
+def _recurrent_flops(node: fx.Node) -> int:
+    """Count every weight matrix once for each step of each sample."""
+    weights = _described(node.args[_RECURRENT[node.target]])
+    rows = _described(node.args[0]).shape[:-1]
+    return sum(2 * math.prod((*rows, *weight.shape)) for weight in weights if len(weight.shape) == 2)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """What counting needs to know of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _described(value: Any) -> Any:
+    """Return an argument with sizes for symbols, tensors as their description, and lists as tuples."""
+    if isinstance(value, fx.Node):
+        if "val" not in value.meta:
+            return getattr(value.graph.owning_module, str(value.target))
+        return _described(value.meta["val"])
+    if isinstance(value, torch.Tensor):
+        return _Tensor(tuple(_size(size) for size in value.shape), value.dtype)
+    if isinstance(value, torch.SymInt):
+        return _size(value)
+    if isinstance(value, list | tuple):
+        return tuple(_described(item) for item in value)
+    return value
+
+
+def _size(size: int | torch.SymInt) -> int:
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint
+    return 1 if hint is None else int(hint)  # depends on data
+
+
+def _counted(target: Any, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]) -> int:
     # a mode of its own: in the graph's, counting with plain sizes would fix its dynamic axes to them
     mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def made(value: Any) -> Any:
+        if isinstance(value, _Tensor):
+            return torch.empty(value.shape, dtype=value.dtype)
+        return [made(item) for item in value] if isinstance(value, tuple) else value
+
     with mode, FlopCounterMode(display=False) as counter, torch.no_grad():
-        # detached: the counter runs the branches of torch.cond with gradients on, and trips over weights that have them
-        held = program.state_dict()
-        weights: dict[str, torch.Tensor] = {name: mode.from_tensor(tensor.detach()) for name, tensor in held.items()}
-        args, kwargs = program.unflatten([mode.from_tensor(example) for example in examples])
-        torch.func.functional_call(program.graph_module, weights, args, dict(kwargs), strict=False)
-    samples = examples[0].shape[0] if program.inputs[0].batched else 1
-    return int(counter.get_total_flops()) // samples
+        target(*(made(value) for value in args), **{name: made(value) for name, value in kwargs})
+    return int(counter.get_total_flops())
+
+
+_remembered = functools.lru_cache(maxsize=4096)(_counted)

@@ -67,3 +67,31 @@ def test_branches_are_counted() -> None:
             return y
 
     assert cost(capture(Branching(), torch.randn(2, 4))).flops == 2 * 12  # one of the two is taken
+
+
+def test_recurrent_layers_are_counted() -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(8, 16, num_layers=2, bidirectional=True, proj_size=4, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.lstm(x)[0]
+            return y
+
+    first, second = 64 * 8 + 64 * 4 + 16 * 4, 64 * 8 + 64 * 4 + 16 * 4
+    found = cost(capture(Last(), torch.randn(3, 5, 8)))
+    assert found.flops == 2 * 5 * 2 * (first + second)  # a multiply-add is two, steps, directions
+
+
+def test_sizes_that_depend_on_data_count_as_one() -> None:
+    class Selecting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.fc(x[x[:, 0] > 0])
+            return y
+
+    assert cost(capture(Selecting(), torch.randn(1, 4), dynamic_shapes={"x": {0: None}})).flops == 2 * 12
