@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 import torch
 
@@ -13,8 +13,15 @@ from graphopt.errors import DataError, PassError
 from graphopt.program import Program
 from graphopt.target import TargetDescription, channel_multiple, rank_multiple
 
+if TYPE_CHECKING:
+    from graphopt.bench import Spread
+
 T = TypeVar("T")
 Batch = tuple[torch.Tensor, ...]  # one tensor per program input, first axis: samples
+# The model's output (its own structure) and the labels of the same samples, None where the data has none; a scalar.
+Loss: TypeAlias = Callable[[Any, torch.Tensor | None], torch.Tensor]
+# A program and a reference; the time of the first over that of the second in the runtime.
+Timer: TypeAlias = "Callable[[Program, Program], Spread]"
 
 
 class Samples(Protocol):
@@ -22,6 +29,11 @@ class Samples(Protocol):
 
     def batches(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
         """Yield batches of at most `batch_size` samples, `limit` samples in all."""
+
+    def labelled_batches(
+        self, batch_size: int, limit: int | None = None
+    ) -> Iterator[tuple[Batch, torch.Tensor | None]]:
+        """Yield pairs of inputs and labels as `batches` does; labels are None where the data has none."""
 
 
 class Progress(Protocol):
@@ -48,6 +60,8 @@ class Context:
         targets: descriptions of all targets of this run, for alignments. May be empty.
         target: the one target this pass plans for; None before the pipeline forks.
         samples: calibration data, None when the user gave none.
+        loss: what the model was trained for; None when the user gave none.
+        timers: by target name, what measures latency in that runtime, where it executes on this machine.
         seed: every random draw descends from it.
         progress: shows long loops.
     """
@@ -56,6 +70,8 @@ class Context:
     targets: tuple[TargetDescription, ...] = ()
     target: TargetDescription | None = None
     samples: Samples | None = None
+    loss: Loss | None = None
+    timers: Mapping[str, Timer] = field(default_factory=dict)
     seed: int = 0
     progress: Progress = field(default_factory=NoProgress)
     cache: dict[tuple[object, ...], object] = field(default_factory=dict, repr=False)
@@ -83,6 +99,16 @@ class Context:
                 "Try --target onnxruntime."
             )
         return self.target
+
+    def need_timer(self, pass_name: str) -> Timer:
+        """Return what measures latency in this target's runtime, or explain that nothing can."""
+        target = self.need_target(pass_name)
+        if target.name not in self.timers:
+            raise PassError(
+                f"Pass `{pass_name}` is to decide by measured latency, and `{target.name}` does not execute on this "
+                "machine. Give a target on FLOPs instead, or --target onnxruntime."
+            )
+        return self.timers[target.name]
 
     def need_samples(self, pass_name: str, purpose: str) -> Samples:
         """Return the calibration data, or explain what it is needed for."""

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from graphopt.backend import Backend
-from graphopt.context import Batch, Context, NoProgress, Progress
+from graphopt.context import Batch, Context, Loss, NoProgress, Progress
 from graphopt.cost import cost
 from graphopt.data import Samples
 from graphopt.deliver import deliver
@@ -28,6 +28,7 @@ from graphopt.registry import PassRegistry, backend
 from graphopt.report import Report
 from graphopt.result import Result
 from graphopt.runner import run
+from graphopt.stopwatch import Stopwatch
 
 # Samples that every row's output error is measured on: as many as cost this many operations, within bounds.
 _PROBE_FLOPS = 2e10
@@ -44,6 +45,7 @@ def optimize(
     eval: Any = None,
     seed: int = 0,
     *,
+    loss: Loss | None = None,
     dynamic_shapes: Any = None,
     plugins: Sequence[Path | str | type[Pass[Any, Any]]] = (),
     hooks: Sequence[Hook] = (),
@@ -65,6 +67,8 @@ def optimize(
         eval: a callable that takes anything callable like the model and returns a number, higher is better; or
             labelled data, `(data, metric)`.
         seed: every random draw descends from it.
+        loss: what the model was trained for, called with its output and the labels of the same samples (None where
+            `data` has none); returns a scalar. Criteria that follow gradients use it, and do without it.
         dynamic_shapes: further dynamic axes, as `capture` takes them.
         plugins: files or classes of passes that the pipeline may name.
         hooks: called around every pass.
@@ -101,6 +105,8 @@ def optimize(
         original=program,
         targets=tuple(item.description for item in deciding),
         samples=samples,
+        loss=loss,
+        timers={item.name: Stopwatch(item) for item in deciding if item.times_here},
         seed=seed,
         progress=progress or NoProgress(),
     )

@@ -62,6 +62,7 @@ class Pass(ABC, Generic[OptionsT, PlanT]):
         after: passes that must stand before it when both are in a pipeline.
         conflicts: passes that cannot be in one pipeline with it.
         reads_target: whether its plan depends on the target description; with several targets the pipeline forks here.
+            An instance may decide by its options.
         changes_outputs: whether it may add or remove program outputs.
     """
 
@@ -73,7 +74,7 @@ class Pass(ABC, Generic[OptionsT, PlanT]):
     produces: ClassVar[tuple[str, ...]] = ()
     after: ClassVar[tuple[str, ...]] = ()
     conflicts: ClassVar[tuple[str, ...]] = ()
-    reads_target: ClassVar[bool] = False
+    reads_target: bool = False
     changes_outputs: ClassVar[bool] = False
 
     def __init__(self, options: OptionsT | None = None) -> None:

@@ -37,15 +37,26 @@ Inputs = torch.Tensor | Sequence[Any]
 
 @dataclass(frozen=True)
 class TensorSamples:
-    """Calibration data held in memory: one tensor per program input, first axis samples."""
+    """Calibration data held in memory: one tensor per program input, first axis samples; and labels, if there are."""
 
     tensors: tuple[torch.Tensor, ...]
+    labels: torch.Tensor | None = None
 
     def batches(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
         """Yield batches of at most `batch_size` samples, `limit` samples in all."""
         count = len(self.tensors[0]) if limit is None else min(limit, len(self.tensors[0]))
         for start in range(0, count, batch_size):
             yield tuple(tensor[start : min(start + batch_size, count)] for tensor in self.tensors)
+
+    def labelled_batches(
+        self, batch_size: int, limit: int | None = None
+    ) -> Iterator[tuple[Batch, torch.Tensor | None]]:
+        """Yield pairs of inputs and labels as `batches` does; labels are None where there are none."""
+        start = 0
+        for batch in self.batches(batch_size, limit):
+            end = start + len(batch[0])
+            yield batch, None if self.labels is None else self.labels[start:end]
+            start = end
 
 
 @dataclass(frozen=True)
