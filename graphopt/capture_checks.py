@@ -134,12 +134,17 @@ def _disagreement(program: Program, expected: Any, args: tuple[Any, ...], kwargs
     for spec, (want, got) in zip(program.outputs, tensors, strict=True):
         if want.shape != got.shape:
             return f"output `{spec.name}` is {tuple(got.shape)} instead of {tuple(want.shape)}"
-        finite = want[torch.isfinite(want)].abs()
-        scale = float(finite.max()) if want.is_floating_point() and finite.numel() else 1.0
+        scale = _largest(want) if want.is_floating_point() else 1.0
         if not torch.allclose(want, got, rtol=_CAPTURE_RTOL, atol=_CAPTURE_RTOL * scale, equal_nan=True):
             difference = float((want.double() - got.double()).abs().max())
             return f"output `{spec.name}` is off by {difference:.3g} (largest value {scale:.3g})"
     return ""
+
+
+def _largest(tensor: torch.Tensor) -> float:
+    """Return the largest finite magnitude, 1 where there is none."""
+    finite = tensor[torch.isfinite(tensor)].abs()
+    return float(finite.max()) if finite.numel() else 1.0
 
 
 def _run(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], *, seed: int = 0) -> Any:

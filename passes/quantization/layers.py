@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx
 
-from graphopt.graph import constant
+from graphopt.graph import arguments, constant
 from graphopt.passes.quantization.placement import Site
 from graphopt.passes.quantization.plan import LayerRecord, stored_name
 from graphopt.quantization.qparams import quantize_weight, weight_scales
@@ -77,6 +77,7 @@ class LayerQuantizer:
             if site.rule.bias == "int32" and bias is not None:
                 # a bias far larger than the weights must still fit int32
                 floor = (bias.detach().abs().double() / (x * _INT32 * 0.5)).float()
+                floor = floor.reshape(_output_groups(site), -1).amax(0)
                 scales = torch.maximum(scales, floor if axis is not None else floor.amax())
             self.tensors[name] = quantize_weight(weight, scales, self._integers, axis)
             self.tensors[f"{name}_scale"] = scales
@@ -99,6 +100,8 @@ class LayerQuantizer:
         out_axis = 1 if transposed else site.kernel.out_axis
         change = change.movedim(out_axis, 0)  # (out, in / groups, ...)
         change = change.flatten(2).sum(2) if change.dim() > 2 else change
+        if (groups := _output_groups(site)) > 1:  # (out / groups, in), to (out, in / groups)
+            change = change.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
         groups = mean.numel() // change.shape[1]
         per_group = mean.reshape(groups, 1, -1).expand(-1, change.shape[0] // groups, -1).reshape(change.shape)
         return (change * per_group).sum(dim=1)
@@ -112,7 +115,18 @@ class LayerQuantizer:
         if site.rule.bias == "float":
             self.tensors[name] = value.float()
             return name
-        scale = (self.tensors[f"{weight}_scale"] * torch.tensor(x, dtype=torch.float32)).reshape(-1).expand(len(value))
+        scale = (self.tensors[f"{weight}_scale"] * torch.tensor(x, dtype=torch.float32)).reshape(-1)
+        scale = scale.repeat(len(value) // scale.numel())
         self.tensors[name] = (value / scale.double()).round_().clamp_(-_INT32, _INT32).to(torch.int32)
         self.tensors[f"{name}_scale"] = scale.contiguous()
         return name
+
+
+def _output_groups(site: Site) -> int:
+    """Return how many output channels share a channel of the weight: those of a transposed convolution's groups.
+
+    Such a weight is (in, out / groups, ...), and output channel g * (out / groups) + j is channel j of group g.
+    """
+    if not site.kernel.name.startswith("conv_transpose"):
+        return 1
+    return int(arguments(site.node, ("groups",))["groups"])
