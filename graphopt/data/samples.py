@@ -108,6 +108,11 @@ class Samples:
             raise DataError("The data holds no samples.")
         return batch
 
+    def first_batch(self) -> Batch:
+        """Return the first batch in the size it comes in; of an array all samples, of a long one the first."""
+        pieces = self._pieces(READ_SIZE, READ_SIZE, with_labels=False)
+        return next(inputs for inputs, _ in pieces if inputs[0].shape[0])
+
     def check(self, specs: Sequence[Spec], limit: int | None = READ_SIZE) -> Samples:
         """Check the data against a model's inputs, and from now on every batch as it is read.
 

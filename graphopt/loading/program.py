@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import itertools
@@ -123,6 +124,9 @@ def capture_on(model: nn.Module, data: Any, dynamic_shapes: Any = None, *, share
     try:
         return capture(model, args, kwargs, dynamic_shapes, share_tensors=share_tensors)
     except ExampleError as err:
+        own_args, own_kwargs = example_inputs(model, data, whole=True)
+        with contextlib.suppress(ExampleError):  # a model may take batches of one size only: that of its data
+            return capture(model, own_args, own_kwargs, dynamic_shapes, share_tensors=share_tensors)
         shapes = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (*args, *kwargs.values()))
         raise DataError(
             f"The model fails on the first samples of the data ({shapes}): {err.reason}. Give samples of the shape and "
@@ -151,8 +155,8 @@ def _random_examples(
     return _arrange(made, model)
 
 
-def example_inputs(model: nn.Module, data: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the first two samples of `data` as the arguments of a module.
+def example_inputs(model: nn.Module, data: Any, *, whole: bool = False) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the first two samples of `data`, or its `whole` first batch, as the arguments of a module.
 
     Raises:
         DataError: the data cannot be read, or has other names than the module's inputs.
@@ -161,18 +165,19 @@ def example_inputs(model: nn.Module, data: Any) -> tuple[tuple[Any, ...], dict[s
     required = sum(1 for _, optional in parameters if not optional)
     if _takes_any_number(model):
         samples = Samples.open(data)
-        first = _first(samples, model)
+        first = _first(samples, model, whole)
         named = not samples.names[0].isdigit()  # arrays without names are numbered
         return _arrange(first, model) if named else (tuple(first.values()), {})
     samples = Samples.open(data, [name for name, _ in parameters], required=required)
-    return _arrange(_first(samples, model), model)
+    return _arrange(_first(samples, model, whole), model)
 
 
-def _first(samples: Samples, model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return two samples by name; numpy's double precision becomes single where the model knows no double."""
+def _first(samples: Samples, model: nn.Module, whole: bool) -> dict[str, torch.Tensor]:
+    """Return the first samples by name; numpy's double precision becomes single where the model knows no double."""
+    found = samples.first_batch() if whole else samples.first(2)
     known = {tensor.dtype for tensor in model.state_dict().values()}
     single = torch.float32 in known and torch.float64 not in known
-    batch = (t.float() if single and t.dtype is torch.float64 else t for t in samples.first(2))
+    batch = (t.float() if single and t.dtype is torch.float64 else t for t in found)
     return dict(zip(samples.names, batch, strict=True))
 
 

@@ -53,3 +53,11 @@ def test_no_agreement_for_scalars_and_integers() -> None:
     assert compare_outputs(SPEC, (torch.ones(4),), (torch.ones(4),)).agreement is None
     whole = torch.ones(4, 3, dtype=torch.int64)
     assert compare_outputs(SPEC, (whole,), (whole,)).agreement is None
+
+
+def test_places_and_classes_do_not_count_as_errors_beside_numbers() -> None:
+    specs = (*SPEC, TensorSpec("places", (2,), torch.int64))
+    numbers, places = torch.ones(1, 3), torch.tensor([0, 31])
+    found = compare_outputs(specs, (numbers, places), (numbers + 0.5, places.flip(0)))
+    assert found.max_error == 0.5
+    assert compare_outputs(specs[1:], (places,), (places.flip(0),)).max_error == 31.0

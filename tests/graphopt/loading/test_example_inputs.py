@@ -55,3 +55,18 @@ def test_double_precision_of_numpy_becomes_single() -> None:
 def test_data_the_model_fails_on(data: torch.Tensor) -> None:
     with pytest.raises(DataError, match=r"The model fails on the first samples of the data \(\(2, \d\) .*RuntimeError"):
         capture_on(nn.Linear(4, 3), data)
+
+
+class BatchOfFour(nn.Module):
+    """Takes no other number of samples."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(2, 2, 4).sum(1)
+
+
+def test_a_model_of_one_batch_size_gets_the_batch_of_its_data() -> None:
+    batches = [torch.randn(4, 4), torch.randn(4, 4)]
+    assert capture_on(BatchOfFour(), batches).inputs[0].shape == (4, 4)
+    assert capture_on(BatchOfFour(), batches[0]).inputs[0].shape == (4, 4)
+    with pytest.raises(DataError, match="The model fails on the first samples of the data"):
+        capture_on(BatchOfFour(), torch.randn(16, 4))
