@@ -4,65 +4,33 @@
 
 Which dimensions go together is inferred (`graphopt.axes`): an axis that some weight produces and some weight
 consumes is a group, and an index leaves every parameter, buffer and literal that carries the group's axis at once.
-With calibration data the layers behind are refitted to give what they gave before
-(`graphopt.passes.pruning.compensation`).
+Groups are ranked by a criterion (`graphopt.passes.pruning.criteria`); how many each keeps follows from a ratio or from
+a target on parameters, FLOPs, bytes or measured latency. With calibration data the layers behind are refitted to give
+what they gave before (`graphopt.passes.pruning.compensation`).
 """
 
 from __future__ import annotations
 
-import fnmatch
-import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Self
 
 import torch
-from pydantic import Field
 
-from graphopt.axes.groups import Group
-from graphopt.axes.infer import Axes, infer
-from graphopt.axes.masked import check_masked_equivalence
+from graphopt.axes.infer import infer
+from graphopt.axes.masked import check_masked_equivalence, check_slices
 from graphopt.axes.rewrite import remove, slices
 from graphopt.context import Context
-from graphopt.errors import PassError, UsageError
+from graphopt.errors import PassError, VerifyError
 from graphopt.pass_base import Pass
-from graphopt.passes.pruning.compensation import Compensation
-from graphopt.passes.pruning.reconstruction import FEWEST, reconstruct, with_tensors
-from graphopt.passes.pruning.scores import score
-from graphopt.plan import Json, Plan, Refusal
+from graphopt.passes.pruning.choice import choose
+from graphopt.passes.pruning.options import PruneOptions
+from graphopt.passes.pruning.reconstruction import with_tensors
+from graphopt.passes.pruning.rounds import decide
+from graphopt.plan import Json, Plan
 from graphopt.program import Program
 
-Kind = Literal["channels", "hidden", "heads", "head_dim", "width"]
-
-
-_PARTICULARS = re.compile(r" ?\(`[^`]*`[^)]*\)")  # the node a reason names, which differs from site to site
-
-
-@dataclass(frozen=True, slots=True)
-class PruneOptions:
-    """How much goes, and by which measure.
-
-    ratio: share of each group's indices to remove (of all groups' together with scope=global).
-    criterion: what makes an index worth keeping: the l1 or l2 norm of its weights, or random as a control.
-    scope: rank within each group (local), or all groups against each other (global).
-    round_to: round the kept count up to a multiple; none: the targets' channel alignment.
-    min_channels: keep at least so many of every group.
-    kinds: which kinds of axis may go.
-    skip: groups to leave whole, as globs of names like `layer1.*`.
-    compensate: with data, refit the layers behind what is removed, so that the model works before any training.
-    samples: calibration samples used for that at most.
-    """
-
-    ratio: Annotated[float, Field(ge=0, lt=1)] = 0.3
-    criterion: Literal["l1", "l2", "random"] = "l2"
-    scope: Literal["local", "global"] = "local"
-    round_to: Annotated[int, Field(ge=1)] | None = None
-    min_channels: Annotated[int, Field(ge=1)] = 2
-    kinds: tuple[Kind, ...] = ("channels", "hidden", "heads", "head_dim", "width")
-    skip: tuple[str, ...] = ()
-    compensate: bool = True
-    samples: Annotated[int, Field(ge=FEWEST)] = 1024
+__all__ = ["Prune", "PruneOptions", "PruningPlan"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +64,11 @@ class Prune(Pass[PruneOptions, PruningPlan]):
     1. An axis that a weight produces and a weight consumes loses its lowest-scored indices, in every tensor.
     2. Refused: an axis that must stay whole (it reaches an input or output, an operator without a rule, a
        reshape without common factors, nothing consumes it); the reason names what holds it.
-    3. Refused: a group so small, or a ratio so low, that rounding leaves it whole.
+    3. Refused: a group so small, or a ratio so low, that rounding leaves it whole, and one that the criterion has
+       nothing to rank by.
     4. Refused: a group named in `skip`, or of a kind that is not in `kinds`.
-    5. With data, every layer whose input changed is refitted by least squares; refused: one whose weight is shared or
+    5. Refused: with guard=measure, a group whose removal does not make the runtime faster.
+    6. With data, every layer whose input changed is refitted by least squares; refused: one whose weight is shared or
        computed, and one that the held-out samples show to be no better for it.
     """
 
@@ -106,33 +76,31 @@ class Prune(Pass[PruneOptions, PruningPlan]):
     options_type = PruneOptions
     plan_type = PruningPlan
 
+    def __init__(self, options: PruneOptions | None = None) -> None:
+        """Take options; those that are measured in a runtime make the plan depend on the target."""
+        super().__init__(options)
+        self.reads_target = self.options.measures
+
     def plan(self, program: Program, ctx: Context) -> PruningPlan:
-        """Score every group and choose the indices that stay.
+        """Choose the indices that stay and the tensors they should have.
 
         Raises:
-            UsageError: a glob in `skip` matches no group.
+            UsageError: a glob matches no group, or two give one group different ratios.
+            PassError: a target cannot be met.
+            DataError: the criterion needs data and there is none.
         """
         axes = infer(program.graph_module)
-        groups, refusals = self._wanted(axes)
-        generator = ctx.generator(self.name)
-        scores = [score(program.graph_module, group, self.options.criterion, generator) for group in groups]
-        multiple = self.options.round_to or ctx.channel_multiple
-        kept: dict[int, list[int]] = {}
-        for group, values, count in zip(groups, scores, self._counts(groups, scores, multiple), strict=True):
-            if count < group.size:
-                kept[group.axis] = _highest(values, count)
-            else:
-                refusals.append(_left_whole(group, self.options, multiple))
-        named = {group.name: kept[group.axis] for group in groups if group.axis in kept}
-        found, quality = self._compensation(program, axes, kept, ctx)
+        choice = choose(axes, self.options)
+        found = decide(program, axes, choice, self.options, ctx)
+        groups = {group.name: found.kept[group.axis] for group in choice.groups if group.axis in found.kept}
         return self.new_plan(
-            sites=named,
-            refusals=[*refusals, *found.refusals],
-            groups=named,
-            kept=slices(axes, kept),
-            tensors=found.tensors,
-            compensated=found.layers,
-            measured=quality,
+            sites=groups,
+            refusals=[*choice.refusals, *found.refusals, *found.fitted.refusals],
+            groups=groups,
+            kept=slices(axes, found.kept),
+            tensors=found.fitted.tensors,
+            compensated=found.fitted.layers,
+            measured=found.measured,
         )
 
     def apply(self, program: Program, plan: PruningPlan) -> Program:
@@ -153,77 +121,21 @@ class Prune(Pass[PruneOptions, PruningPlan]):
         return with_tensors(pruned, plan.tensors, self.name) if plan.tensors else pruned
 
     def prove(self, before: Program, after: Program, plan: PruningPlan) -> None:
-        """Prove masked equivalence in float64 with all parameters drawn at random.
+        """Prove masked equivalence in float64 with all parameters drawn at random, and that tensors are the plan's.
 
-        That is about the removal alone: what is refitted has other values, which the proof does not look at.
+        Masked equivalence is about the removal alone, whatever values are stored. Those are compared bit for bit: what
+        was refitted with the plan, all else with what is kept of the original.
         """
+        axes = infer(before.graph_module)
+        axis_of = {group.name: group.axis for group in axes.groups()}
+        kept = {axis_of[name]: list(indices) for name, indices in plan.groups.items()}
+        cut = before.with_graph(remove(before.graph_module, axes, kept, self.name)).state_dict()
+        stored = after.state_dict()
+        for name, tensor in plan.tensors.items():
+            if not torch.equal(stored[name], tensor.to(stored[name].device)):
+                raise VerifyError(f"`{name}` does not hold what the plan of `prune` says. Apply the plan again.")
+        restored = with_tensors(after, {name: cut[name] for name in plan.tensors}, self.name)
+        check_slices(before.graph_module, restored.graph_module, plan.kept)
         check_masked_equivalence(
             before.graph_module, after.graph_module, plan.kept, before.example_args, before.example_kwargs
         )
-
-    def _compensation(
-        self, program: Program, axes: Axes, kept: Mapping[int, Sequence[int]], ctx: Context
-    ) -> tuple[Compensation, dict[str, float]]:
-        if not kept or not self.options.compensate:
-            return Compensation(), {}
-        if ctx.samples is None:
-            return Compensation(refusals=[Refusal("compensation", "not compensated: there is no data")]), {}
-        pruned = program.with_graph(remove(program.graph_module, axes, kept, self.name))
-        return reconstruct(program, pruned, axes, kept, ctx, self.options.samples, self.name)
-
-    def _wanted(self, axes: Axes) -> tuple[list[Group], list[Refusal]]:
-        """Return the groups that may be pruned, and a refusal for every axis that may not."""
-        refusals = [Refusal(axis.name, axis.reason, _PARTICULARS.sub("", axis.reason)) for axis in axes.refusals()]
-        groups = []
-        unmatched = list(self.options.skip)
-        for group in axes.groups():
-            globs = [glob for glob in self.options.skip if fnmatch.fnmatchcase(group.name, glob)]
-            unmatched = [glob for glob in unmatched if glob not in globs]
-            if globs:
-                refusals.append(Refusal(group.name, f"skip={globs[0]}", "named in skip"))
-            elif group.kind not in self.options.kinds:
-                refusals.append(Refusal(group.name, f"kind `{group.kind}` is not in kinds", "kind not chosen"))
-            else:
-                groups.append(group)
-        if unmatched:
-            names = ", ".join(group.name for group in axes.groups()[:5])
-            raise UsageError(f"`skip={unmatched[0]}` matches no group of this model. Its groups are {names}, ...")
-        return groups, refusals
-
-    def _counts(self, groups: Sequence[Group], scores: Sequence[torch.Tensor], multiple: int) -> list[int]:
-        """Return how many indices each group keeps."""
-        if self.options.scope == "local":
-            wanted = [group.size - math.floor(self.options.ratio * group.size) for group in groups]
-        else:
-            wanted = _above_threshold(scores, self.options.ratio)
-        least = self.options.min_channels
-        rounded = [multiple * math.ceil(max(count, least) / multiple) for count in wanted]
-        return [min(count, group.size) for count, group in zip(rounded, groups, strict=True)]
-
-
-def _above_threshold(scores: Sequence[torch.Tensor], ratio: float) -> list[int]:
-    """Return per group how many of its scores are among the highest `1 - ratio` of all groups' scores."""
-    if not scores:
-        return []
-    owners = torch.cat([torch.full((len(values),), index) for index, values in enumerate(scores)])
-    order = torch.argsort(torch.cat(list(scores)), stable=True)
-    removed = owners[order[: math.floor(ratio * len(order))]]
-    lost = torch.bincount(removed, minlength=len(scores))
-    return [len(values) - int(count) for values, count in zip(scores, lost, strict=True)]
-
-
-def _highest(values: torch.Tensor, count: int) -> list[int]:
-    """Return the sorted indices of the `count` highest scores; of equals the lower index stays."""
-    return sorted(torch.argsort(values, descending=True, stable=True)[:count].tolist())
-
-
-def _left_whole(group: Group, options: PruneOptions, multiple: int) -> Refusal:
-    if options.scope == "global":
-        return Refusal(group.name, f"all {group.size} score above the global threshold", "above the global threshold")
-    if group.size <= options.min_channels:
-        return Refusal(group.name, f"{group.size} left, minimum is {options.min_channels}", "already at the minimum")
-    return Refusal(
-        group.name,
-        f"removing {options.ratio:.0%} of {group.size} leaves all of them after rounding to {multiple}",
-        "too small after rounding",
-    )

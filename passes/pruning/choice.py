@@ -1,0 +1,83 @@
+"""Which groups may lose indices, and which have a ratio of their own."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from dataclasses import dataclass, field
+
+from graphopt.axes.groups import Group
+from graphopt.axes.infer import Axes
+from graphopt.errors import UsageError
+from graphopt.passes.pruning.options import PruneOptions
+from graphopt.plan import Refusal
+
+_PARTICULARS = re.compile(r" ?\(`[^`]*`[^)]*\)")  # the node a reason names, which differs from site to site
+_NAMED = 5  # groups that a message about globs shows
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the options make of a program's groups.
+
+    Attributes:
+        groups: those that may lose indices.
+        ratios: by axis, for those of them that an override names.
+        refusals: every axis that stays whole, and why.
+    """
+
+    groups: list[Group] = field(default_factory=list)
+    ratios: dict[int, float] = field(default_factory=dict)
+    refusals: list[Refusal] = field(default_factory=list)
+
+
+def choose(axes: Axes, options: PruneOptions) -> Choice:
+    """Sort a program's groups by what the options say of them.
+
+    Raises:
+        UsageError: a glob matches no group, or two give one group different ratios.
+    """
+    groups = axes.groups()
+    overrides = _overrides(groups, options)
+    chosen = Choice(refusals=[Refusal(a.name, a.reason, _PARTICULARS.sub("", a.reason)) for a in axes.refusals()])
+    for group in groups:
+        ratio, written = overrides.get(group.axis, (1.0, ""))
+        if ratio == 0:
+            kind = "named in skip" if written.startswith("skip=") else "ratio 0"
+            chosen.refusals.append(Refusal(group.name, written, kind))
+        elif group.kind not in options.kinds:
+            chosen.refusals.append(Refusal(group.name, f"kind `{group.kind}` is not in kinds", "kind not chosen"))
+        else:
+            chosen.groups.append(group)
+            if written:
+                chosen.ratios[group.axis] = ratio
+    return chosen
+
+
+def matches(group: Group, glob: str) -> bool:
+    """Tell whether a glob names a group, with its kind (`layer1.0.conv1:channels`) or without."""
+    return fnmatch.fnmatchcase(group.name, glob) or fnmatch.fnmatchcase(group.name.partition(":")[0], glob)
+
+
+def _overrides(groups: list[Group], options: PruneOptions) -> dict[int, tuple[float, str]]:
+    """Return the ratio that an override gives each group it names, and the override."""
+    found: dict[int, tuple[float, str]] = {}
+    for ratio, glob, written in options.overrides:
+        named = [group for group in groups if matches(group, glob)]
+        if not named:
+            raise UsageError(f"`{written}` matches no group of this model. {_names(groups)}")
+        for group in named:
+            earlier, other = found.setdefault(group.axis, (ratio, written))
+            if earlier != ratio:
+                raise UsageError(
+                    f"`{other}` and `{written}` give `{group.name}` different ratios, {earlier:g} and {ratio:g}. "
+                    "Keep one of them, or narrow the other's glob."
+                )
+    return found
+
+
+def _names(groups: list[Group]) -> str:
+    if not groups:
+        return "It has no group that could lose an index."
+    more = ", ..." if len(groups) > _NAMED else ""
+    return f"Its groups are {', '.join(group.name for group in groups[:_NAMED])}{more}"

@@ -1,0 +1,209 @@
+"""Criteria that run the program on samples.
+
+Removing an index is zeroing what the consuming weights multiply it with. For their elements w_k of index i, and one
+direction g of how an output reacts to them,
+
+    taylor   E (sum of w_k g_k)^2          what removing i alone does to the outputs, to first order
+    obd      E sum of w_k^2 g_k^2 / 2      the same, each element on its own
+
+With a loss, g is its gradient on a few samples: Molchanov et al., "Importance Estimation for Neural Network Pruning",
+CVPR 2019, equation 8; LeCun et al., "Optimal Brain Damage", 1989, with the Fisher diagonal for the Hessian. A trained
+model's average gradient is zero, which says nothing; the square is taken before the average.
+
+Without a loss, what counts is the distance |f(w) - f(w0)|^2 / 2 from the unpruned outputs f(w0). Its gradient at w0 is
+zero too, and so to first order in f the distance is that of its Gauss-Newton form |J dw|^2 / 2. With u drawn from
+{-1, 1} for each output, J'u is a gradient that costs one backward pass, and E (dw' J'u)^2 = |J dw|^2 because
+E uu' = I: the formulas above with g = J'u, which is what is used (Hutchinson 1990; Martens 2020, section 9).
+
+Both are in units of the loss, so groups can be ranked against each other without normalising them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx import _pytree as fx_pytree  # what the code of every exported graph flattens its inputs with (torch 2.13)
+from torch.utils import _pytree as pytree
+
+from graphopt.axes.groups import Group
+from graphopt.context import Batch
+from graphopt.errors import DataError, PassError
+from graphopt.graph import tensor_attribute
+from graphopt.passes.pruning.standing import Standing, Worths
+from graphopt.passes.pruning.weight_criteria import mean_one
+from graphopt.program import Program
+
+_BATCH = 64  # samples run forward at once
+# Samples a gradient is taken of: each gives one draw of the squares averaged, so few and many of them.
+_BATCH_OF_GRADIENT = 4
+_GRADIENT_SAMPLES = 512
+
+OfDirection = Callable[[Standing, Group, dict[str, torch.Tensor]], torch.Tensor]
+
+
+def activation(standing: Standing, groups: Sequence[Group]) -> Worths:
+    """Mean |a| of the values that carry the axis, where a weight sums over them; mean 1 within a value.
+
+    Polyak and Wolf, "Channel-Level Acceleration of Deep Face Representations", IEEE Access 2015, section III.
+    """
+    samples = standing.ctx.need_samples("prune", "for criterion=activation")
+    observer = _Observer(standing, groups)
+    size = _batch_size(standing, _BATCH)
+    for batch in standing.ctx.progress.track(samples.batches(size, standing.samples), "measuring activations"):
+        if standing.program.batched or len(batch[0]) == size:
+            observer.see(batch)
+    return {group.axis: observer.worth(group) for group in groups}
+
+
+def taylor(standing: Standing, groups: Sequence[Group]) -> Worths:
+    """Return the root of E (sum of w g)^2 over what the consuming weights multiply an index with."""
+
+    def squared(standing: Standing, group: Group, directions: dict[str, torch.Tensor]) -> torch.Tensor:
+        products = [
+            standing.by_index(standing.weight(m) * directions[m.parameter], m, group.axis) for m in group.consumers
+        ]
+        return torch.stack(products).sum(0).square()
+
+    return {axis: worth.sqrt() for axis, worth in _averaged(standing, groups, squared, "taylor").items()}
+
+
+def obd(standing: Standing, groups: Sequence[Group]) -> Worths:
+    """Return E sum of w^2 g^2 / 2 over what the consuming weights multiply an index with."""
+
+    def squares(standing: Standing, group: Group, directions: dict[str, torch.Tensor]) -> torch.Tensor:
+        each = [(standing.weight(m) * directions[m.parameter]).square() / 2 for m in group.consumers]
+        members = zip(each, group.consumers, strict=True)
+        return torch.stack([standing.by_index(values, m, group.axis) for values, m in members]).sum(0)
+
+    return dict(_averaged(standing, groups, squares, "obd"))
+
+
+class _Observer(fx.Interpreter):
+    """Runs a graph and sums up the magnitude of every value that a group's consumers read."""
+
+    def __init__(self, standing: Standing, groups: Sequence[Group]) -> None:
+        super().__init__(standing.program.graph_module, garbage_collect_values=True)
+        self._standing = standing
+        self._watched: dict[fx.Node, list[tuple[fx.Node, int]]] = {}
+        self._sums: dict[tuple[fx.Node, int], torch.Tensor] = {}
+        self._values: dict[int, dict[fx.Node, None]] = {}
+        for group in groups:
+            for call, value in standing.readings(group):
+                self._watched.setdefault(call, []).append((value, group.axis))
+                self._values.setdefault(group.axis, {})[value] = None
+
+    def see(self, batch: Batch) -> None:
+        """Run one batch."""
+        args, kwargs = self._standing.program.unflatten(batch)
+        flat = fx_pytree.tree_flatten_spec((args, kwargs), self._standing.program.graph_module._in_spec)
+        with torch.no_grad():
+            self.run(*(_own(leaf) for leaf in flat), enable_io_processing=False)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node; note what it reads before it may write to it."""
+        for value, axis in self._watched.get(n, ()):
+            self._note(value, axis)
+        return super().run_node(n)
+
+    def worth(self, group: Group) -> torch.Tensor | str:
+        """Return the mean over the values of a group."""
+        values = [self._sums[value, group.axis] for value in self._values.get(group.axis, ())]
+        if not values:
+            return "no value of it that a weight sums over can be told apart by index, which criterion=activation needs"
+        return torch.stack([mean_one(value) for value in values]).mean(0)
+
+    def _note(self, value: fx.Node, axis: int) -> None:
+        magnitude = self.env[value].detach().abs().double()
+        for dim in self._standing.dims(value, axis):
+            found = self._standing.sums(value, magnitude, dim, axis)
+            key = (value, axis)
+            self._sums[key] = self._sums[key] + found if key in self._sums else found
+
+
+def _averaged(
+    standing: Standing, groups: Sequence[Group], of_direction: OfDirection, criterion: str
+) -> dict[int, torch.Tensor]:
+    """Average what `of_direction` makes of every direction over all of them."""
+    names = list(dict.fromkeys(member.parameter for group in groups for member in group.consumers))
+    totals: dict[int, torch.Tensor] = {}
+    count = 0
+    for directions in _directions(standing, names, criterion):
+        count += 1
+        for group in groups:
+            found = of_direction(standing, group, directions)
+            totals[group.axis] = totals.get(group.axis, torch.zeros_like(found)) + found
+    return {axis: total / count for axis, total in totals.items()}
+
+
+def _directions(standing: Standing, names: list[str], criterion: str) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield gradients of the loss, or of the outputs along random directions, by name of the weight."""
+    ctx, program = standing.ctx, standing.program
+    samples = ctx.need_samples("prune", f"for criterion={criterion}")
+    size = _batch_size(standing, _BATCH_OF_GRADIENT)
+    limit = min(standing.samples, _GRADIENT_SAMPLES)
+    generator = ctx.generator("output directions")
+    batches = samples.labelled_batches(size, limit)
+    for batch, labels in ctx.progress.track(batches, "following gradients"):
+        if not program.batched and len(batch[0]) != size:
+            continue
+        weights = _tracked(program, names)
+        args, kwargs = program.unflatten([_own(tensor) for tensor in batch])
+        with torch.enable_grad():
+            output = torch.func.functional_call(program.graph_module, weights, args, dict(kwargs), strict=False)
+            if ctx.loss is None:
+                value = _along_random(output, generator)
+            else:
+                value = _checked(ctx.loss, output, labels) * len(batch[0])
+        if not value.requires_grad:
+            raise PassError(
+                f"Pass `prune` cannot use criterion={criterion}: no gradient reaches the weights from the outputs"
+                f"{'' if ctx.loss is None else ' through the loss'}. Use criterion=activation or l2."
+            )
+        found = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
+        yield {
+            name: torch.zeros_like(weight).double() if gradient is None else gradient.double()
+            for (name, weight), gradient in zip(weights.items(), found, strict=True)
+        }
+
+
+def _tracked(program: Program, names: list[str]) -> dict[str, torch.Tensor]:
+    """Return the weights as tensors that gradients are taken of; names of one tensor share one."""
+    tensors = {name: tensor_attribute(program.graph_module, name) for name in names}
+    own = {id(tensor): tensor.detach().requires_grad_() for tensor in tensors.values()}
+    return {name: own[id(tensor)] for name, tensor in tensors.items()}
+
+
+def _along_random(output: Any, generator: torch.Generator) -> torch.Tensor:
+    """Return the outputs summed with random signs."""
+    value = torch.zeros(())
+    for leaf in pytree.tree_leaves(output):
+        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.requires_grad:
+            signs = torch.randint(0, 2, leaf.shape, generator=generator).to(leaf) * 2 - 1
+            value = value + (leaf * signs).sum().to(value.device, torch.float32)
+    return value
+
+
+def _checked(loss: Callable[[Any, torch.Tensor | None], torch.Tensor], output: Any, labels: Any) -> torch.Tensor:
+    given = "no labels, for the data has none" if labels is None else f"labels of shape {tuple(labels.shape)}"
+    try:
+        value = loss(output, labels)
+    except Exception as err:  # the user's function may raise anything
+        raise DataError(
+            f"The loss failed with {type(err).__name__}: {err}. It was called with the model's output and {given}."
+        ) from err
+    if not isinstance(value, torch.Tensor) or value.numel() != 1:
+        found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+        raise DataError(f"The loss returned {found}; expected a scalar tensor. It was called with {given}.")
+    return value.reshape(())
+
+
+def _batch_size(standing: Standing, wanted: int) -> int:
+    return wanted if standing.program.batched else int(standing.program.inputs[0].shape[0])
+
+
+def _own(leaf: Any) -> Any:
+    """Return a copy of an input, which a program may write to."""
+    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf

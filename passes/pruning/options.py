@@ -1,0 +1,95 @@
+"""What a user can ask of prune."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from graphopt.passes.pruning.reconstruction import FEWEST
+
+Kind = Literal["channels", "hidden", "heads", "head_dim", "width"]
+Criterion = Literal["l1", "l2", "random", "fpgm", "bn_scale", "lamp", "activation", "taylor", "obd"]
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+DEFAULT_RATIO = 0.3
+TARGETS = ("parameters", "flops", "bytes", "latency")
+
+
+@dataclass(frozen=True, slots=True)
+class PruneOptions:
+    """How much goes, and by which measure.
+
+    ratio: share of each group's indices to remove (of all groups' together with scope=global).
+    parameters: instead of a ratio, keep at most this share of the original's parameters.
+    flops: likewise of its floating-point operations.
+    bytes: likewise of the bytes of its tensors.
+    latency: likewise of the time it takes in the target's runtime, measured here.
+    criterion: what makes an index worth keeping, see `graphopt.passes.pruning.criteria`: its weights (l1, l2, fpgm,
+        lamp), the norm scale behind it (bn_scale), what it carries (activation), what the outputs lose without it
+        (taylor, obd), or random as a control.
+    scope: rank within each group (local), or all groups against each other (global).
+    ratios: other ratios for some groups, as ratio@glob of names like `0.5@layer1.*`; 0 leaves them whole.
+    skip: groups to leave whole, as globs; short for 0@glob.
+    round_to: round the kept count up to a multiple; none: to what gives layers the targets' channel alignment.
+    min_channels: keep at least so many of every group.
+    kinds: which kinds of axis may go.
+    steps: remove in so many rounds, and rank what is left anew after each.
+    guard: alignment trusts round_to to keep the runtime fast; measure times each class of groups in the target's
+        runtime and leaves whole what does not pay.
+    compensate: with data, refit the layers behind what is removed, so that the model works before any training.
+    samples: calibration samples used at most.
+    """
+
+    ratio: Annotated[float, Field(ge=0, lt=1)] = DEFAULT_RATIO
+    parameters: Share | None = None
+    flops: Share | None = None
+    bytes: Share | None = None
+    latency: Share | None = None
+    criterion: Criterion = "l2"
+    scope: Literal["local", "global"] = "local"
+    ratios: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+    round_to: Annotated[int, Field(ge=1)] | None = None
+    min_channels: Annotated[int, Field(ge=1)] = 2
+    kinds: tuple[Kind, ...] = ("channels", "hidden", "heads", "head_dim", "width")
+    steps: Annotated[int, Field(ge=1, le=100)] = 1
+    guard: Literal["alignment", "measure"] = "alignment"
+    compensate: bool = True
+    samples: Annotated[int, Field(ge=FEWEST)] = 1024
+
+    def __post_init__(self) -> None:
+        """Refuse a ratio beside a target, and overrides that are none."""
+        if self.targets and self.ratio != DEFAULT_RATIO:
+            name = next(iter(self.targets))
+            raise ValueError(f"`ratio` says how much goes and `{name}` how much stays; give one of them")
+        self.overrides  # noqa: B018 - reading it checks it
+
+    @property
+    def targets(self) -> Mapping[str, float]:
+        """The shares of the original to stay within, by what they are of; none where `ratio` decides."""
+        given = {name: getattr(self, name) for name in TARGETS}
+        return {name: share for name, share in given.items() if share is not None}
+
+    @property
+    def overrides(self) -> tuple[tuple[float, str, str], ...]:
+        """The (ratio, glob, as the user wrote it) of `ratios` and `skip`."""
+        return (*map(_override, self.ratios), *((0.0, glob, f"skip={glob}") for glob in self.skip))
+
+    @property
+    def measures(self) -> bool:
+        """Whether planning takes times in the target's runtime."""
+        return self.latency is not None or self.guard == "measure"
+
+
+def _override(text: str) -> tuple[float, str, str]:
+    ratio, at, glob = text.partition("@")
+    try:
+        value = float(ratio)
+    except ValueError:
+        value = -1.0
+    if not at or not glob or not 0 <= value < 1:
+        raise ValueError(f"`{text}` in `ratios` is no ratio@glob; write 0.5@layer1.*, with a ratio from 0 to below 1")
+    return value, glob, f"ratios={text}"

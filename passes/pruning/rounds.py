@@ -1,0 +1,188 @@
+"""Deciding what goes: rank, allocate, remove, refit, and again for as many rounds as asked.
+
+In round k of n a share k/n of the removal is carried out, and what is left is ranked anew on the program as it is by
+then, refitted where there is data. Indices are those of the original throughout, so the rounds make one plan, and
+applying it is one removal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+
+import torch
+
+from graphopt.axes.groups import Group
+from graphopt.axes.infer import Axes
+from graphopt.axes.rewrite import remove
+from graphopt.context import Context
+from graphopt.passes.pruning.alignment import multiples
+from graphopt.passes.pruning.allocation import Allocation, Counts
+from graphopt.passes.pruning.choice import Choice
+from graphopt.passes.pruning.compensation import Compensation
+from graphopt.passes.pruning.criteria import rank
+from graphopt.passes.pruning.guard import unpaying
+from graphopt.passes.pruning.options import PruneOptions
+from graphopt.passes.pruning.reconstruction import reconstruct, with_tensors
+from graphopt.passes.pruning.search import Meter, kept_of, least_removal
+from graphopt.passes.pruning.standing import Standing
+from graphopt.plan import Json, Refusal
+from graphopt.program import Program
+
+
+@dataclass
+class Decision:
+    """What was decided about a program.
+
+    Attributes:
+        kept: by axis the sorted indices that stay, for those that lose any; in the order of the groups.
+        refusals: groups left whole and layers left as they are, with the reason.
+        fitted: what the data makes of the tensors that are left.
+        measured: output quality, shares of the original and times that steered the decision.
+    """
+
+    kept: dict[int, list[int]] = field(default_factory=dict)
+    refusals: list[Refusal] = field(default_factory=list)
+    fitted: Compensation = field(default_factory=Compensation)
+    measured: dict[str, Json] = field(default_factory=dict)
+
+
+def decide(program: Program, axes: Axes, choice: Choice, options: PruneOptions, ctx: Context) -> Decision:
+    """Choose the indices that stay and the tensors they should have.
+
+    Args:
+        program: before the removal.
+        axes: of it.
+        choice: the groups that may lose indices.
+        options: what the user asked for.
+        ctx: data, randomness, and the runtime to time in.
+
+    Raises:
+        PassError: a target cannot be met.
+        DataError: the criterion needs data and there is none.
+    """
+    return _Rounds(program, axes, choice, options, ctx).run()
+
+
+class _Rounds:
+    def __init__(self, program: Program, axes: Axes, choice: Choice, options: PruneOptions, ctx: Context) -> None:
+        self._program, self._axes, self._choice = program, axes, choice
+        self._options, self._ctx = options, ctx
+        self._groups: Sequence[Group] = choice.groups
+        self._found = Decision()
+        self._reasons: dict[int, tuple[str, str]] = {}  # by axis: why it is left whole, and how that is counted
+
+    def run(self) -> Decision:
+        """Go through the rounds."""
+        steps = self._options.steps
+        for step in range(1, steps + 1):
+            part = Fraction(step, steps)
+            scores = self._rank()
+            counts = self._counts(scores, part)
+            if step == steps and self._options.guard == "measure":
+                counts = self._guarded(scores, counts)
+            self._found.kept = kept_of(counts, scores)
+            self._found.fitted, quality = self._fit()
+        self._found.measured.update(quality)
+        self._say_what_is_left_whole(scores, counts)
+        return self._found
+
+    def _rank(self) -> dict[int, torch.Tensor]:
+        """Score every group on the program as it is now."""
+        program = self._program
+        if self._found.kept:
+            program = with_tensors(self._pruned(), self._found.fitted.tensors, "prune")
+        standing = Standing(program, self._axes, self._found.kept, self._ctx, self._options.samples)
+        scores, reasons = rank(self._options.criterion, standing, self._groups)
+        for axis, reason in reasons.items():
+            self._reasons[axis] = (reason, f"cannot be ranked by {self._options.criterion}")
+        return scores
+
+    def _counts(self, scores: dict[int, torch.Tensor], part: Fraction) -> Counts:
+        """Return how many indices each group keeps after a part of the removal."""
+        allocation = self._allocation()
+        if not self._options.targets:
+            return allocation.counts(self._options.ratio * part, scores, part)
+        shares = {name: 1 - (1 - share) * float(part) for name, share in self._options.targets.items()}
+        meter = Meter(self._program, self._axes, shares, self._ctx)
+        counts = least_removal(allocation, scores, meter, part)
+        self._found.measured.update({f"{name} left": share for name, share in meter.shares(counts).items()})
+        if meter.tried:
+            self._found.measured["latencies tried"] = list(meter.tried)
+        return counts
+
+    def _allocation(self) -> Allocation:
+        groups = [group for group in self._groups if group.axis not in self._reasons]
+        alignment = self._options.round_to
+        return Allocation(
+            groups,
+            self._options.scope,
+            ratios=self._choice.ratios,
+            multiples=multiples(groups, self._ctx.channel_multiple)
+            if alignment is None
+            else dict.fromkeys((group.axis for group in groups), alignment),
+            least=self._options.min_channels,
+            left={axis: len(kept) for axis, kept in self._found.kept.items()},
+        )
+
+    def _guarded(self, scores: dict[int, torch.Tensor], counts: Counts) -> Counts:
+        """Leave whole what does not pay; what a target then still asks for comes from the other groups."""
+        verdict = unpaying(self._program, self._axes, self._groups, counts, self._ctx)
+        self._found.measured["time of all"] = verdict.measured
+        if not verdict.reasons:
+            return counts
+        for axis, reason in verdict.reasons.items():
+            self._reasons[axis] = (f"does not pay in the runtime: {reason}", "does not pay in the runtime")
+        for axis in verdict.reasons:
+            scores.pop(axis)
+            self._found.kept.pop(axis, None)
+        if self._options.targets:
+            return self._counts(scores, Fraction(1))
+        return {axis: count for axis, count in counts.items() if axis not in verdict.reasons}
+
+    def _fit(self) -> tuple[Compensation, dict[str, float]]:
+        """Let the data say what the tensors that are left should be."""
+        if not self._found.kept or not self._options.compensate:
+            return Compensation(), {}
+        if self._ctx.samples is None:
+            return Compensation(refusals=[Refusal("compensation", "not compensated: there is no data")]), {}
+        limit = self._options.samples
+        return reconstruct(self._program, self._pruned(), self._axes, self._found.kept, self._ctx, limit, "prune")
+
+    def _pruned(self) -> Program:
+        gm = remove(self._program.graph_module, self._axes, self._found.kept, "prune")
+        return self._program.with_graph(gm)
+
+    def _say_what_is_left_whole(self, scores: dict[int, torch.Tensor], counts: Counts) -> None:
+        allocation = replace(self._allocation(), left={})
+        ratio = self._options.ratio
+        short = {} if self._options.targets else allocation.short(ratio, scores)
+        for group in self._groups:
+            if group.axis in self._reasons:
+                self._found.refusals.append(Refusal(group.name, *self._reasons[group.axis]))
+            elif group.axis not in self._found.kept:
+                self._found.refusals.append(self._left_whole(group, allocation.multiples[group.axis]))
+            elif group.axis in short:
+                text = f"keeps {counts[group.axis]} of {group.size}, not {short[group.axis]}"
+                minimum = f"minimum is {self._options.min_channels}"
+                self._found.refusals.append(Refusal(group.name, f"{text}: {minimum}", "held at the minimum"))
+
+    def _left_whole(self, group: Group, multiple: int) -> Refusal:
+        options = self._options
+        own = self._choice.ratios.get(group.axis)
+        if group.size <= options.min_channels:
+            text = f"{group.size} left, minimum is {options.min_channels}"
+            return Refusal(group.name, text, "already at the minimum")
+        if own is None and options.targets:
+            return Refusal(group.name, f"the target is met with all {group.size} of it", "not needed for the target")
+        if own is None and options.scope == "global":
+            return Refusal(
+                group.name, f"all {group.size} score above the global threshold", "above the global threshold"
+            )
+        ratio = options.ratio if own is None else own
+        return Refusal(
+            group.name,
+            f"removing {ratio:.0%} of {group.size} leaves all of them after rounding to {multiple}",
+            "too small after rounding",
+        )

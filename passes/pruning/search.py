@@ -1,0 +1,141 @@
+"""Finding the least removal that meets a target on parameters, FLOPs, bytes or measured latency.
+
+    1. bisection over the levels at which a count changes, for the lowest one that meets every target;
+    2. between it and the level below, groups take their step one after another, those that lose least first, until
+       the targets are met: bisection over how many of them have.
+
+What is compared is the program with that many indices really removed, so what meets the target here meets it.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import torch
+
+from graphopt.axes.infer import Axes
+from graphopt.axes.rewrite import remove
+from graphopt.context import Context
+from graphopt.cost import cost
+from graphopt.errors import PassError
+from graphopt.passes.pruning.allocation import Allocation, Counts, highest
+from graphopt.program import Program
+
+_LEVELS_MEASURED = 64  # levels tried where each takes lowering and timing
+_STATIC = ("parameters", "flops", "bytes")
+_CALLED = {"parameters": "parameters", "flops": "FLOPs", "bytes": "bytes", "latency": "latency"}
+
+Shares = Mapping[str, float]  # of the original, by what of it: "flops": 0.48
+
+
+@dataclass
+class Meter:
+    """Says what share of the original a choice of counts leaves.
+
+    Attributes:
+        program: the program that is pruned.
+        axes: of it.
+        wanted: the shares not to exceed.
+        ctx: the original, and the runtime to time in.
+        tried: counts and the latency they were measured to have, for the plan.
+    """
+
+    program: Program
+    axes: Axes
+    wanted: Shares
+    ctx: Context
+    tried: list[float] = field(default_factory=list)
+    _known: dict[tuple[tuple[int, int], ...], dict[str, float]] = field(default_factory=dict)
+
+    def shares(self, counts: Counts) -> dict[str, float]:
+        """Return the share that is left of everything that has a target."""
+        key = tuple(counts.items())
+        if key not in self._known:
+            self._known[key] = self._measure(counts)
+        return self._known[key]
+
+    def meets(self, counts: Counts) -> bool:
+        """Tell whether no target is exceeded."""
+        shares = self.shares(counts)
+        return all(shares[name] <= share for name, share in self.wanted.items())
+
+    def _measure(self, counts: Counts) -> dict[str, float]:
+        # Costs depend on how many indices stay, not on which.
+        kept = {axis: range(count) for axis, count in counts.items()}
+        pruned = self.program.with_graph(remove(self.program.graph_module, self.axes, kept))
+        now, before = cost(pruned), cost(self.ctx.original)
+        found = {name: getattr(now, name) / max(getattr(before, name), 1) for name in _STATIC if name in self.wanted}
+        if "latency" in self.wanted:
+            found["latency"] = self.ctx.need_timer("prune")(pruned, self.ctx.original).median
+            self.tried.append(found["latency"])
+        return found
+
+
+def least_removal(allocation: Allocation, scores: Mapping[int, torch.Tensor], meter: Meter, part: Fraction) -> Counts:
+    """Return the counts of the lowest level that meets the targets.
+
+    Args:
+        allocation: how levels become counts.
+        scores: by axis the worth of each index.
+        meter: says what counts leave.
+        part: of the ratios that the level does not decide about, as much is carried out.
+
+    Raises:
+        PassError: even the highest level exceeds a target; the message says what it leaves.
+    """
+    levels = allocation.levels(scores)
+    if "latency" in meter.wanted and len(levels) > _LEVELS_MEASURED:
+        places = (index * (len(levels) - 1) // (_LEVELS_MEASURED - 1) for index in range(_LEVELS_MEASURED))
+        levels = [levels[place] for place in places]
+
+    def counts(index: int) -> Counts:
+        return allocation.counts(levels[index], scores, part)
+
+    if not meter.meets(counts(len(levels) - 1)):
+        raise PassError(_unmet(meter, counts(len(levels) - 1), allocation))
+    found = bisect.bisect_left(range(len(levels) - 1), True, key=lambda index: meter.meets(counts(index)))
+    if found == 0:
+        return counts(0)
+    return _step_by_step(counts(found - 1), counts(found), scores, meter)
+
+
+def _step_by_step(more: Counts, fewer: Counts, scores: Mapping[int, torch.Tensor], meter: Meter) -> Counts:
+    """Go from counts that exceed a target to counts that do not, group by group, and no further than needed."""
+    losses: list[tuple[float, int]] = []
+    for order, (axis, count) in enumerate(more.items()):
+        if fewer[axis] < count:
+            ranked = scores[axis].sort(descending=True).values
+            losses.append((float(ranked[fewer[axis] : count].mean()), order))
+    axes = list(more)
+    steps = [axes[order] for _, order in sorted(losses)]
+
+    def after(taken: int) -> Counts:
+        return {axis: fewer[axis] if axis in steps[:taken] else count for axis, count in more.items()}
+
+    needed = bisect.bisect_left(range(len(steps)), True, key=lambda taken: meter.meets(after(taken)))
+    return after(needed)
+
+
+def kept_of(counts: Counts, scores: Mapping[int, torch.Tensor]) -> dict[int, list[int]]:
+    """Return the highest-scored indices of every axis that does not keep all."""
+    return {axis: highest(scores[axis], count) for axis, count in counts.items() if count < len(scores[axis])}
+
+
+def _unmet(meter: Meter, counts: Counts, allocation: Allocation) -> str:
+    shares = meter.shares(counts)
+    name = next(name for name, share in meter.wanted.items() if shares[name] > share)
+    groups = len(allocation.groups)
+    if not groups:
+        return (
+            f"Pass `prune` cannot bring the {_CALLED[name]} to {meter.wanted[name]:.1%} of the original's: no group of "
+            f"this model may lose an index, which leaves {shares[name]:.1%}. The plan of `prune:ratio=0` says why."
+        )
+    raised = max(allocation.multiples.values(), default=1)
+    return (
+        f"Pass `prune` cannot bring the {_CALLED[name]} to {meter.wanted[name]:.1%} of the original's: with as much "
+        f"removed of {groups} groups as min_channels={allocation.least} and multiples of up to {raised} allow, "
+        f"{shares[name]:.1%} are left. Ask for no less than that, or lower round_to or min_channels."
+    )
