@@ -23,7 +23,7 @@ from graphopt.capture_errors import explain
 from graphopt.errors import CaptureError, ExampleError
 from graphopt.graph import copy_graph_module
 from graphopt.lost import lost_in_eval
-from graphopt.model_calls import check_module, in_eval_mode, spelled_out
+from graphopt.model_calls import check_module, in_eval_mode, spelled_out, uncompiled, without_compiling
 from graphopt.normal_form import normalise
 from graphopt.program import Dimension, Note, Program, TensorSpec
 from graphopt.provenance import record_capture
@@ -63,12 +63,19 @@ def capture(
             computes something else.
     """
     check_module(model)
+    model = uncompiled(model)
     args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
     kwargs = dict(kwargs or {})
     if isinstance(model, fx.GraphModule):  # what torch.export made refuses eval()
         model = copy_graph_module(model)
         set_training(model, False)
-    with in_eval_mode(model), spelled_out(model, kwargs), torch.no_grad(), warnings.catch_warnings():
+    with (
+        in_eval_mode(model),
+        without_compiling(model),
+        spelled_out(model, kwargs),
+        torch.no_grad(),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         args, kwargs, leaf_shapes, expected, note = _examples(model, args, kwargs, dynamic_shapes)
         program = _capture(model, args, kwargs, leaf_shapes, note)

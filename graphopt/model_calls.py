@@ -22,6 +22,26 @@ def check_module(model: object) -> None:
         )
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Return the module that `torch.compile` wrapped, whose forward has the user's argument names."""
+    original = getattr(model, "_orig_mod", None)
+    return original if _is_wrapper(model) and isinstance(original, nn.Module) else model
+
+
+@contextlib.contextmanager
+def without_compiling(model: nn.Module) -> Iterator[None]:
+    """Run the parts of a model that `torch.compile` was put on as they are: compiling them would take minutes."""
+    if not any(_is_wrapper(module) or module._compiled_call_impl is not None for module in model.modules()):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    return type(module).__name__ == "OptimizedModule"  # importing torch._dynamo for its class would cost a second
+
+
 @contextlib.contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Put every module in evaluation mode, and back in the mode it was in."""

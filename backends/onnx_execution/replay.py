@@ -65,7 +65,8 @@ class Replay(fx.Interpreter):
         with torch.no_grad():
             arguments = pytree.tree_leaves(self._program.unflatten([self._widened(tensor) for tensor in inputs]))
             result = self.run(*arguments, enable_io_processing=False)
-        return tuple(leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor))
+        # a parameter that is returned as it is would still ask for gradients
+        return tuple(leaf.detach() for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor))
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node; weights are dequantized once for all runs."""

@@ -19,6 +19,7 @@ from graphopt.capturing import capture, from_exported
 from graphopt.data import InputSpec, Samples
 from graphopt.errors import CaptureError, DataError, ExampleError, LoadError
 from graphopt.loading import LoadedModel, load_model
+from graphopt.model_calls import uncompiled
 from graphopt.program import Note, Program, TensorSpec
 
 _SIGNATURE = "graphopt.json"
@@ -120,6 +121,7 @@ def capture_on(model: nn.Module, data: Any, dynamic_shapes: Any = None, *, share
         DataError: the data cannot be read, or the model fails on them.
         CaptureError: the model cannot be captured.
     """
+    model = uncompiled(model)
     args, kwargs = example_inputs(model, data)
     try:
         return capture(model, args, kwargs, dynamic_shapes, share_tensors=share_tensors)

@@ -101,7 +101,7 @@ class LayerQuantizer:
         change = change.movedim(out_axis, 0)  # (out, in / groups, ...)
         change = change.flatten(2).sum(2) if change.dim() > 2 else change
         if (groups := _output_groups(site)) > 1:  # (out / groups, in), to (out, in / groups)
-            change = change.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
+            change = change.reshape(len(change), groups, -1).transpose(0, 1).flatten(0, 1)
         groups = mean.numel() // change.shape[1]
         per_group = mean.reshape(groups, 1, -1).expand(-1, change.shape[0] // groups, -1).reshape(change.shape)
         return (change * per_group).sum(dim=1)

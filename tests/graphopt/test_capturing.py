@@ -313,3 +313,24 @@ def test_an_unknown_class_of_outputs_says_how_to_register_it() -> None:
 
     with pytest.raises(CaptureError, match=r"no tensor, but a Own.*register_dataclass"):
         capture(Wrapping(), torch.randn(3, 4))
+
+
+def test_compiled_modules_are_captured_as_they_are() -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("the model was compiled")
+
+    inner = nn.Sequential(torch.compile(nn.Linear(4, 3), backend=refuse), nn.ReLU())
+    inner[1].compile(backend=refuse)
+    program = capture(torch.compile(inner, backend=refuse), (torch.ones(2, 4),))
+    assert [spec.name for spec in program.inputs] == ["input"]
+    torch.testing.assert_close(program(torch.ones(5, 4)), inner[0]._orig_mod(torch.ones(5, 4)).relu())
+
+
+def test_boolean_outputs() -> None:
+    class Positive(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x > 0
+
+    program = capture(Positive(), (torch.ones(2, 4),))
+    assert program.batched
+    assert program.outputs[0].dtype is torch.bool
