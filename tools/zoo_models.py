@@ -31,7 +31,10 @@ Build = Callable[[], Subject]
 
 def families() -> dict[str, Callable[[], dict[str, Build]]]:
     """Return each family by name with the function that lists its members."""
+    import zoo_attention
+    import zoo_convolution
     import zoo_own
+    import zoo_sequence
     import zoo_timm
     import zoo_transformers
 
@@ -40,6 +43,9 @@ def families() -> dict[str, Callable[[], dict[str, Build]]]:
         "timm": zoo_timm.subjects,
         "transformers": zoo_transformers.subjects,
         "own": zoo_own.subjects,
+        "attention": lambda: zoo_attention.subjects,
+        "convolution": lambda: zoo_convolution.subjects,
+        "sequence": lambda: zoo_sequence.subjects,
     }
 
 

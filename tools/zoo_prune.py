@@ -179,7 +179,9 @@ def _table(rows: list[Row]) -> Table:
 
 
 def main(
-    family: Annotated[str, typer.Option(help="torchvision, timm, transformers, own, or all")] = "torchvision",
+    family: Annotated[
+        str, typer.Option(help="torchvision, timm, transformers, own, attention, convolution, sequence, or all")
+    ] = "torchvision",
     only: Annotated[str, typer.Option(help="names to run, as a glob")] = "*",
     ratio: Annotated[float, typer.Option(help="share of each group to remove", min=0.0, max=1.0)] = 0.5,
     criterion: Annotated[Criterion, typer.Option(help="what decides which indices go")] = Criterion.L2,

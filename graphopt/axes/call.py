@@ -179,6 +179,10 @@ class Call:
         """Record that the weights behind `node` consume (sum over) the axes of its dimension `dim`."""
         self._roles.add("consume", node, self.dims_of(node)[dim] if layout is None else layout, dim)
 
+    def sums(self, layout: Layout) -> None:
+        """Record that the axes of a dimension are summed in a product of activations, as a weight would sum them."""
+        self._roles.summed.append(layout)
+
     def mark(self, layout: Layout, kind: str) -> None:
         """Record what the static axes of a dimension are called: `heads`, `head_dim`."""
         self._roles.mark([axis for axis in leaves(layout) if isinstance(axis.size, int)], kind)

@@ -39,7 +39,8 @@ class Group:
         kind: `channels`, `hidden`, `heads`, `head_dim` or `width` (the axis several weights write to).
         members: every parameter and buffer dimension that carries it, in order of use.
         producers: the members whose weights produce it (its output dimension).
-        consumers: the members whose weights sum over it (its input dimension).
+        consumers: the members whose weights sum over it (its input dimension); none where only a product of two
+            activations does, as the head dimension of query and key.
     """
 
     axis: int
@@ -49,6 +50,11 @@ class Group:
     members: tuple[Member, ...]
     producers: tuple[Member, ...]
     consumers: tuple[Member, ...]
+
+    @property
+    def weighed(self) -> tuple[Member, ...]:
+        """Return the weights without which an index has no effect: the consumers, or else the producers."""
+        return self.consumers or self.producers
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +110,7 @@ def collect(
                 members.setdefault(axis.id, []).append(Member(name, d, layout))
     trained = {name for name in parameters if isinstance(tensor_attribute(gm, name), torch.nn.Parameter)}
     produced, consumed = _sources(roles, solver, "produce"), _sources(roles, solver, "consume")
+    summed = {axis.id for layout in roles.summed for axis in leaves(solver.resolve(layout))}
     kinds = _Kinds(roles, solver, parameters)
     groups: list[Group] = []
     refusals: list[Refusal] = []
@@ -115,7 +122,7 @@ def collect(
         if not makers and not users:
             continue
         kind = kinds.of(axis, makers or users)
-        reason = _refused(axis, makers, users)
+        reason = _refused(axis, makers, users, number in summed)
         if reason is not None:
             left.append((axis, makers or users, kind, reason))
             continue
@@ -141,12 +148,12 @@ class _Names:
         return base if self._taken[base] == 1 else f"{base}#{self._taken[base]}"
 
 
-def _refused(axis: Axis, makers: list[Member], users: list[Member]) -> str | None:
+def _refused(axis: Axis, makers: list[Member], users: list[Member], summed: bool) -> str | None:
     if axis.frozen is not None:
         return axis.frozen
     if not makers:
         return "no weight produces it"
-    if not users:
+    if not users and not summed:
         return "no weight consumes it"
     return f"{axis.size} index left" if isinstance(axis.size, int) and axis.size < _FEWEST else None
 

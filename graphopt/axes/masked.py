@@ -25,7 +25,7 @@ from torch.fx._pytree import tree_flatten_spec
 from torch.utils import _pytree as pytree
 
 from graphopt.axes.oracle.run import Kept, MaskedRun, PlainRun
-from graphopt.axes.oracle.value import Value, compact
+from graphopt.axes.oracle.value import Value, compact, known_or_counted
 from graphopt.axes.randomise import randomise
 from graphopt.errors import VerifyError
 from graphopt.graph import tensor_attribute
@@ -175,7 +175,24 @@ def _compare(node: fx.Node, value: Any, found: Any, findings: _Findings) -> None
         raise VerifyError(f"{_where(node)} returns {len(leaves)} values, the original {len(expected)}.")
     for want, got in zip(expected, leaves, strict=True):
         if isinstance(want, Value) and isinstance(got, Tensor):
-            _compare_tensors(node, compact(want.tensor, want.dead), got, findings)
+            _adopt_size(want, got)
+            _compare_tensors(node, compact(want.tensor, known_or_counted(want)), got, findings)
+
+
+def _adopt_size(value: Value, found: Tensor) -> None:
+    """Let a dimension along which all elements are equal be as short as in the pruned program.
+
+    Zeros made anew, or one element expanded, do not say of which axis they are; what they are combined with does. A
+    sum or a softmax over them needs no more than their number.
+    """
+    tensor = value.tensor
+    if tensor.dim() != found.dim():
+        return
+    counted = dict(value.counted)
+    for d, (was, now) in enumerate(zip(tensor.shape, found.shape, strict=True)):
+        if value.dead[d] is None and 0 < now < was and bool((tensor == tensor.narrow(d, 0, 1)).all()):
+            counted[d] = torch.arange(was) >= now
+    value.counted = counted
 
 
 def _compare_tensors(node: fx.Node, want: Tensor, got: Tensor, findings: _Findings) -> None:

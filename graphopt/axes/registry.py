@@ -9,8 +9,9 @@ literals that follow from layouts, brings them up to date after a removal. Addin
         return call.dims("input")
 
 A name is `namespace::operator` or, for one overload alone, `namespace::operator.overload`. The in-place twin of
-an operator (trailing underscore) shares its rule. A distribution offers rules for its custom operators by an
-entry point in the group `graphopt.axis_rules` that names a module or a callable; loading it registers them.
+an operator (trailing underscore) and a copying one (`permute_copy`) share its rule. A distribution offers rules for
+its custom operators by an entry point in the group `graphopt.axis_rules` that names a module or a callable; loading
+it registers them.
 """
 
 from __future__ import annotations
@@ -45,12 +46,16 @@ _BUILT_IN = (
     "elementwise",
     "indexing",
     "join",
+    "linear_algebra",
+    "loss",
     "normalization",
     "recurrent",
     "reduction",
     "repetition",
     "scalar",
     "spatial",
+    "stacking",
+    "transform",
     "view",
 )
 
@@ -98,15 +103,31 @@ def built_in_rules() -> Rules:
 
 
 def find(rules: Rules, target: Any) -> Rule | None:
-    """Return the rule of an operator: its overload's, its own, its functional twin's, or the pointwise one."""
+    """Return the rule of an operator: its overload's, its own, its twin's, or the pointwise one."""
     if not isinstance(target, OpOverload):
         return rules.get(operator_name(target))
-    name = target._schema.name
-    for candidate in (name, name[:-1] if name.endswith("_") else name):
+    for candidate in twins(target):
         found = rules.get(f"{candidate}.{target._overloadname}") or rules.get(candidate)
         if found is not None:
             return found
-    return rules.get("pointwise") if torch.Tag.pointwise in target.tags else None
+    return rules.get("pointwise") if is_pointwise(target) else None
+
+
+def twins(target: OpOverload) -> list[str]:
+    """Return the schema name of an operator and those of the ones that compute the same: `relu_`, `relu`."""
+    name = str(target._schema.name)
+    shared = (name.removesuffix("_"), name.removesuffix("_copy"))
+    return [name, *(twin for twin in shared if twin != name and not twin.endswith("_"))]
+
+
+def is_pointwise(target: OpOverload) -> bool:
+    """Tell whether torch tags an operator, or what it is the in-place twin of, as pointwise."""
+    if torch.Tag.pointwise in target.tags:
+        return True
+    namespace, _, name = target._schema.name.partition("::")
+    packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None) if name.endswith("_") else None
+    twin = getattr(packet, target._overloadname, None)
+    return isinstance(twin, OpOverload) and torch.Tag.pointwise in twin.tags
 
 
 def operator_name(target: Any) -> str:

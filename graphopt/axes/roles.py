@@ -34,6 +34,7 @@ class Roles:
     def __init__(self) -> None:
         self.records: list[Record] = []
         self.marks: list[tuple[Layout, str]] = []
+        self.summed: list[Layout] = []  # in a product of two activations, query times key
         self._sources: dict[fx.Node, tuple[str, ...] | None] = {}
 
     def read(self, node: fx.Node, name: str) -> None:

@@ -63,7 +63,7 @@ def taylor(standing: Standing, groups: Sequence[Group]) -> Worths:
 
     def squared(standing: Standing, group: Group, directions: dict[str, torch.Tensor]) -> torch.Tensor:
         products = [
-            standing.by_index(standing.weight(m) * directions[m.parameter], m, group.axis) for m in group.consumers
+            standing.by_index(standing.weight(m) * directions[m.parameter], m, group.axis) for m in group.weighed
         ]
         return torch.stack(products).sum(0).square()
 
@@ -74,8 +74,8 @@ def obd(standing: Standing, groups: Sequence[Group]) -> Worths:
     """Return E sum of w^2 g^2 / 2 over what the consuming weights multiply an index with."""
 
     def squares(standing: Standing, group: Group, directions: dict[str, torch.Tensor]) -> torch.Tensor:
-        each = [(standing.weight(m) * directions[m.parameter]).square() / 2 for m in group.consumers]
-        members = zip(each, group.consumers, strict=True)
+        each = [(standing.weight(m) * directions[m.parameter]).square() / 2 for m in group.weighed]
+        members = zip(each, group.weighed, strict=True)
         return torch.stack([standing.by_index(values, m, group.axis) for values, m in members]).sum(0)
 
     return dict(_averaged(standing, groups, squares, "obd"))
@@ -127,7 +127,7 @@ def _averaged(
     standing: Standing, groups: Sequence[Group], of_direction: OfDirection, criterion: str
 ) -> dict[int, torch.Tensor]:
     """Average what `of_direction` makes of every direction over all of them."""
-    names = list(dict.fromkeys(member.parameter for group in groups for member in group.consumers))
+    names = list(dict.fromkeys(member.parameter for group in groups for member in group.weighed))
     totals: dict[int, torch.Tensor] = {}
     count = 0
     for directions in _directions(standing, names, criterion):

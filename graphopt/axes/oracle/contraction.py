@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -44,18 +45,21 @@ def linear(step: Step) -> Value:
     return Value(tensor_result(step.run(input=tensors[0], weight=tensors[1])), dead)
 
 
-@masked_rule("aten::matmul", "aten::mm", "aten::bmm", "aten::mv", "aten::dot", "aten::vdot", "aten::inner")
+@masked_rule("aten::matmul", "aten::mm", "aten::bmm", "aten::mv", "aten::dot", "aten::vdot")
 def matmul(step: Step) -> Value:
     (left, right), dead = _product(*step.values())
     names = [name for name, value in step.arguments.items() if isinstance(value, Value)]
     return Value(tensor_result(step.run(**dict(zip(names, (left, right), strict=True)))), dead)
 
 
-@masked_rule("aten::addmm", "aten::baddbmm", "aten::addmv")
+@masked_rule("aten::addmm", "aten::addbmm", "aten::baddbmm", "aten::addmv")
 def addmm(step: Step) -> Value:
     added, left, right = step.values()
     names = [name for name, value in step.arguments.items() if isinstance(value, Value)]
     tensors, dead = _product(left, right)
+    if len(dead) > added.tensor.dim():  # addbmm sums over the batch too
+        tensors = [zeroed(tensor, dead[:1]) for tensor in tensors]
+        dead = dead[1:]
     result = step.run(**dict(zip(names[1:], tensors, strict=True)))
     return Value(tensor_result(result), broadcast([added.dead, dead]))
 
@@ -77,6 +81,46 @@ def grouped_product(step: Step) -> Value:
     step.require_whole([x.dead[0], weight.dead[0]], "the rows or the experts")
     tensors, dead = contract([x, weight], [["row", "sum"], ["expert", "sum", "column"]], ["row", "column"])
     return Value(tensor_result(step.run(**{first: tensors[0], second: tensors[1]})), dead)
+
+
+@masked_rule("aten::inner")
+def inner(step: Step) -> Value:
+    """Sum over the last dimensions, all others of both stay."""
+    a, b = step["self"], step["other"]
+    if not a.dead or not b.dead:
+        return Value(tensor_result(step.run()), broadcast([a.dead, b.dead]))
+    left, right = ([f"{side}{d}" for d in range(len(v.dead) - 1)] for side, v in (("a", a), ("b", b)))
+    tensors, dead = contract([a, b], [[*left, "sum"], [*right, "sum"]], [*left, *right])
+    return Value(tensor_result(step.run(self=tensors[0], other=tensors[1])), dead)
+
+
+@masked_rule("aten::linalg_vecdot")
+def vector_product(step: Step) -> Value:
+    a, b = step["x"], step["y"]
+    dead = broadcast([a.dead, b.dead])
+    dim = step.dim("dim", len(dead))
+    summed = tuple(flags if d == dim else None for d, flags in enumerate(dead))
+    x, y = (zeroed(value.tensor, summed[len(dead) - len(value.dead) :]) for value in (a, b))
+    return Value(tensor_result(step.run(x=x, y=y)), (*dead[:dim], *dead[dim + 1 :]))
+
+
+@masked_rule("aten::linalg_multi_dot", "aten::chain_matmul")
+def chain(step: Step) -> Value:
+    """Multiply matrices one after the other; the first and the last may be vectors."""
+    name = "tensors" if "tensors" in step.arguments else "matrices"
+    values: list[Value] = list(step[name])
+    labels = [[f"m{i}", f"m{i + 1}"] for i in range(len(values))]
+    labels[0] = labels[0][2 - values[0].tensor.dim() :]
+    labels[-1] = labels[-1][: values[-1].tensor.dim()]
+    ends = [end for end, value in (("m0", values[0]), (f"m{len(values)}", values[-1])) if value.tensor.dim() == 2]
+    tensors, dead = contract(values, labels, ends)
+    return Value(tensor_result(step.run(**{name: tensors})), dead)
+
+
+@masked_rule("aten::addr")
+def add_outer(step: Step) -> Value:
+    dead = broadcast([step["self"].dead, (*step["vec1"].dead, *step["vec2"].dead)])
+    return Value(tensor_result(step.run()), dead)
 
 
 @masked_rule("aten::outer", "aten::ger")
@@ -219,13 +263,17 @@ def _heads(value: Value, query: Value) -> Dead:
     return tuple(dead)
 
 
-@masked_rule("aten::_weight_norm")
-def weight_norm(step: Step) -> Value:
-    """Scale v / |v| by g, the norm over all dimensions but `dim`."""
+@masked_rule("aten::_weight_norm", "aten::_weight_norm_interface")
+def weight_norm(step: Step) -> Any:
+    """Scale v / |v| by g, the norm over all dimensions but `dim`; the interface returns the norms too."""
     v, g = step["v"], step["g"]
     dim = step.dim("dim", v.tensor.dim())
     summed = tuple(None if d == dim else flags for d, flags in enumerate(v.dead))
-    return Value(tensor_result(step.run(v=zeroed(v.tensor, summed))), broadcast([v.dead, g.dead]))
+    result = step.run(v=zeroed(v.tensor, summed))
+    dead = broadcast([v.dead, g.dead])
+    if isinstance(result, Tensor):
+        return Value(result, dead)
+    return [Value(result[0], dead), Value(result[1], g.dead)]
 
 
 @masked_rule("aten::cdist")

@@ -2,33 +2,58 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from graphopt.axes.oracle.step import Step, masked_rule, tensor_result
-from graphopt.axes.oracle.value import Value, Vector, broadcast, from_mask, to_mask, union
+from graphopt.axes.oracle.value import Dead, Value, Vector, broadcast, from_mask, to_mask, union, whole
 
 
-@masked_rule("aten::embedding", "aten::embedding_bag")
-def embedding(step: Step) -> Value:
+@masked_rule("aten::embedding", "aten::embedding_bag", "aten::_embedding_bag")
+def embedding(step: Step) -> Any:
+    """Look up rows; a bag sums them and returns where bags begin, how long they are and where the largest is too."""
     weight, indices = step["weight"], step["indices"]
     step.require_whole([weight.dead[0]], "the rows of the table")
     result = step.run()
-    out = tensor_result(result if isinstance(result, Tensor) else result[0])
-    lead = indices.dead if len(indices.dead) == out.dim() - 1 else (None,) * (out.dim() - 1)
-    return Value(out, (*lead, weight.dead[1]))
+    if isinstance(result, Tensor):
+        return Value(result, (*indices.dead, weight.dead[1]))
+    step.require_whole([flags for v in step.values() if v is not weight for flags in v.dead], "bags")
+    first, *others = result
+    wide = first.dim() == others[-1].dim()
+    columns: Dead = (None, weight.dead[1])
+    return [Value(first, columns), *map(whole, others[:-1]), Value(others[-1], columns) if wide else whole(others[-1])]
 
 
-@masked_rule("aten::index_select", "aten::index")
+@masked_rule("aten::index", "aten::_unsafe_index")
 def look_up(step: Step) -> Value:
     """Fetch by constant or computed positions: the same fetch is made of the mask."""
-    x = step["self"]
-    indices = step["index"] if "index" in step.arguments else step["indices"]
-    given = [index for index in (indices if isinstance(indices, list | tuple) else [indices]) if index is not None]
+    x, indices = step["self"], step["indices"]
+    given = [index for index in indices if index is not None]
+    fetched = from_mask(tensor_result(step.run(self=to_mask(x.tensor.shape, x.dead))))
+    if not any(index.masked for index in given):
+        return Value(tensor_result(step.run()), fetched)
     for index in given:
-        step.require_whole(index.dead, "the index")
-    moved = step.run(self=to_mask(x.tensor.shape, x.dead))
-    return Value(tensor_result(step.run()), from_mask(tensor_result(moved)))
+        if index.tensor.dtype is torch.bool:
+            step.require_whole(index.dead, "a mask that selects")
+    dead = list(fetched)
+    joint = broadcast(index.dead for index in given)
+    places = [d for d, index in enumerate(indices) if index is not None]
+    start = places[0] if places == list(range(places[0], places[-1] + 1)) else 0
+    for d, flags in enumerate(joint, start):
+        dead[d] = union(dead[d], flags)
+    return Value(tensor_result(step.run()), tuple(dead))
+
+
+@masked_rule("aten::index_select")
+def select_positions(step: Step) -> Value:
+    x, index = step["self"], step["index"]
+    dead, dim = list(x.dead), step.dim("dim", x.tensor.dim())
+    step.require_whole(dead[dim : dim + 1], "the dimension that is looked up in")
+    if dead:
+        dead[dim] = index.dead[0] if index.dead else None
+    return Value(tensor_result(step.run()), tuple(dead))
 
 
 @masked_rule("aten::gather", "aten::take_along_dim")
@@ -49,6 +74,7 @@ def gather(step: Step) -> Value:
     "aten::index_add",
     "aten::index_copy",
     "aten::index_fill",
+    "aten::index_reduce",
     "aten::scatter",
     "aten::scatter_add",
     "aten::scatter_reduce",

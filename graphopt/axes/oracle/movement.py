@@ -10,23 +10,46 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from graphopt.axes.oracle.step import Step, masked_rule, raw, tensor_result
-from graphopt.axes.oracle.value import CannotProveError, Value, Vector, from_mask, to_mask, union, vector
+from graphopt.axes.oracle.value import (
+    CannotProveError,
+    Dead,
+    Value,
+    Vector,
+    broadcast,
+    from_mask,
+    known_or_counted,
+    to_mask,
+    union,
+    vector,
+)
 
 
 @masked_rule(
     "aten::_reshape_alias",
     "aten::_unsafe_view",
+    "aten::adjoint",
+    "aten::atleast_1d",
+    "aten::atleast_2d",
+    "aten::atleast_3d",
     "aten::broadcast_to",
     "aten::channel_shuffle",
     "aten::chunk",
+    "aten::column_stack",
     "aten::diagonal",
     "aten::diag_embed",
+    "aten::dsplit",
+    "aten::dstack",
     "aten::expand",
     "aten::expand_as",
     "aten::flatten",
     "aten::flip",
     "aten::fliplr",
     "aten::flipud",
+    "aten::hsplit",
+    "aten::hstack",
+    "aten::mH",
+    "aten::mT",
+    "aten::matrix_H",
     "aten::movedim",
     "aten::moveaxis",
     "aten::narrow",
@@ -43,6 +66,7 @@ from graphopt.axes.oracle.value import CannotProveError, Value, Vector, from_mas
     "aten::reshape_as",
     "aten::roll",
     "aten::rot90",
+    "aten::row_stack",
     "aten::select",
     "aten::slice",
     "aten::split",
@@ -63,19 +87,59 @@ from graphopt.axes.oracle.value import CannotProveError, Value, Vector, from_mas
     "aten::unsqueeze",
     "aten::view",
     "aten::view_as",
+    "aten::vsplit",
+    "aten::vstack",
+    counts=True,
 )
 def move(step: Step) -> Any:
-    """Make the same move with the mask of the first operand."""
-    name, x = step.first_name(), step.first()
-    mask = to_mask(x.tensor.shape, x.dead)
-    moved = step.run(**{name: mask})
-    return _paired(step.run(), moved)
+    """Make the same move with the mask of every operand that moves."""
+    names = ["tensors"] if "tensors" in step.arguments else [step.first_name()]
+    values = [value for name in names for value in pytree.tree_leaves(step[name])]
+    moved = _moved(step, names[0], [value.dead for value in values])
+    results, structure = pytree.tree_flatten(step.run())
+    counted = _moved(step, names[0], [known_or_counted(value) for value in values])
+    found = []
+    for result, dead, flags in zip(results, moved, counted, strict=True):
+        new = {d: f for d, f in enumerate(flags) if f is not None and dead[d] is None}
+        found.append(Value(result, dead, new))
+    return pytree.tree_unflatten(found, structure)
 
 
-def _paired(result: Any, moved: Any) -> Any:
-    tensors, structure = pytree.tree_flatten(result)
-    values = [Value(t, from_mask(m)) for t, m in zip(tensors, pytree.tree_leaves(moved), strict=True)]
-    return pytree.tree_unflatten(values, structure)
+def _moved(step: Step, name: str, dead: Sequence[Dead]) -> list[Dead]:
+    given, structure = pytree.tree_flatten(step[name])
+    masks = [to_mask(value.tensor.shape, flags) for value, flags in zip(given, dead, strict=True)]
+    moved = step.run(**{name: pytree.tree_unflatten(masks, structure)})
+    return [from_mask(mask) for mask in pytree.tree_leaves(moved)]
+
+
+@masked_rule("aten::broadcast_tensors")
+def broadcast_tensors(step: Step) -> list[Value]:
+    dead = broadcast(value.dead for value in step["tensors"])
+    return [Value(result, dead) for result in step.run()]
+
+
+@masked_rule("aten::meshgrid")
+def meshgrid(step: Step) -> list[Value]:
+    """Every result has one dimension per operand; `xy` swaps the first two."""
+    dead = [value.dead[0] if value.dead else None for value in step["tensors"]]
+    if step.arguments.get("indexing") == "xy" and len(dead) > 1:
+        dead[0], dead[1] = dead[1], dead[0]
+    return [Value(result, tuple(dead)) for result in step.run()]
+
+
+@masked_rule("aten::block_diag")
+def block_diagonal(step: Step) -> Value:
+    """Rows beside rows, columns beside columns."""
+    shapes = [((1, 1, *v.tensor.shape)[-2:], (None, None, *v.dead)[-2:]) for v in step["tensors"]]
+    dead = (vector(torch.cat([_flags(flags[d], size[d]) for size, flags in shapes])) for d in (0, 1))
+    return Value(tensor_result(step.run()), tuple(dead))
+
+
+@masked_rule("aten::kron")
+def kronecker(step: Step) -> Value:
+    """A product survives where both factors do."""
+    alive = {n: (~to_mask(v.tensor.shape, v.dead)).byte() for n, v in step.arguments.items() if isinstance(v, Value)}
+    return Value(tensor_result(step.run()), from_mask(tensor_result(step.run(**alive)) == 0))
 
 
 @masked_rule("aten::cat", "aten::concat", "aten::concatenate")
@@ -112,7 +176,13 @@ def scatter_slice(step: Step) -> Value:
     if len(given) < rank:  # select drops the dimension
         given.insert(dim, None)
     dead = [union(a, b) if d != dim else a for d, (a, b) in enumerate(zip(x.dead, given, strict=True))]
-    step.require_whole([given[dim], x.dead[dim]], "the dimension that is written along")
+    if len(source.dead) < rank or given[dim] is None:
+        step.require_whole([given[dim], x.dead[dim]], "the dimension that is written along")
+    else:
+        written = _flags(None, x.tensor.size(dim))
+        length = x.tensor.size(dim)
+        written[slice(step["start"], step["end"], step["step"])] = given[dim]
+        dead[dim] = vector(_flags(x.dead[dim], length) | written)
     return Value(tensor_result(step.run()), tuple(dead))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from graphopt.axes.oracle.step import Step, masked_rule
-from graphopt.axes.oracle.value import Value, Vector, union, zeroed
+from graphopt.axes.oracle.value import Value, Vector, same_flags, union, zeroed
 
 
 @masked_rule("aten::lstm.input", "aten::gru.input", "aten::rnn_tanh.input", "aten::rnn_relu.input")
@@ -20,29 +20,43 @@ def recurrent(step: Step) -> Any:
         hx=clean if isinstance(step["hx"], list | tuple) else clean[0],
         params=[zeroed(value.tensor, value.dead) for value in parameters],
     )
-    hidden = _hidden(step, parameters, result[0].size(-1))
-    state: Vector = union(*(value.dead[-1] for value in states), hidden[1])
-    return [Value(result[0], (None, None, hidden[0])), *(Value(t, (None, None, state)) for t in result[1:])]
+    output, state = _survivors(step, parameters)
+    hidden = union(states[-1].dead[-1], state[1])
+    dead = [(None, None, union(states[0].dead[-1], state[0])), (None, None, hidden)]
+    return [Value(result[0], (None, None, output)), *(Value(t, d) for t, d in zip(result[1:], dead, strict=False))]
 
 
-def _hidden(step: Step, parameters: list[Value], width: int) -> tuple[Vector, Vector]:
-    """Return what is removed of the output's and of the state's last dimension, from the recurrent weights."""
-    per_layer = 4 if step["has_biases"] else 2
-    if len(parameters) != per_layer * int(step["num_layers"]) * (2 if step["bidirectional"] else 1):
-        step.require_whole([flags for value in parameters for flags in value.dead], "a projected layer")
+def _survivors(step: Step, parameters: list[Value]) -> tuple[Vector, tuple[Vector, Vector]]:
+    """Return what is removed of the output, and of the last dimension of the state and of the cell state.
+
+    The state is read off the recurrent weights, (gates x hidden, state), the cell state off the projection, (state,
+    hidden), where there is one.
+    """
     directions = 2 if step["bidirectional"] else 1
-    recurrent = [group[1].dead[1] for group in _grouped(parameters, per_layer)]
-    last = recurrent[-directions:]
-    if any(not _same(flags, last[0]) for flags in recurrent):
-        step.require_whole(recurrent, "layers of which different units are removed")
-    output = last[0].repeat(directions) if last[0] is not None else None
-    assert output is None or output.numel() == width
-    return output, last[0]
+    per_cell = len(parameters) // (int(step["num_layers"]) * directions)
+    cells = [parameters[start : start + per_cell] for start in range(0, len(parameters), per_cell)]
+    state = _common(step, [weights[1].dead[1] for weights in cells])
+    hidden = _common(step, [weights[-1].dead[1] for weights in cells]) if per_cell % 2 else state
+    output = state.repeat(directions) if state is not None else None
+    return output, (state, hidden)
 
 
-def _same(a: Vector, b: Vector) -> bool:
-    return a is b if a is None or b is None else a.equal(b)
+def _common(step: Step, every: list[Vector]) -> Vector:
+    if any(not same_flags(flags, every[0]) for flags in every):
+        step.require_whole(every, "layers of which different units are removed")
+    return every[0]
 
 
-def _grouped(parameters: list[Value], size: int) -> list[list[Value]]:
-    return [parameters[start : start + size] for start in range(0, len(parameters), size)]
+@masked_rule("aten::gru_cell", "aten::rnn_tanh_cell", "aten::rnn_relu_cell", "aten::lstm_cell")
+def cell(step: Step) -> Any:
+    """One step: as for a layer, a unit whose rows and columns are zero stays at zero."""
+    clean = {n: zeroed(v.tensor, v.dead) for n, v in step.arguments.items() if isinstance(v, Value)}
+    several = isinstance(step["hx"], list | tuple)
+    states: list[Value] = list(step["hx"]) if several else [step["hx"]]
+    if several:
+        clean["hx"] = [zeroed(v.tensor, v.dead) for v in states]  # type: ignore[assignment]
+    result = step.run(**clean)
+    units = union(step["w_hh"].dead[1], *(v.dead[-1] for v in states))
+    batch = union(step["input"].dead[0], *(v.dead[0] for v in states)) if states[0].tensor.dim() > 1 else None
+    dead = (batch, units)[-states[0].tensor.dim() :]
+    return [Value(t, dead) for t in result] if several else Value(result, dead)

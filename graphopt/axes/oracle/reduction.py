@@ -10,7 +10,19 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from graphopt.axes.oracle.step import Step, masked_rule, tensor_result
-from graphopt.axes.oracle.value import Dead, Value, Vector, compact, from_mask, spread, to_mask, union
+from graphopt.axes.oracle.value import (
+    Dead,
+    Value,
+    Vector,
+    broadcast,
+    compact,
+    from_mask,
+    known_or_counted,
+    spread,
+    to_mask,
+    union,
+    zeroed,
+)
 
 
 def _along(dead: Sequence[Vector], dims: Sequence[int]) -> Dead:
@@ -40,20 +52,45 @@ def _along(dead: Sequence[Vector], dims: Sequence[int]) -> Dead:
     "aten::var",
     "aten::var_mean",
     "aten::max",
+    "aten::median",
     "aten::min",
+    "aten::nanmedian",
+    "aten::special_logsumexp",
+    counts=True,
 )
 def reduce(step: Step) -> Any:
     """Reduce what survives along the reduced dimensions; the others stay as they are."""
     x = step.first()
     rank = x.tensor.dim()
     dims = step.dims("dim", rank)
-    result = step.run(**{step.first_name(): compact(x.tensor, _along(x.dead, dims))})
+    result = step.run(**{step.first_name(): compact(x.tensor, _along(known_or_counted(x), dims))})
     keep = bool(step.arguments.get("keepdim", False))
-    dead = tuple(None if d in dims else flags for d, flags in enumerate(x.dead) if keep or d not in dims)
-    return pytree.tree_map_only(Tensor, lambda t: Value(t, dead), result)
+    left = [d for d in range(rank) if keep or d not in dims]
+    dead = tuple(None if d in dims else x.dead[d] for d in left)
+    counted = {place: x.counted[d] for place, d in enumerate(left) if d in x.counted and d not in dims}
+    return pytree.tree_map_only(Tensor, lambda t: Value(t, dead, counted), result)
 
 
-@masked_rule("aten::max.dim", "aten::min.dim", "aten::argmax", "aten::argmin", "aten::median.dim", "aten::mode")
+@masked_rule("aten::sum_to_size")
+def sum_to_size(step: Step) -> Value:
+    """Sum dimensions in front and those that shall have size 1."""
+    x, wanted = step.first(), list(step["size"])
+    front = x.tensor.dim() - len(wanted)
+    dims = [d for d in range(x.tensor.dim()) if d < front or wanted[d - front] == 1]
+    shorter = zeroed(x.tensor, _along(x.dead, dims))
+    dead = tuple(None if d in dims else flags for d, flags in enumerate(x.dead))[front:]
+    return Value(tensor_result(step.run(self=shorter)), dead)
+
+
+@masked_rule(
+    "aten::max.dim",
+    "aten::min.dim",
+    "aten::argmax",
+    "aten::argmin",
+    "aten::median.dim",
+    "aten::nanmedian.dim",
+    "aten::mode",
+)
 def reduce_to_position(step: Step) -> Any:
     """Return positions too: they would not be the same after a removal along the dimension."""
     x = step.first()
@@ -72,6 +109,7 @@ def larger(step: Step) -> Value:
 
 @masked_rule(
     "aten::_log_softmax",
+    "aten::_safe_softmax",
     "aten::_softmax",
     "aten::cumprod",
     "aten::cumsum",
@@ -79,13 +117,28 @@ def larger(step: Step) -> Value:
     "aten::logcumsumexp",
     "aten::softmax",
     "aten::softmin",
+    "aten::special_log_softmax",
+    "aten::special_softmax",
+    counts=True,
 )
 def keep_shape(step: Step) -> Value:
     """Run along what survives of the dimension and put the results back at their places."""
     x = step.first()
-    dead = _along(x.dead, step.dims("dim", x.tensor.dim()))
-    result = step.run(**{step.first_name(): compact(x.tensor, dead)})
-    return Value(spread(tensor_result(result), dead), x.dead)
+    dead = _along(known_or_counted(x), step.dims("dim", x.tensor.dim()))
+    result = tensor_result(step.run(**{step.first_name(): compact(x.tensor, dead)}))
+    # Equal elements have equal results (but for a cumulative sum, which then no longer has equal elements).
+    again = {d: flags for d, flags in x.counted.items() if d not in step.dims("dim", x.tensor.dim())}
+    if "cum" in step.target._schema.name:
+        return Value(spread(result, dead), x.dead, again)
+    return Value(_refilled(result, x.tensor.shape, dead, x), x.dead, x.counted)
+
+
+def _refilled(result: Tensor, shape: Sequence[int], dead: Dead, x: Value) -> Tensor:
+    """Put results back at their places; where positions are only counted, one of the equal results at every place."""
+    for d, flags in enumerate(dead):
+        if flags is not None and x.dead[d] is None:
+            result = result.narrow(d, 0, 1).expand([shape[d] if e == d else n for e, n in enumerate(result.shape)])
+    return spread(result, _along(x.dead, [d for d, flags in enumerate(dead) if flags is not None]))
 
 
 @masked_rule("aten::sort", "aten::argsort", "aten::topk", "aten::kthvalue", "aten::cummax", "aten::cummin")
@@ -129,13 +182,13 @@ def group_norm(step: Step) -> Value:
     x, weight, bias = step["input"], step.get("weight"), step.get("bias")
     groups = int(step["num_groups"])
     shape = x.tensor.shape
-    step.require_whole(x.dead[2:], "space")
     channels = union(*(v.dead[d] for v, d in ((x, 1), (weight, 0), (bias, 0)) if v is not None))
     split = (shape[0], groups, shape[1] // groups, *shape[2:])
     parts: Dead = (None,) * len(split)
     if channels is not None:
         of_group, inside = from_mask(channels.view(split[1:3]))
         parts = (None, of_group, inside, *parts[3:])
+    parts = (*parts[:3], *x.dead[2:])
     left = compact(x.tensor.reshape(split), parts)
     normal = functional.group_norm(left.flatten(1, 2), left.size(1), eps=float(step["eps"])).view(left.shape)
     result = spread(normal, parts).reshape(shape)
@@ -170,21 +223,11 @@ def per_channel_norm(step: Step) -> Any:
 @masked_rule("aten::cosine_similarity", "aten::pairwise_distance")
 def compare_vectors(step: Step) -> Value:
     a, b = step.values()
-    joined = tuple(union(*pair) for pair in zip(a.dead, b.dead, strict=True))
-    dim = step.dim("dim", a.tensor.dim()) if "dim" in step.arguments else a.tensor.dim() - 1
+    joined = broadcast([a.dead, b.dead])
+    dim = step.dim("dim", len(joined)) if "dim" in step.arguments else len(joined) - 1
     names = [name for name, value in step.arguments.items() if isinstance(value, Value)]
-    tensors = [compact(value.tensor, _along(joined, [dim])) for value in (a, b)]
-    result = step.run(**dict(zip(names, tensors, strict=True)))
-    return Value(tensor_result(result), (*joined[:dim], *joined[dim + 1 :]))
-
-
-@masked_rule(
-    "aten::fft_fft", "aten::fft_ifft", "aten::fft_rfft", "aten::fft_irfft", "aten::fft_hfft", "aten::fft_ihfft",
-    "aten::fft_fft2", "aten::fft_ifft2", "aten::fft_rfft2", "aten::fft_irfft2", "aten::fft_fftn", "aten::fft_ifftn",
-    "aten::fft_rfftn", "aten::fft_irfftn",
-)  # fmt: skip
-def transform(step: Step) -> Value:
-    x = step.first()
-    dims = step.dims("dim", x.tensor.dim())
-    step.require_whole(_along(x.dead, dims), "a dimension that is transformed")
-    return Value(tensor_result(step.run()), x.dead)
+    along = _along(joined, [dim])
+    tensors = [compact(value.tensor, along[len(along) - value.tensor.dim() :]) for value in (a, b)]
+    result = tensor_result(step.run(**dict(zip(names, tensors, strict=True))))
+    kept: Dead = (None,) if result.dim() == len(joined) else ()
+    return Value(result, (*joined[:dim], *kept, *joined[dim + 1 :]))

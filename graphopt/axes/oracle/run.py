@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from graphopt.axes.oracle.step import Step, find_rule, raw
+from graphopt.axes.oracle.step import Step, counts, find_rule, raw
 from graphopt.axes.oracle.value import CannotProveError, Dead, Value, broadcast, union, vector, whole
 from graphopt.provenance import user_line
 
@@ -29,7 +29,7 @@ _DOUBLE = {
 # Checks of dtypes and sizes that tracing left behind; they compute nothing.
 _CHECKS = frozenset({"aten::_assert_tensor_metadata"})
 
-for _module in ("elementwise", "contraction", "movement", "reduction", "spatial", "indexing", "recurrent"):
+for _module in ("elementwise", "contraction", "movement", "mixing", "reduction", "spatial", "indexing", "recurrent"):
     importlib.import_module(f"graphopt.axes.oracle.{_module}")
 
 
@@ -111,7 +111,8 @@ class MaskedRun(PlainRun):
         if node.target is operator.getitem:
             return args[0][args[1]]
         operands = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Value)]
-        if any(value.masked for value in operands):
+        counted = any(value.counted for value in operands) and counts(find_rule(node.target))
+        if counted or any(value.masked for value in operands):
             result = self._masked_call(node, args, kwargs)
         else:
             result = super()._call(node, raw(args), raw(kwargs))

@@ -5,45 +5,53 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from graphopt.axes.oracle.value import CannotProveError, Value, Vector
+from graphopt.axes.registry import is_pointwise, twins
 
 Rule: TypeAlias = "Callable[[Step], Any]"
 
 _RULES: dict[str, Rule] = {}
+_COUNTING: dict[Rule, None] = {}
 
 
-def masked_rule(*names: str) -> Callable[[Rule], Rule]:
+def masked_rule(*names: str, counts: bool = False) -> Callable[[Rule], Rule]:
     """Register the decorated function as what masking means for the named operators.
 
     A name is a schema name, `aten::linear`, or that of one overload, `aten::max.dim`. The in-place twin of an
     elementwise operator shares its rule. The function runs the call with `step.run`, removed positions taken
     out of every sum and every other reduction, and returns a `Value` (or a list of them, as the operator does)
-    that says which positions of the result are removed. It is asked only where an operand has removed positions.
+    that says which positions of the result are removed. It is asked only where an operand has removed positions; with
+    `counts` also where it is only known how many they are (`Value.counted`).
     """
 
     def register(function: Rule) -> Rule:
         for name in names:
             _RULES[name] = function
+        if counts:
+            _COUNTING[function] = None
         return function
 
     return register
 
 
 def find_rule(target: Any) -> Rule | None:
-    """Return the rule of an operator: its overload's, its own, its functional twin's, or the pointwise one."""
+    """Return the rule of an operator: its overload's, its own, its twin's, or the pointwise one."""
     if not isinstance(target, OpOverload):
         return None
-    name = target._schema.name
-    for candidate in (name, name.removesuffix("_")):
+    for candidate in twins(target):
         found = _RULES.get(f"{candidate}.{target._overloadname}") or _RULES.get(candidate)
         if found is not None:
             return found
-    return _RULES["pointwise"] if torch.Tag.pointwise in target.tags else None
+    return _RULES["pointwise"] if is_pointwise(target) else None
+
+
+def counts(rule: Rule | None) -> bool:
+    """Tell whether a rule makes use of numbers of removed positions."""
+    return rule in _COUNTING
 
 
 class Step:

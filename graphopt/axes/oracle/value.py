@@ -6,7 +6,7 @@ kept as one boolean vector per dimension (True: removed), or None where nothing 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -25,10 +25,16 @@ class CannotProveError(VerifyError):
 
 @dataclass(eq=False)
 class Value:
-    """A tensor and, for each of its dimensions, which positions are removed."""
+    """A tensor and, for each of its dimensions, which positions are removed.
+
+    Along a dimension in `counted` all elements are equal, as in zeros made anew, and only the number of removed
+    positions is known. The flags there are one choice of them; they count where positions do not matter (a sum, a
+    softmax) and give way to what another operand knows.
+    """
 
     tensor: Tensor
     dead: Dead
+    counted: Mapping[int, Tensor] = field(default_factory=dict)
     owner: Value = field(init=False)  # the value whose memory a view shows; itself if it is no view
 
     def __post_init__(self) -> None:
@@ -50,6 +56,11 @@ def vector(flags: Tensor) -> Vector:
     return flags if bool(flags.any()) else None
 
 
+def same_flags(a: Vector, b: Vector) -> bool:
+    """Tell whether two vectors flag the same positions."""
+    return a is b if a is None or b is None else a.equal(b)
+
+
 def union(*vectors: Vector) -> Vector:
     """Return the positions removed in any of the vectors; a vector of length 1 is broadcast."""
     result: Vector = None
@@ -65,6 +76,23 @@ def broadcast(operands: Iterable[Dead]) -> Dead:
     rank = max((len(dead) for dead in rows), default=0)
     padded = [(None,) * (rank - len(dead)) + tuple(dead) for dead in rows]
     return tuple(union(*column) for column in zip(*padded, strict=True))
+
+
+def known_or_counted(value: Value) -> Dead:
+    """Return which positions are removed, one choice of them where only their number is known."""
+    return tuple(flags if flags is not None else value.counted.get(d) for d, flags in enumerate(value.dead))
+
+
+def joined(values: Sequence[Value]) -> tuple[Dead, dict[int, Tensor]]:
+    """Join operands aligned at the last dimension: what is removed, and the dimensions where that is only counted."""
+    dead = broadcast(value.dead for value in values)
+    counted: dict[int, Tensor] = {}
+    for value in values:
+        for d, flags in value.counted.items():
+            place = d + len(dead) - len(value.dead)
+            if dead[place] is None:
+                counted.setdefault(place, flags)
+    return dead, counted
 
 
 def survivors(flags: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ def attention(call: Call) -> Dims:
     query, key, value = call.dims("query"), call.dims("key"), call.dims("value")
     call.unify(query[-1], key[-1])
     call.note("head_dim", query[-1])
+    call.sums(query[-1])
     call.unify(key[-2], value[-2])
     batch = _batch(call, query, key, value)
     if call.has("attn_mask"):

@@ -43,6 +43,8 @@ def _assign_roles(call: Call, operands: Sequence[Operand], result: Sequence[str]
         _mark_attention(call, activations, result, by_label)
     for label in by_label:
         holders = [op for op in operands if label in op.labels]
+        if label not in result and len(holders) > 1 and all(op in activations for op in holders):
+            call.sums(by_label[label])
         for place, operand in enumerate(holders):
             if not call.is_weight(operand.node):
                 continue
@@ -203,6 +205,7 @@ def cdist(call: Call) -> Dims:
     """Compare every row of one with every row of the other."""
     a, b = call.dims("x1"), call.dims("x2")
     call.unify(a[-1], b[-1])
+    call.sums(a[-1])
     return (*call.broadcast([a[:-2], b[:-2]]), a[-2], b[-2])
 
 

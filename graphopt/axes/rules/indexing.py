@@ -25,13 +25,27 @@ def embedding(call: Call) -> Dims:
 
 @rule("aten::embedding_bag", "aten::_embedding_bag")
 def embedding_bag(call: Call) -> list[Dims | None]:
+    """Sum rows of a table into bags; which rows, and with what weights, are data."""
     rows, columns = call.dims("weight")
     call.freeze(rows, "rows of a table")
+    for name in ("indices", "offsets", "per_sample_weights"):
+        if call.has(name):
+            call.freeze(call.dims(name), "bags")
     call.produces(call.arg("weight"), 1)
     bags, _ = call.shape(0)
     first: Dims = (call.axis(bags, call.because("bags")), columns)
-    others = [call.axes(call.shape(index), call.because("bags")) for index in (1, 2, 3)]
-    return [first, *others]
+    # The largest row of a bag has a number for each column; the other two say where bags begin and how long they are.
+    others = [call.axes(call.shape(index), call.because("bags")) for index in (1, 2)]
+    largest = call.shape(3)
+    return [first, *others, first if len(largest) == len(first) else call.axes(largest, call.because("bags"))]
+
+
+@rule("aten::embedding_renorm")
+def shorten_rows(call: Call) -> Dims:
+    """Rows of a table that are too long are written over."""
+    dims = call.dims("self")
+    call.freeze((*dims, *call.dims("indices")), "rows are shortened in place")
+    return dims
 
 
 @rule("aten::index", "aten::_unsafe_index")
@@ -51,6 +65,9 @@ def index(call: Call) -> Dims:
 @rule("aten::index_put", "aten::_unsafe_index_put", "aten::_index_put_impl")
 def index_put(call: Call) -> Dims:
     dims, values = call.dims("self"), call.dims("values")
+    for index_node in call.arg("indices"):
+        if isinstance(index_node, fx.Node):
+            call.freeze(call.dims_of(index_node), _REASON)
     result = _addressed(call, dims, call.arg("indices"), None)
     if result is None:
         call.freeze((*dims, *values), _REASON)
@@ -190,7 +207,46 @@ def diagonal(call: Call) -> Dims:
     return call.axes(call.shape(), call.because("a diagonal is taken"))
 
 
-@rule("aten::nonzero", "aten::nonzero_static", "aten::masked_select", "aten::bincount")
+@rule(
+    "aten::masked_scatter",
+    "aten::take",
+    "aten::put",
+    "aten::diagonal_scatter",
+    "aten::_unsafe_masked_index_put_accumulate",
+)
+def written_in_order(call: Call) -> Dims:
+    """Elements are taken or written one after the other, whatever the shape."""
+    for dims in call.tensors():
+        call.freeze(dims, "elements are counted in order")
+    return call.axes(call.shape(), call.because("elements are counted in order"))
+
+
+@rule("aten::isin", "aten::bucketize")
+def among(call: Call) -> Dims:
+    """Every element is looked up in a list by itself."""
+    first, *lists = call.tensors()
+    for dims in lists:
+        call.freeze(dims, _REASON)
+    return first
+
+
+@rule("aten::searchsorted")
+def searched(call: Call) -> Dims:
+    for dims in call.tensors():
+        call.freeze(dims, _REASON)
+    return call.axes(call.shape(), call.because(_REASON))
+
+
+@rule(
+    "aten::_unsafe_masked_index",
+    "aten::argwhere",
+    "aten::as_strided",
+    "aten::as_strided_scatter",
+    "aten::bincount",
+    "aten::masked_select",
+    "aten::nonzero",
+    "aten::nonzero_static",
+)
 def positions_of(call: Call) -> Dims:
     for dims in call.tensors():
         call.freeze(dims, "positions are returned")

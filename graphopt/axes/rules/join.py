@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
+from torch import fx
 
 from graphopt.axes.call import Call
 from graphopt.axes.edit import Edit
-from graphopt.axes.layout import Layout, Size, concat, product, size
+from graphopt.axes.layout import ONE, Layout, Size, concat, product, size
 from graphopt.axes.registry import Dims, rule
 from graphopt.axes.solver import equal
+
+_SELECTS = 8  # of one tensor, beyond which its dimension is kept whole
 
 
 @rule("aten::cat", "aten::concat", "aten::concatenate")
@@ -20,19 +23,22 @@ def cat(call: Call) -> Dims:
     shapes = [dims for dims in call.many("tensors") if len(dims) > 1 or [size(d) for d in dims] != [0]]
     if not shapes:
         return call.axes(call.shape())
-    rank = len(shapes[0])
-    along = call.position("dim", rank)
+    return joined(call, shapes, call.position("dim", len(shapes[0])))
+
+
+def joined(call: Call, shapes: Sequence[Dims], along: int) -> Dims:
+    """Put tensors of one rank side by side along a dimension; the others are the same positions."""
     result = list(shapes[0])
     for other in shapes[1:]:
-        for d in range(rank):
+        for d in range(len(result)):
             if d != along:
                 call.unify(result[d], other[d])
     segments = [dims[along] for dims in shapes if size(dims[along]) != 0]
-    result[along] = _joined(call, segments, call.shape()[along])
+    result[along] = _side_by_side(call, segments, call.shape()[along])
     return tuple(result)
 
 
-def _joined(call: Call, segments: list[Layout], length: Size) -> Layout:
+def _side_by_side(call: Call, segments: list[Layout], length: Size) -> Layout:
     if not segments:
         return call.axis(length)
     if len(segments) == 1:
@@ -75,7 +81,11 @@ def rewrite_pieces(edit: Edit) -> None:
 )
 def pieces(call: Call) -> list[Dims | None]:
     dims = call.dims("self")
-    along = call.position("dim", len(dims))
+    return taken_apart(call, dims, call.position("dim", len(dims)))
+
+
+def taken_apart(call: Call, dims: Dims, along: int) -> list[Dims | None]:
+    """Cut a dimension at the sizes of the results."""
     lengths = [call.shape(index)[along] for index in range(len(call.node.meta["val"]))]
     whole = dims[along]
     if len(lengths) == 1:
@@ -98,12 +108,37 @@ def unbind(call: Call) -> list[Dims | None]:
     return [rest for _ in call.node.meta["val"]]
 
 
-@rule("aten::select")
+def rewrite_select(edit: Edit) -> None:
+    """Bring the index up to date: what came before has shrunk."""
+    if edit.has_note("before"):
+        edit.set("index", edit.new_size(edit.note("before")))
+
+
+@rule("aten::select", rewrite=rewrite_select)
 def select(call: Call) -> Dims:
+    """Take out one position: it stays, what is before and after it is free."""
     dims = call.dims("self")
     along = call.position("dim", len(dims))
-    call.freeze(dims[along], "a single position is taken out")
-    return (*dims[:along], *dims[along + 1 :])
+    whole, index = dims[along], call.arg("index")
+    rest = (*dims[:along], *dims[along + 1 :])
+    length = size(whole)
+    if whole == ONE or not isinstance(length, int) or not isinstance(index, int) or _taken_often(call):
+        call.freeze(whole, "a single position is taken out")
+        return rest
+    index += length if index < 0 else 0
+    before, after = call.axes((index, length - index - 1))
+    call.unify_terms(whole, concat([part for part in (before, ONE, after) if size(part) != 0]))
+    call.note("before", before)
+    return rest
+
+
+def _taken_often(call: Call) -> bool:
+    """Tell whether a tensor is taken apart position by position, as a loop over time does.
+
+    Nothing would be left to go, and cutting it n times takes n * n steps.
+    """
+    source = call.node.args[0]
+    return isinstance(source, fx.Node) and sum(user.target == call.node.target for user in source.users) > _SELECTS
 
 
 def rewrite_slice(edit: Edit) -> None:
@@ -177,6 +212,36 @@ def _frozen_slice(call: Call, dims: Dims, along: int) -> Dims:
     call.freeze(dims[along], "sliced")
     part = call.axis(call.shape()[along], call.because("sliced"))
     return (*dims[:along], part, *dims[along + 1 :])
+
+
+@rule("aten::slice_scatter", rewrite=rewrite_slice)
+def slice_scatter(call: Call) -> Dims:
+    """Write over a segment: it has the positions of what is written."""
+    dims, source = call.dims("self"), call.dims("src")
+    along = call.position("dim", len(dims))
+    for d in range(len(dims)):
+        if d != along:
+            call.unify(dims[d], source[d])
+    whole, taken = size(dims[along]), size(source[along])
+    start, step = call.arg("start") or 0, call.arg("step")
+    if not isinstance(whole, int) or not isinstance(taken, int) or not isinstance(start, int) or step != 1 or not taken:
+        call.freeze((dims[along], source[along]), "written over in part")
+        return dims
+    start = min(max(start + whole if start < 0 else start, 0), whole)
+    before, after = call.axes((start, whole - start - taken))
+    call.unify_terms(dims[along], concat([part for part in (before, source[along], after) if size(part) != 0]))
+    call.note("before", before)
+    call.note("taken", source[along])
+    return dims
+
+
+@rule("aten::select_scatter")
+def select_scatter(call: Call) -> Dims:
+    dims, source = call.dims("self"), call.dims("src")
+    along = call.position("dim", len(dims))
+    call.freeze(dims[along], "a single position is written")
+    call.unify_dims((*dims[:along], *dims[along + 1 :]), source)
+    return dims
 
 
 @rule("aten::glu")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from graphopt.axes.call import Call
 from graphopt.axes.edit import Edit
-from graphopt.axes.layout import product
+from graphopt.axes.layout import ONE, product
 from graphopt.axes.registry import Dims, rule
 
 
@@ -58,7 +58,9 @@ def _trailing(call: Call) -> Dims:
 @rule("aten::native_layer_norm", rewrite=rewrite_shape, resizes=True)
 def native_layer_norm(call: Call) -> list[Dims | None]:
     dims = _trailing(call)
-    return [dims, *(call.axes(call.shape(index), call.because("saved statistics")) for index in (1, 2))]
+    cut = len(dims) - len(call.arg("normalized_shape"))
+    statistics = tuple(ONE if d >= cut else layout for d, layout in enumerate(dims))
+    return [dims, statistics, statistics]
 
 
 def rewrite_groups(edit: Edit) -> None:
@@ -96,4 +98,6 @@ def weight_norm_interface(call: Call) -> list[Dims | None]:
 def compare(call: Call) -> Dims:
     dims = call.broadcast(call.tensors())
     along = call.position("dim", len(dims)) if "dim" in call.names() else len(dims) - 1
-    return (*dims[:along], *dims[along + 1 :]) if len(call.shape()) < len(dims) else dims
+    call.sums(dims[along])
+    keep = "keepdim" in call.names() and call.arg("keepdim")
+    return (*dims[:along], *((ONE,) if keep else ()), *dims[along + 1 :])

@@ -13,6 +13,7 @@ from graphopt.axes.registry import Dims, rule
     "aten::amin",
     "aten::any",
     "aten::count_nonzero",
+    "aten::frobenius_norm",
     "aten::linalg_norm",
     "aten::linalg_vector_norm",
     "aten::logsumexp",
@@ -20,9 +21,12 @@ from graphopt.axes.registry import Dims, rule
     "aten::mean",
     "aten::min",
     "aten::nanmean",
+    "aten::nanmedian",
+    "aten::median",
     "aten::nansum",
     "aten::norm",
     "aten::prod",
+    "aten::special_logsumexp",
     "aten::std",
     "aten::sum",
     "aten::var",
@@ -50,7 +54,16 @@ def two_statistics(call: Call) -> list[Dims | None]:
     return [result, result]
 
 
-@rule("aten::max.dim", "aten::min.dim", "aten::median.dim", "aten::mode", "aten::kthvalue", "aten::cummax")
+@rule(
+    "aten::cummax",
+    "aten::cummin",
+    "aten::kthvalue",
+    "aten::max.dim",
+    "aten::median.dim",
+    "aten::min.dim",
+    "aten::mode",
+    "aten::nanmedian.dim",
+)
 def extreme_and_where(call: Call) -> list[Dims | None]:
     """The second result holds positions, which mean something only while the dimension is whole."""
     dims = call.dims("self")
@@ -70,15 +83,23 @@ def position_of_extreme(call: Call) -> Dims:
     return _reduced(call, dims)
 
 
-@rule("aten::_safe_softmax", "aten::_softmax", "aten::_log_softmax", "aten::log_softmax", "aten::softmax")
-def softmax(call: Call) -> Dims:
+@rule(
+    "aten::_log_softmax",
+    "aten::_safe_softmax",
+    "aten::_softmax",
+    "aten::cumprod",
+    "aten::cumsum",
+    "aten::log_softmax",
+    "aten::logcumsumexp",
+    "aten::softmax",
+    "aten::special_log_softmax",
+    "aten::special_softmax",
+)
+def over_survivors(call: Call) -> Dims:
     return call.dims("self")
 
 
 @rule(
-    "aten::cumprod",
-    "aten::cumsum",
-    "aten::logcumsumexp",
     "aten::flip",
     "aten::roll",
     "aten::argsort",
@@ -113,10 +134,3 @@ def topk(call: Call) -> list[Dims | None]:
     call.freeze(dims[along], "the largest positions are taken out")
     dims[along] = call.axis(call.shape(0)[along], call.because("the largest positions"))
     return [tuple(dims), tuple(dims)]
-
-
-@rule("aten::diff", "aten::histc")
-def between_neighbours(call: Call) -> Dims:
-    dims = call.dims("self")
-    call.freeze(dims, "the order of positions matters")
-    return call.axes(call.shape(), call.because("the order of positions matters"))

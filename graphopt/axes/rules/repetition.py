@@ -33,6 +33,15 @@ def expand_as(call: Call) -> Dims:
     return call.broadcast([call.dims("self"), call.dims("other")])
 
 
+@rule("aten::sum_to_size", rewrite=rewrite_sizes, resizes=True)
+def sum_to_size(call: Call) -> Dims:
+    """Undo an expansion: dimensions that shall have size 1, and those in front, are summed."""
+    dims = call.dims("self")
+    wanted = call.shape()
+    kept = dims[len(dims) - len(wanted) :]
+    return tuple(ONE if length == 1 else layout for layout, length in zip(kept, wanted, strict=True))
+
+
 def rewrite_repeats(edit: Edit) -> None:
     """Bring the repeats up to date."""
     name = "repeats" if "repeats" in edit.names() else "dims"

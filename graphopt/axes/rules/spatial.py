@@ -79,6 +79,14 @@ def pool_and_where(call: Call) -> list[Dims | None]:
     return [result, result]
 
 
+@rule("aten::max_unpool2d", "aten::max_unpool3d")
+def unpool(call: Call) -> Dims:
+    """Put values back where pooling found them."""
+    dims, places = call.dims("self"), call.dims("indices")
+    call.unify_dims(dims, places)
+    return _resampled(call, dims, _rank(call), call.shape())
+
+
 @rule("aten::grid_sampler", "aten::grid_sampler_2d", "aten::grid_sampler_3d")
 def grid_sample(call: Call) -> Dims:
     dims, grid = call.dims("input"), call.dims("grid")

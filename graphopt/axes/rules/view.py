@@ -34,9 +34,13 @@ def rewrite_unflatten(edit: Edit) -> None:
     rewrite=rewrite_sizes,
     resizes=True,
 )
-@rule("aten::flatten", "aten::ravel", "aten::reshape_as", "aten::view_as")
+@rule("aten::flatten", "aten::ravel")
 @rule("aten::unflatten", rewrite=rewrite_unflatten, resizes=True)
 def reshape(call: Call) -> Dims:
+    return _reshaped(call)
+
+
+def _reshaped(call: Call) -> Dims:
     old, wanted = list(call.dims("self")), list(call.shape())
     if 0 in wanted:
         call.freeze(old, "empty tensor")
@@ -46,6 +50,14 @@ def reshape(call: Call) -> Dims:
     middle = call.axes(wanted[head : len(wanted) - tail])
     call.unify_terms(product(old[head : len(old) - tail]), product(middle))
     return (*front, *middle, *back)
+
+
+@rule("aten::reshape_as", "aten::view_as")
+def reshape_as(call: Call) -> Dims:
+    """The result has the sizes of another tensor, so it must lose what that one loses."""
+    result = _reshaped(call)
+    call.unify_dims(result, call.dims("other"))
+    return result
 
 
 def _common_ends(old: list[Layout], wanted: list[Size]) -> tuple[int, int]:

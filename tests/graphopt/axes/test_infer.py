@@ -96,8 +96,15 @@ def test_query_heads_are_key_heads_times_repeats() -> None:
 
 def test_heads_merged_into_the_batch_stay_removable() -> None:
     axes = axes_of(models.SplitAttention)
-    assert summary(axes) == {"q:heads": 3, "v:head_dim": 4}
+    assert summary(axes) == {"q:heads": 3, "q:head_dim": 4, "v:head_dim": 4}
     assert {m.parameter for m in group(axes, "q:heads").producers} == {"q.weight", "k.weight", "v.weight"}
+
+
+def test_the_head_dimension_of_query_and_key_needs_no_weight_that_consumes_it() -> None:
+    found = group(axes_of(models.SplitAttention), "q:head_dim")
+    assert places(found.producers) == ["q.weight[0]", "k.weight[0]"]
+    assert found.consumers == ()
+    assert found.kind == "head_dim"
 
 
 def test_tied_names_are_one_tensor() -> None:
@@ -131,7 +138,7 @@ VECTOR = torch.randn(2, 5, dtype=torch.float64)
 @pytest.mark.parametrize(
     ("between", "reason"),
     [
-        (lambda x: x.cumsum(-1), "the order of positions matters at aten::cumsum (`cumsum`)"),
+        (lambda x: x.cummax(-1)[0], "positions are returned at aten::cummax (`cummax`)"),
         (lambda x: x.flip(-1), "the order of positions matters at aten::flip (`flip`)"),
         (lambda x: x.roll(1, -1), "the order of positions matters at aten::roll (`roll`)"),
         (lambda x: x.sort(-1)[0], "the order of positions matters at aten::sort (`sort`)"),

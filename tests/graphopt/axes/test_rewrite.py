@@ -100,11 +100,14 @@ def test_pruned_equals_the_original_with_consumers_zeroed(kind: type[nn.Module])
 
 
 def consumers_zeroed(gm: fx.GraphModule, groups: list[Group], kept: Mapping[int, list[int]]) -> fx.GraphModule:
-    """Zero the slices of removed indices in every weight that sums over them: masking without the oracle."""
+    """Zero the slices of removed indices in every weight that sums over them: masking without the oracle.
+
+    Where no weight does (query times key), zero them in what makes the factors.
+    """
     result = copy_graph_module(gm)
     zeroed: dict[str, Tensor] = {}
     for group in groups:
-        for member in group.consumers:
+        for member in group.consumers or group.members:
             tensor = zeroed.setdefault(member.parameter, tensor_attribute(gm, member.parameter).detach().clone())
             alive = set(surviving(member.layout, {group.axis: kept[group.axis]}))
             gone = [i for i in range(tensor.shape[member.dim]) if i not in alive]

@@ -1,0 +1,58 @@
+"""Losses: elementwise on operands of one shape, then reduced or not; those over classes or vectors keep them whole."""
+
+from __future__ import annotations
+
+from graphopt.axes.call import Call
+from graphopt.axes.registry import Dims, rule
+
+
+@rule(
+    "aten::binary_cross_entropy",
+    "aten::binary_cross_entropy_with_logits",
+    "aten::hinge_embedding_loss",
+    "aten::huber_loss",
+    "aten::kl_div",
+    "aten::l1_loss",
+    "aten::margin_ranking_loss",
+    "aten::mse_loss",
+    "aten::poisson_nll_loss",
+    "aten::smooth_l1_loss",
+    "aten::soft_margin_loss",
+)
+def pointwise_loss(call: Call) -> Dims:
+    dims = call.broadcast(call.tensors())
+    return dims if call.shape() else ()
+
+
+@rule(
+    "aten::cross_entropy_loss",
+    "aten::nll_loss",
+    "aten::nll_loss2d",
+    "aten::nll_loss_nd",
+    "aten::multi_margin_loss",
+    "aten::multilabel_margin_loss",
+)
+def class_loss(call: Call) -> Dims:
+    """The target numbers the classes."""
+    for dims in call.tensors():
+        call.freeze(dims, "classes are numbered")
+    return call.axes(call.shape(), call.because("classes are numbered"))
+
+
+@rule("aten::cosine_embedding_loss", "aten::triplet_margin_loss")
+def vector_loss(call: Call) -> Dims:
+    """Compare vectors along the last dimension."""
+    vectors = [dims for dims in call.tensors() if len(dims) > 1]
+    if not vectors:
+        return _numbered(call)
+    dims = call.broadcast(vectors)
+    call.sums(dims[-1])
+    for target in (dims_ for dims_ in call.tensors() if len(dims_) == 1):
+        call.unify(target[0], dims[-2])
+    return dims[:-1] if call.shape() else ()
+
+
+def _numbered(call: Call) -> Dims:
+    for dims in call.tensors():
+        call.freeze(dims, "compared as one vector")
+    return call.axes(call.shape(), call.because("compared as one vector"))

@@ -1,0 +1,65 @@
+"""How the odd structures of the zoo are written down: layers by name, inputs, one function that applies them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from zoo_models import Build, Subject
+
+Layers = dict[str, nn.Module | nn.Parameter | Tensor]
+Forward = Callable[..., Any]
+
+
+class Structure(nn.Module):
+    """Holds layers, parameters and buffers by name and lets a function apply them."""
+
+    def __init__(self, layers: Layers, forward: Forward) -> None:
+        super().__init__()
+        self.apply_layers = forward
+        for name, layer in layers.items():
+            if isinstance(layer, Tensor) and not isinstance(layer, nn.Parameter):
+                self.register_buffer(name, layer)
+            else:
+                setattr(self, name, layer)
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.apply_layers(self, *inputs)
+
+
+class Table:
+    """Collects structures under the names of their functions."""
+
+    def __init__(self) -> None:
+        self.subjects: dict[str, Build] = {}
+
+    def add(self, layers: Callable[[], Layers], *inputs: tuple[int, ...] | Tensor) -> Callable[[Forward], Forward]:
+        """Register the decorated function: it gets the layers as attributes of its first argument, then the inputs.
+
+        Args:
+            layers: makes them anew.
+            inputs: example tensors, or the shapes of random ones; dimension 0 is the batch.
+        """
+
+        def register(forward: Forward) -> Forward:
+            def build() -> Subject:
+                generator = torch.Generator().manual_seed(0)
+                args = [i if isinstance(i, Tensor) else torch.randn(i, generator=generator) for i in inputs]
+                return Subject(Structure(layers(), forward), tuple(args))
+
+            self.subjects[forward.__name__] = build
+            return forward
+
+        return register
+
+
+def parameter(*shape: int) -> nn.Parameter:
+    """Return a random parameter."""
+    return nn.Parameter(torch.randn(shape) * 0.3)
+
+
+def words(*shape: int, count: int = 30) -> Tensor:
+    """Return random indices of words."""
+    return torch.randint(0, count, shape, generator=torch.Generator().manual_seed(0))
