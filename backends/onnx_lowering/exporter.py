@@ -16,10 +16,11 @@ import torch
 from torch import fx
 from torch.onnx import OnnxExporterError
 
+from graphopt.backends.onnx_lowering.decomposition import Decomposed
 from graphopt.backends.onnx_lowering.tensor_results import only_tensors
 from graphopt.backends.onnx_lowering.translations import table
 from graphopt.errors import LoweringError
-from graphopt.exporting import export_again, exported
+from graphopt.exporting import exported
 from graphopt.program import Program
 from graphopt.provenance import module_path, user_line
 
@@ -42,17 +43,15 @@ def export(program: Program, opset: int) -> ir.Model:
     Raises:
         LoweringError: an operator has no ONNX form.
     """
-    returned = only_tensors(program)
-    found = exported(returned)
-    if _strided(found.program.graph):
-        found = export_again(returned)  # the shared one stays as it is
-        _forget_strides(found.program.graph_module)
+    found = exported(only_tensors(program))
     graph = found.program.graph
+    own = Decomposed.on_demand(found.program)
+    _forget_strides(own.graph_module)
     with warnings.catch_warnings(), _quiet("torch.onnx"), _quiet("onnxscript"), _quiet("onnx_ir"):
         warnings.simplefilter("ignore")
         try:
             onnx_program = torch.onnx.export(
-                found.program, dynamo=True, opset_version=opset, custom_translation_table=table(), verbose=False
+                own, dynamo=True, opset_version=opset, custom_translation_table=table(), verbose=False
             )
         except OnnxExporterError as err:
             raise LoweringError(_explain(err, graph)) from err
@@ -62,26 +61,21 @@ def export(program: Program, opset: int) -> ir.Model:
     return model
 
 
-def _strided(graph: fx.Graph) -> list[fx.Node]:
-    """List the views of a transpose."""
-    aten = torch.ops.aten
-    views = (node for node in graph.nodes if node.target in (aten.view.default, aten.reshape.default))
-    return [node for node in views if node.args[0].target in (aten.transpose.int, aten.permute.default)]
-
-
 def _forget_strides(gm: fx.GraphModule) -> None:
     """Put a copy between a view and the transpose it is of: an Identity to ONNX, which knows no strides.
 
     The exporter runs the graph again with attention whose result has other strides than when the view was traced, and
     then fails on the view (torch 2.13; T5, whose `contiguous` was traced away as idle).
     """
-    for node in _strided(gm.graph):
+    aten = torch.ops.aten
+    for node in list(gm.graph.nodes):
+        if node.target not in (aten.view.default, aten.reshape.default):
+            continue
         source = node.args[0]
-        assert isinstance(source, fx.Node)
+        if source.target not in (aten.transpose.int, aten.permute.default):
+            continue
         with gm.graph.inserting_before(node):
-            copy = gm.graph.call_function(
-                torch.ops.aten.clone.default, (source,), {"memory_format": torch.contiguous_format}
-            )
+            copy = gm.graph.call_function(aten.clone.default, (source,), {"memory_format": torch.contiguous_format})
         copy.meta.update({key: value for key, value in source.meta.items() if key != "custom"})
         copy.meta["val"] = source.meta["val"].contiguous()
         node.replace_input_with(source, copy)
