@@ -1,0 +1,95 @@
+"""What each residual branch contributes: to the program's outputs, or to the stream it is added to.
+
+output       relative squared error of the outputs without the branch, one run of the program for each branch
+influence    1 - cos(x, x + f(x)), one run for all (block influence of ShortGPT, Men et al. 2024, arXiv:2403.03853,
+             section 3.2; there per token, here per sample, which is the same for any layout of the tokens)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import fx
+
+from graphopt.context import Batch, Progress, Samples
+from graphopt.equivalence import Probe
+from graphopt.errors import DataError, VerifyError
+from graphopt.passes.residuals.branches import Branch
+from graphopt.passes.residuals.removal import without
+from graphopt.program import Program
+from graphopt.stepping import Stepper
+
+Criterion = Literal["output", "influence", "random", "last"]
+
+BATCH = 32  # samples run at once
+
+
+class OutputError:
+    """Measures how far programs are from one they come from, on the same batches.
+
+    Args:
+        reference: the program that is right.
+        batches: what it is run on, once.
+    """
+
+    def __init__(self, reference: Program, batches: Sequence[Batch]) -> None:
+        self._probes = [Probe(reference, batch) for batch in batches]
+
+    def of(self, candidate: Program) -> float:
+        """Return the power of the error over that of the outputs, mean of the batches; infinite if not finite."""
+        try:
+            ratios = [probe.measure(candidate.call_flat).sqnr for probe in self._probes]
+        except VerifyError:  # NaN or infinite where the reference is not
+            return math.inf
+        return sum(10 ** (-ratio / 10) for ratio in ratios) / len(ratios)
+
+
+def output_errors(
+    program: Program, branches: Sequence[Branch], error: OutputError, progress: Progress, by: str
+) -> list[float]:
+    """Return for each branch the error of `program` without it, in order."""
+    tracked = progress.track(branches, "measuring branches", len(branches))
+    return [error.of(without(program, [branch.result.name], by)) for branch in tracked]
+
+
+def influences(program: Program, branches: Sequence[Branch], batches: Sequence[Batch]) -> list[float]:
+    """Return for each branch how far its sum turns away from its shortcut, mean over samples, 0 to 2."""
+    wanted: dict[fx.Node, list[int]] = {}
+    for index, branch in enumerate(branches):
+        wanted.setdefault(branch.sum, []).append(index)
+    totals = [0.0] * len(branches)
+    for batch in batches:
+        stepper = Stepper(program, [batch])
+        for node in program.graph.nodes:
+            here = wanted.get(node, [])
+            shortcuts = [stepper.values[branches[index].stays][0] for index in here]
+            stepper.step()
+            for index, shortcut in zip(here, shortcuts, strict=True):
+                totals[index] += _turned(shortcut, stepper.values[node][0], len(batch[0]))
+    samples = sum(len(batch[0]) for batch in batches)
+    return [total / samples for total in totals]
+
+
+def read_batches(program: Program, samples: Samples, limit: int) -> list[Batch]:
+    """Read at most `limit` samples in batches that the program takes.
+
+    Raises:
+        DataError: there are not enough of them for one.
+    """
+    size = BATCH if program.batched else int(program.inputs[0].shape[0])
+    batches = [tuple(batch) for batch in samples.batches(size, limit)]
+    batches = [batch for batch in batches if program.batched or len(batch[0]) == size]
+    if not batches:
+        raise DataError(f"The calibration data is empty. Give at least {1 if program.batched else size} samples.")
+    return batches
+
+
+def _turned(before: torch.Tensor, after: torch.Tensor, samples: int) -> float:
+    """Return the sum over samples of 1 - cos."""
+    rows = samples if before.shape[0] == samples else 1
+    one, other = (value.detach().double().reshape(rows, -1) for value in (before, after))
+    cosine = torch.nn.functional.cosine_similarity(one, other, dim=1)
+    return float((1 - cosine).sum()) * samples / rows
