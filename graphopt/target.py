@@ -63,6 +63,23 @@ class OperatorRule:
 
 
 @dataclass(frozen=True, slots=True)
+class SparseFormat:
+    """Which sparse weights the runtime's kernels take: along the input channels, for each output and kernel position.
+
+    Attributes:
+        nonzeros: of each group at most so many weights are not zero.
+        group: consecutive input channels that make a group.
+        inputs_multiple: input channels of a layer the kernels take come in multiples of this.
+        outputs_multiple: likewise output channels.
+    """
+
+    nonzeros: int = 2
+    group: int = 4
+    inputs_multiple: int = 1
+    outputs_multiple: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class TargetDescription:
     """What passes need to know about a runtime.
 
@@ -74,6 +91,7 @@ class TargetDescription:
         operators: how operators reach integer kernels; those without a rule stay float.
         channel_multiple: channel counts the runtime's kernels like best.
         rank_multiple: the same for the inner size of factorised layers.
+        sparsity: the pattern of sparse weights that has kernels, None for no such kernels.
     """
 
     name: str
@@ -83,6 +101,7 @@ class TargetDescription:
     operators: tuple[OperatorRule, ...] = ()
     channel_multiple: int = 1
     rank_multiple: int = 1
+    sparsity: SparseFormat | None = None
     notes: tuple[str, ...] = field(default=())
 
     def rule(self, operator: str) -> OperatorRule | None:

@@ -62,7 +62,7 @@ class Int8(Pass[Int8Options, Int8Plan]):
     options_type = Int8Options
     plan_type = Int8Plan
     needs = ("folded",)
-    after = ("prune", "svd", "recover")
+    after = ("drop_blocks", "prune", "svd", "recover", "sparsity24")
     reads_target = True
 
     def plan(self, program: Program, ctx: Context) -> Int8Plan:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
+import onnx_ir as ir
+
 from graphopt.backend import Array, Artifact, Backend, Finding
 from graphopt.backends.onnx_execution.batches import batches
 from graphopt.backends.onnx_execution.run_script import run_script
@@ -16,6 +18,7 @@ from graphopt.backends.onnx_lowering.saving import EXTERNAL_DATA_ABOVE, save
 from graphopt.backends.tensorrt import engine
 from graphopt.backends.tensorrt.description import DESCRIPTION
 from graphopt.backends.tensorrt.rules import check_model
+from graphopt.backends.tensorrt.sparsity import sparse_layers
 from graphopt.errors import LoweringError
 from graphopt.plan import Json
 from graphopt.program import Program
@@ -65,7 +68,8 @@ class TensorRTBackend(Backend):
         files = save(model, path, external_data_above=self._external_data_above)
         facts: dict[str, Json] = {"operators": len(model.graph)}
         try:
-            facts.update(_engine_facts(path, program))
+            facts.update(_sparse_facts(model))
+            facts.update(_engine_facts(path, program, sparse=bool(facts.get("sparse_layers"))))
         except LoweringError:
             for file in files:
                 file.unlink(missing_ok=True)
@@ -97,22 +101,35 @@ class TensorRTBackend(Backend):
         memory = artifact.facts.get("weights_memory")
         if not isinstance(memory, int):
             return "not built"
-        return f"built for {artifact.facts['compute_capability']}, weights {memory / 1e6:.1f} MB"
+        sparse = artifact.facts.get("sparse_layers")
+        with_zeros = f", {sparse} of {artifact.facts['layers']} layers 2:4 sparse" if sparse else ""
+        return f"built for {artifact.facts['compute_capability']}, weights {memory / 1e6:.1f} MB{with_zeros}"
 
     def run_script(self, artifact: Artifact) -> str:
         """Return a script of numpy and onnxruntime alone."""
         return run_script(artifact.path.name, artifact.inputs, artifact.session_options, remark=_REMARK)
 
 
-def _engine_facts(path: Path, program: Program) -> dict[str, Json]:
+def _sparse_facts(model: ir.Model) -> dict[str, Json]:
+    """Say how many layers have sparse weights, and which flag the engine is to be built with; nothing if none has."""
+    form = DESCRIPTION.sparsity
+    assert form is not None
+    found = sparse_layers(model, nonzeros=form.nonzeros, group=form.group)
+    if not found.sparse:
+        return {}
+    return {"sparse_layers": found.sparse, "layers": found.layers, "builder_flags": ["SPARSE_WEIGHTS"]}
+
+
+def _engine_facts(path: Path, program: Program, *, sparse: bool) -> dict[str, Json]:
     if not engine.available():
         return {"engine": _NOT_INSTALLED}
     shapes = [tuple(array.shape for array in arrays) for _, arrays in batches(program, None)]
-    built = engine.build(path, shapes)
+    built = engine.build(path, shapes, sparse=sparse)
     return {
         "engine": f"built by tensorrt-rtx {built.version}",
         "compute_capability": built.compute_capability,
         "weights_memory": built.weights_memory,
+        "sparse_kernels_allowed": built.sparse,
     }
 
 

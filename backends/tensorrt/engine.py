@@ -31,11 +31,13 @@ class Engine:
         version: of tensorrt-rtx.
         compute_capability: what it was built for.
         weights_memory: bytes of weights, as the builder reports them; None if it does not.
+        sparse: whether the builder was allowed to use kernels for sparse weights.
     """
 
     version: str
     compute_capability: str
     weights_memory: int | None
+    sparse: bool
 
 
 def available() -> bool:
@@ -43,12 +45,13 @@ def available() -> bool:
     return importlib.util.find_spec(_MODULE) is not None
 
 
-def build(path: Path, shapes: Sequence[Shapes]) -> Engine:
+def build(path: Path, shapes: Sequence[Shapes], *, sparse: bool = False) -> Engine:
     """Parse the artifact at `path` and build its engine for compute capability 8.6.
 
     Args:
         path: the `.onnx` file.
         shapes: input shapes at the smallest, the usual and the largest batch size; one for a static model.
+        sparse: whether the builder may look for sparse weights and use the kernels for them.
 
     Raises:
         LoweringError: TensorRT refuses the artifact; the message names the node.
@@ -63,11 +66,18 @@ def build(path: Path, shapes: Sequence[Shapes]) -> Engine:
     config = builder.create_builder_config()
     config.num_compute_capabilities = 1
     config.set_compute_capability(getattr(trt.ComputeCapability, _COMPUTE_CAPABILITY), 0)
+    if sparse:
+        config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
     _set_shapes(builder, config, network, shapes)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise LoweringError(f"TensorRT parses {path.name} but cannot build its engine: {log.last_error()}")
-    return Engine(str(trt.__version__), _COMPUTE_CAPABILITY, log.weights_memory())
+    return Engine(
+        str(trt.__version__),
+        _COMPUTE_CAPABILITY,
+        log.weights_memory(),
+        bool(config.get_flag(trt.BuilderFlag.SPARSE_WEIGHTS)),
+    )
 
 
 def _set_shapes(builder: Any, config: Any, network: Any, shapes: Sequence[Shapes]) -> None:

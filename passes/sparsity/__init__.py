@@ -1,0 +1,1 @@
+"""N:M sparsity: which weights of each group stay, and what the others take over."""

@@ -1,0 +1,137 @@
+"""Layers that may take N:M sparse weights, and their weights as rows over the reduction axis.
+
+The pattern runs along the input channels, for each output channel and each position of the kernel by itself: that is
+where TensorRT looks for it (its documentation, "I/O formats and sparsity": of every 4 input channels 2 are zero).
+
+    linear (out, in), matmul (in, out)          (1, out, in)
+    convolution (out, in/groups, *k)            (groups, out/groups, k * in/groups), channels innermost
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from graphopt.graph import constant, tensor_attribute
+from graphopt.passes.weighted_calls import WeightedCall, is_layer, uses, weighted_call
+from graphopt.plan import Refusal
+from graphopt.target import SparseFormat
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One weight and the calls that read it.
+
+    Attributes:
+        weight_name: qualified name of the weight.
+        calls: in graph order; all of them read it in the same layout.
+    """
+
+    weight_name: str
+    calls: tuple[WeightedCall, ...]
+
+    @property
+    def inputs(self) -> int:
+        """Number of inputs in one group of a convolution, times the positions of its kernel."""
+        return int(self.calls[0].weight.meta["val"].numel()) // self.calls[0].out_features
+
+
+def find_sites(gm: fx.GraphModule) -> tuple[list[Site], list[Refusal]]:
+    """List the weights of linear layers and convolutions, and the layers whose weight is none or not theirs alone."""
+    by_weight: dict[int, list[WeightedCall]] = {}
+    refusals = []
+    for node in gm.graph.nodes:
+        call = weighted_call(node, gm)
+        if call is not None:
+            by_weight.setdefault(id(constant(call.weight, gm)), []).append(call)
+        elif is_layer(node):
+            refusals.append(Refusal(node.name, "its weight is computed, or stored as integers"))
+    sites = []
+    for calls in by_weight.values():
+        name = calls[0].weight_name
+        known = {call.node for call in calls}
+        others = [user for user in uses(gm, name) if user not in known]
+        kinds = {(call.kind, call.groups) for call in calls}
+        if others or len(kinds) > 1:
+            other = others[0] if others else calls[1].node
+            refusals.append(Refusal(name, f"weight is shared with `{other.name}`", "weight is shared"))
+        else:
+            sites.append(Site(name, tuple(calls)))
+    return sites, refusals
+
+
+def why_not(site: Site, form: SparseFormat, gm: fx.GraphModule) -> tuple[str, str] | None:
+    """Return why no sparse kernel takes a layer and what that is counted as, None if one does."""
+    call, weight = site.calls[0], tensor_attribute(gm, site.weight_name)
+    if call.kind == "transposed conv":
+        return "a transposed convolution has no sparse kernel", ""
+    inputs = weight.shape[0 if call.kind == "matmul" else 1]
+    outputs = weight.shape[1 if call.kind == "matmul" else 0]
+    if call.groups > 1 and inputs == 1:
+        return "depthwise: one input channel for each output", ""
+    if inputs % form.inputs_multiple or inputs % form.group:
+        wanted = max(form.inputs_multiple, form.group)
+        return f"{inputs} inputs are no multiple of {wanted}", "inputs not aligned"
+    if outputs % form.outputs_multiple:
+        return f"{outputs} outputs are no multiple of {form.outputs_multiple}", "outputs not aligned"
+    if has_pattern(as_rows(call, weight), form):
+        return "it has the pattern already", ""
+    return None
+
+
+def at_the_ends(gm: fx.GraphModule) -> set[fx.Node]:
+    """Return the layers that read an input of the program or make an output, through calls with one operand."""
+    layers = {node for node in gm.graph.nodes if is_layer(node) or weighted_call(node, gm) is not None}
+    found: set[fx.Node] = set()
+    ahead = {node for node in gm.graph.nodes if node.op == "placeholder"}
+    for node in gm.graph.nodes:
+        computed = _computed(node)
+        if len(computed) == 1 and computed[0] in ahead:
+            (found if node in layers else ahead).add(node)
+    behind = list(next(node for node in gm.graph.nodes if node.op == "output").all_input_nodes)
+    while behind:
+        node = behind.pop()
+        if node in layers:
+            found.add(node)
+        elif len(_computed(node)) == 1:
+            behind += _computed(node)
+    return found
+
+
+def named(site: Site, globs: Sequence[str]) -> bool:
+    """Whether one of `globs` matches the weight's name."""
+    return any(fnmatch.fnmatchcase(site.weight_name, glob) for glob in globs)
+
+
+def as_rows(call: WeightedCall, weight: torch.Tensor) -> torch.Tensor:
+    """Return the weight as (groups, outputs, inputs), channels innermost."""
+    if call.kind == "matmul":
+        return weight.detach().t().unsqueeze(0)
+    grouped = weight.detach().reshape(call.groups, -1, *weight.shape[1:])  # (groups, out/groups, in/groups, *k)
+    return grouped.flatten(3).transpose(2, 3).flatten(2) if weight.dim() > 2 else grouped
+
+
+def as_weight(call: WeightedCall, rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return rows in the layout, shape and dtype of the weight `like`."""
+    if call.kind == "matmul":
+        result = rows.squeeze(0).t()
+    elif like.dim() > 2:
+        result = rows.reshape(call.groups, -1, like[0, 0].numel(), like.shape[1]).transpose(2, 3).reshape(like.shape)
+    else:
+        result = rows.reshape(like.shape)
+    return result.to(like.dtype).contiguous()
+
+
+def has_pattern(rows: torch.Tensor, form: SparseFormat) -> bool:
+    """Whether every group of `form.group` inputs holds at most `form.nonzeros` that are not zero."""
+    grouped = rows.reshape(*rows.shape[:-1], -1, form.group)
+    return bool(((grouped != 0).sum(-1) <= form.nonzeros).all())
+
+
+def _computed(node: fx.Node) -> list[fx.Node]:
+    """List the tensors a node computes on that are not stored."""
+    return [n for n in node.all_input_nodes if n.op != "get_attr" and not isinstance(n.meta["val"], int | torch.SymInt)]

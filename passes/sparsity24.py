@@ -1,0 +1,250 @@
+"""sparsity24: zero two of every four weights along the inputs of a layer, where the runtime has kernels for that.
+
+    w: 1.2 -0.1 0.3 -2.0        becomes        w: 1.3 0 0 -1.9
+
+The pattern (N of M; two of four unless the target says otherwise) runs along the reduction axis: input features of a
+linear layer, input channels of a convolution at each position of its kernel.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import fx
+
+from graphopt.context import Batch, Context, Samples
+from graphopt.errors import DataError, PassError, UsageError
+from graphopt.graph import Editor, constant, tensor_attribute
+from graphopt.pass_base import Pass
+from graphopt.passes.sparsity.layers import (
+    Site,
+    as_rows,
+    as_weight,
+    at_the_ends,
+    find_sites,
+    has_pattern,
+    named,
+    why_not,
+)
+from graphopt.passes.sparsity.moments import WIDEST, Moments, gather
+from graphopt.passes.sparsity.selection import fit, sparsify
+from graphopt.plan import Json, Plan, Refusal
+from graphopt.program import Program
+from graphopt.target import SparseFormat
+
+logger = logging.getLogger(__name__)
+
+_BATCH = 32  # samples run at once
+
+
+@dataclass(frozen=True, slots=True)
+class Sparsity24Options:
+    """Options of `sparsity24`."""
+
+    criterion: Literal["magnitude", "sqnr"] | None = None  # which weights go; none: sqnr with data, else magnitude
+    refit: bool = True  # with data, what stays takes over what goes, by least squares
+    nonzeros: Annotated[int, Field(ge=1)] | None = None  # how many of each group stay; none: what the target takes, 2
+    group: Annotated[int, Field(ge=2, le=16)] | None = None  # inputs in a group; none: what the target takes, 4
+    ends: bool = False  # also the layers that read the program's inputs and make its outputs
+    skip: tuple[str, ...] = ()  # weights left dense, by shell glob: head.*
+    samples: Annotated[int, Field(ge=1)] = 256  # calibration samples used
+    force: bool = False  # also where the target has no kernel for it
+
+    def __post_init__(self) -> None:
+        """Check that the pattern leaves something out."""
+        if self.nonzeros is not None and self.nonzeros >= (4 if self.group is None else self.group):
+            raise ValueError("nonzeros must be less than group")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sparsity24Plan(Plan):
+    """The sparse weights, as tensors by the name of the weight.
+
+    Attributes:
+        layers: by the name of the weight: the criterion, whether it was refitted, the share of zeros, and the
+            signal-to-noise ratio in dB, of the outputs with data, else of the weight (None where nothing changed).
+    """
+
+    layers: Mapping[str, Mapping[str, Json]] = field(default_factory=dict)
+
+
+class Sparsity24(Pass[Sparsity24Options, Sparsity24Plan]):
+    """Give linear layers and convolutions weights of which two of every four are zero. Lossy.
+
+    With calibration data the weights that go are those that change the outputs least, and the others are refitted to
+    the outputs; without it, those of least magnitude go. `int8` keeps the zeros.
+
+    Left dense, with the reason:
+
+    1. everything, where the target has no kernel for such weights (`force` overrides it);
+    2. inputs or outputs that are not aligned as the kernels need, depthwise and transposed convolutions;
+    3. the layers that read the program's inputs and make its outputs, unless `ends` says otherwise;
+    4. weights that are computed, stored as integers, shared with other operators, or named by `skip`;
+    5. weights that have the pattern already.
+    """
+
+    name = "sparsity24"
+    options_type = Sparsity24Options
+    plan_type = Sparsity24Plan
+    after = ("drop_blocks", "prune", "svd", "recover")
+    reads_target = True
+
+    def plan(self, program: Program, ctx: Context) -> Sparsity24Plan:
+        """Choose and refit the weights of every layer that a sparse kernel takes.
+
+        Raises:
+            UsageError: a glob of `skip` matches no weight.
+            DataError: `criterion=sqnr` and there is no data.
+        """
+        if self.options.criterion == "sqnr":
+            ctx.need_samples(self.name, "to see which weights matter to the outputs (criterion=magnitude needs none)")
+        form = self._form(ctx)
+        gm = program.graph_module
+        found, refusals = find_sites(gm)
+        self._check_globs(found)
+        sites, dense = self._divide(found, form, ctx, gm)
+        layers: dict[str, dict[str, Json]] = {}
+        tensors: dict[str, torch.Tensor] = {}
+        for site, moments in self._with_moments(program, sites, ctx):
+            tensors[site.weight_name], layers[site.weight_name] = self._sparse(gm, site, moments, form)
+        order = [site.weight_name for site in sites]
+        plan = self.new_plan(
+            sites=order,
+            refusals=[*refusals, *dense],
+            layers={name: layers[name] for name in order},
+            tensors={name: tensors[name] for name in order},
+        )
+        logger.info("sparsity24: %s", plan.summary())
+        return plan
+
+    def apply(self, program: Program, plan: Sparsity24Plan) -> Program:
+        """Put the sparse weights in the place of the dense ones.
+
+        Raises:
+            PassError: the plan was made for another program.
+        """
+        program = program.copy()
+        gm = program.graph_module
+        editor = Editor(gm, self.name)
+        known = program.state_dict()
+        for name, tensor in plan.tensors.items():
+            if name not in known or known[name].shape != tensor.shape:
+                raise PassError(
+                    f"The plan holds weights for `{name}`, which this program has not. Make the plan again."
+                )
+            for alias in _names_of(gm, name):
+                editor.put(alias, tensor, trainable=isinstance(tensor_attribute(gm, alias), torch.nn.Parameter))
+        return program.with_graph(editor.finish())
+
+    def _form(self, ctx: Context) -> SparseFormat:
+        """Return the pattern wanted: the target's, with what the options say instead."""
+        known = ctx.target.sparsity if ctx.target is not None else None
+        base = known or SparseFormat()
+        nonzeros = base.nonzeros if self.options.nonzeros is None else self.options.nonzeros
+        group = base.group if self.options.group is None else self.options.group
+        return SparseFormat(nonzeros, group, base.inputs_multiple, base.outputs_multiple)
+
+    def _check_globs(self, found: Sequence[Site]) -> None:
+        for glob in self.options.skip:
+            if not any(named(site, [glob]) for site in found):
+                some = ", ".join(site.weight_name for site in found[:5])
+                raise UsageError(f"`skip={glob}` matches no weight of this model. Its weights are {some}, ...")
+
+    def _divide(
+        self, found: Sequence[Site], form: SparseFormat, ctx: Context, gm: fx.GraphModule
+    ) -> tuple[list[Site], list[Refusal]]:
+        """Return the sites that become sparse, and why the others do not."""
+        no_kernel = self._no_kernel(form, ctx)
+        ends = set() if self.options.ends else at_the_ends(gm)
+        sites, refusals = [], []
+        for site in found:
+            reason = no_kernel or why_not(site, form, gm)
+            if named(site, self.options.skip):
+                reason = "named in skip", ""
+            elif reason is None and any(call.node in ends for call in site.calls):
+                reason = "it reads the program's input or makes its output (ends=yes includes it)", ""
+            if reason:
+                refusals.append(Refusal(site.weight_name, *reason))
+            else:
+                sites.append(site)
+        return sites, refusals
+
+    def _no_kernel(self, form: SparseFormat, ctx: Context) -> tuple[str, str] | None:
+        """Return why the target cannot use the pattern, None if it can or that does not matter."""
+        if self.options.force:
+            return None
+        target = ctx.need_target(self.name)
+        if target.sparsity is None:
+            return f"{target.name} has no kernel for sparse weights (force=yes zeroes them all the same)", ""
+        if (target.sparsity.nonzeros, target.sparsity.group) != (form.nonzeros, form.group):
+            takes = f"{target.sparsity.nonzeros}:{target.sparsity.group}"
+            return f"{target.name} takes {takes}, not {form.nonzeros}:{form.group}", ""
+        return None
+
+    def _with_moments(
+        self, program: Program, sites: Sequence[Site], ctx: Context
+    ) -> Iterator[tuple[Site, Moments | None]]:
+        """Pair each site with the moments of its inputs where there is data and they are wanted."""
+        needed = self.options.refit or self.options.criterion != "magnitude"
+        measured = [site for site in sites if site.inputs <= WIDEST] if ctx.samples is not None and needed else []
+        chosen = {site.weight_name for site in measured}
+        yield from ((site, None) for site in sites if site.weight_name not in chosen)
+        if measured:
+            assert ctx.samples is not None  # else nothing is measured
+            yield from gather(program, measured, _batches(program, ctx.samples, self.options.samples), ctx.progress)
+
+    def _sparse(
+        self, gm: fx.GraphModule, site: Site, moments: Moments | None, form: SparseFormat
+    ) -> tuple[torch.Tensor, dict[str, Json]]:
+        """Return the sparse weight of a site and what the plan says about it."""
+        call, stored = site.calls[0], tensor_attribute(gm, site.weight_name)
+        rows = as_rows(call, stored).double()  # (groups, outputs, inputs)
+        matrices = moments.matrices() if moments is not None and moments.rows else None  # (groups, inputs, inputs)
+        by_moments = matrices is not None and self.options.criterion != "magnitude"
+        # fewer samples than inputs say nothing about some directions, which a refit would spoil
+        refit = self.options.refit and moments is not None and moments.rows >= 2 * rows.shape[2]
+        results = []
+        for index, dense in enumerate(rows):
+            seen = None if matrices is None else matrices[index]
+            sparse = sparsify(dense, seen, form, by_moments=by_moments, refit=refit)
+            results.append(fit(dense, sparse, seen) if refit and seen is not None else sparse)
+        weight = as_weight(call, torch.stack(results), stored)
+        final = as_rows(call, weight)
+        assert has_pattern(final, form)
+        return weight, {
+            "criterion": "sqnr" if by_moments else "magnitude",
+            "refit": refit,
+            "zeros": float((final == 0).double().mean()),
+            "sqnr": _ratio(rows, final.double(), matrices),
+        }
+
+
+def _batches(program: Program, samples: Samples, limit: int) -> list[Batch]:
+    """Read at most `limit` samples in batches that the program takes."""
+    size = _BATCH if program.batched else int(program.inputs[0].shape[0])
+    batches = [tuple(batch) for batch in samples.batches(size, limit)]
+    batches = [batch for batch in batches if program.batched or len(batch[0]) == size]
+    if not batches:
+        raise DataError(f"The calibration data is empty. Give at least {1 if program.batched else size} samples.")
+    return batches
+
+
+def _ratio(wanted: torch.Tensor, found: torch.Tensor, moments: torch.Tensor | None) -> float | None:
+    """Return the signal-to-noise ratio in dB of the outputs, of the weights where no moments are known."""
+    noise, signal = (
+        float(((rows if moments is None else rows @ moments) * rows).sum()) for rows in (wanted - found, wanted)
+    )
+    return 10 * math.log10(signal / noise) if noise > 0 and signal > 0 else None
+
+
+def _names_of(gm: fx.GraphModule, name: str) -> list[str]:
+    """List every name under which the tensor called `name` is stored."""
+    tensor = tensor_attribute(gm, name)
+    names = [str(node.target) for node in gm.graph.nodes if constant(node, gm) is not None]
+    return [known for known in dict.fromkeys(names) if tensor_attribute(gm, known) is tensor]

@@ -1,0 +1,301 @@
+"""2:4 sparsity: the pattern holds along the inputs, through int8 and lowering; what goes matters least."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own name for it
+from torch import Tensor, nn
+
+from graphopt.backends.onnxruntime import OnnxRuntimeBackend
+from graphopt.backends.tensorrt import TensorRTBackend, engine
+from graphopt.capturing import capture
+from graphopt.context import Context
+from graphopt.errors import DataError, PassError, UsageError
+from graphopt.options import build
+from graphopt.passes.sparsity.selection import fit, sparsify
+from graphopt.passes.sparsity24 import Sparsity24, Sparsity24Options, Sparsity24Plan
+from graphopt.pipeline import Pipeline
+from graphopt.program import Program
+from graphopt.runner import run
+from graphopt.target import SparseFormat, TargetDescription
+from graphopt.testing import TensorSamples, check_pass
+
+TENSORRT, ONNXRUNTIME = TensorRTBackend().description, OnnxRuntimeBackend().description
+FORM = SparseFormat(2, 4)
+
+
+class Network(nn.Module):
+    """Convolutions (strided, grouped, depthwise), a linear layer and a product, ends included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.down = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 32, 3, 2, padding=1)
+        self.grouped, self.depthwise = nn.Conv2d(32, 32, 3, padding=1, groups=2), nn.Conv2d(32, 32, 3, groups=32)
+        self.hidden, self.narrow, self.head = nn.Linear(32, 16), nn.Linear(16, 12), nn.Linear(12, 5)
+        self.mixing = nn.Parameter(torch.randn(16, 16) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.grouped(F.relu(self.down(F.relu(self.stem(x))))))
+        x = self.hidden(F.relu(self.depthwise(x)).mean((2, 3)))
+        return self.head(F.relu(self.narrow(F.relu(x @ self.mixing))))
+
+
+SPARSE = ("down.weight", "grouped.weight", "hidden.weight", "mixing")
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    torch.manual_seed(0)
+    return capture(Network().eval(), torch.randn(2, 3, 16, 16))
+
+
+@pytest.fixture(scope="module")
+def data() -> Tensor:
+    """Images whose neighbouring pixels are alike, as in photographs."""
+    noise = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    return F.interpolate(noise, size=16, mode="bilinear")
+
+
+def plan_of(
+    program: Program,
+    data: Tensor | None = None,
+    target: TargetDescription | None = TENSORRT,
+    **options: object,
+) -> Sparsity24Plan:
+    samples = TensorSamples((data,)) if data is not None else None
+    targets = (target,) if target is not None else ()
+    ctx = Context(original=program, samples=samples, target=target, targets=targets)
+    return Sparsity24(build("sparsity24", Sparsity24Options, options)).plan(program, ctx)
+
+
+def reasons(plan: Sparsity24Plan) -> dict[str, str]:
+    return {refusal.site: refusal.reason for refusal in plan.refusals}
+
+
+def output_error(program: Program, plan: Sparsity24Plan, data: Tensor) -> float:
+    with torch.no_grad():
+        wanted, found = program(data), Sparsity24().apply(program, plan)(data)
+    return float((wanted - found).square().mean() / wanted.square().mean())
+
+
+# The choice
+
+
+def moments(inputs: int) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(500, inputs, generator=generator) @ torch.randn(inputs, inputs, generator=generator)
+    return (x.T @ x / 500).double()
+
+
+def error(weight: Tensor, sparse: Tensor, known: Tensor) -> float:
+    difference = weight - sparse
+    return float(((difference @ known) * difference).sum())
+
+
+def test_by_magnitude_the_two_largest_of_four_stay() -> None:
+    weight = torch.tensor([[1.2, -0.1, 0.3, -2.0, 0.0, 5.0, -6.0, 7.0]])
+    expected = torch.tensor([[1.2, 0, 0, -2.0, 0, 0, -6.0, 7.0]]).double()
+    assert torch.equal(sparsify(weight, None, FORM, by_moments=False, refit=False), expected.float().double())
+
+
+def test_by_moments_the_pair_goes_that_the_outputs_miss_least() -> None:
+    known, weight = moments(4), torch.randn(20, 4, generator=torch.Generator().manual_seed(3)).double()
+    found = sparsify(weight, known, FORM, by_moments=True, refit=False)
+    for row, sparse in zip(weight, found, strict=True):
+        every = []
+        for i in range(4):
+            for j in range(i):
+                kept = row.clone()
+                kept[[i, j]] = 0
+                every.append(error(row[None], kept[None], known))
+        assert error(row[None], sparse[None], known) == pytest.approx(min(every))
+
+
+def test_refitting_reaches_the_least_squares_of_its_mask() -> None:
+    known, weight = moments(16), torch.randn(6, 16, generator=torch.Generator().manual_seed(4)).double()
+    sparse = sparsify(weight, known, FORM, by_moments=True, refit=True)
+    found = fit(weight, sparse, known)
+    damped = known + 0.01 * known.diagonal().mean() * torch.eye(16).double()
+    best = torch.zeros_like(weight)
+    for row in range(6):
+        kept = sparse[row].nonzero().flatten()
+        best[row, kept] = torch.linalg.solve(damped[kept][:, kept], damped[kept] @ weight[row])
+    torch.testing.assert_close(found, best, atol=1e-6, rtol=1e-6)
+    assert torch.equal(found == 0, sparse == 0)
+
+
+def test_each_step_brings_the_outputs_nearer(program: Program, data: Tensor) -> None:
+    errors = [
+        output_error(program, plan_of(program, data, criterion=criterion, refit=refit), data)
+        for criterion, refit in (("magnitude", False), ("sqnr", False), ("magnitude", True), ("sqnr", True))
+    ]
+    assert errors[1] < errors[0]
+    assert errors[2] < errors[0]
+    assert errors[3] < 0.7 * errors[1]
+
+
+def test_inputs_that_are_never_seen_do_no_harm() -> None:
+    weight = torch.randn(3, 8, generator=torch.Generator().manual_seed(5))
+    for known in (torch.zeros(8, 8), torch.diag(torch.tensor([1.0, 0, 0, 0, 0, 0, 0, 2]))):
+        sparse = sparsify(weight, known, FORM, by_moments=True, refit=True)
+        found = fit(weight, sparse, known)
+        assert bool(torch.isfinite(found).all())
+        assert int((found.reshape(-1, 4) != 0).sum(-1).max()) <= 2
+
+
+# The contract
+
+
+@pytest.mark.parametrize("options", [{}, {"criterion": "magnitude", "refit": False}, {"nonzeros": 1, "force": True}])
+def test_keeps_the_contract(program: Program, data: Tensor, options: dict[str, object]) -> None:
+    pass_ = Sparsity24(build("sparsity24", Sparsity24Options, options))
+    checked = check_pass(pass_, program, (), data=(data,), target=TENSORRT)
+    assert checked.plan.sites == SPARSE
+    assert all(entry["zeros"] >= 0.5 for entry in checked.plan.layers.values())  # type: ignore[attr-defined]
+
+
+def test_the_pattern_runs_along_the_inputs(program: Program, data: Tensor) -> None:
+    state = Sparsity24().apply(program, plan_of(program, data)).state_dict()
+    for name in SPARSE:
+        along = state[name].t() if name == "mixing" else state[name].movedim(1, -1)
+        nonzeros = (along.reshape(-1, 4) != 0).sum(-1)
+        assert int(nonzeros.max()) == 2
+        assert float((along == 0).double().mean()) == 0.5
+
+
+def test_without_data_by_magnitude(program: Program) -> None:
+    plan = plan_of(program)
+    assert {entry["criterion"] for entry in plan.layers.values()} == {"magnitude"}
+    assert not any(entry["refit"] for entry in plan.layers.values())
+    with pytest.raises(DataError, match="criterion=magnitude needs none"):
+        plan_of(program, criterion="sqnr")
+
+
+def test_too_few_samples_are_not_refitted_to(program: Program, data: Tensor) -> None:
+    plan = plan_of(program, data[:16])
+    assert not plan.layers["mixing"]["refit"]  # 16 rows for 16 inputs
+    assert plan.layers["down.weight"]["refit"]
+
+
+def test_a_shared_weight_gets_one_mask_for_all_calls() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.shared, self.last = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(F.relu(self.shared(F.relu(self.shared(F.relu(self.first(x)))))))
+
+    program = capture(Twice(), torch.randn(2, 16))
+    checked = check_pass(Sparsity24(), program, (), data=(torch.randn(64, 16),), target=TENSORRT)
+    assert checked.plan.sites == ("shared.weight",)
+
+
+# Refused
+
+
+def test_refusals_name_the_reason(program: Program) -> None:
+    found = reasons(plan_of(program, skip="hidden*"))
+    assert found["stem.weight"] == "3 inputs are no multiple of 16"
+    assert found["depthwise.weight"] == "depthwise: one input channel for each output"
+    assert found["narrow.weight"] == "12 outputs are no multiple of 8"
+    assert found["hidden.weight"] == "named in skip"
+
+
+def test_the_ends_stay_dense_unless_asked() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.Softmax(-1))
+    program = capture(model, torch.randn(2, 16))
+    assert plan_of(program).sites == ("2.weight",)
+    assert "it reads the program's input or makes its output" in reasons(plan_of(program))["4.weight"]
+    assert plan_of(program, ends=True).sites == ("0.weight", "2.weight", "4.weight")
+
+
+def test_weights_that_are_not_the_layers_alone() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.body = nn.Embedding(16, 16), nn.Linear(16, 16)
+            self.up = nn.ConvTranspose1d(16, 16, 2, 2)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.body(self.table(ids)).relu()
+            return F.linear(self.up(x.transpose(1, 2)).transpose(1, 2).relu(), self.table.weight)
+
+    found = reasons(plan_of(capture(Tied(), torch.randint(16, (2, 4)))))
+    assert found["table.weight"] == "weight is shared with `embedding`"
+    assert found["up.weight"] == "a transposed convolution has no sparse kernel"
+
+
+def test_a_target_without_kernels_is_left_dense(program: Program) -> None:
+    plan = plan_of(program, target=ONNXRUNTIME)
+    assert plan.sites == ()
+    assert set(reasons(plan).values()) == {
+        "onnxruntime has no kernel for sparse weights (force=yes zeroes them all the same)"
+    }
+    assert set(plan_of(program, target=ONNXRUNTIME, force=True).sites) > set(SPARSE)  # no alignment to keep to
+    assert set(reasons(plan_of(program, nonzeros=1)).values()) == {"tensorrt takes 2:4, not 1:4"}
+    with pytest.raises(PassError, match="no target was given"):
+        plan_of(program, target=None)
+
+
+def test_bad_input_says_what_is_possible(program: Program) -> None:
+    with pytest.raises(UsageError, match=r"`skip=layer9` matches no weight .* stem\.weight"):
+        plan_of(program, skip="layer9")
+    with pytest.raises(UsageError, match="nonzeros must be less than group"):
+        build("sparsity24", Sparsity24Options, {"nonzeros": "4"})
+    with pytest.raises(UsageError, match="`sparsity24` must come after `prune`"):
+        Pipeline.parse("sparsity24,prune")
+    other = capture(nn.Linear(4, 4), torch.randn(2, 4))
+    with pytest.raises(PassError, match="Make the plan again"):
+        Sparsity24().apply(other, plan_of(program))
+
+
+# Onwards
+
+
+def test_zeros_stay_zeros_in_the_integers_of_the_file(program: Program, data: Tensor, tmp_path: Path) -> None:
+    backend = TensorRTBackend()
+    ctx = Context(original=program, targets=(TENSORRT,), samples=TensorSamples((data,)))
+    result = run(Pipeline.parse("sparsity24,int8"), program, ctx).programs["tensorrt"]
+    artifact = backend.lower(result, tmp_path / "tensorrt.onnx")
+    assert backend.verify(artifact, result) < 0.1
+    sparse = [w for w in _integer_weights(tmp_path / "tensorrt.onnx") if _sparse(w)]
+    assert len(sparse) == len(SPARSE)
+    assert artifact.facts["sparse_layers"] == len(SPARSE)
+    assert artifact.facts["builder_flags"] == ["SPARSE_WEIGHTS"]
+    if engine.available():
+        assert artifact.facts["sparse_kernels_allowed"] is True
+        assert f"{len(SPARSE)} of {artifact.facts['layers']} layers 2:4 sparse" in backend.summary(artifact)
+
+
+def test_dense_programs_are_built_without_the_flag(program: Program, tmp_path: Path) -> None:
+    artifact = TensorRTBackend().lower(program, tmp_path / "tensorrt.onnx")
+    assert "builder_flags" not in artifact.facts
+    assert "sparse" not in TensorRTBackend().summary(artifact)
+    assert not artifact.facts.get("sparse_kernels_allowed")
+
+
+def _integer_weights(path: Path) -> list[np.ndarray]:
+    """Return the int8 weights of a file with their inputs along the last axis."""
+    model = ir.load(path)
+    found = []
+    for node in model.graph:
+        if node.op_type != "DequantizeLinear":
+            continue
+        tensor = ir.convenience.get_const_tensor(node.inputs[0])
+        if tensor is None or tensor.numpy().dtype != np.int8 or tensor.numpy().ndim < 2:
+            continue
+        (user,) = [use.node for use in node.outputs[0].uses()]
+        transposed = "transB" in user.attributes and user.attributes["transB"].as_int() == 1
+        axis = 1 if user.op_type == "Conv" or transposed else 0
+        found.append(np.moveaxis(tensor.numpy(), axis, -1))
+    return found
+
+
+def _sparse(weight: np.ndarray) -> bool:
+    return weight.shape[-1] % 4 == 0 and int((weight.reshape(-1, 4) != 0).sum(-1).max()) <= 2
