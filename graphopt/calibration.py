@@ -115,6 +115,21 @@ def observe(program: Program, wanted: Mapping[str, Iterable[Statistic]], batches
             collector.run(*pytree.tree_leaves((args, kwargs)), enable_io_processing=False)
 
 
+def read_batches(program: Program, samples: Samples, *, limit: int, batch_size: int) -> list[Batch]:
+    """Read at most `limit` samples in batches of a size that the program takes.
+
+    Raises:
+        DataError: there are not enough of them for one batch.
+    """
+    fixed = _fixed_batch(program)
+    batches = [tuple(batch) for batch in samples.batches(fixed or batch_size, limit)]
+    batches = [batch for batch in batches if fixed is None or batch[0].shape[0] == fixed]
+    if not batches:
+        need = f"{fixed} samples, the program's fixed batch size" if fixed else "one sample"
+        raise DataError(f"The calibration data is empty. Give at least {need}.")
+    return batches
+
+
 def insert_observers(program: Program, names: Iterable[str]) -> Program:
     """Return a copy of `program` with an observer behind each named value; observers are called by that name.
 

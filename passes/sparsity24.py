@@ -18,8 +18,9 @@ import torch
 from pydantic import Field
 from torch import fx
 
-from graphopt.context import Batch, Context, Samples
-from graphopt.errors import DataError, PassError, UsageError
+from graphopt.calibration import read_batches
+from graphopt.context import Context
+from graphopt.errors import PassError, UsageError
 from graphopt.graph import Editor, constant, tensor_attribute
 from graphopt.pass_base import Pass
 from graphopt.passes.sparsity.layers import (
@@ -45,16 +46,26 @@ _BATCH = 32  # samples run at once
 
 @dataclass(frozen=True, slots=True)
 class Sparsity24Options:
-    """Options of `sparsity24`."""
+    """Which weights go, and where.
 
-    criterion: Literal["magnitude", "sqnr"] | None = None  # which weights go; none: sqnr with data, else magnitude
-    refit: bool = True  # with data, what stays takes over what goes, by least squares
-    nonzeros: Annotated[int, Field(ge=1)] | None = None  # how many of each group stay; none: what the target takes, 2
-    group: Annotated[int, Field(ge=2, le=16)] | None = None  # inputs in a group; none: what the target takes, 4
-    ends: bool = False  # also the layers that read the program's inputs and make its outputs
-    skip: tuple[str, ...] = ()  # weights left dense, by shell glob: head.*
-    samples: Annotated[int, Field(ge=1)] = 256  # calibration samples used
-    force: bool = False  # also where the target has no kernel for it
+    criterion: those the outputs miss least (sqnr), or the smallest (magnitude); none: sqnr with data.
+    refit: with data, what stays takes over what goes, by least squares.
+    nonzeros: how many of each group stay; none: what the target takes, two.
+    group: inputs in a group; none: what the target takes, four.
+    ends: also the layers that read the program's inputs and make its outputs.
+    skip: weights left dense, as globs of names like `head.*`.
+    samples: calibration samples used.
+    force: also where the target has no kernel for it.
+    """
+
+    criterion: Literal["magnitude", "sqnr"] | None = None
+    refit: bool = True
+    nonzeros: Annotated[int, Field(ge=1)] | None = None
+    group: Annotated[int, Field(ge=2, le=16)] | None = None
+    ends: bool = False
+    skip: tuple[str, ...] = ()
+    samples: Annotated[int, Field(ge=1)] = 256
+    force: bool = False
 
     def __post_init__(self) -> None:
         """Check that the pattern leaves something out."""
@@ -197,7 +208,12 @@ class Sparsity24(Pass[Sparsity24Options, Sparsity24Plan]):
         yield from ((site, None) for site in sites if site.weight_name not in chosen)
         if measured:
             assert ctx.samples is not None  # else nothing is measured
-            yield from gather(program, measured, _batches(program, ctx.samples, self.options.samples), ctx.progress)
+            yield from gather(
+                program,
+                measured,
+                read_batches(program, ctx.samples, limit=self.options.samples, batch_size=_BATCH),
+                ctx.progress,
+            )
 
     def _sparse(
         self, gm: fx.GraphModule, site: Site, moments: Moments | None, form: SparseFormat
@@ -223,16 +239,6 @@ class Sparsity24(Pass[Sparsity24Options, Sparsity24Plan]):
             "zeros": float((final == 0).double().mean()),
             "sqnr": _ratio(rows, final.double(), matrices),
         }
-
-
-def _batches(program: Program, samples: Samples, limit: int) -> list[Batch]:
-    """Read at most `limit` samples in batches that the program takes."""
-    size = _BATCH if program.batched else int(program.inputs[0].shape[0])
-    batches = [tuple(batch) for batch in samples.batches(size, limit)]
-    batches = [batch for batch in batches if program.batched or len(batch[0]) == size]
-    if not batches:
-        raise DataError(f"The calibration data is empty. Give at least {1 if program.batched else size} samples.")
-    return batches
 
 
 def _ratio(wanted: torch.Tensor, found: torch.Tensor, moments: torch.Tensor | None) -> float | None:

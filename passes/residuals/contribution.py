@@ -14,17 +14,15 @@ from typing import Literal
 import torch
 from torch import fx
 
-from graphopt.context import Batch, Progress, Samples
+from graphopt.context import Batch, Progress
 from graphopt.equivalence import Probe
-from graphopt.errors import DataError, VerifyError
+from graphopt.errors import VerifyError
 from graphopt.passes.residuals.branches import Branch
 from graphopt.passes.residuals.removal import without
 from graphopt.program import Program
 from graphopt.stepping import Stepper
 
 Criterion = Literal["output", "influence", "random", "last"]
-
-BATCH = 32  # samples run at once
 
 
 class OutputError:
@@ -71,20 +69,6 @@ def influences(program: Program, branches: Sequence[Branch], batches: Sequence[B
                 totals[index] += _turned(shortcut, stepper.values[node][0], len(batch[0]))
     samples = sum(len(batch[0]) for batch in batches)
     return [total / samples for total in totals]
-
-
-def read_batches(program: Program, samples: Samples, limit: int) -> list[Batch]:
-    """Read at most `limit` samples in batches that the program takes.
-
-    Raises:
-        DataError: there are not enough of them for one.
-    """
-    size = BATCH if program.batched else int(program.inputs[0].shape[0])
-    batches = [tuple(batch) for batch in samples.batches(size, limit)]
-    batches = [batch for batch in batches if program.batched or len(batch[0]) == size]
-    if not batches:
-        raise DataError(f"The calibration data is empty. Give at least {1 if program.batched else size} samples.")
-    return batches
 
 
 def _turned(before: torch.Tensor, after: torch.Tensor, samples: int) -> float:

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 
 import torch
 
+from graphopt.calibration import read_batches
 from graphopt.context import Batch, Context
 from graphopt.passes.residuals.branches import Branch, find_branches, stored_parameters
-from graphopt.passes.residuals.contribution import Criterion, OutputError, influences, output_errors, read_batches
+from graphopt.passes.residuals.contribution import Criterion, OutputError, influences, output_errors
 from graphopt.passes.residuals.removal import fits_without, without
 from graphopt.plan import Json
 from graphopt.program import Program
+
+_BATCH = 32  # samples run at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,7 @@ class Search:
         if self._limits.most and (self._criterion in ("output", "influence") or self._limits.sqnr is not None):
             purpose = "to measure what each branch contributes (criterion=last with blocks or ratio needs none)"
             samples = self._ctx.need_samples(self._by, purpose)
-            self._batches = read_batches(self._program, samples, self._limits.samples)
+            self._batches = read_batches(self._program, samples, limit=self._limits.samples, batch_size=_BATCH)
             self._error = OutputError(self._program, self._batches)
         current = self._program
         eligible = self._eligible(current)

@@ -133,5 +133,6 @@ def has_pattern(rows: torch.Tensor, form: SparseFormat) -> bool:
 
 
 def _computed(node: fx.Node) -> list[fx.Node]:
-    """List the tensors a node computes on that are not stored."""
-    return [n for n in node.all_input_nodes if n.op != "get_attr" and not isinstance(n.meta["val"], int | torch.SymInt)]
+    """List what a node computes on that is not stored, sizes left out."""
+    computed = (source for source in node.all_input_nodes if source.op != "get_attr")
+    return [source for source in computed if not isinstance(source.meta.get("val"), int | torch.SymInt)]

@@ -1,0 +1,102 @@
+"""What dropping residual blocks costs in accuracy before any training: CIFAR-10 ResNets, criteria side by side.
+
+    python tools/bench_drop_blocks.py --data DIR [--depths 56] [--blocks 1 3 6 9] [--json OUT]
+
+One row for each model and number of blocks; columns are the criteria, `random` as control. "output once" measures every
+block once instead of again after each drop. In brackets: after re-estimating the BatchNorm statistics on the same
+unlabelled images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from cifar10 import images, top1, trained_resnet
+from rich.console import Console
+from rich.table import Table
+
+from graphopt.capturing import capture
+from graphopt.context import Context
+from graphopt.cost import cost
+from graphopt.distillation.statistics import estimate_statistics
+from graphopt.options import build
+from graphopt.passes.drop_blocks import DropBlocks, DropBlocksOptions
+from graphopt.passes.pruning.reconstruction import with_tensors
+from graphopt.passes.residuals.removal import without
+from graphopt.program import Program
+from graphopt.testing import TensorSamples
+
+_CRITERIA: dict[str, dict[str, object]] = {
+    "output": {"criterion": "output"},
+    "output once": {"criterion": "output", "rescore": False},
+    "influence": {"criterion": "influence"},
+    "last": {"criterion": "last"},
+    "random": {"criterion": "random"},
+}
+
+
+def main() -> None:
+    """Measure every combination and print the table."""
+    options = _arguments()
+    torch.set_num_threads(options.threads)
+    test = tuple(tensor[: options.test] for tensor in images(options.data, "cifar10_test"))
+    calibration = images(options.data, "cifar10_train_5k")[0][: options.samples]
+    table = Table(title="top-1 in % before any training (with statistics re-estimated)")
+    for column in ("model", "blocks", "fewer operations", *_CRITERIA):
+        table.add_column(column, justify="right")
+    rows = []
+    for depth in options.depths:
+        program = capture(trained_resnet(options.data, depth), (calibration[:2],))
+        table.add_row(f"ResNet-{depth}", "0", "1.00", *[f"{top1(program, *test):.2f}"] * len(_CRITERIA))
+        dropped = {name: _order(program, given, max(options.blocks), calibration) for name, given in _CRITERIA.items()}
+        for blocks in options.blocks:
+            found = {name: _measure(program, order[:blocks], calibration, test) for name, order in dropped.items()}
+            ratio = cost(program).flops / cost(without(program, dropped["output"][:blocks], "drop_blocks")).flops
+            cells = [f"{plain:.2f} ({statistics:.2f})" for plain, statistics in found.values()]
+            table.add_row(f"ResNet-{depth}", str(blocks), f"{ratio:.2f}", *cells)
+            rows.append({"model": f"ResNet-{depth}", "blocks": blocks, "fewer_operations": ratio, "top1": found})
+            print(rows[-1], flush=True)
+    Console().print(table)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def _order(program: Program, given: dict[str, object], blocks: int, calibration: torch.Tensor) -> list[str]:
+    """Return the results of the branches that go, in the order they go: a shorter run drops a prefix of it."""
+    pass_ = DropBlocks(
+        build("drop_blocks", DropBlocksOptions, {"blocks": blocks, "samples": len(calibration), **given})
+    )
+    start = time.perf_counter()
+    plan = pass_.plan(program, Context(original=program, samples=TensorSamples((calibration,))))
+    names = {str(entry["result"]): name for name, entry in plan.blocks.items()}
+    print(f"{given}: {time.perf_counter() - start:.0f} s, {[names[result] for result in plan.dropped]}", flush=True)
+    return list(plan.dropped)
+
+
+def _measure(
+    program: Program, dropped: list[str], calibration: torch.Tensor, test: tuple[torch.Tensor, ...]
+) -> tuple[float, float]:
+    plain = without(program, dropped, "drop_blocks")
+    batches = list(TensorSamples((calibration,)).batches(128))
+    statistics = with_tensors(plain, estimate_statistics(plain, batches), "drop_blocks")
+    return top1(plain, *test), top1(statistics, *test)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="directory with CIFAR-10 and the trained ResNets")
+    parser.add_argument("--depths", type=int, nargs="+", default=[56])
+    parser.add_argument("--blocks", type=int, nargs="+", default=[1, 3, 6, 9])
+    parser.add_argument("--samples", type=int, default=256, help="calibration images")
+    parser.add_argument("--test", type=int, default=10000, help="test images")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
