@@ -39,17 +39,20 @@ class Step:
 class Replay(fx.Interpreter):
     """Interprets a program on flat tensors, taking the runtime's integers over after comparing with them."""
 
-    def __init__(self, program: Program, *, exact: bool = False) -> None:
+    def __init__(self, program: Program, *, exact: bool = False, noise: torch.Generator | None = None) -> None:
         """Prepare to run.
 
         Args:
             program: what to run.
             exact: compute every float32 value in float64.
+            noise: change the last digits of what is computed out of a runtime's integers: values that are equal by
+                their integers then come in either order.
         """
         super().__init__(program.graph_module)
         self._program = program
         self._codes: Mapping[str, torch.Tensor] = {}
         self._exact = exact
+        self._noise = noise
         self._weights: dict[fx.Node, torch.Tensor] = {}
         self.steps: list[Step] = []
 
@@ -76,6 +79,8 @@ class Replay(fx.Interpreter):
         if n.target is torch.ops.graphopt.dequantize.default and _is_stored(n.args[0]):
             self._weights[n] = result = self._widened(result)
             return result
+        if n.target is torch.ops.graphopt.dequantize.default and self._noise is not None:
+            return perturbed(result, self._noise)
         if n.target is torch.ops.graphopt.quantize.default:
             codes = self._codes.get(n.name)
             if codes is not None:
@@ -110,3 +115,11 @@ def _step(source: str, computed: torch.Tensor, codes: torch.Tensor) -> Step:
     wide = torch.int64 if computed.dtype is torch.int32 else torch.int16
     difference = computed.to(wide).sub_(codes).abs_()
     return Step(source, int(difference.max()), int(difference.count_nonzero()) / difference.numel())
+
+
+def perturbed(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Change the last three bits of each number's significand."""
+    if not tensor.is_floating_point():
+        return tensor
+    noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype) - 0.5
+    return tensor * (1 + 16 * torch.finfo(tensor.dtype).eps * noise)

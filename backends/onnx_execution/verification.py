@@ -21,7 +21,7 @@ import torch
 from graphopt.backend import Array
 from graphopt.backends.onnx_execution.agreement import Reference, disagreements, relative_error
 from graphopt.backends.onnx_execution.batches import batches
-from graphopt.backends.onnx_execution.replay import Replay, Step, quantize_nodes
+from graphopt.backends.onnx_execution.replay import Replay, Step, perturbed, quantize_nodes
 from graphopt.backends.onnx_execution.session import OnnxSession, SessionSettings
 from graphopt.backends.onnx_lowering.exporter import SOURCE_PROPERTY
 from graphopt.errors import LoweringError
@@ -43,7 +43,7 @@ def verify(path: Path, program: Program, inputs: Sequence[Array] | None, setting
     """
     session = OnnxSession(path, settings)
     _check_signature(session, program, path)
-    probe = _Probe(path, program, settings) if quantize_nodes(program) else None
+    probe = IntegerProbe(path, program, settings) if quantize_nodes(program) else None
     replay = Replay(program)
     worst = 0.0
     for index, (where, arrays) in enumerate(batches(program, inputs)):
@@ -65,7 +65,7 @@ def verify(path: Path, program: Program, inputs: Sequence[Array] | None, setting
     return worst
 
 
-class _Probe:
+class IntegerProbe:
     """The artifact with the integers of its quantizations as further outputs."""
 
     def __init__(self, path: Path, program: Program, settings: SessionSettings) -> None:
@@ -121,16 +121,8 @@ def _check_steps(program: Program, steps: Sequence[Step], where: str) -> None:
 
 
 def _reference(program: Program, codes: Mapping[str, torch.Tensor], feed: Tensors, wanted: Tensors) -> Reference:
-    def perturbed(seed: int) -> Tensors:
+    def rerun(seed: int) -> Tensors:
         generator = torch.Generator().manual_seed(seed)
-        return Replay(program).outputs(tuple(_perturbed(tensor, generator) for tensor in feed), codes)
+        return Replay(program, noise=generator).outputs(tuple(perturbed(tensor, generator) for tensor in feed), codes)
 
-    return Reference(wanted, lambda: Replay(program, exact=True).outputs(feed, codes), perturbed)
-
-
-def _perturbed(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Change the last three bits of each number's significand."""
-    if not tensor.is_floating_point():
-        return tensor
-    noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype) - 0.5
-    return tensor * (1 + 16 * torch.finfo(tensor.dtype).eps * noise)
+    return Reference(wanted, lambda: Replay(program, exact=True).outputs(feed, codes), rerun)
