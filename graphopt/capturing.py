@@ -1,7 +1,6 @@
 """Capture: from an `nn.Module` to a Program, by `torch.export`.
 
-The batch axis is dynamic by default. The one adapter to torch's export machinery: private names of torch.export
-are used here and nowhere else (checked on torch 2.13; `tests/graphopt/test_capturing.py` fails when they move).
+The batch axis is dynamic by default.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
-from torch.export.dynamic_shapes import _combine_args
 from torch.utils import _pytree as pytree
 
 from graphopt.capture_checks import check_equal, check_repeatable, run_model, wrong_batch
 from graphopt.capture_errors import explain
+from graphopt.dynamic_axes import LeafShapes, arranged, by_name
 from graphopt.errors import CaptureError, ExampleError
 from graphopt.graph import copy_graph_module
 from graphopt.lost import lost_in_eval
@@ -32,8 +31,6 @@ from graphopt.training import set_training
 logger = logging.getLogger(__name__)
 
 _SMALLEST_DYNAMIC_BATCH = 2  # torch.export specialises an axis of size 1
-
-LeafShapes = list[dict[int, Any]]  # per tensor leaf: {axis: Dim}
 
 
 def capture(
@@ -155,7 +152,7 @@ def _with_dynamic_batch(
 
 def _requested_axes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], requested: Any) -> LeafShapes:
     """Bring a `dynamic_shapes` argument to one dictionary per tensor leaf."""
-    combined = _combine_args(model, args, kwargs)
+    combined = by_name(model, args, kwargs)
     if requested is not None and not isinstance(requested, Mapping):
         requested = dict(zip(combined, requested, strict=False))
     requested = dict(requested or {})
@@ -180,16 +177,6 @@ def _collect_axes(value: Any, asked: Any, found: LeafShapes) -> None:
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
             _collect_axes(item, asked[index] if isinstance(asked, list | tuple) else None, found)
-
-
-def arranged(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: LeafShapes) -> Any:
-    """Arrange per-leaf dynamic axes in the structure `torch.export.export` asks for."""
-    remaining = iter(shapes)
-
-    def axes(leaf: Any) -> Any:
-        return (next(remaining) or None) if isinstance(leaf, torch.Tensor) else None
-
-    return pytree.tree_map(axes, _combine_args(model, args, kwargs))
 
 
 def _capture(
@@ -264,7 +251,7 @@ def _input_specs(
     gm: fx.GraphModule, names: _AxisNames, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[TensorSpec, ...]:
     """Describe the tensor inputs by the names of the model's own arguments; FX renames some (`input` -> `input_1`)."""
-    paths = pytree.tree_flatten_with_path(_combine_args(gm, args, kwargs))[0]
+    paths = pytree.tree_flatten_with_path(by_name(gm, args, kwargs))[0]
     given = [_joined(path) for path, leaf in paths if isinstance(leaf, torch.Tensor)]
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     tensors = [node for node in placeholders if isinstance(node.meta.get("val"), torch.Tensor)]

@@ -13,7 +13,7 @@ from torch import fx
 from torch.export import Dim, ExportedProgram
 
 from graphopt.capture_errors import first_line
-from graphopt.capturing import LeafShapes, arranged
+from graphopt.dynamic_axes import LeafShapes, arranged
 from graphopt.errors import CaptureError
 from graphopt.graph import copy_graph_module
 from graphopt.provenance import drop_process_traces
