@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from graphopt.axes.oracle.step import Step, masked_rule, tensor_result
-from graphopt.axes.oracle.value import Dead, Value, Vector, broadcast, union, vector, zeroed
+from graphopt.axes.oracle.value import Dead, Value, Vector, broadcast, survivors, union, vector, zeroed
 
 Labels = Sequence[str]
 
@@ -237,22 +237,33 @@ def _at_channel(dead: Dead, channel: int, out: Vector) -> Dead:
 
 @masked_rule("aten::scaled_dot_product_attention")
 def attention(step: Step) -> Value:
-    """softmax(q k^T * scale + mask) v; the default scale is that of the original width."""
+    """softmax(q k^T * scale + mask) v over surviving keys; the default scale is that of the original width."""
     q, k, v, bias = step["query"], step["key"], step["value"], step.get("attn_mask")
-    step.require_whole([k.dead[-2], v.dead[-2]], "the keys that the softmax runs over")
-    if bias is not None and bias.tensor.dim():
-        step.require_whole(bias.dead[-1:], "the keys that the softmax runs over")
+    keys = union(k.dead[-2], v.dead[-2], *(bias.dead[-1:] if bias is not None else ()))
+    if step["is_causal"]:
+        step.require_whole([keys, q.dead[-2]], "tokens in causal order")
     inner = union(q.dead[-1], k.dead[-1])
     heads = [_heads(value, q) for value in (k, v)]
     # As (batch.., query, 1): the mask's dimensions broadcast against those.
     rows = [(*q.dead[:-1], None), *((*dead, None, None) for dead in heads)]
     if bias is not None:
-        rows.append(bias.dead)
+        rows.append((*bias.dead[:-1], None))
     joined = broadcast(rows)
     scale = step["scale"] if step["scale"] is not None else 1 / math.sqrt(q.tensor.size(-1))
     last: Dead = (*((None,) * (q.tensor.dim() - 1)), inner)
-    result = step.run(query=zeroed(q.tensor, last), key=zeroed(k.tensor, last), scale=scale)
+    shorter = {"query": zeroed(q.tensor, last), "key": _rows(zeroed(k.tensor, last), keys, -2)}
+    shorter["value"] = _rows(v.tensor, keys, -2)
+    if bias is not None:
+        shorter["attn_mask"] = _rows(bias.tensor, keys, -1)
+    result = step.run(**shorter, scale=scale)
     return Value(tensor_result(result), (*joined[:-1], v.dead[-1]))
+
+
+def _rows(tensor: Tensor, removed: Vector, dim: int) -> Tensor:
+    """Take removed positions out of one dimension; one of size 1 is broadcast and stays."""
+    if removed is None or not tensor.dim() or tensor.size(dim) == 1:
+        return tensor
+    return tensor.index_select(dim, survivors(removed))
 
 
 def _heads(value: Value, query: Value) -> Dead:
