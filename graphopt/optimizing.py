@@ -33,7 +33,7 @@ from graphopt.stopwatch import Stopwatch
 # Samples that every row's output error is measured on: as many as cost this many operations, within bounds.
 _PROBE_FLOPS = 2e10
 _FEWEST_PROBES, _MOST_PROBES = 2, 32
-DEFAULT_PASSES = "prune:ratio=0.5,svd,int8"
+DEFAULT_PASSES = "prune,svd,int8"
 DEFAULT_TARGET = "onnxruntime"
 
 

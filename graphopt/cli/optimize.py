@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from graphopt.pipeline import Pipeline
     from graphopt.result import Result
 
-DEFAULT_PASSES = "prune:ratio=0.5,svd,int8"
+DEFAULT_PASSES = "prune,svd,int8"
 
 
 def command(
