@@ -2,7 +2,7 @@
 
     import graphopt
 
-    result = graphopt.optimize(model, data=samples, passes="prune:ratio=0.5,svd,int8")
+    result = graphopt.optimize(model, data=samples, passes="prune,svd,int8")
     result.save("build/")
 
 Names are imported on first use, so that `import graphopt` costs no torch.
