@@ -65,7 +65,7 @@ def _overrides(groups: list[Group], options: PruneOptions) -> dict[int, tuple[fl
     for ratio, glob, written in options.overrides:
         named = [group for group in groups if matches(group, glob)]
         if not named:
-            raise UsageError(f"`{written}` matches no group of this model. {_names(groups)}")
+            raise UsageError(f"`{written}` matches no group of this model. {listed(groups)}")
         for group in named:
             earlier, other = found.setdefault(group.axis, (ratio, written))
             if earlier != ratio:
@@ -76,7 +76,8 @@ def _overrides(groups: list[Group], options: PruneOptions) -> dict[int, tuple[fl
     return found
 
 
-def _names(groups: list[Group]) -> str:
+def listed(groups: list[Group]) -> str:
+    """Say which groups there are."""
     if not groups:
         return "It has no group that could lose an index."
     more = ", ..." if len(groups) > _NAMED else ""

@@ -56,19 +56,31 @@ class Standing:
 
         Nodes are those of the program as it is now.
         """
+        for call in self._weighing(group) if group.consumers else self._summing(group.axis):
+            for value in call.all_input_nodes:
+                if value not in self._constants and self.carries(value, group.axis):
+                    yield call, value
+
+    def _weighing(self, group: Group) -> list[fx.Node]:
+        """Return the first calls that see data on the way down from the weights that consume a group's axis."""
         names = {member.parameter for member in group.consumers}
         pending = [node for node in self.program.graph.nodes if node.op == "get_attr" and node.target in names]
         met: dict[fx.Node, None] = {}
-        while pending:  # down through what is computed of weights alone, to the first calls that see data
+        while pending:
             for user in pending.pop(0).users:
                 if user in self._constants:
                     pending.append(user)
                 else:
                     met[user] = None
-        for call in met:
-            for value in call.all_input_nodes:
-                if value not in self._constants and self.carries(value, group.axis):
-                    yield call, value
+        return list(met)
+
+    def _summing(self, axis: int) -> list[fx.Node]:
+        """Return the calls that carry an axis no further."""
+        calls = (node for node in self.program.graph.nodes if node.op == "call_function")
+        return [call for call in calls if self._is_tensor(call) and not self.carries(call, axis)]
+
+    def _is_tensor(self, node: fx.Node) -> bool:
+        return node.name in self._twins and self._twins[node.name] in self.axes.layouts
 
     def carries(self, node: fx.Node, axis: int) -> bool:
         """Tell whether a value has a dimension of static size with the axis in it."""

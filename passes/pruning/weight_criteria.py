@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import fx
 
 from graphopt.axes.groups import Group, Member
 from graphopt.graph import arguments, constant
@@ -84,10 +85,10 @@ def bn_scale(standing: Standing, groups: Sequence[Group]) -> Worths:
     Liu et al., "Learning Efficient Convolutional Networks through Network Slimming", ICCV 2017. A norm makes what it
     scales equally large everywhere, so its scales are ranked against each other as they are.
     """
-    scales = _scales(standing)
+    known = scales(standing.program.graph_module)
     found: dict[int, torch.Tensor | str] = {}
     for group in groups:
-        members = [m for m in group.members if m.parameter in scales]
+        members = [m for m in group.members if m.parameter in known]
         each = [standing.rows(member, group.axis).abs().mean(1) for member in members]
         found[group.axis] = (
             torch.stack(each).mean(0)
@@ -111,9 +112,8 @@ def mean_one(values: torch.Tensor) -> torch.Tensor:
     return values / mean if mean > 0 else torch.ones_like(values)
 
 
-def _scales(standing: Standing) -> set[str]:
+def scales(gm: fx.GraphModule) -> set[str]:
     """Return the names of trained tensors of one dimension (others of size 1) that norms or products multiply with."""
-    gm = standing.program.graph_module
     names = set()
     for node in gm.graph.nodes:
         if node.op != "call_function" or not hasattr(node.target, "_schema"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from graphopt.axes.groups import Group
 from graphopt.axes.infer import infer
 from graphopt.capturing import capture
 from graphopt.context import Context, Loss
@@ -163,6 +164,18 @@ def test_activation_is_the_mean_magnitude_of_what_the_consumers_read() -> None:
     assert_scores(found, mean / mean.mean())
 
 
+def test_activation_reads_query_and_key_where_they_meet() -> None:
+    model = models.SplitAttention().double()
+    data = example(model, 16)
+    found = {group.name: worth for group, worth in zip(_groups(model), scores(model, "activation", data), strict=True)}
+    parts = [layer(data).view(16, 6, 3, 4).abs().mean((0, 1, 2)).detach() for layer in (model.q, model.k)]
+    assert_scores(found["q:head_dim"], sum(part / part.mean() for part in parts) / 2)
+
+
+def _groups(model: nn.Module) -> list[Group]:
+    return infer(capture(model, (example(model),)).graph_module).groups()
+
+
 def test_taylor_without_a_loss_is_what_the_outputs_lose() -> None:
     model = mlp()
     (found,) = scores(model, "taylor")
@@ -236,7 +249,14 @@ def program_of(kind: type[nn.Module]) -> Program:
     return _PROGRAMS[kind]
 
 
-STRUCTURES = [models.Depthwise, models.Dense, models.GroupedQuery, models.Recurrent, models.TiedWeights]
+STRUCTURES = [
+    models.Depthwise,
+    models.Dense,
+    models.SplitAttention,
+    models.GroupedQuery,
+    models.Recurrent,
+    models.TiedWeights,
+]
 
 
 @pytest.mark.parametrize("criterion", list(CRITERIA))
