@@ -122,7 +122,8 @@ class Sparsity24(Pass[Sparsity24Options, Sparsity24Plan]):
         sites, dense = self._divide(found, form, ctx, gm)
         layers: dict[str, dict[str, Json]] = {}
         tensors: dict[str, torch.Tensor] = {}
-        for site, moments in self._with_moments(program, sites, ctx):
+        measured = self._with_moments(program, sites, ctx)
+        for site, moments in ctx.progress.track(measured, "choosing weights", len(sites)):
             tensors[site.weight_name], layers[site.weight_name] = self._sparse(gm, site, moments, form)
         order = [site.weight_name for site in sites]
         plan = self.new_plan(

@@ -20,6 +20,7 @@ import torch
 
 from graphopt.target import SparseFormat
 
+_CONVERGED = 1e-8  # of the squared gradient at the start: about five digits of the weights
 _DAMPING = 0.01  # of the mean second moment, added to all: directions hardly seen must not be refitted to
 
 
@@ -77,7 +78,10 @@ def fit(weight: torch.Tensor, sparse: torch.Tensor, moments: torch.Tensor, steps
     residual = ((weight.double() - result) @ damped) * mask
     direction = residual * scale
     power = (residual * direction).sum(1, keepdim=True)
+    enough = _CONVERGED * float(power.sum())
     for _ in range(steps):
+        if float(power.sum()) <= enough:
+            break
         image = (direction @ damped) * mask
         curvature = (direction * image).sum(1, keepdim=True)
         length = torch.where(curvature > 0, power / curvature, 0.0)
