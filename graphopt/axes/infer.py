@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import HigherOrderOperator
 
 from graphopt.axes.call import Call, shape_of, to_size
 from graphopt.axes.groups import Group, Refusal, collect
@@ -194,7 +195,8 @@ class _Inference:
             return results[position] if isinstance(results, list) and isinstance(position, int) else None
         rule = find(self._rules, node.target)
         if rule is None:
-            return self._refuse(node, "unknown operator")
+            region = isinstance(node.target, HigherOrderOperator)
+            return self._refuse(node, "inside a region that is not looked into," if region else "unknown operator")
         call = Call(node, self.solver, self.roles, self.known)
         try:
             result = rule.infer(call)

@@ -16,8 +16,10 @@ it registers them.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -30,6 +32,8 @@ from graphopt.axes.layout import Layout
 if TYPE_CHECKING:
     from graphopt.axes.call import Call
     from graphopt.axes.edit import Edit
+
+logger = logging.getLogger(__name__)
 
 Dims: TypeAlias = tuple[Layout, ...]
 # One tensor, several results (None for those that are not tensors), or no tensor at all.
@@ -93,13 +97,21 @@ def rule(*names: str, rewrite: Rewrite | None = None, resizes: bool = False) -> 
 
 def built_in_rules() -> Rules:
     """Return every registered rule: the built-in ones and those of installed plugins."""
+    _load()
+    return _RULES
+
+
+@functools.cache
+def _load() -> None:
     for module in _BUILT_IN:
         importlib.import_module(f"graphopt.axes.rules.{module}")
     for entry in sorted(importlib.metadata.entry_points(group=ENTRY_POINTS), key=lambda e: e.name):
-        loaded = entry.load()
-        if callable(loaded):
-            loaded()
-    return _RULES
+        try:
+            loaded = entry.load()
+            if callable(loaded):
+                loaded()
+        except Exception as err:  # a stranger's module may raise anything; its operators stay without a rule
+            logger.warning("The axis rules `%s` cannot be loaded: %s: %s", entry.name, type(err).__name__, err)
 
 
 def find(rules: Rules, target: Any) -> Rule | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -14,7 +14,11 @@ from graphopt.axes.call import Call
 from graphopt.axes.groups import Group
 from graphopt.axes.infer import Axes, infer
 from graphopt.axes.layout import describe, leaves
-from graphopt.axes.registry import ENTRY_POINTS, Dims, Rule, built_in_rules
+from graphopt.axes.masked import check_masked_equivalence
+from graphopt.axes.oracle.step import Step, masked_rule, tensor_result
+from graphopt.axes.oracle.value import CannotProveError, Value
+from graphopt.axes.registry import ENTRY_POINTS, Dims, Rule, _load, built_in_rules
+from graphopt.axes.rewrite import remove, slices
 from graphopt.capturing import capture
 from graphopt.errors import PassError
 from tests import models
@@ -261,18 +265,71 @@ def test_the_same_graph_gives_the_same_groups() -> None:
     assert first.refusals() == second.refusals()
 
 
-def test_a_plugin_registers_rules_by_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
-    registered: list[str] = []
+@pytest.fixture
+def plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Callable[[], object]]]:
+    """Let these be what installed entry points load."""
+    loads: list[Callable[[], object]] = []
 
     class Entry:
         name = "mylib"
 
-        def load(self) -> Callable[[], None]:
-            return lambda: registered.append(self.name)
+        def __init__(self, load: Callable[[], object]) -> None:
+            self.load = load
 
-    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [Entry()] * (group == ENTRY_POINTS))
+    monkeypatch.setattr(
+        "importlib.metadata.entry_points", lambda group: [Entry(f) for f in loads if group == ENTRY_POINTS]
+    )
+    _load.cache_clear()
+    yield loads
+    _load.cache_clear()
+
+
+def test_a_plugin_registers_rules_by_entry_point(plugins: list[Callable[[], object]]) -> None:
+    registered: list[str] = []
+    plugins.append(lambda: lambda: registered.append("mylib"))
+    built_in_rules()
     built_in_rules()
     assert registered == ["mylib"]
+
+
+def test_a_broken_plugin_says_one_line_and_breaks_nothing(
+    plugins: list[Callable[[], object]], caplog: pytest.LogCaptureFixture
+) -> None:
+    plugins.append(lambda: 1 / 0)
+    assert "aten::linear" in built_in_rules()
+    lines = [r.getMessage() for r in caplog.records if r.name == "graphopt.axes.registry"]
+    assert lines == ["The axis rules `mylib` cannot be loaded: ZeroDivisionError: division by zero"]
+
+
+class Branches(nn.Module):
+    """A region between two layers."""
+
+    def __init__(self, region: Callable[[Branches, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.a, self.b, self.second = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.region = region
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.region(self, self.first(x)))
+
+
+def of_a_condition(m: Branches, x: Tensor) -> Tensor:
+    return torch.cond(x.sum() > 0, lambda t: m.a(t).relu(), lambda t: m.b(t), (x,))
+
+
+def of_other_precision(m: Branches, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return m.a(x).to(x.dtype)
+
+
+@pytest.mark.parametrize(("region", "name"), [(of_a_condition, "cond"), (of_other_precision, "wrap_with_autocast")])
+def test_what_enters_a_region_is_kept_whole_and_the_region_is_named(
+    region: Callable[[Branches, Tensor], Tensor], name: str
+) -> None:
+    axes = axes_of(Branches(region), VECTOR)
+    assert axes.groups() == []
+    (reason,) = {r.reason for r in axes.refusals() if r.name == "first:hidden"}
+    assert reason.startswith(f"inside a region that is not looked into, {name} at `")
 
 
 @torch.library.custom_op("axes_tests::scale_channels", mutates_args=())
@@ -303,4 +360,15 @@ def test_a_rule_for_a_custom_operator_frees_what_it_touches() -> None:
     assert list(infer(gm).unknown) == ["axes_tests::scale_channels"]
     assert infer(gm).groups() == []
     rules = {**built_in_rules(), "axes_tests::scale_channels": Rule(along_the_last)}
-    assert summary(infer(gm, rules)) == {"first:hidden": 8}
+    axes = infer(gm, rules)
+    assert summary(axes) == {"first:hidden": 8}
+    kept = {axes.groups()[0].axis: [0, 2, 5]}
+    pruned = remove(gm, axes, kept)
+    with pytest.raises(CannotProveError, match=r"axes_tests\.scale_channels"):
+        check_masked_equivalence(gm, pruned, slices(axes, kept), (VECTOR,))
+    masked_rule("axes_tests::scale_channels")(like_the_first)
+    assert check_masked_equivalence(gm, pruned, slices(axes, kept), (VECTOR,)) < 1e-12  # rounding in float64
+
+
+def like_the_first(step: Step) -> Value:
+    return Value(tensor_result(step.run()), step.first().dead)
