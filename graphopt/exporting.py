@@ -37,23 +37,26 @@ class Exported:
     sources: Mapping[str, str]
 
 
-_known: weakref.WeakKeyDictionary[Program, Exported] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[Program, tuple[object, Exported]] = weakref.WeakKeyDictionary()
 
 
 def exported(program: Program) -> Exported:
-    """Export `program`, once: exporting ResNet-50 takes as long as translating it to ONNX.
+    """Export `program`, once for as long as its graph stands: that takes as long as translating it to ONNX.
 
     Raises:
         CaptureError: as `export_again`.
     """
-    if program not in _known:
-        _known[program] = export_again(program)
-    return _known[program]
+    state = _state(program.graph_module)
+    known, found = _known.get(program, (None, None))
+    if found is None or known != state:
+        found = export_again(program)
+        _known[program] = (state, found)
+    return found
 
 
-def forget(program: Program) -> None:
-    """Export anew when next asked: the graph of `program` has changed in place."""
-    _known.pop(program, None)
+def _state(gm: fx.GraphModule) -> object:
+    """Return what tells whether a graph was changed in place, as putting it in training mode does."""
+    return str(gm.graph), [id(tensor) for tensor in (*gm.parameters(), *gm.buffers())]
 
 
 def export_again(program: Program) -> Exported:

@@ -105,10 +105,7 @@ class Program:
 
         What eval capture dropped (see `notes`) does not come back.
         """
-        from graphopt.exporting import forget
-
         set_training(self.graph_module, mode)
-        forget(self)
         return self
 
     def eval(self) -> Self:

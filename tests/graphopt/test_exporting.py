@@ -56,6 +56,21 @@ def test_a_change_of_mode_exports_anew(program: Program) -> None:
     assert flags() == [False]
 
 
+def test_an_edit_in_place_exports_anew(program: Program) -> None:
+    def targets() -> set[object]:
+        return {node.target for node in exported(program).program.graph.nodes}
+
+    assert torch.ops.aten.relu.default in targets()
+    (relu,) = program.graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default)
+    relu.target = torch.ops.aten.tanh.default
+    program.graph_module.recompile()
+    assert torch.ops.aten.relu.default not in targets()
+    before = exported(program)
+    conv = program.graph_module.get_submodule("conv")
+    conv.weight = nn.Parameter(conv.get_parameter("weight") + 1)
+    assert exported(program) is not before
+
+
 def test_what_is_trained_after_an_export_is_what_is_saved(program: Program, tmp_path: Path) -> None:
     own = program.copy(share_tensors=False)
     exported(own)
