@@ -1,36 +1,14 @@
-"""Small models that are odd and real: each has one trait that deployment tools stumble over.
-
-`ODD` lists them by trait; each entry builds a model in eval mode and eight samples or more of every input.
-"""
+"""Small models that are odd and real: each has one trait that deployment tools stumble over."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import Tensor, nn
-from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
-
-SAMPLES = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """A model and its data.
-
-    Attributes:
-        model: in eval mode.
-        data: {input: samples}, in the order of the model's arguments.
-        dynamic_shapes: axes beside the batch that are dynamic.
-    """
-
-    model: nn.Module
-    data: Mapping[str, Tensor]
-    dynamic_shapes: Mapping[str, Any] | None = None
 
 
 class SeveralInputs(nn.Module):
@@ -143,9 +121,9 @@ class Separable(nn.Module):
 class Recurrent(nn.Module):
     """A recurrent layer, in both directions, over a sequence; the last step is classified."""
 
-    def __init__(self, kind: Callable[..., nn.Module], layers: int = 1) -> None:
+    def __init__(self, kind: Callable[..., nn.Module]) -> None:
         super().__init__()
-        self.inner = kind(6, 16, num_layers=layers, batch_first=True, bidirectional=True)
+        self.inner = kind(6, 16, batch_first=True, bidirectional=True)
         self.head = nn.Linear(32, 4)
 
     def forward(self, steps: Tensor) -> Tensor:
@@ -231,23 +209,6 @@ class HandNormed(nn.Module):
         x = self.second(x.relu()).mean((2, 3))
         x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.gain
         return self.head(x)
-
-
-class Buffered(nn.Module):
-    """Constants in buffers: statistics to normalise by, an index, a table of sizes that is no float."""
-
-    mean: Tensor
-    order: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.randn(1, 3, 1, 1))
-        self.register_buffer("order", torch.tensor([2, 0, 1]))
-        self.first, self.head = nn.Conv2d(3, 16, 3), nn.Linear(16, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = (x - self.mean).index_select(1, self.order)
-        return self.head(self.first(x).relu().mean((2, 3)))
 
 
 class Counter(nn.Module):
@@ -377,32 +338,6 @@ class Detector(nn.Module):
         return best, places, best > 0
 
 
-class Moments(nn.Module):
-    """A spectrum: einsum, cumulative sums, clamps and logarithms."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.basis, self.first, self.head = nn.Parameter(torch.randn(20, 12)), nn.Linear(12, 32), nn.Linear(32, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        power = torch.einsum("bt,tf->bf", x, self.basis).square().cumsum(1).clamp(1e-3, 50.0)
-        return self.head(self.first(power.log()).relu())
-
-
-class Mixture(nn.Module):
-    """Two experts, weighted by a gate for every sample."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate = nn.Linear(8, 2)
-        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 4)) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        weights = self.gate(x).softmax(-1)
-        outputs = torch.stack([expert(x) for expert in self.experts], 1)
-        return torch.einsum("be,bed->bd", weights, outputs)
-
-
 class Masked(nn.Module):
     """A boolean mask and an integer length beside the floats."""
 
@@ -413,21 +348,6 @@ class Masked(nn.Module):
     def forward(self, steps: Tensor, mask: Tensor, lengths: Tensor) -> Tensor:
         x = self.first(steps).relu().masked_fill(~mask[..., None], 0.0)
         return self.head(x.sum(1) / lengths[:, None].clamp(min=1))
-
-
-class Lists(nn.Module):
-    """A pyramid: strides and nearest upsampling, sums, and a list of maps out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.down = nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 32, 3, 2, 1)
-        self.side, self.top = nn.Conv2d(16, 16, 1), nn.Conv2d(32, 16, 1)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        fine = self.stem(x).relu()
-        coarse = self.down(fine).relu()
-        top = self.top(coarse)
-        return [self.side(fine) + F.interpolate(top, scale_factor=2.0, mode="nearest"), top]
 
 
 class RawImages(nn.Module):
@@ -543,104 +463,3 @@ class BrainFloats(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.first(x.bfloat16()).relu()).float()
-
-
-def _masked_weights() -> nn.Module:
-    model = Reused()
-    for layer in (model.stem, model.block):
-        prune.l1_unstructured(layer, "weight", 0.5)
-    return model
-
-
-def _attending() -> dict[str, Tensor]:
-    return {"x": torch.randn(SAMPLES, 6, 16), "padding": torch.arange(6) >= torch.randint(1, 7, (SAMPLES, 1))}
-
-
-def _images(size: int = 12) -> dict[str, Tensor]:
-    return {"x": torch.randn(SAMPLES, 3, size, size)}
-
-
-def _rows(width: int = 8) -> dict[str, Tensor]:
-    return {"x": torch.randn(SAMPLES, width)}
-
-
-def _tokens(length: int = 10) -> dict[str, Tensor]:
-    return {"ids": torch.randint(0, 50, (SAMPLES, length))}
-
-
-def _optional(*names: str) -> dict[str, Tensor]:
-    sizes = {"bias": (10,), "scale": (1,)}
-    return {"x": torch.randn(SAMPLES, 10), **{name: torch.randn(SAMPLES, *sizes[name]) for name in names}}
-
-
-def _channels_last() -> dict[str, Tensor]:
-    return {"x": torch.randn(SAMPLES, 3, 10, 10).to(memory_format=torch.channels_last)}
-
-
-def _masked() -> dict[str, Tensor]:
-    lengths = torch.randint(1, 8, (SAMPLES,))
-    return {"steps": torch.randn(SAMPLES, 7, 6), "mask": torch.arange(7) < lengths[:, None], "lengths": lengths}
-
-
-ODD: dict[str, Callable[[], Case]] = {
-    "several inputs, nested outputs": lambda: Case(
-        SeveralInputs(), {"image": torch.randn(SAMPLES, 3, 8, 8), "features": torch.randn(SAMPLES, 10)}
-    ),
-    "optional inputs left out": lambda: Case(OptionalInput(), _optional()),
-    "optional input after one left out": lambda: Case(OptionalInput(), _optional("scale")),
-    "optional inputs given": lambda: Case(OptionalInput(), _optional("bias", "scale")),
-    "tied head": lambda: Case(TiedHead(), _tokens()),
-    "1-d convolutions": lambda: Case(Waveform(), {"wave": torch.randn(SAMPLES, 2, 32)}),
-    "3-d convolutions": lambda: Case(Volume(), {"volume": torch.randn(SAMPLES, 1, 8, 8, 8)}),
-    "transposed convolutions": lambda: Case(Generator(), {"latent": torch.randn(SAMPLES, 12)}),
-    "grouped and depthwise": lambda: Case(Separable(), _images()),
-    "lstm": lambda: Case(Recurrent(nn.LSTM, 2), {"steps": torch.randn(SAMPLES, 5, 6)}),
-    "gru": lambda: Case(Recurrent(nn.GRU), {"steps": torch.randn(SAMPLES, 3, 6)}),
-    "rnn": lambda: Case(Recurrent(nn.RNN), {"steps": torch.randn(SAMPLES, 3, 6)}),
-    "input beside the output": lambda: Case(Passthrough(), _rows()),
-    "input alone": lambda: Case(Echo(), _rows()),
-    "branches": lambda: Case(Branching(), _rows()),
-    "weight norm": lambda: Case(WeightNormed(), {"x": torch.randn(SAMPLES, 3, 12)}),
-    "other norms": lambda: Case(Normed(), _images()),
-    "norms by hand": lambda: Case(HandNormed(), _images(8)),
-    "constant buffers": lambda: Case(Buffered(), _images(8)),
-    "counter": lambda: Case(Counter(), _rows()),
-    "scratch buffer": lambda: Case(Scratch(), _rows()),
-    "scalar output": lambda: Case(ScalarOutput(), _rows()),
-    "no parameters": lambda: Case(NoParameters(), _images(8)),
-    "duplicate outputs": lambda: Case(Duplicates(), _rows()),
-    "module used thrice": lambda: Case(Reused(), _rows()),
-    "channels last": lambda: Case(Squeezed(), _channels_last()),
-    "fixed batch": lambda: Case(FixedBatch(), {"x": torch.randn(4, 8)}),
-    "any length": lambda: Case(AnyLength(), _tokens(), {"ids": {1: torch.export.Dim.DYNAMIC}}),
-    "integer outputs": lambda: Case(Detector(), _images(8)),
-    "spectrum": lambda: Case(Moments(), _rows(20)),
-    "mixture": lambda: Case(Mixture(), _rows()),
-    "masks and lengths": lambda: Case(Masked(), _masked()),
-    "pyramid": lambda: Case(Lists(), _images(16)),
-    "raw images": lambda: Case(RawImages(), {"pixels": torch.randint(0, 256, (SAMPLES, 3, 8, 8), dtype=torch.uint8)}),
-    "any size": lambda: Case(AnySize(), _images(), {"x": {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}}),
-    "padding mask": lambda: Case(Attending(), _attending()),
-    "embedding bag": lambda: Case(Bags(), _tokens()),
-    "writes its input": lambda: Case(Overwriting(), _rows()),
-    "constant outputs": lambda: Case(Constants(), _rows()),
-    "regions": lambda: Case(Regions(), _rows()),
-    "batch statistics": lambda: Case(BatchStatistics(), _images(8)),
-    "masked weights": lambda: Case(_masked_weights(), _rows()),
-    "compiled": lambda: Case(torch.compile(Reused()), _rows()),
-    "double precision": lambda: Case(Reused().double(), {"x": torch.randn(SAMPLES, 8, dtype=torch.float64)}),
-    "half precision": lambda: Case(Reused().half(), {"x": torch.randn(SAMPLES, 8).half()}),
-    "bfloat16": lambda: Case(Reused().bfloat16(), {"x": torch.randn(SAMPLES, 8).bfloat16()}),
-    "bfloat16 inside": lambda: Case(BrainFloats(), _rows()),
-}
-
-
-def case(name: str, seed: int = 0) -> Case:
-    """Build a case: the same numbers each time, norms with statistics of real batches."""
-    torch.manual_seed(seed)
-    made = ODD[name]()
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in made.model.modules()):
-        with torch.no_grad():
-            made.model.train()(**made.data)
-    made.model.eval()
-    return made
