@@ -101,11 +101,11 @@ class _Graph:
     def residual(self, total: fx.Node, result: fx.Node, stays: fx.Node, nodes: list[fx.Node]) -> list[fx.Node]:
         """List the calls between a shortcut of the sum and `result`; empty where they are no block with weights."""
         own = set(_terms(result, top=False))
-        read = self._read_by(nodes or [result])
+        read = self._read_by(nodes) if nodes else [result]
         for shortcut in _terms(_whole_sum(total)):
             if shortcut in own or shortcut.op == "get_attr":
                 continue
-            if nodes and not any(self._dominates(shortcut, value) for value in read):
+            if not any(self._dominates(shortcut, value) for value in read):
                 continue  # a mask, or a bias of attention scores: the branch's input does not come through it
             between = self._between(shortcut, result)
             if between and any(has_weights(node, self.gm) for node in between):

@@ -115,6 +115,24 @@ def test_sums_that_are_no_blocks() -> None:
     assert names(capture(Sums(), torch.randn(2, 4))) == []
 
 
+def test_a_bias_of_attention_scores_is_no_shortcut() -> None:
+    """Scores of the second layer are computed from what the bias has gone into; they are no branch around it."""
+
+    class Biased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = nn.ModuleList(nn.Linear(4, 4) for _ in range(2)), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            distance = x.mean(-1)
+            bias = distance[:, :, None] - distance[:, None, :]
+            for q in self.q:
+                x = (q(x) @ self.k(x).transpose(1, 2) + bias).softmax(-1) @ x
+            return x
+
+    assert names(capture(Biased(), torch.randn(2, 6, 4))) == []
+
+
 # Given / Expected
 
 
