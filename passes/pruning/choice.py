@@ -7,8 +7,10 @@ import re
 from dataclasses import dataclass, field
 
 from graphopt.axes.groups import Group
+from graphopt.axes.groups import Refusal as Whole
 from graphopt.axes.infer import Axes
 from graphopt.errors import UsageError
+from graphopt.graph import tensor_attribute
 from graphopt.passes.pruning.options import PruneOptions
 from graphopt.plan import Refusal
 
@@ -39,7 +41,11 @@ def choose(axes: Axes, options: PruneOptions) -> Choice:
     """
     groups = axes.groups()
     overrides = _overrides(groups, options)
-    chosen = Choice(refusals=[Refusal(a.name, a.reason, _PARTICULARS.sub("", a.reason)) for a in axes.refusals()])
+    chosen = Choice(refusals=[_whole(axes, refused) for refused in axes.refusals()])
+    if not groups and not chosen.refusals:
+        integers = next((name for name in axes.parameters if _integer_matrix(axes, name)), None)
+        text = f"; `{integers}` holds integers, so prune before quantizing" if integers else ""
+        chosen.refusals.append(Refusal("the program", f"no weight of it produces or consumes an axis{text}"))
     for group in groups:
         ratio, written = overrides.get(group.axis, (1.0, ""))
         if ratio == 0:
@@ -74,6 +80,20 @@ def _overrides(groups: list[Group], options: PruneOptions) -> dict[int, tuple[fl
                     "Keep one of them, or narrow the other's glob."
                 )
     return found
+
+
+def _whole(axes: Axes, refused: Whole) -> Refusal:
+    """Say why an axis must stay whole."""
+    dtype = tensor_attribute(axes.gm, refused.parameter).dtype
+    if not dtype.is_floating_point:
+        kind = str(dtype).removeprefix("torch.")
+        return Refusal(refused.name, f"its weight holds {kind}; prune before quantizing", "its weight holds integers")
+    return Refusal(refused.name, refused.reason, _PARTICULARS.sub("", refused.reason))
+
+
+def _integer_matrix(axes: Axes, name: str) -> bool:
+    tensor = tensor_attribute(axes.gm, name)
+    return tensor.dim() > 1 and not tensor.dtype.is_floating_point
 
 
 def listed(groups: list[Group]) -> str:

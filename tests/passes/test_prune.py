@@ -15,6 +15,7 @@ from graphopt.capturing import capture
 from graphopt.context import Context
 from graphopt.errors import PassError, UsageError, VerifyError
 from graphopt.graph import tensor_attribute
+from graphopt.optimizing import optimize
 from graphopt.options import build
 from graphopt.passes.prune import Prune, PruneOptions, PruningPlan
 from graphopt.program import Program
@@ -195,6 +196,35 @@ def test_nothing_to_remove_is_said() -> None:
     checked = check_pass(prune(ratio=0.5), models.NeighbourGate().double(), example(models.NeighbourGate))
     assert checked.plan.sites == ()
     assert "spatial dimension at aten::conv1d" in reasons(checked.plan)["stem:channels"]  # type: ignore[arg-type]
+
+
+class Integers(nn.Module):
+    """Two products with integer matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("first", torch.arange(16).view(4, 4))
+        self.register_buffer("second", torch.arange(16).view(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.first) @ self.second  # type: ignore[operator]
+
+
+def test_integer_weights_and_no_weights_are_named() -> None:
+    plan = plan_of(prune(), Integers(), torch.ones(2, 4, dtype=torch.int64))
+    assert plan.sites == ()
+    assert set(reasons(plan).values()) == {"its weight holds int64; prune before quantizing"}
+    plan = plan_of(prune(), nn.ReLU(), VECTOR)
+    assert reasons(plan) == {"the program": "no weight of it produces or consumes an axis"}
+    with pytest.raises(PassError, match=r"no group of this model may lose an index, which leaves 100\.0%"):
+        plan_of(prune(bytes=0.5), Integers(), torch.ones(2, 4, dtype=torch.int64))
+
+
+def test_a_quantized_program_is_left_whole_and_says_why() -> None:
+    program = optimize(Hidden(), VECTOR.repeat(8, 1), "int8", lower=False).program
+    plan = plan_of(prune(), program)
+    assert plan.sites == ()
+    assert reasons(plan)["the program"].endswith("`first.weight_int8` holds integers, so prune before quantizing")
 
 
 def test_a_hidden_value_that_is_also_an_output_is_left_whole() -> None:
