@@ -137,21 +137,32 @@ def _users(node: ir.Node) -> Iterator[ir.Node]:
 
 def _reason(node: ir.Node) -> str:
     """Say why the runtime leaves a quantized operator float; the causes are measured (1.31.1)."""
-    users = list(_users(node))
-    activation = next((user for user in users if user.op_type in ("Relu", "Clip")), None)
+    activation = next((user for user in _users(node) if user.op_type in ("Relu", "Clip")), None)
     if node.op_type == "Gemm" and len(node.inputs) > 2 and not _dequantizes(node.inputs[2]):
         return "its bias is float; QGemm takes an int32 one"
     if _signed(node.inputs[0]):
         return "its activations are int8; a value with several readers then stays float, use uint8"
-    if activation is not None and activation.op_type in ("Relu", "Clip"):
+    if activation is not None and any(_off_zero(user) for user in _users(activation)):
         return f"{activation.op_type} stands in front of the quantization of its result, whose zero point is not 0"
-    if len(users) + node.outputs[0].is_graph_output() > 1:
+    if any(_read_often(result.outputs[0]) for result in (node, activation) if result is not None):
         return "its result is read both quantized and in float"
     if node.op_type == "Conv" and not _has_quantized_result(node):
         return "its result is not quantized, and the convolution kernel only writes integers"
-    if node.op_type == "MatMul" and any(user.op_type == "Add" for user in users):
+    if node.op_type == "MatMul" and any(user.op_type == "Add" for user in _users(node)):
         return "MatMulAddFusion made a float Gemm of it and its bias"
     return ""
+
+
+def _off_zero(node: ir.Node) -> bool:
+    """Whether this is a quantization whose zero point is not 0."""
+    if node.op_type != "QuantizeLinear":
+        return False
+    zero = node.inputs[2].const_value if len(node.inputs) > 2 and node.inputs[2] is not None else None
+    return zero is not None and bool(zero.numpy().any())
+
+
+def _read_often(value: ir.Value) -> bool:
+    return len(list(value.uses())) + value.is_graph_output() > 1
 
 
 def _signed(value: ir.Value | None) -> bool:
