@@ -57,7 +57,7 @@ def addmm(step: Step) -> Value:
     added, left, right = step.values()
     names = [name for name, value in step.arguments.items() if isinstance(value, Value)]
     tensors, dead = _product(left, right)
-    if len(dead) > added.tensor.dim():  # addbmm sums over the batch too
+    if step.target._schema.name == "aten::addbmm":  # sums over the batch too
         tensors = [zeroed(tensor, dead[:1]) for tensor in tensors]
         dead = dead[1:]
     result = step.run(**dict(zip(names[1:], tensors, strict=True)))

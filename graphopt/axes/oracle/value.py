@@ -38,6 +38,8 @@ class Value:
     owner: Value = field(init=False)  # the value whose memory a view shows; itself if it is no view
 
     def __post_init__(self) -> None:
+        if len(self.dead) != self.tensor.dim():
+            raise ValueError(f"a tensor of {self.tensor.dim()} dimensions was given flags for {len(self.dead)}")
         self.owner = self
 
     @property

@@ -23,6 +23,7 @@ def attention(call: Call) -> Dims:
     call.note("head_dim", query[-1])
     call.sums(query[-1])
     call.unify(key[-2], value[-2])
+    call.sums(key[-2])
     batch = _batch(call, query, key, value)
     if call.has("attn_mask"):
         call.broadcast([(*batch, query[-2], key[-2]), call.dims("attn_mask")])
