@@ -19,7 +19,7 @@ demo/model.pt: tools/train_digits.py | $(READY)
 	$(BIN)/python tools/train_digits.py demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check
