@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._ops import OpOverload
+from torch.utils import _pytree as pytree
 
 from graphopt.axes.layout import ONE, Axis, Concat, Layout, Product, Size, leaves, size
 from graphopt.axes.registry import Dims, operator_name
@@ -78,6 +79,11 @@ class Call:
     def tensors(self) -> list[Dims]:
         """Return the layouts of every tensor argument that is not in a list, in schema order."""
         return [self.dims_of(value) for value in self._arguments.values() if self._is_tensor(value)]
+
+    def everything(self) -> list[Dims]:
+        """Return the layouts of every tensor argument, those in lists included, in schema order."""
+        values = pytree.tree_leaves(list(self._arguments.values()))
+        return [self.dims_of(value) for value in values if self._is_tensor(value)]
 
     def position(self, name: str, rank: int) -> int:
         """Return a dimension argument counted from the front."""

@@ -34,7 +34,7 @@ def short_time_fourier(step: Step) -> Value:
     return Value(result, (x.dead[0], *(None for _ in result.shape[1:])))
 
 
-@masked_rule("aten::diff", "aten::trapezoid", "aten::trapz", "aten::cumulative_trapezoid", "aten::renorm")
+@masked_rule("aten::diff", "aten::trapezoid", "aten::trapz", "aten::cumulative_trapezoid")
 def along_one(step: Step) -> Value:
     x, *others = step.values()
     dim = step.dim("dim", x.tensor.dim())

@@ -158,22 +158,33 @@ def _settle(node: fx.Node, value: Value, operands: Sequence[Value]) -> None:
 
 
 def _tell_owner(node: fx.Node, written: Value) -> None:
-    """Mark in a tensor what a write through a view of it removed, where the view is plain slices."""
+    """Mark in a tensor what a write through a view of it removed, where the view is of slices and single positions."""
     owner, view = written.owner.tensor, written.tensor
     dead = list(written.owner.dead)
-    same_rank = owner.dim() == view.dim() and owner.dtype == view.dtype
     offset = view.storage_offset() - owner.storage_offset()
     for dim, flags in enumerate(written.dead):
         if flags is None:
             continue
-        if not same_rank or owner.stride(dim) == 0 or view.stride(dim) % owner.stride(dim):
-            raise _cannot_prove(node, "it writes removed positions through a view that is not a slice")
-        start = 0 if view.size(dim) == owner.size(dim) else offset // owner.stride(dim) % owner.size(dim)
-        places = start + torch.arange(view.size(dim)) * (view.stride(dim) // owner.stride(dim))
-        whole_flags = torch.zeros(owner.size(dim), dtype=torch.bool)
+        place = _shown_dimension(owner, view, dim) if owner.dtype == view.dtype else None
+        if place is None:
+            raise _cannot_prove(node, "it writes removed positions through a view that is not made of slices")
+        start = 0 if view.size(dim) == owner.size(place) else offset // owner.stride(place) % owner.size(place)
+        places = start + torch.arange(view.size(dim)) * (view.stride(dim) // owner.stride(place))
+        whole_flags = torch.zeros(owner.size(place), dtype=torch.bool)
         whole_flags[places] = flags
-        dead[dim] = union(dead[dim], whole_flags)
+        dead[place] = union(dead[place], whole_flags)
     written.owner.dead = tuple(dead)
+
+
+def _shown_dimension(owner: Tensor, view: Tensor, dim: int) -> int | None:
+    """Return the dimension of a tensor that one of a view of it runs along, None if that is none of them alone."""
+    found = []
+    for place, (length, stride) in enumerate(zip(owner.shape, owner.stride(), strict=True)):
+        if length > 1 and stride and view.stride(dim) % stride == 0:
+            step = view.stride(dim) // stride
+            if step * (view.size(dim) - 1) < length:
+                found.append((stride, place))
+    return max(found)[1] if found else None
 
 
 def _cannot_prove(node: fx.Node, why: str) -> CannotProveError:

@@ -1,4 +1,4 @@
-"""Losses: elementwise on operands of one shape, then reduced or not; those over classes or vectors keep them whole."""
+"""Losses: elementwise on operands of one shape, then reduced or not; those over classes or vectors keep all whole."""
 
 from __future__ import annotations
 
@@ -41,18 +41,6 @@ def class_loss(call: Call) -> Dims:
 
 @rule("aten::cosine_embedding_loss", "aten::triplet_margin_loss")
 def vector_loss(call: Call) -> Dims:
-    """Compare vectors along the last dimension."""
-    vectors = [dims for dims in call.tensors() if len(dims) > 1]
-    if not vectors:
-        return _numbered(call)
-    dims = call.broadcast(vectors)
-    call.sums(dims[-1])
-    for target in (dims_ for dims_ in call.tensors() if len(dims_) == 1):
-        call.unify(target[0], dims[-2])
-    return dims[:-1] if call.shape() else ()
-
-
-def _numbered(call: Call) -> Dims:
     for dims in call.tensors():
-        call.freeze(dims, "compared as one vector")
-    return call.axes(call.shape(), call.because("compared as one vector"))
+        call.freeze(dims, "vectors are compared in a loss")
+    return call.axes(call.shape(), call.because("vectors are compared in a loss"))

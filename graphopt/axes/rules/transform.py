@@ -78,7 +78,7 @@ def short_time_fourier(call: Call) -> Result:
     return (dims[0], *call.axes(shape[1:], call.because("transformed")))
 
 
-@rule("aten::diff", "aten::trapezoid", "aten::trapz", "aten::cumulative_trapezoid", "aten::renorm")
+@rule("aten::diff", "aten::trapezoid", "aten::trapz", "aten::cumulative_trapezoid")
 def along_one(call: Call) -> Result:
     """The result at one position depends on others of the dimension and on their order."""
     first, *others = call.tensors()
@@ -103,11 +103,12 @@ def sort_first(call: Call) -> Result:
     "aten::rot90",
     "aten::histc",
     "aten::quantile",
+    "aten::renorm",
     "aten::nanquantile",
 )
 def everywhere(call: Call) -> Result:
     """Mix more than is worth telling apart."""
-    for dims in call.tensors():
+    for dims in call.everything():
         call.freeze(dims, "the order of positions matters")
     value, because = call.node.meta["val"], call.because("the order of positions matters")
     if isinstance(value, list | tuple):

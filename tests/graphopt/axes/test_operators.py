@@ -83,8 +83,19 @@ CASES: dict[str, tuple[Callable[..., Tensor], int, list[int]]] = {
     "summed to a size": (lambda m, x: x.sum_to_size(1, 1, 8), 8, [8]),
     "mean of a whole dimension": (lambda m, x: x * F.adaptive_avg_pool1d(x, 1).sigmoid(), 8, [8]),
     "written over a slice": (lambda m, x: torch.slice_scatter(x, x[..., 2:5].tanh(), -1, 2, 5), 8, [2, 3, 3]),
+    "written position by position": (lambda m, x: written(x), 8, [8]),
     "transposed": (lambda m, x: (x @ x.mT).mT.softmax(-1) @ x, 8, [8]),
 }  # fmt: skip
+
+
+def written(x: Tensor) -> Tensor:
+    """Fill the rows of a tensor one after the other, as a recurrent loop does."""
+    out = torch.zeros_like(x)
+    state = torch.zeros_like(x[:, 0])
+    for t in range(x.shape[1]):
+        state = torch.tanh(state + x[:, t])
+        out[:, t] = state
+    return out
 
 
 @pytest.mark.parametrize("name", CASES)
