@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import optimization_hint
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -81,16 +82,18 @@ def _is_weight(name: str, tensor: torch.Tensor) -> bool:
 
 def _flops(program: Program) -> int:
     """Count call by call on the recorded shapes, so that what did not change is not counted again."""
-    total = sum(_node_flops(node) for node in program.graph.nodes if node.op == "call_function")
-    first = next(node for node in program.graph.nodes if node.op == "placeholder")
-    samples = _size(first.meta["val"].shape[0]) if program.inputs[0].batched else 1
+    total = sum(node_flops(node) for node in program.graph.nodes if node.op == "call_function")
+    values = (node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder")
+    first = next((value for value in values if isinstance(value, torch.Tensor)), None)  # others may be flags
+    samples = _size(first.shape[0]) if first is not None and program.inputs[0].batched else 1
     return total // samples
 
 
 _FREE = {torch.Tag.pointwise, torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 
 
-def _node_flops(node: fx.Node) -> int:
+def node_flops(node: fx.Node) -> int:
+    """Count the operations of one call on its recorded shapes, for all samples of the example together."""
     if not isinstance(node.target, torch._ops.OperatorBase):
         return 0  # arithmetic on sizes
     if isinstance(node.target, torch._ops.OpOverload) and (node.target.is_view or _FREE.intersection(node.target.tags)):
@@ -144,10 +147,7 @@ def _described(value: Any) -> Any:
 
 
 def _size(size: int | torch.SymInt) -> int:
-    if isinstance(size, int):
-        return size
-    hint = size.node.hint
-    return 1 if hint is None else int(hint)  # depends on data
+    return int(optimization_hint(size, fallback=1))  # of data: 1, or what the model has checked that it is at least
 
 
 def _counted(target: Any, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]) -> int:

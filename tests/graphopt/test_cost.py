@@ -95,3 +95,33 @@ def test_sizes_that_depend_on_data_count_as_one() -> None:
             return y
 
     assert cost(capture(Selecting(), torch.randn(1, 4), dynamic_shapes={"x": {0: None}})).flops == 2 * 12
+
+
+def test_sizes_that_depend_on_data_fit_a_kernel() -> None:
+    class Cropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(3, 8, 3, bias=False)
+
+        def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+            longest = lengths.sum().item()
+            torch._check(longest >= 5)  # type: ignore[no-untyped-call]
+            torch._check(longest <= 16)  # type: ignore[no-untyped-call]
+            y: torch.Tensor = self.conv(x[:, :, :longest])
+            return y.mean(2)
+
+    program = capture(Cropping(), (torch.randn(4, 3, 16), torch.tensor([3, 4])))
+    assert cost(program).flops == 2 * 3 * (8 * 3 * 3)  # of what is known to be at least 5 long
+
+
+def test_an_argument_that_is_no_tensor_may_come_first() -> None:
+    class Switched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 4, bias=False)
+
+        def forward(self, flag: bool, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.fc(x)
+            return y.relu() if flag else y
+
+    assert cost(capture(Switched(), (True, torch.randn(3, 8)))).flops == 2 * 32
