@@ -37,11 +37,12 @@ def families() -> dict[str, Callable[[], dict[str, Build]]]:
     import zoo_sequence
     import zoo_timm
     import zoo_transformers
+    import zoo_transformers_more
 
     return {
         "torchvision": torchvision_classification,
         "timm": zoo_timm.subjects,
-        "transformers": zoo_transformers.subjects,
+        "transformers": lambda: zoo_transformers.subjects() | zoo_transformers_more.subjects(),
         "own": zoo_own.subjects,
         "attention": lambda: zoo_attention.subjects,
         "convolution": lambda: zoo_convolution.subjects,

@@ -9,146 +9,146 @@ import torch
 from torch import Tensor, nn
 from zoo_models import Build, Subject, image, without_torchvision_operators
 
-_WIDTH, _LAYERS, _HEADS, _INNER, _WORDS, _LENGTH = 64, 2, 4, 128, 99, 11
+WIDTH, _LAYERS, _HEADS, _INNER, WORDS, _LENGTH = 64, 2, 4, 128, 99, 11
 
-_SIZES = {
-    "hidden_size": _WIDTH,
+SIZES = {
+    "hidden_size": WIDTH,
     "num_hidden_layers": _LAYERS,
     "num_attention_heads": _HEADS,
     "intermediate_size": _INNER,
-    "vocab_size": _WORDS,
+    "vocab_size": WORDS,
 }
-_GROUPED = {**_SIZES, "num_key_value_heads": 2}
-_VISION = {
-    "hidden_size": _WIDTH,
+GROUPED = {**SIZES, "num_key_value_heads": 2}
+VISION = {
+    "hidden_size": WIDTH,
     "num_hidden_layers": _LAYERS,
     "num_attention_heads": _HEADS,
     "intermediate_size": _INNER,
     "image_size": 32,
     "patch_size": 8,
 }
-_BART = {
-    "d_model": _WIDTH,
+BART = {
+    "d_model": WIDTH,
     "encoder_layers": _LAYERS,
     "decoder_layers": _LAYERS,
     "encoder_attention_heads": _HEADS,
     "decoder_attention_heads": _HEADS,
     "encoder_ffn_dim": _INNER,
     "decoder_ffn_dim": _INNER,
-    "vocab_size": _WORDS,
+    "vocab_size": WORDS,
 }
-_T5 = {"d_model": _WIDTH, "d_kv": 16, "d_ff": _INNER, "num_layers": _LAYERS, "num_heads": _HEADS, "vocab_size": _WORDS}
-_OF_CLIP = {"vocab_size": _WORDS, "projection_dim": 32}
-_TEXT_TOWER = {k: v for k, v in _SIZES.items() if k != "vocab_size"} | _OF_CLIP
-_CAUSAL = {"use_cache": False}
+T5 = {"d_model": WIDTH, "d_kv": 16, "d_ff": _INNER, "num_layers": _LAYERS, "num_heads": _HEADS, "vocab_size": WORDS}
+_OF_CLIP = {"vocab_size": WORDS, "projection_dim": 32}
+_TEXT_TOWER = {k: v for k, v in SIZES.items() if k != "vocab_size"} | _OF_CLIP
+CAUSAL = {"use_cache": False}
 
 # Name: (configuration class, its options, model class, kind of input).
 _TEXT: dict[str, tuple[str, dict[str, Any], str]] = {
-    "albert": ("AlbertConfig", {**_SIZES, "embedding_size": 32}, "AlbertForSequenceClassification"),
-    "bart": ("BartConfig", {**_BART, **_CAUSAL}, "BartModel"),
-    "bert": ("BertConfig", _SIZES, "BertForSequenceClassification"),
-    "bert_masked": ("BertConfig", _SIZES, "BertForMaskedLM"),
+    "albert": ("AlbertConfig", {**SIZES, "embedding_size": 32}, "AlbertForSequenceClassification"),
+    "bart": ("BartConfig", {**BART, **CAUSAL}, "BartModel"),
+    "bert": ("BertConfig", SIZES, "BertForSequenceClassification"),
+    "bert_masked": ("BertConfig", SIZES, "BertForMaskedLM"),
     "bloom": (
         "BloomConfig",
-        {"hidden_size": _WIDTH, "n_layer": 2, "n_head": 4, "vocab_size": _WORDS, **_CAUSAL},
+        {"hidden_size": WIDTH, "n_layer": 2, "n_head": 4, "vocab_size": WORDS, **CAUSAL},
         "BloomForCausalLM",
     ),
     "deberta": (
         "DebertaV2Config",
-        {**_SIZES, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8},
+        {**SIZES, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8},
         "DebertaV2Model",
     ),
     "distilbert": (
         "DistilBertConfig",
-        {"dim": _WIDTH, "n_layers": 2, "n_heads": 4, "hidden_dim": _INNER, "vocab_size": _WORDS},
+        {"dim": WIDTH, "n_layers": 2, "n_heads": 4, "hidden_dim": _INNER, "vocab_size": WORDS},
         "DistilBertForSequenceClassification",
     ),
-    "electra": ("ElectraConfig", {**_SIZES, "embedding_size": 32}, "ElectraForSequenceClassification"),
+    "electra": ("ElectraConfig", {**SIZES, "embedding_size": 32}, "ElectraForSequenceClassification"),
     "falcon": (
         "FalconConfig",
-        {**_SIZES, "ffn_hidden_size": _INNER, "new_decoder_architecture": True, "num_kv_heads": 2, **_CAUSAL},
+        {**SIZES, "ffn_hidden_size": _INNER, "new_decoder_architecture": True, "num_kv_heads": 2, **CAUSAL},
         "FalconForCausalLM",
     ),
-    "fnet": ("FNetConfig", _SIZES, "FNetForSequenceClassification"),
-    "gemma3": ("Gemma3TextConfig", {**_GROUPED, "head_dim": 16, "sliding_window": 8, **_CAUSAL}, "Gemma3ForCausalLM"),
+    "fnet": ("FNetConfig", SIZES, "FNetForSequenceClassification"),
+    "gemma3": ("Gemma3TextConfig", {**GROUPED, "head_dim": 16, "sliding_window": 8, **CAUSAL}, "Gemma3ForCausalLM"),
     "gpt2": (
         "GPT2Config",
-        {"n_embd": _WIDTH, "n_layer": 2, "n_head": 4, "vocab_size": _WORDS, **_CAUSAL},
+        {"n_embd": WIDTH, "n_layer": 2, "n_head": 4, "vocab_size": WORDS, **CAUSAL},
         "GPT2LMHeadModel",
     ),
-    "gpt_neox": ("GPTNeoXConfig", {**_SIZES, **_CAUSAL}, "GPTNeoXForCausalLM"),
+    "gpt_neox": ("GPTNeoXConfig", {**SIZES, **CAUSAL}, "GPTNeoXForCausalLM"),
     "gptj": (
         "GPTJConfig",
-        {"n_embd": _WIDTH, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "vocab_size": _WORDS, **_CAUSAL},
+        {"n_embd": WIDTH, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "vocab_size": WORDS, **CAUSAL},
         "GPTJForCausalLM",
     ),
-    "llama": ("LlamaConfig", {**_GROUPED, **_CAUSAL}, "LlamaForCausalLM"),
+    "llama": ("LlamaConfig", {**GROUPED, **CAUSAL}, "LlamaForCausalLM"),
     "mamba": (
         "MambaConfig",
-        {"hidden_size": _WIDTH, "num_hidden_layers": 2, "state_size": 8, "vocab_size": _WORDS, **_CAUSAL},
+        {"hidden_size": WIDTH, "num_hidden_layers": 2, "state_size": 8, "vocab_size": WORDS, **CAUSAL},
         "MambaForCausalLM",
     ),
-    "mistral": ("MistralConfig", {**_GROUPED, "sliding_window": 8, **_CAUSAL}, "MistralForCausalLM"),
+    "mistral": ("MistralConfig", {**GROUPED, "sliding_window": 8, **CAUSAL}, "MistralForCausalLM"),
     "mixtral": (
         "MixtralConfig",
-        {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2, **_CAUSAL},
+        {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2, **CAUSAL},
         "MixtralForCausalLM",
     ),
     "modernbert": (
         "ModernBertConfig",
-        {**_SIZES, "pad_token_id": 0, "attn_implementation": "sdpa"},
+        {**SIZES, "pad_token_id": 0, "attn_implementation": "sdpa"},
         "ModernBertForSequenceClassification",
     ),
-    "mpnet": ("MPNetConfig", _SIZES, "MPNetForSequenceClassification"),
-    "olmo2": ("Olmo2Config", {**_GROUPED, **_CAUSAL}, "Olmo2ForCausalLM"),
+    "mpnet": ("MPNetConfig", SIZES, "MPNetForSequenceClassification"),
+    "olmo2": ("Olmo2Config", {**GROUPED, **CAUSAL}, "Olmo2ForCausalLM"),
     "opt": (
         "OPTConfig",
         {
-            "hidden_size": _WIDTH,
+            "hidden_size": WIDTH,
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "ffn_dim": _INNER,
-            "vocab_size": _WORDS,
+            "vocab_size": WORDS,
             "word_embed_proj_dim": 32,
-            **_CAUSAL,
+            **CAUSAL,
         },
         "OPTForCausalLM",
     ),
-    "phi3": ("Phi3Config", {**_GROUPED, "pad_token_id": 0, **_CAUSAL}, "Phi3ForCausalLM"),
-    "qwen2": ("Qwen2Config", {**_GROUPED, **_CAUSAL}, "Qwen2ForCausalLM"),
+    "phi3": ("Phi3Config", {**GROUPED, "pad_token_id": 0, **CAUSAL}, "Phi3ForCausalLM"),
+    "qwen2": ("Qwen2Config", {**GROUPED, **CAUSAL}, "Qwen2ForCausalLM"),
     "qwen2_moe": (
         "Qwen2MoeConfig",
-        {**_GROUPED, "num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48, **_CAUSAL},
+        {**GROUPED, "num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48, **CAUSAL},
         "Qwen2MoeForCausalLM",
     ),
-    "qwen3": ("Qwen3Config", {**_GROUPED, "head_dim": 16, **_CAUSAL}, "Qwen3ForCausalLM"),
-    "roberta": ("RobertaConfig", _SIZES, "RobertaForSequenceClassification"),
-    "roformer": ("RoFormerConfig", _SIZES, "RoFormerForSequenceClassification"),
-    "squeezebert": ("SqueezeBertConfig", {**_SIZES, "embedding_size": _WIDTH}, "SqueezeBertForSequenceClassification"),
-    "stablelm": ("StableLmConfig", {**_GROUPED, **_CAUSAL}, "StableLmForCausalLM"),
-    "t5_encoder": ("T5Config", _T5, "T5EncoderModel"),
-    "t5_gated": ("T5Config", {**_T5, "feed_forward_proj": "gated-gelu", **_CAUSAL}, "T5ForConditionalGeneration"),
+    "qwen3": ("Qwen3Config", {**GROUPED, "head_dim": 16, **CAUSAL}, "Qwen3ForCausalLM"),
+    "roberta": ("RobertaConfig", SIZES, "RobertaForSequenceClassification"),
+    "roformer": ("RoFormerConfig", SIZES, "RoFormerForSequenceClassification"),
+    "squeezebert": ("SqueezeBertConfig", {**SIZES, "embedding_size": WIDTH}, "SqueezeBertForSequenceClassification"),
+    "stablelm": ("StableLmConfig", {**GROUPED, **CAUSAL}, "StableLmForCausalLM"),
+    "t5_encoder": ("T5Config", T5, "T5EncoderModel"),
+    "t5_gated": ("T5Config", {**T5, "feed_forward_proj": "gated-gelu", **CAUSAL}, "T5ForConditionalGeneration"),
     "xlnet": (
         "XLNetConfig",
-        {"d_model": _WIDTH, "n_layer": 2, "n_head": 4, "d_inner": _INNER, "vocab_size": _WORDS},
+        {"d_model": WIDTH, "n_layer": 2, "n_head": 4, "d_inner": _INNER, "vocab_size": WORDS},
         "XLNetForSequenceClassification",
     ),
 }
 _IMAGE: dict[str, tuple[str, dict[str, Any], str, int]] = {
-    "beit": ("BeitConfig", _VISION, "BeitForImageClassification", 32),
-    "clip_vision": ("CLIPVisionConfig", {**_VISION, "projection_dim": 32}, "CLIPVisionModelWithProjection", 32),
+    "beit": ("BeitConfig", VISION, "BeitForImageClassification", 32),
+    "clip_vision": ("CLIPVisionConfig", {**VISION, "projection_dim": 32}, "CLIPVisionModelWithProjection", 32),
     "convnext": (
         "ConvNextConfig",
         {"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 2, 1]},
         "ConvNextForImageClassification",
         64,
     ),
-    "deit": ("DeiTConfig", _VISION, "DeiTForImageClassification", 32),
-    "dinov2": ("Dinov2Config", _VISION, "Dinov2ForImageClassification", 32),
+    "deit": ("DeiTConfig", VISION, "DeiTForImageClassification", 32),
+    "dinov2": ("Dinov2Config", VISION, "Dinov2ForImageClassification", 32),
     "dpt": (
         "DPTConfig",
         {
-            **_VISION,
+            **VISION,
             "num_hidden_layers": 4,
             "backbone_out_indices": [0, 1, 2, 3],
             "neck_hidden_sizes": [16, 24, 32, 48],
@@ -169,18 +169,18 @@ _IMAGE: dict[str, tuple[str, dict[str, Any], str, int]] = {
         "SegformerForSemanticSegmentation",
         64,
     ),
-    "siglip_vision": ("SiglipVisionConfig", _VISION, "SiglipVisionModel", 32),
+    "siglip_vision": ("SiglipVisionConfig", VISION, "SiglipVisionModel", 32),
     "swin": (
         "SwinConfig",
         {"image_size": 56, "patch_size": 2, "embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4], "window_size": 7},
         "SwinForImageClassification",
         56,
     ),
-    "vit": ("ViTConfig", _VISION, "ViTForImageClassification", 32),
-    "vit_msn": ("ViTMSNConfig", _VISION, "ViTMSNForImageClassification", 32),
+    "vit": ("ViTConfig", VISION, "ViTForImageClassification", 32),
+    "vit_msn": ("ViTMSNConfig", VISION, "ViTMSNForImageClassification", 32),
     "yolos": (
         "YolosConfig",
-        {**_VISION, "image_size": [32, 32], "num_detection_tokens": 5},
+        {**VISION, "image_size": [32, 32], "num_detection_tokens": 5},
         "YolosForObjectDetection",
         32,
     ),
@@ -204,9 +204,9 @@ def subjects() -> dict[str, Build]:
     """Return a builder for each architecture."""
     found: dict[str, Build] = {}
     for name, (config, options, model) in _TEXT.items():
-        found[name] = _text(config, options, model)
+        found[name] = of_text(config, options, model)
     for name, (config, options, model, size) in _IMAGE.items():
-        found[name] = _image(config, options, model, size)
+        found[name] = of_image(config, options, model, size)
     found["clip"] = _clip
     found["wav2vec2"] = _speech("Wav2Vec2Config", "Wav2Vec2ForSequenceClassification")
     found["hubert"] = _speech("HubertConfig", "HubertForSequenceClassification")
@@ -224,10 +224,10 @@ def _make(config: str, options: dict[str, Any], model: str) -> nn.Module:
 
 
 def _tokens() -> Tensor:
-    return torch.randint(3, _WORDS, (2, _LENGTH), generator=torch.Generator().manual_seed(0))
+    return torch.randint(3, WORDS, (2, _LENGTH), generator=torch.Generator().manual_seed(0))
 
 
-def _text(config: str, options: dict[str, Any], model: str) -> Build:
+def of_text(config: str, options: dict[str, Any], model: str) -> Build:
     def build() -> Subject:
         names: tuple[str, ...] = ("input_ids", "attention_mask")
         inputs = [_tokens(), torch.ones(2, _LENGTH, dtype=torch.long)]
@@ -240,19 +240,19 @@ def _text(config: str, options: dict[str, Any], model: str) -> Build:
     return build
 
 
-def _image(config: str, options: dict[str, Any], model: str, size: int) -> Build:
+def of_image(config: str, options: dict[str, Any], model: str, size: int) -> Build:
     return lambda: Subject(_Tensors(_make(config, options, model), ("pixel_values",)), (image(size),))
 
 
 def _clip() -> Subject:
-    options = {"text_config": _TEXT_TOWER, "vision_config": {**_VISION, "projection_dim": 32}, "projection_dim": 32}
+    options = {"text_config": _TEXT_TOWER, "vision_config": {**VISION, "projection_dim": 32}, "projection_dim": 32}
     model = _Tensors(_make("CLIPConfig", options, "CLIPModel"), ("input_ids", "pixel_values"))
     return Subject(model, (_tokens(), image(32)))
 
 
 def _speech(config: str, model: str) -> Build:
     options = {
-        **_SIZES,
+        **SIZES,
         "conv_dim": (16, 24, 32),
         "conv_kernel": (10, 3, 3),
         "conv_stride": (5, 2, 2),
@@ -264,6 +264,6 @@ def _speech(config: str, model: str) -> Build:
 
 
 def _whisper() -> Subject:
-    sizes = {**_BART, "num_mel_bins": 16, "max_source_positions": 20, "pad_token_id": 0}
+    sizes = {**BART, "num_mel_bins": 16, "max_source_positions": 20, "pad_token_id": 0}
     model = _make("WhisperConfig", sizes, "WhisperModel").get_submodule("encoder")
     return Subject(_Tensors(model, ("input_features",)), (torch.randn(2, 16, 40),))
