@@ -70,7 +70,8 @@ class Allocation:
         """Return how many of each group are to stay before rounding."""
         free = self._level_decides(scores)
         fixed = [group for group in self.groups if group.axis in scores and group.axis in self.ratios]
-        wanted = [(group, group.size - math.floor(self.ratios[group.axis] * part * group.size)) for group in fixed]
+        level = _exact(level)
+        wanted = [(group, group.size - math.floor(_exact(self.ratios[group.axis]) * part * group.size)) for group in fixed]
         if self.scope == "local":
             return [*wanted, *((group, group.size - math.floor(level * group.size)) for group in free)]
         return [*wanted, *zip(free, _above_threshold([scores[group.axis] for group in free], level), strict=True)]
@@ -87,6 +88,11 @@ class Allocation:
 def highest(values: torch.Tensor, count: int) -> list[int]:
     """Return the sorted indices of the `count` highest scores; of equals the lower index stays."""
     return sorted(torch.argsort(values, descending=True, stable=True)[:count].tolist())
+
+
+def _exact(level: Level) -> Fraction:
+    """Return the share that was written: of 100 indices 0.29 is 29, where floating point makes it 28."""
+    return level if isinstance(level, Fraction) else Fraction(str(level))
 
 
 def _above_threshold(scores: Sequence[torch.Tensor], level: Level) -> list[int]:

@@ -52,9 +52,13 @@ def activation(standing: Standing, groups: Sequence[Group]) -> Worths:
     samples = standing.ctx.need_samples("prune", "for criterion=activation")
     observer = _Observer(standing, groups)
     size = _batch_size(standing, _BATCH)
+    count = 0
     for batch in standing.ctx.progress.track(samples.batches(size, standing.samples), "measuring activations"):
         if standing.program.batched or len(batch[0]) == size:
             observer.see(batch)
+            count += 1
+    if not count:
+        raise _too_few(standing, "activation")
     return {group.axis: observer.worth(group) for group in groups}
 
 
@@ -135,6 +139,8 @@ def _averaged(
         for group in groups:
             found = of_direction(standing, group, directions)
             totals[group.axis] = totals.get(group.axis, torch.zeros_like(found)) + found
+    if not count:
+        raise _too_few(standing, criterion)
     return {axis: total / count for axis, total in totals.items()}
 
 
@@ -202,6 +208,15 @@ def _checked(loss: Callable[[Any, torch.Tensor | None], torch.Tensor], output: A
 
 def _batch_size(standing: Standing, wanted: int) -> int:
     return wanted if standing.program.batched else int(standing.program.inputs[0].shape[0])
+
+
+def _too_few(standing: Standing, criterion: str) -> DataError:
+    size = _batch_size(standing, 1)
+    need = "one sample" if standing.program.batched else f"{size} samples, the program's fixed batch size"
+    return DataError(
+        f"The calibration data holds no batch for criterion={criterion} among its first {standing.samples} samples. "
+        f"Give at least {need}, and `samples` to match."
+    )
 
 
 def _own(leaf: Any) -> Any:

@@ -103,8 +103,9 @@ class _Rounds:
         """Return how many indices each group keeps after a part of the removal."""
         allocation = self._allocation()
         if not self._options.targets:
-            return allocation.counts(self._options.ratio * part, scores, part)
-        shares = {name: 1 - (1 - share) * float(part) for name, share in self._options.targets.items()}
+            return allocation.counts(Fraction(str(self._options.ratio)) * part, scores, part)
+        removed = {name: (1 - Fraction(str(share))) * part for name, share in self._options.targets.items()}
+        shares = {name: float(1 - share) for name, share in removed.items()}
         meter = Meter(self._program, self._axes, shares, self._ctx)
         counts = least_removal(allocation, scores, meter, part)
         self._found.measured.update({f"{name} left": share for name, share in meter.shares(counts).items()})

@@ -10,8 +10,9 @@ What is compared is the program with that many indices really removed, so what m
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 import torch
@@ -19,10 +20,13 @@ import torch
 from graphopt.axes.infer import Axes
 from graphopt.axes.rewrite import remove
 from graphopt.context import Context
-from graphopt.cost import cost
+from graphopt.cost import Cost, cost
 from graphopt.errors import PassError
 from graphopt.passes.pruning.allocation import Allocation, Counts, highest
+from graphopt.passes.pruning.sizes import Sizes
 from graphopt.program import Program
+
+logger = logging.getLogger(__name__)
 
 _LEVELS_MEASURED = 64  # levels tried where each takes lowering and timing
 _STATIC = ("parameters", "flops", "bytes")
@@ -40,7 +44,8 @@ class Meter:
         axes: of it.
         wanted: the shares not to exceed.
         ctx: the original, and the runtime to time in.
-        tried: counts and the latency they were measured to have, for the plan.
+        tried: the latencies measured so far, for the plan.
+        sizes: predicts costs while searching; None measures each.
     """
 
     program: Program
@@ -48,26 +53,35 @@ class Meter:
     wanted: Shares
     ctx: Context
     tried: list[float] = field(default_factory=list)
+    sizes: Sizes | None = None
     _known: dict[tuple[tuple[int, int], ...], dict[str, float]] = field(default_factory=dict)
 
     def shares(self, counts: Counts) -> dict[str, float]:
-        """Return the share that is left of everything that has a target."""
+        """Measure the share that is left of everything that has a target."""
         key = tuple(counts.items())
         if key not in self._known:
             self._known[key] = self._measure(counts)
         return self._known[key]
 
     def meets(self, counts: Counts) -> bool:
-        """Tell whether no target is exceeded."""
-        shares = self.shares(counts)
+        """Tell whether no target is exceeded, as far as `sizes` can say where there are any."""
+        shares = self.shares(counts) if self.sizes is None else self._shares(self.sizes.cost(_kept(counts)))
+        return self._within(shares)
+
+    def confirms(self, counts: Counts) -> bool:
+        """Measure whether no target is exceeded."""
+        return self._within(self.shares(counts))
+
+    def _within(self, shares: Shares) -> bool:
         return all(shares[name] <= share for name, share in self.wanted.items())
 
+    def _shares(self, now: Cost) -> dict[str, float]:
+        before = cost(self.ctx.original)
+        return {name: getattr(now, name) / max(getattr(before, name), 1) for name in _STATIC if name in self.wanted}
+
     def _measure(self, counts: Counts) -> dict[str, float]:
-        # Costs depend on how many indices stay, not on which.
-        kept = {axis: range(count) for axis, count in counts.items()}
-        pruned = self.program.with_graph(remove(self.program.graph_module, self.axes, kept))
-        now, before = cost(pruned), cost(self.ctx.original)
-        found = {name: getattr(now, name) / max(getattr(before, name), 1) for name in _STATIC if name in self.wanted}
+        pruned = self.program.with_graph(remove(self.program.graph_module, self.axes, _kept(counts)))
+        found = self._shares(cost(pruned))
         if "latency" in self.wanted:
             found["latency"] = self.ctx.need_timer("prune")(pruned, self.ctx.original).median
             self.tried.append(found["latency"])
@@ -90,12 +104,29 @@ def least_removal(allocation: Allocation, scores: Mapping[int, torch.Tensor], me
     if "latency" in meter.wanted and len(levels) > _LEVELS_MEASURED:
         places = (index * (len(levels) - 1) // (_LEVELS_MEASURED - 1) for index in range(_LEVELS_MEASURED))
         levels = [levels[place] for place in places]
+    last = allocation.counts(levels[-1], scores, part)
+    if not meter.confirms(last):
+        raise PassError(_unmet(meter, last, allocation))
+    if "latency" not in meter.wanted:
+        sizes = Sizes(meter.program, meter.axes)
+        if sizes.complete:
+            found = _search(allocation, levels, scores, replace(meter, sizes=sizes), part)
+            if meter.confirms(found):
+                return found
+            logger.debug("the operations predicted were not those counted; measuring every time")
+    return _search(allocation, levels, scores, meter, part)
 
+
+def _search(
+    allocation: Allocation,
+    levels: Sequence[Fraction],
+    scores: Mapping[int, torch.Tensor],
+    meter: Meter,
+    part: Fraction,
+) -> Counts:
     def counts(index: int) -> Counts:
         return allocation.counts(levels[index], scores, part)
 
-    if not meter.meets(counts(len(levels) - 1)):
-        raise PassError(_unmet(meter, counts(len(levels) - 1), allocation))
     found = bisect.bisect_left(range(len(levels) - 1), True, key=lambda index: meter.meets(counts(index)))
     if found == 0:
         return counts(0)
@@ -112,16 +143,27 @@ def _step_by_step(more: Counts, fewer: Counts, scores: Mapping[int, torch.Tensor
     axes = list(more)
     steps = [axes[order] for _, order in sorted(losses)]
 
-    def after(taken: int) -> Counts:
-        return {axis: fewer[axis] if axis in steps[:taken] else count for axis, count in more.items()}
+    def after(taken: Sequence[int]) -> Counts:
+        return {axis: fewer[axis] if axis in taken else count for axis, count in more.items()}
 
-    needed = bisect.bisect_left(range(len(steps)), True, key=lambda taken: meter.meets(after(taken)))
-    return after(needed)
+    needed = bisect.bisect_left(range(len(steps)), True, key=lambda count: meter.meets(after(steps[:count])))
+    taken = steps[:needed]
+    if meter.sizes is not None:
+        for axis in reversed(taken[:-1]):
+            without = [other for other in taken if other != axis]
+            if meter.meets(after(without)):
+                taken = without
+    return after(taken)
 
 
 def kept_of(counts: Counts, scores: Mapping[int, torch.Tensor]) -> dict[int, list[int]]:
     """Return the highest-scored indices of every axis that does not keep all."""
     return {axis: highest(scores[axis], count) for axis, count in counts.items() if count < len(scores[axis])}
+
+
+def _kept(counts: Counts) -> dict[int, Sequence[int]]:
+    """Return some indices of each axis: costs depend on how many stay, not on which."""
+    return {axis: range(count) for axis, count in counts.items()}
 
 
 def _unmet(meter: Meter, counts: Counts, allocation: Allocation) -> str:

@@ -56,8 +56,9 @@ def lamp(standing: Standing, member: Member, axis: int) -> torch.Tensor:
     """
     squares = standing.by_index(standing.weight(member).square(), member, axis)
     ascending = squares.sort().values
-    not_smaller = ascending.flip(0).cumsum(0).flip(0)[torch.searchsorted(ascending, squares)]
-    return torch.where(not_smaller > 0, squares / not_smaller, torch.zeros_like(squares))
+    place = torch.searchsorted(ascending, squares).clamp(max=len(squares) - 1)  # NaN is larger than everything
+    not_smaller = ascending.flip(0).cumsum(0).flip(0)[place]
+    return torch.where(not_smaller == 0, torch.zeros_like(squares), squares / not_smaller)
 
 
 def over_weights(of_weight: OfWeight, *, comparable: bool = False) -> Callable[[Standing, Sequence[Group]], Worths]:
@@ -107,9 +108,9 @@ def random(standing: Standing, groups: Sequence[Group]) -> Worths:
 
 
 def mean_one(values: torch.Tensor) -> torch.Tensor:
-    """Divide values by their mean."""
+    """Divide values by their mean; what is not finite stays so."""
     mean = values.mean()
-    return values / mean if mean > 0 else torch.ones_like(values)
+    return torch.ones_like(values) if mean == 0 else values / mean
 
 
 def scales(gm: fx.GraphModule) -> set[str]:

@@ -125,3 +125,13 @@ def test_an_argument_that_is_no_tensor_may_come_first() -> None:
             return y.relu() if flag else y
 
     assert cost(capture(Switched(), (True, torch.randn(3, 8)))).flops == 2 * 32
+
+
+def test_fused_attention_is_counted_whatever_kernel_runs_it() -> None:
+    class Attention(nn.Module):
+        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return nn.functional.scaled_dot_product_attention(q, k, v)
+
+    for width in (8, 6):  # the CPU's fused kernel wants query and value equally wide
+        inputs = tuple(torch.zeros(2, 3, tokens, d) for tokens, d in ((5, 8), (7, 8), (7, width)))
+        assert cost(capture(Attention(), inputs)).flops == 2 * 3 * 5 * 7 * (8 + width)

@@ -326,3 +326,22 @@ def test_values_that_are_not_finite_leave_the_group_whole() -> None:
     plan = plan_of(Logarithm([[1, 2], [-2, 1], [3, 0], [0.5, 0.5]], [1, -3, 0.5, 2]), ALONE, criterion="activation")
     assert plan.sites == ()
     assert "its activation is not finite" in [refusal.reason for refusal in plan.refusals]
+
+
+@pytest.mark.parametrize("criterion", ["l1", "l2", "fpgm", "lamp"])
+def test_weights_that_are_not_finite_leave_the_group_whole(criterion: Criterion) -> None:
+    model = mlp()
+    with torch.no_grad():
+        model.first.weight[2, 0] = torch.nan
+    plan = plan_of(model, None, criterion=criterion)
+    assert plan.sites == ()
+    assert f"its {criterion} is not finite" in [refusal.reason for refusal in plan.refusals]
+
+
+@pytest.mark.parametrize("criterion", NEED_DATA)
+def test_samples_that_make_no_batch_of_a_static_program_are_named(criterion: Criterion) -> None:
+    program = capture(mlp(), (torch.randn(32, 2),), dynamic_shapes={"x": {0: None}})
+    pass_ = Prune(build("prune", PruneOptions, {"criterion": criterion, "samples": 16}))
+    context = Context(original=program, samples=TensorSamples((ALONE,)))
+    with pytest.raises(DataError, match=f"no batch for criterion={criterion} among its first 16 .* at least 32 samples"):
+        pass_.plan(program, context)

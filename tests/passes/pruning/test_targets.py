@@ -118,6 +118,13 @@ def _with_counts(wanted: dict[str, int]) -> PruningPlan:
     return plan
 
 
+@pytest.mark.parametrize("options", [{"ratio": 0.29}, {"parameters": 0.71}, {"ratio": 0.29, "steps": 3}])
+def test_shares_are_taken_as_they_are_written(options: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Linear(4, 100, bias=False), nn.ReLU(), nn.Linear(100, 4, bias=False))
+    plan = plan_of(prune(**options), capture(model, (torch.randn(2, 4),)))
+    assert [len(kept) for kept in plan.groups.values()] == [71]  # 0.29 * 100 is 28.999999999999996
+
+
 def test_two_targets_are_both_met() -> None:
     shares = left(plan_of(prune(parameters=0.4, flops=0.8)))
     assert shares["parameters"] <= 0.4
