@@ -66,11 +66,9 @@ _MATRIX = 2
 )
 def of_matrices(call: Call) -> Result:
     operands = call.tensors()
-    if (
-        any(len(dims) < _MATRIX for dims in operands)
-        or call.node.kwargs.get("dim")
-        or len(call.node.args) > len(operands)
-    ):
+    # Further positional arguments may name dimensions; operands of unequal rank may be batches of vectors.
+    named = bool(call.node.kwargs.get("dim")) or len(call.node.args) > len(operands)
+    if named or len({len(dims) for dims in operands}) > 1 or len(operands[0]) < _MATRIX:
         return _all_mixed(call, operands)
     batch = call.broadcast([dims[:-_MATRIX] for dims in operands])
     for dims in operands:
