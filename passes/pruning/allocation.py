@@ -64,14 +64,12 @@ class Allocation:
             return [Fraction(index, sum(sizes)) for index in range(sum(sizes))] or [Fraction(0)]
         return sorted({Fraction(index, size) for size in sizes for index in range(size)}) or [Fraction(0)]
 
-    def _wanted(
-        self, level: Level, scores: Mapping[int, torch.Tensor], part: Fraction
-    ) -> list[tuple[Group, int]]:
+    def _wanted(self, level: Level, scores: Mapping[int, torch.Tensor], part: Fraction) -> list[tuple[Group, int]]:
         """Return how many of each group are to stay before rounding."""
         free = self._level_decides(scores)
         fixed = [group for group in self.groups if group.axis in scores and group.axis in self.ratios]
-        level = _exact(level)
-        wanted = [(group, group.size - math.floor(_exact(self.ratios[group.axis]) * part * group.size)) for group in fixed]
+        level, own = _exact(level), {axis: _exact(ratio) * part for axis, ratio in self.ratios.items()}
+        wanted = [(group, group.size - math.floor(own[group.axis] * group.size)) for group in fixed]
         if self.scope == "local":
             return [*wanted, *((group, group.size - math.floor(level * group.size)) for group in free)]
         return [*wanted, *zip(free, _above_threshold([scores[group.axis] for group in free], level), strict=True)]

@@ -343,5 +343,5 @@ def test_samples_that_make_no_batch_of_a_static_program_are_named(criterion: Cri
     program = capture(mlp(), (torch.randn(32, 2),), dynamic_shapes={"x": {0: None}})
     pass_ = Prune(build("prune", PruneOptions, {"criterion": criterion, "samples": 16}))
     context = Context(original=program, samples=TensorSamples((ALONE,)))
-    with pytest.raises(DataError, match=f"no batch for criterion={criterion} among its first 16 .* at least 32 samples"):
+    with pytest.raises(DataError, match=f"no batch for criterion={criterion} among its first 16 .* at least 32 "):
         pass_.plan(program, context)
