@@ -6,6 +6,8 @@ direction g of how an output reacts to them,
     taylor   E (sum of w_k g_k)^2          what removing i alone does to the outputs, to first order
     obd      E sum of w_k^2 g_k^2 / 2      the same, each element on its own
 
+where nothing but a product of two values sums over the axis, w_k are the weights that produce the two.
+
 With a loss, g is its gradient on a few samples: Molchanov et al., "Importance Estimation for Neural Network Pruning",
 CVPR 2019, equation 8; LeCun et al., "Optimal Brain Damage", 1989, with the Fisher diagonal for the Hessian. A trained
 model's average gradient is zero, which says nothing; the square is taken before the average.

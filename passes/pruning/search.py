@@ -9,9 +9,8 @@ What is compared is the program with that many indices really removed, so what m
 
 from __future__ import annotations
 
-import bisect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
@@ -19,7 +18,7 @@ import torch
 
 from graphopt.axes.infer import Axes
 from graphopt.axes.rewrite import remove
-from graphopt.context import Context
+from graphopt.context import Context, Progress
 from graphopt.cost import Cost, cost
 from graphopt.errors import PassError
 from graphopt.passes.pruning.allocation import Allocation, Counts, highest
@@ -127,7 +126,7 @@ def _search(
     def counts(index: int) -> Counts:
         return allocation.counts(levels[index], scores, part)
 
-    found = bisect.bisect_left(range(len(levels) - 1), True, key=lambda index: meter.meets(counts(index)))
+    found = _first(len(levels) - 1, lambda index: meter.meets(counts(index)), meter.ctx.progress)
     if found == 0:
         return counts(0)
     return _step_by_step(counts(found - 1), counts(found), scores, meter)
@@ -146,7 +145,7 @@ def _step_by_step(more: Counts, fewer: Counts, scores: Mapping[int, torch.Tensor
     def after(taken: Sequence[int]) -> Counts:
         return {axis: fewer[axis] if axis in taken else count for axis, count in more.items()}
 
-    needed = bisect.bisect_left(range(len(steps)), True, key=lambda count: meter.meets(after(steps[:count])))
+    needed = _first(len(steps), lambda count: meter.meets(after(steps[:count])), meter.ctx.progress)
     taken = steps[:needed]
     if meter.sizes is not None:
         for axis in reversed(taken[:-1]):
@@ -154,6 +153,17 @@ def _step_by_step(more: Counts, fewer: Counts, scores: Mapping[int, torch.Tensor
             if meter.meets(after(without)):
                 taken = without
     return after(taken)
+
+
+def _first(count: int, holds: Callable[[int], bool], progress: Progress) -> int:
+    """Return the first number below `count` from which on something holds, by bisection; `count` if there is none."""
+    low, high = 0, count
+    for _ in progress.track(range(count.bit_length()), "searching for what meets the target"):
+        middle = (low + high) // 2
+        if low == high:
+            break
+        low, high = (low, middle) if holds(middle) else (middle + 1, high)
+    return low
 
 
 def kept_of(counts: Counts, scores: Mapping[int, torch.Tensor]) -> dict[int, list[int]]:
