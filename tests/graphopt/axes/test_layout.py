@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import pytest
 import sympy
 import torch
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from graphopt.axes.groups import coordinates
@@ -121,8 +121,10 @@ def layouts(draw: st.DrawFn, depth: int = 3) -> Layout:
     return product(parts) if draw(st.booleans()) else concat(parts)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(layouts(), st.dictionaries(st.integers(1, 4), st.just(None)), st.randoms())
 def test_surviving_means_every_coordinate_is_kept(layout: Layout, chosen: dict[int, None], random: object) -> None:
+    assume(size(layout) <= 2000)  # every position is looked at
     kept = {number: sorted(random.sample(range(number + 1), 1)) for number in chosen}  # type: ignore[attr-defined]
     alive = torch.ones(int(size(layout)), dtype=torch.bool)
     for axis in dict.fromkeys(leaves(layout)):
