@@ -103,5 +103,5 @@ def _compare(name: str, want: torch.Tensor, got: torch.Tensor) -> Equivalence:
     finite = torch.where(torch.isfinite(want64), want64, 0.0)
     error, scale = float(difference.abs().max()), float(finite.abs().max())
     noise, signal = float(difference.square().sum()), float(finite.square().sum())
-    sqnr = math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
+    sqnr = math.inf if noise == 0 else 10 * (math.log10(max(signal, 1e-300)) - math.log10(noise))
     return Equivalence(error, error / scale if scale else (0.0 if error == 0 else math.inf), sqnr, None)

@@ -16,13 +16,16 @@ from torch import fx
 
 from graphopt.context import Batch, Progress
 from graphopt.equivalence import Probe
-from graphopt.errors import VerifyError
+from graphopt.errors import DataError, VerifyError
 from graphopt.passes.residuals.branches import Branch
 from graphopt.passes.residuals.removal import without
 from graphopt.program import Program
 from graphopt.stepping import Stepper
 
 Criterion = Literal["output", "influence", "random", "last"]
+
+
+_LARGEST = 300.0  # power of ten of an error over outputs that are all zero
 
 
 class OutputError:
@@ -37,12 +40,17 @@ class OutputError:
         self._probes = [Probe(reference, batch) for batch in batches]
 
     def of(self, candidate: Program) -> float:
-        """Return the power of the error over that of the outputs, mean of the batches; infinite if not finite."""
+        """Return the power of the error over that of the outputs, mean of the batches; infinite if not finite.
+
+        Raises:
+            DataError: the outputs of the reference are not finite, so that nothing can be told.
+        """
         try:
             ratios = [probe.measure(candidate.call_flat).sqnr for probe in self._probes]
         except VerifyError:  # NaN or infinite where the reference is not
             return math.inf
-        return sum(10 ** (-ratio / 10) for ratio in ratios) / len(ratios)
+        error = sum(10 ** min(-ratio / 10, _LARGEST) for ratio in ratios) / len(ratios)
+        return _known(error, "an output of the program")
 
 
 def output_errors(
@@ -68,7 +76,10 @@ def influences(program: Program, branches: Sequence[Branch], batches: Sequence[B
             for index, shortcut in zip(here, shortcuts, strict=True):
                 totals[index] += _turned(shortcut, stepper.values[node][0], len(batch[0]))
     samples = sum(len(batch[0]) for batch in batches)
-    return [total / samples for total in totals]
+    return [
+        _known(total / samples, f"what `{branch.name}` is added to")
+        for branch, total in zip(branches, totals, strict=True)
+    ]
 
 
 def _turned(before: torch.Tensor, after: torch.Tensor, samples: int) -> float:
@@ -77,3 +88,12 @@ def _turned(before: torch.Tensor, after: torch.Tensor, samples: int) -> float:
     one, other = (value.detach().double().reshape(rows, -1) for value in (before, after))
     cosine = torch.nn.functional.cosine_similarity(one, other, dim=1)
     return float((1 - cosine).sum()) * samples / rows
+
+
+def _known(score: float, what: str) -> float:
+    if math.isnan(score):
+        raise DataError(
+            f"The calibration data makes {what} NaN or infinite. Leave out the samples that do, or check that they are "
+            "scaled as in training."
+        )
+    return score

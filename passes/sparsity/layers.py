@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from graphopt.finite import all_finite
 from graphopt.graph import constant, tensor_attribute
 from graphopt.passes.weighted_calls import WeightedCall, is_layer, uses, weighted_call
 from graphopt.plan import Refusal
@@ -78,6 +79,8 @@ def why_not(site: Site, form: SparseFormat, gm: fx.GraphModule) -> tuple[str, st
         return f"{inputs} inputs are no multiple of {wanted}", "inputs not aligned"
     if outputs % form.outputs_multiple:
         return f"{outputs} outputs are no multiple of {form.outputs_multiple}", "outputs not aligned"
+    if not all_finite(weight):
+        return "its weight holds NaN or infinite values", ""
     if has_pattern(as_rows(call, weight), form):
         return "it has the pattern already", ""
     return None

@@ -61,3 +61,8 @@ def test_places_and_classes_do_not_count_as_errors_beside_numbers() -> None:
     found = compare_outputs(specs, (numbers, places), (numbers + 0.5, places.flip(0)))
     assert found.max_error == 0.5
     assert compare_outputs(specs[1:], (places,), (places.flip(0),)).max_error == 31.0
+
+
+def test_an_infinity_that_is_missing_is_an_error_without_bound() -> None:
+    masked, unmasked = torch.tensor([[1.0, 2.0, -math.inf]]), torch.tensor([[1.0, 2.0, 3.0]])
+    assert compare_outputs(SPEC, (masked,), (unmasked,)).sqnr == -math.inf

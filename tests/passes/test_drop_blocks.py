@@ -19,6 +19,7 @@ from graphopt.graph import Editor
 from graphopt.options import build
 from graphopt.passes.drop_blocks import DropBlocks, DropBlocksOptions, DropBlocksPlan
 from graphopt.passes.residuals.branches import find_branches
+from graphopt.passes.residuals.contribution import OutputError
 from graphopt.passes.residuals.removal import without
 from graphopt.pipeline import Pipeline
 from graphopt.program import Program
@@ -438,3 +439,35 @@ def test_one_kind_of_block_side_by_side() -> None:
 def test_the_models_are_what_they_are_called() -> None:
     assert isinstance(MODELS["resnet"], ResNet)
     assert MODELS["masked"](*example(MODELS["masked"])).shape == (2, 4)
+
+
+class Chain(nn.Module):
+    """Two branches one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.relu()
+        x = x + self.one(x)
+        return x + self.two(x)
+
+
+@pytest.mark.parametrize(
+    "options", [{"criterion": "output"}, {"criterion": "influence"}, {"criterion": "last", "sqnr": 3.0}]
+)
+def test_data_that_nothing_can_be_measured_on_is_named(options: dict[str, object]) -> None:
+    program = capture(Chain(), torch.randn(2, 4))
+    with pytest.raises(DataError, match=r"The calibration data makes .* NaN or infinite"):
+        plan_of(build("drop_blocks", DropBlocksOptions, options), program, (torch.full((4, 4), torch.nan),))
+
+
+def test_outputs_that_are_all_zero_have_errors_all_the_same() -> None:
+    silent, loud = nn.Linear(4, 4), nn.Linear(4, 4)
+    with torch.no_grad():
+        for model, value in ((silent, 0.0), (loud, 1e15)):
+            model.weight.fill_(0)
+            model.bias.fill_(value)
+    x = torch.zeros(2, 4)
+    assert OutputError(capture(silent, x), [(x,)]).of(capture(loud, x)) > 1e200

@@ -182,6 +182,15 @@ def test_too_few_samples_are_not_refitted_to(program: Program, data: Tensor) -> 
     assert plan.layers["down.weight"]["refit"]
 
 
+def test_a_weight_that_is_not_finite_is_left_dense() -> None:
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3)))
+    with torch.no_grad():
+        model[1].weight[0, 0] = torch.nan
+    plan = plan_of(capture(model, torch.randn(2, 16)), torch.randn(64, 16))
+    assert plan.sites == ()
+    assert "its weight holds NaN or infinite values" in [refusal.reason for refusal in plan.refusals]
+
+
 def test_a_shared_weight_gets_one_mask_for_all_calls() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
