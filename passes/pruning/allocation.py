@@ -20,6 +20,7 @@ from graphopt.axes.groups import Group
 
 Level = float | Fraction  # share of what may go that does, from 0 to below 1
 Counts = dict[int, int]
+_FINEST = 10**9  # denominator of a share
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Allocation:
         """Return how many of each group are to stay before rounding."""
         free = self._level_decides(scores)
         fixed = [group for group in self.groups if group.axis in scores and group.axis in self.ratios]
-        level, own = _exact(level), {axis: _exact(ratio) * part for axis, ratio in self.ratios.items()}
+        level, own = exact(level), {axis: exact(ratio) * part for axis, ratio in self.ratios.items()}
         wanted = [(group, group.size - math.floor(own[group.axis] * group.size)) for group in fixed]
         if self.scope == "local":
             return [*wanted, *((group, group.size - math.floor(level * group.size)) for group in free)]
@@ -88,9 +89,9 @@ def highest(values: torch.Tensor, count: int) -> list[int]:
     return sorted(torch.argsort(values, descending=True, stable=True)[:count].tolist())
 
 
-def _exact(level: Level) -> Fraction:
-    """Return the share that was written: of 100 indices 0.29 is 29, where floating point makes it 28."""
-    return level if isinstance(level, Fraction) else Fraction(str(level))
+def exact(share: Level) -> Fraction:
+    """Return the share that was meant: of 100 indices 0.29 is 29 and 1 / 6 of 12 is 2, whatever their binary form."""
+    return share if isinstance(share, Fraction) else Fraction(share).limit_denominator(_FINEST)
 
 
 def _above_threshold(scores: Sequence[torch.Tensor], level: Level) -> list[int]:
