@@ -56,7 +56,8 @@ def exported(program: Program) -> Exported:
 
 def _state(gm: fx.GraphModule) -> object:
     """Return what tells whether a graph was changed in place, as putting it in training mode does."""
-    return str(gm.graph), [id(tensor) for tensor in (*gm.parameters(), *gm.buffers())]
+    graphs = [str(module.graph) for module in gm.modules() if isinstance(module, fx.GraphModule)]  # regions too
+    return graphs, [id(tensor) for tensor in (*gm.parameters(), *gm.buffers())]
 
 
 def export_again(program: Program) -> Exported:

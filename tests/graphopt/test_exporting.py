@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 from graphopt import Program, capture, load
 from graphopt.exporting import exported
@@ -79,3 +79,17 @@ def test_what_is_trained_after_an_export_is_what_is_saved(program: Program, tmp_
             parameter.add_(1)
     x = own.flat_examples()
     torch.testing.assert_close(load(own.save(tmp_path / "own.pt2")).call_flat(x), own.call_flat(x))
+
+
+def test_an_edit_in_a_branch_exports_anew() -> None:
+    class Either(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = torch.cond(x.sum() > 0, torch.sin, torch.tanh, (x,))
+            return y
+
+    program = capture(Either(), torch.randn(3, 4))
+    before = exported(program)
+    branches = [m for m in program.graph_module.modules() if isinstance(m, fx.GraphModule)][1:]
+    (sin,) = [node for branch in branches for node in branch.graph.nodes if node.target is torch.ops.aten.sin.default]
+    sin.target = torch.ops.aten.cos.default
+    assert exported(program) is not before
