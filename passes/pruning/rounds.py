@@ -18,7 +18,7 @@ from graphopt.axes.infer import Axes
 from graphopt.axes.rewrite import remove
 from graphopt.context import Context
 from graphopt.passes.pruning.alignment import multiples
-from graphopt.passes.pruning.allocation import Allocation, Counts
+from graphopt.passes.pruning.allocation import Allocation, Counts, exact
 from graphopt.passes.pruning.choice import Choice
 from graphopt.passes.pruning.compensation import Compensation
 from graphopt.passes.pruning.criteria import rank
@@ -103,8 +103,8 @@ class _Rounds:
         """Return how many indices each group keeps after a part of the removal."""
         allocation = self._allocation()
         if not self._options.targets:
-            return allocation.counts(Fraction(str(self._options.ratio)) * part, scores, part)
-        removed = {name: (1 - Fraction(str(share))) * part for name, share in self._options.targets.items()}
+            return allocation.counts(exact(self._options.ratio) * part, scores, part)
+        removed = {name: (1 - exact(share)) * part for name, share in self._options.targets.items()}
         shares = {name: float(1 - share) for name, share in removed.items()}
         meter = Meter(self._program, self._axes, shares, self._ctx)
         counts = least_removal(allocation, scores, meter, part)
