@@ -22,7 +22,7 @@ from graphopt.dynamic_axes import LeafShapes, arranged, by_name
 from graphopt.errors import CaptureError, ExampleError
 from graphopt.graph import copy_graph_module
 from graphopt.lost import lost_in_eval
-from graphopt.model_calls import check_module, in_eval_mode, spelled_out, uncompiled, without_compiling
+from graphopt.model_calls import check_module, check_names, in_eval_mode, spelled_out, uncompiled, without_compiling
 from graphopt.normal_form import normalise
 from graphopt.program import Dimension, Note, Program, TensorSpec
 from graphopt.provenance import record_capture
@@ -61,6 +61,7 @@ def capture(
     """
     check_module(model)
     model = uncompiled(model)
+    check_names(model)
     args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
     kwargs = dict(kwargs or {})
     if isinstance(model, fx.GraphModule):  # what torch.export made refuses eval()
@@ -186,7 +187,9 @@ def _capture(
 
     def attempt(wanted: LeafShapes) -> ExportedProgram:
         wanted_shapes = arranged(model, args, kwargs, wanted)
-        return torch.export.export(model, args, kwargs, dynamic_shapes=wanted_shapes, strict=False)
+        exported = torch.export.export(model, args, kwargs, dynamic_shapes=wanted_shapes, strict=False)
+        _check_calls(exported.graph)
+        return exported
 
     def program(exported: ExportedProgram, wanted: LeafShapes, notes: Sequence[Note] = ()) -> Program:
         return from_exported(exported, args, kwargs, wanted, notes=[*given, *notes, *lost_in_eval(model, exported)])
@@ -197,6 +200,8 @@ def _capture(
         reason = wrong_batch(model, captured, args, kwargs) if captured.batched else ""
         if not reason:
             return captured
+    except _UnfinishedTraceError:
+        raise
     except Exception as err:  # tracing runs the user's code, which may raise anything
         error = err
         reason = explain(err, lambda: attempt(shapes))
@@ -210,6 +215,19 @@ def _capture(
     text = f"The batch size is fixed: {reason}"
     logger.warning("%s", text)
     return program(exported, static, [Note("batch", text)])
+
+
+class _UnfinishedTraceError(CaptureError):
+    """The trace holds calls that only mean something while tracing."""
+
+
+def _check_calls(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        if node.op == "call_function" and getattr(node.target, "__module__", "").startswith("torch._functorch"):
+            raise _UnfinishedTraceError(
+                f"torch.export does not take a function transform of the model apart: it leaves `{node.name}` in the "
+                "graph. Write torch.vmap out as a batched operator (torch.bmm, einsum, broadcasting)."
+            )
 
 
 class _AxisNames:

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
-from graphopt.errors import UsageError
+from graphopt.errors import CaptureError, UsageError
 
 
 def check_module(model: object) -> None:
@@ -20,6 +20,19 @@ def check_module(model: object) -> None:
             f"The model is a {type(model).__name__}, not an nn.Module. A file is read by graphopt.load(path); a "
             "function becomes the forward of a module."
         )
+
+
+def check_names(model: nn.Module) -> None:
+    """Raise `CaptureError` if a part of the model bears a name that a captured graph uses itself."""
+    taken = vars(fx.GraphModule(nn.Module(), fx.Graph())).keys() | set(dir(fx.GraphModule))
+    own = {*vars(nn.Module()).keys(), *dir(nn.Module)}
+    for table in (model._parameters, model._buffers, model._modules):
+        for name in table:
+            if name in taken - own:
+                raise CaptureError(
+                    f"The model's attribute `{name}` bears a name that captured graphs use themselves. Rename it, and "
+                    "its entries in the weights."
+                )
 
 
 def uncompiled(model: nn.Module) -> nn.Module:

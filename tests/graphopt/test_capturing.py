@@ -334,3 +334,32 @@ def test_boolean_outputs() -> None:
     program = capture(Positive(), (torch.ones(2, 4),))
     assert program.batched
     assert program.outputs[0].dtype is torch.bool
+
+
+@pytest.mark.parametrize("name", ["graph", "code", "meta"])
+def test_a_part_named_like_one_of_a_captured_graph_is_refused(name: str) -> None:
+    class Clashing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            setattr(self, name, nn.Linear(4, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = getattr(self, name)(x)
+            return y
+
+    with pytest.raises(CaptureError, match=f"attribute `{name}` bears a name"):
+        capture(Clashing(), torch.randn(2, 4))
+
+
+def test_what_vmap_leaves_in_a_trace_is_refused() -> None:
+    class Ensemble(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 4, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = torch.vmap(lambda weight: x @ weight)(self.weight)
+            return y
+
+    with pytest.raises(CaptureError, match=r"Write torch\.vmap out as a batched operator"):
+        capture(Ensemble(), torch.randn(2, 4))
