@@ -25,8 +25,7 @@ def test_costs_are_predicted_exactly_or_not_at_all(kind: type[nn.Module]) -> Non
     generator = torch.Generator().manual_seed(0)
     for _ in range(2):
         kept = {
-            group.axis: range(int(torch.randint(1, group.size + 1, (), generator=generator)))
-            for group in axes.groups()
+            group.axis: range(int(torch.randint(1, group.size + 1, (), generator=generator))) for group in axes.groups()
         }
         found = cost(program.with_graph(remove(program.graph_module, axes, kept)))
         predicted = sizes.cost(kept)
