@@ -54,10 +54,12 @@ class Decomposed(ExportedProgram):
         calls = [node for node in self.graph.nodes if node.op == "call_function"]
         found = [node for node in calls if node.target in table or _always_decomposes(node.target, default)]
         simple = not _has_regions(self.graph_module) and not any(_writes(node.target) for node in calls)
-        if simple and len(found) <= _FEW and all(_expand(self.graph_module, node, table) for node in found):
+        if simple and len(found) <= _FEW:
+            in_place = all(_expand(self.graph_module, node, table) for node in found)
             self._name_results()
             self.graph_module.recompile()
-            return self
+            if in_place:
+                return self
         decomposed: ExportedProgram = super().run_decompositions(table, **options)
         return decomposed
 
