@@ -40,7 +40,7 @@ def choose(axes: Axes, options: PruneOptions) -> Choice:
         UsageError: a glob matches no group, or two give one group different ratios.
     """
     groups = axes.groups()
-    overrides = _overrides(groups, options)
+    overrides = _overrides(axes, options)
     chosen = Choice(refusals=[_whole(axes, refused) for refused in axes.refusals()])
     if not groups and not chosen.refusals:
         integers = next((name for name in axes.parameters if _integer_matrix(axes, name)), None)
@@ -60,17 +60,19 @@ def choose(axes: Axes, options: PruneOptions) -> Choice:
     return chosen
 
 
-def matches(group: Group, glob: str) -> bool:
-    """Tell whether a glob names a group, with its kind (`layer1.0.conv1:channels`) or without."""
-    return fnmatch.fnmatchcase(group.name, glob) or fnmatch.fnmatchcase(group.name.partition(":")[0], glob)
+def matches(name: str, glob: str) -> bool:
+    """Tell whether a glob names an axis, with its kind (`layer1.0.conv1:channels`) or without."""
+    return fnmatch.fnmatchcase(name, glob) or fnmatch.fnmatchcase(name.partition(":")[0], glob)
 
 
-def _overrides(groups: list[Group], options: PruneOptions) -> dict[int, tuple[float, str]]:
+def _overrides(axes: Axes, options: PruneOptions) -> dict[int, tuple[float, str]]:
     """Return the ratio that an override gives each group it names, and the override."""
+    groups, whole = axes.groups(), axes.refusals()
     found: dict[int, tuple[float, str]] = {}
     for ratio, glob, written in options.overrides:
-        named = [group for group in groups if matches(group, glob)]
-        if not named:
+        named = [group for group in groups if matches(group.name, glob)]
+        stays_anyway = ratio == 0 and any(matches(refused.name, glob) for refused in whole)
+        if not named and not stays_anyway:
             raise UsageError(f"`{written}` matches no group of this model. {listed(groups)}")
         for group in named:
             earlier, other = found.setdefault(group.axis, (ratio, written))

@@ -108,7 +108,7 @@ class ScaleL1:
 
 def _chosen(program: Program, only: Sequence[str]) -> list[Group]:
     groups = infer(program.graph_module).groups()
-    chosen = [group for group in groups if any(matches(group, glob) for glob in only)]
+    chosen = [group for group in groups if any(matches(group.name, glob) for glob in only)]
     if not chosen:
         raise UsageError(f"`{'`, `'.join(only)}` names no group of this model. {listed(groups)}")
     return chosen

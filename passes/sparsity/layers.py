@@ -10,6 +10,7 @@ where TensorRT looks for it (its documentation, "I/O formats and sparsity": of e
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -75,7 +76,7 @@ def why_not(site: Site, form: SparseFormat, gm: fx.GraphModule) -> tuple[str, st
     if call.groups > 1 and inputs == 1:
         return "depthwise: one input channel for each output", ""
     if inputs % form.inputs_multiple or inputs % form.group:
-        wanted = max(form.inputs_multiple, form.group)
+        wanted = math.lcm(form.inputs_multiple, form.group)
         return f"{inputs} inputs are no multiple of {wanted}", "inputs not aligned"
     if outputs % form.outputs_multiple:
         return f"{outputs} outputs are no multiple of {form.outputs_multiple}", "outputs not aligned"

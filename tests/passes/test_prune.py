@@ -165,6 +165,12 @@ def test_a_glob_that_matches_nothing_is_a_usage_error() -> None:
         plan_of(prune(skip=("layer9.*",)), Hidden(), VECTOR)
 
 
+def test_skipping_what_stays_whole_anyway_is_no_error() -> None:
+    plan = plan_of(prune(skip=("second",), round_to=1), Hidden(), VECTOR)
+    assert list(plan.groups) == ["first:hidden"]
+    assert "reaches graph output" in reasons(plan)["second:hidden"]
+
+
 @pytest.mark.parametrize("options", [{"ratio": 1.5}, {"ratio": 1.0}, {"ratio": -0.1}, {"round_to": 0}, {"scope": "x"}])
 def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="Pass `prune` cannot take"):
