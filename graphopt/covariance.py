@@ -6,7 +6,8 @@ matrices would not fit in `MEMORY` at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 
@@ -14,6 +15,8 @@ from graphopt.calibration import Calibration
 from graphopt.context import Context
 from graphopt.program import Program
 from graphopt.quantization.histogram import NotFiniteError
+
+T = TypeVar("T")
 
 MEMORY = 1 << 30  # bytes of matrices held at once
 WIDEST = 8192  # features; a wider matrix would take more than half of MEMORY
@@ -109,22 +112,22 @@ def gather_covariances(
         DataError: there are no samples, or they do not fit.
     """
     source = ctx.need_samples(pass_name, "to see which directions of an activation carry signal")
-    for group in _groups(wanted):
+    for group in portions(wanted, lambda request: 8 * request[2] ** 2):
         calibration = Calibration(program, source, limit=samples, batch_size=_BATCH, progress=ctx.progress)
         filled = calibration.gather((name, covariance) for name, covariance, _ in group)
         yield from zip((name for name, _, _ in group), filled, strict=True)
 
 
-def _groups(wanted: Sequence[tuple[str, Covariance, int]]) -> Iterator[list[tuple[str, Covariance, int]]]:
-    """Split the requests so that the matrices of each group fit in MEMORY."""
-    group: list[tuple[str, Covariance, int]] = []
-    held = 0
+def portions(wanted: Iterable[T], held: Callable[[T], int]) -> Iterator[list[T]]:
+    """Split requests so that what those of each portion hold, in bytes, fits in MEMORY; a larger one goes alone."""
+    portion: list[T] = []
+    total = 0
     for request in wanted:
-        size = 8 * request[2] ** 2
-        if group and held + size > MEMORY:
-            yield group
-            group, held = [], 0
-        group.append(request)
-        held += size
-    if group:
-        yield group
+        size = held(request)
+        if portion and total + size > MEMORY:
+            yield portion
+            portion, total = [], 0
+        portion.append(request)
+        total += size
+    if portion:
+        yield portion

@@ -20,6 +20,7 @@ from torch import fx
 
 from graphopt.calibration import read_batches
 from graphopt.context import Context
+from graphopt.covariance import WIDEST
 from graphopt.errors import PassError, UsageError
 from graphopt.graph import Editor, constant, tensor_attribute
 from graphopt.pass_base import Pass
@@ -33,7 +34,7 @@ from graphopt.passes.sparsity.layers import (
     named,
     why_not,
 )
-from graphopt.passes.sparsity.moments import WIDEST, Moments, gather
+from graphopt.passes.sparsity.moments import Moments, gather
 from graphopt.passes.sparsity.selection import fit, sparsify
 from graphopt.plan import Json, Plan, Refusal
 from graphopt.program import Program

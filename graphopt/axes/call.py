@@ -137,6 +137,12 @@ class Call:
         """Return a freezing reason that names this call."""
         return f"{reason} at {self.where}"
 
+    def whole(self, reason: str) -> Dims:
+        """Keep every axis of every tensor argument and of the result whole; return the layouts of the result."""
+        for dims in self.everything():
+            self.freeze(dims, reason)
+        return self.axes(self.shape(), self.because(reason))
+
     def broadcast(self, operands: Sequence[Dims]) -> Dims:
         """Unify operands aligned at their last dimension; return the layouts of the result."""
         rank = max((len(dims) for dims in operands), default=0)

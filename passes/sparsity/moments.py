@@ -1,6 +1,6 @@
 """Second moments of what weights are multiplied with: for a convolution the patch under its kernel.
 
-Gathered in one run over the samples for all layers, in several where their matrices would not fit in `MEMORY` at once.
+Gathered in one run over the samples for all layers, in several where their matrices would not fit in memory at once.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from graphopt.context import Batch, Progress
+from graphopt.covariance import portions
 from graphopt.errors import DataError
 from graphopt.passes.pruning.layer_rows import input_rows, positions
 from graphopt.passes.sparsity.layers import Site
@@ -17,8 +18,6 @@ from graphopt.passes.weighted_calls import WeightedCall
 from graphopt.program import Program
 from graphopt.stepping import Stepper
 
-MEMORY = 1 << 30  # bytes of matrices held at once
-WIDEST = 8192  # inputs; a wider matrix would take more than half of MEMORY
 _ROWS_PER_SAMPLE = 64  # positions of one sample (pixels, tokens) are alike: more cost time and say little
 
 
@@ -63,7 +62,7 @@ def gather(
     Raises:
         DataError: a value on the way is NaN or infinite.
     """
-    for portion in _portions(sites):
+    for portion in portions(sites, lambda site: 8 * site.calls[0].groups * site.inputs**2):
         found = {site.weight_name: Moments() for site in portion}
         wanted = {call.node: (call, found[site.weight_name]) for site in portion for call in site.calls}
         for batch in progress.track(batches, "measuring inputs", len(batches)):
@@ -82,18 +81,3 @@ def gather(
                     "samples that do, or check that they are scaled as in training."
                 )
             yield site, moments
-
-
-def _portions(sites: Sequence[Site]) -> Iterator[list[Site]]:
-    """Split the sites so that the matrices of each portion fit in MEMORY."""
-    portion: list[Site] = []
-    held = 0
-    for site in sites:
-        size = 8 * site.calls[0].groups * site.inputs**2
-        if portion and held + size > MEMORY:
-            yield portion
-            portion, held = [], 0
-        portion.append(site)
-        held += size
-    if portion:
-        yield portion

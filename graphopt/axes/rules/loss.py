@@ -34,13 +34,9 @@ def pointwise_loss(call: Call) -> Dims:
 )
 def class_loss(call: Call) -> Dims:
     """The target numbers the classes."""
-    for dims in call.tensors():
-        call.freeze(dims, "classes are numbered")
-    return call.axes(call.shape(), call.because("classes are numbered"))
+    return call.whole("classes are numbered")
 
 
 @rule("aten::cosine_embedding_loss", "aten::triplet_margin_loss")
 def vector_loss(call: Call) -> Dims:
-    for dims in call.tensors():
-        call.freeze(dims, "vectors are compared in a loss")
-    return call.axes(call.shape(), call.because("vectors are compared in a loss"))
+    return call.whole("vectors are compared in a loss")
