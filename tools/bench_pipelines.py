@@ -27,7 +27,7 @@ from cifar10 import images, trained_resnet
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from zoo_models import without_torchvision_operators
+from zoo_subject import without_torchvision_operators
 
 import graphopt
 from graphopt.backend import Artifact

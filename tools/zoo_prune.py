@@ -34,6 +34,7 @@ from torch.utils import _pytree as pytree
 sys.path.insert(0, str(Path(__file__).parent))
 
 import zoo_models
+from zoo_subject import Subject
 
 from graphopt.axes.infer import infer
 from graphopt.axes.masked import check_masked_equivalence, check_slices
@@ -99,7 +100,7 @@ def examine(family: str, name: str, ratio: float, criterion: Criterion) -> Row:
     return row
 
 
-def _examine(row: Row, subject: zoo_models.Subject, ratio: float, criterion: Criterion) -> None:
+def _examine(row: Row, subject: Subject, ratio: float, criterion: Criterion) -> None:
     start = time.perf_counter()
     program = capture(subject.model, subject.args, subject.kwargs, share_tensors=True)
     row.capture_seconds = time.perf_counter() - start
@@ -121,16 +122,11 @@ def _examine(row: Row, subject: zoo_models.Subject, ratio: float, criterion: Cri
     start = time.perf_counter()
     row.error = check_masked_equivalence(gm, pruned, plan.kept, program.example_args, program.example_kwargs)
     row.proof_seconds = time.perf_counter() - start
-    enough = row.removed >= _LEAST_REMOVED * ratio / 0.5 or _is_of_small_ones(row.family)
+    enough = row.removed >= _LEAST_REMOVED * ratio / 0.5 or row.family in zoo_models.STRUCTURES
     row.verdict = _EXACT if enough else "too little removed"
     if not plan.groups:
         row.verdict = _REFUSED
         row.message = "; ".join(dict.fromkeys(refusal.reason for refusal in plan.refusals))
-
-
-def _is_of_small_ones(family: str) -> bool:
-    """Tell whether models of a family are so small that what must stay may be most of them."""
-    return family in ("attention", "convolution", "sequence")
 
 
 def _same_shapes(program: Program, pruned: fx.GraphModule) -> None:
@@ -188,9 +184,7 @@ def _table(rows: list[Row]) -> Table:
 
 
 def main(
-    family: Annotated[
-        str, typer.Option(help="torchvision, timm, transformers, own, attention, convolution, sequence, or all")
-    ] = "torchvision",
+    family: Annotated[str, typer.Option(help=f"{', '.join(zoo_models.families())}, or all")] = "torchvision",
     only: Annotated[str, typer.Option(help="names to run, as a glob")] = "*",
     ratio: Annotated[float, typer.Option(help="share of each group to remove", min=0.0, max=1.0)] = 0.5,
     criterion: Annotated[Criterion, typer.Option(help="what decides which indices go")] = Criterion.L2,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from zoo_models import Build, Subject
+from zoo_subject import Build, Subject
 
 Layers = dict[str, nn.Module | nn.Parameter | Tensor]
 Forward = Callable[..., Any]
@@ -63,3 +63,24 @@ def parameter(*shape: int) -> nn.Parameter:
 def words(*shape: int, count: int = 30) -> Tensor:
     """Return random indices of words."""
     return torch.randint(0, count, shape, generator=torch.Generator().manual_seed(0))
+
+
+def rows_model(width: int = 12, **more: nn.Module | nn.Parameter | Tensor) -> Layers:
+    """Return a linear layer from 10 features to `width`, a head to 5, and what else is given."""
+    return {"first": nn.Linear(10, width), "head": nn.Linear(width, 5), **more}
+
+
+def image_model(width: int = 12, **more: nn.Module | nn.Parameter | Tensor) -> Layers:
+    """Return a stem from 3 channels to `width`, its normalization, a head to 5, and what else is given."""
+    return {"stem": conv(3, width), "norm": nn.BatchNorm2d(width), "head": nn.Linear(width, 5), **more}
+
+
+def conv(inputs: int, outputs: int, kernel: int = 3, **options: Any) -> nn.Conv2d:
+    """Return a convolution that keeps the image's size at stride 1."""
+    return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2 * int(options.get("dilation", 1)), **options)
+
+
+def pooled(m: Any, x: Tensor) -> Tensor:
+    """Return the head of the mean over the image."""
+    logits: Tensor = m.head(x.mean((2, 3)))
+    return logits

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from zoo_models import Build, Subject, image, without_torchvision_operators
+from zoo_subject import Build, Subject, image, without_torchvision_operators
 
 # Name: image size, and options of the constructor where the default is not wanted.
 _MODELS: dict[str, tuple[int, dict[str, Any]]] = {

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from zoo_models import Build, Subject, image, without_torchvision_operators
+from zoo_subject import Build, Subject, image, without_torchvision_operators
 
 WIDTH, _LAYERS, _HEADS, _INNER, WORDS, _LENGTH = 64, 2, 4, 128, 99, 11
 

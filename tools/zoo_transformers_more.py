@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from zoo_models import Build
+from zoo_subject import Build
 from zoo_transformers import (
     BART,
     CAUSAL,
