@@ -84,11 +84,6 @@ class Allocation:
         return min(rounded, self.left.get(group.axis, group.size))
 
 
-def highest(values: torch.Tensor, count: int) -> list[int]:
-    """Return the sorted indices of the `count` highest scores; of equals the lower index stays."""
-    return sorted(torch.argsort(values, descending=True, stable=True)[:count].tolist())
-
-
 def exact(share: Level) -> Fraction:
     """Return the share that was meant: of 100 indices 0.29 is 29 and 1 / 6 of 12 is 2, whatever their binary form."""
     return share if isinstance(share, Fraction) else Fraction(share).limit_denominator(_FINEST)

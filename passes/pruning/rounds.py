@@ -1,13 +1,13 @@
 """Deciding what goes: rank, allocate, remove, refit, and again for as many rounds as asked.
 
 In round k of n a share k/n of the removal is carried out, and what is left is ranked anew on the program as it is by
-then, refitted where there is data. Indices are those of the original throughout, so the rounds make one plan, and
-applying it is one removal.
+then, refitted where there is data. Where a target leaves room, a round gives back what an earlier one removed. Indices
+are those of the original throughout, so the rounds make one plan, and applying it is one removal.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
@@ -24,8 +24,9 @@ from graphopt.passes.pruning.compensation import Compensation
 from graphopt.passes.pruning.criteria import rank
 from graphopt.passes.pruning.guard import unpaying
 from graphopt.passes.pruning.options import PruneOptions
+from graphopt.passes.pruning.ranking import Ranking
 from graphopt.passes.pruning.reconstruction import reconstruct, with_tensors
-from graphopt.passes.pruning.search import Meter, kept_of, least_removal
+from graphopt.passes.pruning.search import Meter, least_removal
 from graphopt.passes.pruning.standing import Standing
 from graphopt.plan import Json, Refusal
 from graphopt.program import Program
@@ -76,19 +77,21 @@ class _Rounds:
     def run(self) -> Decision:
         """Go through the rounds."""
         steps = self._options.steps
+        ranking: Ranking | None = None
         for step in range(1, steps + 1):
             part = Fraction(step, steps)
-            scores = self._rank()
-            counts = self._counts(scores, part)
+            ranking = Ranking.of(self._scores(), ranking)
+            counts = self._counts(ranking, part)
             if step == steps and self._options.guard == "measure":
-                counts = self._guarded(scores, counts)
-            self._found.kept = kept_of(counts, scores)
+                ranking, counts = self._guarded(ranking, counts)
+            self._found.kept = ranking.kept(counts)
             self._found.fitted, quality = self._fit()
+        assert ranking is not None
         self._found.measured.update(quality)
-        self._say_what_is_left_whole(scores, counts)
+        self._say_what_is_left_whole(ranking.scores, counts)
         return self._found
 
-    def _rank(self) -> dict[int, torch.Tensor]:
+    def _scores(self) -> dict[int, torch.Tensor]:
         """Score every group on the program as it is now."""
         program = self._program
         if self._found.kept:
@@ -99,15 +102,15 @@ class _Rounds:
             self._reasons[axis] = (reason, f"cannot be ranked by {self._options.criterion}")
         return scores
 
-    def _counts(self, scores: dict[int, torch.Tensor], part: Fraction) -> Counts:
+    def _counts(self, ranking: Ranking, part: Fraction) -> Counts:
         """Return how many indices each group keeps after a part of the removal."""
         allocation = self._allocation()
         if not self._options.targets:
-            return allocation.counts(exact(self._options.ratio) * part, scores, part)
+            return allocation.counts(exact(self._options.ratio) * part, ranking.scores, part)
         removed = {name: (1 - exact(share)) * part for name, share in self._options.targets.items()}
         shares = {name: float(1 - share) for name, share in removed.items()}
         meter = Meter(self._program, self._axes, shares, self._ctx)
-        counts = least_removal(allocation, scores, meter, part)
+        counts = least_removal(allocation, ranking, meter, part)
         self._found.measured.update({f"{name} left": share for name, share in meter.shares(counts).items()})
         if meter.tried:
             self._found.measured["latencies tried"] = list(meter.tried)
@@ -127,20 +130,20 @@ class _Rounds:
             left={axis: len(kept) for axis, kept in self._found.kept.items()},
         )
 
-    def _guarded(self, scores: dict[int, torch.Tensor], counts: Counts) -> Counts:
+    def _guarded(self, ranking: Ranking, counts: Counts) -> tuple[Ranking, Counts]:
         """Leave whole what does not pay; what a target then still asks for comes from the other groups."""
         verdict = unpaying(self._program, self._axes, self._groups, counts, self._ctx)
         self._found.measured["time of all"] = verdict.measured
         if not verdict.reasons:
-            return counts
+            return ranking, counts
         for axis, reason in verdict.reasons.items():
             self._reasons[axis] = (f"does not pay in the runtime: {reason}", "does not pay in the runtime")
         for axis in verdict.reasons:
-            scores.pop(axis)
             self._found.kept.pop(axis, None)
+        ranking = ranking.without(verdict.reasons)
         if self._options.targets:
-            return self._counts(scores, Fraction(1))
-        return {axis: count for axis, count in counts.items() if axis not in verdict.reasons}
+            return ranking, self._counts(ranking, Fraction(1))
+        return ranking, {axis: count for axis, count in counts.items() if axis not in verdict.reasons}
 
     def _fit(self) -> tuple[Compensation, dict[str, float]]:
         """Let the data say what the tensors that are left should be."""
@@ -155,7 +158,7 @@ class _Rounds:
         gm = remove(self._program.graph_module, self._axes, self._found.kept, "prune")
         return self._program.with_graph(gm)
 
-    def _say_what_is_left_whole(self, scores: dict[int, torch.Tensor], counts: Counts) -> None:
+    def _say_what_is_left_whole(self, scores: Mapping[int, torch.Tensor], counts: Counts) -> None:
         allocation = replace(self._allocation(), left={})
         ratio = self._options.ratio
         short = {} if self._options.targets else allocation.short(ratio, scores)

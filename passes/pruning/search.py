@@ -2,7 +2,8 @@
 
     1. bisection over the levels at which a count changes, for the lowest one that meets every target;
     2. between it and the level below, groups take their step one after another, those that lose least first, until
-       the targets are met: bisection over how many of them have.
+       the targets are met: bisection over how many of them have;
+    3. what the targets then leave room for is given back (`giving_back`).
 
 What is compared is the program with that many indices really removed, so what meets the target here meets it.
 """
@@ -21,13 +22,16 @@ from graphopt.axes.rewrite import remove
 from graphopt.context import Context, Progress
 from graphopt.cost import Cost, cost
 from graphopt.errors import PassError
-from graphopt.passes.pruning.allocation import Allocation, Counts, highest
+from graphopt.passes.pruning.allocation import Allocation, Counts
+from graphopt.passes.pruning.giving_back import give_back
+from graphopt.passes.pruning.ranking import Ranking
 from graphopt.passes.pruning.sizes import Sizes
 from graphopt.program import Program
 
 logger = logging.getLogger(__name__)
 
 _LEVELS_MEASURED = 64  # levels tried where each takes lowering and timing
+_TRIES_MEASURED = 16  # multiples tried to give back, likewise
 _STATIC = ("parameters", "flops", "bytes")
 _CALLED = {"parameters": "parameters", "flops": "FLOPs", "bytes": "bytes", "latency": "latency"}
 
@@ -87,49 +91,49 @@ class Meter:
         return found
 
 
-def least_removal(allocation: Allocation, scores: Mapping[int, torch.Tensor], meter: Meter, part: Fraction) -> Counts:
-    """Return the counts of the lowest level that meets the targets.
+def least_removal(allocation: Allocation, ranking: Ranking, meter: Meter, part: Fraction) -> Counts:
+    """Return the counts of the lowest level that meets the targets, and no less than meets them.
 
     Args:
         allocation: how levels become counts.
-        scores: by axis the worth of each index.
+        ranking: the worth of each index.
         meter: says what counts leave.
         part: of the ratios that the level does not decide about, as much is carried out.
 
     Raises:
         PassError: even the highest level exceeds a target; the message says what it leaves.
     """
-    levels = allocation.levels(scores)
+    levels = allocation.levels(ranking.scores)
     if "latency" in meter.wanted and len(levels) > _LEVELS_MEASURED:
         places = (index * (len(levels) - 1) // (_LEVELS_MEASURED - 1) for index in range(_LEVELS_MEASURED))
         levels = [levels[place] for place in places]
-    last = allocation.counts(levels[-1], scores, part)
+    last = allocation.counts(levels[-1], ranking.scores, part)
     if not meter.confirms(last):
         raise PassError(_unmet(meter, last, allocation))
     if "latency" not in meter.wanted:
         sizes = Sizes(meter.program, meter.axes)
         if sizes.complete:
-            found = _search(allocation, levels, scores, replace(meter, sizes=sizes), part)
+            found = _search(allocation, levels, ranking, replace(meter, sizes=sizes), part)
             if meter.confirms(found):
                 return found
             logger.debug("the operations predicted were not those counted; measuring every time")
-    return _search(allocation, levels, scores, meter, part)
+    return _search(allocation, levels, ranking, meter, part)
 
 
 def _search(
     allocation: Allocation,
     levels: Sequence[Fraction],
-    scores: Mapping[int, torch.Tensor],
+    ranking: Ranking,
     meter: Meter,
     part: Fraction,
 ) -> Counts:
     def counts(index: int) -> Counts:
-        return allocation.counts(levels[index], scores, part)
+        return allocation.counts(levels[index], ranking.scores, part)
 
-    found = _first(len(levels) - 1, lambda index: meter.meets(counts(index)), meter.ctx.progress)
-    if found == 0:
-        return counts(0)
-    return _step_by_step(counts(found - 1), counts(found), scores, meter)
+    level = _first(len(levels) - 1, lambda index: meter.meets(counts(index)), meter.ctx.progress)
+    found = counts(0) if level == 0 else _step_by_step(counts(level - 1), counts(level), ranking.scores, meter)
+    tries = _TRIES_MEASURED if "latency" in meter.wanted else None
+    return give_back(found, allocation, ranking.descending, meter.meets, tries)
 
 
 def _step_by_step(more: Counts, fewer: Counts, scores: Mapping[int, torch.Tensor], meter: Meter) -> Counts:
@@ -164,11 +168,6 @@ def _first(count: int, holds: Callable[[int], bool], progress: Progress) -> int:
             break
         low, high = (low, middle) if holds(middle) else (middle + 1, high)
     return low
-
-
-def kept_of(counts: Counts, scores: Mapping[int, torch.Tensor]) -> dict[int, list[int]]:
-    """Return the highest-scored indices of every axis that does not keep all."""
-    return {axis: highest(scores[axis], count) for axis, count in counts.items() if count < len(scores[axis])}
 
 
 def _kept(counts: Counts) -> dict[int, Sequence[int]]:
