@@ -172,12 +172,12 @@ def tensordot(call: Call) -> Dims:
 def einsum(call: Call) -> Dims:
     nodes = list(call.arg("tensors"))
     shapes = [call.dims_of(node) for node in nodes]
-    terms, result = _parse(str(call.arg("equation")), [len(dims) for dims in shapes])
+    terms, result = parse_equation(str(call.arg("equation")), [len(dims) for dims in shapes])
     operands = [Operand(n, d, t) for n, d, t in zip(nodes, shapes, terms, strict=True)]
     return contract(call, operands, result)
 
 
-def _parse(equation: str, ranks: Sequence[int]) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
+def parse_equation(equation: str, ranks: Sequence[int]) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
     """Split an einsum equation into labels per operand and of the result; `...` becomes numbered labels."""
     left, arrow, right = equation.replace(" ", "").partition("->")
     terms = [_expand(term, rank) for term, rank in zip(left.split(","), ranks, strict=True)]

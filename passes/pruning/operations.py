@@ -1,0 +1,148 @@
+"""How the operations of a call follow from the sizes of what it runs over.
+
+convolution, linear, matrix product    everything in the result x everything it sums over
+attention                              scores x query width, and scores x value width
+einsum                                 the same for each pair of operands, from left to right
+LSTM, GRU, RNN                         every step of every sample x each weight matrix
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import optimization_hint
+
+from graphopt.axes.infer import Axes
+from graphopt.axes.layout import ONE, Layout, size, surviving_size, touches
+from graphopt.axes.rules.contraction import parse_equation
+from graphopt.graph import arguments
+
+aten = torch.ops.aten
+_CONVOLUTIONS = (aten.conv1d, aten.conv2d, aten.conv3d)
+_TRANSPOSED = (aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d)
+# operator: the operand whose last dimension is summed over
+_PRODUCTS = {
+    aten.linear: "input",
+    aten.mm: "self",
+    aten.bmm: "self",
+    aten.matmul: "self",
+    aten.addmm: "mat1",
+    aten.baddbmm: "batch1",
+}
+_RECURRENT = (aten.lstm, aten.gru, aten.rnn_tanh, aten.rnn_relu)
+
+Kept = Mapping[int, Sequence[int]]
+_Labelled = dict[str, tuple[Layout, int]]  # an operand of an einsum, with sizes in the example
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something that counts as a product of sizes.
+
+    Attributes:
+        amount: of the whole.
+        layouts: what it is in proportion to.
+        summed: those of them without which nothing is counted: where all are of size 1, nothing is summed.
+    """
+
+    amount: int
+    layouts: tuple[Layout, ...]
+    summed: tuple[Layout, ...] = ()
+
+    def left(self, kept: Kept) -> float:
+        """Return how much of it is left."""
+        if self.summed and all(surviving_size(layout, kept) == 1 for layout in self.summed):
+            return 0.0
+        share = 1.0
+        for layout in self.layouts:
+            if touches(layout, kept):
+                share *= float(surviving_size(layout, kept) / size(layout))
+        return self.amount * share
+
+
+def parts_of(node: fx.Node, axes: Axes, flops: int) -> list[Part] | None:
+    """Return the operations of a call as products of sizes, None for one whose form is not known.
+
+    Args:
+        node: the call.
+        axes: of its graph.
+        flops: how many it has, for all samples of the example.
+    """
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet is None:
+        return None
+    given = arguments(node, ())
+    if packet in _RECURRENT:
+        return _recurrent(given, axes, flops)
+    if node not in axes.layouts:
+        return None
+    result = axes.layouts[node]
+    if packet in _CONVOLUTIONS:
+        return [Part(flops, (*result, *axes.layouts[given["weight"]][1:]))]
+    if packet in _TRANSPOSED:
+        return [Part(flops, (*axes.layouts[given["input"]], *axes.layouts[given["weight"]][1:]))]
+    if packet in _PRODUCTS:
+        return [Part(flops, (*result, axes.layouts[given[_PRODUCTS[packet]]][-1]))]
+    if packet is aten.scaled_dot_product_attention:
+        return _attention(given, axes, flops)
+    return _einsum(given, axes, flops) if packet is aten.einsum else None
+
+
+def _attention(given: Mapping[str, Any], axes: Axes, flops: int) -> list[Part] | None:
+    """Return query times key, and scores times value."""
+    query, key, value = (axes.layouts[given[name]] for name in ("query", "key", "value"))
+    wide, out = size(query[-1]), size(value[-1])
+    if not isinstance(wide, int) or not isinstance(out, int):
+        return None
+    first = flops * wide // (wide + out)
+    scores = (*query[:-1], key[-2])
+    return [Part(first, (*scores, query[-1])), Part(flops - first, (*scores, value[-1]))]
+
+
+def _recurrent(given: Mapping[str, Any], axes: Axes, flops: int) -> list[Part] | None:
+    """Return each weight matrix times every step."""
+    sequence = axes.layouts.get(given["input" if "input" in given else "data"])
+    weights = [axes.layouts.get(weight) for weight in given["params"]]
+    if sequence is None or None in weights:
+        return None
+    matrices = [dims for dims in weights if dims is not None and len(dims) == 2]
+    elements = [math.prod(int(size(layout)) for layout in dims) for dims in matrices]
+    each = flops // sum(elements)  # two for each step
+    return [Part(each * count, (*sequence[:-1], *dims)) for count, dims in zip(elements, matrices, strict=True)]
+
+
+def _einsum(given: Mapping[str, Any], axes: Axes, flops: int) -> list[Part] | None:
+    """Return every pair that is multiplied and summed; None where they are not what is counted."""
+    tensors = given["tensors"]
+    terms, result = parse_equation(given["equation"], [len(axes.layouts[node]) for node in tensors])
+    labelled: list[_Labelled] = []
+    for term, node in zip(terms, tensors, strict=True):
+        sizes = (optimization_hint(length, fallback=1) for length in node.meta["val"].shape)  # as `cost` counts
+        dims = zip(term, axes.layouts[node], sizes, strict=True)
+        labelled.append({label: (layout, length) for label, layout, length in dims if layout != ONE})
+    parts = list(_pairs(labelled, set(result), list(given["path"] or ())))
+    return parts if sum(part.amount for part in parts) == flops else None
+
+
+def _pairs(operands: list[_Labelled], result: set[str], path: list[int]) -> Iterator[Part]:
+    """Yield each batched matrix product, in the order in which torch 2.13 contracts.
+
+    A label of one operand alone is summed before, which is no product; where nothing is summed, none is either.
+    """
+    while len(operands) > 1:
+        first, second = sorted(path[:2]) if path else (0, 1)
+        b, a = operands.pop(second), operands.pop(first)
+        elsewhere = result.union(*operands)
+        summed = {label for label in a if label in b and label not in elsewhere}
+        both = {label: dim for label, dim in {**a, **b}.items() if label in elsewhere or label in summed}
+        if summed:
+            layouts, lengths = zip(*both.values(), strict=True)
+            yield Part(2 * math.prod(lengths), layouts, tuple(both[label][0] for label in sorted(summed)))
+        left = {label: dim for label, dim in both.items() if label not in summed}
+        operands.insert(len(operands) if path else 0, left)
+        path = path[2:]
