@@ -26,7 +26,7 @@ from graphopt.passes.pruning.guard import unpaying
 from graphopt.passes.pruning.options import PruneOptions
 from graphopt.passes.pruning.ranking import Ranking
 from graphopt.passes.pruning.reconstruction import reconstruct, with_tensors
-from graphopt.passes.pruning.search import Meter, least_removal
+from graphopt.passes.pruning.search import CALLED, Meter, least_removal
 from graphopt.passes.pruning.standing import Standing
 from graphopt.plan import Json, Refusal
 from graphopt.program import Program
@@ -89,6 +89,7 @@ class _Rounds:
         assert ranking is not None
         self._found.measured.update(quality)
         self._say_what_is_left_whole(ranking.scores, counts)
+        self._say_what_overrides_leave(counts)
         return self._found
 
     def _scores(self) -> dict[int, torch.Tensor]:
@@ -171,6 +172,17 @@ class _Rounds:
                 text = f"keeps {counts[group.axis]} of {group.size}, not {short[group.axis]}"
                 minimum = f"minimum is {self._options.min_channels}"
                 self._found.refusals.append(Refusal(group.name, f"{text}: {minimum}", "held at the minimum"))
+
+    def _say_what_overrides_leave(self, counts: Counts) -> None:
+        """Say so where groups with a ratio of their own take the program below the target without any other."""
+        lose = [group.axis for group in self._groups if counts.get(group.axis, group.size) < group.size]
+        left = {name: float(str(self._found.measured[f"{name} left"])) for name in self._options.targets}
+        below = [name for name, share in self._options.targets.items() if left[name] < share]
+        if not lose or not below or any(axis not in self._choice.ratios for axis in lose):
+            return
+        shares = (f"{left[name]:.1%} of the {CALLED[name]} ({self._options.targets[name]:.1%} asked)" for name in below)
+        text = f"the overrides alone leave {' and '.join(shares)}; nothing else is removed"
+        self._found.refusals.append(Refusal("ratios", text, "overrides alone go below the target"))
 
     def _left_whole(self, group: Group, multiple: int) -> Refusal:
         options = self._options

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 _LEVELS_MEASURED = 64  # levels tried where each takes lowering and timing
 _TRIES_MEASURED = 16  # multiples tried to give back, likewise
 _STATIC = ("parameters", "flops", "bytes")
-_CALLED = {"parameters": "parameters", "flops": "FLOPs", "bytes": "bytes", "latency": "latency"}
+CALLED = {"parameters": "parameters", "flops": "FLOPs", "bytes": "bytes", "latency": "latency"}
 
 Shares = Mapping[str, float]  # of the original, by what of it: "flops": 0.48
 
@@ -181,12 +181,12 @@ def _unmet(meter: Meter, counts: Counts, allocation: Allocation) -> str:
     groups = len(allocation.groups)
     if not groups:
         return (
-            f"Pass `prune` cannot bring the {_CALLED[name]} to {meter.wanted[name]:.1%} of the original's: no group of "
+            f"Pass `prune` cannot bring the {CALLED[name]} to {meter.wanted[name]:.1%} of the original's: no group of "
             f"this model may lose an index, which leaves {shares[name]:.1%}. The plan of `prune:ratio=0` says why."
         )
     raised = max(allocation.multiples.values(), default=1)
     return (
-        f"Pass `prune` cannot bring the {_CALLED[name]} to {meter.wanted[name]:.1%} of the original's: with as much "
+        f"Pass `prune` cannot bring the {CALLED[name]} to {meter.wanted[name]:.1%} of the original's: with as much "
         f"removed of {groups} groups as min_channels={allocation.least} and multiples of up to {raised} allow, "
         f"{shares[name]:.1%} are left. Ask for no less than that, or lower round_to or min_channels."
     )

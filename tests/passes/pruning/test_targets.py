@@ -271,6 +271,23 @@ def test_overrides_stay_out_of_a_target_and_of_a_global_ranking() -> None:
     assert left(plan)["flops"] <= 0.5
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_overrides_that_alone_go_below_the_target_are_named(steps: int) -> None:
+    plan = plan_of(prune(flops=0.9, parameters=0.99, ratios=("0.75@b",), steps=steps))
+    shares = left(plan)
+    assert counts(plan) == {**SIZES, "b:channels": 6}
+    assert reasons(plan)["ratios"] == (
+        f"the overrides alone leave {shares['parameters']:.1%} of the parameters (99.0% asked) and "
+        f"{shares['flops']:.1%} of the FLOPs (90.0% asked); nothing else is removed"
+    )
+    assert "overrides alone go below the target" in plan.summary()
+
+
+@pytest.mark.parametrize("ratios", [("0.125@c",), ("0@b",), ()])
+def test_overrides_that_leave_something_to_do_are_not_named(ratios: tuple[str, ...]) -> None:
+    assert "ratios" not in reasons(plan_of(prune(flops=0.7, ratios=ratios)))
+
+
 def test_overrides_survive_pipeline_text_and_toml(tmp_path: Path) -> None:
     text = "prune:flops=0.5:ratios=0.5@layer1.0.conv1:channels+0@layer2.*:skip=head"
     pipeline = Pipeline.parse(text)
