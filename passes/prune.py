@@ -12,7 +12,7 @@ what they gave before (`graphopt.passes.pruning.compensation`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
@@ -22,6 +22,7 @@ from graphopt.axes.masked import check_masked_equivalence, check_slices
 from graphopt.axes.rewrite import remove, slices
 from graphopt.context import Context
 from graphopt.errors import PassError, VerifyError
+from graphopt.loading.functions import resolve_function
 from graphopt.pass_base import Pass
 from graphopt.passes.pruning.choice import choose
 from graphopt.passes.pruning.options import PruneOptions
@@ -85,10 +86,12 @@ class Prune(Pass[PruneOptions, PruningPlan]):
         """Choose the indices that stay and the tensors they should have.
 
         Raises:
-            UsageError: a glob matches no group, or two give one group different ratios.
+            UsageError: a glob matches no group, two give one group different ratios, or `loss` cannot be imported.
             PassError: a target cannot be met.
             DataError: the criterion needs data and there is none.
         """
+        if self.options.loss is not None:
+            ctx = replace(ctx, loss=resolve_function(self.options.loss, "Option `loss` of pass `prune`:"))
         axes = infer(program.graph_module)
         choice = choose(axes, self.options)
         found = decide(program, axes, choice, self.options, ctx)

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from graphopt.loading.functions import is_function_name
 from graphopt.passes.pruning.reconstruction import FEWEST
 
 Kind = Literal["channels", "hidden", "heads", "head_dim", "width"]
@@ -15,6 +16,7 @@ Criterion = Literal["l1", "l2", "random", "fpgm", "bn_scale", "lamp", "activatio
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 DEFAULT_RATIO = 0.3
+_WITH_LOSS: tuple[Criterion, ...] = ("taylor", "obd")
 TARGETS = ("parameters", "flops", "bytes", "latency")
 
 
@@ -30,6 +32,9 @@ class PruneOptions:
     criterion: what makes an index worth keeping, see `graphopt.passes.pruning.criteria`: its weights (l1, l2, fpgm,
         lamp), the norm scale behind it (bn_scale), what it carries (activation), what the outputs lose without it
         (taylor, obd), or random as a control.
+    loss: what taylor and obd follow gradients of, as module:function; it takes the model's output and the labels, None
+        where the data has none, and returns a scalar. none: the one given from Python, or the distance to the unpruned
+        outputs.
     scope: rank within each group (local), or all groups against each other (global).
     ratios: other ratios for some groups, as ratio@glob of names like `0.5@layer1.*`; 0 leaves them whole.
     skip: groups to leave whole, as globs; short for 0@glob.
@@ -49,6 +54,7 @@ class PruneOptions:
     bytes: Share | None = None
     latency: Share | None = None
     criterion: Criterion = "l2"
+    loss: str | None = None
     scope: Literal["local", "global"] = "local"
     ratios: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
@@ -61,10 +67,15 @@ class PruneOptions:
     samples: Annotated[int, Field(ge=FEWEST)] = 1024
 
     def __post_init__(self) -> None:
-        """Refuse a ratio beside a target, and overrides that are none."""
+        """Refuse a ratio beside a target, a loss that nothing follows, and overrides that are none."""
         if self.targets and self.ratio != DEFAULT_RATIO:
             name = next(iter(self.targets))
             raise ValueError(f"`ratio` says how much goes and `{name}` how much stays; give one of them")
+        if self.loss is not None:
+            if not is_function_name(self.loss):
+                raise ValueError("`loss` is no module:function, as in loss=my_losses:smooth")
+            if self.criterion not in _WITH_LOSS:
+                raise ValueError(f"criterion={self.criterion} follows no `loss`; {' and '.join(_WITH_LOSS)} do")
         self.overrides  # noqa: B018 - reading it checks it
 
     @property

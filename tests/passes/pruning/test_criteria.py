@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,12 +13,13 @@ from graphopt.axes.groups import Group
 from graphopt.axes.infer import infer
 from graphopt.capturing import capture
 from graphopt.context import Context, Loss
-from graphopt.errors import DataError, PassError
+from graphopt.errors import DataError, PassError, UsageError
 from graphopt.options import build
 from graphopt.passes.prune import Prune, PruneOptions, PruningPlan
 from graphopt.passes.pruning.criteria import CRITERIA, rank
 from graphopt.passes.pruning.options import Criterion
 from graphopt.passes.pruning.standing import Standing
+from graphopt.pipeline import Pipeline
 from graphopt.program import Program
 from graphopt.testing import TensorSamples
 from tests import models
@@ -279,10 +281,14 @@ def test_every_criterion_ranks_every_structure_or_says_why_not(kind: type[nn.Mod
 # -- bad input -------------------------------------------------------------------------------------------
 
 
-def plan_of(model: nn.Module, data: Tensor | None, loss: Loss | None = None, **options: Any) -> PruningPlan:
+def plan_of(
+    model: nn.Module, data: Tensor | None, loss: Loss | None = None, loss_name: str | None = None, **options: Any
+) -> PruningPlan:
     program = capture(model, (ALONE[:2],))
     samples = None if data is None else TensorSamples((data,))
-    pass_ = Prune(build("prune", PruneOptions, {"ratio": 0.5, "round_to": 1, "compensate": False, **options}))
+    pass_ = Prune(
+        build("prune", PruneOptions, {"ratio": 0.5, "round_to": 1, "compensate": False, "loss": loss_name, **options})
+    )
     return pass_.plan(program, Context(original=program, samples=samples, loss=loss))
 
 
@@ -307,6 +313,39 @@ def _fails(output: Tensor, labels: Tensor | None) -> Tensor:
 def test_a_loss_that_is_none_says_so(loss: Loss, message: str) -> None:
     with pytest.raises(DataError, match=message):
         plan_of(mlp(), ALONE, loss, criterion="taylor")
+
+
+def test_a_loss_can_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "named_losses.py").write_text("def first(y, labels):\n    return y[:, 0].sum()\n")
+    monkeypatch.chdir(tmp_path)
+    text = "prune:ratio=0.5:criterion=taylor:loss=named_losses:first:round_to=1:compensate=no"
+    pipeline = Pipeline.parse(text)
+    assert pipeline.text == text
+    program = capture(mlp(), (ALONE[:2],))
+    context = Context(original=program, samples=TensorSamples((ALONE,)), loss=_fails)  # the one named goes before it
+    plan = pipeline.steps[0].instance.plan(program, context)
+    given = plan_of(mlp(), ALONE, lambda y, _: y[:, 0].sum(), criterion="taylor")
+    assert plan.groups == given.groups
+    assert plan.options["loss"] == "named_losses:first"
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        ("no_such_module:f", r"Option `loss` of pass `prune`: 'no_such_module:f': importing `no_such_module` failed"),
+        ("torch.nn.functional:mse_los", r"has no `mse_los`. Did you mean `mse_loss`\?"),
+        ("torch:pi", "'torch:pi' is a float, not a function"),
+        ("losses/mine.py", "Pass `prune` cannot take .*`loss` is no module:function, as in loss=my_losses:smooth"),
+    ],
+)
+def test_a_named_loss_that_cannot_be_found_says_so(loss: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        plan_of(mlp(), ALONE, criterion="taylor", loss_name=loss)
+
+
+def test_a_loss_that_nothing_follows_is_refused() -> None:
+    with pytest.raises(UsageError, match="criterion=l2 follows no `loss`; taylor and obd do"):
+        Pipeline.parse("prune:loss=torch.nn.functional:mse_loss")
 
 
 def test_outputs_without_gradients_are_named() -> None:
