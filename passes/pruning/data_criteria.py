@@ -6,7 +6,7 @@ direction g of how an output reacts to them,
     taylor   E (sum of w_k g_k)^2          what removing i alone does to the outputs, to first order
     obd      E sum of w_k^2 g_k^2 / 2      the same, each element on its own
 
-where nothing but a product of two values sums over the axis, w_k are the weights that produce the two.
+Where a product of two values sums over the axis, as query times key does, w_k = 1 is a gate there (`gates`).
 
 With a loss, g is its gradient on a few samples: Molchanov et al., "Importance Estimation for Neural Network Pruning",
 CVPR 2019, equation 8; LeCun et al., "Optimal Brain Damage", 1989, with the Fisher diagonal for the Hessian. A trained
@@ -23,6 +23,7 @@ Both are in units of the loss, so groups can be ranked against each other withou
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,16 +35,14 @@ from graphopt.axes.groups import Group
 from graphopt.context import Batch
 from graphopt.errors import DataError, PassError
 from graphopt.graph import tensor_attribute
+from graphopt.passes.pruning.gates import Gate, gated
 from graphopt.passes.pruning.standing import Standing, Worths
 from graphopt.passes.pruning.weight_criteria import mean_one
-from graphopt.program import Program
 
 _BATCH = 64  # samples run forward at once
 # Samples a gradient is taken of: each gives one draw of the squares averaged, so few and many of them.
 _BATCH_OF_GRADIENT = 4
 _GRADIENT_SAMPLES = 512
-
-OfDirection = Callable[[Standing, Group, dict[str, torch.Tensor]], torch.Tensor]
 
 
 def activation(standing: Standing, groups: Sequence[Group]) -> Worths:
@@ -65,26 +64,44 @@ def activation(standing: Standing, groups: Sequence[Group]) -> Worths:
 
 
 def taylor(standing: Standing, groups: Sequence[Group]) -> Worths:
-    """Return the root of E (sum of w g)^2 over what the consuming weights multiply an index with."""
+    """Return the root of E (sum of w g)^2 over what an index is multiplied with where its axis is summed."""
 
-    def squared(standing: Standing, group: Group, directions: dict[str, torch.Tensor]) -> torch.Tensor:
-        products = [
-            standing.by_index(standing.weight(m) * directions[m.parameter], m, group.axis) for m in group.weighed
-        ]
-        return torch.stack(products).sum(0).square()
+    def squared(each: _Elements) -> torch.Tensor:
+        return each.by_index(lambda product: product).square()
 
     return {axis: worth.sqrt() for axis, worth in _averaged(standing, groups, squared, "taylor").items()}
 
 
 def obd(standing: Standing, groups: Sequence[Group]) -> Worths:
-    """Return E sum of w^2 g^2 / 2 over what the consuming weights multiply an index with."""
+    """Return E sum of w^2 g^2 / 2 over what an index is multiplied with where its axis is summed."""
+    return dict(_averaged(standing, groups, lambda each: each.by_index(lambda product: product.square() / 2), "obd"))
 
-    def squares(standing: Standing, group: Group, directions: dict[str, torch.Tensor]) -> torch.Tensor:
-        each = [(standing.weight(m) * directions[m.parameter]).square() / 2 for m in group.weighed]
-        members = zip(each, group.weighed, strict=True)
-        return torch.stack([standing.by_index(values, m, group.axis) for values, m in members]).sum(0)
 
-    return dict(_averaged(standing, groups, squares, "obd"))
+@dataclass(frozen=True)
+class _Elements:
+    """What the values of a group's axis are multiplied with before they are summed, and one direction.
+
+    Attributes:
+        standing: where the pruning stands.
+        group: the group.
+        gates: those of its axis.
+        directions: by name of the weight or gate.
+    """
+
+    standing: Standing
+    group: Group
+    gates: Sequence[Gate]
+    directions: dict[str, torch.Tensor]
+
+    def by_index(self, of_product: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Sum what is made of w g, element by element, over what each index owns, (indices left,)."""
+        standing, axis = self.standing, self.group.axis
+        members = self.group.weighed if not self.gates else self.group.consumers
+        parts = [
+            standing.by_index(of_product(standing.weight(m) * self.directions[m.parameter]), m, axis) for m in members
+        ]
+        parts += [gate.by_index(of_product(self.directions[gate.name]), axis, standing) for gate in self.gates]
+        return torch.stack(parts).sum(0)
 
 
 class _Observer(fx.Interpreter):
@@ -130,24 +147,28 @@ class _Observer(fx.Interpreter):
 
 
 def _averaged(
-    standing: Standing, groups: Sequence[Group], of_direction: OfDirection, criterion: str
+    standing: Standing, groups: Sequence[Group], of_elements: Callable[[_Elements], torch.Tensor], criterion: str
 ) -> dict[int, torch.Tensor]:
-    """Average what `of_direction` makes of every direction over all of them."""
-    names = list(dict.fromkeys(member.parameter for group in groups for member in group.weighed))
+    """Average what `of_elements` makes of every direction over all of them."""
+    gm, gates = gated(standing, groups)
+    names = [member.parameter for group in groups for member in group.weighed]
+    names += [gate.name for each in gates.values() for gate in each]
     totals: dict[int, torch.Tensor] = {}
     count = 0
-    for directions in _directions(standing, names, criterion):
+    for directions in _directions(standing, gm, list(dict.fromkeys(names)), criterion):
         count += 1
         for group in groups:
-            found = of_direction(standing, group, directions)
+            found = of_elements(_Elements(standing, group, gates.get(group.axis, ()), directions))
             totals[group.axis] = totals.get(group.axis, torch.zeros_like(found)) + found
     if not count:
         raise _too_few(standing, criterion)
     return {axis: total / count for axis, total in totals.items()}
 
 
-def _directions(standing: Standing, names: list[str], criterion: str) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield gradients of the loss, or of the outputs along random directions, by name of the weight."""
+def _directions(
+    standing: Standing, gm: fx.GraphModule, names: list[str], criterion: str
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield gradients of the loss, or of the outputs along random directions, by name of the weight or gate."""
     ctx, program = standing.ctx, standing.program
     samples = ctx.need_samples("prune", f"for criterion={criterion}")
     size = _batch_size(standing, _BATCH_OF_GRADIENT)
@@ -157,10 +178,10 @@ def _directions(standing: Standing, names: list[str], criterion: str) -> Iterato
     for batch, labels in ctx.progress.track(batches, "following gradients"):
         if not program.batched and len(batch[0]) != size:
             continue
-        weights = _tracked(program, names)
+        weights = _tracked(gm, names)
         args, kwargs = program.unflatten([_own(tensor) for tensor in batch])
         with torch.enable_grad():
-            output = torch.func.functional_call(program.graph_module, weights, args, dict(kwargs), strict=False)
+            output = torch.func.functional_call(gm, weights, args, dict(kwargs), strict=False)
             if ctx.loss is None:
                 value = _along_random(output, generator)
             else:
@@ -177,9 +198,9 @@ def _directions(standing: Standing, names: list[str], criterion: str) -> Iterato
         }
 
 
-def _tracked(program: Program, names: list[str]) -> dict[str, torch.Tensor]:
+def _tracked(gm: fx.GraphModule, names: list[str]) -> dict[str, torch.Tensor]:
     """Return the weights as tensors that gradients are taken of; names of one tensor share one."""
-    tensors = {name: tensor_attribute(program.graph_module, name) for name in names}
+    tensors = {name: tensor_attribute(gm, name) for name in names}
     own = {id(tensor): tensor.detach().requires_grad_() for tensor in tensors.values()}
     return {name: own[id(tensor)] for name, tensor in tensors.items()}
 

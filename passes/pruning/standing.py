@@ -11,7 +11,7 @@ from torch import fx
 
 from graphopt.axes.groups import Group, Member
 from graphopt.axes.infer import Axes
-from graphopt.axes.layout import leaves
+from graphopt.axes.layout import Layout, leaves
 from graphopt.context import Context
 from graphopt.graph import tensor_attribute
 from graphopt.passes.pruning.index_rows import by_index, rows
@@ -93,6 +93,16 @@ class Standing:
         layouts = self.axes.layouts[self._twins[node.name]]
         return [d for d, one in enumerate(layouts) if _static(one) and axis in {leaf.id for leaf in leaves(one)}]
 
+    def static_layout(self, node: fx.Node, dim: int) -> Layout | None:
+        """Return the layout of a dimension of a value of the program as it is now; None where it has no fixed size."""
+        twin = self._twins.get(node.name)
+        layouts = () if twin is None else self.axes.layouts.get(twin, ())
+        return layouts[dim] if dim < len(layouts) and _static(layouts[dim]) else None
+
+    def is_constant(self, node: fx.Node) -> bool:
+        """Tell whether a value is computed of parameters and buffers alone."""
+        return node in self._constants
+
     def sums(self, node: fx.Node, value: torch.Tensor, dim: int, axis: int) -> torch.Tensor:
         """Sum over what each index owns in a value of a node, (indices left,)."""
         return by_index(value, dim, self.axes.layouts[self._twins[node.name]][dim], axis, self.kept)
@@ -112,5 +122,5 @@ class Standing:
         return frozenset(found)
 
 
-def _static(layout: object) -> bool:
-    return all(isinstance(axis.size, int) for axis in leaves(layout))  # type: ignore[arg-type]
+def _static(layout: Layout) -> bool:
+    return all(isinstance(axis.size, int) for axis in leaves(layout))

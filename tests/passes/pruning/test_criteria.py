@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from graphopt.axes.groups import Group
 from graphopt.axes.infer import infer
+from graphopt.axes.rewrite import remove
 from graphopt.capturing import capture
 from graphopt.context import Context, Loss
 from graphopt.errors import DataError, PassError, UsageError
@@ -174,8 +175,8 @@ def test_activation_reads_query_and_key_where_they_meet() -> None:
     assert_scores(found["q:head_dim"], sum(part / part.mean() for part in parts) / 2)
 
 
-def _groups(model: nn.Module) -> list[Group]:
-    return infer(capture(model, (example(model),)).graph_module).groups()
+def _groups(model: nn.Module, data: Tensor | None = None) -> list[Group]:
+    return infer(capture(model, (example(model) if data is None else data[:2],)).graph_module).groups()
 
 
 def test_taylor_without_a_loss_is_what_the_outputs_lose() -> None:
@@ -234,6 +235,79 @@ def test_a_criterion_sees_only_what_is_left() -> None:
         alone = infer(pruned.graph_module)
         expected, _ = rank(criterion, Standing(pruned, alone, {}, ctx, 64), alone.groups())  # type: ignore[arg-type]
         assert_scores(worth[kept[group.axis]], expected[alone.groups()[0].axis])
+
+
+class Attends(nn.Module):
+    """Attention and a hidden layer in front of one output, without biases: what an index does is small and linear."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.form, self.gain = form, nn.Parameter(torch.rand(3) + 0.5)
+        self.q, self.k, self.v = (nn.Linear(4, 6, bias=False) for _ in range(3))
+        self.fused, self.out = nn.Linear(4, 18, bias=False), nn.Linear(6, 4, bias=False)
+        self.up, self.down, self.head = (nn.Linear(i, o, bias=False) for i, o in ((4, 5), (5, 4), (4, 1)))
+        with torch.no_grad():
+            for layer in (self.out, self.down):
+                layer.weight.mul_(0.01)
+            for layer in (self.q, self.k):
+                layer.weight.mul_(0.5)
+            self.fused.weight[:12] *= 0.5
+
+    def forward(self, x: Tensor, left: Tensor | None = None) -> Tensor:
+        """`left` (head_dim,) says how much of each index is there wherever something sums over it."""
+        parts = self.fused(x).split(6, -1) if "fused" in self.form else (self.q(x), self.k(x), self.v(x))
+        q, k, v = (part.unflatten(-1, (2, 3)).transpose(1, 2) for part in parts)
+        if self.form == "fused in one view":
+            q, k, v = self.fused(x).unflatten(-1, (3, 2, 3)).permute(2, 0, 3, 1, 4).unbind(0)
+        if left is not None:
+            q, v = q * left, v * left
+        if self.form == "scaled":
+            q, k = q * self.gain, k * self.gain
+        if self.form == "by hand":
+            y = (q @ k.transpose(-1, -2) / 3**0.5).softmax(-1) @ v
+        elif self.form == "einsum":
+            y = torch.einsum("bhts,bhsd->bhtd", (torch.einsum("bhtd,bhsd->bhts", q, k) / 3**0.5).softmax(-1), v)
+        elif self.form == "one value twice":
+            y = (torch.einsum("bhtd,bhsd->bhts", q, q) / 3**0.5).softmax(-1) @ v
+        else:
+            y = nn.functional.scaled_dot_product_attention(q, k, v)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return self.head((x + self.down(self.up(x))).square().mean(1))
+
+
+ROWS = torch.zeros(64, 3, 4, dtype=torch.float64)
+ROWS[::4] = torch.randn(16, 3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("form", ["apart", "fused", "scaled", "by hand", "einsum", "one value twice"])
+def test_taylor_is_what_removal_does_to_the_output_whatever_sums_over_the_axis(form: str) -> None:
+    program = capture(Attends(form).double(), (ROWS[:2],))
+    axes = infer(program.graph_module)
+    groups = [group for group in axes.groups() if group.kind != "width"]
+    assert [group.kind for group in groups].count("head_dim") == 2  # of query and key, and of value
+    ctx = Context(original=program, samples=TensorSamples((ROWS,)))
+    found, _ = rank("taylor", Standing(program, axes, {}, ctx, 64), groups)
+    (before,) = program.call_flat((ROWS[::4],))
+    for group in groups:
+        lost = []
+        for index in range(group.size):
+            kept = {group.axis: [i for i in range(group.size) if i != index]}
+            (after,) = program.with_graph(remove(program.graph_module, axes, kept)).call_flat((ROWS[::4],))
+            lost.append((after - before).square().mean().sqrt())
+        torch.testing.assert_close(found[group.axis], torch.stack(lost).detach(), rtol=0.1, atol=0)
+
+
+def test_taylor_counts_every_sum_over_an_axis_that_query_key_and_value_share() -> None:
+    model = Attends("fused in one view").double()
+    data, left = ROWS[::4], torch.ones(16, 1, 1, 3, dtype=torch.float64, requires_grad=True)
+    (by_index,) = torch.autograd.grad(model(data, left).sum(), left)
+    (found,) = (
+        worth
+        for group, worth in zip(_groups(model, ROWS), scores(model, "taylor", ROWS), strict=True)
+        if group.kind == "head_dim"
+    )
+    assert_scores(found, by_index.flatten(1).square().mean(0).sqrt())
 
 
 # -- all of them, on every structure ---------------------------------------------------------------------
