@@ -114,6 +114,8 @@ from graphopt.axes.oracle.value import Dead, Value, broadcast, compact, joined, 
 )
 def pointwise(step: Step) -> Any:
     dead, counted = joined(step.values())
+    if step.target._schema.is_mutable:
+        step.first().counted = counted  # what is written over need no longer be equal all along
     return pytree.tree_map_only(Tensor, lambda result: Value(result, dead, counted), step.run())
 
 

@@ -86,15 +86,23 @@ def known_or_counted(value: Value) -> Dead:
 
 
 def joined(values: Sequence[Value]) -> tuple[Dead, dict[int, Tensor]]:
-    """Join operands aligned at the last dimension: what is removed, and the dimensions where that is only counted."""
+    """Join operands aligned at the last dimension: what is removed, and the dimensions where that is only counted.
+
+    A dimension stays counted only if every operand's elements are equal along it: beside others, positions matter.
+    """
     dead = broadcast(value.dead for value in values)
     counted: dict[int, Tensor] = {}
     for value in values:
         for d, flags in value.counted.items():
             place = d + len(dead) - len(value.dead)
-            if dead[place] is None:
+            if dead[place] is None and all(_equal_along(other.tensor, place - len(dead)) for other in values):
                 counted.setdefault(place, flags)
     return dead, counted
+
+
+def _equal_along(tensor: Tensor, dim: int) -> bool:
+    """Tell whether all elements along a dimension, counted from the last one, are equal; one it does not have is."""
+    return tensor.dim() < -dim or tensor.size(dim) < 2 or bool((tensor == tensor.narrow(dim, 0, 1)).all())
 
 
 def survivors(flags: Tensor) -> Tensor:

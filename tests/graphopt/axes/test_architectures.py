@@ -1,0 +1,58 @@
+"""Structures that whole architectures brought up, each as small as it gets: half of every group goes, and is proved."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from torch import Tensor, fx, nn
+
+from graphopt.axes.infer import Axes, infer
+from graphopt.axes.masked import check_masked_equivalence
+from graphopt.axes.rewrite import remove, slices
+from graphopt.normal_form import normalise
+
+_EXACT = 1e-10  # float64 rounding of a few dozen sums
+
+
+def exported(model: nn.Module, *inputs: Tensor) -> fx.GraphModule:
+    gm = torch.export.export(model.double().eval(), inputs, strict=False).module(check_guards=False)
+    assert isinstance(gm, fx.GraphModule)
+    return normalise(gm)
+
+
+def prove(model: nn.Module, *inputs: Tensor) -> Axes:
+    """Take half of the indices of every group, prove the rest right, and return what was inferred."""
+    gm = exported(model, *inputs)
+    axes = infer(gm)
+    draw = random.Random(0)
+    kept = {g.axis: sorted(draw.sample(range(g.size), (g.size + 1) // 2)) for g in axes.groups()}
+    assert kept
+    error = check_masked_equivalence(gm, remove(gm, axes, kept), slices(axes, kept), inputs)
+    assert error < _EXACT
+    return axes
+
+
+class MaskOfEachHead(nn.Module):
+    """A mask predicted from the data, repeated for every head and made a float of zeros and -inf (Mask2Former)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.ModuleDict({name: nn.Linear(6, 16) for name in "qkv"})
+        self.mask, self.out, self.head = nn.Linear(6, 5), nn.Linear(16, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:  # (batch, 5, 6)
+        q, k, v = (m(x).view(-1, 5, 4, 4).transpose(1, 2).flatten(0, 1) for m in self.project.values())
+        hidden = self.mask(x) < 0
+        hidden = hidden.unsqueeze(1).repeat(1, 4, 1, 1).flatten(0, 1) & ~torch.eye(5, dtype=torch.bool)
+        added = torch.zeros_like(hidden, dtype=x.dtype).masked_fill_(hidden, float("-inf"))
+        y = torch.baddbmm(added, q, k.transpose(1, 2)).softmax(-1) @ v
+        y = y.unflatten(0, (-1, 4)).transpose(1, 2).flatten(2)
+        return self.head(x + self.out(y))
+
+
+def test_a_mask_repeated_for_heads_differs_between_samples() -> None:
+    axes = prove(
+        MaskOfEachHead(), torch.randn(2, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    )
+    assert 4 in [group.size for group in axes.groups()]
