@@ -19,6 +19,7 @@ from torch import fx
 from graphopt.axes.infer import Axes
 from graphopt.axes.layout import size, surviving, touches
 from graphopt.context import Batch, Context
+from graphopt.finite import all_finite
 from graphopt.graph import tensor_attribute
 from graphopt.passes.pruning.layer_rows import as_matrices, as_weight, input_rows, output_rows, positions
 from graphopt.passes.pruning.least_squares import Correction, Sums, solve
@@ -122,7 +123,11 @@ class _Walk:
         if not after < before:
             self._leave(call.weight_name, "no correction lowers its error on held-out samples")
             return
-        for name, tensor in layer.corrected(correction).items():
+        corrected = layer.corrected(correction)
+        if not all(map(all_finite, corrected.values())):
+            self._leave(call.weight_name, f"what would mend it is not finite in {layer.weight.dtype}")
+            return
+        for name, tensor in corrected.items():
             self._found.tensors[name] = tensor
             self._after.replace(name, tensor)
         self._found.layers[call.weight_name] = {"before": before, "after": after, "ridge": correction.ridge}

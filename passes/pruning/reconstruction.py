@@ -6,6 +6,7 @@ outputs nearest those of the original.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -14,8 +15,11 @@ from graphopt.axes.infer import Axes
 from graphopt.context import Batch, Context
 from graphopt.distillation.statistics import batch_norms, estimate_statistics
 from graphopt.equivalence import Probe
+from graphopt.errors import VerifyError
+from graphopt.finite import all_finite
 from graphopt.graph import Editor, tensor_attribute
 from graphopt.passes.pruning.compensation import Compensation, compensate
+from graphopt.passes.pruning.references import usable
 from graphopt.plan import Refusal
 from graphopt.program import Program
 from graphopt.stepping import peak_bytes_per_sample
@@ -46,33 +50,51 @@ def reconstruct(
         limit: samples used at most; fewer where they would not fit in `MEMORY`.
         made_by: the pass.
 
+    Raises:
+        DataError: a sample holds NaN, or makes an output of `original` NaN.
+
     Returns:
         New tensors with what was left alone, and by name of what was tried the signal-to-noise ratio of the outputs
         in dB.
     """
-    batches = _batches(original, ctx, limit)
+    batches, left_out = usable(original, _batches(original, ctx, limit))
     count = sum(len(batch[0]) for batch in batches)
     if count < FEWEST:
         reason = f"not compensated: {count} samples of calibration data, at least {FEWEST} are needed"
-        return Compensation(refusals=[Refusal("compensation", reason, "not compensated: too few samples")]), {}
+        left_out.append(Refusal("compensation", reason, "not compensated: too few samples"))
+        return Compensation(refusals=left_out), {}
     found = compensate(original, pruned, axes, kept, batches, ctx)
+    found.refusals[:0] = left_out
     candidates = {"plain": {}, "compensated": found.tensors}
     if batch_norms(pruned):
         compensated = with_tensors(pruned, found.tensors, made_by)
         statistics = estimate_statistics(compensated, batches)
-        candidates["compensated, statistics re-estimated"] = {**found.tensors, **statistics}
+        if all(map(all_finite, statistics.values())):
+            candidates["compensated, statistics re-estimated"] = {**found.tensors, **statistics}
+        else:
+            found.refusals.append(Refusal("statistics", "not re-estimated: they are not finite on the samples"))
     probes = [Probe(original, batch) for batch in batches[:_JUDGED]]
-    quality: dict[str, float] = {}
-    for name, tensors in candidates.items():
-        candidate = with_tensors(pruned, tensors, made_by)
-        quality[name] = min(probe.measure(candidate.call_flat).sqnr for probe in probes)
-    best = max(quality, key=quality.__getitem__)
+    quality = {
+        name: min(_nearness(probe, with_tensors(pruned, tensors, made_by)) for probe in probes)
+        for name, tensors in candidates.items()
+    }
+    best = max(quality, key=quality.__getitem__)  # of equals the first, which is plain
     if best == "plain":
-        reason = "not compensated: the outputs are nearest the original's without"
-        found.refusals.append(Refusal("compensation", reason))
+        comparable = quality[best] > -math.inf
+        reason = "the outputs are nearest the original's without" if comparable else "the outputs cannot be compared"
+        found.refusals.append(Refusal("compensation", f"not compensated: {reason}"))
         found.layers.clear()
     found.tensors = dict(candidates[best])
-    return found, quality
+    return found, {name: ratio for name, ratio in quality.items() if ratio > -math.inf}
+
+
+def _nearness(probe: Probe, candidate: Program) -> float:
+    """Return the signal-to-noise ratio of the outputs in dB, -inf where there is none."""
+    try:
+        ratio = probe.measure(candidate.call_flat).sqnr
+    except VerifyError:  # not finite where the original is
+        return -math.inf
+    return -math.inf if math.isnan(ratio) else ratio
 
 
 def with_tensors(program: Program, tensors: Mapping[str, torch.Tensor], made_by: str) -> Program:

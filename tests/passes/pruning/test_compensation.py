@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from graphopt.capturing import capture
 from graphopt.context import Context
 from graphopt.equivalence import measure
+from graphopt.errors import DataError
 from graphopt.options import build
 from graphopt.passes.prune import Prune, PruneOptions, PruningPlan
 from graphopt.program import Program
@@ -186,6 +187,76 @@ def test_a_computed_weight_is_left_alone() -> None:
     data = example(models.WeightNormed, 64)
     plan = plan_of(prune(), capture(models.WeightNormed().double(), (data[:2],)), data)
     assert reasons(plan)["conv1d"] == "not compensated: its weight is computed"
+
+
+class Odd(Redundant):
+    """What it makes of its second layer's values, and of samples whose first value is above 50."""
+
+    def __init__(self, odd: float, inside: bool = False) -> None:
+        super().__init__("norm")
+        self.odd, self.inside = odd, inside
+
+    def forward(self, x: Tensor) -> Tensor:
+        bad = (x[:, :1, :1, :1] > 50).to(x.dtype)
+        if self.inside:  # 0 / 0, and what is not finite does not reach the outputs
+            return torch.nan_to_num(super().forward(x / (1 - bad)), posinf=0.0, neginf=0.0)
+        return super().forward(x.clamp(max=3)) + torch.where(bad > 0, self.odd, 0.0)
+
+
+def marked(*samples: int) -> Tensor:
+    data = data_for("norm", 96)
+    data[list(samples), 0, 0, 0] = 100
+    return data
+
+
+def test_a_sample_that_makes_the_original_give_nan_is_named() -> None:
+    program = capture(Odd(float("nan")).double(), (data_for("norm", 2),))
+    with pytest.raises(
+        DataError, match="Calibration sample 70 makes the unpruned program give NaN in output `output`"
+    ) as info:
+        plan_of(prune(), program, marked(70, 80))
+    assert info.value.exit_code == 6
+    assert plan_of(prune(compensate=False), program, marked(70)).sites
+
+
+def test_a_sample_that_holds_nan_is_named() -> None:
+    data = data_for("norm")
+    data[33, 0, 0, 0] = torch.nan
+    with pytest.raises(DataError, match="Calibration sample 33 holds NaN in input `x`"):
+        plan_of(prune(), capture(Redundant("norm").double(), (data_for("norm", 2),)), data)
+
+
+def test_samples_whose_outputs_are_infinite_are_left_out() -> None:
+    program = capture(Odd(float("inf")).double(), (data_for("norm", 2),))
+    plan = plan_of(prune(), program, marked(3, 70))
+    assert reasons(plan)["compensation"] == "left out 2 of 96 samples, number 3 the first: an output is infinite"
+    without = torch.cat([marked()[:3], marked()[4:70], marked()[71:]])
+    again = plan_of(prune(), program, without)
+    assert plan.compensated.keys() == again.compensated.keys() == {"second.0.weight"}
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in plan.tensors.values())
+    assert plan.compensated["second.0.weight"]["after"] < EXACT  # type: ignore[operator]
+
+
+def test_outputs_that_are_masked_by_infinity_are_no_bad_samples() -> None:
+    class Masked(Redundant):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            return torch.where(torch.arange(4).view(4, 1, 1) == 2, float("-inf"), y)
+
+    data = data_for("norm")
+    plan = plan_of(prune(), capture(Masked("norm").double(), (data[:2],)), data)
+    assert "compensation" not in reasons(plan)
+    assert "second.0.weight" in plan.compensated
+
+
+def test_what_is_not_finite_inside_never_reaches_the_weights() -> None:
+    program = capture(Odd(0.0, inside=True).double(), (data_for("norm", 2),))
+    plan = plan_of(prune(), program, marked(40))
+    assert reasons(plan)["second.0.weight"] == "not compensated: its values are not finite on the samples"
+    assert reasons(plan)["statistics"] == "not re-estimated: they are not finite on the samples"
+    assert not plan.tensors
+    pruned = prune().apply(program, plan)
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in pruned.state_dict().values())
 
 
 def test_values_that_are_not_finite_are_left_alone() -> None:

@@ -1,0 +1,72 @@
+"""Which calibration samples can say what a pruned program should give: those of which the original's outputs can.
+
+NaN is an error in the data. Infinity in a few samples is an overflow, and they are left out; in many it is how a model
+masks what does not count, and they stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from graphopt.context import Batch
+from graphopt.errors import DataError
+from graphopt.plan import Refusal
+from graphopt.program import Program, TensorSpec
+
+_FEW = 1 / 8  # of the samples
+
+
+def usable(original: Program, batches: Sequence[Batch]) -> tuple[list[Batch], list[Refusal]]:
+    """Return the batches without samples that make an output of `original` infinite, and a line about those.
+
+    Raises:
+        DataError: a sample holds NaN, or makes an output NaN.
+    """
+    finite: list[torch.Tensor] = []  # by batch, (samples,)
+    first = 0
+    for batch in batches:
+        _refuse_nan(original.inputs, batch, first, len(batch[0]), "holds NaN in input")
+        with torch.no_grad():
+            outputs = original.call_flat([tensor.clone() for tensor in batch])  # a program may write to its inputs
+        _refuse_nan(original.outputs, outputs, first, len(batch[0]), "makes the unpruned program give NaN in output")
+        finite.append(~_samples_with(torch.isinf, outputs, len(batch[0])))
+        first += len(batch[0])
+    overflown = (~torch.cat(finite)).nonzero().flatten().tolist() if finite else []
+    if not overflown or len(overflown) > _FEW * first:
+        return list(batches), []
+    text = f"left out {len(overflown)} of {first} samples, number {overflown[0]} the first: an output is infinite"
+    return _without(original, batches, finite), [
+        Refusal("compensation", text, "samples with infinite outputs left out")
+    ]
+
+
+def _without(original: Program, batches: Sequence[Batch], finite: Sequence[torch.Tensor]) -> list[Batch]:
+    """Leave out samples; of a program with a fixed batch size whole batches."""
+    if not original.batched:
+        return [batch for batch, rows in zip(batches, finite, strict=True) if bool(rows.all())]
+    chosen = [tuple(tensor[rows] for tensor in batch) for batch, rows in zip(batches, finite, strict=True)]
+    return [batch for batch in chosen if len(batch[0])]
+
+
+def _refuse_nan(specs: Sequence[TensorSpec], tensors: Batch, first: int, count: int, does: str) -> None:
+    for spec, tensor in zip(specs, tensors, strict=False):
+        bad = _samples_with(torch.isnan, (tensor,), count)
+        if bool(bad.any()):
+            raise DataError(
+                f"Calibration sample {first + int(bad.nonzero()[0])} {does} `{spec.name}`, and pass "
+                "`prune` refits layers to what that program gives. Leave out such samples, check that they are scaled "
+                "as in training, or give compensate=no."
+            )
+
+
+def _samples_with(is_bad: Callable[[torch.Tensor], torch.Tensor], tensors: Batch, count: int) -> torch.Tensor:
+    """Tell of each sample whether a value is bad; all are blamed for a tensor that has no axis of samples."""
+    found = torch.zeros(count, dtype=torch.bool)
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            bad = is_bad(tensor)
+            apart = tensor.dim() > 0 and len(tensor) == count
+            found |= bad.reshape(count, -1).any(1).cpu() if apart else bad.any().cpu()
+    return found
