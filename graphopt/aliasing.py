@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import fx
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
@@ -46,7 +47,7 @@ def shared_inputs(node: fx.Node) -> list[fx.Node]:
     found: list[fx.Node] = []
     for argument, value in _bound(node):
         if argument.alias_info is not None or name in _MAYBE_VIEWS:
-            found += [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, fx.Node)]
+            found += [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, fx.Node) and not _is_number(leaf)]
     return found
 
 
@@ -122,3 +123,8 @@ def _bound(node: fx.Node) -> Iterator[tuple[Any, Any]]:
             yield argument, node.args[position]
         elif argument.name in node.kwargs:
             yield argument, node.kwargs[argument.name]
+
+
+def _is_number(node: fx.Node) -> bool:
+    """Whether a value is no tensor and holds none: a size that `reshape` reads shares no memory."""
+    return isinstance(node.meta.get("val"), int | float | torch.SymInt | torch.SymFloat)
