@@ -11,6 +11,7 @@ from __future__ import annotations
 import fnmatch
 import logging
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -20,6 +21,7 @@ from pydantic import Field
 from graphopt.context import Context
 from graphopt.errors import PassError, UsageError
 from graphopt.pass_base import Pass
+from graphopt.passes.pruning.allocation import exact
 from graphopt.passes.residuals.branches import Branch, find_branches
 from graphopt.passes.residuals.contribution import Criterion
 from graphopt.passes.residuals.layers import Kind
@@ -31,6 +33,7 @@ from graphopt.program import Program
 logger = logging.getLogger(__name__)
 
 DEFAULT_RATIO = 0.1
+_NAMED = 5  # branches that a message about globs shows
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,17 +74,24 @@ class DropBlocksPlan(Plan):
     """Which branches go.
 
     Attributes:
+        asked: how many branches the options ask for, None where `sqnr` says.
         dropped: names of the nodes that give their results, in the order they go; what `apply` reads.
         blocks: by name of the branch: its kind, the nodes of its result and sum, how many calls and parameters go
             with it, its score when it went (None: not finite).
     """
 
+    asked: int | None = None
     dropped: tuple[str, ...] = ()
     blocks: Mapping[str, Mapping[str, Json]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Turn stored JSON back into a tuple."""
         object.__setattr__(self, "dropped", tuple(self.dropped))
+
+    def summary(self) -> str:
+        """Return "asked for 3, dropped 2; matched 12, ..."."""
+        counts = super().summary()
+        return f"asked for {self.asked}, dropped {len(self.dropped)}; {counts}" if self.asked else counts
 
 
 class DropBlocks(Pass[DropBlocksOptions, DropBlocksPlan]):
@@ -95,7 +105,8 @@ class DropBlocks(Pass[DropBlocksOptions, DropBlocksPlan]):
 
     Refused, with the reason: a shortcut of another shape or type than the sum, subtracted or scaled; a branch whose
     result is read elsewhere; memory written in place that others read; what `only`, `skip` and `kinds` say; and each
-    branch that contributes more than those that go.
+    branch that contributes more than those that go. Where fewer can go than are asked for, the plan says how many
+    went; where none can, `blocks` is an error.
     """
 
     name = "drop_blocks"
@@ -107,28 +118,34 @@ class DropBlocks(Pass[DropBlocksOptions, DropBlocksPlan]):
 
         Raises:
             UsageError: a glob of `only` or `skip` matches no branch.
-            PassError: there are fewer branches than `blocks`.
+            PassError: `blocks` is given and no branch can go.
             DataError: the criterion needs data and there is none.
         """
-        found, refusals = find_branches(program.graph_module)
-        if not found:
-            none = "it has no residual branch: no sum one side of which is computed from the other"
-            return self.new_plan(sites=(), refusals=refusals or [Refusal("the program", none)])
-        names = {branch.result.name: branch.name for branch in found}
+        found, refused = find_branches(program.graph_module)
+        if found:
+            self._check_globs(found, refused)
         allowed, kept = self._allowed(found)
-        wanted = self._wanted(len(allowed)) if allowed else 0
+        asked = self._asked(len(allowed))
         options = self.options
-        limits = Limits(wanted, options.sqnr, options.samples, options.rescore)
+        most = len(allowed) if asked is None else min(asked, len(allowed))
+        limits = Limits(most, options.sqnr, options.samples, options.rescore)
         search = Search(program, ctx, options.criterion, limits, allowed, self.name)
         search.run()
-        blocks = {names[result]: entry for result, entry in search.dropped.items()}
-        left = [self._why_left(branch, search) for branch in found if branch.result.name in allowed]
+        left = [self._why_left(branch, search) for branch in found if branch.key in allowed]
+        refusals = [*refused, *kept.values(), *(refusal for refusal in left if refusal)]
+        if not found and not refused:
+            none = "it has no residual branch: no sum one side of which is computed from the other alone"
+            refusals.append(Refusal("the program", none))
+        if asked is not None and len(search.dropped) < asked:
+            refusals.append(_fewer(len(search.dropped), asked, refusals))
+        names = {branch.key: branch.name for branch in found}
         plan = self.new_plan(
-            sites=[branch.name for branch in found if branch.result.name in search.dropped],
-            refusals=[*refusals, *kept.values(), *(refusal for refusal in left if refusal)],
-            dropped=tuple(search.dropped),
-            blocks=blocks,
-            measured={names[result]: _finite(score) for result, score in search.scores.items()},
+            sites=[branch.name for branch in found if branch.key in search.dropped],
+            refusals=refusals,
+            asked=asked,
+            dropped=tuple(str(entry["result"]) for entry in search.dropped.values()),
+            blocks={names[key]: entry for key, entry in search.dropped.items()},
+            measured={names[key]: _finite(score) for key, score in search.scores.items()},
         )
         logger.info("drop_blocks: %s", plan.summary())
         return plan
@@ -141,23 +158,28 @@ class DropBlocks(Pass[DropBlocksOptions, DropBlocksPlan]):
         """
         return without(program, plan.dropped, self.name)
 
-    def _allowed(self, found: Sequence[Branch]) -> tuple[set[str], dict[str, Refusal]]:
-        """Return the results of branches that may go, and by result why others may not."""
-        for option in ("only", "skip"):
+    def _check_globs(self, found: Sequence[Branch], refused: Sequence[Refusal]) -> None:
+        """Check that each glob names a branch; one that is kept may be one that cannot go anyway."""
+        can_go = [branch.name for branch in found]
+        known = {"only": can_go, "skip": [*can_go, *(refusal.site for refusal in refused)]}
+        for option, names in known.items():
             for glob in getattr(self.options, option):
-                if not any(fnmatch.fnmatchcase(branch.name, glob) for branch in found):
-                    some = ", ".join(branch.name for branch in found[:5])
-                    raise UsageError(f"`{option}={glob}` matches no branch of this model. Its branches are {some}, ...")
+                if not any(fnmatch.fnmatchcase(name, glob) for name in names):
+                    some = ", ".join(can_go[:_NAMED]) + (", ..." if len(can_go) > _NAMED else "")
+                    raise UsageError(f"`{option}={glob}` matches no branch that can go. Those of this model are {some}")
+
+    def _allowed(self, found: Sequence[Branch]) -> tuple[set[str], dict[str, Refusal]]:
+        """Return the keys of the branches that may go, and by key why others may not."""
         kept: dict[str, Refusal] = {}
         for branch in found:
             reason = self._why_kept(branch)
             if reason:
-                kept[branch.result.name] = Refusal(branch.name, *reason)
+                kept[branch.key] = Refusal(branch.name, *reason)
         for branch in found:
             held = [other for other in found if branch.holds(other) and self._skipped(other)]
-            if held and branch.result.name not in kept:
-                kept[branch.result.name] = Refusal(branch.name, f"`{held[0].name}` inside it is named in skip")
-        return {branch.result.name for branch in found} - set(kept), kept
+            if held and branch.key not in kept:
+                kept[branch.key] = Refusal(branch.name, f"`{held[0].name}` inside it is named in skip")
+        return {branch.key for branch in found} - set(kept), kept
 
     def _why_kept(self, branch: Branch) -> tuple[str, str] | None:
         if self._skipped(branch):
@@ -171,27 +193,22 @@ class DropBlocks(Pass[DropBlocksOptions, DropBlocksPlan]):
     def _skipped(self, branch: Branch) -> bool:
         return any(fnmatch.fnmatchcase(branch.name, glob) for glob in self.options.skip)
 
-    def _wanted(self, available: int) -> int:
-        """Return how many branches may go at most."""
+    def _asked(self, available: int) -> int | None:
+        """Return how many branches are to go, None where `sqnr` says."""
         if self.options.sqnr is not None:
-            return available
-        if self.options.blocks is None:
-            ratio = DEFAULT_RATIO if self.options.ratio is None else self.options.ratio
-            return min(available, max(1, math.floor(ratio * available)))
-        if self.options.blocks > available:
-            raise PassError(
-                f"Pass `drop_blocks` cannot drop {self.options.blocks} branches: {available} of this model can go. "
-                f"Give blocks={available} or fewer, or a ratio."
-            )
-        return self.options.blocks
+            return None
+        if self.options.blocks is not None:
+            return self.options.blocks
+        ratio = DEFAULT_RATIO if self.options.ratio is None else self.options.ratio
+        return min(available, max(1, math.floor(exact(ratio) * available)))
 
     def _why_left(self, branch: Branch, search: Search) -> Refusal | None:
         """Return why a branch that could have gone has not; None if it has, or went with the block around it."""
-        result = branch.result.name
-        if result in search.blocked:
-            return Refusal(branch.name, search.blocked[result])
-        if result not in search.left:
-            gone = result in search.dropped or search.took(branch)
+        key = branch.key
+        if key in search.blocked:
+            return Refusal(branch.name, search.blocked[key])
+        if key not in search.left:
+            gone = key in search.dropped or search.took(branch)
             return None if gone else Refusal(branch.name, "its layers went with the branches inside it")
         if search.over_limit is not None:
             reason = f"without another branch the outputs are {search.over_limit:.1f} dB from the original's"
@@ -200,10 +217,26 @@ class DropBlocks(Pass[DropBlocksOptions, DropBlocksPlan]):
             return Refusal(
                 branch.name, f"not among the {len(search.dropped)} that go by criterion={self.options.criterion}"
             )
-        score = search.scores[result]
+        score = search.scores[key]
         return Refusal(
             branch.name, f"it contributes {score:.3g}, more than what goes", "it contributes more than what goes"
         )
+
+
+def _fewer(went: int, asked: int, refusals: Sequence[Refusal]) -> Refusal:
+    """Say that fewer branches went than were asked for.
+
+    Raises:
+        PassError: none went.
+    """
+    counts = Counter(refusal.counted_as for refusal in refusals).most_common()
+    reasons = f" ({', '.join(f'{count} x {reason}' for reason, count in counts)})" if counts else ""
+    if not went:
+        raise PassError(
+            f"Pass `drop_blocks` cannot drop {asked} {'branches' if asked > 1 else 'branch'}: none of this model can "
+            f"go{reasons}. The plan of `drop_blocks:ratio=0.1` names each."
+        )
+    return Refusal("the program", f"{asked} branches were asked for and {went} went, as no other can go{reasons}")
 
 
 def _finite(score: float) -> float | None:

@@ -23,13 +23,14 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphopt.aliasing import Storages, written_inputs
 from graphopt.graph import arguments, constant
-from graphopt.passes.residuals.layers import Kind, describe, has_weights
+from graphopt.passes.residuals.layers import Kind, Layers, describe
 from graphopt.plan import Refusal
 from graphopt.provenance import module_path
 
 aten = torch.ops.aten
 SUMS = (aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor, aten.sub_.Tensor)
 _INPUTS = "inputs"  # root of the dominator tree
+_DROPOUTS = (aten.dropout.default, aten.feature_dropout.default)  # of a sum are the sum of its terms', in the mean
 _DIFFERENCES = (aten.sub.Tensor, aten.sub_.Tensor)
 
 
@@ -54,6 +55,11 @@ class Branch:
     stays: fx.Node
     nodes: tuple[fx.Node, ...]
 
+    @property
+    def key(self) -> str:
+        """Name of what the result is, dropouts left out: the same when others of its sum have gone."""
+        return _through_dropouts(self.result).name
+
     def holds(self, other: Branch) -> bool:
         """Whether `other` lies inside this branch."""
         return other is not self and other.sum in self.nodes
@@ -66,12 +72,14 @@ def find_branches(gm: fx.GraphModule) -> tuple[list[Branch], list[Refusal]]:
     refusals: list[Refusal] = []
     taken: dict[str, int] = {}
     for total in gm.graph.nodes:
+        if total in graph.idle:
+            continue
         for result, stays in _operands(total):
             nodes = graph.only_for(result, total)
             inside = graph.residual(total, result, stays, nodes)
             if not inside:
                 continue
-            kind, path = describe(nodes if nodes else inside, gm)
+            kind, path = describe(nodes if nodes else inside, graph.layers)
             name = _unique(f"{path or module_path(result) or result.name}:{kind}", taken)
             branch = Branch(name, kind, result, total, stays, tuple(nodes))
             reason, counted_as = _why_not(branch, graph)
@@ -87,12 +95,13 @@ class _Graph:
     """What the search asks about a graph."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
-        self.gm = gm
+        self.layers = Layers(gm)
         self.order: Mapping[fx.Node, int] = {node: index for index, node in enumerate(gm.graph.nodes)}
         self.storages = Storages(gm.graph)
         self.outputs = next(node for node in gm.graph.nodes if node.op == "output").all_input_nodes
         self.idle = idle(gm.graph)
         self._dominators: Mapping[fx.Node, fx.Node] = _dominators(gm.graph)
+        self._terms: dict[fx.Node, Mapping[fx.Node, None]] = {}
 
     def only_for(self, result: fx.Node, total: fx.Node) -> list[fx.Node]:
         """List the calls that `total` alone needs, through its operand `result`, in graph order."""
@@ -100,32 +109,44 @@ class _Graph:
 
     def residual(self, total: fx.Node, result: fx.Node, stays: fx.Node, nodes: list[fx.Node]) -> list[fx.Node]:
         """List the calls between a shortcut of the sum and `result`; empty where they are no block with weights."""
-        own = set(_terms(result, top=False))
         read = self._read_by(nodes) if nodes else [result]
-        for shortcut in _terms(_whole_sum(total)):
-            if shortcut in own or shortcut.op == "get_attr":
+        above = self._above(read, self._terms_of(_whole_sum(total)))
+        own = _terms(result, top=False)
+        for shortcut in above:
+            if shortcut in own:
                 continue
-            if not any(self._dominates(shortcut, value) for value in read):
-                continue  # a mask, or a bias of attention scores: the branch's input does not come through it
             between = self._between(shortcut, result)
-            if between and any(has_weights(node, self.gm) for node in between):
+            if between and any(node in self.layers for node in between):
                 return between
-        return self._projected(result, total, stays, nodes)
+        # an identity among its own terms is the shortcut; what else is added to it is a branch like others
+        return [] if any(term in own for term in above) else self._projected(total, stays, nodes)
 
-    def _projected(self, result: fx.Node, total: fx.Node, stays: fx.Node, nodes: list[fx.Node]) -> list[fx.Node]:
+    def _projected(self, total: fx.Node, stays: fx.Node, nodes: list[fx.Node]) -> list[fx.Node]:
         other = self.only_for(stays, total)
         sources = self._read_by(other)
         if len(sources) != 1 or sources[0] not in self._read_by(nodes):
             return []
-        layers, kept = (sum(has_weights(node, self.gm) for node in side) for side in (nodes, other))
+        layers, kept = (sum(node in self.layers for node in side) for side in (nodes, other))
         return nodes if kept <= 1 and kept < layers else []
 
-    def _dominates(self, value: fx.Node, other: fx.Node) -> bool:
-        """Whether everything that reaches `other` from the inputs comes through `value`, sizes left out."""
-        current: fx.Node | None = other
-        while current is not None and current is not value and self.order[current] > self.order[value]:
-            current = self._dominators.get(current)
-        return current is value
+    def _above(self, values: Iterable[fx.Node], terms: Mapping[fx.Node, None]) -> list[fx.Node]:
+        """List the terms of a sum through which everything comes, from the inputs, that reaches one of `values`.
+
+        A term that is no such value is a mask, or a bias of attention scores: no branch's input comes through it.
+        """
+        first = min((self.order[term] for term in terms), default=0)
+        seen: set[fx.Node] = set()
+        for value in values:
+            current: fx.Node | None = value
+            while current is not None and current not in seen and self.order[current] >= first:
+                seen.add(current)
+                current = self._dominators.get(current)
+        return [term for term in terms if term in seen and term.op != "get_attr"]
+
+    def _terms_of(self, total: fx.Node) -> Mapping[fx.Node, None]:
+        if total not in self._terms:
+            self._terms[total] = _terms(total)
+        return self._terms[total]
 
     def _between(self, start: fx.Node, end: fx.Node) -> list[fx.Node]:
         """List the calls on the ways from `start` to `end`, `end` included; empty if there is none."""
@@ -164,13 +185,19 @@ def idle(graph: fx.Graph) -> set[fx.Node]:
 def only_for(result: fx.Node, total: fx.Node, idle_calls: set[fx.Node]) -> set[fx.Node]:
     """Return the calls that `total` alone needs, through its operand `result`."""
     inside: set[fx.Node] = set()
-    pending = [result]
+    unread: dict[fx.Node, int] = {}  # how many readers of a value are not known to be inside
+    pending = [result] if {total}.issuperset(user for user in result.users if user not in idle_calls) else []
     while pending:
         node = pending.pop()
-        readers = set(node.users) - idle_calls
-        if node.op == "call_function" and readers <= (inside if inside else {total}):
-            inside.add(node)
-            pending += [source for source in node.all_input_nodes if source not in inside]
+        if node.op != "call_function":
+            continue
+        inside.add(node)
+        for source in node.all_input_nodes:
+            if source not in unread:
+                unread[source] = sum(user not in idle_calls for user in source.users)
+            unread[source] -= 1
+            if not unread[source]:
+                pending.append(source)
     return inside
 
 
@@ -200,31 +227,56 @@ def _operands(total: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
 
 
 def _whole_sum(total: fx.Node) -> fx.Node:
-    """Return the sum that `total` is a term of, through sums that nobody else reads."""
-    while len(total.users) == 1 and next(iter(total.users)).target in SUMS:
-        total = next(iter(total.users))
-    return total
+    """Return the sum that `total` is a term of, through sums and dropouts that alone read it."""
+    current = whole = total
+    while len(current.users) == 1:
+        current = next(iter(current.users))
+        if current.target in SUMS:
+            whole = current
+        elif current.target not in _DROPOUTS:
+            break
+    return whole
 
 
-def _terms(value: fx.Node, *, top: bool = True) -> Iterator[fx.Node]:
-    """Yield what is added up to `value`, sums in between that nobody else reads taken apart."""
-    if value.target in SUMS and (top or len(value.users) == 1):
-        for operand in value.args[:2]:
-            if isinstance(operand, fx.Node):
-                yield from _terms(operand, top=False)
-    else:
-        yield value
+def _terms(value: fx.Node, *, top: bool = True) -> dict[fx.Node, None]:
+    """Return what is added up to `value`, in order; sums in between that nobody else reads are taken apart."""
+    found: dict[fx.Node, None] = {}
+    pending = [value]
+    while pending:
+        term = pending.pop()
+        summed = _through_dropouts(term)
+        if summed.target in SUMS and ((top and summed is value) or _alone_leads_to(summed, term)):
+            pending += [operand for operand in reversed(summed.args[:2]) if isinstance(operand, fx.Node)]
+        else:
+            found[term] = None
+    return found
+
+
+def _through_dropouts(value: fx.Node) -> fx.Node:
+    """Return what a dropout, or several, drop elements of."""
+    while value.target in _DROPOUTS:
+        source = value.args[0]
+        assert isinstance(source, fx.Node)  # by its schema
+        value = source
+    return value
+
+
+def _alone_leads_to(value: fx.Node, end: fx.Node) -> bool:
+    """Whether nobody reads `value`, the dropouts behind it or their `end` but for the next, and one reads the end."""
+    while len(value.users) == 1 and value is not end:
+        value = next(iter(value.users))
+    return value is end and len(end.users) == 1
 
 
 def _is_sum_of(value: fx.Node, results: set[fx.Node]) -> bool:
     """Whether `value` is a sum of nothing but branches that can go one by one."""
-    return value.target in SUMS and results.issuperset(_terms(value))
+    return _through_dropouts(value).target in SUMS and results.issuperset(_terms(value))
 
 
 def _why_not(branch: Branch, graph: _Graph) -> tuple[str, str]:
     """Return why a branch cannot go, and what that is counted as; ("", "") if it can."""
     total, stays, inside = branch.sum, branch.stays, {*branch.nodes, branch.sum}
-    if not any(has_weights(node, graph.gm) for node in branch.nodes):
+    if not any(node in graph.layers for node in branch.nodes):
         readers = [user for user in branch.result.users if user is not total and user not in graph.idle]
         by = f" (`{readers[0].name}`)" if readers else ""
         return f"what it computes is also read elsewhere{by}", "what it computes is also read elsewhere"

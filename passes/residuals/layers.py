@@ -7,7 +7,6 @@ from typing import Literal
 
 from torch import fx
 
-from graphopt.graph import constant
 from graphopt.passes.weighted_calls import is_layer, weighted_call
 from graphopt.provenance import module_path, op_name
 
@@ -18,19 +17,43 @@ _PRODUCTS = ("mm", "matmul", "bmm", "baddbmm", "addbmm", "einsum", "bilinear", *
 _MIXING = ("matmul", "bmm", "baddbmm", "einsum")
 
 
-def has_weights(node: fx.Node, gm: fx.GraphModule) -> bool:
-    """Whether `node` is a convolution, a product with stored weights, or recurrent.
+class Layers:
+    """The calls of a graph that are layers: convolutions, products with stored weights, recurrent ones.
 
-    Sums without any are no blocks: `x - mean(x)`, activations with a learned slope.
+    A weight may be stored as it is, or computed from stored tensors alone: transposed, normalised. Sums without any
+    layer are no blocks: `x - mean(x)`, activations with a learned slope.
     """
-    if is_layer(node) or weighted_call(node, gm) is not None:
-        return True
-    return op_name(node) in _PRODUCTS and any(constant(used, gm) is not None for used in node.all_input_nodes)
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self._gm = gm
+        self._stored = _stored(gm.graph)
+        self._known: dict[fx.Node, bool] = {}
+
+    def __contains__(self, node: fx.Node) -> bool:
+        """Whether `node` is a layer."""
+        if node not in self._known:
+            self._known[node] = self._is_layer(node)
+        return self._known[node]
+
+    def _is_layer(self, node: fx.Node) -> bool:
+        if is_layer(node) or weighted_call(node, self._gm) is not None:
+            return True
+        return op_name(node) in _PRODUCTS and not self._stored.isdisjoint(node.all_input_nodes)
 
 
-def describe(nodes: Sequence[fx.Node], gm: fx.GraphModule) -> tuple[Kind, str]:
+def _stored(graph: fx.Graph) -> set[fx.Node]:
+    """Return what is stored, and what is computed from that alone."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        sources = node.all_input_nodes
+        if node.op == "get_attr" or (node.op == "call_function" and sources and found.issuperset(sources)):
+            found.add(node)
+    return found
+
+
+def describe(nodes: Sequence[fx.Node], known: Layers) -> tuple[Kind, str]:
     """Return the kind of a branch and the path of the module that all its layers belong to."""
-    layers = [node for node in nodes if has_weights(node, gm)]
+    layers = [node for node in nodes if node in known]
     return _kind(nodes, layers), _common([module_path(node) for node in layers])
 
 

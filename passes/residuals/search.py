@@ -40,10 +40,10 @@ class Search:
     """Drops the branch that contributes least, looks at what is left, and so on.
 
     Attributes:
-        dropped: what the plan records of the branches that go, by the name of their result, in order.
-        scores: by result, the last score of each branch that was measured.
-        blocked: by result, why a branch that was found cannot go after all.
-        left: results of the branches that could still have gone at the end.
+        dropped: what the plan records of the branches that go, by their key, in order.
+        scores: by key, the last score of each branch that was measured.
+        blocked: by key, why a branch that was found cannot go after all.
+        left: keys of the branches that could still have gone at the end.
         over_limit: signal-to-noise ratio that the next drop would have led to, None where no limit was met.
     """
 
@@ -86,7 +86,7 @@ class Search:
             self._note(branch, current)
             current = following
             eligible = self._eligible(current)
-        self.left = {branch.result.name for branch in eligible}
+        self.left = {branch.key for branch in eligible}
 
     def took(self, branch: Branch) -> bool:
         """Whether `branch`, of the program before, went with a block around it."""
@@ -94,21 +94,21 @@ class Search:
 
     def _eligible(self, current: Program) -> list[Branch]:
         """List the branches that may go now; where nothing is measured, only those with no other inside."""
-        branches = [b for b in find_branches(current.graph_module)[0] if b.result.name in self._allowed]
+        branches = [b for b in find_branches(current.graph_module)[0] if b.key in self._allowed]
         if self._criterion in ("random", "last"):
             branches = [branch for branch in branches if not any(branch.holds(other) for other in branches)]
         for branch in branches:
             if not fits_without(current, branch, self._by):
-                self.blocked[branch.result.name] = "its shortcut lies otherwise in memory than a view behind it takes"
-        return [branch for branch in branches if branch.result.name not in self.blocked]
+                self.blocked[branch.key] = "its shortcut lies otherwise in memory than a view behind it takes"
+        return [branch for branch in branches if branch.key not in self.blocked]
 
     def _least(self, current: Program, eligible: Sequence[Branch]) -> Branch:
-        unknown = [branch for branch in eligible if self._limits.rescore or branch.result.name not in self.scores]
+        unknown = [branch for branch in eligible if self._limits.rescore or branch.key not in self.scores]
         if unknown:
             for branch, score in zip(unknown, self._measure(current, unknown), strict=True):
-                self.scores[branch.result.name] = score
+                self.scores[branch.key] = score
         # of equals the largest, of those the first
-        return min(eligible, key=lambda branch: (self.scores[branch.result.name], -len(branch.nodes)))
+        return min(eligible, key=lambda branch: (self.scores[branch.key], -len(branch.nodes)))
 
     def _measure(self, current: Program, branches: Sequence[Branch]) -> list[float]:
         criterion = self._criterion
@@ -132,9 +132,9 @@ class Search:
         return found < limit
 
     def _note(self, branch: Branch, current: Program) -> None:
-        score = self.scores[branch.result.name]
+        score = self.scores[branch.key]
         self._gone.update(node.name for node in branch.nodes)
-        self.dropped[branch.result.name] = {
+        self.dropped[branch.key] = {
             "kind": branch.kind,
             "result": branch.result.name,
             "sum": branch.sum.name,

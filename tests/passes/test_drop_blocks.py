@@ -372,8 +372,10 @@ def test_bad_input_says_what_is_possible() -> None:
     program = captured(MODELS["resnet"])
     with pytest.raises(DataError, match=r"needs data .*criterion=last .*needs none"):
         plan_of(DropBlocksOptions(), program)
-    with pytest.raises(PassError, match=r"cannot drop 9 branches: 3 of this model can go"):
-        plan_of(DropBlocksOptions(blocks=9, criterion="last"), program)
+    with pytest.raises(PassError, match=r"cannot drop 2 branches: none of this model can go \(1 x it has no residual"):
+        plan_of(DropBlocksOptions(blocks=2), capture(Dense().eval(), torch.randn(2, 3, 8, 8)))
+    with pytest.raises(PassError, match=r"cannot drop 1 branch: none of this model can go \(3 x kind not chosen"):
+        plan_of(DropBlocksOptions(blocks=1, kinds=("mlp",)), program)
     with pytest.raises(UsageError, match=r"`skip=layer9\*` matches no branch .* blocks\.0:convolution"):
         plan_of(DropBlocksOptions(skip=("layer9*",)), program)
     with pytest.raises(UsageError, match="blocks and ratio both say how many"):
