@@ -31,6 +31,8 @@ def _along(dead: Sequence[Vector], dims: Sequence[int]) -> Dead:
 
 
 @masked_rule(
+    "aten::_is_all_true",
+    "aten::_is_any_true",
     "aten::all",
     "aten::amax",
     "aten::amin",

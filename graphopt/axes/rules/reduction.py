@@ -8,6 +8,8 @@ from graphopt.axes.registry import Dims, rule
 
 
 @rule(
+    "aten::_is_all_true",
+    "aten::_is_any_true",
     "aten::all",
     "aten::amax",
     "aten::amin",

@@ -56,3 +56,21 @@ def test_a_mask_repeated_for_heads_differs_between_samples() -> None:
         MaskOfEachHead(), torch.randn(2, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     )
     assert 4 in [group.size for group in axes.groups()]
+
+
+class AllOrNothing(nn.Module):
+    """A gate that is open only if every hidden feature is positive, shut if any is large (checks of LLaVA)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).relu()
+        return self.second(h) * torch._is_all_true(h >= 0) + torch._is_any_true(h > 100)
+
+
+def test_whether_all_or_any_are_true_says_nothing_about_a_width() -> None:
+    axes = prove(AllOrNothing(), torch.randn(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    assert [group.size for group in axes.groups()] == [8]
+    assert not axes.unknown
