@@ -36,10 +36,10 @@ def usable(original: Program, batches: Sequence[Batch]) -> tuple[list[Batch], li
     overflown = (~torch.cat(finite)).nonzero().flatten().tolist() if finite else []
     if not overflown or len(overflown) > _FEW * first:
         return list(batches), []
-    text = f"left out {len(overflown)} of {first} samples, number {overflown[0]} the first: an output is infinite"
-    return _without(original, batches, finite), [
-        Refusal("compensation", text, "samples with infinite outputs left out")
-    ]
+    chosen = _without(original, batches, finite)
+    lost = first - sum(len(batch[0]) for batch in chosen)
+    text = f"left out {lost} of {first} samples: number {overflown[0]} makes an output infinite"
+    return chosen, [Refusal("compensation", text, "samples with infinite outputs left out")]
 
 
 def _without(original: Program, batches: Sequence[Batch], finite: Sequence[torch.Tensor]) -> list[Batch]:

@@ -229,12 +229,19 @@ def test_a_sample_that_holds_nan_is_named() -> None:
 def test_samples_whose_outputs_are_infinite_are_left_out() -> None:
     program = capture(Odd(float("inf")).double(), (data_for("norm", 2),))
     plan = plan_of(prune(), program, marked(3, 70))
-    assert reasons(plan)["compensation"] == "left out 2 of 96 samples, number 3 the first: an output is infinite"
+    assert reasons(plan)["compensation"] == "left out 2 of 96 samples: number 3 makes an output infinite"
     without = torch.cat([marked()[:3], marked()[4:70], marked()[71:]])
     again = plan_of(prune(), program, without)
     assert plan.compensated.keys() == again.compensated.keys() == {"second.0.weight"}
     assert all(bool(torch.isfinite(tensor).all()) for tensor in plan.tensors.values())
     assert plan.compensated["second.0.weight"]["after"] < EXACT  # type: ignore[operator]
+
+
+def test_a_program_of_a_fixed_batch_size_loses_the_whole_batch() -> None:
+    program = capture(Odd(float("inf")).double(), (data_for("norm", 8),), dynamic_shapes={"x": {0: None}})
+    plan = plan_of(prune(), program, marked(19))
+    assert reasons(plan)["compensation"] == "left out 8 of 96 samples: number 19 makes an output infinite"
+    assert "second.0.weight" in plan.compensated
 
 
 def test_outputs_that_are_masked_by_infinity_are_no_bad_samples() -> None:
