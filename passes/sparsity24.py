@@ -20,7 +20,6 @@ from torch import fx
 
 from graphopt.calibration import read_batches
 from graphopt.context import Context
-from graphopt.covariance import WIDEST
 from graphopt.errors import PassError, UsageError
 from graphopt.graph import Editor, constant, tensor_attribute
 from graphopt.pass_base import Pass
@@ -79,8 +78,10 @@ class Sparsity24Plan(Plan):
     """The sparse weights, as tensors by the name of the weight.
 
     Attributes:
-        layers: by the name of the weight: the criterion, whether it was refitted, the share of zeros, and the
-            signal-to-noise ratio in dB, of the outputs with data, else of the weight (None where nothing changed).
+        layers: by the name of the weight: the criterion, whether it was refitted, how many inputs were looked at
+            together ("block", None without data), the share of zeros, and the signal-to-noise ratio in dB, of the
+            outputs with data (inputs of different blocks taken as uncorrelated), else of the weight (None where
+            nothing changed).
     """
 
     layers: Mapping[str, Mapping[str, Json]] = field(default_factory=dict)
@@ -90,7 +91,8 @@ class Sparsity24(Pass[Sparsity24Options, Sparsity24Plan]):
     """Give linear layers and convolutions weights of which two of every four are zero. Lossy.
 
     With calibration data the weights that go are those that change the outputs least, and the others are refitted to
-    the outputs; without it, those of least magnitude go. `int8` keeps the zeros.
+    the outputs; without it, those of least magnitude go, which the plan says. A layer that sees fewer than two samples
+    (pixels, tokens) for each input is not refitted, which the plan says too. `int8` keeps the zeros.
 
     Left dense, with the reason:
 
@@ -123,13 +125,15 @@ class Sparsity24(Pass[Sparsity24Options, Sparsity24Plan]):
         sites, dense = self._divide(found, form, ctx, gm)
         layers: dict[str, dict[str, Json]] = {}
         tensors: dict[str, torch.Tensor] = {}
-        measured = self._with_moments(program, sites, ctx)
+        notes = self._without_data(sites, ctx)
+        measured = self._with_moments(program, sites, form, ctx)
         for site, moments in ctx.progress.track(measured, "choosing weights", len(sites)):
             tensors[site.weight_name], layers[site.weight_name] = self._sparse(gm, site, moments, form)
+            notes += self._not_refitted(site, moments)
         order = [site.weight_name for site in sites]
         plan = self.new_plan(
             sites=order,
-            refusals=[*refusals, *dense],
+            refusals=[*refusals, *dense, *notes],
             layers={name: layers[name] for name in order},
             tensors={name: tensors[name] for name in order},
         )
@@ -201,21 +205,33 @@ class Sparsity24(Pass[Sparsity24Options, Sparsity24Plan]):
         return None
 
     def _with_moments(
-        self, program: Program, sites: Sequence[Site], ctx: Context
+        self, program: Program, sites: Sequence[Site], form: SparseFormat, ctx: Context
     ) -> Iterator[tuple[Site, Moments | None]]:
         """Pair each site with the moments of its inputs where there is data and they are wanted."""
-        needed = self.options.refit or self.options.criterion != "magnitude"
-        measured = [site for site in sites if site.inputs <= WIDEST] if ctx.samples is not None and needed else []
-        chosen = {site.weight_name for site in measured}
-        yield from ((site, None) for site in sites if site.weight_name not in chosen)
-        if measured:
-            assert ctx.samples is not None  # else nothing is measured
-            yield from gather(
-                program,
-                measured,
-                read_batches(program, ctx.samples, limit=self.options.samples, batch_size=_BATCH),
-                ctx.progress,
-            )
+        if ctx.samples is None or not self._wants_data:
+            yield from ((site, None) for site in sites)
+        elif sites:
+            batches = read_batches(program, ctx.samples, limit=self.options.samples, batch_size=_BATCH)
+            yield from gather(program, sites, batches, form.group, ctx.progress)
+
+    @property
+    def _wants_data(self) -> bool:
+        return self.options.refit or self.options.criterion != "magnitude"
+
+    def _without_data(self, sites: Sequence[Site], ctx: Context) -> list[Refusal]:
+        """Say what there is no data for."""
+        if not sites or ctx.samples is not None or not self._wants_data:
+            return []
+        chosen = "" if self.options.criterion == "magnitude" else "chosen by magnitude"
+        left = "not refitted" if self.options.refit else ""
+        return [Refusal("the program", f"{' and '.join(filter(None, (chosen, left)))}: there is no data")]
+
+    def _not_refitted(self, site: Site, moments: Moments | None) -> list[Refusal]:
+        """Say that a layer has seen too little to be refitted."""
+        if moments is None or not self.options.refit or _enough(moments):
+            return []
+        seen = f"{moments.rows} samples (pixels, tokens) for {moments.block} inputs, of {2 * moments.block} needed"
+        return [Refusal(site.weight_name, f"made sparse, but not refitted: {seen}", "made sparse, but not refitted")]
 
     def _sparse(
         self, gm: fx.GraphModule, site: Site, moments: Moments | None, form: SparseFormat
@@ -223,32 +239,54 @@ class Sparsity24(Pass[Sparsity24Options, Sparsity24Plan]):
         """Return the sparse weight of a site and what the plan says about it."""
         call, stored = site.calls[0], tensor_attribute(gm, site.weight_name)
         rows = as_rows(call, stored).double()  # (groups, outputs, inputs)
-        matrices = moments.matrices() if moments is not None and moments.rows else None  # (groups, inputs, inputs)
+        matrices = moments.matrices() if moments is not None and moments.rows else None
         by_moments = matrices is not None and self.options.criterion != "magnitude"
-        # fewer samples than inputs say nothing about some directions, which a refit would spoil
-        refit = self.options.refit and moments is not None and moments.rows >= 2 * rows.shape[2]
-        results = []
-        for index, dense in enumerate(rows):
-            seen = None if matrices is None else matrices[index]
-            sparse = sparsify(dense, seen, form, by_moments=by_moments, refit=refit)
-            results.append(fit(dense, sparse, seen) if refit and seen is not None else sparse)
-        weight = as_weight(call, torch.stack(results), stored)
+        refit = self.options.refit and moments is not None and _enough(moments)
+        block = rows.shape[2] if moments is None else moments.block
+        parts = torch.split(rows, block, 2)
+        unknown: list[torch.Tensor | None] = [None] * len(rows)
+        known = [unknown for _ in parts] if matrices is None else [list(of_block) for of_block in matrices]
+        settled = [  # by block: (groups, outputs, inputs of the block)
+            torch.stack([_settled(*pair, form, by_moments=by_moments, refit=refit) for pair in zip(*both, strict=True)])
+            for both in zip(parts, known, strict=True)
+        ]
+        weight = as_weight(call, torch.cat(settled, 2), stored)
         final = as_rows(call, weight)
         assert has_pattern(final, form)
         return weight, {
             "criterion": "sqnr" if by_moments else "magnitude",
             "refit": refit,
+            "block": None if matrices is None else block,
             "zeros": float((final == 0).double().mean()),
-            "sqnr": _ratio(rows, final.double(), matrices),
+            "sqnr": _ratio(rows, final.double(), block, matrices),
         }
 
 
-def _ratio(wanted: torch.Tensor, found: torch.Tensor, moments: torch.Tensor | None) -> float | None:
+def _enough(moments: Moments) -> bool:
+    """Whether refitting is safe: fewer samples than inputs say nothing about some directions, which it would spoil."""
+    return moments.rows >= 2 * moments.block
+
+
+def _settled(
+    dense: torch.Tensor, moments: torch.Tensor | None, form: SparseFormat, *, by_moments: bool, refit: bool
+) -> torch.Tensor:
+    """Return the sparse weights of one group of outputs over one block of inputs."""
+    sparse = sparsify(dense, moments, form, by_moments=by_moments, refit=refit)
+    return fit(dense, sparse, moments) if refit and moments is not None else sparse
+
+
+def _ratio(
+    wanted: torch.Tensor, found: torch.Tensor, block: int, moments: Sequence[torch.Tensor] | None
+) -> float | None:
     """Return the signal-to-noise ratio in dB of the outputs, of the weights where no moments are known."""
-    noise, signal = (
-        float(((rows if moments is None else rows @ moments) * rows).sum()) for rows in (wanted - found, wanted)
-    )
+    noise, signal = (_power(rows, block, moments) for rows in (wanted - found, wanted))
     return 10 * math.log10(signal / noise) if noise > 0 and signal > 0 else None
+
+
+def _power(rows: torch.Tensor, block: int, moments: Sequence[torch.Tensor] | None) -> float:
+    parts = torch.split(rows, block, 2)
+    images = parts if moments is None else [part @ matrix for part, matrix in zip(parts, moments, strict=True)]
+    return sum(float((image * part).sum()) for image, part in zip(images, parts, strict=True))
 
 
 def _names_of(gm: fx.GraphModule, name: str) -> list[str]:

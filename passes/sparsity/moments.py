@@ -1,6 +1,8 @@
 """Second moments of what weights are multiplied with: for a convolution the patch under its kernel.
 
 Gathered in one run over the samples for all layers, in several where their matrices would not fit in memory at once.
+A layer so wide that its matrix would not fit alone has one for each block of consecutive inputs: what inputs of two
+blocks have in common is left out, so what is settled in one block is not made up for in another.
 """
 
 from __future__ import annotations
@@ -10,8 +12,9 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from graphopt.context import Batch, Progress
-from graphopt.covariance import portions
+from graphopt.covariance import MEMORY, WIDEST, portions
 from graphopt.errors import DataError
+from graphopt.finite import all_finite
 from graphopt.passes.pruning.layer_rows import input_rows, positions
 from graphopt.passes.sparsity.layers import Site
 from graphopt.passes.weighted_calls import WeightedCall
@@ -26,11 +29,13 @@ class Moments:
 
     Attributes:
         rows: how many input vectors were taken in.
+        block: how many inputs share a matrix; the last block may be smaller.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, block: int) -> None:
         self.rows = 0
-        self._products = torch.zeros(0)
+        self.block = block
+        self._products: list[torch.Tensor] = []
 
     def update(self, call: WeightedCall, x: torch.Tensor, output: torch.Tensor) -> None:
         """Take in one batch of inputs of `call`."""
@@ -45,25 +50,40 @@ class Moments:
             channels = call.weight.meta["val"].shape[1]
             seen = seen.reshape(*seen.shape[:2], channels, -1).transpose(2, 3).flatten(2)
         seen = seen.movedim(1, 0)  # (groups, rows, inputs)
-        products = (seen.transpose(1, 2) @ seen).double()
-        self._products = products if self.rows == 0 else self._products + products
+        products = [(part.transpose(1, 2) @ part).double() for part in torch.split(seen, self.block, 2)]
+        before = self._products if self.rows else [torch.zeros(1)] * len(products)
+        self._products = [old + new for old, new in zip(before, products, strict=True)]
         self.rows += most
 
-    def matrices(self) -> torch.Tensor:
-        """Return the moments (groups, inputs, inputs) in float64."""
-        return self._products / self.rows
+    def matrices(self) -> list[torch.Tensor]:
+        """Return for each block the moments (groups, inputs of the block, inputs of the block) in float64."""
+        return [products / self.rows for products in self._products]
+
+
+def block_of(site: Site, multiple: int) -> int:
+    """Return how many inputs share a matrix: all where that fits in memory, else a multiple of `multiple`."""
+    if site.inputs <= WIDEST:
+        return site.inputs
+    return max(1, MEMORY // 2 // (8 * site.inputs) // multiple) * multiple
 
 
 def gather(
-    program: Program, sites: Sequence[Site], batches: Sequence[Batch], progress: Progress
+    program: Program, sites: Sequence[Site], batches: Sequence[Batch], multiple: int, progress: Progress
 ) -> Iterator[tuple[Site, Moments]]:
     """Yield each site with the moments of its inputs, in order.
+
+    Args:
+        program: what the batches are run through.
+        sites: of it.
+        batches: calibration samples.
+        multiple: blocks of inputs, where not all fit in one, are a multiple of this.
+        progress: is told.
 
     Raises:
         DataError: a value on the way is NaN or infinite.
     """
-    for portion in portions(sites, lambda site: 8 * site.calls[0].groups * site.inputs**2):
-        found = {site.weight_name: Moments() for site in portion}
+    for portion in portions(sites, lambda site: 8 * site.calls[0].groups * site.inputs * block_of(site, multiple)):
+        found = {site.weight_name: Moments(block_of(site, multiple)) for site in portion}
         wanted = {call.node: (call, found[site.weight_name]) for site in portion for call in site.calls}
         for batch in progress.track(batches, "measuring inputs", len(batches)):
             stepper = Stepper(program, [batch])
@@ -75,7 +95,7 @@ def gather(
                     moments.update(call, x, stepper.values[node][0])
         for site in portion:
             moments = found[site.weight_name]
-            if moments.rows and not bool(torch.isfinite(moments.matrices()).all()):
+            if not all(map(all_finite, moments.matrices())):
                 raise DataError(
                     f"The calibration data makes the input of `{site.weight_name}` NaN or infinite. Leave out the "
                     "samples that do, or check that they are scaled as in training."

@@ -17,6 +17,8 @@ from graphopt.capturing import capture
 from graphopt.context import Context
 from graphopt.errors import DataError, PassError, UsageError
 from graphopt.options import build
+from graphopt.passes.sparsity import moments as moments_module
+from graphopt.passes.sparsity.layers import find_sites
 from graphopt.passes.sparsity.selection import fit, sparsify
 from graphopt.passes.sparsity24 import Sparsity24, Sparsity24Options, Sparsity24Plan
 from graphopt.pipeline import Pipeline
@@ -178,8 +180,57 @@ def test_without_data_by_magnitude(program: Program) -> None:
 
 def test_too_few_samples_are_not_refitted_to(program: Program, data: Tensor) -> None:
     plan = plan_of(program, data[:16])
-    assert not plan.layers["mixing"]["refit"]  # 16 rows for 16 inputs
+    assert not plan.layers["mixing"]["refit"]
     assert plan.layers["down.weight"]["refit"]
+    assert reasons(plan)["mixing"] == (
+        "made sparse, but not refitted: 16 samples (pixels, tokens) for 16 inputs, of 32 needed"
+    )
+    assert "mixing" not in reasons(plan_of(program, data[:16], refit=False))
+    assert "mixing" not in reasons(plan_of(program, data))
+
+
+def test_what_there_is_no_data_for_is_said(program: Program, data: Tensor) -> None:
+    assert reasons(plan_of(program))["the program"] == "chosen by magnitude and not refitted: there is no data"
+    assert reasons(plan_of(program, refit=False))["the program"] == "chosen by magnitude: there is no data"
+    assert reasons(plan_of(program, criterion="magnitude"))["the program"] == "not refitted: there is no data"
+    assert "the program" not in reasons(plan_of(program, criterion="magnitude", refit=False))
+    assert "the program" not in reasons(plan_of(program, data))
+
+
+def test_a_layer_too_wide_for_one_matrix_is_settled_in_blocks(
+    program: Program, data: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = plan_of(program, data)
+    monkeypatch.setattr(moments_module, "WIDEST", 64)
+    monkeypatch.setattr(moments_module, "MEMORY", 2 * 8 * 144 * 50)  # 48 of the 144 inputs of two layers
+    plan = plan_of(program, data)
+    assert {name: entry["block"] for name, entry in whole.layers.items()} == {
+        "down.weight": 144,
+        "grouped.weight": 144,
+        "hidden.weight": 32,
+        "mixing": 16,
+    }
+    assert plan.layers["down.weight"]["block"] == plan.layers["grouped.weight"]["block"] == 48
+    assert plan.sites == SPARSE
+    magnitude = output_error(program, plan_of(program, data, criterion="magnitude", refit=False), data)
+    assert output_error(program, whole, data) < output_error(program, plan, data) < 0.7 * magnitude
+
+
+def test_blocks_are_the_diagonal_of_the_whole() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Conv1d(16, 16, 3, groups=2), nn.Linear(14, 16))
+    program = capture(model, torch.randn(2, 16, 16))
+    (site,) = [site for site in find_sites(program.graph_module)[0] if site.weight_name == "1.weight"]
+    x = torch.randn(4, 16, 16)
+    found = []
+    for block in (24, 8):
+        known = moments_module.Moments(block)
+        known.update(site.calls[0], x, torch.zeros(4, 16, 14))
+        found.append(known.matrices())
+    (whole,), parts = found
+    assert whole.shape == (2, 24, 24)
+    for index, part in enumerate(parts):
+        here = slice(8 * index, 8 * index + 8)
+        torch.testing.assert_close(part, whole[:, here, here])
 
 
 def test_a_weight_that_is_not_finite_is_left_dense() -> None:
