@@ -16,13 +16,15 @@ from graphopt.axes.rewrite import remove
 from graphopt.bench import Spread
 from graphopt.capturing import capture
 from graphopt.context import Context
-from graphopt.cost import cost
+from graphopt.cost import Cost, cost
 from graphopt.options import build
 from graphopt.passes.prune import Prune, PruneOptions, PruningPlan
 from graphopt.passes.pruning import search
 from graphopt.passes.pruning.allocation import Allocation
 from graphopt.passes.pruning.giving_back import give_back
+from graphopt.passes.pruning.operations import Kept
 from graphopt.passes.pruning.ranking import Ranking
+from graphopt.passes.pruning.sizes import Sizes
 from graphopt.program import Program
 from graphopt.target import IntegerFormat, TargetDescription
 
@@ -135,6 +137,19 @@ def test_without_giving_back_much_less_than_the_target_is_left(monkeypatch: pyte
     monkeypatch.setattr(search, "give_back", lambda counts, *others: counts)
     plan = plan_of(Cnn, flops=0.5, round_to=16)
     assert float(plan.measured["flops left"]) < 0.4
+
+
+class Wrong(Sizes):
+    """Predicts that everything costs nothing."""
+
+    def cost(self, kept: Kept) -> Cost:
+        return Cost(0, 0, 0)
+
+
+def test_a_wrong_prediction_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = plan_of(Cnn, flops=0.5, round_to=16)
+    monkeypatch.setattr(search, "Sizes", Wrong)
+    assert plan_of(Cnn, flops=0.5, round_to=16).groups == expected.groups
 
 
 def test_an_override_is_not_given_back() -> None:
