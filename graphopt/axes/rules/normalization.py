@@ -18,8 +18,6 @@ def _per_channel(call: Call, dims: Dims, channel: int) -> None:
 def channel_statistics(call: Call) -> Dims:
     dims = call.dims("input")
     _per_channel(call, dims, 1)
-    if "training" in call.names() and call.arg("training"):
-        call.freeze((dims[0], *dims[2:]), "statistics of the batch are kept")
     return dims
 
 
@@ -32,8 +30,6 @@ def channel_statistics(call: Call) -> Dims:
 def native_batch_norm(call: Call) -> list[Dims | None]:
     dims = call.dims("input")
     _per_channel(call, dims, 1)
-    if "training" in call.names() and call.arg("training"):
-        call.freeze((dims[0], *dims[2:]), "statistics of the batch are kept")
     results: list[Dims | None] = [dims]
     for value in call.node.meta["val"][1:]:
         results.append((dims[1],) if tuple(value.shape) == (value.numel(),) and value.numel() else call.axes(()))

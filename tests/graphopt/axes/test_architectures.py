@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import Tensor, fx, nn
 
 from graphopt.axes.infer import Axes, infer
@@ -74,3 +75,23 @@ def test_whether_all_or_any_are_true_says_nothing_about_a_width() -> None:
     axes = prove(AllOrNothing(), torch.randn(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
     assert [group.size for group in axes.groups()] == [8]
     assert not axes.unknown
+
+
+class StandardisedByBatchNorm(nn.Module):
+    """Kernels standardised by a batch norm in training mode, over what a kernel sums (BiT)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 12, 3), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.inner.weight
+        flat = F.batch_norm(weight.reshape(1, 12, -1), None, None, training=True, momentum=0.0)
+        x = F.conv2d(self.stem(x).relu(), flat.reshape_as(weight), self.inner.bias)
+        return self.head(x.relu().mean((2, 3)))
+
+
+def test_kernels_standardised_by_a_batch_norm_lose_what_they_sum() -> None:
+    images = torch.randn(2, 3, 7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    axes = prove(StandardisedByBatchNorm(), images)
+    assert [group.size for group in axes.groups()] == [8, 12]
