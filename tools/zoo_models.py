@@ -17,6 +17,7 @@ import zoo_timm
 import zoo_torchvision
 import zoo_transformers
 import zoo_transformers_more
+import zoo_transformers_tasks
 import zoo_weights
 from zoo_subject import Build
 
@@ -30,6 +31,7 @@ def families() -> dict[str, Callable[[], dict[str, Build]]]:
         "torchvision": zoo_torchvision.subjects,
         "timm": zoo_timm.subjects,
         "transformers": lambda: zoo_transformers.subjects() | zoo_transformers_more.subjects(),
+        "tasks": zoo_transformers_tasks.subjects,
         "own": zoo_own.subjects,
         "attention": lambda: zoo_attention.subjects,
         "convolution": lambda: zoo_convolution.subjects,

@@ -187,8 +187,8 @@ _IMAGE: dict[str, tuple[str, dict[str, Any], str, int]] = {
 }
 
 
-class _Tensors(nn.Module):
-    """Returns the first tensor of a model's output, called with inputs by name."""
+class FirstTensor(nn.Module):
+    """Returns the first tensor of a model's output that is no loss, called with inputs by name."""
 
     def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
         super().__init__()
@@ -197,7 +197,7 @@ class _Tensors(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         output = self.model(**dict(zip(self.names, inputs, strict=True)), return_dict=True)
-        return next(value for value in output.values() if isinstance(value, Tensor))
+        return next(value for name, value in output.items() if isinstance(value, Tensor) and name != "loss")
 
 
 def subjects() -> dict[str, Build]:
@@ -214,7 +214,7 @@ def subjects() -> dict[str, Build]:
     return found
 
 
-def _make(config: str, options: dict[str, Any], model: str) -> nn.Module:
+def make(config: str, options: dict[str, Any], model: str) -> nn.Module:
     without_torchvision_operators()
     import transformers
 
@@ -223,31 +223,31 @@ def _make(config: str, options: dict[str, Any], model: str) -> nn.Module:
     return kind(settings).eval()
 
 
-def _tokens() -> Tensor:
+def tokens() -> Tensor:
     return torch.randint(3, WORDS, (2, _LENGTH), generator=torch.Generator().manual_seed(0))
 
 
 def of_text(config: str, options: dict[str, Any], model: str) -> Build:
     def build() -> Subject:
         names: tuple[str, ...] = ("input_ids", "attention_mask")
-        inputs = [_tokens(), torch.ones(2, _LENGTH, dtype=torch.long)]
+        inputs = [tokens(), torch.ones(2, _LENGTH, dtype=torch.long)]
         if config in ("FNetConfig", "MambaConfig"):
             names, inputs = names[:1], inputs[:1]
         if model == "T5ForConditionalGeneration":
-            names, inputs = (*names, "decoder_input_ids"), [*inputs, _tokens()[:, :5]]
-        return Subject(_Tensors(_make(config, options, model), names), tuple(inputs))
+            names, inputs = (*names, "decoder_input_ids"), [*inputs, tokens()[:, :5]]
+        return Subject(FirstTensor(make(config, options, model), names), tuple(inputs))
 
     return build
 
 
 def of_image(config: str, options: dict[str, Any], model: str, size: int) -> Build:
-    return lambda: Subject(_Tensors(_make(config, options, model), ("pixel_values",)), (image(size),))
+    return lambda: Subject(FirstTensor(make(config, options, model), ("pixel_values",)), (image(size),))
 
 
 def _clip() -> Subject:
     options = {"text_config": _TEXT_TOWER, "vision_config": {**VISION, "projection_dim": 32}, "projection_dim": 32}
-    model = _Tensors(_make("CLIPConfig", options, "CLIPModel"), ("input_ids", "pixel_values"))
-    return Subject(model, (_tokens(), image(32)))
+    model = FirstTensor(make("CLIPConfig", options, "CLIPModel"), ("input_ids", "pixel_values"))
+    return Subject(model, (tokens(), image(32)))
 
 
 def _speech(config: str, model: str) -> Build:
@@ -260,10 +260,10 @@ def _speech(config: str, model: str) -> Build:
         "num_conv_pos_embedding_groups": 4,
         "num_conv_pos_embeddings": 16,
     }
-    return lambda: Subject(_Tensors(_make(config, options, model), ("input_values",)), (torch.randn(2, 400),))
+    return lambda: Subject(FirstTensor(make(config, options, model), ("input_values",)), (torch.randn(2, 400),))
 
 
 def _whisper() -> Subject:
     sizes = {**BART, "num_mel_bins": 16, "max_source_positions": 20, "pad_token_id": 0}
-    model = _make("WhisperConfig", sizes, "WhisperModel").get_submodule("encoder")
-    return Subject(_Tensors(model, ("input_features",)), (torch.randn(2, 16, 40),))
+    model = make("WhisperConfig", sizes, "WhisperModel").get_submodule("encoder")
+    return Subject(FirstTensor(model, ("input_features",)), (torch.randn(2, 16, 40),))
