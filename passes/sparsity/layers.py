@@ -19,6 +19,7 @@ from torch import fx
 
 from graphopt.finite import all_finite
 from graphopt.graph import constant, tensor_attribute
+from graphopt.passes.residuals.layers import Layers
 from graphopt.passes.weighted_calls import WeightedCall, is_layer, uses, weighted_call
 from graphopt.plan import Refusal
 from graphopt.target import SparseFormat
@@ -46,12 +47,15 @@ def find_sites(gm: fx.GraphModule) -> tuple[list[Site], list[Refusal]]:
     """List the weights of linear layers and convolutions, and the layers whose weight is none or not theirs alone."""
     by_weight: dict[int, list[WeightedCall]] = {}
     refusals = []
+    layers = Layers(gm)
     for node in gm.graph.nodes:
         call = weighted_call(node, gm)
         if call is not None:
             by_weight.setdefault(id(constant(call.weight, gm)), []).append(call)
         elif is_layer(node):
             refusals.append(Refusal(node.name, "its weight is computed, or stored as integers"))
+        elif node in layers:
+            refusals.append(Refusal(node.name, "its weight is no stored matrix of a plain product (fold stores some)"))
     sites = []
     for calls in by_weight.values():
         name = calls[0].weight_name

@@ -315,6 +315,31 @@ def test_bad_input_says_what_is_possible(program: Program) -> None:
         Sparsity24().apply(other, plan_of(program))
 
 
+def test_a_weight_that_is_transposed_first_is_named_and_sparse_once_folded(tmp_path: Path) -> None:
+    """The other way round: stored (out, in), read as its transpose; in the file (in, out), sparse along the rows."""
+
+    class Transposed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.w, self.last = nn.Linear(16, 32), nn.Parameter(torch.randn(16, 32)), nn.Linear(16, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(F.relu(F.relu(self.first(x)) @ self.w.T))
+
+    program = capture(Transposed(), torch.randn(2, 5, 16))
+    found = reasons(plan_of(program))
+    assert found["matmul"] == "its weight is no stored matrix of a plain product (fold stores some)"
+    ctx = Context(original=program, targets=(TENSORRT,), samples=TensorSamples((torch.randn(64, 5, 16),)))
+    for passes in ("fold,sparsity24", "fold,sparsity24,int8"):
+        result = run(Pipeline.parse(passes), program, ctx).programs["tensorrt"]
+        artifact = TensorRTBackend().lower(result, tmp_path / "tensorrt.onnx")
+        assert artifact.facts["sparse_layers"] == 1
+        stored = [tensor.const_value.numpy() for tensor in ir.load(artifact.path).graph.initializers.values()]
+        (weight,) = [array for array in stored if array.shape == (32, 16)]
+        assert _sparse(weight.T)
+        assert weight.dtype == (np.int8 if "int8" in passes else np.float32)
+
+
 # Onwards
 
 
