@@ -130,10 +130,23 @@ def _examine(row: Row, subject: Subject, ratio: float, criterion: Criterion) -> 
 
 
 def _same_shapes(program: Program, pruned: fx.GraphModule) -> None:
+    """Run both and compare the sizes of their outputs, but for those that depend on what the model computes."""
+    fixed = [
+        [isinstance(size, int) for size in value.meta["val"].shape]
+        for value in program.graph.output_node().all_input_nodes
+        if isinstance(value.meta["val"], torch.Tensor)
+    ]
+
     def shapes(gm: Any) -> list[tuple[int, ...]]:
         with torch.no_grad():
             outputs = pytree.tree_leaves(gm(*program.example_args, **program.example_kwargs))
-        return [tuple(leaf.shape) for leaf in outputs if isinstance(leaf, torch.Tensor)]
+        tensors = [leaf for leaf in outputs if isinstance(leaf, torch.Tensor)]
+        if len(tensors) != len(fixed):
+            return [tuple(leaf.shape) for leaf in tensors]
+        return [
+            tuple(s if f else -1 for s, f in zip(t.shape, flags, strict=True))
+            for t, flags in zip(tensors, fixed, strict=True)
+        ]
 
     before, after = shapes(program.graph_module), shapes(pruned)
     if before != after:
