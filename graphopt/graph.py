@@ -20,10 +20,11 @@ from torch.utils import _pytree as pytree
 
 from graphopt.errors import PassError
 from graphopt.provenance import Origin, op_name, origin, record, user_line
+from graphopt.regions import Region, inputs, region, regions, results
 
 
 def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
-    """Return a copy of `gm` with its own graph and module tree that shares every tensor.
+    """Return a copy of `gm` with its own graph, bodies of regions and module tree that shares every tensor.
 
     Metadata dictionaries are copied one level deep; `meta["val"]` and the tensors are shared and must not be
     written to.
@@ -36,7 +37,11 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     graph.set_codegen(gm.graph._codegen)
     for old, new in memo.items():
         new.meta = dict(old.meta)
-    return assemble(gm, graph)
+    copied = assemble(gm, graph)
+    for read in dict.fromkeys(str(read.target) for found in regions(copied) for read in found.reads):
+        path, _, leaf = read.rpartition(".")
+        setattr(copied.get_submodule(path), leaf, copy_graph_module(_attribute(copied, read)))
+    return copied
 
 
 def assemble(gm: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
@@ -156,7 +161,11 @@ class Editor:
         self.graph.erase_node(old)
 
     def propagate(self, node: fx.Node) -> None:
-        """Recompute `meta["val"]` of one call from those of its inputs."""
+        """Recompute `meta["val"]` of one call from those of its inputs; of a region, of every call in it too."""
+        found = region(node, self.gm)
+        if found is not None:
+            self._propagate_region(found)
+            return
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         try:
             # Without the Python dispatcher aten.pad, among others, fixes a symbolic batch to its example size.
@@ -176,6 +185,39 @@ class Editor:
             if node.op == "call_function" and (node in dirty or dirty.intersection(node.all_input_nodes)):
                 self.propagate(node)
                 dirty.add(node)
+
+    def _propagate_region(self, found: Region) -> None:
+        for body in found.bodies:
+            for position, (inner, operand) in enumerate(zip(inputs(body), found.operands, strict=True)):
+                value = operand.meta["val"] if isinstance(operand, fx.Node) else operand
+                inner.meta["val"] = self._like(inner.meta["val"], value, skip=found.sliced(position))
+            with found.context():
+                within = Editor(body, self._made_by)
+                within._mode = self._mode
+                within.propagate_from(node for node in body.graph.nodes if not node.all_input_nodes)
+        flowing = [value.meta["val"] if isinstance(value, fx.Node) else value for value in results(found.main)]
+        was = found.node.meta["val"]
+        now = [
+            self._like(old, value, stacked=found.stacked(position))
+            for position, (old, value) in enumerate(zip(was, flowing, strict=True))
+        ]
+        found.node.meta["val"] = type(was)(now)
+
+    def _like(self, was: Any, now: Any, *, skip: bool = False, stacked: bool = False) -> Any:
+        """Return a fake tensor of the dtype and static sizes of `now`; its dynamic sizes have the symbols of `was`.
+
+        Args:
+            was: what was recorded so far, in symbols of its own.
+            now: what flows there.
+            skip: `now` has one more dimension, in front.
+            stacked: `was` has one more dimension, in front.
+        """
+        if not isinstance(was, torch.Tensor) or not isinstance(now, torch.Tensor):
+            return was
+        sizes = [*was.shape[:1], *now.shape] if stacked else list(now.shape[1:] if skip else now.shape)
+        kept = [old if isinstance(old, torch.SymInt) else new for old, new in zip(was.shape, sizes, strict=True)]
+        with self._mode:
+            return was.new_empty(kept, dtype=now.dtype)
 
     def fake(self, tensor: torch.Tensor) -> FakeTensor:
         """Return the fake tensor that stands for a parameter or buffer in the graph's metadata."""

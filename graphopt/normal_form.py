@@ -1,7 +1,7 @@
 """Bring a freshly captured graph to the form every analysis and pass relies on.
 
 1. Regions that only switch gradients off (`torch.no_grad()` in a forward) are inlined: a program is one flat
-   graph. Regions that change what is computed (`cond`, autocast that is on) stay.
+   graph. Regions that change what is computed (`cond`, autocast that is on) stay, their bodies in normal form.
 2. In-place operators become their functional twins (`relu_` -> `relu`) wherever nobody else sees the write.
    Those that others do see (a write through a view of a value used later, to an input, to a buffer) stay.
 """
@@ -17,29 +17,34 @@ from torch._ops import OpOverload
 
 from graphopt.aliasing import Storages, sharing_memory
 from graphopt.graph import assemble, erase_dead
+from graphopt.regions import graph_modules
 
 _SET_GRAD = "wrap_with_set_grad_enabled"
 _AUTOCAST = "wrap_with_autocast"
 
 
 def normalise(gm: fx.GraphModule) -> fx.GraphModule:
-    """Return `gm` in normal form. The graph is changed in place, the module around it is new."""
-    while _inline_regions(gm):
-        pass
-    _make_functional(gm.graph)
-    # Identities that only exist so that a Python constant is not written to.
-    storages = Storages(gm.graph)
-    for node in list(gm.graph.nodes):
+    """Return `gm` in normal form. The graphs are changed in place, the module around the outer one is new."""
+    for module in graph_modules(gm):
+        while _inline_regions(module):
+            pass
+        _make_functional(module.graph, inside=module is not gm)
+        _drop_identities(module.graph)
+        erase_dead(module.graph)
+        module.graph.lint()
+        module.recompile()
+    return assemble(gm, gm.graph)
+
+
+def _drop_identities(graph: fx.Graph) -> None:
+    """Erase what only exists so that a Python constant is not written to."""
+    storages = Storages(graph)
+    for node in list(graph.nodes):
         if node.target is torch.ops.aten.lift_fresh_copy.default and storages.writes(node):
             continue  # without the copy every call would write to the constant again
         if node.target in (torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.detach_.default):
             node.replace_all_uses_with(node.args[0])
-            gm.graph.erase_node(node)
-    erase_dead(gm.graph)
-    result = assemble(gm, gm.graph)
-    result.graph.lint()
-    result.recompile()
-    return result
+            graph.erase_node(node)
 
 
 def _inline_regions(gm: fx.GraphModule) -> bool:
@@ -69,10 +74,10 @@ def _inline(gm: fx.GraphModule, call: fx.Node, body: fx.GraphModule, operands: I
             if node.op == "output":
                 results = fx.map_arg(node.args[0], values.__getitem__)
                 break
-            if node.op == "get_attr":
-                setattr(gm, node.target, getattr(body, node.target))
             values[node] = gm.graph.node_copy(node, values.__getitem__)
             values[node].meta = dict(node.meta)
+            if node.op == "get_attr":
+                values[node].target = _adopt(gm, body, str(node.target))
     if isinstance(results, tuple | list):
         for user in list(call.users):  # getitem(call, i)
             user.replace_all_uses_with(results[_index(user)])
@@ -82,20 +87,32 @@ def _inline(gm: fx.GraphModule, call: fx.Node, body: fx.GraphModule, operands: I
     gm.graph.erase_node(call)
 
 
+def _adopt(gm: fx.GraphModule, body: fx.GraphModule, name: str) -> str:
+    """Give `gm` what `body` holds under a name; return its name there, where another may have the same."""
+    held = getattr(body, name)
+    own, count = name, 0
+    while getattr(gm, own, held) is not held:
+        count += 1
+        own = f"{name}_{count}"
+    setattr(gm, own, held)
+    return own
+
+
 def _index(getitem: fx.Node) -> int:
     index = getitem.args[1]
     assert isinstance(index, int)  # a region returns a tuple
     return index
 
 
-def _make_functional(graph: fx.Graph) -> None:
+def _make_functional(graph: fx.Graph, *, inside: bool) -> None:
+    """Replace in-place operators; what is written to an input of a body (`inside`) is seen outside it."""
     order = {node: index for index, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
         twin = _functional_twin(node.target)
         if twin is None or not isinstance(node.args[0], fx.Node):
             continue
         written = node.args[0]
-        if _seen_by_others(node, written, order):
+        if _seen_by_others(node, written, order, inside):
             continue
         value = written.meta.get("val")
         if not isinstance(value, torch.Tensor) or value.dtype != node.meta["val"].dtype:
@@ -121,7 +138,7 @@ def _functional_twin(target: Any) -> OpOverload | None:
     return twin if isinstance(twin, OpOverload) else None
 
 
-def _seen_by_others(write: fx.Node, written: fx.Node, order: dict[fx.Node, int]) -> bool:
+def _seen_by_others(write: fx.Node, written: fx.Node, order: dict[fx.Node, int], inside: bool) -> bool:
     """Whether anyone but the users of `written` and of `write` itself can see the write.
 
     A view taken after the write is a later use of what it was taken from, so only earlier values count.
@@ -129,6 +146,8 @@ def _seen_by_others(write: fx.Node, written: fx.Node, order: dict[fx.Node, int])
     later = order[write]
     members = sharing_memory(written)
     if any(member.op == "get_attr" for member in members):  # a buffer keeps the value between calls
+        return True
+    if inside and any(member.op == "placeholder" for member in members):
         return True
     return any(
         order[user] > later

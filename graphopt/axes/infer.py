@@ -23,7 +23,9 @@ from graphopt.axes.roles import Roles
 from graphopt.axes.sharing import Sharing
 from graphopt.axes.solver import Solver, equal
 from graphopt.errors import PassError
+from graphopt.graph import constant
 from graphopt.provenance import user_line
+from graphopt.regions import Region, graph_modules, inputs, region, results
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +56,8 @@ class Axes:
     """The layouts of one graph.
 
     Attributes:
-        layouts: for each tensor-valued node the layout of each dimension; several results: via their getitem.
+        layouts: for each tensor-valued node, those in regions included, the layout of each dimension; several
+            results: via their getitem.
         parameters: likewise for each parameter and buffer the graph reads, by qualified name.
         frozen: the reason of each axis that must stay whole, by axis id.
         unknown: the nodes of each operator that no rule covers, by operator name.
@@ -76,7 +79,9 @@ class Axes:
                     None if dims is None else tuple(annotated(layout) for layout in dims) for dims in known
                 ]
         self.parameters: dict[str, Dims] = {
-            str(node.target): dims for node, dims in self.layouts.items() if node.op == "get_attr"
+            str(node.target): dims
+            for node, dims in self.layouts.items()
+            if node.op == "get_attr" and node.graph is gm.graph
         }
         self.notes = {
             node: {key: annotated(layout) for key, layout in notes.items()} for node, notes in inference.notes.items()
@@ -90,8 +95,9 @@ class Axes:
                     if axis.frozen is not None:
                         self.frozen[axis.id] = axis.frozen
         self._groups, self._refusals = collect(gm, self.parameters, inference.roles, solver)
-        self._order = {node: index for index, node in enumerate(gm.graph.nodes)}
-        self._symbols: dict[Size, tuple[fx.Node, int]] | None = None
+        nodes = (node for module in graph_modules(gm) for node in module.graph.nodes)
+        self._order = {node: index for index, node in enumerate(nodes)}
+        self._symbols: dict[tuple[fx.Graph, Size], tuple[fx.Node, int]] | None = None
 
     def groups(self) -> list[Group]:
         """Return every axis that may lose indices, in order of its first producing weight."""
@@ -115,14 +121,14 @@ class Axes:
         return any(touches(layout, kept) for dims in shapes if dims is not None for layout in dims)
 
     def symbol_source(self, expression: Size, before: fx.Node) -> tuple[fx.Node, int] | None:
-        """Return the first node and dimension that has a dynamic size and cannot shrink, if before a node."""
+        """Return the first node of a graph and dimension that has a dynamic size, if before a node of that graph."""
         if self._symbols is None:
             self._symbols = {}
             for node, dims in self.layouts.items():
                 for d, layout in enumerate(dims):
                     if isinstance(layout, Axis) and not isinstance(layout.size, int):
-                        self._symbols.setdefault(layout.size, (node, d))
-        found = self._symbols.get(expression)
+                        self._symbols.setdefault((node.graph, layout.size), (node, d))
+        found = self._symbols.get((before.graph, expression))
         return found if found is not None and self._order[found[0]] < self._order[before] else None
 
     def stale(self, value: fx.Node, kept: Mapping[int, Sequence[int]], new_of: Mapping[fx.Node, fx.Node]) -> bool:
@@ -165,23 +171,81 @@ class _Inference:
         self.unknown: dict[str, list[fx.Node]] = {}
         self._rules = rules
         self._sharing = Sharing(gm, self.solver)
+        self._entered: dict[fx.GraphModule, None] = {}
         for node in gm.graph.nodes:
-            self._visit(node)
+            if node.op == "output":
+                for value in node.all_input_nodes:
+                    self._freeze([value], f"reaches graph output `{value.name}`")
+            elif node.op == "placeholder":
+                reason = f"reaches graph input `{node.name}`"
+                self.known[node] = self._fresh(node.meta.get("val"), reason)
+            elif node.op == "get_attr":
+                self.known[node] = self._sharing.dims(node)
+                self.roles.read(node, str(node.target))
+            else:
+                self._visit(node, gm)
         self._freeze_size_arithmetic(gm.graph)
 
-    def _visit(self, node: fx.Node) -> None:
-        if node.op == "output":
-            for value in node.all_input_nodes:
-                self._freeze([value], f"reaches graph output `{value.name}`")
-        elif node.op == "placeholder":
-            reason = f"reaches graph input `{node.name}`"
-            self.known[node] = self._fresh(node.meta.get("val"), reason)
-        elif node.op == "get_attr":
-            self.known[node] = self._sharing.dims(node)
-            self.roles.read(node, str(node.target))
-        else:
-            self.roles.call(node)
+    def _visit(self, node: fx.Node, gm: fx.GraphModule) -> None:
+        """State the equations of a call in the graph of `gm`."""
+        self.roles.call(node)
+        found = region(node, gm)
+        if found is None:
             self.known[node] = self._call(node)
+        elif self._entered.keys() & set(found.bodies):
+            self.known[node] = self._refuse(node, "inside a region whose body another shares,")
+        else:
+            self.known[node] = self._region(found)
+
+    def _region(self, found: Region) -> Result:
+        """State the equations of a region: those of its bodies, and that what flows in and out is the same."""
+        returned = [self._body(found, body) for body in found.bodies]
+        if found.form == "branches":
+            for then, other in zip(*returned, strict=True):
+                self._equate(found, then, other)
+        flowing = returned[found.bodies.index(found.main)]
+        for operand, after in zip(found.operands[: found.state], flowing, strict=False):
+            self._equate(found, self._dims(operand), after)
+        rounds = [self._dims(operand) for position, operand in enumerate(found.operands) if found.sliced(position)]
+        made: list[Dims | None] = []
+        for position, dims in enumerate(flowing):
+            stacked = dims is not None and found.stacked(position)
+            made.append((rounds[0][0], *dims) if stacked and rounds and rounds[0] and dims is not None else dims)
+        if _fits(found.node.meta["val"], made):
+            return made
+        returned_by_bodies = [value for body in found.bodies for value in results(body) if isinstance(value, fx.Node)]
+        self._freeze(returned_by_bodies, self._why(found.node, "ill-fitting region"))
+        return self._refuse(found.node, "ill-fitting region")
+
+    def _body(self, found: Region, body: fx.GraphModule) -> list[Dims | None]:
+        """Walk the graph of a body; return the layouts of what it returns."""
+        self._entered[body] = None
+        for position, (node, operand) in enumerate(zip(inputs(body), found.operands, strict=True)):
+            dims = self._dims(operand)
+            sliced = found.sliced(position)
+            if sliced and dims is not None:
+                self.solver.freeze(dims[0], self._why(found.node, "gone through step by step in"))
+                dims = dims[1:]
+            self.known[node] = dims
+            if isinstance(operand, fx.Node) and position >= found.state:
+                self.roles.hand(node, operand, whole=not sliced)
+        for node in body.graph.nodes:
+            if node.op == "get_attr":  # a constant of the body's own
+                self.known[node] = self._fresh(constant(node, body), self._why(found.node, "held by"))
+            elif node.op == "call_function":
+                self._visit(node, body)
+        self._freeze_size_arithmetic(body.graph)
+        return [self._dims(value) for value in results(body)]
+
+    def _dims(self, value: Any) -> Dims | None:
+        known = self.known.get(value) if isinstance(value, fx.Node) else None
+        return known if isinstance(known, tuple) else None
+
+    def _equate(self, found: Region, one: Dims | None, other: Dims | None) -> None:
+        """State that two values that flow to the same place are alike."""
+        if one is not None and other is not None and len(one) == len(other):
+            for a, b in zip(one, other, strict=True):
+                self.solver.unify(a, b, f"{operator_name(found.node.target)} (`{found.node.name}`)")
 
     def _call(self, node: fx.Node) -> Result:
         if "val" not in node.meta:
@@ -217,12 +281,15 @@ class _Inference:
         tensors = [argument for argument in node.all_input_nodes if self.known.get(argument) is not None]
         if not tensors and not _has_tensor(value):
             return None  # arithmetic on sizes
-        name = operator_name(node.target)
-        self.unknown.setdefault(name, []).append(node)
-        line = user_line(node)
-        reason = f"{why} {name} at `{node.name}`" + (f" ({line})" if line else "")
+        self.unknown.setdefault(operator_name(node.target), []).append(node)
+        reason = self._why(node, why)
         self._freeze(tensors, reason)
         return self._fresh(value, reason)
+
+    def _why(self, node: fx.Node, why: str) -> str:
+        """Return a freezing reason that names a call and where it stands in the user's code."""
+        line = user_line(node)
+        return f"{why} {operator_name(node.target)} at `{node.name}`" + (f" ({line})" if line else "")
 
     def _freeze(self, nodes: Iterable[fx.Node], reason: str) -> None:
         for node in nodes:

@@ -14,6 +14,7 @@ value are gone follows from those, operator by operator (`graphopt.axes.oracle`)
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from torch import Tensor, fx
 from torch.fx._pytree import tree_flatten_spec
 from torch.utils import _pytree as pytree
 
-from graphopt.axes.oracle.run import Kept, MaskedRun, PlainRun
+from graphopt.axes.oracle.run import Kept, MaskedRun, PlainRun, branching_depth, names
 from graphopt.axes.oracle.value import Value, compact, known_or_counted
 from graphopt.axes.randomise import randomise
 from graphopt.errors import VerifyError
@@ -55,6 +56,8 @@ class _Findings:
 def masked_outputs(gm: fx.GraphModule, removed: Kept, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
     """Run a program in float64 with removed positions masked; return its flat tensor outputs.
 
+    Of branches (`torch.cond`) the first is taken, whatever the data say.
+
     Args:
         gm: the original program's graph module.
         removed: for each parameter or buffer by name, for each dimension, the sorted indices that are kept.
@@ -64,9 +67,9 @@ def masked_outputs(gm: fx.GraphModule, removed: Kept, inputs: Sequence[Any]) -> 
         VerifyError: an output has removed positions.
         CannotProveError: an operator takes removed positions and has no rule that says what masking means.
     """
-    run = MaskedRun(gm, removed, inputs, _Reader(gm))
+    run = MaskedRun(gm, removed, inputs, _Reader(gm), [0] * branching_depth(gm))
     with torch.no_grad():
-        outputs = next(value for node, value in run if node.op == "output")
+        outputs = next(value for _, node, value in run if node.op == "output")
     return tuple(_whole_output(leaf) for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Value))
 
 
@@ -102,13 +105,16 @@ def check_masked_equivalence(
     _check_kinds(original, pruned, kept)
     random = randomise(original, generator)
     inputs = _flat_inputs(random, args, kwargs or {})
-    left = MaskedRun(random, kept, _copies(inputs), _Reader(random))
-    right = PlainRun(pruned, _copies(inputs), _Reader(random, kept))
+    findings = _Findings()
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)  # what tensor factories without a dtype make
     try:
-        with torch.no_grad():
-            findings = _compare_runs(left, right, {node.name for node in original.graph.nodes})
+        # Every branch is proved, whichever the data would take.
+        for branches in itertools.product((0, 1), repeat=branching_depth(original)):
+            left = MaskedRun(random, kept, _copies(inputs), _Reader(random), branches)
+            right = PlainRun(pruned, _copies(inputs), _Reader(random, kept), branches)
+            with torch.no_grad():
+                _compare_runs(left, right, frozenset(names(original)), frozenset(names(pruned)), findings)
     finally:
         torch.set_default_dtype(default)
     logger.debug("masked equivalence: %d values compared, largest error %.2g", findings.compared, findings.error)
@@ -144,24 +150,31 @@ def _check_kinds(original: fx.GraphModule, pruned: fx.GraphModule, kept: Kept) -
             )
 
 
-def _compare_runs(left: MaskedRun, right: PlainRun, names: set[str]) -> _Findings:
-    """Step through both programs side by side; nodes that only one of them has are run but not compared."""
-    findings = _Findings()
-    pruned = iter(right)
-    present = {node.name for node in right.nodes}
-    for node, value in left:
-        if node.name not in present:
+def _compare_runs(
+    left: MaskedRun, right: PlainRun, original: frozenset[str], pruned: frozenset[str], findings: _Findings
+) -> None:
+    """Step through both programs side by side; nodes that only one of them has are run but not compared.
+
+    Args:
+        left: the original program.
+        right: the pruned one.
+        original: the names of all nodes of the former.
+        pruned: those of the latter.
+        findings: what has been seen so far, brought up to date.
+    """
+    steps = iter(right)
+    for name, node, value in left:
+        if name not in pruned:
             continue
-        for twin, found in pruned:
-            if twin.name == node.name:
+        for twin, _, found in steps:
+            if twin == name:
                 _compare(node, value, found, findings)
                 break
-            if twin.name in names:
+            if twin in original:
                 raise VerifyError(
-                    f"The pruned program runs `{twin.name}` before `{node.name}`, unlike the original: a removal keeps "
-                    "names and order of nodes, so this is a bug in the rewriting."
+                    f"The pruned program runs `{twin}` before `{name}`, unlike the original: a removal keeps names and "
+                    "order of nodes, so this is a bug in the rewriting."
                 )
-    return findings
 
 
 def _compare(node: fx.Node, value: Any, found: Any, findings: _Findings) -> None:

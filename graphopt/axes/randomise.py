@@ -23,6 +23,7 @@ from torch._ops import OpOverload
 
 from graphopt.graph import arguments, copy_graph_module
 from graphopt.program import Program
+from graphopt.regions import inputs, region
 
 _BIAS_DEVIATION = 0.3
 _LOW, _HIGH = 0.5, 1.5
@@ -68,7 +69,7 @@ def randomise(program: Program | fx.GraphModule, generator: torch.Generator) -> 
             continue
         key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
         if key not in drawn:
-            drawn[key] = _draw(tensor, _use(node), generator)
+            drawn[key] = _draw(tensor, _use(node, gm), generator)
         _store(owner, leaf, drawn[key])
     return gm
 
@@ -114,14 +115,21 @@ def _is_added(use: _Use) -> bool:
     return use.operator in _ADDS or (use.operator.startswith("addm") and use.argument == "self")
 
 
-def _use(node: fx.Node) -> _Use | None:
-    """Find what a parameter is used for, looking through views and copies of it."""
+def _use(node: fx.Node, gm: fx.GraphModule) -> _Use | None:
+    """Find what a parameter is used for, looking through views and copies of it and into regions."""
     for user in node.users:
+        inside = region(user, gm)
+        if inside is not None:
+            places = [position for position, operand in enumerate(inside.operands) if operand is node]
+            within = [(body, inputs(body)[position]) for body in inside.bodies for position in places]
+            found = next((use for body, entry in within if (use := _use(entry, body)) is not None), None)
+            if found is not None:
+                return found
         if not isinstance(user.target, OpOverload):
             continue
         operator = user.target._schema.name.split("::")[-1]
         if operator in _THROUGH:
-            found = _use(user)
+            found = _use(user, gm)
             if found is not None:
                 return found
             continue

@@ -23,6 +23,7 @@ from graphopt.axes.solver import equal
 from graphopt.errors import PassError
 from graphopt.graph import Editor, copy_graph_module, tensor_attribute
 from graphopt.provenance import user_line
+from graphopt.regions import graph_modules, inside, region
 
 Kept = Mapping[int, Sequence[int]]
 
@@ -58,7 +59,11 @@ def remove(gm: fx.GraphModule, axes: Axes, kept: Kept, made_by: str = "prune") -
     """
     wanted = _checked(axes, kept)
     result = copy_graph_module(gm)
-    new_of = dict(zip(gm.graph.nodes, result.graph.nodes, strict=True))
+    new_of = {
+        old: new
+        for one, other in zip(graph_modules(gm), graph_modules(result), strict=True)
+        for old, new in zip(one.graph.nodes, other.graph.nodes, strict=True)
+    }
     starts = _slice_parameters(axes, wanted, new_of, result)
     for old, rule in axes.rules.items():
         if rule.rewrite is not None and _concerned(axes, old, wanted):
@@ -68,9 +73,10 @@ def remove(gm: fx.GraphModule, axes: Axes, kept: Kept, made_by: str = "prune") -
     _propagate(Editor(result, made_by), starts)
     for old, dims in axes.layouts.items():
         _check(old, new_of[old], dims, wanted)
-    result.graph.eliminate_dead_code()
-    result.graph.lint()
-    result.recompile()
+    for module in graph_modules(result):
+        module.graph.eliminate_dead_code()
+        module.graph.lint()
+        module.recompile()
     return result
 
 
@@ -105,7 +111,7 @@ def _slice_parameters(axes: Axes, kept: Kept, new_of: Mapping[fx.Node, fx.Node],
     todo = slices(axes, kept)
     reads: list[fx.Node] = []
     for old, new in new_of.items():
-        if old.op != "get_attr" or str(old.target) not in todo:
+        if old.op != "get_attr" or old.graph is not axes.gm.graph or str(old.target) not in todo:
             continue
         name = str(old.target)
         original = tensor_attribute(axes.gm, name)
@@ -151,7 +157,11 @@ def _propagate(editor: Editor, starts: Iterable[fx.Node]) -> None:
     """Recompute metadata downstream of `starts`, as far as it changes: what is data-dependent keeps its symbols."""
     dirty = set(starts)
     for node in editor.graph.nodes:
-        if node.op != "call_function" or not (node in dirty or dirty.intersection(node.all_input_nodes)):
+        if node.op != "call_function":
+            continue
+        found = region(node, editor.gm)
+        within = inside(found) if found is not None else ()
+        if not (node in dirty or dirty.intersection(node.all_input_nodes) or dirty.intersection(within)):
             continue
         before = node.meta.get("val")
         editor.propagate(node)

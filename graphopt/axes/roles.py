@@ -36,10 +36,18 @@ class Roles:
         self.marks: list[tuple[Layout, str]] = []
         self.summed: list[Layout] = []  # in a product of two activations, query times key
         self._sources: dict[fx.Node, tuple[str, ...] | None] = {}
+        self._plain: dict[fx.Node, None] = {}  # reads of a parameter, and what is handed it as it is
 
     def read(self, node: fx.Node, name: str) -> None:
         """Note that `node` reads the parameter or buffer `name`."""
         self._sources[node] = (name,)
+        self._plain[node] = None
+
+    def hand(self, node: fx.Node, operand: fx.Node, *, whole: bool) -> None:
+        """Note that the input `node` of a region's body is an operand of the region, or a slice of it."""
+        self._sources[node] = self._sources.get(operand)
+        if whole and operand in self._plain:
+            self._plain[node] = None
 
     def call(self, node: fx.Node) -> None:
         """Derive whether a call is computed from weights alone from its inputs."""
@@ -58,7 +66,7 @@ class Roles:
 
     def add(self, role: Role, node: fx.Node, layout: Layout, dim: int) -> None:
         """Record that the weights behind `node` have a role for its dimension `dim`."""
-        self.records.append(Record(role, self.sources(node), layout, dim if node.op == "get_attr" else None))
+        self.records.append(Record(role, self.sources(node), layout, dim if node in self._plain else None))
 
     def mark(self, axes: Iterable[Axis], kind: str) -> None:
         """Record the kind of some axes."""

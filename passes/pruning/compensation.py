@@ -27,6 +27,7 @@ from graphopt.passes.pruning.residual_sums import Branch, branch_of, running_mea
 from graphopt.passes.weighted_calls import WeightedCall, is_layer, uses, weighted_call
 from graphopt.plan import Json, Refusal
 from graphopt.program import Program
+from graphopt.regions import inside, region
 from graphopt.stepping import Stepper
 
 WIDEST = 6144  # inputs of a group; the matrices of a wider one would take more than two gigabytes
@@ -103,6 +104,8 @@ class _Walk:
                     self._layer(call, twin)
                 elif is_layer(node):
                     self._leave(node.name, "its weight is computed")
+                else:
+                    self._leave_region(node)
             self._after.step()
         return self._found
 
@@ -131,6 +134,11 @@ class _Walk:
             self._found.tensors[name] = tensor
             self._after.replace(name, tensor)
         self._found.layers[call.weight_name] = {"before": before, "after": after, "ridge": correction.ridge}
+
+    def _leave_region(self, node: fx.Node) -> None:
+        found = region(node, self._gm)
+        if found is not None and any(is_layer(inner) for inner in inside(found)):
+            self._leave(node.name, "its layers run inside a region")
 
     def _leave(self, site: str, reason: str) -> None:
         if all(refusal.site != site for refusal in self._found.refusals):  # a shared weight is met at every use

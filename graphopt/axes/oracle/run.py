@@ -1,11 +1,15 @@
-"""Running graphs in float64 node by node: the original with removed positions masked, the pruned one plainly."""
+"""Running graphs in float64 node by node: the original with removed positions masked, the pruned one plainly.
+
+Regions are run node by node too. Data are to decide neither which branch is proved nor how long that takes: of branches
+the one asked for runs, and a loop goes a fixed number of rounds, its condition evaluated before each.
+"""
 
 from __future__ import annotations
 
 import importlib
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx
@@ -13,10 +17,12 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from graphopt.axes.oracle.step import Step, counts, find_rule, raw
-from graphopt.axes.oracle.value import CannotProveError, Dead, Value, broadcast, union, vector, whole
+from graphopt.axes.oracle.value import CannotProveError, Dead, Value, broadcast, joined, union, vector, whole
 from graphopt.provenance import user_line
+from graphopt.regions import Region, region, regions
 
 Read = Callable[[str], Any]
+_Steps: TypeAlias = Generator[tuple[str, fx.Node, Any], None, list[Any]]
 Kept = Mapping[str, Mapping[int, Sequence[int]]]
 
 # Half and single precision are computed in double: a proof is not to depend on rounding.
@@ -42,10 +48,51 @@ def doubled(value: Any) -> Any:
     return value.detach().to("cpu", _DOUBLE.get(value.dtype, value.dtype)) if isinstance(value, Tensor) else value
 
 
-class PlainRun:
-    """Runs a graph one node at a time, letting go of values after their last use."""
+_ROUNDS = 2  # of a loop: the second one sees what the first has made
 
-    def __init__(self, gm: fx.GraphModule, inputs: Sequence[Any], read: Read) -> None:
+
+def branching_depth(gm: fx.GraphModule) -> int:
+    """Return how deep branches lie in one another: 0 without any."""
+    return max(
+        (
+            (found.form == "branches") + max(branching_depth(body) for body in found.bodies)
+            for found in regions(gm)
+        ),
+        default=0,
+    )
+
+
+def names(gm: fx.GraphModule, path: str = "") -> Iterator[str]:
+    """Yield the names of all nodes as a run gives them; of one in a region: `cond/true_graph_0/relu`."""
+    for node in gm.graph.nodes:
+        yield path + node.name
+        found = region(node, gm)
+        if found is not None:
+            for read, body in zip(found.reads, found.bodies, strict=True):
+                yield from names(body, _inside(path, found, read))
+
+
+def _inside(path: str, found: Region, read: fx.Node) -> str:
+    return f"{path}{found.node.name}/{read.target}/"
+
+
+class PlainRun:
+    """Runs a graph one node at a time, letting go of values after their last use.
+
+    Args:
+        gm: the graph.
+        inputs: one for each placeholder.
+        read: returns a tensor of the graph module by its qualified name.
+        branches: which branch to take at each depth of branches in branches, 0 the first; data decide nothing.
+        path: what comes before the names of nodes.
+    """
+
+    def __init__(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], read: Read, branches: Sequence[int] = (), path: str = ""
+    ) -> None:
+        self._gm = gm
+        self._branches = branches
+        self._path = path
         self.nodes = list(gm.graph.nodes)
         self._inputs = iter(inputs)
         self._read = read
@@ -58,17 +105,64 @@ class PlainRun:
         for used, user in last.items():
             self._done_after.setdefault(user, []).append(used)
 
-    def __iter__(self) -> Iterator[tuple[fx.Node, Any]]:
-        """Yield each node with what it computes, in graph order."""
+    def __iter__(self) -> Iterator[tuple[str, fx.Node, Any]]:
+        """Yield the name of each node, the node and what it computes, in the order in which they run."""
         for node in self.nodes:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), self._values.__getitem__)
-            args, kwargs = pytree.tree_map_only((torch.dtype, torch.device), doubled, (args, kwargs))
-            value = self._compute(node, args, kwargs)
+            found = region(node, self._gm)
+            if found is not None:
+                value = yield from self._region(found)
+            else:
+                args, kwargs = fx.map_arg((node.args, node.kwargs), self._values.__getitem__)
+                args, kwargs = pytree.tree_map_only((torch.dtype, torch.device), doubled, (args, kwargs))
+                value = self._compute(node, args, kwargs)
             if node.users:
                 self._values[node] = value
-            yield node, value
+            yield self._path + node.name, node, value
             for used in self._done_after.get(node, ()):
                 del self._values[used]
+
+    def _region(self, found: Region) -> _Steps:
+        """Run a region; return what it computes."""
+        operands = [self._values[value] if isinstance(value, fx.Node) else value for value in found.operands]
+        if found.form == "branches":
+            return (yield from self._body(found, self._branches[0], operands, self._branches[1:]))
+        if found.form == "block":
+            return (yield from self._body(found, 0, operands))
+        if found.form == "loop":
+            for _ in range(_ROUNDS):
+                yield from self._body(found, 0, operands)
+                operands[: found.state] = yield from self._body(found, 1, operands)
+            return operands[: found.state]
+        state, sequences = operands[: found.state], operands[found.state : found.state + found.sequences]
+        made = []
+        for i in range(raw(sequences[0]).size(0)):
+            slices = [self._slice(sequence, i) for sequence in sequences]
+            results = yield from self._body(found, 0, [*state, *slices, *operands[found.state + found.sequences :]])
+            state = results[: found.state]
+            made.append(results[found.state :])
+        return [*state, *(self._stack(list(column)) for column in zip(*made, strict=True))]
+
+    def _body(
+        self, found: Region, which: int, operands: Sequence[Any], branches: Sequence[int] | None = None
+    ) -> _Steps:
+        """Run one body of a region; return what it returns, as a list."""
+        body = found.bodies[which]
+        run = type(self)._of_body(self, body, operands, self._branches if branches is None else branches)
+        run._path = _inside(self._path, found, found.reads[which])
+        value: Any = None
+        for name, node, value in run:
+            if node.op not in ("placeholder", "output"):
+                yield name, node, value
+        return list(value) if isinstance(value, list | tuple) else [value]
+
+    def _of_body(self, body: fx.GraphModule, operands: Sequence[Any], branches: Sequence[int]) -> PlainRun:
+        return PlainRun(body, operands, _Constants(body), branches)
+
+    def _slice(self, value: Any, index: int) -> Any:
+        return value[index]
+
+    def _stack(self, values: Sequence[Any]) -> Any:
+        return torch.stack(list(values))
 
     def _compute(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         if node.op == "placeholder":
@@ -96,9 +190,24 @@ class PlainRun:
 class MaskedRun(PlainRun):
     """Runs the original graph on values that know which of their positions are removed."""
 
-    def __init__(self, gm: fx.GraphModule, kept: Kept, inputs: Sequence[Any], read: Read) -> None:
-        super().__init__(gm, inputs, read)
+    def __init__(
+        self, gm: fx.GraphModule, kept: Kept, inputs: Sequence[Any], read: Read, branches: Sequence[int] = ()
+    ) -> None:
+        super().__init__(gm, inputs, read, branches)
         self._kept = kept
+
+    def _of_body(self, body: fx.GraphModule, operands: Sequence[Any], branches: Sequence[int]) -> MaskedRun:
+        return MaskedRun(body, {}, operands, _Constants(body), branches)
+
+    def _slice(self, value: Any, index: int) -> Any:
+        if value.dead[0] is not None:
+            raise CannotProveError("positions that a region goes through one by one are removed")
+        return Value(value.tensor[index], value.dead[1:], {d - 1: flags for d, flags in value.counted.items() if d})
+
+    def _stack(self, values: Sequence[Any]) -> Any:
+        dead, counted = joined(values)
+        tensor = torch.stack([value.tensor for value in values])
+        return Value(tensor, (None, *dead), {d + 1: flags for d, flags in counted.items()})
 
     def _input(self, value: Any) -> Any:
         return whole(value) if isinstance(value, Tensor) else value
@@ -132,6 +241,16 @@ class MaskedRun(PlainRun):
             raise _cannot_prove(node, str(err)) from err
         except Exception as err:  # rules are plugins: whatever one raises is about this call
             raise _cannot_prove(node, f"its rule failed ({type(err).__name__}: {err})") from err
+
+
+class _Constants:
+    """Reads what a body holds itself, in double precision."""
+
+    def __init__(self, body: fx.GraphModule) -> None:
+        self._body = body
+
+    def __call__(self, name: str) -> Any:
+        return doubled(operator.attrgetter(name)(self._body))
 
 
 def removed(tensor: Tensor, kept: Mapping[int, Sequence[int]]) -> Dead:

@@ -28,6 +28,8 @@ def recurrent(call: Call) -> list[Dims | None]:
     cells = _cells(call, directions)
     if len(cells[0]) % 2 == 0:
         call.unify(state, hidden)
+    else:
+        call.freeze(hidden, "torch knows a projected LSTM by a hidden size that is not the projected one")
     for index, weights in enumerate(cells):
         _cell(call, weights, features, hidden, state)
         if index % directions == directions - 1:

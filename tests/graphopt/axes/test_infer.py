@@ -301,37 +301,6 @@ def test_a_broken_plugin_says_one_line_and_breaks_nothing(
     assert lines == ["The axis rules `mylib` cannot be loaded: ZeroDivisionError: division by zero"]
 
 
-class Branches(nn.Module):
-    """A region between two layers."""
-
-    def __init__(self, region: Callable[[Branches, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.first, self.a, self.b, self.second = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
-        self.region = region
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.region(self, self.first(x)))
-
-
-def of_a_condition(m: Branches, x: Tensor) -> Tensor:
-    return torch.cond(x.sum() > 0, lambda t: m.a(t).relu(), lambda t: m.b(t), (x,))
-
-
-def of_other_precision(m: Branches, x: Tensor) -> Tensor:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        return m.a(x).to(x.dtype)
-
-
-@pytest.mark.parametrize(("region", "name"), [(of_a_condition, "cond"), (of_other_precision, "wrap_with_autocast")])
-def test_what_enters_a_region_is_kept_whole_and_the_region_is_named(
-    region: Callable[[Branches, Tensor], Tensor], name: str
-) -> None:
-    axes = axes_of(Branches(region), VECTOR)
-    assert axes.groups() == []
-    (reason,) = {r.reason for r in axes.refusals() if r.name == "first:hidden"}
-    assert reason.startswith(f"inside a region that is not looked into, {name} at `")
-
-
 @torch.library.custom_op("axes_tests::scale_channels", mutates_args=())
 def scale_channels(x: Tensor, scale: Tensor) -> Tensor:
     return x * scale

@@ -109,7 +109,7 @@ def test_groups_of_what_is_between(name: str) -> None:
 
 
 LAYERS: dict[str, tuple[Callable[..., Tensor], dict[str, nn.Module], int, list[int]]] = {
-    "projected": (lambda m, x: m.rnn(x)[0], {"rnn": nn.LSTM(8, 12, 2, batch_first=True, proj_size=6)}, 6, [8, 6, 12]),
+    "projected": (lambda m, x: m.rnn(x)[0], {"rnn": nn.LSTM(8, 12, 2, batch_first=True, proj_size=6)}, 6, [8, 6]),
     "both ways": (lambda m, x: m.rnn(x)[0], {"rnn": nn.GRU(8, 6, bidirectional=True, batch_first=True)}, 12, [8, 6]),
     "one step": (lambda m, x: m.cell(x[:, 0])[0], {"cell": nn.LSTMCell(8, 6)}, 6, [8, 6]),
     "one gated step": (lambda m, x: m.cell(x[:, 1], m.cell(x[:, 0])), {"cell": nn.GRUCell(8, 6)}, 6, [8, 6]),
