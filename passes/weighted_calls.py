@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from graphopt.graph import arguments, constant, tensor_attribute
+from graphopt.regions import inside, regions
 
 aten = torch.ops.aten
 Kind = Literal["linear", "matmul", "conv", "transposed conv"]
@@ -38,6 +39,8 @@ _OPERATORS: Mapping[Any, tuple[Kind, str, str, str]] = {
     aten.conv_transpose3d.input: ("transposed conv", "input", "weight", "bias"),
     aten.convolution.default: ("conv", "input", "weight", "bias"),
 }
+
+IN_A_REGION = "its layers run inside a region"
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +121,11 @@ def is_layer(node: fx.Node) -> bool:
     if node.op != "call_function" or node.target not in _OPERATORS:
         return False
     return node.target not in (aten.mm.default, aten.matmul.default)  # products of two values as often as layers
+
+
+def regions_with_layers(gm: fx.GraphModule) -> list[fx.Node]:
+    """List the regions (`torch.cond`, loops, autocast) inside which layers run, where no layer-wise pass reaches."""
+    return [found.node for found in regions(gm) if any(is_layer(node) for node in inside(found))]
 
 
 def weighted_call(node: fx.Node, gm: fx.GraphModule) -> WeightedCall | None:

@@ -12,7 +12,7 @@ from torch import fx
 
 from graphopt.errors import PassError
 from graphopt.graph import Editor, arguments, constant, tensor_attribute
-from graphopt.passes.weighted_calls import WeightedCall, uses, weighted_call
+from graphopt.passes.weighted_calls import IN_A_REGION, WeightedCall, regions_with_layers, uses, weighted_call
 from graphopt.plan import Refusal
 from graphopt.program import Program
 from graphopt.provenance import origin
@@ -45,7 +45,7 @@ def factor_names(weight: str) -> FactorNames:
 def factorisable(gm: fx.GraphModule, skip: Sequence[str]) -> tuple[list[WeightedCall], list[Refusal]]:
     """List the linear layers and 1x1 convolutions that could be factorised, and why the others cannot."""
     found: list[WeightedCall] = []
-    refusals: list[Refusal] = []
+    refusals = [Refusal(node.name, IN_A_REGION) for node in regions_with_layers(gm)]
     for node in gm.graph.nodes:
         call = weighted_call(node, gm)
         if call is None:

@@ -24,10 +24,16 @@ from graphopt.graph import tensor_attribute
 from graphopt.passes.pruning.layer_rows import as_matrices, as_weight, input_rows, output_rows, positions
 from graphopt.passes.pruning.least_squares import Correction, Sums, solve
 from graphopt.passes.pruning.residual_sums import Branch, branch_of, running_mean
-from graphopt.passes.weighted_calls import WeightedCall, is_layer, uses, weighted_call
+from graphopt.passes.weighted_calls import (
+    IN_A_REGION,
+    WeightedCall,
+    is_layer,
+    regions_with_layers,
+    uses,
+    weighted_call,
+)
 from graphopt.plan import Json, Refusal
 from graphopt.program import Program
-from graphopt.regions import inside, region
 from graphopt.stepping import Stepper
 
 WIDEST = 6144  # inputs of a group; the matrices of a wider one would take more than two gigabytes
@@ -104,9 +110,9 @@ class _Walk:
                     self._layer(call, twin)
                 elif is_layer(node):
                     self._leave(node.name, "its weight is computed")
-                else:
-                    self._leave_region(node)
             self._after.step()
+        for node in regions_with_layers(self._gm):
+            self._leave(node.name, IN_A_REGION)
         return self._found
 
     def _layer(self, call: WeightedCall, twin: fx.Node) -> None:
@@ -134,11 +140,6 @@ class _Walk:
             self._found.tensors[name] = tensor
             self._after.replace(name, tensor)
         self._found.layers[call.weight_name] = {"before": before, "after": after, "ridge": correction.ridge}
-
-    def _leave_region(self, node: fx.Node) -> None:
-        found = region(node, self._gm)
-        if found is not None and any(is_layer(inner) for inner in inside(found)):
-            self._leave(node.name, "its layers run inside a region")
 
     def _leave(self, site: str, reason: str) -> None:
         if all(refusal.site != site for refusal in self._found.refusals):  # a shared weight is met at every use

@@ -24,6 +24,7 @@ from graphopt.aliasing import Storages
 from graphopt.finite import all_finite
 from graphopt.graph import constant
 from graphopt.passes.quantization.kernels import HEAVY, Kernel, clamp_range, kernel_of
+from graphopt.passes.weighted_calls import IN_A_REGION, regions_with_layers
 from graphopt.plan import Refusal
 from graphopt.provenance import module_path, op_name
 from graphopt.quantization.ops import DEQUANTIZE
@@ -108,6 +109,7 @@ class _Placer:
             else:
                 self._place_follower(node, kernel, rule)
         self._place_reads()
+        self._result.refusals.extend(Refusal(node.name, IN_A_REGION) for node in regions_with_layers(self._gm))
         return self._result
 
     def _place_compute(self, node: fx.Node, kernel: Kernel, rule: OperatorRule) -> None:

@@ -20,7 +20,14 @@ from torch import fx
 from graphopt.finite import all_finite
 from graphopt.graph import constant, tensor_attribute
 from graphopt.passes.residuals.layers import Layers
-from graphopt.passes.weighted_calls import WeightedCall, is_layer, uses, weighted_call
+from graphopt.passes.weighted_calls import (
+    IN_A_REGION,
+    WeightedCall,
+    is_layer,
+    regions_with_layers,
+    uses,
+    weighted_call,
+)
 from graphopt.plan import Refusal
 from graphopt.target import SparseFormat
 
@@ -46,7 +53,7 @@ class Site:
 def find_sites(gm: fx.GraphModule) -> tuple[list[Site], list[Refusal]]:
     """List the weights of linear layers and convolutions, and the layers whose weight is none or not theirs alone."""
     by_weight: dict[int, list[WeightedCall]] = {}
-    refusals = []
+    refusals = [Refusal(node.name, IN_A_REGION) for node in regions_with_layers(gm)]
     layers = Layers(gm)
     for node in gm.graph.nodes:
         call = weighted_call(node, gm)

@@ -340,7 +340,19 @@ def test_bfloat16_weights_are_refused_with_the_way_out(tmp_path: Path) -> None:
 
 
 def test_constants_of_the_exporters_own_functions(tmp_path: Path) -> None:
-    program = capture(nn.EmbeddingBag(50, 16), torch.randint(0, 50, (4, 6)))
+    class Bag(nn.Module):
+        """One bag of all words, which is of no fixed size."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.bag = nn.EmbeddingBag(50, 16)
+            self.register_buffer("start", torch.tensor([0]))
+
+        def forward(self, words: Tensor) -> Tensor:
+            bag: Tensor = self.bag(words, self.start)
+            return bag
+
+    program = capture(Bag(), torch.randint(0, 50, (8,)))
     artifact = BACKEND.lower(program, tmp_path / "bag.onnx")
     assert BACKEND.verify(artifact, program) < 1e-5
 

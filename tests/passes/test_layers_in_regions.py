@@ -1,0 +1,31 @@
+"""What passes that work layer by layer say of layers inside a region, where they do not reach."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from graphopt.optimizing import optimize
+
+
+class Branching(nn.Module):
+    """A layer that always runs, and two of which one does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.left, self.right = nn.Linear(64, 96), nn.Linear(96, 64), nn.Linear(96, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = torch.cond(x.mean() > 0, self.left, self.right, (self.first(x).relu(),))
+        return result
+
+
+@pytest.mark.parametrize("text", ["svd:rank=16", "int8", "sparsity24:ends=yes", "prune:ratio=0.5"])
+def test_layers_inside_a_region_are_named(text: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randn(64, 64, generator=generator)
+    result = optimize(Branching(), data=data, passes=text, target="tensorrt" if "24" in text else "onnxruntime")
+    assert result.plans[-1].sites
+    said = {refusal.site: refusal.reason for refusal in result.plans[-1].refusals}
+    assert "its layers run inside a region" in said["cond"]
