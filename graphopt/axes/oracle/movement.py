@@ -22,6 +22,7 @@ from graphopt.axes.oracle.value import (
     union,
     vector,
 )
+from graphopt.axes.registry import operator_name
 
 
 @masked_rule(
@@ -97,7 +98,7 @@ def move(step: Step) -> Any:
     values = [value for name in names for value in pytree.tree_leaves(step[name])]
     moved = _moved(step, names[0], [value.dead for value in values])
     results, structure = pytree.tree_flatten(step.run())
-    counted = _moved(step, names[0], [known_or_counted(value) for value in values])
+    counted = _moved(step, names[0], [_countable(step, value) for value in values])
     found = []
     for result, dead, flags in zip(results, moved, counted, strict=True):
         new = {d: f for d, f in enumerate(flags) if f is not None and dead[d] is None}
@@ -105,11 +106,35 @@ def move(step: Step) -> Any:
     return pytree.tree_unflatten(found, structure)
 
 
+def _countable(step: Step, value: Value) -> Dead:
+    """Return what is removed or counted, but of a dimension that is cut into parts: how many fall into each is open."""
+    flags = list(known_or_counted(value))
+    if operator_name(step.target).removesuffix("_copy") in _CUTS:
+        dim = step.dim("dim", len(flags))
+        flags[dim] = value.dead[dim]
+    return tuple(flags)
+
+
 def _moved(step: Step, name: str, dead: Sequence[Dead]) -> list[Dead]:
     given, structure = pytree.tree_flatten(step[name])
     masks = [to_mask(value.tensor.shape, flags) for value, flags in zip(given, dead, strict=True)]
     moved = step.run(**{name: pytree.tree_unflatten(masks, structure)})
     return [from_mask(mask) for mask in pytree.tree_leaves(moved)]
+
+
+_CUTS = frozenset(
+    f"aten::{name}"
+    for name in (
+        "chunk",
+        "narrow",
+        "slice",
+        "split",
+        "split_with_sizes",
+        "tensor_split",
+        "unsafe_chunk",
+        "unsafe_split",
+    )
+)
 
 
 @masked_rule("aten::broadcast_tensors")

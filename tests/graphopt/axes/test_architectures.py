@@ -95,3 +95,21 @@ def test_kernels_standardised_by_a_batch_norm_lose_what_they_sum() -> None:
     images = torch.randn(2, 3, 7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     axes = prove(StandardisedByBatchNorm(), images)
     assert [group.size for group in axes.groups()] == [8, 12]
+
+
+class LastOfTheStates(nn.Module):
+    """States of two chunks side by side, made as zeros and read from both ends (xLSTM)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        states = torch.zeros(x.shape[0], 2 * h.shape[-1])
+        return self.second(h.tanh() * states[:, : h.shape[-1]].cos() + states[:, -h.shape[-1] :].exp())
+
+
+def test_zeros_are_read_from_both_ends() -> None:
+    axes = prove(LastOfTheStates(), torch.randn(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    assert [group.size for group in axes.groups()] == [8]
