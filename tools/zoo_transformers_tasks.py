@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from zoo_subject import Build, Subject
-from zoo_transformers import BART, CAUSAL, GROUPED, SIZES, T5, VISION, WIDTH, WORDS, FirstTensor, make
+from zoo_transformers import CAUSAL, GROUPED, SIZES, T5, VISION, WIDTH, WORDS, FirstTensor, make
 
 _Shape = tuple[int, ...]
 _LENGTH = 12
@@ -163,22 +163,11 @@ _MODELS: dict[str, tuple[str, dict[str, Any], str, dict[str, _Shape | str]]] = {
         "MobileBertForMaskedLM",
         _TOKENS,
     ),
-    "nystromformer": (
-        "NystromformerConfig",
-        {**SIZES, "num_landmarks": 4, "segment_means_seq_len": _LENGTH},
-        "NystromformerForMaskedLM",
-        _TOKENS,
-    ),
+    "nystromformer": ("NystromformerConfig", SIZES, "NystromformerForMaskedLM", _TOKENS),
     "longt5": (
         "LongT5Config",
         {**T5, "encoder_attention_type": "transient-global", "local_radius": 3, "global_block_size": 4},
         "LongT5ForConditionalGeneration",
-        {**_TOKENS, "decoder_input_ids": "words"},
-    ),
-    "nllb_moe": (
-        "NllbMoeConfig",
-        {**BART, "num_experts": 4, "expert_capacity": 8, "encoder_sparse_step": 2, "decoder_sparse_step": 2, **CAUSAL},
-        "NllbMoeForConditionalGeneration",
         {**_TOKENS, "decoder_input_ids": "words"},
     ),
     "xlstm": (
