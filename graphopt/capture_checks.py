@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from graphopt.aliasing import Storages
 from graphopt.capture_errors import first_line
 from graphopt.errors import CaptureError, ExampleError
+from graphopt.graph import arguments
 from graphopt.model_calls import with_its_buffers
 from graphopt.program import Program
 from graphopt.provenance import op_name, user_line
@@ -84,7 +85,7 @@ def check_repeatable(program: Program, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _check_random(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    draws = [n for n in program.graph.nodes if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())]
+    draws = [node for node in program.graph.nodes if _draws(node)]
     if not draws:
         return
     worst = _disagreement(program, _run(program, args, kwargs, seed=1), args, kwargs)
@@ -95,6 +96,13 @@ def _check_random(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any
             f"the same input gives another output ({worst}), so that nothing made of it could be checked. Let it "
             "take them as an input, or draw them in training mode only (`training=self.training`)."
         )
+
+
+def _draws(node: fx.Node) -> bool:
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    given = arguments(node, ())  # a dropout that is switched off is not to be named for what another draws
+    return not (given.get("train") is False or given.get("training") is False or given.get("dropout_p") == 0)
 
 
 def wrong_batch(model: nn.Module, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

@@ -41,6 +41,8 @@ def explain(err: BaseException, retrace: Callable[[], object] | None = None) -> 
     where = _user_frame_in(text) or _raised_at(err)
     if "data-dependent" in text or "Could not guard" in text:
         return f"the model branches on the values of a tensor{where}. Replace the branch by torch.where or torch.cond."
+    if "Couldn't swap" in text:
+        return f"the model converts its own layers in its forward{where}. Convert them once, before, or the values."
     return f"torch.export could not trace the model{where}: {type(err).__name__}: {first_line(err)}."
 
 

@@ -22,7 +22,15 @@ from graphopt.dynamic_axes import LeafShapes, arranged, by_name
 from graphopt.errors import CaptureError, ExampleError
 from graphopt.graph import copy_graph_module
 from graphopt.lost import lost_in_eval
-from graphopt.model_calls import check_module, check_names, in_eval_mode, spelled_out, uncompiled, without_compiling
+from graphopt.model_calls import (
+    check_module,
+    check_names,
+    in_eval_mode,
+    spelled_out,
+    uncompiled,
+    without_compiling,
+    without_idle_conversions,
+)
 from graphopt.normal_form import normalise
 from graphopt.program import Dimension, Note, Program, TensorSpec
 from graphopt.provenance import record_capture
@@ -187,7 +195,8 @@ def _capture(
 
     def attempt(wanted: LeafShapes) -> ExportedProgram:
         wanted_shapes = arranged(model, args, kwargs, wanted)
-        exported = torch.export.export(model, args, kwargs, dynamic_shapes=wanted_shapes, strict=False)
+        with without_idle_conversions():
+            exported = torch.export.export(model, args, kwargs, dynamic_shapes=wanted_shapes, strict=False)
         _check_calls(exported.graph)
         return exported
 

@@ -56,6 +56,29 @@ def _is_wrapper(module: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
+def without_idle_conversions() -> Iterator[None]:
+    """Let `module.to(...)` leave alone what is of that type and on that device already.
+
+    A router that converts its layer in `forward` does so on every call; what torch.export puts in the place of
+    parameters cannot be converted, not even to what it is.
+    """
+    convert = nn.Module.to
+
+    def to(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        device, dtype, _, layout = torch._C._nn._parse_to(*args, **kwargs)
+        tensors = [*module.parameters(), *module.buffers()]
+        moves = device is not None and any(tensor.device != device for tensor in tensors)
+        casts = dtype is not None and any(t.dtype != dtype for t in tensors if t.is_floating_point() or t.is_complex())
+        return convert(module, *args, **kwargs) if moves or casts or layout is not None else module
+
+    nn.Module.to = to  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.to = convert  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Put every module in evaluation mode, and back in the mode it was in."""
     modes = [(module, module.training) for module in model.modules()]

@@ -38,8 +38,6 @@ logger = logging.getLogger(__name__)
 # for another shows at 1e-2 and more with parameters of scale 1.
 TOLERANCE = 1e-6
 _DEFAULT_SEED = 0
-# What these hold before it is written to is nobody's business.
-_UNINITIALISED = frozenset({"aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided"})
 
 
 @dataclass(slots=True)
@@ -209,8 +207,6 @@ def _adopt_size(value: Value, found: Tensor) -> None:
 
 
 def _compare_tensors(node: fx.Node, want: Tensor, got: Tensor, findings: _Findings) -> None:
-    if _operator(node) in _UNINITIALISED:
-        return
     if want.shape != got.shape:
         text = f"{_where(node)} is {tuple(got.shape)}, the survivors of the original are {tuple(want.shape)}"
         # Positions that were removed from what it is computed of cannot have stayed in it.
@@ -228,11 +224,6 @@ def _compare_tensors(node: fx.Node, want: Tensor, got: Tensor, findings: _Findin
             "this operator what it did to its inputs: keep this group whole and report it."
         )
     findings.error = max(findings.error, error)
-
-
-def _operator(node: fx.Node) -> str:
-    schema = getattr(node.target, "_schema", None)
-    return str(schema.name) if schema is not None else ""
 
 
 def _hint(findings: _Findings, told: str = "") -> str:

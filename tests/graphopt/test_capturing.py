@@ -363,3 +363,49 @@ def test_what_vmap_leaves_in_a_trace_is_refused() -> None:
 
     with pytest.raises(CaptureError, match=r"Write torch\.vmap out as a batched operator"):
         capture(Ensemble(), torch.randn(2, 4))
+
+
+class Converting(nn.Module):
+    """Converts its layer in forward, as some routers do: to what it is, or to something else."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.router, self.last = nn.Linear(8, 4), nn.Linear(4, 2)
+        self.dtype = dtype
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores: torch.Tensor = self.router.to(self.dtype)(x.to(self.dtype))
+        result: torch.Tensor = self.last(scores.to(x.dtype))
+        return result
+
+
+def test_a_layer_converted_to_what_it_is() -> None:
+    model, x = Converting(torch.float32), torch.randn(3, 8)
+    before = nn.Module.to
+    assert torch.equal(capture(model, (x,))(x), model(x))
+    assert nn.Module.to is before
+
+
+def test_a_layer_converted_there_and_back_is_named() -> None:
+    class Restless(Converting):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = super().forward(x)
+            self.router.to(x.dtype)
+            return y
+
+    with pytest.raises(CaptureError, match=r"converts its own layers in its forward at .*test_capturing.py:\d+"):
+        capture(Restless(torch.float64), (torch.randn(3, 8),))
+
+
+def test_a_dropout_that_is_off_is_not_blamed_for_what_another_draws() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.dropout = nn.Linear(8, 4), nn.Dropout(0.1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.dropout(self.first(x))
+            return y + torch.randn(4)
+
+    with pytest.raises(CaptureError, match="in eval mode, by `randn`"):
+        capture(Noisy(), (torch.randn(3, 8),))

@@ -48,16 +48,18 @@ def doubled(value: Any) -> Any:
     return value.detach().to("cpu", _DOUBLE.get(value.dtype, value.dtype)) if isinstance(value, Tensor) else value
 
 
+# What these hold before it is written to is nobody's business, and must not differ between two runs.
+_UNINITIALISED = frozenset(
+    f"aten::{name}"
+    for name in ("empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided")
+)
 _ROUNDS = 2  # of a loop: the second one sees what the first has made
 
 
 def branching_depth(gm: fx.GraphModule) -> int:
     """Return how deep branches lie in one another: 0 without any."""
     return max(
-        (
-            (found.form == "branches") + max(branching_depth(body) for body in found.bodies)
-            for found in regions(gm)
-        ),
+        ((found.form == "branches") + max(branching_depth(body) for body in found.bodies) for found in regions(gm)),
         default=0,
     )
 
@@ -173,9 +175,13 @@ class PlainRun:
             return args[0]
         if node.op != "call_function":
             raise CannotProveError(f"`{node.format_node()}` is no operator call")
-        if isinstance(node.target, OpOverload) and node.target._schema.name in _CHECKS:
+        name = node.target._schema.name if isinstance(node.target, OpOverload) else ""
+        if name in _CHECKS:
             return None
-        return self._call(node, args, kwargs)
+        value = self._call(node, args, kwargs)
+        if name in _UNINITIALISED:
+            raw(value).zero_()
+        return value
 
     def _input(self, value: Any) -> Any:
         return value
