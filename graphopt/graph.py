@@ -15,12 +15,12 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_symbols
 from torch.utils import _pytree as pytree
 
 from graphopt.errors import PassError
 from graphopt.provenance import Origin, op_name, origin, record, user_line
-from graphopt.regions import Region, inputs, region, regions, results
+from graphopt.regions import Region, inputs, region, results
 
 
 def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
@@ -38,9 +38,11 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     for old, new in memo.items():
         new.meta = dict(old.meta)
     copied = assemble(gm, graph)
-    for read in dict.fromkeys(str(read.target) for found in regions(copied) for read in found.reads):
-        path, _, leaf = read.rpartition(".")
-        setattr(copied.get_submodule(path), leaf, copy_graph_module(_attribute(copied, read)))
+    for name in dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "get_attr"):
+        held = _attribute(copied, name)
+        if isinstance(held, fx.GraphModule):  # the body of a region
+            path, _, leaf = name.rpartition(".")
+            setattr(copied.get_submodule(path), leaf, copy_graph_module(held))
     return copied
 
 
@@ -170,12 +172,15 @@ class Editor:
         try:
             # Without the Python dispatcher aten.pad, among others, fixes a symbolic batch to its example size.
             with enable_python_dispatcher(), self._mode:
-                node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+                value = node.target(*args, **kwargs)  # type: ignore[operator]
         except Exception as err:  # whatever an operator's fake kernel raises is about this one node
             raise PassError(
                 f"Pass `{self._made_by}` built `{node.format_node()}`, which cannot run on the shapes it is "
                 f"given: {err}. It descends from {user_line(node) or 'an unknown line'}. This is a bug in the pass."
             ) from err
+        if "val" in node.meta and torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ()):
+            value = pytree.tree_map(self._like, node.meta["val"], value)  # how many there are is as unknown as before
+        node.meta["val"] = value
         node.meta.pop("tensor_meta", None)
 
     def propagate_from(self, starts: Iterable[fx.Node]) -> None:
@@ -204,7 +209,7 @@ class Editor:
         found.node.meta["val"] = type(was)(now)
 
     def _like(self, was: Any, now: Any, *, skip: bool = False, stacked: bool = False) -> Any:
-        """Return a fake tensor of the dtype and static sizes of `now`; its dynamic sizes have the symbols of `was`.
+        """Return a fake tensor of the dtype and sizes of `now`; sizes in symbols that `was` lacks stay as they were.
 
         Args:
             was: what was recorded so far, in symbols of its own.
@@ -215,7 +220,10 @@ class Editor:
         if not isinstance(was, torch.Tensor) or not isinstance(now, torch.Tensor):
             return was
         sizes = [*was.shape[:1], *now.shape] if stacked else list(now.shape[1:] if skip else now.shape)
-        kept = [old if isinstance(old, torch.SymInt) else new for old, new in zip(was.shape, sizes, strict=True)]
+        kept = [
+            old if isinstance(old, torch.SymInt) and free_symbols(old) != free_symbols(new) else new
+            for old, new in zip(was.shape, sizes, strict=True)
+        ]
         with self._mode:
             return was.new_empty(kept, dtype=now.dtype)
 

@@ -17,7 +17,7 @@ from torch._ops import OpOverload
 
 from graphopt.aliasing import Storages, sharing_memory
 from graphopt.graph import assemble, erase_dead
-from graphopt.regions import graph_modules
+from graphopt.regions import regions
 
 _SET_GRAD = "wrap_with_set_grad_enabled"
 _AUTOCAST = "wrap_with_autocast"
@@ -25,29 +25,44 @@ _AUTOCAST = "wrap_with_autocast"
 
 def normalise(gm: fx.GraphModule) -> fx.GraphModule:
     """Return `gm` in normal form. The graphs are changed in place, the module around the outer one is new."""
-    for module in graph_modules(gm):
-        while _inline_regions(module):
-            pass
-        _make_functional(module.graph, inside=module is not gm)
-        _drop_identities(module.graph)
-        erase_dead(module.graph)
-        module.graph.lint()
-        module.recompile()
+    _normalise(gm, inside=False, cast=False)
     return assemble(gm, gm.graph)
 
 
-def _drop_identities(graph: fx.Graph) -> None:
+def _normalise(gm: fx.GraphModule, *, inside: bool, cast: bool) -> None:
+    """Change a graph and the bodies of its regions.
+
+    Args:
+        gm: the program or the body of a region.
+        inside: it is a body.
+        cast: it runs under autocast, where a region that switches autocast off changes what is computed.
+    """
+    while _inline_regions(gm, cast):
+        pass
+    _make_functional(gm.graph, inside=inside)
+    _drop_identities(gm.graph, inside=inside)
+    erase_dead(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+    for found in regions(gm):
+        for body in found.bodies:
+            _normalise(body, inside=True, cast=cast or found.form == "block")
+
+
+def _drop_identities(graph: fx.Graph, *, inside: bool) -> None:
     """Erase what only exists so that a Python constant is not written to."""
     storages = Storages(graph)
     for node in list(graph.nodes):
-        if node.target is torch.ops.aten.lift_fresh_copy.default and storages.writes(node):
-            continue  # without the copy every call would write to the constant again
+        # Without the copy every call would write to the constant again, and torch 2.13, which traces the bodies of a
+        # region anew where gradients are on, takes no constant but through it.
+        if node.target is torch.ops.aten.lift_fresh_copy.default and (inside or storages.writes(node)):
+            continue
         if node.target in (torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.detach_.default):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
 
 
-def _inline_regions(gm: fx.GraphModule) -> bool:
+def _inline_regions(gm: fx.GraphModule, cast: bool) -> bool:
     found = False
     for node in list(gm.graph.nodes):
         if node.op != "call_function":
@@ -55,7 +70,8 @@ def _inline_regions(gm: fx.GraphModule) -> bool:
         name = getattr(node.target, "__name__", "")
         if name == _SET_GRAD:
             body, operands = node.args[1], node.args[2:]
-        elif name == _AUTOCAST and node.args[2] is False:  # (device, dtype, enabled, cache_enabled, body, *operands)
+        elif name == _AUTOCAST and node.args[2] is False and not cast:
+            # device, dtype, enabled, cache_enabled, body, *operands
             body, operands = node.args[4], node.args[5:]
         else:
             continue

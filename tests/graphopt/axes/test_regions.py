@@ -98,6 +98,38 @@ def _lower_precision(m: Any, h: Tensor) -> Tensor:
         return m.down(m.up(h).relu()).to(h.dtype)
 
 
+def _precision_and_back(m: Any, h: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        h = m.up(h).relu()
+        with torch.autocast("cpu", enabled=False):
+            h = m.down(h.float())
+    return h
+
+
+def _constants(m: Any, h: Tensor) -> Tensor:
+    def then(h: Tensor) -> Tensor:
+        return m.down(m.up(h).relu()) * torch.tensor([1.0, 2.0, 3.0, 4.0] * 4)
+
+    return torch.cond(h.sum() > 0, then, lambda h: h + 1, (h,))
+
+
+def _samples_of_heads(m: Any, h: Tensor) -> Tensor:
+    """Samples and heads are one dimension in the branches."""
+    q = m.q(h).unflatten(2, (4, 6)).transpose(1, 2).flatten(0, 1)
+    q = torch.cond(h.sum() > 0, lambda q: (q @ q.transpose(1, 2)).softmax(-1) @ q, lambda q: q * 2, (q,))
+    return m.out(q.unflatten(0, (h.shape[0], 4)).transpose(1, 2).flatten(2))
+
+
+def _chosen_rows(m: Any, h: Tensor) -> Tensor:
+    """How many rows there are follows from data, in a branch."""
+
+    def then(h: Tensor) -> Tensor:
+        up = m.up(h).relu()
+        return m.down(up) + m.down(up[up.sum(-1) > 0.5]).sum()
+
+    return torch.cond(h.sum() > 0, then, lambda h: h + 1, (h,))
+
+
 def _linears(**shapes: tuple[int, int]) -> dict[str, nn.Module]:
     return {name: nn.Linear(*shape) for name, shape in shapes.items()}
 
@@ -129,6 +161,18 @@ CASES: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[], dict[str, A
     "each": (_each, lambda: _linears(**_UP_DOWN), {"first:hidden": 16, "up:hidden": 24, "down:hidden": 16}),
     "lower precision": (
         _lower_precision,
+        lambda: _linears(**_UP_DOWN),
+        {"first:hidden": 16, "up:hidden": 24, "down:hidden": 16},
+    ),
+    "constants": (_constants, lambda: _linears(**_UP_DOWN), {"up:hidden": 24}),
+    "samples of heads": (
+        _samples_of_heads,
+        lambda: _linears(q=(16, 24), out=(24, 16)),
+        {"first:hidden": 16, "q:heads": 4, "q:head_dim": 6, "out:hidden": 16},
+    ),
+    "chosen rows": (_chosen_rows, lambda: _linears(**_UP_DOWN), {"first:width": 16, "up:hidden": 24}),
+    "precision and back": (
+        _precision_and_back,
         lambda: _linears(**_UP_DOWN),
         {"first:hidden": 16, "up:hidden": 24, "down:hidden": 16},
     ),
@@ -166,6 +210,7 @@ def test_half_of_every_group_goes_and_the_rest_is_exact(case: str) -> None:
     gm, kept = pruned(program)
     error = check_masked_equivalence(program.graph_module, gm, kept, (ROWS,))
     assert error < 1e-12
+    assert program.with_graph(gm)(ROWS).requires_grad  # it can be trained
     assert torch.equal(program(ROWS), before)  # the bodies of the original are its own
 
 
@@ -255,6 +300,14 @@ def test_a_body_that_two_regions_share_holds_what_enters_the_second() -> None:
     axes = infer(gm)
     assert axes.groups() == []
     assert "whose body another shares, cond at `cond_1`" in next(r.reason for r in axes.refusals() if r.size == 16)
+
+
+def test_autocast_that_is_off_stays_inside_autocast_that_is_on() -> None:
+    (outer,) = regions(captured("precision and back").graph_module)
+    (inner,) = regions(outer.main)
+    assert [outer.node.args[2], inner.node.args[2]] == [True, False]
+    products = [n for n in inner.main.graph.nodes if n.target is torch.ops.aten.linear.default]
+    assert [n.meta["val"].dtype for n in products] == [torch.float32]
 
 
 def test_a_region_of_an_unknown_kind_is_not_looked_into() -> None:

@@ -210,6 +210,32 @@ def test_rearrangements_mean_the_same_after_removal(between: Callable[[Tensor], 
         assert pruned(x[:2]).shape == (2, 3)
 
 
+class ChosenRows(nn.Module):
+    """Adds up rows of three layers that data choose, of which one gets narrower."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.same = nn.Linear(8, 24), nn.Linear(24, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = self.up(x).relu()
+        chosen = up.sum(-1) > 0.5
+        return x + (self.down(up[chosen]) * self.same(x)[chosen] + x[chosen]).sum(0)
+
+
+def test_rows_that_data_choose_stay_as_many() -> None:
+    x = torch.randn(4, 6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    gm = graph_of(ChosenRows(), x)
+    axes = infer(gm)
+    kept = half(axes)
+    result = remove(gm, axes, kept)
+    assert [group.name for group in axes.groups()] == ["up:hidden"]
+    assert [n.meta["val"].shape[0] for n in result.graph.nodes if n.target is aten.index.Tensor] == [
+        n.meta["val"].shape[0] for n in gm.graph.nodes if n.target is aten.index.Tensor
+    ]
+    assert check_masked_equivalence(gm, result, slices(axes, kept), (x,)) < 1e-12
+
+
 def test_tied_tensors_stay_one_and_keep_their_flags() -> None:
     model = models.TiedWeights().double()
     ep = torch.export.export(model, (example(model),), strict=False)
