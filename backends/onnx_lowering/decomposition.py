@@ -31,7 +31,7 @@ class Decomposed(ExportedProgram):
     def on_demand(cls, exported: ExportedProgram) -> Self:
         """Return such a program of `exported`; its graph is its own, tensors are shared."""
         gm = exported.graph_module
-        own = copy.deepcopy(gm) if _has_regions(gm) else copy_graph_module(gm)
+        own = copy_graph_module(gm)
         for node, twin in zip(gm.graph.nodes, own.graph.nodes, strict=True):
             if node.op == "placeholder":
                 twin.name = node.name  # a copy calls `input` `input_1`, which the signature does not know
