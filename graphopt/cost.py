@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from graphopt.program import Program
+from graphopt.regions import Region, region
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,8 @@ class Cost:
     Attributes:
         parameters: elements of weights and biases, in whatever precision, each tensor once.
         flops: floating-point (or integer) operations of convolutions and matrix products for one sample, a
-            multiply-add counted as two. A size that depends on data counts as 1.
+            multiply-add counted as two. A size that depends on data counts as 1; of branches the dearer one counts,
+            and one round of a loop that data end.
         bytes: bytes of all parameters, buffers and constants, each storage once.
     """
 
@@ -96,6 +98,10 @@ def node_flops(node: fx.Node) -> int:
     """Count the operations of one call on its recorded shapes, for all samples of the example together."""
     if not isinstance(node.target, torch._ops.OperatorBase):
         return 0  # arithmetic on sizes
+    owner = node.graph.owning_module
+    found = region(node, owner) if owner is not None else None
+    if found is not None:
+        return _region_flops(found)
     if isinstance(node.target, torch._ops.OpOverload) and (node.target.is_view or _FREE.intersection(node.target.tags)):
         return 0
     if node.target in _RECURRENT:
@@ -108,6 +114,14 @@ def node_flops(node: fx.Node) -> int:
     if any(argument.op == "get_attr" and "val" not in argument.meta for argument in node.all_input_nodes):
         return _counted(node.target, args, kwargs)  # branches are not to be kept alive
     return _remembered(node.target, args, kwargs)
+
+
+def _region_flops(found: Region) -> int:
+    bodies = [sum(node_flops(node) for node in body.graph.nodes if node.op == "call_function") for body in found.bodies]
+    if found.form == "branches":
+        return max(bodies)
+    rounds = _described(found.operands[found.state]).shape[0] if found.sequences else 1
+    return rounds * sum(bodies)
 
 
 # kernels that torch's counter does not know; {operator: position of the weights}

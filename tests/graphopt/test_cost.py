@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch._higher_order_ops.scan import scan
+from torch._higher_order_ops.while_loop import while_loop
 
 from graphopt.capturing import capture
 from graphopt.cost import cost
@@ -67,6 +69,28 @@ def test_branches_are_counted() -> None:
             return y
 
     assert cost(capture(Branching(), torch.randn(2, 4))).flops == 2 * 12  # one of the two is taken
+
+
+class Repeated(nn.Module):
+    """A layer that runs for each of five rows, and one that runs as long as data say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_rows, self.of_rounds = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def step(state: torch.Tensor, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            state = self.of_rows(state + row).tanh()
+            return state, state.clone()
+
+        last = scan(step, x[:, 0] * 0, x.transpose(0, 1))[0]
+        found: torch.Tensor = while_loop(lambda h: h.sum() < 1, lambda h: (self.of_rounds(h),), (last,))[0]
+        return found
+
+
+def test_each_step_of_a_scan_is_counted_and_one_round_of_a_loop() -> None:
+    program = capture(Repeated(), torch.randn(3, 5, 8))
+    assert cost(program).flops == 2 * 8 * 8 * (5 + 1)
 
 
 def test_recurrent_layers_are_counted() -> None:
