@@ -72,7 +72,7 @@ def test_branches_are_counted() -> None:
 
 
 class Repeated(nn.Module):
-    """A layer that runs for each of five rows, and one that runs as long as data say."""
+    """A layer that runs for each of five rows, and one in a loop."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +84,11 @@ class Repeated(nn.Module):
             return state, state.clone()
 
         last = scan(step, x[:, 0] * 0, x.transpose(0, 1))[0]
-        found: torch.Tensor = while_loop(lambda h: h.sum() < 1, lambda h: (self.of_rounds(h),), (last,))[0]
+
+        def again(count: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return count + 1, self.of_rounds(h)
+
+        found: torch.Tensor = while_loop(lambda count, h: count < 3, again, (torch.tensor(0), last))[1]
         return found
 
 
