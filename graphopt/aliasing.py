@@ -14,6 +14,8 @@ from torch import fx
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
+from graphopt.regions import inputs, region
+
 # Composite operators whose schema does not say that they may return (a view of) their input.
 _MAYBE_VIEWS = frozenset(
     {
@@ -52,9 +54,11 @@ def shared_inputs(node: fx.Node) -> list[fx.Node]:
 
 
 def written_inputs(node: fx.Node) -> list[fx.Node]:
-    """List the inputs that `node` writes to."""
-    if node.op != "call_function" or not isinstance(node.target, OpOverload):
+    """List the inputs that `node` writes to; of a region those that its bodies write to."""
+    if node.op != "call_function":
         return []
+    if not isinstance(node.target, OpOverload):
+        return _written_inside(node)
     return [
         leaf
         for argument, value in _bound(node)
@@ -62,6 +66,20 @@ def written_inputs(node: fx.Node) -> list[fx.Node]:
         for leaf in pytree.tree_leaves(value)
         if isinstance(leaf, fx.Node)
     ]
+
+
+def _written_inside(node: fx.Node) -> list[fx.Node]:
+    owner = node.graph.owning_module
+    found = region(node, owner) if owner is not None else None
+    if found is None:
+        return []
+    written: dict[fx.Node, None] = {}
+    for body in found.bodies:
+        storages = Storages(body.graph)
+        for value, operand in zip(inputs(body), found.operands, strict=True):
+            if isinstance(operand, fx.Node) and storages.writes(value):
+                written[operand] = None
+    return list(written)
 
 
 def sharing_memory(node: fx.Node) -> list[fx.Node]:

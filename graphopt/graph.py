@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_symbols
 from torch.utils import _pytree as pytree
 
+from graphopt.aliasing import written_inputs
 from graphopt.errors import PassError
 from graphopt.provenance import Origin, op_name, origin, record, user_line
 from graphopt.regions import Region, inputs, region, results
@@ -251,7 +252,7 @@ def erase_dead(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
         if node.users or node.op in ("placeholder", "output"):
             continue
-        if node.op == "get_attr" or not node.is_impure():
+        if node.op == "get_attr" or not (node.is_impure() or written_inputs(node)):
             graph.erase_node(node)
 
 

@@ -31,6 +31,7 @@ from graphopt.axes.randomise import randomise
 from graphopt.errors import VerifyError
 from graphopt.graph import tensor_attribute
 from graphopt.provenance import user_line
+from graphopt.regions import graph_modules
 
 logger = logging.getLogger(__name__)
 
@@ -279,7 +280,7 @@ class _Reader:
         self._kept = kept or {}
         self._own: dict[str, Tensor] = {}
         # A program that writes to its buffers must not change those of the other run.
-        self._mutates = any(_is_mutable(node) for node in gm.graph.nodes)
+        self._mutates = any(_is_mutable(node) for module in graph_modules(gm) for node in module.graph.nodes)
 
     def attribute(self, name: str) -> Any:
         """Return what the graph module holds under a qualified name: a tensor or the body of a region."""

@@ -21,7 +21,7 @@ from graphopt.axes.registry import Dims
 from graphopt.axes.sharing import memory_key
 from graphopt.axes.solver import equal
 from graphopt.errors import PassError
-from graphopt.graph import Editor, copy_graph_module, tensor_attribute
+from graphopt.graph import Editor, copy_graph_module, erase_dead, tensor_attribute
 from graphopt.provenance import user_line
 from graphopt.regions import graph_modules, inside, region
 
@@ -74,7 +74,7 @@ def remove(gm: fx.GraphModule, axes: Axes, kept: Kept, made_by: str = "prune") -
     for old, dims in axes.layouts.items():
         _check(old, new_of[old], dims, wanted)
     for module in graph_modules(result):
-        module.graph.eliminate_dead_code()
+        erase_dead(module.graph)
         module.graph.lint()
         module.recompile()
     return result

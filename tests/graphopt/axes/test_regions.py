@@ -130,6 +130,15 @@ def _chosen_rows(m: Any, h: Tensor) -> Tensor:
     return torch.cond(h.sum() > 0, then, lambda h: h + 1, (h,))
 
 
+def _written(m: Any, h: Tensor) -> Tensor:
+    """The block returns nothing: what it does is seen through the view it writes to."""
+    up = m.up(h)
+    first = up[:, 0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        first.add_(1.0)
+    return m.down(up.relu())
+
+
 def _linears(**shapes: tuple[int, int]) -> dict[str, nn.Module]:
     return {name: nn.Linear(*shape) for name, shape in shapes.items()}
 
@@ -171,6 +180,7 @@ CASES: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[], dict[str, A
         {"first:hidden": 16, "q:heads": 4, "q:head_dim": 6, "out:hidden": 16},
     ),
     "chosen rows": (_chosen_rows, lambda: _linears(**_UP_DOWN), {"first:width": 16, "up:hidden": 24}),
+    "written": (_written, lambda: _linears(**_UP_DOWN), {"first:hidden": 16, "up:hidden": 24, "down:hidden": 16}),
     "precision and back": (
         _precision_and_back,
         lambda: _linears(**_UP_DOWN),
