@@ -151,7 +151,10 @@ class Edit:
                 f"`{self.node.name}` needs the dynamic size {expression}, which no earlier node has. "
                 "Capture with fewer dynamic dimensions."
             )
-        return self._insert(torch.ops.aten.sym_size.int, self._new_of[source[0]], source[1])
+        node, dim = source
+        found = self._insert(torch.ops.aten.sym_size.int, self._new_of[node], dim)
+        times = sympy.simplify(surviving_size(self._axes.dims(node)[dim], self._kept) / expression)
+        return found if times == 1 else self._insert(operator.floordiv, found, int(times))
 
     def _insert(self, target: Any, *args: Any) -> fx.Node:
         with self.node.graph.inserting_before(self.node):

@@ -121,13 +121,15 @@ class Axes:
         return any(touches(layout, kept) for dims in shapes if dims is not None for layout in dims)
 
     def symbol_source(self, expression: Size, before: fx.Node) -> tuple[fx.Node, int] | None:
-        """Return the first node of a graph and dimension that has a dynamic size, if before a node of that graph."""
+        """Return the first node of a graph, if before a node of it, and dimension of a dynamic size or a multiple."""
         if self._symbols is None:
             self._symbols = {}
             for node, dims in self.layouts.items():
                 for d, layout in enumerate(dims):
-                    if isinstance(layout, Axis) and not isinstance(layout.size, int):
-                        self._symbols.setdefault((node.graph, layout.size), (node, d))
+                    factors = layout.factors if isinstance(layout, Product) else (layout,)
+                    dynamic = [factor for factor in factors if not isinstance(size(factor), int)]
+                    if len(dynamic) == 1:
+                        self._symbols.setdefault((node.graph, size(dynamic[0])), (node, d))
         found = self._symbols.get((before.graph, expression))
         return found if found is not None and self._order[found[0]] < self._order[before] else None
 

@@ -120,6 +120,14 @@ def _samples_of_heads(m: Any, h: Tensor) -> Tensor:
     return m.out(q.unflatten(0, (h.shape[0], 4)).transpose(1, 2).flatten(2))
 
 
+def _rows_of_heads(m: Any, h: Tensor) -> Tensor:
+    """A branch is given how many samples and heads there are together."""
+    q = m.q(h).unflatten(2, (4, 6)).transpose(1, 2).flatten(0, 1)
+    count = q.shape[0]
+    q = torch.cond(h.sum() > 0, lambda q: q.reshape(count, 36).relu().view(count, 6, 6), lambda q: q * 2, (q,))
+    return m.out(q.unflatten(0, (h.shape[0], 4)).transpose(1, 2).flatten(2))
+
+
 def _chosen_rows(m: Any, h: Tensor) -> Tensor:
     """How many rows there are follows from data, in a branch."""
 
@@ -178,6 +186,11 @@ CASES: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[], dict[str, A
         _samples_of_heads,
         lambda: _linears(q=(16, 24), out=(24, 16)),
         {"first:hidden": 16, "q:heads": 4, "q:head_dim": 6, "out:hidden": 16},
+    ),
+    "rows of heads": (
+        _rows_of_heads,
+        lambda: _linears(q=(16, 24), out=(24, 16)),
+        {"first:hidden": 16, "q:hidden": 4, "q:hidden#2": 6, "out:hidden": 16},
     ),
     "chosen rows": (_chosen_rows, lambda: _linears(**_UP_DOWN), {"first:width": 16, "up:hidden": 24}),
     "written": (_written, lambda: _linears(**_UP_DOWN), {"first:hidden": 16, "up:hidden": 24, "down:hidden": 16}),
