@@ -193,7 +193,7 @@ _MORE_IMAGES: dict[str, tuple[str, dict[str, Any], str, int]] = {
     ),
     "cvt": (
         "CvtConfig",
-        {"embed_dim": [16, 32, 48], "num_heads": [1, 2, 4], "depth": [1, 1, 2]},
+        {"embed_dim": [16, 32, 48], "num_heads": [1, 2, 4], "depth": [1, 2, 3]},
         "CvtForImageClassification",
         64,
     ),
