@@ -9,6 +9,7 @@ from torch import fx
 
 from graphopt.passes.weighted_calls import is_layer, weighted_call
 from graphopt.provenance import module_path, op_name
+from graphopt.regions import inside, regions
 
 Kind = Literal["attention", "convolution", "recurrent", "mlp", "mixer"]
 
@@ -21,12 +22,13 @@ class Layers:
     """The calls of a graph that are layers: convolutions, products with stored weights, recurrent ones.
 
     A weight may be stored as it is, or computed from stored tensors alone: transposed, normalised. Sums without any
-    layer are no blocks: `x - mean(x)`, activations with a learned slope.
+    layer are no blocks: `x - mean(x)`, activations with a learned slope. A region in which layers run is one too.
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self._gm = gm
         self._stored = _stored(gm.graph)
+        self._regions = {found.node: inside(found) for found in regions(gm)}
         self._known: dict[fx.Node, bool] = {}
 
     def __contains__(self, node: fx.Node) -> bool:
@@ -35,8 +37,14 @@ class Layers:
             self._known[node] = self._is_layer(node)
         return self._known[node]
 
+    def inside(self, nodes: Sequence[fx.Node]) -> list[fx.Node]:
+        """Return what runs in the regions among `nodes`."""
+        return [inner for node in nodes for inner in self._regions.get(node, ())]
+
     def _is_layer(self, node: fx.Node) -> bool:
         if is_layer(node) or weighted_call(node, self._gm) is not None:
+            return True
+        if any(is_layer(inner) for inner in self._regions.get(node, ())):
             return True
         return op_name(node) in _PRODUCTS and not self._stored.isdisjoint(node.all_input_nodes)
 
@@ -54,7 +62,9 @@ def _stored(graph: fx.Graph) -> set[fx.Node]:
 def describe(nodes: Sequence[fx.Node], known: Layers) -> tuple[Kind, str]:
     """Return the kind of a branch and the path of the module that all its layers belong to."""
     layers = [node for node in nodes if node in known]
-    return _kind(nodes, layers), _common([module_path(node) for node in layers])
+    everything = [*nodes, *known.inside(nodes)]
+    kind = _kind(everything, [node for node in everything if node in known])
+    return kind, _common([module_path(node) for node in layers])
 
 
 def _kind(nodes: Sequence[fx.Node], layers: Sequence[fx.Node]) -> Kind:

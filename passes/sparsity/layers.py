@@ -53,7 +53,8 @@ class Site:
 def find_sites(gm: fx.GraphModule) -> tuple[list[Site], list[Refusal]]:
     """List the weights of linear layers and convolutions, and the layers whose weight is none or not theirs alone."""
     by_weight: dict[int, list[WeightedCall]] = {}
-    refusals = [Refusal(node.name, IN_A_REGION) for node in regions_with_layers(gm)]
+    closed = regions_with_layers(gm)
+    refusals = [Refusal(node.name, IN_A_REGION) for node in closed]
     layers = Layers(gm)
     for node in gm.graph.nodes:
         call = weighted_call(node, gm)
@@ -61,7 +62,7 @@ def find_sites(gm: fx.GraphModule) -> tuple[list[Site], list[Refusal]]:
             by_weight.setdefault(id(constant(call.weight, gm)), []).append(call)
         elif is_layer(node):
             refusals.append(Refusal(node.name, "its weight is computed, or stored as integers"))
-        elif node in layers:
+        elif node in layers and node not in closed:
             refusals.append(Refusal(node.name, "its weight is no stored matrix of a plain product (fold stores some)"))
     sites = []
     for calls in by_weight.values():

@@ -29,3 +29,25 @@ def test_layers_inside_a_region_are_named(text: str) -> None:
     assert result.plans[-1].sites
     said = {refusal.site: refusal.reason for refusal in result.plans[-1].refusals}
     assert "its layers run inside a region" in said["cond"]
+
+
+class Residual(nn.Module):
+    """A region is a residual branch, after one that is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain, self.left, self.right = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x + self.plain(x).relu()
+        result: Tensor = h + torch.cond(x.mean() > 0, self.left, self.right, (h,))
+        return result
+
+
+def test_a_branch_that_is_a_region_can_be_dropped() -> None:
+    torch.manual_seed(0)
+    model, x = Residual().eval(), torch.randn(4, 8)
+    result = optimize(model, data=torch.randn(64, 8), passes="drop_blocks:blocks=1:criterion=last", target=None)
+    assert result.plans[-1].sites == ("getitem:mlp",)
+    assert torch.allclose(result.program(x), x + model.plain(x).relu())
+    assert "left.weight" not in result.program.state_dict()
