@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -46,7 +47,7 @@ def show(name: str, plugin: Plugins = None) -> None:
     found = registry.pass_class(name)
     console = Console(highlight=False)
     console.print(f"{found.name}, from {registry.source(name)}", style="bold")
-    console.print(inspect.getdoc(found) or "", markup=False)
+    console.print(_unwrapped(found), markup=False)
     order = {"needs": found.needs, "produces": found.produces, "after": found.after, "conflicts": found.conflicts}
     for word, values in order.items():
         if values:
@@ -61,7 +62,12 @@ def show(name: str, plugin: Plugins = None) -> None:
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    console.print(inspect.getdoc(found.options_type) or "", markup=False)
+    console.print(_unwrapped(found.options_type), markup=False)
+
+
+def _unwrapped(documented: type) -> str:
+    """Return a docstring with one line for each paragraph, point and option, to be wrapped to the terminal's width."""
+    return re.sub(r"(?<!\n)\n(?!\n|\d+\. |\w+: ) *", " ", inspect.getdoc(documented) or "")
 
 
 def _first_line(found: type) -> str:

@@ -142,6 +142,17 @@ def test_inspect_and_passes(files: Files, capsys: pytest.CaptureFixture[str]) ->
         assert name in capsys.readouterr().out
 
 
+def test_what_a_pass_does_is_wrapped_to_the_terminal(
+    files: Files, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    assert run(["passes", "show", "prune"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (point,) = [line for line in lines if line.startswith("2. ")]
+    assert point.rstrip().endswith("what holds it.")
+    assert any(line.startswith("flops: ") for line in lines)
+
+
 def test_a_custom_pass_from_a_file(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
     (files.folder / "my_pass.py").write_text(
         "from dataclasses import dataclass\n"
