@@ -33,7 +33,7 @@ from graphopt.model_calls import (
 )
 from graphopt.normal_form import normalise
 from graphopt.program import Dimension, Note, Program, TensorSpec
-from graphopt.provenance import record_capture
+from graphopt.provenance import record_capture, user_line
 from graphopt.training import set_training
 
 logger = logging.getLogger(__name__)
@@ -236,6 +236,13 @@ def _check_calls(graph: fx.Graph) -> None:
             raise _UnfinishedTraceError(
                 f"torch.export does not take a function transform of the model apart: it leaves `{node.name}` in the "
                 "graph. Write torch.vmap out as a batched operator (torch.bmm, einsum, broadcasting)."
+            )
+        if getattr(node.target, "__name__", "") == "_enter_autocast":
+            line = user_line(node)
+            raise _UnfinishedTraceError(
+                f"torch.export leaves an autocast block open{f' at {line}' if line else ''}, because there is a "
+                "torch.cond, while_loop or scan in it. Let autocast begin and end inside their functions, or around "
+                "the layers before and after."
             )
 
 

@@ -39,11 +39,14 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     for old, new in memo.items():
         new.meta = dict(old.meta)
     copied = assemble(gm, graph)
+    bodies: dict[fx.GraphModule, fx.GraphModule] = {}
     for name in dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "get_attr"):
         held = _attribute(copied, name)
         if isinstance(held, fx.GraphModule):  # the body of a region
+            if held not in bodies:
+                bodies[held] = copy_graph_module(held)
             path, _, leaf = name.rpartition(".")
-            setattr(copied.get_submodule(path), leaf, copy_graph_module(held))
+            setattr(copied.get_submodule(path), leaf, bodies[held])
     return copied
 
 

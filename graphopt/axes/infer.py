@@ -25,7 +25,7 @@ from graphopt.axes.solver import Solver, equal
 from graphopt.errors import PassError
 from graphopt.graph import constant
 from graphopt.provenance import user_line
-from graphopt.regions import Region, graph_modules, inputs, region, results
+from graphopt.regions import Region, graph_modules, inputs, inside, region, results
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +195,9 @@ class _Inference:
         if found is None:
             self.known[node] = self._call(node)
         elif self._entered.keys() & set(found.bodies):
-            self.known[node] = self._refuse(node, "inside a region whose body another shares,")
+            shared = "inside a region whose body another shares,"
+            self._freeze(inside(found), self._why(node, shared))  # what the first region found holds for both
+            self.known[node] = self._refuse(node, shared)
         else:
             self.known[node] = self._region(found)
 

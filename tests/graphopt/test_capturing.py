@@ -409,3 +409,20 @@ def test_a_dropout_that_is_off_is_not_blamed_for_what_another_draws() -> None:
 
     with pytest.raises(CaptureError, match="in eval mode, by `randn`"):
         capture(Noisy(), (torch.randn(3, 8),))
+
+
+def test_autocast_around_a_branch_is_named() -> None:
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 4), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                h = self.last(self.first(x).relu())
+                h = torch.cond(h.sum() > 0, lambda h: h * 2, lambda h: h * 3, (h,))
+            result: torch.Tensor = h.to(x.dtype)
+            return result
+
+    with pytest.raises(CaptureError, match="leaves an autocast block open"):
+        capture(Around(), (torch.randn(3, 8),))

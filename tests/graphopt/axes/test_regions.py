@@ -322,6 +322,7 @@ def test_a_body_that_two_regions_share_holds_what_enters_the_second() -> None:
     other.node.args = (other.node.args[0], *one.reads, *other.node.args[3:])
     axes = infer(gm)
     assert axes.groups() == []
+    assert remove(gm, axes, {})(ROWS).shape == (4, 6, 5)
     assert "whose body another shares, cond at `cond_1`" in next(r.reason for r in axes.refusals() if r.size == 16)
 
 
