@@ -10,8 +10,8 @@ from torch import fx
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from graphopt.axes.layout import ONE, Axis, Concat, Layout, Product, Size, leaves, size
-from graphopt.axes.registry import Dims, operator_name
+from graphopt.axes.layout import ONE, Axis, Concat, Dims, Layout, Product, Size, leaves, size
+from graphopt.axes.registry import operator_name
 from graphopt.axes.roles import Roles
 from graphopt.axes.solver import Solver, equal
 from graphopt.graph import arguments

@@ -11,8 +11,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from graphopt.axes.layout import Layout, Size, size, surviving_size, touches
-from graphopt.axes.registry import Dims
+from graphopt.axes.layout import Dims, Layout, Size, size, surviving_size, touches
 from graphopt.errors import PassError
 from graphopt.graph import arguments
 from graphopt.provenance import Origin, op_name, origin, record

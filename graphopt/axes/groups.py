@@ -9,8 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import fx
 
-from graphopt.axes.layout import Axis, Concat, Layout, Product, leaves, size
-from graphopt.axes.registry import Dims
+from graphopt.axes.layout import Axis, Concat, Dims, Layout, Product, leaves, size
 from graphopt.axes.roles import Role, Roles
 from graphopt.axes.solver import Solver
 from graphopt.graph import tensor_attribute

@@ -17,8 +17,8 @@ from torch._ops import HigherOrderOperator
 
 from graphopt.axes.call import Call, shape_of, to_size
 from graphopt.axes.groups import Group, Refusal, collect
-from graphopt.axes.layout import Axis, Layout, Product, Size, concat, leaves, product, size, touches
-from graphopt.axes.registry import Dims, Result, Rule, Rules, built_in_rules, find, operator_name
+from graphopt.axes.layout import Axis, Dims, Layout, Product, Size, concat, leaves, product, size, touches
+from graphopt.axes.registry import Result, Rule, Rules, built_in_rules, find, operator_name
 from graphopt.axes.roles import Roles
 from graphopt.axes.sharing import Sharing
 from graphopt.axes.solver import Solver, equal

@@ -49,6 +49,7 @@ class Concat:
 
 
 Layout: TypeAlias = Axis | Product | Concat
+Dims: TypeAlias = tuple[Layout, ...]  # of the dimensions of one tensor
 
 ONE = Product(())
 

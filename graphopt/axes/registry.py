@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch._ops import OpOverload
 
-from graphopt.axes.layout import Layout
+from graphopt.axes.layout import Dims
 
 if TYPE_CHECKING:
     from graphopt.axes.call import Call
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Dims: TypeAlias = tuple[Layout, ...]
 # One tensor, several results (None for those that are not tensors), or no tensor at all.
 Result: TypeAlias = Dims | list[Dims | None] | None
 Infer: TypeAlias = "Callable[[Call], Result]"

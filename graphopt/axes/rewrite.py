@@ -16,8 +16,7 @@ from torch import fx
 from graphopt.axes.call import shape_of, to_size
 from graphopt.axes.edit import Edit
 from graphopt.axes.infer import Axes
-from graphopt.axes.layout import describe, leaves, surviving, surviving_size, touches
-from graphopt.axes.registry import Dims
+from graphopt.axes.layout import Dims, describe, leaves, surviving, surviving_size, touches
 from graphopt.axes.sharing import memory_key
 from graphopt.axes.solver import equal
 from graphopt.errors import PassError

@@ -9,7 +9,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from graphopt.axes.call import shape_of
-from graphopt.axes.registry import Dims
+from graphopt.axes.layout import Dims
 from graphopt.axes.solver import Solver
 from graphopt.graph import constant
 

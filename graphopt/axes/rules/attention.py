@@ -6,8 +6,8 @@ import math
 
 from graphopt.axes.call import Call
 from graphopt.axes.edit import Edit
-from graphopt.axes.layout import product
-from graphopt.axes.registry import Dims, rule
+from graphopt.axes.layout import Dims, product
+from graphopt.axes.registry import rule
 
 
 def keep_scale(edit: Edit) -> None:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from graphopt.axes.call import Call
-from graphopt.axes.layout import ONE, Layout, leaves
-from graphopt.axes.registry import Dims, rule
+from graphopt.axes.layout import ONE, Dims, Layout, leaves
+from graphopt.axes.registry import rule
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ from typing import Any
 
 from graphopt.axes.call import Call
 from graphopt.axes.edit import Edit
-from graphopt.axes.layout import ONE, Layout, product
-from graphopt.axes.registry import Dims, rule
+from graphopt.axes.layout import ONE, Dims, Layout, product
+from graphopt.axes.registry import rule
 
 
 def rewrite_groups(edit: Edit) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from graphopt.axes.call import Call
 from graphopt.axes.edit import Edit
-from graphopt.axes.registry import Dims, rule
+from graphopt.axes.layout import Dims
+from graphopt.axes.registry import rule
 
 
 def rewrite_size(edit: Edit) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from graphopt.axes.call import Call
-from graphopt.axes.layout import Layout
-from graphopt.axes.registry import Dims, rule
+from graphopt.axes.layout import Dims, Layout
+from graphopt.axes.registry import rule
 
 _REASON = "addressed by index"
 

@@ -10,8 +10,8 @@ from torch import fx
 
 from graphopt.axes.call import Call
 from graphopt.axes.edit import Edit
-from graphopt.axes.layout import ONE, Layout, Size, concat, product, size
-from graphopt.axes.registry import Dims, rule
+from graphopt.axes.layout import ONE, Dims, Layout, Size, concat, product, size
+from graphopt.axes.registry import rule
 from graphopt.axes.solver import equal
 
 _SELECTS = 8  # of one tensor, beyond which its dimension is kept whole

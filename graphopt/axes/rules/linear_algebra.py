@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from graphopt.axes.call import Call
-from graphopt.axes.layout import Layout, product
-from graphopt.axes.registry import Dims, Result, rule
+from graphopt.axes.layout import Dims, Layout, product
+from graphopt.axes.registry import Result, rule
 from graphopt.axes.rules.contraction import Operand, contract
 
 _REASON = "rows and columns of a matrix are mixed"

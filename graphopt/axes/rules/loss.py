@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from graphopt.axes.call import Call
-from graphopt.axes.registry import Dims, rule
+from graphopt.axes.layout import Dims
+from graphopt.axes.registry import rule
 
 
 @rule(

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from graphopt.axes.call import Call
-from graphopt.axes.layout import Layout, concat, product
-from graphopt.axes.registry import Dims, rule
+from graphopt.axes.layout import Dims, Layout, concat, product
+from graphopt.axes.registry import rule
 
 
 @rule("aten::lstm.input", "aten::gru.input", "aten::rnn_tanh.input", "aten::rnn_relu.input")

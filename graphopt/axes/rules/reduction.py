@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from graphopt.axes.call import Call
-from graphopt.axes.layout import ONE
-from graphopt.axes.registry import Dims, rule
+from graphopt.axes.layout import ONE, Dims
+from graphopt.axes.registry import rule
 
 
 @rule(

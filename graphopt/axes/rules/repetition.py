@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from graphopt.axes.call import Call
 from graphopt.axes.edit import Edit
-from graphopt.axes.layout import ONE, Layout, product
-from graphopt.axes.registry import Dims, rule
+from graphopt.axes.layout import ONE, Dims, Layout, product
+from graphopt.axes.registry import rule
 
 
 def rewrite_sizes(edit: Edit) -> None:

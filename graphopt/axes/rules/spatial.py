@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from graphopt.axes.call import Call
-from graphopt.axes.layout import ONE, Layout, Size
-from graphopt.axes.registry import Dims, rule
+from graphopt.axes.layout import ONE, Dims, Layout, Size
+from graphopt.axes.registry import rule
 
 _REASON = "spatial dimension"
 

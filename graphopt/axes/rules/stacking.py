@@ -8,8 +8,8 @@ import torch
 
 from graphopt.axes.call import Call
 from graphopt.axes.edit import Edit
-from graphopt.axes.layout import ONE, Layout, concat, product
-from graphopt.axes.registry import Dims, rule
+from graphopt.axes.layout import ONE, Dims, Layout, concat, product
+from graphopt.axes.registry import rule
 from graphopt.axes.rules.join import joined, taken_apart
 
 

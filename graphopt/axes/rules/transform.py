@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from graphopt.axes.call import Call
-from graphopt.axes.layout import Size
-from graphopt.axes.registry import Dims, Result, rule
+from graphopt.axes.layout import Dims, Size
+from graphopt.axes.registry import Result, rule
 
 _REASON = "positions are mixed"
 

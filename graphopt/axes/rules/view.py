@@ -6,8 +6,8 @@ import torch
 
 from graphopt.axes.call import Call
 from graphopt.axes.edit import Edit
-from graphopt.axes.layout import ONE, Layout, Size, product, size
-from graphopt.axes.registry import Dims, rule
+from graphopt.axes.layout import ONE, Dims, Layout, Size, product, size
+from graphopt.axes.registry import rule
 from graphopt.axes.solver import equal
 
 
