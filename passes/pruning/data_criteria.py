@@ -135,7 +135,10 @@ class _Observer(fx.Interpreter):
         """Return the mean over the values of a group."""
         values = [self._sums[value, group.axis] for value in self._values.get(group.axis, ())]
         if not values:
-            return "no value of it that a weight sums over can be told apart by index, which criterion=activation needs"
+            return (
+                "no value of it that a weight sums over, outside torch.cond and other regions, can be told apart by "
+                "index, which criterion=activation needs"
+            )
         return torch.stack([mean_one(value) for value in values]).mean(0)
 
     def _note(self, value: fx.Node, axis: int) -> None:
