@@ -27,11 +27,11 @@ def conditional_kernels(m: Any, x: Tensor) -> Tensor:
     return pooled(m, y.view(n, 8, 8, 8).relu())
 
 
-@_TABLE.add(lambda: image_model(12, made=nn.Linear(4, 12 * 12), code=parameter(4)), _IMAGE)
+@_TABLE.add(lambda: image_model(12, made=nn.Linear(4, 12 * 12), seed=parameter(4)), _IMAGE)
 def hypernetwork(m: Any, x: Tensor) -> Tensor:
     """The kernel of one layer is the output of another."""
     x = m.norm(m.stem(x)).relu()
-    return pooled(m, x + F.conv2d(x, m.made(m.code).view(12, 12, 1, 1)))
+    return pooled(m, x + F.conv2d(x, m.made(m.seed).view(12, 12, 1, 1)))
 
 
 @_TABLE.add(lambda: image_model(12, a=conv(12, 4, 1), b=conv(4, 18, 1), out=conv(12, 12)), _IMAGE)
