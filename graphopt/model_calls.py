@@ -30,8 +30,8 @@ def check_names(model: nn.Module) -> None:
         for name in table:
             if name in taken - own:
                 raise CaptureError(
-                    f"The model's attribute `{name}` bears a name that captured graphs use themselves. Capture it as a "
-                    f"part of a module of yours, where it is `model.{name}`, or rename it and its entries in the weights."
+                    f"The model's attribute `{name}` bears a name that captured graphs use themselves. Capture the "
+                    f"model as part of a module of yours, where it is `model.{name}`, or rename it, in the weights too."
                 )
 
 
