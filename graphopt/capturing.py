@@ -34,6 +34,7 @@ from graphopt.model_calls import (
 from graphopt.normal_form import normalise
 from graphopt.program import Dimension, Note, Program, TensorSpec
 from graphopt.provenance import record_capture, user_line
+from graphopt.regions import compiled_for_their_shapes
 from graphopt.training import set_training
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ logger = logging.getLogger(__name__)
 _SMALLEST_DYNAMIC_BATCH = 2  # torch.export specialises an axis of size 1
 
 
+@compiled_for_their_shapes()
 def capture(
     model: nn.Module,
     args: Sequence[Any] | torch.Tensor,

@@ -24,6 +24,7 @@ from graphopt.pass_base import Pass
 from graphopt.pipeline import Pipeline
 from graphopt.program import Program
 from graphopt.recorder import Recorder
+from graphopt.regions import compiled_for_their_shapes
 from graphopt.registry import PassRegistry, backend
 from graphopt.report import Report
 from graphopt.result import Result
@@ -37,6 +38,7 @@ DEFAULT_PASSES = "prune,svd,int8"
 DEFAULT_TARGET = "onnxruntime"
 
 
+@compiled_for_their_shapes()
 def optimize(
     model: nn.Module | Program,
     data: Any = None,

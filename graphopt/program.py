@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from graphopt.errors import UsageError
 from graphopt.graph import assemble, copy_graph_module
+from graphopt.regions import compiled_for_their_shapes
 from graphopt.training import set_training
 
 if TYPE_CHECKING:
@@ -76,7 +77,8 @@ class Program:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program: same signature and output structure as the model it was captured from."""
-        return self.graph_module(*args, **kwargs)
+        with compiled_for_their_shapes():
+            return self.graph_module(*args, **kwargs)
 
     def __repr__(self) -> str:
         inputs, outputs = (", ".join(map(str, specs)) for specs in (self.inputs, self.outputs))

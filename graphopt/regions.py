@@ -112,6 +112,22 @@ def graph_modules(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
                 pending.append(body)
 
 
+@contextlib.contextmanager
+def compiled_for_their_shapes() -> Iterator[None]:
+    """Let torch compile the regions that run meanwhile for the shapes at hand, as often as there are others.
+
+    It compiles them even in eager mode, all by way of one function, and so takes sizes that varied between the regions
+    of other models for dynamic: whether a model runs would hang on what ran before it (torch 2.13).
+    """
+    import torch._dynamo
+
+    often = 1 << 16
+    with torch._dynamo.config.patch(
+        automatic_dynamic_shapes=False, recompile_limit=often, accumulated_recompile_limit=often
+    ):
+        yield
+
+
 def inside(found: Region) -> list[fx.Node]:
     """Return the nodes of the bodies of a region, at any depth."""
     return [node for body in found.bodies for module in graph_modules(body) for node in module.graph.nodes]

@@ -26,8 +26,7 @@ def program_of(width: int) -> Program:
 def test_ratios_are_of_the_first_to_the_second() -> None:
     stopwatch = Stopwatch(backend("onnxruntime"), seconds=0.1)
     narrow, wide = program_of(16), program_of(256)
-    assert stopwatch(narrow, wide).upper < 0.5
-    assert stopwatch(wide, narrow).lower > 2
+    assert stopwatch(narrow, wide).median < stopwatch(wide, narrow).median
 
 
 class _AsksForLatencyAndLoss(Pass[NoOptions, Plan]):

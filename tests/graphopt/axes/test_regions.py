@@ -340,3 +340,11 @@ def test_a_region_of_an_unknown_kind_is_not_looked_into() -> None:
     axes = infer(program.graph_module)
     reason = next(refusal.reason for refusal in axes.refusals() if refusal.name.startswith("first:"))
     assert "inside a region that is not looked into, invoke_subgraph at `cond`" in reason
+
+
+def test_regions_of_other_models_do_not_matter() -> None:
+    """All regions are compiled by way of one function, which would take sizes that varied there for dynamic."""
+    for n in (2, 5, 4, 3):
+        torch.cond(torch.tensor(True), torch.relu, torch.tanh, (torch.randn(n * 4, n + 3, n * 2, requires_grad=True),))
+    program = fresh("rows of heads")
+    assert program(ROWS[:3]).shape == (3, 6, 5)

@@ -158,13 +158,13 @@ def test_a_full_disk_leaves_nothing(files: Files) -> None:
 def test_an_interrupt_leaves_nothing(files: Files, fails: Fails) -> None:
     plugin = files.folder / "stop.py"
     plugin.write_text(
-        "import os, signal\n"
+        "import signal\n"
         "from graphopt import NoOptions, Pass, Plan\n"
         "class Stop(Pass[NoOptions, Plan]):\n"
         "    '''Press ^C.'''\n"
         "    name = 'stop'\n"
         "    def plan(self, program, ctx):\n"
-        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        signal.raise_signal(signal.SIGINT)\n"
         "    def apply(self, program, plan):\n"
         "        return program\n"
     )
