@@ -105,11 +105,11 @@ def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode:
 class Editor:
     """Inserts and replaces nodes of one graph on behalf of one pass."""
 
-    def __init__(self, gm: fx.GraphModule, made_by: str) -> None:
+    def __init__(self, gm: fx.GraphModule, made_by: str, mode: FakeTensorMode | None = None) -> None:
         self.gm = gm
         self.graph = gm.graph
         self._made_by = made_by
-        self._mode = fake_mode_of(gm)
+        self._mode = fake_mode_of(gm) if mode is None else mode
 
     def call(self, target: Callable[..., Any], *args: Any, like: fx.Node, site: str = "", **kwargs: Any) -> fx.Node:
         """Insert a call at the graph's insertion point, descending from `like`.
@@ -201,8 +201,7 @@ class Editor:
                 value = operand.meta["val"] if isinstance(operand, fx.Node) else operand
                 inner.meta["val"] = self._like(inner.meta["val"], value, skip=found.sliced(position))
             with found.context():
-                within = Editor(body, self._made_by)
-                within._mode = self._mode
+                within = Editor(body, self._made_by, self._mode)
                 within.propagate_from(node for node in body.graph.nodes if not node.all_input_nodes)
         flowing = [value.meta["val"] if isinstance(value, fx.Node) else value for value in results(found.main)]
         was = found.node.meta["val"]

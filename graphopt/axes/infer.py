@@ -210,11 +210,12 @@ class _Inference:
         flowing = returned[found.bodies.index(found.main)]
         for operand, after in zip(found.operands[: found.state], flowing, strict=False):
             self._equate(found, self._dims(operand), after)
-        rounds = [self._dims(operand) for position, operand in enumerate(found.operands) if found.sliced(position)]
-        made: list[Dims | None] = []
-        for position, dims in enumerate(flowing):
-            stacked = dims is not None and found.stacked(position)
-            made.append((rounds[0][0], *dims) if stacked and rounds and rounds[0] and dims is not None else dims)
+        sequences = (self._dims(operand) for position, operand in enumerate(found.operands) if found.sliced(position))
+        rounds = [dims[:1] for dims in sequences if dims is not None][:1]
+        made = [
+            (*rounds[0], *dims) if rounds and dims is not None and found.stacked(position) else dims
+            for position, dims in enumerate(flowing)
+        ]
         if _fits(found.node.meta["val"], made):
             return made
         returned_by_bodies = [value for body in found.bodies for value in results(body) if isinstance(value, fx.Node)]

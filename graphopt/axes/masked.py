@@ -105,6 +105,7 @@ def check_masked_equivalence(
     random = randomise(original, generator)
     inputs = _flat_inputs(random, args, kwargs or {})
     findings = _Findings()
+    both = frozenset(names(original)), frozenset(names(pruned))
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)  # what tensor factories without a dtype make
     try:
@@ -113,7 +114,7 @@ def check_masked_equivalence(
             left = MaskedRun(random, kept, _copies(inputs), _Reader(random), branches)
             right = PlainRun(pruned, _copies(inputs), _Reader(random, kept), branches)
             with torch.no_grad():
-                _compare_runs(left, right, frozenset(names(original)), frozenset(names(pruned)), findings)
+                _compare_runs(left, right, *both, findings)
     finally:
         torch.set_default_dtype(default)
     logger.debug("masked equivalence: %d values compared, largest error %.2g", findings.compared, findings.error)

@@ -25,8 +25,9 @@ def program_of(width: int) -> Program:
 
 def test_ratios_are_of_the_first_to_the_second() -> None:
     stopwatch = Stopwatch(backend("onnxruntime"), seconds=0.1)
-    narrow, wide = program_of(16), program_of(256)
-    assert stopwatch(narrow, wide).median < stopwatch(wide, narrow).median
+    narrow, wide = program_of(16), program_of(1024)
+    assert stopwatch(narrow, wide).upper < 0.5
+    assert stopwatch(wide, narrow).lower > 2
 
 
 class _AsksForLatencyAndLoss(Pass[NoOptions, Plan]):

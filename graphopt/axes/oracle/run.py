@@ -149,16 +149,16 @@ class PlainRun:
     ) -> _Steps:
         """Run one body of a region; return what it returns, as a list."""
         body = found.bodies[which]
-        run = type(self)._of_body(self, body, operands, self._branches if branches is None else branches)
-        run._path = _inside(self._path, found, found.reads[which])
+        path = _inside(self._path, found, found.reads[which])
+        run = self._of_body(body, operands, self._branches if branches is None else branches, path)
         value: Any = None
         for name, node, value in run:
             if node.op not in ("placeholder", "output"):
                 yield name, node, value
         return list(value) if isinstance(value, list | tuple) else [value]
 
-    def _of_body(self, body: fx.GraphModule, operands: Sequence[Any], branches: Sequence[int]) -> PlainRun:
-        return PlainRun(body, operands, _Constants(body), branches)
+    def _of_body(self, body: fx.GraphModule, operands: Sequence[Any], branches: Sequence[int], path: str) -> PlainRun:
+        return PlainRun(body, operands, _Constants(body), branches, path)
 
     def _slice(self, value: Any, index: int) -> Any:
         return value[index]
@@ -197,13 +197,19 @@ class MaskedRun(PlainRun):
     """Runs the original graph on values that know which of their positions are removed."""
 
     def __init__(
-        self, gm: fx.GraphModule, kept: Kept, inputs: Sequence[Any], read: Read, branches: Sequence[int] = ()
+        self,
+        gm: fx.GraphModule,
+        kept: Kept,
+        inputs: Sequence[Any],
+        read: Read,
+        branches: Sequence[int] = (),
+        path: str = "",
     ) -> None:
-        super().__init__(gm, inputs, read, branches)
+        super().__init__(gm, inputs, read, branches, path)
         self._kept = kept
 
-    def _of_body(self, body: fx.GraphModule, operands: Sequence[Any], branches: Sequence[int]) -> MaskedRun:
-        return MaskedRun(body, {}, operands, _Constants(body), branches)
+    def _of_body(self, body: fx.GraphModule, operands: Sequence[Any], branches: Sequence[int], path: str) -> MaskedRun:
+        return MaskedRun(body, {}, operands, _Constants(body), branches, path)
 
     def _slice(self, value: Any, index: int) -> Any:
         if value.dead[0] is not None:
