@@ -21,19 +21,11 @@ from graphopt.axes.layout import Layout, leaves
 from graphopt.axes.rules.contraction import parse_equation
 from graphopt.graph import arguments, copy_graph_module
 from graphopt.passes.pruning.index_rows import by_index
+from graphopt.passes.pruning.operations import PRODUCTS
 from graphopt.passes.pruning.standing import Standing
 
 aten = torch.ops.aten
-# operator: the two operands, each summed over its last dimension where it is the first
-_PRODUCTS = {
-    aten.linear: ("input", "weight"),
-    aten.mm: ("self", "mat2"),
-    aten.bmm: ("self", "mat2"),
-    aten.matmul: ("self", "other"),
-    aten.addmm: ("mat1", "mat2"),
-    aten.baddbmm: ("batch1", "batch2"),
-    aten.scaled_dot_product_attention: ("query", "key"),
-}
+_PRODUCTS = {**PRODUCTS, aten.scaled_dot_product_attention: ("query", "key")}
 
 
 @dataclass(frozen=True)

@@ -25,14 +25,14 @@ from graphopt.graph import arguments
 aten = torch.ops.aten
 _CONVOLUTIONS = (aten.conv1d, aten.conv2d, aten.conv3d)
 _TRANSPOSED = (aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d)
-# operator: the operand whose last dimension is summed over
-_PRODUCTS = {
-    aten.linear: "input",
-    aten.mm: "self",
-    aten.bmm: "self",
-    aten.matmul: "self",
-    aten.addmm: "mat1",
-    aten.baddbmm: "batch1",
+# operator: the two operands; the first one's last dimension is summed over
+PRODUCTS = {
+    aten.linear: ("input", "weight"),
+    aten.mm: ("self", "mat2"),
+    aten.bmm: ("self", "mat2"),
+    aten.matmul: ("self", "other"),
+    aten.addmm: ("mat1", "mat2"),
+    aten.baddbmm: ("batch1", "batch2"),
 }
 _RECURRENT = (aten.lstm, aten.gru, aten.rnn_tanh, aten.rnn_relu)
 
@@ -86,8 +86,8 @@ def parts_of(node: fx.Node, axes: Axes, flops: int) -> list[Part] | None:
         return [Part(flops, (*result, *axes.layouts[given["weight"]][1:]))]
     if packet in _TRANSPOSED:
         return [Part(flops, (*axes.layouts[given["input"]], *axes.layouts[given["weight"]][1:]))]
-    if packet in _PRODUCTS:
-        return [Part(flops, (*result, axes.layouts[given[_PRODUCTS[packet]]][-1]))]
+    if packet in PRODUCTS:
+        return [Part(flops, (*result, axes.layouts[given[PRODUCTS[packet][0]]][-1]))]
     if packet is aten.scaled_dot_product_attention:
         return _attention(given, axes, flops)
     return _einsum(given, axes, flops) if packet is aten.einsum else None
