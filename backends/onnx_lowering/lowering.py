@@ -12,6 +12,7 @@ from graphopt.backends.onnx_lowering.duplicates import DuplicateInitializersPass
 from graphopt.backends.onnx_lowering.exporter import export
 from graphopt.backends.onnx_lowering.global_pooling import GlobalPoolingPass
 from graphopt.backends.onnx_lowering.metadata import StripMetadataPass
+from graphopt.backends.onnx_lowering.own_weights import OwnWeightsPass
 from graphopt.backends.onnx_lowering.saturation import SaturatedClampPass
 from graphopt.backends.onnx_lowering.signature import apply_signature
 from graphopt.backends.onnx_lowering.stored_weights import StoredWeightsPass
@@ -25,10 +26,12 @@ class Style:
     Attributes:
         opset: the opset to emit.
         global_pooling: whether spatial means become GlobalAveragePool.
+        own_weights: whether operators may not share stored weights and their zero points.
     """
 
     opset: int
     global_pooling: bool = False
+    own_weights: bool = False
 
 
 def lower(program: Program, style: Style) -> ir.Model:
@@ -48,6 +51,7 @@ def lower(program: Program, style: Style) -> ir.Model:
         common.IdentityEliminationPass(),
         BranchOutputsPass(),  # the step before takes identities that end a branch
         DuplicateInitializersPass(),
+        *([OwnWeightsPass()] if style.own_weights else []),
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
         common.RemoveUnusedOpsetsPass(),

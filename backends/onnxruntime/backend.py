@@ -53,7 +53,7 @@ class OnnxRuntimeBackend(Backend):
         Raises:
             LoweringError: an operator has no ONNX form, or ONNX Runtime no kernel for it.
         """
-        model = lower(program, Style(opset=DESCRIPTION.opset, global_pooling=True))
+        model = lower(program, Style(opset=DESCRIPTION.opset, global_pooling=True, own_weights=True))
         facts: dict[str, Json] = {}
         if self._simplify:
             model, facts["onnxsim"] = simplify_where_smaller(model, program)

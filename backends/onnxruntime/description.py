@@ -49,5 +49,8 @@ DESCRIPTION = TargetDescription(
     operators=(*_CONVOLUTIONS, *_PRODUCTS, *_JOINS, *_SAME_SCALE, *_MOVES),
     channel_multiple=16,  # NCHWc and VNNI kernels work on blocks of 16 channels
     rank_multiple=16,
-    notes=("uint8 activations and int8 weights need a CPU with VNNI: others saturate in 16 bits.",),
+    notes=(
+        "On x86 without VNNI, products of uint8 and int8 saturate in 16 bits unless the session is precise "
+        "(`session.x64quantprecision`), as the recorded options make it; it is slower there.",
+    ),
 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from graphopt.backends.onnx_execution.session import PRECISE
+from graphopt.backends.onnx_lowering.own_weights import dequantizes_a_weight
 from graphopt.plan import Json
 
 # Both cost more than what they fuse: 0.49 ms a layer against 0.08 for Add and LayerNormalization, 0.42 against 0.25
@@ -21,7 +23,13 @@ def recorded_options(model: ir.Model) -> dict[str, Json]:
         disabled += _SLOWER_FUSIONS
     if any(_loses_its_integers(node) for node in nodes):
         disabled.append(_INTEGER_BREAKER)
-    return {"threads": 0, "optimization": "all", "spinning": False, "disabled_optimizers": disabled}
+    options: dict[str, Json] = {
+        "threads": 0,
+        "optimization": "all",
+        "spinning": False,
+        "disabled_optimizers": disabled,
+    }
+    return {**options, "config": PRECISE} if any(dequantizes_a_weight(node) for node in nodes) else options
 
 
 def _loses_its_integers(node: ir.Node) -> bool:

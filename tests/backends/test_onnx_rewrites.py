@@ -8,6 +8,7 @@ import pytest
 
 from graphopt.backends.onnx_lowering.duplicates import DuplicateInitializersPass
 from graphopt.backends.onnx_lowering.global_pooling import GlobalPoolingPass
+from graphopt.backends.onnx_lowering.own_weights import OwnWeightsPass
 from graphopt.backends.onnx_lowering.saturation import SaturatedClampPass
 from graphopt.backends.onnx_lowering.stored_weights import StoredWeightsPass
 
@@ -166,3 +167,44 @@ class TestDuplicates:
             third=np.zeros(0, np.int64),
         )
         assert not DuplicateInitializersPass()(built).modified
+
+
+class TestOwnWeights:
+    TWICE = (
+        "g (float[n,4] x) => (float[n,4] z) {"
+        "d = DequantizeLinear<axis=0>(w, s, zero) y = MatMul(x, d) z = MatMul(y, d) }"
+    )
+    STORED = {  # noqa: RUF012
+        "w": np.arange(16, dtype=np.int8).reshape(4, 4),
+        "s": np.ones(4, dtype=np.float32),
+        "zero": np.zeros(4, dtype=np.int8),
+    }
+
+    def test_readers_of_one_weight_share_the_file_and_nothing_else(self) -> None:
+        built = model(self.TWICE, **self.STORED)
+        assert OwnWeightsPass()(built).modified
+        assert operators(built) == ["DequantizeLinear", "Reshape", "DequantizeLinear", "MatMul", "MatMul"]
+        reads = [node.inputs for node in built.graph if node.op_type == "DequantizeLinear"]
+        assert reads[0][0].name == "w"
+        assert reads[1][0].producer().op_type == "Reshape"
+        assert reads[0][2] is not reads[1][2]
+        stored = [value for value in built.graph.initializers.values() if value.dtype == ir.DataType.INT8]
+        assert sum(len(value.shape) == 2 for value in stored) == 1
+
+    def test_a_zero_point_of_two_weights_becomes_two(self) -> None:
+        text = (
+            "g (float[n,4] x) => (float[n,4] z) { d = DequantizeLinear<axis=0>(w, s, zero)"
+            "e = DequantizeLinear<axis=0>(v, s, zero) y = MatMul(x, d) z = MatMul(y, e) }"
+        )
+        built = model(text, **self.STORED, v=self.STORED["w"] + np.int8(1))
+        assert OwnWeightsPass()(built).modified
+        reads = [node.inputs for node in built.graph if node.op_type == "DequantizeLinear"]
+        assert reads[0][1] is reads[1][1]
+        assert reads[0][2] is not reads[1][2]
+        np.testing.assert_array_equal(reads[0][2].const_value.numpy(), reads[1][2].const_value.numpy())
+
+    def test_one_reader_is_left_alone(self) -> None:
+        text = "g (float[n,4] x) => (float[n,4] y) { d = DequantizeLinear<axis=0>(w, s, zero) y = MatMul(x, d) }"
+        built = model(text, **self.STORED)
+        assert not OwnWeightsPass()(built).modified
+        assert operators(built) == ["DequantizeLinear", "MatMul"]

@@ -65,6 +65,14 @@ def test_integer_artifact_is_verified(resnet: tuple[Program, Artifact]) -> None:
     assert BACKEND.verify(artifact, program) < 0.1
 
 
+def test_products_are_precise_on_processors_that_saturate(resnet: tuple[Program, Artifact], tmp_path: Path) -> None:
+    artifact = resnet[1]
+    assert artifact.session_options["config"] == {"session.x64quantprecision": "1"}
+    assert "session.x64quantprecision" in BACKEND.run_script(artifact)
+    plain = BACKEND.lower(capture(nn.Linear(4, 4), torch.randn(2, 4)), tmp_path / "float.onnx")
+    assert "config" not in plain.session_options
+
+
 def test_weights_are_a_quarter(resnet: tuple[Program, Artifact]) -> None:
     model = ir.load(resnet[1].path)
     weights = [value for value in model.graph.initializers.values() if len(value.shape) in (2, 4)]

@@ -15,7 +15,7 @@ from graphopt import capture
 from graphopt.backends.onnx_execution.agreement import Reference, disagreements, half_of_the_digits, relative_error
 from graphopt.backends.onnx_execution.batches import batches, evaluate
 from graphopt.backends.onnx_execution.replay import Replay, quantize_nodes
-from graphopt.backends.onnx_execution.session import SessionSettings
+from graphopt.backends.onnx_execution.session import PRECISE, SessionSettings
 from graphopt.backends.onnx_execution.verification import verify
 from graphopt.backends.onnx_lowering.lowering import Style, lower
 from graphopt.backends.onnx_lowering.saving import save
@@ -24,7 +24,7 @@ from graphopt.program import Program
 from tests.backends.quantized import IntegerResNet
 from tests.models import Residual
 
-SETTINGS = SessionSettings(threads=1)
+SETTINGS = SessionSettings(threads=1, config=PRECISE)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def integers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Program, Path]:
 
 def lowered(program: Program, factory: pytest.TempPathFactory) -> tuple[Program, Path]:
     path = factory.mktemp("artifact") / "model.onnx"
-    save(lower(program, Style(20, global_pooling=True)), path)
+    save(lower(program, Style(20, global_pooling=True, own_weights=True)), path)
     return program, path
 
 

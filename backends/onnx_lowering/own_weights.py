@@ -1,0 +1,88 @@
+"""Give every operator a stored weight and a zero point of its own, which ONNX Runtime may have to rewrite for it.
+
+Given:   d = DequantizeLinear(w, s, zero); Conv(x, d); Conv(y, d)
+Result:  Conv(x, DequantizeLinear(w, s, w_zero_point))
+         w1 = Reshape(w, shape of w);  Conv(y, DequantizeLinear(w1, s, w_zero_point_1))
+         w2 = Reshape(w1, shape of w); and so on: equal expressions would be made one again
+
+On x86 without VNNI the runtime turns int8 weights to uint8 where it is asked to be precise, and fails on what it has
+turned already ("Attempt to replace the existing tensor", 1.31.1). It folds the Reshape before: the file holds the
+weight once. Left alone: what has one reader.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+_WEIGHT, _ZERO_POINT = 0, 2  # among the inputs of DequantizeLinear
+
+
+class OwnWeightsPass(ir.passes.InPlacePass):
+    """Separate what several operators share of stored weights."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite every graph."""
+        modified = False
+        for graph in model.graphs():
+            latest: dict[ir.Value, ir.Value] = {}  # of each stored weight, what its last reader reads
+            for node in [node for node in graph if dequantizes_a_weight(node)]:
+                for own in (node, *_copies_for_further_readers(graph, node)):
+                    modified |= _separate(graph, own, latest)
+        return ir.passes.PassResult(model, modified=modified)
+
+
+def dequantizes_a_weight(node: ir.Node) -> bool:
+    """Whether a node dequantizes int8 that is stored in the model."""
+    if node.domain != "" or node.op_type != "DequantizeLinear":
+        return False
+    weight = node.inputs[_WEIGHT]
+    return weight is not None and weight.is_initializer() and weight.dtype == ir.DataType.INT8
+
+
+def _copies_for_further_readers(graph: ir.Graph, node: ir.Node) -> list[ir.Node]:
+    copies = []
+    for use in list(node.outputs[0].uses())[1:]:
+        copy = ir.node("DequantizeLinear", node.inputs, node.attributes, metadata_props=dict(node.metadata_props))
+        copy.outputs[0].shape, copy.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
+        graph.insert_after(node, copy)
+        use.node.replace_input_with(use.idx, copy.outputs[0])
+        copies.append(copy)
+    return copies
+
+
+def _separate(graph: ir.Graph, node: ir.Node, latest: dict[ir.Value, ir.Value]) -> bool:
+    """Let a dequantization share nothing with those of the weights seen so far."""
+    weight, zero = node.inputs[_WEIGHT], node.inputs[_ZERO_POINT] if len(node.inputs) > _ZERO_POINT else None
+    assert weight is not None  # by `dequantizes_a_weight`
+    shared = zero is not None and zero.const_value is not None and len(list(zero.uses())) > 1
+    if zero is not None and zero.const_value is not None and shared:
+        own = _constant(graph, f"{weight.name}_zero_point", zero.const_value.numpy())
+        node.replace_input_with(_ZERO_POINT, own)
+    if weight not in latest:
+        latest[weight] = weight
+        return shared
+    latest[weight] = _reshaped_to_itself(graph, node, latest[weight])
+    node.replace_input_with(_WEIGHT, latest[weight])
+    return True
+
+
+def _reshaped_to_itself(graph: ir.Graph, before: ir.Node, weight: ir.Value) -> ir.Value:
+    assert weight.shape is not None  # it is stored
+    sizes = _constant(graph, f"{weight.name}_shape", np.array(weight.shape.numpy(), dtype=np.int64))
+    reshape = ir.node("Reshape", [weight, sizes])
+    result = reshape.outputs[0]
+    result.name, result.shape, result.type = f"{weight.name}_again", weight.shape, weight.type
+    graph.insert_before(before, reshape)
+    return result
+
+
+def _constant(graph: ir.Graph, wanted: str, values: np.ndarray) -> ir.Value:
+    name, count = wanted, 0
+    while name in graph.initializers:
+        count += 1
+        name = f"{wanted}_{count}"
+    tensor = ir.tensor(values, name=name)
+    value = ir.Value(name=name, shape=ir.Shape(values.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
