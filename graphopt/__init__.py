@@ -14,9 +14,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from graphopt.backend import Artifact, Backend, Finding, Session
-    from graphopt.capturing import capture
-    from graphopt.context import Context
+    from graphopt.capturing.capture import capture
+    from graphopt.capturing.load import load
     from graphopt.errors import (
         CaptureError,
         DataError,
@@ -28,23 +27,25 @@ if TYPE_CHECKING:
         UsageError,
         VerifyError,
     )
-    from graphopt.graph import Editor
-    from graphopt.hooks import Hook
-    from graphopt.loading.program import load
-    from graphopt.optimizing import optimize
-    from graphopt.pass_base import NoOptions, Pass
-    from graphopt.pipeline import Pipeline
-    from graphopt.plan import Plan, Refusal
-    from graphopt.program import Program, TensorSpec
-    from graphopt.replaying import replay
-    from graphopt.report import Report
-    from graphopt.result import Result
-    from graphopt.target import TargetDescription
+    from graphopt.ir.graph import Editor
+    from graphopt.ir.program import Program
+    from graphopt.ir.signature import TensorSpec
+    from graphopt.job.optimizing import optimize
+    from graphopt.job.replaying import replay
+    from graphopt.job.report import Report
+    from graphopt.job.result import Result
+    from graphopt.pipeline.context import Context
+    from graphopt.pipeline.hooks import Hook
+    from graphopt.pipeline.pass_base import NoOptions, Pass
+    from graphopt.pipeline.pipeline import Pipeline
+    from graphopt.pipeline.plan import Plan, Refusal
+    from graphopt.targets.backend import Artifact, Backend, Finding, Session
+    from graphopt.targets.description import TargetDescription
 
 _HOMES = {
-    "graphopt.backend": ("Artifact", "Backend", "Finding", "Session"),
-    "graphopt.capturing": ("capture",),
-    "graphopt.context": ("Context",),
+    "graphopt.targets.backend": ("Artifact", "Backend", "Finding", "Session"),
+    "graphopt.capturing.capture": ("capture",),
+    "graphopt.pipeline.context": ("Context",),
     "graphopt.errors": (
         "CaptureError",
         "DataError",
@@ -56,18 +57,18 @@ _HOMES = {
         "UsageError",
         "VerifyError",
     ),
-    "graphopt.graph": ("Editor",),
-    "graphopt.hooks": ("Hook",),
-    "graphopt.loading.program": ("load",),
-    "graphopt.optimizing": ("optimize",),
-    "graphopt.pass_base": ("NoOptions", "Pass"),
-    "graphopt.pipeline": ("Pipeline",),
-    "graphopt.plan": ("Plan", "Refusal"),
-    "graphopt.program": ("Program", "TensorSpec"),
-    "graphopt.replaying": ("replay",),
-    "graphopt.report": ("Report",),
-    "graphopt.result": ("Result",),
-    "graphopt.target": ("TargetDescription",),
+    "graphopt.ir.graph": ("Editor",),
+    "graphopt.pipeline.hooks": ("Hook",),
+    "graphopt.capturing.load": ("load",),
+    "graphopt.job.optimizing": ("optimize",),
+    "graphopt.pipeline.pass_base": ("NoOptions", "Pass"),
+    "graphopt.pipeline.pipeline": ("Pipeline",),
+    "graphopt.pipeline.plan": ("Plan", "Refusal"),
+    "graphopt.ir.program": ("Program", "TensorSpec"),
+    "graphopt.job.replaying": ("replay",),
+    "graphopt.job.report": ("Report",),
+    "graphopt.job.result": ("Result",),
+    "graphopt.targets.description": ("TargetDescription",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

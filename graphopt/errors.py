@@ -71,3 +71,8 @@ class DataError(GraphOptError):
     """Calibration or evaluation data that does not fit the model."""
 
     exit_code = 6
+
+
+def first_line(err: BaseException) -> str:
+    """Return the first line of an error's text, without a full stop."""
+    return next((line.strip() for line in str(err).splitlines() if line.strip()), type(err).__name__).rstrip(".")

@@ -20,16 +20,17 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from graphopt.canonical import canonical_form
-from graphopt.capturing import capture
-from graphopt.context import Batch, Context
-from graphopt.equivalence import measure
+from graphopt.capturing.capture import capture
+from graphopt.data.batches import Batch
 from graphopt.errors import VerifyError
-from graphopt.invariants import check_invariants
-from graphopt.pass_base import Pass
-from graphopt.plan import Plan
-from graphopt.program import Program
-from graphopt.target import TargetDescription
+from graphopt.ir.canonical import canonical_form
+from graphopt.ir.invariants import check_invariants
+from graphopt.ir.program import Program
+from graphopt.measure.equivalence import measure
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.pass_base import Pass
+from graphopt.pipeline.plan import Plan
+from graphopt.targets.description import TargetDescription
 
 AnyPass = Pass[Any, Any]
 Inputs = torch.Tensor | Sequence[Any]
@@ -78,7 +79,7 @@ def check_pass(
     idempotent: bool = True,
     seed: int = 0,
 ) -> CheckedPass:
-    """Run a pass and check every promise of the contract in `graphopt.pass_base`.
+    """Run a pass and check every promise of the contract in `graphopt.pipeline.pass_base`.
 
     1. Neither `plan` nor `apply` changes the program it is given.
     2. The result lints, keeps the signature unless declared otherwise, has on every node a `meta["val"]` equal to

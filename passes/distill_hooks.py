@@ -14,13 +14,13 @@ from typing import Annotated
 
 from pydantic import Field
 
-from graphopt.context import Context
 from graphopt.distillation.addresses import Tap, resolve
 from graphopt.distillation.cuts import auto_taps
 from graphopt.distillation.taps import insert_taps, strip_taps, taps_of
-from graphopt.pass_base import Pass
-from graphopt.plan import Plan, Refusal
-from graphopt.program import Program
+from graphopt.ir.program import Program
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.pass_base import Pass
+from graphopt.pipeline.plan import Plan, Refusal
 
 AUTO = "auto"
 

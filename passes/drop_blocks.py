@@ -18,17 +18,18 @@ from typing import Annotated
 
 from pydantic import Field
 
-from graphopt.context import Context
 from graphopt.errors import PassError, UsageError
-from graphopt.pass_base import Pass
+from graphopt.ir.plain_data import Json
+from graphopt.ir.program import Program
 from graphopt.passes.pruning.allocation import exact
 from graphopt.passes.residuals.branches import Branch, find_branches
 from graphopt.passes.residuals.contribution import Criterion
 from graphopt.passes.residuals.layers import Kind
 from graphopt.passes.residuals.removal import without
 from graphopt.passes.residuals.search import Limits, Search
-from graphopt.plan import Json, Plan, Refusal
-from graphopt.program import Program
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.pass_base import Pass
+from graphopt.pipeline.plan import Plan, Refusal
 
 logger = logging.getLogger(__name__)
 

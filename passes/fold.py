@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from graphopt.context import Context
-from graphopt.pass_base import NoOptions, Pass
+from graphopt.ir.program import Program
 from graphopt.passes.folding.affine_folding import AffineFold, apply_affine_folds, find_affine_folds
 from graphopt.passes.folding.constant_folding import ConstantFold, find_constants, store_constants
 from graphopt.passes.folding.no_ops import drop_no_ops, find_no_ops
-from graphopt.plan import Plan, Refusal
-from graphopt.program import Program
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.pass_base import NoOptions, Pass
+from graphopt.pipeline.plan import Plan, Refusal
 
 logger = logging.getLogger(__name__)
 

@@ -17,20 +17,21 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx
 
-from graphopt.calibration import Calibration
-from graphopt.context import Context
-from graphopt.graph import Editor, constant
-from graphopt.pass_base import Pass
+from graphopt.ir.graph import Editor, constant
+from graphopt.ir.program import Program
 from graphopt.passes.quantization.layers import LayerQuantizer
 from graphopt.passes.quantization.placement import Placement, Site, place
 from graphopt.passes.quantization.plan import Form, Int8Plan, LayerRecord, ValueRecord, stored_name
 from graphopt.passes.quantization.prepare import respell, spellings
 from graphopt.passes.quantization.rewrite import Rewriter
-from graphopt.program import Program
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.pass_base import Pass
+from graphopt.quantization.formats import IntegerFormat
 from graphopt.quantization.histogram import ChannelMean, Histogram
 from graphopt.quantization.ops import quantize
 from graphopt.quantization.qparams import Observer, QParams, choose, from_range
-from graphopt.target import IntegerFormat, TargetDescription
+from graphopt.statistics.calibration import Calibration
+from graphopt.targets.description import TargetDescription
 
 
 @dataclass(frozen=True, slots=True)

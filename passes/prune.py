@@ -18,18 +18,19 @@ from typing import Any, Self
 import torch
 
 from graphopt.axes.infer import infer
-from graphopt.axes.masked import check_masked_equivalence, check_slices
+from graphopt.axes.proof.masked import check_masked_equivalence, check_slices
 from graphopt.axes.rewrite import remove, slices
-from graphopt.context import Context
 from graphopt.errors import PassError, VerifyError
+from graphopt.ir.plain_data import Json
+from graphopt.ir.program import Program
 from graphopt.loading.functions import resolve_function
-from graphopt.pass_base import Pass
 from graphopt.passes.pruning.choice import choose
 from graphopt.passes.pruning.options import PruneOptions
 from graphopt.passes.pruning.reconstruction import with_tensors
 from graphopt.passes.pruning.rounds import decide
-from graphopt.plan import Json, Plan
-from graphopt.program import Program
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.pass_base import Pass
+from graphopt.pipeline.plan import Plan
 
 __all__ = ["Prune", "PruneOptions", "PruningPlan"]
 

@@ -18,7 +18,7 @@ from typing import Annotated, Final, Literal
 import torch
 from pydantic import Field
 
-from graphopt.context import Batch, Context
+from graphopt.data.batches import Batch
 from graphopt.distillation.addresses import resolve
 from graphopt.distillation.augment import flip, shift, takes_images
 from graphopt.distillation.cuts import auto_taps
@@ -32,9 +32,10 @@ from graphopt.distillation.statistics import batch_norms
 from graphopt.distillation.taps import own_outputs, strip_taps
 from graphopt.distillation.weights import integer_weights, overwrite, trainable
 from graphopt.errors import DataError, PassError
-from graphopt.pass_base import Pass
-from graphopt.plan import Plan, Refusal
-from graphopt.program import Program
+from graphopt.ir.program import Program
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.pass_base import Pass
+from graphopt.pipeline.plan import Plan, Refusal
 
 logger = logging.getLogger(__name__)
 

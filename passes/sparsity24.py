@@ -18,11 +18,10 @@ import torch
 from pydantic import Field
 from torch import fx
 
-from graphopt.calibration import read_batches
-from graphopt.context import Context
 from graphopt.errors import PassError, UsageError
-from graphopt.graph import Editor, constant, tensor_attribute
-from graphopt.pass_base import Pass
+from graphopt.ir.graph import Editor, constant, tensor_attribute
+from graphopt.ir.plain_data import Json
+from graphopt.ir.program import Program
 from graphopt.passes.sparsity.layers import (
     Site,
     as_rows,
@@ -35,9 +34,11 @@ from graphopt.passes.sparsity.layers import (
 )
 from graphopt.passes.sparsity.moments import Moments, gather
 from graphopt.passes.sparsity.selection import fit, sparsify
-from graphopt.plan import Json, Plan, Refusal
-from graphopt.program import Program
-from graphopt.target import SparseFormat
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.pass_base import Pass
+from graphopt.pipeline.plan import Plan, Refusal
+from graphopt.statistics.calibration import read_batches
+from graphopt.targets.description import SparseFormat
 
 logger = logging.getLogger(__name__)
 

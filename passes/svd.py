@@ -16,15 +16,16 @@ import torch
 from pydantic import Field
 from torch import fx
 
-from graphopt.context import Context
-from graphopt.covariance import WIDEST, Covariance, gather_covariances
-from graphopt.graph import tensor_attribute
-from graphopt.pass_base import Pass
+from graphopt.ir.graph import tensor_attribute
+from graphopt.ir.plain_data import Json
+from graphopt.ir.program import Program
 from graphopt.passes.factorisation.factorised_layers import as_matrix, factor_names, factorisable, replace_by_factors
 from graphopt.passes.factorisation.low_rank import Decomposition, decompose
 from graphopt.passes.weighted_calls import WeightedCall
-from graphopt.plan import Json, Plan, Refusal
-from graphopt.program import Program
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.pass_base import Pass
+from graphopt.pipeline.plan import Plan, Refusal
+from graphopt.statistics.covariance import WIDEST, Covariance, gather_covariances
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from graphopt.graph import arguments, constant, tensor_attribute
-from graphopt.regions import inside, regions
+from graphopt.ir.graph import arguments, constant, tensor_attribute
+from graphopt.ir.regions import inside, regions
 
 aten = torch.ops.aten
 Kind = Literal["linear", "matmul", "conv", "transposed conv"]

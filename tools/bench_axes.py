@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import zoo_models
 
 from graphopt.axes.infer import infer
-from graphopt.capturing import capture
+from graphopt.capturing.capture import capture
 
 _LAYERS = (2, 4, 8, 16, 32, 64, 96)
 _WIDTH, _HEADS, _TOKENS = 48, 4, 8

@@ -19,15 +19,15 @@ from cifar10 import images, top1, trained_resnet
 from rich.console import Console
 from rich.table import Table
 
-from graphopt.capturing import capture
-from graphopt.context import Context
-from graphopt.cost import cost
+from graphopt.capturing.capture import capture
 from graphopt.distillation.statistics import estimate_statistics
-from graphopt.options import build
+from graphopt.ir.program import Program
+from graphopt.measure.cost import cost
 from graphopt.passes.drop_blocks import DropBlocks, DropBlocksOptions
 from graphopt.passes.pruning.reconstruction import with_tensors
 from graphopt.passes.residuals.removal import without
-from graphopt.program import Program
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.options import build
 from graphopt.testing import TensorSamples
 
 _WIDTH = 150  # columns that the table needs, whatever it is printed to

@@ -26,19 +26,19 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
-from graphopt.backend import Artifact, Session
 from graphopt.backends.onnx_execution.session import SessionSettings
 from graphopt.backends.onnxruntime import OnnxRuntimeBackend
 from graphopt.backends.onnxruntime.fusion import kernel_counts
 from graphopt.backends.tensorrt import TensorRTBackend
-from graphopt.bench import Spread, time_in_turn
-from graphopt.capturing import capture
-from graphopt.context import Context
-from graphopt.equivalence import measure
+from graphopt.capturing.capture import capture
 from graphopt.errors import LoweringError
-from graphopt.pipeline import Pipeline
-from graphopt.program import Program
-from graphopt.runner import run
+from graphopt.ir.program import Program
+from graphopt.measure.bench import Spread, time_in_turn
+from graphopt.measure.equivalence import measure
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.pipeline import Pipeline
+from graphopt.pipeline.runner import run
+from graphopt.targets.backend import Artifact, Session
 from graphopt.testing import TensorSamples
 
 _FLOAT_KERNELS = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Add")

@@ -30,15 +30,15 @@ from torch import Tensor, nn
 from zoo_subject import without_torchvision_operators
 
 import graphopt
-from graphopt.backend import Artifact
 from graphopt.backends.onnx_execution.agreement import half_of_the_digits, relative_error
 from graphopt.backends.onnx_execution.batches import batches
 from graphopt.backends.onnx_execution.replay import Replay, quantize_nodes
 from graphopt.backends.onnx_execution.session import OnnxSession, SessionSettings
 from graphopt.backends.onnx_execution.verification import IntegerProbe
 from graphopt.errors import LoweringError
-from graphopt.program import Program
-from graphopt.registry import backend
+from graphopt.ir.program import Program
+from graphopt.pipeline.registry import backend
+from graphopt.targets.backend import Artifact
 
 _TARGETS = ("onnxruntime", "tensorrt")
 _SAMPLES = 64

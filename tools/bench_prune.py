@@ -27,15 +27,15 @@ from rich.console import Console
 from rich.table import Table
 from torch_pruning_peer import pruned_by_peer, with_statistics
 
-from graphopt.capturing import capture
-from graphopt.context import Context
-from graphopt.cost import cost
+from graphopt.capturing.capture import capture
 from graphopt.distillation.statistics import estimate_statistics
-from graphopt.options import build
+from graphopt.ir.program import Program
+from graphopt.measure.cost import cost
 from graphopt.passes.prune import Prune, PruneOptions
 from graphopt.passes.pruning.criteria import CRITERIA
 from graphopt.passes.pruning.reconstruction import with_tensors
-from graphopt.program import Program
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.options import build
 from graphopt.testing import TensorSamples
 
 _AXES: dict[str, dict[str, object]] = {"all": {}, "inner": {"kinds": ("channels",), "skip": ("conv1*",)}}

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from cifar10 import images, top1, trained_resnet
 
-from graphopt.capturing import capture
-from graphopt.context import Context
-from graphopt.cost import cost
-from graphopt.pipeline import Pipeline
-from graphopt.program import Program
-from graphopt.runner import run
+from graphopt.capturing.capture import capture
+from graphopt.ir.program import Program
+from graphopt.measure.cost import cost
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.pipeline import Pipeline
+from graphopt.pipeline.runner import run
 from graphopt.testing import TensorSamples
 
 # The shortcuts of option A freeze the residual widths of stages 2 and 3; `skip` keeps that of stage 1 as well.

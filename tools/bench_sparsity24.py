@@ -21,11 +21,11 @@ from rich.console import Console
 from rich.table import Table
 
 from graphopt.backends.tensorrt import TensorRTBackend
-from graphopt.capturing import capture
-from graphopt.context import Context
-from graphopt.options import build
+from graphopt.capturing.capture import capture
+from graphopt.ir.program import Program
 from graphopt.passes.sparsity24 import Sparsity24, Sparsity24Options, Sparsity24Plan
-from graphopt.program import Program
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.options import build
 from graphopt.testing import TensorSamples
 
 _WIDTH = 150  # columns that the table needs, whatever it is printed to

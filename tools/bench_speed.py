@@ -16,13 +16,13 @@ from pathlib import Path
 
 import torch
 
-from graphopt.bench import Spread, compare
-from graphopt.capturing import capture
-from graphopt.context import Context
-from graphopt.cost import cost
-from graphopt.options import build
+from graphopt.capturing.capture import capture
+from graphopt.measure.bench import Spread, compare
+from graphopt.measure.cost import cost
 from graphopt.passes.prune import Prune, PruneOptions
-from graphopt.registry import backend
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.options import build
+from graphopt.pipeline.registry import backend
 
 # The PyPI wheel of torchvision imports beside a CPU build of torch once this module exists.
 sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("torchvision._meta_registrations"))

@@ -33,11 +33,11 @@ from torch.utils import _pytree as pytree
 
 from graphopt.axes.infer import Axes, infer
 from graphopt.axes.layout import leaves
-from graphopt.axes.masked import check_masked_equivalence
-from graphopt.axes.oracle.value import CannotProveError
+from graphopt.axes.proof.masked import check_masked_equivalence
+from graphopt.axes.proof.value import CannotProveError
 from graphopt.axes.rewrite import remove, slices
+from graphopt.capturing.normal_form import normalise
 from graphopt.errors import VerifyError
-from graphopt.normal_form import normalise
 
 _WIDTH = 2  # of what each dimension of a result is contracted to
 # What these hold is nobody's business, and half precision cannot be multiplied with double.

@@ -37,13 +37,13 @@ import zoo_models
 from zoo_subject import Subject
 
 from graphopt.axes.infer import infer
-from graphopt.axes.masked import check_masked_equivalence, check_slices
-from graphopt.axes.oracle.value import CannotProveError
-from graphopt.capturing import capture
-from graphopt.context import Context
+from graphopt.axes.proof.masked import check_masked_equivalence, check_slices
+from graphopt.axes.proof.value import CannotProveError
+from graphopt.capturing.capture import capture
 from graphopt.errors import CaptureError, VerifyError
+from graphopt.ir.program import Program
 from graphopt.passes.prune import Prune, PruneOptions
-from graphopt.program import Program
+from graphopt.pipeline.context import Context
 
 _LEAST_REMOVED = 0.3  # of the parameters, at a ratio of one half
 _EXACT = "exact"

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from graphopt.backend import Array
-from graphopt.program import Program, TensorSpec
+from graphopt.ir.program import Program
+from graphopt.ir.signature import TensorSpec
+from graphopt.targets.backend import Array
 
 BATCH_SIZES = (1, 3, 8)
 

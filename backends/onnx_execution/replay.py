@@ -16,7 +16,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 import graphopt.quantization.ops  # noqa: F401  (registers the operators)
-from graphopt.program import Program
+from graphopt.ir.program import Program
 
 Tensors = tuple[torch.Tensor, ...]
 

@@ -8,8 +8,8 @@ from importlib.metadata import version
 import torch
 
 from graphopt.backends.onnx_execution.session import SessionSettings
-from graphopt.plan import Json
-from graphopt.program import TensorSpec
+from graphopt.ir.plain_data import Json
+from graphopt.ir.signature import TensorSpec
 
 _TEMPLATE = '''"""Run {file} in ONNX Runtime. Needs: pip install numpy onnxruntime=={version}
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import onnxruntime  # type: ignore[import-untyped]
 
-from graphopt.backend import Array
 from graphopt.errors import LoweringError, UsageError
-from graphopt.plan import Json
+from graphopt.ir.plain_data import Json
+from graphopt.targets.backend import Array
 
 _LEVELS = {
     "disabled": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,

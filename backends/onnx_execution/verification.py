@@ -18,14 +18,14 @@ from pathlib import Path
 import onnx
 import torch
 
-from graphopt.backend import Array
 from graphopt.backends.onnx_execution.agreement import Reference, disagreements, relative_error
 from graphopt.backends.onnx_execution.batches import batches
 from graphopt.backends.onnx_execution.replay import Replay, Step, perturbed, quantize_nodes
 from graphopt.backends.onnx_execution.session import OnnxSession, SessionSettings
 from graphopt.backends.onnx_lowering.exporter import SOURCE_PROPERTY
 from graphopt.errors import LoweringError
-from graphopt.program import Program
+from graphopt.ir.program import Program
+from graphopt.targets.backend import Array
 
 _ALLOWED_STEPS = 1  # a value half-way between two integers may be rounded either way
 

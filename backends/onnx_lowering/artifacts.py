@@ -8,7 +8,7 @@ import onnx_ir as ir
 from onnx_ir.tensor_adapters import to_torch_dtype
 
 from graphopt.errors import LoweringError
-from graphopt.program import TensorSpec
+from graphopt.ir.signature import TensorSpec
 
 
 def read_model(path: Path) -> ir.Model:

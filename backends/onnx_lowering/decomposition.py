@@ -19,7 +19,7 @@ from torch.export.graph_signature import TensorArgument
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from graphopt.graph import copy_graph_module, fake_mode_of
+from graphopt.ir.graph import copy_graph_module, fake_mode_of
 
 _FEW = 16  # calls; of ResNet-50 two took 0.2 s to trace, the whole program 2 s
 

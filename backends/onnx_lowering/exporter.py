@@ -21,9 +21,9 @@ from graphopt.backends.onnx_lowering.fixed_bags import reduce_fixed_bags
 from graphopt.backends.onnx_lowering.tensor_results import only_tensors
 from graphopt.backends.onnx_lowering.translations import table
 from graphopt.errors import LoweringError
-from graphopt.exporting import exported
-from graphopt.program import Program
-from graphopt.provenance import module_path, user_line
+from graphopt.ir.exporting import exported
+from graphopt.ir.program import Program
+from graphopt.ir.provenance import module_path, user_line
 
 logger = logging.getLogger(__name__)
 

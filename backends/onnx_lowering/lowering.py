@@ -16,7 +16,7 @@ from graphopt.backends.onnx_lowering.own_weights import OwnWeightsPass
 from graphopt.backends.onnx_lowering.saturation import SaturatedClampPass
 from graphopt.backends.onnx_lowering.signature import apply_signature
 from graphopt.backends.onnx_lowering.stored_weights import StoredWeightsPass
-from graphopt.program import Program
+from graphopt.ir.program import Program
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from onnx_ir.tensor_adapters import from_torch_dtype
 
 from graphopt.backends.onnx_lowering.exporter import MODULE_PROPERTY
 from graphopt.errors import LoweringError
-from graphopt.program import Dimension, TensorSpec
+from graphopt.ir.signature import Dimension, TensorSpec
 
 _NUMPY_HOLDS = frozenset(
     {

@@ -18,7 +18,7 @@ from graphopt.backends.onnx_execution.batches import batches
 from graphopt.backends.onnx_execution.session import OnnxSession, SessionSettings
 from graphopt.backends.onnx_lowering.saving import EXTERNAL_DATA_ABOVE, bytes_of_weights
 from graphopt.errors import LoweringError
-from graphopt.program import Program
+from graphopt.ir.program import Program
 
 _QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 

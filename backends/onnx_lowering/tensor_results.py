@@ -10,8 +10,8 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from graphopt.graph import copy_graph_module, restructure
-from graphopt.program import Program
+from graphopt.ir.graph import copy_graph_module, restructure
+from graphopt.ir.program import Program
 
 
 def only_tensors(program: Program) -> Program:

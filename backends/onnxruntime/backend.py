@@ -9,7 +9,6 @@ from typing import ClassVar
 import onnx_ir as ir
 import torch
 
-from graphopt.backend import Array, Artifact, Backend, Finding
 from graphopt.backends.onnx_execution.run_script import run_script
 from graphopt.backends.onnx_execution.session import OnnxSession, SessionSettings
 from graphopt.backends.onnx_execution.verification import verify
@@ -21,9 +20,10 @@ from graphopt.backends.onnxruntime.description import DESCRIPTION
 from graphopt.backends.onnxruntime.fusion import Layer, quantized_layers
 from graphopt.backends.onnxruntime.options import recorded_options
 from graphopt.errors import LoweringError
-from graphopt.plan import Json
-from graphopt.program import Program
-from graphopt.target import TargetDescription
+from graphopt.ir.plain_data import Json
+from graphopt.ir.program import Program
+from graphopt.targets.backend import Array, Artifact, Backend, Finding
+from graphopt.targets.description import TargetDescription
 
 
 class OnnxRuntimeBackend(Backend):

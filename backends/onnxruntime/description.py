@@ -8,7 +8,8 @@ exact) with a float result.
 
 from __future__ import annotations
 
-from graphopt.target import IntegerFormat, OperatorRule, TargetDescription
+from graphopt.quantization.formats import IntegerFormat
+from graphopt.targets.description import OperatorRule, TargetDescription
 
 # Clamps that the range of the quantization behind them carries out; the runtime would need them gone to fuse.
 _CLAMPS = ("relu", "relu6", "hardtanh", "clamp", "clamp_min")

@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from graphopt.backends.onnx_execution.session import PRECISE
 from graphopt.backends.onnx_lowering.own_weights import dequantizes_a_weight
-from graphopt.plan import Json
+from graphopt.ir.plain_data import Json
 
 # Both cost more than what they fuse: 0.49 ms a layer against 0.08 for Add and LayerNormalization, 0.42 against 0.25
 # for Add and Gelu (BERT-base, sequence 128, one thread).

@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from graphopt.backend import Array, Artifact, Backend, Finding
 from graphopt.backends.onnx_execution.batches import batches
 from graphopt.backends.onnx_execution.run_script import run_script
 from graphopt.backends.onnx_execution.session import OnnxSession, SessionSettings
@@ -20,9 +19,10 @@ from graphopt.backends.tensorrt.description import DESCRIPTION
 from graphopt.backends.tensorrt.rules import check_model
 from graphopt.backends.tensorrt.sparsity import sparse_layers
 from graphopt.errors import LoweringError
-from graphopt.plan import Json
-from graphopt.program import Program
-from graphopt.target import TargetDescription
+from graphopt.ir.plain_data import Json
+from graphopt.ir.program import Program
+from graphopt.targets.backend import Array, Artifact, Backend, Finding
+from graphopt.targets.description import TargetDescription
 
 # ONNX Runtime's optimizer moves and merges quantizations; left alone it computes them one by one, as the file says.
 _LITERALLY: dict[str, Json] = {"threads": 0, "optimization": "disabled"}

@@ -7,7 +7,8 @@ convolution's epilogue.
 
 from __future__ import annotations
 
-from graphopt.target import IntegerFormat, OperatorRule, SparseFormat, TargetDescription
+from graphopt.quantization.formats import IntegerFormat
+from graphopt.targets.description import OperatorRule, SparseFormat, TargetDescription
 
 # Run in the epilogue of the kernel in front, before its result is quantized.
 _ACTIVATIONS = (

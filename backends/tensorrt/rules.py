@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.backend import Finding
 from graphopt.backends.tensorrt.quantizers import (
     WIDE_TYPES,
     Quantizer,
@@ -20,6 +19,7 @@ from graphopt.backends.tensorrt.quantizers import (
     quantizers,
     readers,
 )
+from graphopt.targets.backend import Finding
 
 Rule = Callable[[ir.Model], Iterator[Finding]]
 

@@ -5,29 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import fx
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from graphopt.axes.layout import ONE, Axis, Concat, Dims, Layout, Product, Size, leaves, size
-from graphopt.axes.registry import operator_name
+from graphopt.axes.layout import ONE, Axis, Concat, Dims, Layout, Product, Size, leaves, operator_name, shape_of, size
 from graphopt.axes.roles import Roles
 from graphopt.axes.solver import Solver, equal
-from graphopt.graph import arguments
-
-
-def shape_of(value: torch.Tensor) -> tuple[Size, ...]:
-    """Return the sizes of a fake tensor, symbolic ones as sympy expressions."""
-    return tuple(to_size(length) for length in value.shape)
-
-
-def to_size(length: int | torch.SymInt) -> Size:
-    """Return a torch size as an int, or as the sympy expression behind it."""
-    if isinstance(length, int):
-        return length
-    expression = length.node.expr
-    return int(expression) if expression.is_Integer else expression
+from graphopt.ir.graph import arguments
 
 
 class Call:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import sympy  # type: ignore[import-untyped]
 import torch
@@ -12,12 +12,10 @@ from torch import fx
 from torch._ops import OpOverload
 
 from graphopt.axes.layout import Dims, Layout, Size, size, surviving_size, touches
+from graphopt.axes.layouts import Layouts
 from graphopt.errors import PassError
-from graphopt.graph import arguments
-from graphopt.provenance import Origin, op_name, origin, record
-
-if TYPE_CHECKING:
-    from graphopt.axes.infer import Axes
+from graphopt.ir.graph import arguments
+from graphopt.ir.provenance import Origin, op_name, origin, record
 
 
 class Edit:
@@ -36,7 +34,7 @@ class Edit:
         self,
         node: fx.Node,
         old: fx.Node,
-        axes: Axes,
+        axes: Layouts,
         kept: Mapping[int, Sequence[int]],
         new_of: Mapping[fx.Node, fx.Node],
         made_by: str,

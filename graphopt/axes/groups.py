@@ -12,7 +12,7 @@ from torch import fx
 from graphopt.axes.layout import Axis, Concat, Dims, Layout, Product, leaves, size
 from graphopt.axes.roles import Role, Roles
 from graphopt.axes.solver import Solver
-from graphopt.graph import tensor_attribute
+from graphopt.ir.graph import tensor_attribute
 
 _MATRIX = 2  # a weight of more dimensions is a convolution's
 _FEWEST = 2  # an axis of one index has nothing to remove

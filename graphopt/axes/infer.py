@@ -8,83 +8,54 @@ operator touches, what has no common refinement, dimensions whose order matters.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 from torch._ops import HigherOrderOperator
 
-from graphopt.axes.call import Call, shape_of, to_size
+from graphopt.axes.call import Call
 from graphopt.axes.groups import Group, Refusal, collect
-from graphopt.axes.layout import Axis, Dims, Layout, Product, Size, concat, leaves, product, size, touches
-from graphopt.axes.registry import Result, Rule, Rules, built_in_rules, find, operator_name
+from graphopt.axes.layout import (
+    Dims,
+    Layout,
+    leaves,
+    operator_name,
+    shape_of,
+    size,
+    to_size,
+)
+from graphopt.axes.layouts import Annotated, Layouts
+from graphopt.axes.registry import Result, Rule, Rules, built_in_rules, find
 from graphopt.axes.roles import Roles
 from graphopt.axes.sharing import Sharing
 from graphopt.axes.solver import Solver, equal
 from graphopt.errors import PassError
-from graphopt.graph import constant
-from graphopt.provenance import user_line
-from graphopt.regions import Region, graph_modules, inputs, inside, region, results
+from graphopt.ir.graph import constant
+from graphopt.ir.provenance import user_line
+from graphopt.ir.regions import Region, inputs, inside, region, results
 
 logger = logging.getLogger(__name__)
 
 
-class _Annotated:
-    """Turns layouts into what they are once solving is done, each axis with its freezing reason."""
-
-    def __init__(self, solver: Solver) -> None:
-        self._solver = solver
-        self._axes: dict[int, Layout] = {}
-
-    def __call__(self, layout: Layout) -> Layout:
-        if isinstance(layout, Axis):
-            if layout.id not in self._axes:
-                resolved = self._solver.resolve(layout)
-                self._axes[layout.id] = (
-                    Axis(resolved.id, resolved.size, self._solver.reason(resolved))
-                    if isinstance(resolved, Axis)
-                    else self(resolved)
-                )
-            return self._axes[layout.id]
-        if isinstance(layout, Product):
-            return product(map(self, layout.factors))
-        return concat(map(self, layout.segments))
-
-
-class Axes:
-    """The layouts of one graph.
+class Axes(Layouts):
+    """The layouts of one graph, and what follows from them.
 
     Attributes:
-        layouts: for each tensor-valued node, those in regions included, the layout of each dimension; several
-            results: via their getitem.
-        parameters: likewise for each parameter and buffer the graph reads, by qualified name.
+        parameters: the layouts of each parameter and buffer the graph reads, by qualified name.
         frozen: the reason of each axis that must stay whole, by axis id.
         unknown: the nodes of each operator that no rule covers, by operator name.
-        notes: for each call the layouts its rule keeps for the call's rewrite.
         rules: the rule of each call that has one.
     """
 
     def __init__(self, gm: fx.GraphModule, inference: _Inference) -> None:
-        solver = inference.solver
-        annotated = _Annotated(solver)
-        self.gm = gm
-        self._several: dict[fx.Node, list[Dims | None]] = {}
-        self.layouts: dict[fx.Node, Dims] = {}
-        for node, known in inference.known.items():
-            if isinstance(known, tuple):
-                self.layouts[node] = tuple(annotated(layout) for layout in known)
-            elif isinstance(known, list):
-                self._several[node] = [
-                    None if dims is None else tuple(annotated(layout) for layout in dims) for dims in known
-                ]
+        annotated = Annotated(inference.solver)
+        super().__init__(gm, inference.known, inference.notes, annotated)
         self.parameters: dict[str, Dims] = {
             str(node.target): dims
             for node, dims in self.layouts.items()
             if node.op == "get_attr" and node.graph is gm.graph
-        }
-        self.notes = {
-            node: {key: annotated(layout) for key, layout in notes.items()} for node, notes in inference.notes.items()
         }
         self.rules = inference.rules_of
         self.unknown = inference.unknown
@@ -94,10 +65,7 @@ class Axes:
                 for axis in leaves(layout):
                     if axis.frozen is not None:
                         self.frozen[axis.id] = axis.frozen
-        self._groups, self._refusals = collect(gm, self.parameters, inference.roles, solver)
-        nodes = (node for module in graph_modules(gm) for node in module.graph.nodes)
-        self._order = {node: index for index, node in enumerate(nodes)}
-        self._symbols: dict[tuple[fx.Graph, Size], tuple[fx.Node, int]] | None = None
+        self._groups, self._refusals = collect(gm, self.parameters, inference.roles, inference.solver)
 
     def groups(self) -> list[Group]:
         """Return every axis that may lose indices, in order of its first producing weight."""
@@ -106,46 +74,6 @@ class Axes:
     def refusals(self) -> list[Refusal]:
         """Return every axis that some weight produces and that must stay whole, with the reason."""
         return list(self._refusals)
-
-    def dims(self, node: fx.Node) -> Dims:
-        """Return the layouts of the dimensions of a tensor-valued node."""
-        return self.layouts[node]
-
-    def results(self, node: fx.Node) -> list[Dims | None]:
-        """Return the layouts of each of several results; None for those that are not tensors."""
-        return self._several[node]
-
-    def touched(self, node: fx.Node, kept: Mapping[int, Sequence[int]]) -> bool:
-        """Tell whether any dimension of a node's value loses positions."""
-        shapes = [self.layouts[node]] if node in self.layouts else self._several.get(node, [])
-        return any(touches(layout, kept) for dims in shapes if dims is not None for layout in dims)
-
-    def symbol_source(self, expression: Size, before: fx.Node) -> tuple[fx.Node, int] | None:
-        """Return the first node of a graph, if before a node of it, and dimension of a dynamic size or a multiple."""
-        if self._symbols is None:
-            self._symbols = {}
-            for node, dims in self.layouts.items():
-                for d, layout in enumerate(dims):
-                    factors = layout.factors if isinstance(layout, Product) else (layout,)
-                    dynamic = [factor for factor in factors if not isinstance(size(factor), int)]
-                    if len(dynamic) == 1:
-                        self._symbols.setdefault((node.graph, size(dynamic[0])), (node, d))
-        found = self._symbols.get((before.graph, expression))
-        return found if found is not None and self._order[found[0]] < self._order[before] else None
-
-    def stale(self, value: fx.Node, kept: Mapping[int, Sequence[int]], new_of: Mapping[fx.Node, fx.Node]) -> bool:
-        """Tell whether a size computed in the new graph derives from a dimension that shrank."""
-        old_of = {new: old for old, new in new_of.items()} if value not in self._order else {}
-        pending = [old_of.get(value, value)]
-        while pending:
-            node = pending.pop()
-            for argument in node.all_input_nodes:
-                if argument in self.layouts or argument in self._several:
-                    if self.touched(argument, kept):
-                        return True
-                else:
-                    pending.append(argument)
-        return False
 
 
 def infer(gm: fx.GraphModule, rules: Mapping[str, Rule] | None = None) -> Axes:

@@ -17,9 +17,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import sympy  # type: ignore[import-untyped]
+import torch
+from torch._ops import OpOverload
 
 Size: TypeAlias = int | sympy.Expr
 
@@ -155,3 +157,23 @@ def _static(value: Size) -> int:
     if not isinstance(value, int):
         raise ValueError(f"the size {value} is symbolic, so its positions cannot be listed")
     return value
+
+
+def shape_of(value: torch.Tensor) -> tuple[Size, ...]:
+    """Return the sizes of a fake tensor, symbolic ones as sympy expressions."""
+    return tuple(to_size(length) for length in value.shape)
+
+
+def to_size(length: int | torch.SymInt) -> Size:
+    """Return a torch size as an int, or as the sympy expression behind it."""
+    if isinstance(length, int):
+        return length
+    expression = length.node.expr
+    return int(expression) if expression.is_Integer else expression
+
+
+def operator_name(target: Any) -> str:
+    """Return the name by which a call target is known: `aten::linear`, `getitem`."""
+    if isinstance(target, OpOverload):
+        return str(target._schema.name)
+    return str(getattr(target, "__name__", target))

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch._ops import OpOverload
 
-from graphopt.axes.layout import Dims
+from graphopt.axes.layout import Dims, operator_name
 
 if TYPE_CHECKING:
     from graphopt.axes.call import Call
@@ -139,10 +139,3 @@ def is_pointwise(target: OpOverload) -> bool:
     packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None) if name.endswith("_") else None
     twin = getattr(packet, target._overloadname, None)
     return isinstance(twin, OpOverload) and torch.Tag.pointwise in twin.tags
-
-
-def operator_name(target: Any) -> str:
-    """Return the name by which a call target is known: `aten::linear`, `getitem`."""
-    if isinstance(target, OpOverload):
-        return str(target._schema.name)
-    return str(getattr(target, "__name__", target))

@@ -13,16 +13,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt.axes.call import shape_of, to_size
 from graphopt.axes.edit import Edit
 from graphopt.axes.infer import Axes
-from graphopt.axes.layout import Dims, describe, leaves, surviving, surviving_size, touches
+from graphopt.axes.layout import Dims, describe, leaves, shape_of, surviving, surviving_size, to_size, touches
 from graphopt.axes.sharing import memory_key
 from graphopt.axes.solver import equal
 from graphopt.errors import PassError
-from graphopt.graph import Editor, copy_graph_module, erase_dead, tensor_attribute
-from graphopt.provenance import user_line
-from graphopt.regions import graph_modules, inside, region
+from graphopt.ir.graph import Editor, copy_graph_module, erase_dead, tensor_attribute
+from graphopt.ir.provenance import user_line
+from graphopt.ir.regions import graph_modules, inside, region
 
 Kept = Mapping[int, Sequence[int]]
 

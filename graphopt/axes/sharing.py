@@ -8,10 +8,9 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from graphopt.axes.call import shape_of
-from graphopt.axes.layout import Dims
+from graphopt.axes.layout import Dims, shape_of
 from graphopt.axes.solver import Solver
-from graphopt.graph import constant
+from graphopt.ir.graph import constant
 
 
 def memory_key(tensor: torch.Tensor) -> tuple[Any, ...]:

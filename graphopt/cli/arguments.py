@@ -12,7 +12,7 @@ import typer
 from graphopt.errors import UsageError
 
 if TYPE_CHECKING:
-    from graphopt.program import Program
+    from graphopt.ir.program import Program
 
 ModelPath = Annotated[
     Path | None, typer.Argument(metavar="MODEL", help="A .pt2 program, a pickled module, or weights for --factory.")
@@ -52,8 +52,8 @@ def load_program(
     seed: int,
 ) -> Program:
     """Load what the arguments name as a program."""
+    from graphopt.capturing.load import load
     from graphopt.data import parse_input_spec
-    from graphopt.loading.program import load
 
     return load(
         model,

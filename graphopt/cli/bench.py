@@ -14,8 +14,8 @@ from graphopt.cli import arguments
 from graphopt.cli.arguments import Data, Format, Input, Seed, Trust
 
 if TYPE_CHECKING:
-    from graphopt.backend import Artifact
-    from graphopt.bench import Comparison, Pair
+    from graphopt.measure.bench import Comparison, Pair
+    from graphopt.targets.backend import Artifact
 
 
 def command(
@@ -34,7 +34,7 @@ def command(
     """Time one artifact, or two in turn, on recorded and on plain session options."""
     import tempfile
 
-    from graphopt.bench import compare
+    from graphopt.measure.bench import compare
 
     arguments.check_format(format)
     with tempfile.TemporaryDirectory(prefix="graphopt-") as home:
@@ -56,7 +56,7 @@ def command(
 def _artifact(
     path: Path, lowered: Path, target: str, data: str | None, inputs: list[str] | None, trust: bool, seed: int
 ) -> Artifact:
-    from graphopt.registry import backend
+    from graphopt.pipeline.registry import backend
 
     if path.suffix == ".onnx":
         return backend(target).open(path)

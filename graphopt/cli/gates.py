@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from graphopt.errors import UsageError
-from graphopt.report import Report, Row
+from graphopt.job.report import Report, Row
 
 _GATE = re.compile(r"\s*(?P<quantity>[a-z]+%?)\s*(?P<sign><=|>=|<|>)\s*(?P<limit>[-+]?\d+(\.\d+)?(e[-+]?\d+)?)\s*$")
 _SIGNS: dict[str, Callable[[float, float], bool]] = {

@@ -27,8 +27,8 @@ def command(
     program = arguments.load_program(
         model, data=data, inputs=inputs, dynamic=dynamic, factory=factory, weights=weights, trust=trust, seed=seed
     )
-    from graphopt.cost import cost
-    from graphopt.provenance import op_name
+    from graphopt.ir.provenance import op_name
+    from graphopt.measure.cost import cost
 
     found = cost(program)
     operators = Counter(op_name(node) for node in program.graph.nodes if node.op == "call_function")

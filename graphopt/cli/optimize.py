@@ -15,8 +15,8 @@ from graphopt.cli.arguments import Data, Dynamic, Factory, Format, Input, ModelP
 from graphopt.errors import GateError, UsageError
 
 if TYPE_CHECKING:
-    from graphopt.pipeline import Pipeline
-    from graphopt.result import Result
+    from graphopt.job.result import Result
+    from graphopt.pipeline.pipeline import Pipeline
 
 DEFAULT_PASSES = "prune,svd,int8"
 
@@ -80,8 +80,8 @@ def command(
 
 
 def _pipeline(passes: str, plugins: Sequence[Path]) -> Pipeline:
-    from graphopt.pipeline import Pipeline
-    from graphopt.registry import PassRegistry
+    from graphopt.pipeline.pipeline import Pipeline
+    from graphopt.pipeline.registry import PassRegistry
 
     registry = PassRegistry(plugins)
     if passes.endswith(".toml"):
@@ -115,9 +115,9 @@ def _optimize(
     lower: bool,
 ) -> Result:
     from graphopt.cli.progress import TerminalProgress
-    from graphopt.hooks import Dump
-    from graphopt.optimizing import optimize
-    from graphopt.registry import backend
+    from graphopt.job.optimizing import optimize
+    from graphopt.pipeline.hooks import Dump
+    from graphopt.pipeline.registry import backend
 
     names = [name.strip() for text in targets for name in text.split(",") if name.strip()]
     backends = [backend(name) for name in names]

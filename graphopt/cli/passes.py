@@ -21,8 +21,8 @@ def list_passes(context: typer.Context, plugin: Plugins = None) -> None:
     from rich.console import Console
 
     from graphopt.cli.table import new_table
-    from graphopt.pass_base import Pass
-    from graphopt.registry import PassRegistry
+    from graphopt.pipeline.pass_base import Pass
+    from graphopt.pipeline.registry import PassRegistry
 
     registry = PassRegistry(plugin or ())
     table = new_table()
@@ -40,8 +40,8 @@ def show(name: str, plugin: Plugins = None) -> None:
     from rich.console import Console
 
     from graphopt.cli.table import new_table
-    from graphopt.options import describe
-    from graphopt.registry import PassRegistry
+    from graphopt.pipeline.options import describe
+    from graphopt.pipeline.registry import PassRegistry
 
     registry = PassRegistry(plugin or ())
     found = registry.pass_class(name)

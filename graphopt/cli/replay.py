@@ -26,8 +26,8 @@ def command(
 ) -> None:
     """Carry out stored plans on the model they were made for, and lower the result."""
     from graphopt.files import replacing_directory
-    from graphopt.registry import PassRegistry, backend
-    from graphopt.replaying import replay
+    from graphopt.job.replaying import replay
+    from graphopt.pipeline.registry import PassRegistry, backend
 
     program = arguments.load_program(
         model, data=data, inputs=inputs, dynamic=dynamic, factory=factory, weights=weights, trust=trust, seed=seed

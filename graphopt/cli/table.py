@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from graphopt.report import Latency, Report, Row
+from graphopt.job.report import Latency, Report, Row
 
 
 def print_report(report: Report, console: Console) -> None:

@@ -27,8 +27,8 @@ def command(
     format: Format = "text",
 ) -> None:
     """Run two models or artifacts on the same inputs and compare their outputs."""
-    from graphopt.contenders import common_inputs, open_contender
-    from graphopt.equivalence import compare_outputs
+    from graphopt.job.contenders import common_inputs, open_contender
+    from graphopt.measure.equivalence import compare_outputs
 
     arguments.check_format(format)
     pair = [open_contender(path, data=data, trust=trust, seed=seed) for path in (one, other)]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from graphopt.data.batches import Batch
 from graphopt.data.binding import Bound, bind
 from graphopt.data.fitting import describe, fit
 from graphopt.data.input_spec import Spec
@@ -16,7 +17,6 @@ from graphopt.errors import DataError
 
 log = logging.getLogger(__name__)
 
-Batch = tuple[torch.Tensor, ...]  # one tensor per input, first axis: samples
 Labelled = tuple[Batch, torch.Tensor | None]
 # Samples read at once where the caller asks for no particular size.
 READ_SIZE = 256

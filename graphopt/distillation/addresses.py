@@ -18,11 +18,11 @@ from fnmatch import fnmatchcase
 import torch
 from torch import fx
 
-from graphopt.aliasing import Storages
 from graphopt.errors import UsageError
-from graphopt.plan import Refusal
-from graphopt.program import Program
-from graphopt.provenance import module_path, op_name
+from graphopt.ir.aliasing import Storages
+from graphopt.ir.program import Program
+from graphopt.ir.provenance import module_path, op_name
+from graphopt.pipeline.plan import Refusal
 
 _SHOWN = 6  # alternatives listed in a message
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from graphopt.program import Program
+from graphopt.ir.program import Program
 
 _CHANNELS = (1, 3, 4)  # grey, colour, colour with alpha
 _SMALLEST = 16  # pixels a side; below it a shifted crop loses too much

@@ -19,9 +19,9 @@ from torch.utils import _pytree as pytree
 
 from graphopt.distillation.addresses import Tap, Tappable, addresses
 from graphopt.distillation.taps import output_values
-from graphopt.graph import constant
-from graphopt.program import Program
-from graphopt.provenance import op_name
+from graphopt.ir.graph import constant
+from graphopt.ir.program import Program
+from graphopt.ir.provenance import op_name
 
 # Operators whose result depends on the size of their input only.
 _SIZE_ONLY = frozenset(f"{stem}_like" for stem in ("zeros", "ones", "full", "empty", "rand", "randn")) | {

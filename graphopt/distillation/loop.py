@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from graphopt.context import Batch, Progress
+from graphopt.data.batches import Batch
 from graphopt.distillation.objective import Objective
 from graphopt.distillation.pool import Index, Pool
 from graphopt.distillation.statistics import estimate_statistics
 from graphopt.distillation.weights import overwrite, snapshot
 from graphopt.errors import PassError
-from graphopt.program import Program
+from graphopt.ir.program import Program
+from graphopt.pipeline.context import Progress
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -12,10 +12,10 @@ from torch import fx
 from graphopt.distillation.losses import relative_error, soft_labels, tap_loss
 from graphopt.distillation.pairing import Pair
 from graphopt.distillation.taps import output_values, own_outputs
-from graphopt.graph import arguments
-from graphopt.plan import Refusal
-from graphopt.program import Program
-from graphopt.provenance import op_name
+from graphopt.ir.graph import arguments
+from graphopt.ir.program import Program
+from graphopt.ir.provenance import op_name
+from graphopt.pipeline.plan import Refusal
 
 OutputKind = Literal["logits", "probabilities", "values"]
 

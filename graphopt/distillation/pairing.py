@@ -23,9 +23,9 @@ from torch.utils import _pytree as pytree
 
 from graphopt.distillation.addresses import Tap, Tappable, addresses
 from graphopt.distillation.cuts import WEIGHTED, residual_points, stage_ends
-from graphopt.plan import Refusal
-from graphopt.program import Program
-from graphopt.provenance import op_name, origin
+from graphopt.ir.program import Program
+from graphopt.ir.provenance import op_name, origin
+from graphopt.pipeline.plan import Refusal
 
 # Operators that show the same numbers in another shape.
 _CARRYING = frozenset(

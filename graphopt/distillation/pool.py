@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from graphopt.context import Batch, Samples
+from graphopt.data.batches import Batch, SampleSource
 
 Index = tuple[int, torch.Tensor]  # bucket, and which of its samples
 
@@ -30,7 +30,7 @@ class Pool:
     buckets: tuple[Batch, ...]
 
     @classmethod
-    def read(cls, samples: Samples, limit: int | None) -> Pool:
+    def read(cls, samples: SampleSource, limit: int | None) -> Pool:
         """Read at most `limit` samples."""
         found: dict[tuple[object, ...], list[Batch]] = {}
         for batch in samples.batches(_READ_SIZE, limit):

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from graphopt.context import Context
 from graphopt.distillation.addresses import Tap
 from graphopt.distillation.loop import DivergedError, History, Schedule, Trainer, View
 from graphopt.distillation.objective import Objective
@@ -17,7 +16,8 @@ from graphopt.distillation.statistics import batch_norms
 from graphopt.distillation.taps import insert_taps
 from graphopt.distillation.weights import overwrite, snapshot
 from graphopt.errors import PassError
-from graphopt.program import Program
+from graphopt.ir.program import Program
+from graphopt.pipeline.context import Context
 
 _HELD_OUT = 0.1  # fraction of the samples that judges and never trains
 _MOST_HELD_OUT = 1024

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch.fx import _pytree as fx_pytree  # what the code of every exported graph flattens its inputs with (torch 2.13)
 
-from graphopt.program import Program
+from graphopt.ir.program import Program
 
 _BATCH_NORM = torch.ops.aten.batch_norm.default
 _INPUT, _MEAN, _VARIANCE, _TRAINING = 0, 3, 4, 5  # positions among its arguments

@@ -21,8 +21,9 @@ from torch.utils import _pytree as pytree
 
 from graphopt.distillation.addresses import Tap
 from graphopt.errors import PassError
-from graphopt.graph import copy_graph_module, erase_dead, restructure
-from graphopt.program import Dimension, Program, TensorSpec
+from graphopt.ir.graph import copy_graph_module, erase_dead, restructure
+from graphopt.ir.program import Program
+from graphopt.ir.signature import Dimension, TensorSpec
 
 _PREFIX = "tap_"
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-from graphopt.program import Program
-from graphopt.provenance import op_name
+from graphopt.ir.program import Program
+from graphopt.ir.provenance import op_name
 
 
 def trainable(program: Program) -> list[str]:

@@ -16,9 +16,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from graphopt.quantization.formats import IntegerFormat
 from graphopt.quantization.histogram import Histogram
 from graphopt.quantization.ops import quantize, storage_dtype
-from graphopt.target import IntegerFormat
 
 Reals = npt.NDArray[np.float64]
 Observer = Literal["minmax", "percentile", "mse"]

@@ -11,11 +11,11 @@ import torch
 from torch import fx
 
 from graphopt.errors import PassError
-from graphopt.graph import Editor, arguments, constant, tensor_attribute
+from graphopt.ir.graph import Editor, arguments, constant, tensor_attribute
+from graphopt.ir.program import Program
+from graphopt.ir.provenance import origin
 from graphopt.passes.weighted_calls import IN_A_REGION, WeightedCall, regions_with_layers, uses, weighted_call
-from graphopt.plan import Refusal
-from graphopt.program import Program
-from graphopt.provenance import origin
+from graphopt.pipeline.plan import Refusal
 
 aten = torch.ops.aten
 _LAYERS = (aten.linear.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)

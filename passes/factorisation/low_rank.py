@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from graphopt.covariance import Covariance
+from graphopt.statistics.covariance import Covariance
 
 # Least eigenvalue of C over its norm: above the rounding of float32 activations (6e-8), which could otherwise make C
 # indefinite; 60 dB below the strongest direction, and 8-bit activations resolve 50.

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt.graph import arguments, constant
+from graphopt.ir.graph import arguments, constant
 
 aten = torch.ops.aten
 _BATCH_NORMS = (aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default)

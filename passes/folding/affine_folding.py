@@ -18,8 +18,10 @@ import torch
 from torch import fx
 
 from graphopt.errors import PassError
-from graphopt.finite import all_finite
-from graphopt.graph import Editor, tensor_attribute
+from graphopt.ir.finite import all_finite
+from graphopt.ir.graph import Editor, tensor_attribute
+from graphopt.ir.program import Program
+from graphopt.ir.provenance import origin, record
 from graphopt.passes.folding.affine import Affine, affine, is_batch_norm
 from graphopt.passes.folding.channel_path import path_to_layer
 from graphopt.passes.folding.growth import too_large
@@ -33,9 +35,7 @@ from graphopt.passes.weighted_calls import (
     uses,
     weighted_call,
 )
-from graphopt.plan import Refusal
-from graphopt.program import Program
-from graphopt.provenance import origin, record
+from graphopt.pipeline.plan import Refusal
 
 Side = Literal["after", "before"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt.graph import arguments
+from graphopt.ir.graph import arguments
 from graphopt.passes.weighted_calls import WeightedCall, weighted_call
 
 aten = torch.ops.aten

@@ -25,13 +25,13 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from graphopt.aliasing import Storages, written_inputs
-from graphopt.graph import Editor, constant, erase_dead, tensor_attribute
+from graphopt.ir.aliasing import Storages, written_inputs
+from graphopt.ir.graph import Editor, constant, erase_dead, tensor_attribute
+from graphopt.ir.program import Program
+from graphopt.ir.provenance import module_path
 from graphopt.passes.folding.growth import too_large
 from graphopt.passes.folding.likeness import indistinguishable
-from graphopt.plan import Refusal
-from graphopt.program import Program
-from graphopt.provenance import module_path
+from graphopt.pipeline.plan import Refusal
 
 aten = torch.ops.aten
 Values = dict[fx.Node, Any]  # a tensor, or several of them, by the node that computes it

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt.aliasing import Storages
-from graphopt.graph import Editor, arguments
+from graphopt.ir.aliasing import Storages
+from graphopt.ir.graph import Editor, arguments
+from graphopt.ir.program import Program
 from graphopt.passes.folding.likeness import indistinguishable
-from graphopt.plan import Refusal
-from graphopt.program import Program
+from graphopt.pipeline.plan import Refusal
 
 aten = torch.ops.aten
 Given = Mapping[str, Any]

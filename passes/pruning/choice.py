@@ -10,9 +10,9 @@ from graphopt.axes.groups import Group
 from graphopt.axes.groups import Refusal as Whole
 from graphopt.axes.infer import Axes
 from graphopt.errors import UsageError
-from graphopt.graph import tensor_attribute
+from graphopt.ir.graph import tensor_attribute
 from graphopt.passes.pruning.options import PruneOptions
-from graphopt.plan import Refusal
+from graphopt.pipeline.plan import Refusal
 
 _PARTICULARS = re.compile(r" ?\(`[^`]*`[^)]*\)")  # the node a reason names, which differs from site to site
 _NAMED = 5  # groups that a message about globs shows

@@ -18,9 +18,11 @@ from torch import fx
 
 from graphopt.axes.infer import Axes
 from graphopt.axes.layout import size, surviving, touches
-from graphopt.context import Batch, Context
-from graphopt.finite import all_finite
-from graphopt.graph import tensor_attribute
+from graphopt.data.batches import Batch
+from graphopt.ir.finite import all_finite
+from graphopt.ir.graph import tensor_attribute
+from graphopt.ir.plain_data import Json
+from graphopt.ir.program import Program
 from graphopt.passes.pruning.layer_rows import as_matrices, as_weight, input_rows, output_rows, positions
 from graphopt.passes.pruning.least_squares import Correction, Sums, solve
 from graphopt.passes.pruning.residual_sums import Branch, branch_of, running_mean
@@ -32,9 +34,9 @@ from graphopt.passes.weighted_calls import (
     uses,
     weighted_call,
 )
-from graphopt.plan import Json, Refusal
-from graphopt.program import Program
-from graphopt.stepping import Stepper
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.plan import Refusal
+from graphopt.statistics.stepping import Stepper
 
 WIDEST = 6144  # inputs of a group; the matrices of a wider one would take more than two gigabytes
 _HELD_OUT = 8  # every so many-th sample judges and is not fitted

@@ -32,9 +32,9 @@ from torch.fx import _pytree as fx_pytree  # what the code of every exported gra
 from torch.utils import _pytree as pytree
 
 from graphopt.axes.groups import Group
-from graphopt.context import Batch
+from graphopt.data.batches import Batch
 from graphopt.errors import DataError, PassError
-from graphopt.graph import tensor_attribute
+from graphopt.ir.graph import tensor_attribute
 from graphopt.passes.pruning.gates import Gate, gated
 from graphopt.passes.pruning.standing import Standing, Worths
 from graphopt.passes.pruning.weight_criteria import mean_one

@@ -19,7 +19,7 @@ from torch import fx
 from graphopt.axes.groups import Group
 from graphopt.axes.layout import Layout, leaves
 from graphopt.axes.rules.contraction import parse_equation
-from graphopt.graph import arguments, copy_graph_module
+from graphopt.ir.graph import arguments, copy_graph_module
 from graphopt.passes.pruning.index_rows import by_index
 from graphopt.passes.pruning.operations import PRODUCTS
 from graphopt.passes.pruning.standing import Standing

@@ -14,12 +14,12 @@ from graphopt.axes.groups import Group
 from graphopt.axes.infer import Axes
 from graphopt.axes.layout import leaves
 from graphopt.axes.rewrite import remove
-from graphopt.bench import Spread
-from graphopt.context import Context
-from graphopt.graph import tensor_attribute
+from graphopt.ir.graph import tensor_attribute
+from graphopt.ir.plain_data import Json
+from graphopt.ir.program import Program
+from graphopt.measure.bench import Spread
 from graphopt.passes.pruning.allocation import Counts
-from graphopt.plan import Json
-from graphopt.program import Program
+from graphopt.pipeline.context import Context
 
 
 @dataclass

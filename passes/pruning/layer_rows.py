@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from graphopt.graph import arguments
+from graphopt.ir.graph import arguments
 from graphopt.passes.weighted_calls import WeightedCall
 
 

@@ -20,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import optimization_hint
 from graphopt.axes.infer import Axes
 from graphopt.axes.layout import ONE, Layout, size, surviving_size, touches
 from graphopt.axes.rules.contraction import parse_equation
-from graphopt.graph import arguments
+from graphopt.ir.graph import arguments
 
 aten = torch.ops.aten
 _CONVOLUTIONS = (aten.conv1d, aten.conv2d, aten.conv3d)

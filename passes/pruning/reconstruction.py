@@ -12,17 +12,18 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from graphopt.axes.infer import Axes
-from graphopt.context import Batch, Context
+from graphopt.data.batches import Batch
 from graphopt.distillation.statistics import batch_norms, estimate_statistics
-from graphopt.equivalence import Probe
 from graphopt.errors import VerifyError
-from graphopt.finite import all_finite
-from graphopt.graph import Editor, tensor_attribute
+from graphopt.ir.finite import all_finite
+from graphopt.ir.graph import Editor, tensor_attribute
+from graphopt.ir.program import Program
+from graphopt.measure.equivalence import Probe
 from graphopt.passes.pruning.compensation import Compensation, compensate
 from graphopt.passes.pruning.references import usable
-from graphopt.plan import Refusal
-from graphopt.program import Program
-from graphopt.stepping import peak_bytes_per_sample
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.plan import Refusal
+from graphopt.statistics.stepping import peak_bytes_per_sample
 
 FEWEST = 16  # samples; of fewer, what is held out is no judge
 MEMORY = 2 << 30  # bytes of activations of both programs held at once

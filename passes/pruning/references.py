@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from graphopt.context import Batch
+from graphopt.data.batches import Batch
 from graphopt.errors import DataError
-from graphopt.plan import Refusal
-from graphopt.program import Program, TensorSpec
+from graphopt.ir.program import Program
+from graphopt.ir.signature import TensorSpec
+from graphopt.pipeline.plan import Refusal
 
 _FEW = 1 / 8  # of the samples
 

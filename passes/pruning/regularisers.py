@@ -21,11 +21,11 @@ import torch
 from graphopt.axes.groups import Group
 from graphopt.axes.infer import infer
 from graphopt.errors import UsageError
-from graphopt.graph import tensor_attribute
+from graphopt.ir.graph import tensor_attribute
+from graphopt.ir.program import Program
 from graphopt.passes.pruning.choice import listed, matches
 from graphopt.passes.pruning.index_rows import places
 from graphopt.passes.pruning.weight_criteria import scales
-from graphopt.program import Program
 
 
 @dataclass(frozen=True, eq=False)

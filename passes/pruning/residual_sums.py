@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from graphopt.graph import arguments, constant
+from graphopt.ir.graph import arguments, constant
 from graphopt.passes.weighted_calls import WeightedCall, uses
 
 aten = torch.ops.aten

@@ -16,7 +16,8 @@ import torch
 from graphopt.axes.groups import Group
 from graphopt.axes.infer import Axes
 from graphopt.axes.rewrite import remove
-from graphopt.context import Context
+from graphopt.ir.plain_data import Json
+from graphopt.ir.program import Program
 from graphopt.passes.pruning.alignment import multiples
 from graphopt.passes.pruning.allocation import Allocation, Counts, exact
 from graphopt.passes.pruning.choice import Choice
@@ -28,8 +29,8 @@ from graphopt.passes.pruning.ranking import Ranking
 from graphopt.passes.pruning.reconstruction import reconstruct, with_tensors
 from graphopt.passes.pruning.search import CALLED, Meter, least_removal
 from graphopt.passes.pruning.standing import Standing
-from graphopt.plan import Json, Refusal
-from graphopt.program import Program
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.plan import Refusal
 
 
 @dataclass

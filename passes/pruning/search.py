@@ -19,14 +19,14 @@ import torch
 
 from graphopt.axes.infer import Axes
 from graphopt.axes.rewrite import remove
-from graphopt.context import Context, Progress
-from graphopt.cost import Cost, cost
 from graphopt.errors import PassError
+from graphopt.ir.program import Program
+from graphopt.measure.cost import Cost, cost
 from graphopt.passes.pruning.allocation import Allocation, Counts
 from graphopt.passes.pruning.giving_back import give_back
 from graphopt.passes.pruning.ranking import Ranking
 from graphopt.passes.pruning.sizes import Sizes
-from graphopt.program import Program
+from graphopt.pipeline.context import Context, Progress
 
 logger = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ from torch import fx
 
 from graphopt.axes.infer import Axes
 from graphopt.axes.layout import leaves
-from graphopt.cost import Cost, cost, node_flops
-from graphopt.graph import tensor_attribute
+from graphopt.ir.graph import tensor_attribute
+from graphopt.ir.program import Program
+from graphopt.measure.cost import Cost, cost, node_flops
 from graphopt.passes.pruning.operations import Kept, Part, parts_of
-from graphopt.program import Program
 
 
 class Sizes:

@@ -12,10 +12,10 @@ from torch import fx
 from graphopt.axes.groups import Group, Member
 from graphopt.axes.infer import Axes
 from graphopt.axes.layout import Layout, leaves
-from graphopt.context import Context
-from graphopt.graph import tensor_attribute
+from graphopt.ir.graph import tensor_attribute
+from graphopt.ir.program import Program
 from graphopt.passes.pruning.index_rows import by_index, rows
-from graphopt.program import Program
+from graphopt.pipeline.context import Context
 
 # What each group's surviving indices are worth, (indices left,), by axis; or why they cannot be told apart.
 Worths = Mapping[int, torch.Tensor | str]

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from graphopt.axes.groups import Group, Member
-from graphopt.graph import arguments, constant
+from graphopt.ir.graph import arguments, constant
 from graphopt.passes.pruning.standing import Standing, Worths
 
 OfWeight = Callable[[Standing, Member, int], torch.Tensor]  # of one weight and the id of the axis: (indices left,)

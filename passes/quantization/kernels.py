@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt.graph import arguments, constant
-from graphopt.provenance import op_name
+from graphopt.ir.graph import arguments, constant
+from graphopt.ir.provenance import op_name
 
 _CONVOLUTIONS = {f"conv{rank}d": rank for rank in (1, 2, 3)}
 _TRANSPOSED = {f"conv_transpose{rank}d": rank for rank in (1, 2, 3)}

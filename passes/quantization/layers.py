@@ -15,11 +15,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx
 
-from graphopt.graph import arguments, constant
+from graphopt.ir.graph import arguments, constant
 from graphopt.passes.quantization.placement import Site
 from graphopt.passes.quantization.plan import LayerRecord, stored_name
+from graphopt.quantization.formats import IntegerFormat
 from graphopt.quantization.qparams import quantize_weight, weight_scales
-from graphopt.target import IntegerFormat
 
 _INT32 = 2**31 - 1
 

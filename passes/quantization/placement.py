@@ -20,15 +20,15 @@ from fnmatch import fnmatchcase
 import torch
 from torch import fx
 
-from graphopt.aliasing import Storages
-from graphopt.finite import all_finite
-from graphopt.graph import constant
+from graphopt.ir.aliasing import Storages
+from graphopt.ir.finite import all_finite
+from graphopt.ir.graph import constant
+from graphopt.ir.provenance import module_path, op_name
 from graphopt.passes.quantization.kernels import HEAVY, Kernel, clamp_range, kernel_of
 from graphopt.passes.weighted_calls import IN_A_REGION, regions_with_layers
-from graphopt.plan import Refusal
-from graphopt.provenance import module_path, op_name
+from graphopt.pipeline.plan import Refusal
 from graphopt.quantization.ops import DEQUANTIZE
-from graphopt.target import OperatorRule, TargetDescription
+from graphopt.targets.description import OperatorRule, TargetDescription
 
 
 @dataclass(frozen=True, eq=False)

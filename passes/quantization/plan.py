@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypedDict
 
-from graphopt.plan import Plan
+from graphopt.pipeline.plan import Plan
 
 Form = Literal["quantize", "move", "constant"]
 

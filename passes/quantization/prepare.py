@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import fx
 
-from graphopt.graph import Editor, arguments
+from graphopt.ir.graph import Editor, arguments
+from graphopt.ir.provenance import op_name
 from graphopt.passes.quantization.kernels import rank, spatial_mean
-from graphopt.provenance import op_name
-from graphopt.target import TargetDescription
+from graphopt.targets.description import TargetDescription
 
 aten = torch.ops.aten
 _GLOBAL_POOL = {

@@ -16,9 +16,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx
 
-from graphopt.graph import Editor, arguments
+from graphopt.ir.graph import Editor, arguments
+from graphopt.ir.provenance import op_name
 from graphopt.passes.quantization.plan import Int8Plan, LayerRecord, ValueRecord, stored_name
-from graphopt.provenance import op_name
 from graphopt.quantization.ops import DEQUANTIZE, QUANTIZE, storage_dtype
 
 aten = torch.ops.aten

@@ -21,11 +21,11 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from graphopt.aliasing import Storages, written_inputs
-from graphopt.graph import arguments, constant
+from graphopt.ir.aliasing import Storages, written_inputs
+from graphopt.ir.graph import arguments, constant
+from graphopt.ir.provenance import module_path
 from graphopt.passes.residuals.layers import Kind, Layers, describe
-from graphopt.plan import Refusal
-from graphopt.provenance import module_path
+from graphopt.pipeline.plan import Refusal
 
 aten = torch.ops.aten
 SUMS = (aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor, aten.sub_.Tensor)

@@ -14,13 +14,14 @@ from typing import Literal
 import torch
 from torch import fx
 
-from graphopt.context import Batch, Progress
-from graphopt.equivalence import Probe
+from graphopt.data.batches import Batch
 from graphopt.errors import DataError, VerifyError
+from graphopt.ir.program import Program
+from graphopt.measure.equivalence import Probe
 from graphopt.passes.residuals.branches import Branch
 from graphopt.passes.residuals.removal import without
-from graphopt.program import Program
-from graphopt.stepping import Stepper
+from graphopt.pipeline.context import Progress
+from graphopt.statistics.stepping import Stepper
 
 Criterion = Literal["output", "influence", "random", "last"]
 

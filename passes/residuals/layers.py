@@ -7,9 +7,9 @@ from typing import Literal
 
 from torch import fx
 
+from graphopt.ir.provenance import module_path, op_name
+from graphopt.ir.regions import inside, regions
 from graphopt.passes.weighted_calls import is_layer, weighted_call
-from graphopt.provenance import module_path, op_name
-from graphopt.regions import inside, regions
 
 Kind = Literal["attention", "convolution", "recurrent", "mlp", "mixer"]
 

@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from torch import fx
 
 from graphopt.errors import PassError
-from graphopt.graph import Editor
+from graphopt.ir.graph import Editor
+from graphopt.ir.program import Program
 from graphopt.passes.residuals.branches import SUMS, Branch, idle, only_for, same_form, same_layout
-from graphopt.program import Program
 
 
 def without(program: Program, results: Iterable[str], made_by: str) -> Program:

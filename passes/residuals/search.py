@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 import torch
 
-from graphopt.calibration import read_batches
-from graphopt.context import Batch, Context
+from graphopt.data.batches import Batch
+from graphopt.ir.plain_data import Json
+from graphopt.ir.program import Program
 from graphopt.passes.residuals.branches import Branch, find_branches, stored_parameters
 from graphopt.passes.residuals.contribution import Criterion, OutputError, influences, output_errors
 from graphopt.passes.residuals.removal import fits_without, without
-from graphopt.plan import Json
-from graphopt.program import Program
+from graphopt.pipeline.context import Context
+from graphopt.statistics.calibration import read_batches
 
 _BATCH = 32  # samples run at once
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from graphopt.finite import all_finite
-from graphopt.graph import constant, tensor_attribute
+from graphopt.ir.finite import all_finite
+from graphopt.ir.graph import constant, tensor_attribute
 from graphopt.passes.residuals.layers import Layers
 from graphopt.passes.weighted_calls import (
     IN_A_REGION,
@@ -28,8 +28,8 @@ from graphopt.passes.weighted_calls import (
     uses,
     weighted_call,
 )
-from graphopt.plan import Refusal
-from graphopt.target import SparseFormat
+from graphopt.pipeline.plan import Refusal
+from graphopt.targets.description import SparseFormat
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,15 +11,16 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from graphopt.context import Batch, Progress
-from graphopt.covariance import MEMORY, WIDEST, portions
+from graphopt.data.batches import Batch
 from graphopt.errors import DataError
-from graphopt.finite import all_finite
+from graphopt.ir.finite import all_finite
+from graphopt.ir.program import Program
 from graphopt.passes.pruning.layer_rows import input_rows, positions
 from graphopt.passes.sparsity.layers import Site
 from graphopt.passes.weighted_calls import WeightedCall
-from graphopt.program import Program
-from graphopt.stepping import Stepper
+from graphopt.pipeline.context import Progress
+from graphopt.statistics.covariance import MEMORY, WIDEST, portions
+from graphopt.statistics.stepping import Stepper
 
 _ROWS_PER_SAMPLE = 64  # positions of one sample (pixels, tokens) are alike: more cost time and say little
 

@@ -18,7 +18,7 @@ from itertools import combinations
 
 import torch
 
-from graphopt.target import SparseFormat
+from graphopt.targets.description import SparseFormat
 
 _CONVERGED = 1e-8  # of the squared gradient at the start: about five digits of the weights
 _DAMPING = 0.01  # of the mean second moment, added to all: directions hardly seen must not be refitted to

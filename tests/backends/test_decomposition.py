@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from graphopt import Program, capture
 from graphopt.backends.onnx_lowering.decomposition import Decomposed
-from graphopt.exporting import exported
+from graphopt.ir.exporting import exported
 
 
 class Pooled(nn.Module):

@@ -19,7 +19,7 @@ from graphopt.backends.onnx_execution.verification import verify
 from graphopt.backends.onnx_lowering.lowering import Style, lower
 from graphopt.backends.onnx_lowering.saving import save
 from graphopt.errors import LoweringError, UsageError
-from graphopt.program import Program
+from graphopt.ir.program import Program
 from tests.backends.quantized import IntegerFeedForward
 from tests.models import Residual
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from graphopt import capture
-from graphopt.backend import Artifact
 from graphopt.backends.onnx_execution.session import SessionSettings
 from graphopt.backends.onnx_lowering import simplification
 from graphopt.backends.onnx_lowering.lowering import Style, lower
@@ -23,7 +22,8 @@ from graphopt.backends.onnx_lowering.saving import save
 from graphopt.backends.onnxruntime import OnnxRuntimeBackend
 from graphopt.backends.onnxruntime.fusion import kernel_counts
 from graphopt.errors import LoweringError, UsageError
-from graphopt.program import Program
+from graphopt.ir.program import Program
+from graphopt.targets.backend import Artifact
 from tests.backends.quantized import Conv, Dense, IntegerFeedForward, IntegerResNet, Rounded, signed
 from tests.models import Residual
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from graphopt import capture
-from graphopt.backend import Artifact
 from graphopt.backends.onnx_lowering.lowering import Style, lower
 from graphopt.backends.onnx_lowering.saving import save
 from graphopt.backends.tensorrt import TensorRTBackend, engine
 from graphopt.errors import LoweringError
-from graphopt.program import Program
+from graphopt.ir.program import Program
+from graphopt.targets.backend import Artifact
 from tests.backends.quantized import IntegerResNet, Rounded, SignedResidual
 from tests.models import FusedAttention, Residual
 

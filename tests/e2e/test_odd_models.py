@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import graphopt
-from graphopt.backend import Backend
 from graphopt.backends.onnx_execution.agreement import half_of_the_digits, relative_error
 from graphopt.backends.onnx_execution.replay import quantize_nodes
 from graphopt.errors import LoweringError
-from graphopt.program import Program
-from graphopt.registry import backend
+from graphopt.ir.program import Program
+from graphopt.pipeline.registry import backend
+from graphopt.targets.backend import Backend
 from tests.e2e.odd_cases import ODD, Case, case
 
 PASSES = "prune:ratio=0.5:round_to=4,svd:ratio=0.5:round_to=4,int8"

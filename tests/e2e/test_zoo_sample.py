@@ -16,13 +16,13 @@ import pytest
 import torch
 from torch import nn
 
-from graphopt.axes.masked import check_slices
-from graphopt.capturing import capture
-from graphopt.context import Context
+from graphopt.axes.proof.masked import check_slices
+from graphopt.capturing.capture import capture
 from graphopt.errors import VerifyError
-from graphopt.graph import tensor_attribute
+from graphopt.ir.graph import tensor_attribute
+from graphopt.ir.program import Program
 from graphopt.passes.prune import Prune, PruneOptions
-from graphopt.program import Program
+from graphopt.pipeline.context import Context
 
 # The PyPI wheel's operators are not built for a CPU torch, and no classification model needs them.
 sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("torchvision._meta_registrations"))

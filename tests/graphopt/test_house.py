@@ -8,6 +8,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import networkx as nx
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +47,67 @@ def test_dependency_rule(folder: str, banned: tuple[str, ...]) -> None:
         if name.startswith(banned)
     ]
     assert found == []
+
+
+# A room imports from rooms on lower floors only; those of one floor do not know each other.
+FLOORS = (
+    ("cli",),
+    ("job",),
+    ("distillation",),
+    ("statistics",),
+    ("pipeline",),
+    ("measure",),
+    ("capturing",),
+    ("data",),
+    ("loading",),
+    ("targets",),
+    ("quantization", "axes"),
+    ("ir",),
+)
+ALONE = ("errors", "files", "testing")  # what lives in no room; `testing` is written in terms of all of them
+
+
+def _core() -> dict[str, Path]:
+    """Map the modules of graphopt itself to their files."""
+    found = {}
+    for file in _sources("graphopt"):
+        parts = file.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return found
+
+
+def _edges() -> list[tuple[str, str]]:
+    """List who imports whom inside graphopt, wherever in a file: in functions and for type checkers too."""
+    core = _core()
+    found = []
+    for name, file in core.items():
+        used = _imports(file) & core.keys()
+        packages = {module.rpartition(".")[0] for module in used}  # `from package import module` is about the module
+        found += [(name, module) for module in sorted(used) if module not in {name, *packages}]
+    return found
+
+
+def test_everything_lives_in_a_room() -> None:
+    rooms = {room for floor in FLOORS for room in floor}
+    tops = {name.split(".")[1] for name in _core() if "." in name}
+    assert tops == rooms | set(ALONE)
+
+
+def test_rooms_import_from_lower_floors_only() -> None:
+    floor_of = {room: height for height, floor in enumerate(reversed(FLOORS)) for room in floor}
+    upwards = []
+    for user, used in _edges():
+        above, below = (f"{name}.".split(".")[1] for name in (user, used))
+        if above in floor_of and below in floor_of and above != below and floor_of[below] >= floor_of[above]:
+            upwards.append(f"{user} imports {used}")
+        if above in ("errors", "files") and below not in ("", "errors"):
+            upwards.append(f"{user} imports {used}")
+    assert upwards == []
+
+
+def test_no_circle_of_imports() -> None:
+    graph = nx.DiGraph(edge for edge in _edges() if "graphopt" not in edge)
+    assert [sorted(circle) for circle in nx.strongly_connected_components(graph) if len(circle) > 1] == []
 
 
 @pytest.mark.parametrize("folder", ["graphopt", "passes", "backends", "tests", "tools"])

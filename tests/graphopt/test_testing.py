@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from graphopt.capturing import capture
+from graphopt.capturing.capture import capture
 from graphopt.errors import VerifyError
-from graphopt.graph import Editor, tensor_attribute
-from graphopt.pass_base import NoOptions, Pass
-from graphopt.plan import Plan, Refusal
-from graphopt.program import Program
+from graphopt.ir.graph import Editor, tensor_attribute
+from graphopt.ir.program import Program
+from graphopt.pipeline.pass_base import NoOptions, Pass
+from graphopt.pipeline.plan import Plan, Refusal
 from graphopt.testing import assert_same_program, check_pass, fingerprint, run_pass
 
 aten = torch.ops.aten

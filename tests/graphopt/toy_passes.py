@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from graphopt.context import Context
-from graphopt.graph import Editor, tensor_attribute
-from graphopt.pass_base import NoOptions, Pass
-from graphopt.plan import Plan, Refusal
-from graphopt.program import Program
+from graphopt.ir.graph import Editor, tensor_attribute
+from graphopt.ir.program import Program
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.pass_base import NoOptions, Pass
+from graphopt.pipeline.plan import Plan, Refusal
 
 
 @dataclass(frozen=True, slots=True)

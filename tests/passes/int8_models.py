@@ -13,14 +13,14 @@ from graphopt.backends.onnx_execution.session import SessionSettings
 from graphopt.backends.onnxruntime import OnnxRuntimeBackend
 from graphopt.backends.onnxruntime.description import DESCRIPTION as ONNXRUNTIME
 from graphopt.backends.onnxruntime.fusion import kernel_counts
-from graphopt.capturing import capture
-from graphopt.context import Context
+from graphopt.capturing.capture import capture
+from graphopt.ir.program import Program
+from graphopt.ir.provenance import op_name
 from graphopt.passes.fold import Fold
 from graphopt.passes.int8 import Int8, Int8Options
 from graphopt.passes.quantization.plan import Int8Plan
-from graphopt.program import Program
-from graphopt.provenance import op_name
-from graphopt.target import TargetDescription
+from graphopt.pipeline.context import Context
+from graphopt.targets.description import TargetDescription
 from graphopt.testing import TensorSamples
 from tests.models import OptionA, Residual
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graphopt.capturing import capture
-from graphopt.context import Context
+from graphopt.capturing.capture import capture
 from graphopt.distillation.taps import taps_of
 from graphopt.errors import UsageError
+from graphopt.ir.program import Program
 from graphopt.passes.distill_hooks import DistillHooks, DistillHooksOptions
-from graphopt.pipeline import Pipeline
-from graphopt.program import Program
-from graphopt.runner import run
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.pipeline import Pipeline
+from graphopt.pipeline.runner import run
 from graphopt.testing import check_pass, fingerprint
 from tests.graphopt.distillation.models import ResidualNet
 

@@ -11,19 +11,19 @@ import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import Tensor, nn
 
 from graphopt.backends.onnxruntime import OnnxRuntimeBackend
-from graphopt.capturing import capture
-from graphopt.context import Context
-from graphopt.equivalence import measure
+from graphopt.capturing.capture import capture
 from graphopt.errors import DataError, PassError, UsageError
-from graphopt.graph import Editor
-from graphopt.options import build
+from graphopt.ir.graph import Editor
+from graphopt.ir.program import Program
+from graphopt.measure.equivalence import measure
 from graphopt.passes.drop_blocks import DropBlocks, DropBlocksOptions, DropBlocksPlan
 from graphopt.passes.residuals.branches import find_branches
 from graphopt.passes.residuals.contribution import OutputError
 from graphopt.passes.residuals.removal import without
-from graphopt.pipeline import Pipeline
-from graphopt.program import Program
-from graphopt.runner import run
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.options import build
+from graphopt.pipeline.pipeline import Pipeline
+from graphopt.pipeline.runner import run
 from graphopt.testing import TensorSamples, assert_same_program, check_pass
 from tests.models import Dense, OptionA, UNet, WritesThroughViews
 from tests.passes.residual_models import (

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import Tensor, fx, nn
 
-from graphopt.capturing import capture
-from graphopt.context import Context
+from graphopt.capturing.capture import capture
+from graphopt.ir.program import Program
 from graphopt.passes.drop_blocks import DropBlocks, DropBlocksOptions, DropBlocksPlan
 from graphopt.passes.residuals.branches import find_branches
-from graphopt.program import Program
+from graphopt.pipeline.context import Context
 from graphopt.testing import TensorSamples
 from tests.passes.residual_models import WIDTH, Attention, ConvBlock, Mlp, ResNet
 

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from graphopt.backends.onnxruntime import OnnxRuntimeBackend
-from graphopt.capturing import capture
-from graphopt.context import Context
-from graphopt.graph import Editor
+from graphopt.capturing.capture import capture
+from graphopt.ir.graph import Editor
+from graphopt.ir.program import Program
+from graphopt.ir.provenance import origin
 from graphopt.passes.fold import Fold, FoldPlan
-from graphopt.program import Program
-from graphopt.provenance import origin
+from graphopt.pipeline.context import Context
 from graphopt.testing import CheckedPass, assert_same_program, check_pass, run_pass
 from tests.models import WeightNormed, WritesThroughViews, example
 

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 from graphopt.backends.onnxruntime.description import DESCRIPTION as ONNXRUNTIME
 from graphopt.backends.tensorrt.description import DESCRIPTION as TENSORRT
-from graphopt.capturing import capture
-from graphopt.context import Context
-from graphopt.equivalence import measure
+from graphopt.capturing.capture import capture
 from graphopt.errors import DataError, PassError, UsageError
-from graphopt.options import build
+from graphopt.ir.program import Program
+from graphopt.ir.provenance import op_name
+from graphopt.measure.equivalence import measure
 from graphopt.passes.int8 import Int8, Int8Options
-from graphopt.pipeline import Pipeline
-from graphopt.program import Program
-from graphopt.provenance import op_name
-from graphopt.target import TargetDescription
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.options import build
+from graphopt.pipeline.pipeline import Pipeline
+from graphopt.targets.description import TargetDescription
 from graphopt.testing import TensorSamples, assert_same_program, check_pass
 from tests.models import OptionA, Residual
 from tests.passes.int8_models import (

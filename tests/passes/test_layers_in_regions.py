@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graphopt.optimizing import optimize
+from graphopt.job.optimizing import optimize
 
 
 class Branching(nn.Module):

@@ -11,15 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from graphopt.capturing import capture
-from graphopt.context import Context
+from graphopt.capturing.capture import capture
 from graphopt.errors import PassError, UsageError, VerifyError
-from graphopt.graph import tensor_attribute
-from graphopt.optimizing import optimize
-from graphopt.options import build
+from graphopt.ir.graph import tensor_attribute
+from graphopt.ir.program import Program
+from graphopt.job.optimizing import optimize
 from graphopt.passes.prune import Prune, PruneOptions, PruningPlan
-from graphopt.program import Program
-from graphopt.target import IntegerFormat, TargetDescription
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.options import build
+from graphopt.quantization.formats import IntegerFormat
+from graphopt.targets.description import TargetDescription
 from graphopt.testing import assert_same_program, check_pass, run_pass
 from tests import models
 from tests.models import EXAMPLES, example

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graphopt.capturing import capture
-from graphopt.context import Context
+from graphopt.capturing.capture import capture
 from graphopt.distillation.taps import taps_of
 from graphopt.errors import DataError, PassError
-from graphopt.graph import Editor
+from graphopt.ir.graph import Editor
+from graphopt.ir.program import Program
 from graphopt.passes.distill_hooks import DistillHooks, DistillHooksOptions
 from graphopt.passes.recover import Recover, RecoverOptions, RecoverPlan
-from graphopt.pipeline import Pipeline
-from graphopt.program import Program
-from graphopt.runner import run
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.pipeline import Pipeline
+from graphopt.pipeline.runner import run
 from graphopt.testing import TensorSamples, check_pass, fingerprint
 from tests.graphopt.distillation.models import Encoder, Mlp, ResidualNet, settled
 

@@ -13,18 +13,18 @@ from torch import Tensor, nn
 
 from graphopt.backends.onnxruntime import OnnxRuntimeBackend
 from graphopt.backends.tensorrt import TensorRTBackend, engine
-from graphopt.capturing import capture
-from graphopt.context import Context
+from graphopt.capturing.capture import capture
 from graphopt.errors import DataError, PassError, UsageError
-from graphopt.options import build
+from graphopt.ir.program import Program
 from graphopt.passes.sparsity import moments as moments_module
 from graphopt.passes.sparsity.layers import find_sites
 from graphopt.passes.sparsity.selection import fit, sparsify
 from graphopt.passes.sparsity24 import Sparsity24, Sparsity24Options, Sparsity24Plan
-from graphopt.pipeline import Pipeline
-from graphopt.program import Program
-from graphopt.runner import run
-from graphopt.target import SparseFormat, TargetDescription
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.options import build
+from graphopt.pipeline.pipeline import Pipeline
+from graphopt.pipeline.runner import run
+from graphopt.targets.description import SparseFormat, TargetDescription
 from graphopt.testing import TensorSamples, check_pass
 
 TENSORRT, ONNXRUNTIME = TensorRTBackend().description, OnnxRuntimeBackend().description

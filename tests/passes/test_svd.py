@@ -12,17 +12,18 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from graphopt.backends.onnxruntime import OnnxRuntimeBackend
-from graphopt.capturing import capture
-from graphopt.context import Context
-from graphopt.covariance import Covariance
+from graphopt.capturing.capture import capture
 from graphopt.errors import DataError, PassError, UsageError
-from graphopt.options import build
+from graphopt.ir.program import Program
+from graphopt.ir.provenance import origin
 from graphopt.passes.factorisation.low_rank import decompose, shrunk
 from graphopt.passes.fold import Fold
 from graphopt.passes.svd import Svd, SvdOptions, SvdPlan
-from graphopt.program import Program
-from graphopt.provenance import origin
-from graphopt.target import IntegerFormat, TargetDescription
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.options import build
+from graphopt.quantization.formats import IntegerFormat
+from graphopt.statistics.covariance import Covariance
+from graphopt.targets.description import TargetDescription
 from graphopt.testing import TensorSamples, assert_same_program, check_pass, run_pass
 from tests.models import TiedWeights, example
 

@@ -14,12 +14,12 @@ from graphopt.axes.call import Call
 from graphopt.axes.groups import Group
 from graphopt.axes.infer import Axes, infer
 from graphopt.axes.layout import Dims, describe, leaves
-from graphopt.axes.masked import check_masked_equivalence
-from graphopt.axes.oracle.step import Step, masked_rule, tensor_result
-from graphopt.axes.oracle.value import CannotProveError, Value
+from graphopt.axes.proof.masked import check_masked_equivalence
+from graphopt.axes.proof.step import Step, masked_rule, tensor_result
+from graphopt.axes.proof.value import CannotProveError, Value
 from graphopt.axes.registry import ENTRY_POINTS, Rule, _load, built_in_rules
 from graphopt.axes.rewrite import remove, slices
-from graphopt.capturing import capture
+from graphopt.capturing.capture import capture
 from graphopt.errors import PassError
 from tests import models
 from tests.models import example

@@ -16,14 +16,14 @@ import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import Tensor, fx, nn
 
 from graphopt.axes.infer import infer
-from graphopt.axes.masked import TOLERANCE, check_masked_equivalence, check_slices, masked_outputs
-from graphopt.axes.oracle.step import Step, masked_rule, tensor_result
-from graphopt.axes.oracle.value import CannotProveError, Value, from_mask, to_mask
-from graphopt.axes.randomise import randomise
+from graphopt.axes.proof.masked import TOLERANCE, check_masked_equivalence, check_slices, masked_outputs
+from graphopt.axes.proof.randomise import randomise
+from graphopt.axes.proof.step import Step, masked_rule, tensor_result
+from graphopt.axes.proof.value import CannotProveError, Value, from_mask, to_mask
 from graphopt.axes.rewrite import remove, slices
-from graphopt.capturing import capture
+from graphopt.capturing.capture import capture
 from graphopt.errors import VerifyError
-from graphopt.graph import tensor_attribute
+from graphopt.ir.graph import tensor_attribute
 from tests import models
 
 _EXACT = 1e-12  # float64 rounding of a few operators; far under TOLERANCE

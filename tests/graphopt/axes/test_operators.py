@@ -11,9 +11,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, fx, nn
 
 from graphopt.axes.infer import Axes, infer
-from graphopt.axes.masked import check_masked_equivalence
+from graphopt.axes.proof.masked import check_masked_equivalence
 from graphopt.axes.rewrite import remove, slices
-from graphopt.normal_form import normalise
+from graphopt.capturing.normal_form import normalise
 
 _EXACT = 1e-10  # float64 rounding of a few dozen sums
 

@@ -13,10 +13,10 @@ from torch import Tensor, fx, nn
 
 from graphopt.axes.infer import infer
 from graphopt.axes.layout import surviving
-from graphopt.axes.masked import check_masked_equivalence
+from graphopt.axes.proof.masked import check_masked_equivalence
 from graphopt.axes.rewrite import remove, slices
-from graphopt.capturing import capture
-from graphopt.graph import copy_graph_module, tensor_attribute
+from graphopt.capturing.capture import capture
+from graphopt.ir.graph import copy_graph_module, tensor_attribute
 
 # Sums of a few hundred float64 products, in another order.
 ROUNDING = 1e-10

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from graphopt.axes.infer import infer
-from graphopt.axes.masked import check_masked_equivalence
+from graphopt.axes.proof.masked import check_masked_equivalence
 from graphopt.axes.rewrite import remove, slices
-from graphopt.normal_form import normalise
+from graphopt.capturing.normal_form import normalise
 
 _LARGEST = 3000  # elements of a value
 

@@ -15,13 +15,13 @@ from torch._higher_order_ops.while_loop import while_loop
 from torch.nn.functional import scaled_dot_product_attention
 
 from graphopt.axes.infer import infer
-from graphopt.axes.masked import check_masked_equivalence
+from graphopt.axes.proof.masked import check_masked_equivalence
 from graphopt.axes.rewrite import remove, slices
-from graphopt.capturing import capture
+from graphopt.capturing.capture import capture
 from graphopt.errors import VerifyError
-from graphopt.optimizing import optimize
-from graphopt.program import Program
-from graphopt.regions import regions
+from graphopt.ir.program import Program
+from graphopt.ir.regions import regions
+from graphopt.job.optimizing import optimize
 
 ROWS = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(0))
 

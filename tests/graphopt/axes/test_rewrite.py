@@ -14,11 +14,11 @@ from torch import Tensor, fx, nn
 from graphopt.axes.groups import Group
 from graphopt.axes.infer import Axes, infer
 from graphopt.axes.layout import surviving
-from graphopt.axes.masked import check_masked_equivalence
+from graphopt.axes.proof.masked import check_masked_equivalence
 from graphopt.axes.rewrite import remove, slices
-from graphopt.capturing import capture
+from graphopt.capturing.capture import capture
 from graphopt.errors import PassError
-from graphopt.graph import copy_graph_module, tensor_attribute
+from graphopt.ir.graph import copy_graph_module, tensor_attribute
 from tests import models
 from tests.models import EXAMPLES, example
 

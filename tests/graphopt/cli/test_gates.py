@@ -7,9 +7,9 @@ import math
 import pytest
 
 from graphopt.cli.gates import Gate
-from graphopt.equivalence import Equivalence
 from graphopt.errors import UsageError
-from graphopt.report import Latency, Report, Row
+from graphopt.job.report import Latency, Report, Row
+from graphopt.measure.equivalence import Equivalence
 
 REPORT = Report(
     "model.pt",

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graphopt.capturing import capture
+from graphopt.capturing.capture import capture
 from graphopt.distillation.addresses import Tap, addresses, resolve
 from graphopt.errors import UsageError
-from graphopt.program import Program
+from graphopt.ir.program import Program
 from tests.graphopt.distillation.models import ResidualNet
 
 

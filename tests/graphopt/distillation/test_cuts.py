@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graphopt.capturing import capture
+from graphopt.capturing.capture import capture
 from graphopt.distillation.cuts import auto_taps, flow, residual_points, stage_ends
-from graphopt.program import Program
+from graphopt.ir.program import Program
 from tests.graphopt.distillation.models import Encoder, Mlp, ResidualNet
 
 

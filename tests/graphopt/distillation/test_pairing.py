@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graphopt.capturing import capture
-from graphopt.context import Context
+from graphopt.capturing.capture import capture
 from graphopt.distillation.addresses import Tap, addresses
 from graphopt.distillation.pairing import derived_from, pair_stages, pair_taps
 from graphopt.distillation.taps import insert_taps
-from graphopt.graph import Editor
-from graphopt.pipeline import Pipeline
-from graphopt.program import Program
-from graphopt.runner import run
+from graphopt.ir.graph import Editor
+from graphopt.ir.program import Program
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.pipeline import Pipeline
+from graphopt.pipeline.runner import run
 from tests.graphopt.distillation.models import Encoder, Mlp, ResidualNet, settled
 
 

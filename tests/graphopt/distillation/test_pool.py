@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from graphopt.capturing import capture
-from graphopt.context import Batch
+from graphopt.capturing.capture import capture
+from graphopt.data.batches import Batch
 from graphopt.distillation.augment import flip, shift, takes_images
 from graphopt.distillation.pool import Pool
 from graphopt.testing import TensorSamples

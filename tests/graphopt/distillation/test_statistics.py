@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from graphopt.capturing import capture
+from graphopt.capturing.capture import capture
 from graphopt.distillation.statistics import batch_norms, estimate_statistics
 from graphopt.testing import fingerprint
 

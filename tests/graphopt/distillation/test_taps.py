@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graphopt.capturing import capture
+from graphopt.capturing.capture import capture
+from graphopt.capturing.load import load
 from graphopt.distillation.addresses import Tap, resolve
 from graphopt.distillation.taps import insert_taps, own_outputs, strip_taps, taps_of
 from graphopt.errors import PassError
-from graphopt.invariants import check_invariants
-from graphopt.program import Program
-from graphopt.registry import backend
+from graphopt.ir.invariants import check_invariants
+from graphopt.ir.program import Program
+from graphopt.pipeline.registry import backend
 from graphopt.testing import fingerprint
 from tests.graphopt.distillation.models import ResidualNet
 
@@ -106,9 +107,9 @@ def test_lowering_names_the_taps_and_computes_them(program: Program, tmp_path: P
 
 def test_a_saved_program_keeps_its_taps(program: Program, tmp_path: Path) -> None:
     result = tapped(program, "layer1")
-    loaded = Program.load(result.save(tmp_path / "tapped.pt2"))
+    loaded = load(result.save(tmp_path / "tapped.pt2"))
     assert [tap.address for tap in taps_of(loaded)] == ["layer1.relu:relu#1"]
-    assert fingerprint(strip_taps(loaded)) == fingerprint(Program.load(program.save(tmp_path / "plain.pt2")))
+    assert fingerprint(strip_taps(loaded)) == fingerprint(load(program.save(tmp_path / "plain.pt2")))
 
 
 class Structured(nn.Module):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from graphopt.capturing.load import capture_on, example_inputs
 from graphopt.errors import DataError
-from graphopt.loading.program import capture_on, example_inputs
 
 A, B = torch.zeros(3, 4), torch.ones(3, 5)
 

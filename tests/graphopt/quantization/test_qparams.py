@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from graphopt.quantization.formats import IntegerFormat
 from graphopt.quantization.histogram import Histogram
 from graphopt.quantization.ops import dequantize, quantize
 from graphopt.quantization.qparams import QParams, choose, from_range, quantize_weight, weight_scales
-from graphopt.target import IntegerFormat
 
 UNSIGNED = IntegerFormat("uint8", symmetric=False, low=0, high=255)
 MIDDLE = IntegerFormat("uint8", symmetric=True, low=0, high=255)

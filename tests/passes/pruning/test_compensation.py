@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from graphopt.capturing import capture
-from graphopt.context import Context
-from graphopt.equivalence import measure
+from graphopt.capturing.capture import capture
 from graphopt.errors import DataError
-from graphopt.options import build
+from graphopt.ir.program import Program
+from graphopt.measure.equivalence import measure
 from graphopt.passes.prune import Prune, PruneOptions, PruningPlan
-from graphopt.program import Program
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.options import build
 from graphopt.testing import TensorSamples, check_pass, fingerprint
 from tests import models
 from tests.graphopt.axes.test_random_networks import STEPS, Network, Step
@@ -136,7 +136,7 @@ def test_a_later_branch_makes_up_for_what_the_shortcut_lost() -> None:
 
 
 def _value(program: Program, name: str, data: Tensor) -> Tensor:
-    from graphopt.stepping import Stepper
+    from graphopt.statistics.stepping import Stepper
 
     node = next(node for node in program.graph.nodes if node.name == name)
     stepper = Stepper(program, [(data,)])

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from graphopt.axes.groups import Group
 from graphopt.axes.infer import infer
 from graphopt.axes.rewrite import remove
-from graphopt.capturing import capture
-from graphopt.context import Context, Loss
+from graphopt.capturing.capture import capture
 from graphopt.errors import DataError, PassError, UsageError
-from graphopt.options import build
+from graphopt.ir.program import Program
 from graphopt.passes.prune import Prune, PruneOptions, PruningPlan
 from graphopt.passes.pruning.criteria import CRITERIA, rank
 from graphopt.passes.pruning.options import Criterion
 from graphopt.passes.pruning.standing import Standing
-from graphopt.pipeline import Pipeline
-from graphopt.program import Program
+from graphopt.pipeline.context import Context, Loss
+from graphopt.pipeline.options import build
+from graphopt.pipeline.pipeline import Pipeline
 from graphopt.testing import TensorSamples
 from tests import models
 from tests.models import example

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from graphopt.axes.groups import Group
 from graphopt.axes.infer import infer
 from graphopt.axes.rewrite import remove
-from graphopt.bench import Spread
-from graphopt.capturing import capture
-from graphopt.context import Context
-from graphopt.cost import Cost, cost
-from graphopt.options import build
+from graphopt.capturing.capture import capture
+from graphopt.ir.program import Program
+from graphopt.measure.bench import Spread
+from graphopt.measure.cost import Cost, cost
 from graphopt.passes.prune import Prune, PruneOptions, PruningPlan
 from graphopt.passes.pruning import search
 from graphopt.passes.pruning.allocation import Allocation
@@ -25,8 +24,10 @@ from graphopt.passes.pruning.giving_back import give_back
 from graphopt.passes.pruning.operations import Kept
 from graphopt.passes.pruning.ranking import Ranking
 from graphopt.passes.pruning.sizes import Sizes
-from graphopt.program import Program
-from graphopt.target import IntegerFormat, TargetDescription
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.options import build
+from graphopt.quantization.formats import IntegerFormat
+from graphopt.targets.description import TargetDescription
 
 INT8 = IntegerFormat("int8", symmetric=True, low=-128, high=127)
 TARGET = TargetDescription(name="here", opset=20, activation=INT8, weight=INT8)

@@ -10,8 +10,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from graphopt.capturing import capture
-from graphopt.graph import tensor_attribute
+from graphopt.capturing.capture import capture
+from graphopt.ir.graph import tensor_attribute
 from graphopt.passes.pruning.layer_rows import as_matrices, as_weight, input_rows, output_rows, positions
 from graphopt.passes.weighted_calls import weighted_call
 

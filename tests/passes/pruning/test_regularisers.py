@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graphopt.capturing import capture
+from graphopt.capturing.capture import capture
 from graphopt.errors import UsageError
-from graphopt.graph import tensor_attribute
+from graphopt.ir.graph import tensor_attribute
+from graphopt.ir.program import Program
 from graphopt.passes.pruning.regularisers import GroupLasso, ScaleL1
-from graphopt.program import Program
 from tests import models
 from tests.models import example
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from graphopt.axes.infer import infer
 from graphopt.axes.rewrite import remove
-from graphopt.capturing import capture
-from graphopt.cost import cost
+from graphopt.capturing.capture import capture
+from graphopt.measure.cost import cost
 from graphopt.passes.pruning.sizes import Sizes
 from tests import models
 from tests.models import EXAMPLES, example

@@ -13,17 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from graphopt.bench import Spread
-from graphopt.capturing import capture
-from graphopt.context import Context
-from graphopt.cost import cost
+from graphopt.capturing.capture import capture
 from graphopt.errors import PassError, UsageError, VerifyError
-from graphopt.graph import tensor_attribute
-from graphopt.options import build
+from graphopt.ir.graph import tensor_attribute
+from graphopt.ir.program import Program
+from graphopt.measure.bench import Spread
+from graphopt.measure.cost import cost
 from graphopt.passes.prune import Prune, PruneOptions, PruningPlan
-from graphopt.pipeline import Pipeline
-from graphopt.program import Program
-from graphopt.target import IntegerFormat, TargetDescription
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.options import build
+from graphopt.pipeline.pipeline import Pipeline
+from graphopt.quantization.formats import IntegerFormat
+from graphopt.targets.description import TargetDescription
 from graphopt.testing import TensorSamples, check_pass, fingerprint
 from tests import models
 from tests.models import example

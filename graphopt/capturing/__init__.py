@@ -1,0 +1,1 @@
+"""From a user's module or file to a program."""

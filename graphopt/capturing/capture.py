@@ -1,0 +1,341 @@
+"""Capture: from an `nn.Module` to a Program, by `torch.export`.
+
+The batch axis is dynamic by default.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from graphopt.capturing.checks import check_equal, check_repeatable, run_model, wrong_batch
+from graphopt.capturing.explain import explain
+from graphopt.capturing.lost import lost_in_eval
+from graphopt.capturing.model_calls import (
+    check_module,
+    check_names,
+    in_eval_mode,
+    spelled_out,
+    uncompiled,
+    without_compiling,
+    without_idle_conversions,
+)
+from graphopt.capturing.normal_form import normalise
+from graphopt.errors import CaptureError, ExampleError
+from graphopt.ir.dynamic_axes import LeafShapes, arranged, by_name
+from graphopt.ir.graph import copy_graph_module
+from graphopt.ir.program import Program
+from graphopt.ir.provenance import record_capture, user_line
+from graphopt.ir.regions import compiled_for_their_shapes
+from graphopt.ir.signature import Dimension, Note, TensorSpec
+from graphopt.ir.training import set_training
+
+logger = logging.getLogger(__name__)
+
+_SMALLEST_DYNAMIC_BATCH = 2  # torch.export specialises an axis of size 1
+
+
+@compiled_for_their_shapes()
+def capture(
+    model: nn.Module,
+    args: Sequence[Any] | torch.Tensor,
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Mapping[str, Any] | Sequence[Any] | None = None,
+    *,
+    share_tensors: bool = False,
+) -> Program:
+    """Capture `model` in eval mode as a program.
+
+    Args:
+        model: any module that `torch.export` can trace. Its mode is restored afterwards.
+        args: example positional inputs, or the only one. The first axis of the first tensor that has one is the
+            batch; every tensor input with the same first size shares it.
+        kwargs: example keyword inputs.
+        dynamic_shapes: further dynamic axes in the form `torch.export.export` takes. An axis 0 given here
+            overrides the default for that input; `{0: None}` makes it static.
+        share_tensors: read the model's own tensors instead of copies. The model must not be trained then.
+
+    Returns:
+        A program whose outputs on the examples were compared with the model's.
+
+    Raises:
+        CaptureError: the model fails on the examples, cannot be traced, or is no function of its inputs, or the trace
+            computes something else.
+    """
+    check_module(model)
+    model = uncompiled(model)
+    check_names(model)
+    args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
+    kwargs = dict(kwargs or {})
+    if isinstance(model, fx.GraphModule):  # what torch.export made refuses eval()
+        model = copy_graph_module(model)
+        set_training(model, False)
+    with (
+        in_eval_mode(model),
+        without_compiling(model),
+        spelled_out(model, kwargs),
+        torch.no_grad(),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        args, kwargs, leaf_shapes, expected, note = _examples(model, args, kwargs, dynamic_shapes)
+        program = _capture(model, args, kwargs, leaf_shapes, note)
+        check_equal(program, expected, args, kwargs)
+        check_repeatable(program, args, kwargs)
+    return program if share_tensors else program.copy(share_tensors=False)
+
+
+def from_exported(
+    exported: ExportedProgram,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    leaf_shapes: LeafShapes | None = None,
+    *,
+    notes: Sequence[Note] = (),
+) -> Program:
+    """Make a program of what `torch.export` returned for `args` and `kwargs`."""
+    gm = exported.module(check_guards=False)  # 2.13 adds a `_guards_fn` call without that argument
+    assert isinstance(gm, fx.GraphModule)
+    gm = normalise(gm)
+    record_capture(gm.graph)
+    names = _AxisNames(leaf_shapes or [])
+    inputs = _input_specs(gm, names, tuple(args), dict(kwargs))
+    outputs = _output_specs(gm, names, {spec.name for spec in inputs})
+    return Program(gm, inputs, outputs, tuple(args), dict(kwargs), tuple(notes))
+
+
+def _examples(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], requested: Any
+) -> tuple[tuple[Any, ...], dict[str, Any], LeafShapes, Any, list[Note]]:
+    """Find a batch the model takes: arguments, dynamic axes, outputs, and a note where only a batch of 1 works."""
+    batch_args, batch_kwargs, shapes = _with_dynamic_batch(model, args, kwargs, requested)
+    try:
+        return batch_args, batch_kwargs, shapes, run_model(model, batch_args, batch_kwargs), []
+    except ExampleError as err:
+        one_args, one_kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t[:1] if t.dim() else t, (args, kwargs))
+        static = [{axis: dim for axis, dim in axes.items() if axis != 0} for axes in shapes]
+        try:
+            expected = run_model(model, one_args, one_kwargs)
+        except ExampleError:
+            raise err from None
+        text = f"The batch size is fixed to 1: with more samples the model raises {err.reason}."
+        logger.warning("%s", text)
+        return one_args, one_kwargs, static, expected, [Note("batch", text)]
+
+
+def _with_dynamic_batch(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], requested: Any
+) -> tuple[tuple[Any, ...], dict[str, Any], LeafShapes]:
+    """Enlarge a batch of 1 and say which axes are dynamic."""
+    asked = _requested_axes(model, args, kwargs, requested)
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    if not tensors:
+        raise CaptureError("There is no tensor among the example inputs. Give at least one.")
+    batch = next((tensor.shape[0] for tensor in tensors if tensor.dim()), None)
+    if batch == 0:
+        raise CaptureError("The example inputs hold no samples. Give at least one.")
+    shapes: LeafShapes = []
+    enlarged: list[Any] = []
+    axes = iter(asked)
+    for leaf in leaves:
+        if not isinstance(leaf, torch.Tensor):
+            enlarged.append(leaf)
+            continue
+        wanted = next(axes)
+        batched = batch is not None and leaf.dim() > 0 and leaf.shape[0] == batch
+        if batched and wanted.get(0, Dim.DYNAMIC) is not None:
+            wanted = {0: Dim.DYNAMIC, **wanted}
+            if batch == 1:
+                leaf = leaf.repeat(_SMALLEST_DYNAMIC_BATCH, *[1] * (leaf.dim() - 1))
+        shapes.append({axis: dim for axis, dim in wanted.items() if dim is not None})
+        enlarged.append(leaf)
+    args, kwargs = pytree.tree_unflatten(enlarged, spec)
+    return args, kwargs, shapes
+
+
+def _requested_axes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], requested: Any) -> LeafShapes:
+    """Bring a `dynamic_shapes` argument to one dictionary per tensor leaf."""
+    combined = by_name(model, args, kwargs)
+    if requested is not None and not isinstance(requested, Mapping):
+        requested = dict(zip(combined, requested, strict=False))
+    requested = dict(requested or {})
+    unknown = sorted(set(requested) - set(combined))
+    if unknown:
+        raise CaptureError(
+            f"dynamic_shapes names {unknown}, but the model's inputs are {list(combined)}. Use those names."
+        )
+    found: LeafShapes = []
+    for name, value in combined.items():
+        _collect_axes(value, requested.get(name), found)
+    return found
+
+
+def _collect_axes(value: Any, asked: Any, found: LeafShapes) -> None:
+    if isinstance(value, torch.Tensor):
+        axes = dict(enumerate(asked)) if isinstance(asked, list | tuple) else dict(asked or {})
+        found.append({axis: Dim.DYNAMIC if isinstance(dim, str) else dim for axis, dim in axes.items()})
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            _collect_axes(item, asked.get(key) if isinstance(asked, Mapping) else None, found)
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            _collect_axes(item, asked[index] if isinstance(asked, list | tuple) else None, found)
+
+
+def _capture(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: LeafShapes, given: list[Note]
+) -> Program:
+    """Export with the dynamic axes asked for; without the default batch axis where that fails or is wrong."""
+
+    def attempt(wanted: LeafShapes) -> ExportedProgram:
+        wanted_shapes = arranged(model, args, kwargs, wanted)
+        with without_idle_conversions():
+            exported = torch.export.export(model, args, kwargs, dynamic_shapes=wanted_shapes, strict=False)
+        _check_calls(exported.graph)
+        return exported
+
+    def program(exported: ExportedProgram, wanted: LeafShapes, notes: Sequence[Note] = ()) -> Program:
+        return from_exported(exported, args, kwargs, wanted, notes=[*given, *notes, *lost_in_eval(model, exported)])
+
+    error: Exception | None = None
+    try:
+        captured = program(attempt(shapes), shapes)
+        reason = wrong_batch(model, captured, args, kwargs) if captured.batched else ""
+        if not reason:
+            return captured
+    except _UnfinishedTraceError:
+        raise
+    except Exception as err:  # tracing runs the user's code, which may raise anything
+        error = err
+        reason = explain(err, lambda: attempt(shapes))
+    static = [{axis: dim for axis, dim in axes.items() if axis != 0} for axes in shapes]
+    if static == shapes:
+        raise CaptureError(f"The model cannot be captured: {reason}") from error
+    try:
+        exported = attempt(static)
+    except Exception as err:
+        raise CaptureError(f"The model cannot be captured: {explain(err, lambda: attempt(static))}") from err
+    text = f"The batch size is fixed: {reason}"
+    logger.warning("%s", text)
+    return program(exported, static, [Note("batch", text)])
+
+
+class _UnfinishedTraceError(CaptureError):
+    """The trace holds calls that only mean something while tracing."""
+
+
+def _check_calls(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        if node.op == "call_function" and getattr(node.target, "__module__", "").startswith("torch._functorch"):
+            raise _UnfinishedTraceError(
+                f"torch.export does not take a function transform of the model apart: it leaves `{node.name}` in the "
+                "graph. Write torch.vmap out as a batched operator (torch.bmm, einsum, broadcasting)."
+            )
+        if getattr(node.target, "__name__", "") == "_enter_autocast":
+            line = user_line(node)
+            raise _UnfinishedTraceError(
+                f"torch.export leaves an autocast block open{f' at {line}' if line else ''}, because there is a "
+                "torch.cond, while_loop or scan in it. Let autocast begin and end inside their functions, or around "
+                "the layers before and after."
+            )
+
+
+class _AxisNames:
+    """Names for the symbols of dynamic axes: "batch" for the shared first axis, the user's `Dim` names, or made up."""
+
+    def __init__(self, leaf_shapes: LeafShapes) -> None:
+        self._asked = leaf_shapes
+        self._names: dict[Any, str] = {}
+
+    def learn(self, leaf: int, input_name: str, shape: Sequence[Any]) -> None:
+        """Name the symbols of one input."""
+        for axis, size in enumerate(shape):
+            expression = _expression(size)
+            if expression is None or not expression.is_symbol or expression in self._names:
+                continue
+            asked = self._asked[leaf].get(axis) if leaf < len(self._asked) else None
+            given = getattr(asked, "__name__", None)
+            default = "batch" if axis == 0 else f"{input_name}_{axis}"
+            self._names[expression] = str(given) if given else default
+
+    def of(self, size: Any) -> Dimension:
+        """Return a size, or the name of a dynamic one ("batch", "2*batch")."""
+        expression = _expression(size)
+        if expression is None:
+            return int(size)
+        renamed = expression.xreplace({symbol: type(symbol)(name) for symbol, name in self._names.items()})
+        return str(renamed).replace(" ", "")
+
+
+def _expression(size: Any) -> Any:
+    """Return the symbolic expression of a size, None where it is a plain number."""
+    if not isinstance(size, torch.SymInt):
+        return None
+    expression = size.node.expr
+    return None if expression.is_number else expression
+
+
+def _input_specs(
+    gm: fx.GraphModule, names: _AxisNames, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[TensorSpec, ...]:
+    """Describe the tensor inputs by the names of the model's own arguments; FX renames some (`input` -> `input_1`)."""
+    paths = pytree.tree_flatten_with_path(by_name(gm, args, kwargs))[0]
+    given = [_joined(path) for path, leaf in paths if isinstance(leaf, torch.Tensor)]
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    tensors = [node for node in placeholders if isinstance(node.meta.get("val"), torch.Tensor)]
+    labels = given if len(given) == len(tensors) and all(given) else [node.name for node in tensors]
+    for index, (label, node) in enumerate(zip(labels, tensors, strict=True)):
+        names.learn(index, label, node.meta["val"].shape)
+    return tuple(
+        TensorSpec(label, tuple(names.of(size) for size in node.meta["val"].shape), node.meta["val"].dtype)
+        for label, node in zip(labels, tensors, strict=True)
+    )
+
+
+def _output_specs(gm: fx.GraphModule, names: _AxisNames, taken: set[str]) -> tuple[TensorSpec, ...]:
+    values = pytree.tree_leaves(next(n for n in gm.graph.nodes if n.op == "output").args[0])
+    structure = pytree.tree_unflatten(list(range(len(values))), _output_structure(gm))
+    paths = [path for path, _ in pytree.tree_flatten_with_path(structure)[0]]
+    specs = []
+    for path, node in zip(paths, values, strict=True):
+        if not isinstance(node, fx.Node) or not isinstance(node.meta.get("val"), torch.Tensor):
+            continue
+        name = _unique(_output_name(path), taken)
+        value = node.meta["val"]
+        specs.append(TensorSpec(name, tuple(names.of(size) for size in value.shape), value.dtype))
+    return tuple(specs)
+
+
+def _output_structure(gm: fx.GraphModule) -> pytree.TreeSpec:
+    structure = gm._out_spec
+    assert structure is not None  # torch.export always sets it
+    return structure
+
+
+def _joined(path: tuple[Any, ...]) -> str:
+    """Join the keys that lead to a leaf of a pytree: `batch_ids`, `hidden_0`."""
+    keys = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path]
+    return re.sub(r"\W+", "_", "_".join(keys)).strip("_")
+
+
+def _output_name(path: tuple[Any, ...]) -> str:
+    name = _joined(path)
+    return name if name and not name[0].isdigit() else f"output_{name}" if name else "output"
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    candidate, count = name, 0
+    while candidate in taken:
+        count += 1
+        candidate = f"{name}_{count}"
+    taken.add(candidate)
+    return candidate

@@ -1,0 +1,162 @@
+"""Whether a captured program is the model: same outputs, at other batch sizes too, and no memory of earlier calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from graphopt.capturing.model_calls import with_its_buffers
+from graphopt.errors import CaptureError, ExampleError, first_line
+from graphopt.ir.aliasing import Storages
+from graphopt.ir.graph import arguments
+from graphopt.ir.program import Program
+from graphopt.ir.provenance import op_name, user_line
+
+# Captured and original outputs come from the same kernels in the same order; what differs is inlining.
+_CAPTURE_RTOL = 1e-4
+_CHECKED_BATCHES = (1, 3)  # sizes beside the captured one at which program and model are compared
+
+
+def run_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run the user's model on copies of the inputs; the model is left as it was.
+
+    Raises:
+        ExampleError: it fails.
+        CaptureError: it returns no tensor.
+    """
+    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
+    try:
+        with torch.random.fork_rng(devices=[]), with_its_buffers(model):
+            torch.manual_seed(0)
+            result = pytree.tree_map_only(torch.Tensor, torch.clone, model(*args, **kwargs))
+    except Exception as err:  # the user's own code may raise anything
+        shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        reason = f"{type(err).__name__}: {first_line(err)}"
+        raise ExampleError(
+            f"The model itself fails on the example inputs (shapes {shapes}): {reason}. Check the input shapes and "
+            "dtypes (`--input name=1x3x224x224:float32`).",
+            reason,
+        ) from err
+    if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(result)):
+        raise CaptureError(
+            f"The model returns no tensor, but a {type(result).__name__}. Let its forward return a tensor, or a tuple, "
+            "list or dict of them; another class is registered with torch.export.register_dataclass."
+        )
+    return result
+
+
+def check_equal(program: Program, expected: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Compare the captured outputs with the model's: a trace may silently keep the wrong branch.
+
+    Raises:
+        CaptureError: they differ on the examples.
+    """
+    worst = _disagreement(program, expected, args, kwargs)
+    if worst:
+        raise CaptureError(
+            f"The captured program does not compute what the model does: {worst}. The model is random in eval mode, or "
+            "branches in Python on something that changes between calls."
+        )
+
+
+def check_repeatable(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse a program whose outputs are no function of its inputs.
+
+    Raises:
+        CaptureError: they depend on random numbers, or on what earlier calls left in its buffers.
+    """
+    _check_random(program, args, kwargs)
+    storages = Storages(program.graph)
+    written = [f"`{n.target}`" for n in program.graph.nodes if n.op == "get_attr" and storages.writes(n)]
+    if not written:
+        return
+    with with_its_buffers(program.graph_module):
+        first = _run(program, args, kwargs)
+        worst = _disagreement(program, first, args, kwargs)
+    if worst:
+        raise CaptureError(
+            f"The model remembers earlier calls: it writes to {', '.join(written)}, and the same input then gives "
+            f"another output ({worst}). Let it take its state as an input and return it."
+        )
+
+
+def _check_random(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    draws = [node for node in program.graph.nodes if _draws(node)]
+    if not draws:
+        return
+    worst = _disagreement(program, _run(program, args, kwargs, seed=1), args, kwargs)
+    if worst:
+        line = user_line(draws[0])
+        raise CaptureError(
+            f"The model draws random numbers in eval mode, by `{op_name(draws[0])}`{f' at {line}' if line else ''}: "
+            f"the same input gives another output ({worst}), so that nothing made of it could be checked. Let it "
+            "take them as an input, or draw them in training mode only (`training=self.training`)."
+        )
+
+
+def _draws(node: fx.Node) -> bool:
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    given = arguments(node, ())  # a dropout that is switched off is not to be named for what another draws
+    return not (given.get("train") is False or given.get("training") is False or given.get("dropout_p") == 0)
+
+
+def wrong_batch(model: nn.Module, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Say at which batch size a program with a dynamic batch is not the model, "" if at none tried.
+
+    A Python branch on the batch size leaves no trace in the graph: only running it shows.
+    """
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    batched = iter([spec.batched for spec in program.inputs])
+    is_batched = [isinstance(leaf, torch.Tensor) and next(batched) for leaf in leaves]
+    for size in _CHECKED_BATCHES:
+        sized = [_resized(leaf, size) if flag else leaf for leaf, flag in zip(leaves, is_batched, strict=True)]
+        other_args, other_kwargs = pytree.tree_unflatten(sized, spec)
+        try:
+            expected = run_model(model, other_args, other_kwargs)
+            worst = _disagreement(program, expected, other_args, other_kwargs)
+        except CaptureError:
+            continue  # the model itself does not take this size
+        except Exception as err:  # the traced graph may fail in any kernel
+            worst = first_line(err)
+        if worst:
+            return f"at batch {size} the captured program differs from the model ({worst})"
+    return ""
+
+
+def _resized(tensor: torch.Tensor, size: int) -> torch.Tensor:
+    rows = torch.arange(size) % tensor.shape[0]
+    return tensor[rows]
+
+
+def _disagreement(program: Program, expected: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Run the program on what the model returned `expected` for; say how they differ, "" if they do not."""
+    with with_its_buffers(program.graph_module):
+        found = _run(program, args, kwargs)
+    pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(found), strict=True)
+    tensors = [pair for pair in pairs if isinstance(pair[0], torch.Tensor)]
+    for spec, (want, got) in zip(program.outputs, tensors, strict=True):
+        if want.shape != got.shape:
+            return f"output `{spec.name}` is {tuple(got.shape)} instead of {tuple(want.shape)}"
+        scale = _largest(want) if want.is_floating_point() else 1.0
+        if not torch.allclose(want, got, rtol=_CAPTURE_RTOL, atol=_CAPTURE_RTOL * scale, equal_nan=True):
+            difference = float((want.double() - got.double()).abs().max())
+            return f"output `{spec.name}` is off by {difference:.3g} (largest value {scale:.3g})"
+    return ""
+
+
+def _largest(tensor: torch.Tensor) -> float:
+    """Return the largest finite magnitude, 1 where there is none."""
+    finite = tensor[torch.isfinite(tensor)].abs()
+    return float(finite.max()) if finite.numel() else 1.0
+
+
+def _run(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], *, seed: int = 0) -> Any:
+    """Run a program on copies of the inputs and return copies of its outputs."""
+    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return pytree.tree_map_only(torch.Tensor, torch.clone, program(*args, **kwargs))

@@ -1,0 +1,109 @@
+"""Why a capture failed, in the user's words: which axis of which input, which line fixed it, what to write.
+
+torch.export says which axis it had to fix but not where. The line is found by tracing once more while listening
+to its symbolic-shape logger, whose records are emitted with the user's code on the stack.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from graphopt.errors import first_line
+
+_SHAPES_LOGGER = "torch.fx.experimental.symbolic_shapes"  # private to torch; checked on 2.13 by the tests of capture
+_AXIS = re.compile(r"L\['(?P<input>\w+)'\](?P<path>(\[[^\]]+\])*)\.size\(\)\[(?P<axis>\d+)\]")
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
+_OWN = str(Path(__file__).parents[1])
+
+
+def explain(err: BaseException, retrace: Callable[[], object] | None = None) -> str:
+    """Translate an error of `torch.export`.
+
+    Args:
+        err: what it raised.
+        retrace: does the same again, for finding the line that fixed an axis.
+    """
+    text = str(err)
+    axis = _AXIS.search(text)
+    if axis and "specialized" in text:
+        where = _line_that_fixed(retrace) if retrace else ""
+        name = f"{axis['input']}{axis['path']}"
+        return (
+            f"axis {axis['axis']} of input `{name}` was fixed to one size{where}. Write sizes as `x.shape[i]` or -1 "
+            f"instead of numbers there, or declare the axis static: dynamic_shapes={{'{axis['input']}': "
+            f"{{{axis['axis']}: None}}}}."
+        )
+    where = _user_frame_in(text) or _raised_at(err)
+    if "data-dependent" in text or "Could not guard" in text:
+        return f"the model branches on the values of a tensor{where}. Replace the branch by torch.where or torch.cond."
+    if "Couldn't swap" in text:
+        return f"the model converts its own layers in its forward{where}. Convert them once, before, or the values."
+    return f"torch.export could not trace the model{where}: {type(err).__name__}: {first_line(err)}."
+
+
+def _line_that_fixed(retrace: Callable[[], object]) -> str:
+    """Return " at file:line" of the code that made a symbol constant or bounded it."""
+    with _listening() as heard, contextlib.suppress(Exception):  # it failed before and will fail again
+        retrace()
+    return f" at {heard[0]}" if heard else ""
+
+
+@contextlib.contextmanager
+def _listening() -> Iterator[list[str]]:
+    """Collect the user's line behind every guard that is added meanwhile."""
+    heard: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            text = record.getMessage()
+            if "[guard added]" in text and "suppressed" not in text:
+                heard.extend(_user_line_on_stack())
+
+    logger = logging.getLogger(_SHAPES_LOGGER)
+    handlers, level = logger.handlers, logger.level
+    logger.handlers = [Listener()]
+    logger.setLevel(logging.INFO)
+    try:
+        yield heard
+    finally:
+        logger.handlers = handlers
+        logger.setLevel(level)
+
+
+def _user_line_on_stack() -> list[str]:
+    frame = sys._getframe(1)
+    while frame is not None:
+        if _is_users(frame.f_code.co_filename):
+            return [f"{frame.f_code.co_filename}:{frame.f_lineno}"]
+        if frame.f_back is None:
+            break
+        frame = frame.f_back
+    return []
+
+
+def _is_users(file: str) -> bool:
+    torch_home = str(Path(torch.__file__).parent)
+    library = ("/contextlib.py", "/logging/__init__.py")
+    return not file.startswith((torch_home, _OWN, "<")) and not file.endswith(library)
+
+
+def _user_frame_in(text: str) -> str:
+    frames = [match for match in _FRAME.finditer(text) if _is_users(match["file"])]
+    return f" at {frames[-1]['file']}:{frames[-1]['line']}" if frames else ""
+
+
+def _raised_at(err: BaseException) -> str:
+    found = ""
+    trace = err.__traceback__
+    while trace is not None:
+        if _is_users(trace.tb_frame.f_code.co_filename):
+            found = f" at {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return found

@@ -1,0 +1,216 @@
+"""From a model file to a program: what `graphopt optimize PATH` does first."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from graphopt.capturing.capture import capture, from_exported
+from graphopt.capturing.model_calls import uncompiled
+from graphopt.data import InputSpec, Samples
+from graphopt.errors import CaptureError, DataError, ExampleError, LoadError
+from graphopt.ir.program import Program
+from graphopt.ir.signature import Note, TensorSpec
+from graphopt.loading import LoadedModel, load_model
+
+_SIGNATURE = "graphopt.json"
+
+
+def load(
+    path: str | Path | None = None,
+    *,
+    data: Any = None,
+    inputs: Sequence[InputSpec] = (),
+    trust: bool = False,
+    factory: str | None = None,
+    weights: str | Path | None = None,
+    dynamic_shapes: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> Program:
+    """Load a model file as a program. Its contents decide what it is, not its ending.
+
+    Args:
+        path: an exported program (`.pt2`), a pickled module, or with `factory` the weights.
+        data: example inputs come from its first samples, where the file brings none.
+        inputs: names, shapes and dtypes to make random example inputs of, where there is no data.
+        trust: let the file run code (a pickle of classes other than torch.nn's own, an unchecked `.pt2`).
+        factory: `package.module:function` that builds the module.
+        weights: `.safetensors` or weights-only `.pt` for `factory`.
+        dynamic_shapes: further dynamic axes, as `capture` takes them.
+        seed: of random example inputs.
+
+    Raises:
+        LoadError: missing, damaged, of another kind, or not trusted.
+        CaptureError: not traceable, or no example inputs to trace it with.
+    """
+    loaded = load_model(
+        Path(path) if path is not None else None,
+        trust=trust,
+        factory=factory,
+        weights=Path(weights) if weights is not None else None,
+    )
+    if isinstance(loaded.model, ExportedProgram):
+        return _from_file(loaded, loaded.model, dynamic_shapes)
+    if data is not None:
+        return capture_on(loaded.model, data, dynamic_shapes, share_tensors=True)
+    args, kwargs = _random_examples(loaded, loaded.model, inputs, seed)
+    return capture(loaded.model, args, kwargs, dynamic_shapes, share_tensors=True)
+
+
+def _from_file(loaded: LoadedModel, exported: ExportedProgram, dynamic_shapes: Mapping[str, Any] | None) -> Program:
+    if loaded.example_inputs is None:
+        raise LoadError(
+            f"`{loaded.source}` is an exported program without its example inputs, which graphopt runs to check every "
+            "step. Save it with the torch.export.save of a program that still has them."
+        )
+    args, kwargs = loaded.example_inputs.args, loaded.example_inputs.kwargs
+    signature = loaded.extra_files.get(_SIGNATURE)
+    if signature is not None:
+        return _with_signature(from_exported(exported, args, kwargs), signature, loaded.source)
+    if exported.range_constraints and dynamic_shapes is None:
+        return from_exported(exported, args, kwargs)
+    # A static program is captured again: many only became static because nobody asked for a dynamic batch.
+    return capture(exported.module(check_guards=False), args, kwargs, dynamic_shapes, share_tensors=True)
+
+
+def _with_signature(program: Program, text: str, source: str) -> Program:
+    """Give a program the names and notes it was saved with.
+
+    Raises:
+        LoadError: the file's signature is damaged or not that of its program.
+    """
+
+    def specs(kind: str, found: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+        pairs = zip(stored[kind], found, strict=True)
+        return tuple(_renamed(spec, str(entry["name"]), entry["shape"]) for entry, spec in pairs)
+
+    try:
+        stored = json.loads(text)
+        return dataclasses.replace(
+            program,
+            inputs=specs("inputs", program.inputs),
+            outputs=specs("outputs", program.outputs),
+            notes=tuple(Note(str(note["subject"]), str(note["text"])) for note in stored["notes"]),
+        )
+    except (KeyError, TypeError, ValueError) as err:
+        raise LoadError(
+            f"`{source}` does not agree with the signature stored in it ({type(err).__name__}: {err}). "
+            "Save the program again."
+        ) from err
+
+
+def _renamed(spec: TensorSpec, name: str, shape: Sequence[Any]) -> TensorSpec:
+    if [isinstance(size, str) for size in shape] != [isinstance(size, str) for size in spec.shape]:
+        raise ValueError(f"`{name}` is {shape}, the program's is {spec.shape}")
+    return TensorSpec(name, tuple(size if isinstance(size, str) else int(size) for size in shape), spec.dtype)
+
+
+def capture_on(model: nn.Module, data: Any, dynamic_shapes: Any = None, *, share_tensors: bool = False) -> Program:
+    """Capture a module on the first samples of its data.
+
+    Raises:
+        DataError: the data cannot be read, or the model fails on them.
+        CaptureError: the model cannot be captured.
+    """
+    model = uncompiled(model)
+    args, kwargs = example_inputs(model, data)
+    try:
+        return capture(model, args, kwargs, dynamic_shapes, share_tensors=share_tensors)
+    except ExampleError as err:
+        own_args, own_kwargs = example_inputs(model, data, whole=True)
+        with contextlib.suppress(ExampleError):  # a model may take batches of one size only: that of its data
+            return capture(model, own_args, own_kwargs, dynamic_shapes, share_tensors=share_tensors)
+        shapes = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (*args, *kwargs.values()))
+        raise DataError(
+            f"The model fails on the first samples of the data ({shapes}): {err.reason}. Give samples of the shape and "
+            "dtype that the model takes."
+        ) from err
+
+
+def _random_examples(
+    loaded: LoadedModel, model: nn.Module, inputs: Sequence[InputSpec], seed: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Make example inputs of the shapes the user gave."""
+    names = [name for name, _ in _parameters(model)]
+    if not inputs:
+        wanted = ", ".join(names) or "its inputs"
+        raise CaptureError(
+            f"`{loaded.source}` does not say what its inputs look like ({wanted}). Give samples "
+            f"(--data samples.npz) or shapes (--input {names[0] if names else 'x'}=1x3x224x224:float32)."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    made = {spec.name: _random(spec, generator) for spec in inputs}
+    if len(made) == 1 and not set(made) & set(names):
+        return tuple(made.values()), {}
+    unknown = [name for name in made if name not in names]
+    if unknown:
+        raise CaptureError(f"The model has no input {unknown}; its inputs are {names}. Use those names with --input.")
+    return _arrange(made, model)
+
+
+def example_inputs(model: nn.Module, data: Any, *, whole: bool = False) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the first two samples of `data`, or its `whole` first batch, as the arguments of a module.
+
+    Raises:
+        DataError: the data cannot be read, or has other names than the module's inputs.
+    """
+    parameters = _parameters(model)
+    required = sum(1 for _, optional in parameters if not optional)
+    if _takes_any_number(model):
+        samples = Samples.open(data)
+        first = _first(samples, model, whole)
+        named = not samples.names[0].isdigit()  # arrays without names are numbered
+        return _arrange(first, model) if named else (tuple(first.values()), {})
+    samples = Samples.open(data, [name for name, _ in parameters], required=required)
+    return _arrange(_first(samples, model, whole), model)
+
+
+def _first(samples: Samples, model: nn.Module, whole: bool) -> dict[str, torch.Tensor]:
+    """Return the first samples by name; numpy's double precision becomes single where the model knows no double."""
+    found = samples.first_batch() if whole else samples.first(2)
+    known = {tensor.dtype for tensor in model.state_dict().values()}
+    single = torch.float32 in known and torch.float64 not in known
+    batch = (t.float() if single and t.dtype is torch.float64 else t for t in found)
+    return dict(zip(samples.names, batch, strict=True))
+
+
+def _arrange(values: Mapping[str, torch.Tensor], model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Give inputs by position as far as no optional one is left out before them, the rest by keyword."""
+    signature = inspect.signature(model.forward).parameters
+    positional = list(
+        itertools.takewhile(lambda name: name in values and signature[name].kind in _BY_POSITION, signature)
+    )
+    return tuple(values[name] for name in positional), {k: values[k] for k in values if k not in positional}
+
+
+def _random(spec: InputSpec, generator: torch.Generator) -> torch.Tensor:
+    if spec.dtype.is_floating_point:
+        return torch.randn(spec.shape, generator=generator, dtype=torch.float32).to(spec.dtype)
+    # 0 and 1 are valid token ids, masks and labels of any model
+    return torch.randint(0, 2, spec.shape, generator=generator).to(spec.dtype)
+
+
+_BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def _parameters(model: nn.Module) -> list[tuple[str, bool]]:
+    """List a module's inputs that have a name: (name, whether it may be left out)."""
+    kinds = (*_BY_POSITION, inspect.Parameter.KEYWORD_ONLY)
+    signature = inspect.signature(model.forward).parameters
+    return [(name, p.default is not inspect.Parameter.empty) for name, p in signature.items() if p.kind in kinds]
+
+
+def _takes_any_number(model: nn.Module) -> bool:
+    """Tell whether inputs have no names of their own: `forward(*inputs)`."""
+    signature = inspect.signature(model.forward).parameters.values()
+    return any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in signature)

@@ -1,0 +1,117 @@
+"""Exporting a program again: what saving writes and lowering translates."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+from torch.export import Dim, ExportedProgram
+
+from graphopt.errors import CaptureError, first_line
+from graphopt.ir.dynamic_axes import LeafShapes, arranged
+from graphopt.ir.graph import copy_graph_module
+from graphopt.ir.provenance import drop_process_traces
+from graphopt.ir.signature import TensorSpec
+
+_SOURCE = "graphopt.source"  # in meta["custom"] while exporting, which renames nodes
+
+
+class Exportable(Protocol):
+    """What of a `Program` is exported: the graph, and how it is called."""
+
+    @property
+    def graph_module(self) -> fx.GraphModule:
+        """The graph."""
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """Its tensor inputs, whose dynamic axes have names."""
+
+    @property
+    def example_args(self) -> tuple[Any, ...]:
+        """Positional example inputs."""
+
+    @property
+    def example_kwargs(self) -> Mapping[str, Any]:
+        """Keyword example inputs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """An export of a program, for reading: whoever asks for the same program gets the same object.
+
+    Attributes:
+        program: with the program's own signature and dynamic axes.
+        sources: the program's name of each exported call.
+    """
+
+    program: ExportedProgram
+    sources: Mapping[str, str]
+
+
+_known: weakref.WeakKeyDictionary[Exportable, tuple[object, Exported]] = weakref.WeakKeyDictionary()
+
+
+def exported(program: Exportable) -> Exported:
+    """Export `program`, once for as long as its graph stands: ResNet-50 takes a second.
+
+    Raises:
+        CaptureError: as `export_again`.
+    """
+    state = _state(program.graph_module)
+    known, found = _known.get(program, (None, None))
+    if found is None or known != state:
+        found = export_again(program)
+        _known[program] = (state, found)
+    return found
+
+
+def _state(gm: fx.GraphModule) -> object:
+    """Return what tells whether a graph was changed in place, as putting it in training mode does."""
+    graphs = [str(module.graph) for module in gm.modules() if isinstance(module, fx.GraphModule)]  # regions too
+    return graphs, [id(tensor) for tensor in (*gm.parameters(), *gm.buffers())]
+
+
+def export_again(program: Exportable) -> Exported:
+    """Export the graph of `program` with its own signature and dynamic axes.
+
+    Raises:
+        CaptureError: a rewrite tied a dynamic axis to one size; the message names it.
+    """
+    shapes: LeafShapes = [
+        {axis: Dim.DYNAMIC for axis, size in enumerate(spec.shape) if isinstance(size, str)} for spec in program.inputs
+    ]
+    gm = _named(program.graph_module)
+    args, kwargs = tuple(program.example_args), dict(program.example_kwargs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            again = torch.export.export(
+                gm, args, kwargs, dynamic_shapes=arranged(gm, args, kwargs, shapes), strict=False
+            )
+        except Exception as err:  # torch.export lets through whatever a kernel or a guard raises
+            raise CaptureError(
+                f"The rewritten program cannot be exported again: {first_line(err)}. This is a bug in the pass that "
+                "ran last; `graphopt optimize --check full` names it."
+            ) from err
+    sources = {}
+    for node in again.graph.nodes:
+        source = node.meta.get("custom", {}).pop(_SOURCE, None)
+        if source is not None:
+            sources[node.name] = source
+    drop_process_traces(again.graph)
+    return Exported(again, sources)
+
+
+def _named(gm: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy in which every call carries its name as metadata that survives export."""
+    named = copy_graph_module(gm)
+    for node in named.graph.nodes:
+        if node.op == "call_function":
+            node.meta["custom"] = {**node.meta.get("custom", {}), _SOURCE: node.name}
+    return named

@@ -1,0 +1,175 @@
+"""What must hold after every pass.
+
+Measured on a 383-node transformer: lint 1.4 ms, fake propagation 0.4 s; a re-export would cost 1.5 s and adds
+nothing that these two do not see.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils import _pytree as pytree
+
+from graphopt.errors import VerifyError
+from graphopt.ir.finite import all_finite
+from graphopt.ir.graph import fake_mode_of
+from graphopt.ir.program import Program
+from graphopt.ir.provenance import user_line
+
+
+def check_invariants(before: Program, after: Program, pass_name: str, *, changes_outputs: bool = False) -> None:
+    """Check that `after` is a well-formed program with the signature of `before`.
+
+    Raises:
+        VerifyError: the graph is malformed, the signature changed undeclared, a `meta["val"]` is missing or
+            stale, an attribute is dangling, or a parameter is not finite.
+    """
+    _check_graph(after, pass_name)
+    _check_signature(before, after, pass_name, changes_outputs)
+    _check_dynamic(after, pass_name)
+    _check_values(after, pass_name)
+    _check_tensors(before, after, pass_name)
+
+
+def _check_graph(program: Program, pass_name: str) -> None:
+    try:
+        program.graph.lint()
+    except RuntimeError as err:
+        raise VerifyError(f"Pass `{pass_name}` left a malformed graph: {err}. This is a bug in the pass.") from err
+
+
+def _check_signature(before: Program, after: Program, pass_name: str, changes_outputs: bool) -> None:
+    if after.inputs != before.inputs:
+        raise VerifyError(
+            f"Pass `{pass_name}` changed the inputs from {[*map(str, before.inputs)]} to {[*map(str, after.inputs)]}."
+        )
+    if not changes_outputs and after.outputs != before.outputs:
+        raise VerifyError(
+            f"Pass `{pass_name}` changed the outputs from {[*map(str, before.outputs)]} to "
+            f"{[*map(str, after.outputs)]} without declaring `changes_outputs`."
+        )
+    results = pytree.tree_leaves(next(n for n in after.graph.nodes if n.op == "output").args[0])
+    tensors = [n for n in results if isinstance(n, fx.Node) and isinstance(n.meta.get("val"), torch.Tensor)]
+    for spec, node in zip(after.outputs, tensors, strict=False):
+        value = node.meta["val"]
+        fixed = [
+            isinstance(want, int) and _known_different(want, got)
+            for want, got in zip(spec.shape, value.shape, strict=False)
+        ]
+        if len(spec.shape) != value.dim() or any(fixed) or spec.dtype != value.dtype:
+            raise VerifyError(
+                f"After pass `{pass_name}` output `{spec.name}` is {tuple(value.shape)} {value.dtype}; expected {spec}."
+            )
+    if len(tensors) != len(after.outputs):
+        raise VerifyError(
+            f"After pass `{pass_name}` the graph returns {len(tensors)} tensors, not {len(after.outputs)}."
+        )
+
+
+def _check_dynamic(program: Program, pass_name: str) -> None:
+    """Check that no dynamic axis of an input has been fixed to a size behind everybody's back.
+
+    Any comparison of a symbolic size with a number may do so, and from then on every propagation agrees with it.
+    """
+    nodes = [n for n in program.graph.nodes if n.op == "placeholder" and isinstance(n.meta["val"], torch.Tensor)]
+    for spec, node in zip(program.inputs, nodes, strict=True):
+        for wanted, size in zip(spec.shape, node.meta["val"].shape, strict=True):
+            if isinstance(wanted, str) and not (isinstance(size, torch.SymInt) and not size.node.expr.is_number):
+                raise VerifyError(
+                    f"Pass `{pass_name}` fixed the dynamic axis `{wanted}` of input `{spec.name}` to {size}. It used a "
+                    "symbolic size as a number; this is a bug in the pass."
+                )
+
+
+def _check_values(program: Program, pass_name: str) -> None:
+    """Compare every recorded `meta["val"]` with one fresh fake propagation."""
+    for node in program.graph.nodes:
+        if node.op != "output" and "val" not in node.meta and not _is_region(node, program.graph_module):
+            raise VerifyError(
+                f"Pass `{pass_name}` left node `{node.name}` without meta['val']. Build it with `Editor.call`."
+            )
+    try:
+        stale = _Propagation(program.graph_module).stale()
+    except RuntimeError as err:
+        raise VerifyError(f"After pass `{pass_name}` the program cannot run: {err}.") from err
+    if stale is not None:
+        node, recorded, found = stale
+        raise VerifyError(
+            f"After pass `{pass_name}` node `{node.name}` ({user_line(node) or 'no source line'}) is {found}, but its "
+            f"meta['val'] says {recorded}. Propagate the touched nodes with `Editor.propagate_from`."
+        )
+
+
+def _is_region(node: fx.Node, gm: fx.GraphModule) -> bool:
+    """Whether a node reads a branch or loop body of a higher-order operator, which is no value."""
+    return node.op == "get_attr" and isinstance(operator.attrgetter(str(node.target))(gm), torch.nn.Module)
+
+
+class _Propagation(fx.Interpreter):
+    """Runs a graph on fake tensors and compares each result with what the node records."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm, garbage_collect_values=True)
+        self._mode = fake_mode_of(gm)
+        self._stale: tuple[fx.Node, str, str] | None = None
+
+    def stale(self) -> tuple[fx.Node, str, str] | None:
+        """Return the first node whose recorded value differs, with both descriptions."""
+        inputs = [n.meta["val"] for n in self.graph.nodes if n.op == "placeholder"]
+        with enable_python_dispatcher(), self._mode, torch.no_grad():
+            self.run(*inputs, enable_io_processing=False)
+        return self._stale
+
+    def run_node(self, n: fx.Node) -> object:
+        """Run one node; reuse the recorded fake of attributes, whose shape is compared with the tensor's."""
+        if n.op == "get_attr":
+            value = super().run_node(n)
+            if isinstance(value, torch.Tensor):
+                self._compare(n, n.meta["val"], value)
+                return n.meta["val"]
+            return value
+        value = super().run_node(n)
+        if n.op == "call_function":
+            self._compare(n, n.meta["val"], value)
+        return value
+
+    def _compare(self, node: fx.Node, recorded: object, found: object) -> None:
+        if self._stale is not None:
+            return
+        for want, got in zip(pytree.tree_leaves(recorded), pytree.tree_leaves(found), strict=False):
+            if isinstance(want, torch.Tensor) and isinstance(got, torch.Tensor) and _differ(want, got):
+                self._stale = (node, _shown(want), _shown(got))
+                return
+
+
+def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.dtype != other.dtype or one.dim() != other.dim():
+        return True
+    return any(_known_different(a, b) for a, b in zip(one.shape, other.shape, strict=True))
+
+
+def _known_different(one: int | torch.SymInt, other: int | torch.SymInt) -> bool:
+    if isinstance(one, int) and isinstance(other, int):
+        return one != other
+    return statically_known_true(one != other)
+
+
+def _shown(value: torch.Tensor) -> str:
+    return f"{str(value.dtype).removeprefix('torch.')}[{', '.join(map(str, value.shape))}]"
+
+
+def _check_tensors(before: Program, after: Program, pass_name: str) -> None:
+    gm = after.graph_module
+    known = {id(tensor) for tensor in before.state_dict().values()} | {id(t) for t in before.parameters()}
+    read = {node.target for node in gm.graph.nodes if node.op == "get_attr"}
+    for name, tensor in [*gm.named_parameters(), *gm.named_buffers()]:
+        if name not in read:
+            raise VerifyError(
+                f"Pass `{pass_name}` left `{name}`, which no node reads. End the pass with `Editor.finish`."
+            )
+        if name.endswith(("weight", "bias")) and id(tensor) not in known and not all_finite(tensor):
+            raise VerifyError(f"After pass `{pass_name}` `{name}` holds NaN or infinite values.")

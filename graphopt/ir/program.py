@@ -1,0 +1,178 @@
+"""Program: the one source of truth about a captured model.
+
+A program is a value. It is never changed in place: a pass works on `copy()`, which shares the tensors that
+stay as they are and returns a new program. Shared tensors are frozen; whoever trains works on
+`copy(share_tensors=False)`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from graphopt.errors import UsageError
+from graphopt.ir.graph import assemble, copy_graph_module
+from graphopt.ir.regions import compiled_for_their_shapes
+from graphopt.ir.signature import Note, TensorSpec
+from graphopt.ir.training import set_training
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Program:
+    """A `torch.fx` graph in the ATen dialect of `torch.export`, and what is needed to run and lower it.
+
+    Attributes:
+        graph_module: the graph with its parameters and buffers. Every node has `meta["val"]`.
+        inputs: the tensor inputs in flat order; a dynamic axis is a name, equal names are equal sizes.
+        outputs: the tensor outputs in flat order.
+        example_args: positional inputs the program was captured with, batch of at least 2 when it is dynamic.
+        example_kwargs: keyword inputs likewise.
+        notes: what capture reports to the user.
+    """
+
+    graph_module: fx.GraphModule
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    example_args: tuple[Any, ...]
+    example_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[Note, ...] = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the program: same signature and output structure as the model it was captured from."""
+        with compiled_for_their_shapes():
+            return self.graph_module(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        inputs, outputs = (", ".join(map(str, specs)) for specs in (self.inputs, self.outputs))
+        return f"<Program of {len(self.graph.nodes)} nodes: {inputs} -> {outputs}>"
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph, for reading."""
+        return self.graph_module.graph
+
+    @property
+    def batched(self) -> bool:
+        """Whether the program takes any batch size."""
+        return any(spec.batched for spec in self.inputs)
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Iterate over the trainable tensors, each once."""
+        return self.graph_module.parameters()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return parameters and buffers by qualified name, tied ones under each of their names."""
+        return dict(self.graph_module.state_dict())
+
+    def train(self, mode: bool = True) -> Self:
+        """Put BatchNorm and Dropout nodes in training (or evaluation) mode, in place; return the program.
+
+        What eval capture dropped (see `notes`) does not come back.
+        """
+        set_training(self.graph_module, mode)
+        return self
+
+    def eval(self) -> Self:
+        """Put BatchNorm and Dropout nodes in evaluation mode, in place; return the program."""
+        return self.train(False)
+
+    def copy(self, *, share_tensors: bool = True) -> Program:
+        """Return a program with its own graph; its tensors are shared unless asked otherwise.
+
+        Args:
+            share_tensors: whether the copy reads the very tensors of this program. They must not be written
+                to: training a sharing copy would change this program too.
+        """
+        gm = copy_graph_module(self.graph_module)
+        if not share_tensors:
+            gm = _with_own_tensors(gm)
+        return dataclasses.replace(self, graph_module=gm)
+
+    def with_graph(self, gm: fx.GraphModule, *, outputs: Sequence[TensorSpec] | None = None) -> Program:
+        """Return this program with another graph of the same signature (or the given outputs)."""
+        return dataclasses.replace(self, graph_module=gm, outputs=self.outputs if outputs is None else tuple(outputs))
+
+    def flat_examples(self) -> tuple[torch.Tensor, ...]:
+        """Return the example inputs in the order of `inputs`."""
+        leaves = pytree.tree_leaves((self.example_args, dict(self.example_kwargs)))
+        return tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+
+    def call_flat(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Run on flat inputs in the order of `inputs`; return the flat tensor outputs in order of `outputs`."""
+        if len(tensors) != len(self.inputs):
+            wanted = ", ".join(spec.name for spec in self.inputs)
+            raise UsageError(f"The program takes {len(self.inputs)} inputs ({wanted}), {len(tensors)} were given.")
+        args, kwargs = self.unflatten(tensors)
+        leaves = pytree.tree_leaves(self.graph_module(*args, **kwargs))
+        return tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+
+    def unflatten(self, tensors: Sequence[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arrange flat inputs as the positional and keyword arguments of the model."""
+        leaves, spec = pytree.tree_flatten((self.example_args, dict(self.example_kwargs)))
+        remaining = iter(tensors)
+        filled = [next(remaining) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        args, kwargs = pytree.tree_unflatten(filled, spec)
+        return args, kwargs
+
+    def export(self) -> ExportedProgram:
+        """Export the graph again with the same signature and dynamic axes."""
+        from graphopt.ir.exporting import export_again
+
+        return export_again(self).program
+
+    def save(self, path: str | Path) -> Path:
+        """Write the program as a `.pt2` file; `graphopt.load` gives it back. Written whole or not at all."""
+        from graphopt.files import replacing
+        from graphopt.ir.exporting import exported
+
+        extra = {"graphopt.json": json.dumps(self._signature(), indent=1)}
+        program = exported(self).program
+        with replacing(Path(path)) as temporary, temporary.open("wb") as stream, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about tensors that share memory, which load as they were saved
+            torch.export.save(program, stream, extra_files=extra)
+        return Path(path)
+
+    def _signature(self) -> dict[str, Any]:
+        def plain(spec: TensorSpec) -> dict[str, Any]:
+            return {"name": spec.name, "shape": list(spec.shape), "dtype": str(spec.dtype)}
+
+        return {
+            "schema": 1,
+            "inputs": [plain(spec) for spec in self.inputs],
+            "outputs": [plain(spec) for spec in self.outputs],
+            "notes": [dataclasses.asdict(note) for note in self.notes],
+        }
+
+
+def _with_own_tensors(gm: fx.GraphModule) -> fx.GraphModule:
+    """Copy every tensor once, so that tied names stay tied."""
+    own: dict[int, torch.Tensor] = {}
+    twin = assemble(gm, gm.graph)
+    for module in twin.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in own:
+                    own[id(tensor)] = _clone(tensor)
+                table[name] = own[id(tensor)]  # type: ignore[assignment]
+    return twin
+
+
+def _clone(tensor: torch.Tensor) -> torch.Tensor:
+    clone = tensor.detach().clone()
+    if isinstance(tensor, torch.nn.Parameter):
+        return torch.nn.Parameter(clone, requires_grad=tensor.requires_grad)
+    return clone

@@ -1,0 +1,1 @@
+"""The whole run: from a model and data to programs, artifacts and a report."""

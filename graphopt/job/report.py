@@ -1,0 +1,139 @@
+"""Report: what a run did to a model, as data. The command line and `report.json` are two views of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from graphopt.files import replacing
+from graphopt.measure.cost import Cost
+from graphopt.measure.equivalence import Equivalence
+from graphopt.pipeline.plan import Plan, Refusal
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """Time of one call of a session, and of the float32 original measured in turn with it.
+
+    Attributes:
+        session: which session was measured: options ("recorded" or "plain") and threads.
+        batch: samples per call.
+        milliseconds: median wall-clock time of a call.
+        spread: first and third quartile of the same.
+        speedup: original over this, median of the pairs; None for the original itself.
+        speedup_spread: first and third quartile of the pairs' ratios.
+    """
+
+    session: str
+    batch: int
+    milliseconds: float
+    spread: tuple[float, float]
+    speedup: float | None = None
+    speedup_spread: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the before/after table: the original, a pass, or an artifact.
+
+    Attributes:
+        label: "original", the text of the pass, or the file.
+        target: the target it belongs to, "" before the pipeline forks.
+        cost: parameters, FLOPs and bytes of the program.
+        size: bytes on disk, for artifacts (and the original, lowered as it is).
+        error: distance from the original program's outputs on real or example inputs.
+        metric: value of `eval`.
+        latency: measured on the recorded session options.
+        plain: measured on a plain session of the runtime.
+        seconds: time the step took, checks included.
+        summary: what the pass matched, rewrote and left.
+    """
+
+    label: str
+    target: str = ""
+    cost: Cost | None = None
+    size: int | None = None
+    error: Equivalence | None = None
+    metric: float | None = None
+    latency: Latency | None = None
+    plain: Latency | None = None
+    seconds: float | None = None
+    summary: str = ""
+
+
+@dataclass
+class Report:
+    """Everything a run has to say.
+
+    Attributes:
+        model: what was optimised, by file name or class.
+        pipeline: the pipeline with inserted passes.
+        metric: name of the metric, "" without `eval`.
+        rows: the original first, then each pass, then each artifact.
+        refusals: (pass, refusal) of every site left alone.
+        notes: what a user should know.
+        files: what was written, relative to the output directory.
+    """
+
+    model: str
+    pipeline: str
+    metric: str = ""
+    rows: list[Row] = field(default_factory=list)
+    refusals: list[tuple[str, Refusal]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    facts: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def original(self) -> Row:
+        """The row every other is compared with."""
+        return self.rows[0]
+
+    def row(self, label: str, target: str = "") -> Row:
+        """Return the last row with this label (and target, if given)."""
+        return [row for row in self.rows if row.label == label and target in ("", row.target)][-1]
+
+    def artifact_rows(self) -> list[Row]:
+        """List the rows of lowered artifacts."""
+        return [row for row in self.rows[1:] if row.size is not None]
+
+    def add_plan(self, plan: Plan) -> None:
+        """Take over the refusals of a plan."""
+        self.refusals += [(plan.pass_name, refusal) for refusal in plan.refusals]
+
+    def refusal_counts(self) -> list[tuple[str, str, int, str]]:
+        """Count refusals: (pass, reason, count, first site)."""
+        counts = Counter((name, refusal.counted_as) for name, refusal in self.refusals)
+        first: dict[tuple[str, str], str] = {}
+        for name, refusal in self.refusals:
+            first.setdefault((name, refusal.counted_as), refusal.site)
+        return [(name, reason, count, first[name, reason]) for (name, reason), count in counts.most_common()]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON data; infinities are null."""
+        data: dict[str, Any] = _finite({"schema": SCHEMA, **dataclasses.asdict(self)})
+        return data
+
+    def save(self, path: Path) -> Path:
+        """Write `report.json`."""
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(self.to_json(), indent=1) + "\n")
+        return path
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,204 @@
+"""Latency of two artifacts, measured in turn so that whatever slows the machine down slows both.
+
+A round calls both, alternating who goes first; the ratio is taken within a round. Wall-clock time is what a user
+waits; process CPU time leaves out what other processes took and, with one thread, is the steadier of the two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median, quantiles
+
+import numpy as np
+import torch
+
+from graphopt.errors import UsageError
+from graphopt.ir.signature import TensorSpec
+from graphopt.targets.backend import Array, Artifact, Session
+
+_WARM_UP = 3  # calls of each before anything counts: memory arenas, lazy kernels
+_FEWEST_ROUNDS = 7  # quartiles of fewer say nothing
+_MOST_ROUNDS = 400
+_SHORTEST_BURST = 0.002  # seconds; shorter calls are repeated within a round until clock reads are noise
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Where repeated measurements of one thing lie."""
+
+    minimum: float
+    lower: float  # first quartile
+    median: float
+    upper: float  # third quartile
+    maximum: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Summarise at least one value."""
+        lower, _, upper = quantiles(values, n=4, method="inclusive") if len(values) > 1 else (values[0],) * 3
+        return cls(min(values), lower, median(values), upper, max(values))
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Milliseconds that one call takes."""
+
+    wall: Spread
+    cpu: Spread
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two sessions timed in turn.
+
+    Attributes:
+        first: times of the first.
+        second: times of the second.
+        wall_ratio: first over second, wall-clock, one value a round. Above 1: the second is faster.
+        cpu_ratio: the same in process CPU time.
+        rounds: how many rounds were measured.
+    """
+
+    first: Timing
+    second: Timing
+    wall_ratio: Spread
+    cpu_ratio: Spread
+    rounds: int
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two artifacts timed in turn, in two kinds of session.
+
+    Attributes:
+        recorded: with the session options each artifact was recorded with.
+        plain: with the runtime's own defaults.
+        threads: threads an operator may use, in both kinds.
+        batch: samples per call.
+    """
+
+    recorded: Pair
+    plain: Pair
+    threads: int
+    batch: int
+
+
+def compare(
+    baseline: Artifact,
+    artifact: Artifact,
+    inputs: Sequence[Array] | None = None,
+    *,
+    batch: int = 1,
+    threads: int = 1,
+    seconds: float = 2.0,
+) -> Comparison:
+    """Time two artifacts with the same inputs in turn, on recorded and on plain session options.
+
+    Args:
+        baseline: usually the float32 original, lowered by the same backend.
+        artifact: what is compared with it.
+        inputs: realistic inputs, one per artifact input (first axis: samples); made up if None.
+        batch: samples per call, where the artifacts take any number.
+        threads: threads an operator may use.
+        seconds: time to spend on each kind of session, at least seven rounds whatever they take.
+
+    Raises:
+        UsageError: the artifacts take different inputs.
+        LoweringError: the runtime is missing or refuses an artifact.
+    """
+    described = [[(len(spec.shape), spec.dtype) for spec in one.inputs] for one in (baseline, artifact)]
+    if described[0] != described[1]:
+        raise UsageError(
+            f"{baseline.path.name} takes {', '.join(map(str, baseline.inputs))}; {artifact.path.name} takes "
+            f"{', '.join(map(str, artifact.inputs))}. Only artifacts with the same inputs can be timed in turn."
+        )
+    feed = batch_of(artifact.inputs, inputs, batch)
+
+    def pair(first: Artifact, second: Artifact) -> Pair:
+        sessions = [one.session(threads=threads) for one in (first, second)]
+        return time_in_turn(*(_bound(session, feed) for session in sessions), seconds=seconds)
+
+    return Comparison(
+        recorded=pair(baseline, artifact),
+        plain=pair(_without_options(baseline), _without_options(artifact)),
+        threads=threads,
+        batch=batch,
+    )
+
+
+def time_in_turn(first: Callable[[], object], second: Callable[[], object], *, seconds: float = 2.0) -> Pair:
+    """Call both in turn for about `seconds` and summarise.
+
+    Args:
+        first: what ratios put on top.
+        second: what they divide by.
+        seconds: time to spend, after the warm-up.
+    """
+    calls = [first, second]
+    repeats = [_burst(call) for call in calls]
+    wall: list[list[float]] = [[], []]
+    cpu: list[list[float]] = [[], []]
+    end = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < _FEWEST_ROUNDS or (rounds < _MOST_ROUNDS and time.perf_counter() < end):
+        for index in (0, 1) if rounds % 2 == 0 else (1, 0):
+            waited, worked = _time(calls[index], repeats[index])
+            wall[index].append(waited)
+            cpu[index].append(worked)
+        rounds += 1
+    one, other = (Timing(Spread.of(wall[index]), Spread.of(cpu[index])) for index in (0, 1))
+    return Pair(one, other, _ratios(*wall), _ratios(*cpu), rounds)
+
+
+def batch_of(specs: Sequence[TensorSpec], inputs: Sequence[Array] | None, batch: int) -> tuple[Array, ...]:
+    """Return inputs of `batch` samples where an input takes any number, cycling through those given.
+
+    Without `inputs`, normal random floats and integers 0 and 1 (valid ids, masks and labels of any model), always the
+    same; dynamic axes other than the first have size `batch` too.
+    """
+    if inputs is not None:
+        return tuple(
+            np.take(array, range(batch), axis=0, mode="wrap") if spec.batched else array
+            for spec, array in zip(specs, inputs, strict=True)
+        )
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for spec in specs:
+        shape = [size if isinstance(size, int) else batch for size in spec.shape]
+        if spec.dtype.is_floating_point:
+            made.append(torch.randn(shape, generator=generator).to(spec.dtype))
+        else:
+            made.append(torch.randint(0, 2, shape, generator=generator).to(spec.dtype))
+    return tuple(tensor.numpy() for tensor in made)
+
+
+def _bound(session: Session, feed: tuple[Array, ...]) -> Callable[[], object]:
+    return lambda: session(*feed)
+
+
+def _without_options(artifact: Artifact) -> Artifact:
+    return dataclasses.replace(artifact, session_options={})
+
+
+def _burst(call: Callable[[], object]) -> int:
+    """Warm up; return how many calls make a burst long enough to time."""
+    for _ in range(_WARM_UP):
+        call()
+    wall, _ = _time(call, 1)
+    return max(1, round(_SHORTEST_BURST * 1000 / max(wall, 1e-6)))
+
+
+def _time(call: Callable[[], object], repeats: int) -> tuple[float, float]:
+    """Return milliseconds per call: wall-clock and process CPU time."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(repeats):
+        call()
+    waited, worked = time.perf_counter() - wall, time.process_time() - cpu
+    return waited * 1000 / repeats, worked * 1000 / repeats
+
+
+def _ratios(first: Sequence[float], second: Sequence[float]) -> Spread:
+    return Spread.of([one / max(other, 1e-9) for one, other in zip(first, second, strict=True)])

@@ -1,0 +1,190 @@
+"""What a program costs: parameters, floating-point operations and bytes of its tensors."""
+
+from __future__ import annotations
+
+import functools
+import math
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import optimization_hint
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+
+from graphopt.ir.program import Program
+from graphopt.ir.regions import Region, region
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Static cost of a program.
+
+    Attributes:
+        parameters: elements of weights and biases, in whatever precision, each tensor once.
+        flops: floating-point (or integer) operations of convolutions and matrix products for one sample, a
+            multiply-add counted as two. A size that depends on data counts as 1; of branches the dearer one counts,
+            and one round of a loop that data end.
+        bytes: bytes of all parameters, buffers and constants, each storage once.
+    """
+
+    parameters: int
+    flops: int
+    bytes: int
+
+
+# programs are values, so what one costs never changes
+_known: weakref.WeakKeyDictionary[Program, Cost] = weakref.WeakKeyDictionary()
+
+
+def cost(program: Program) -> Cost:
+    """Measure `program` without running it: operators see shapes only."""
+    if program not in _known:
+        _known[program] = _measure(program)
+    return _known[program]
+
+
+def _measure(program: Program) -> Cost:
+    tensors = _distinct_tensors(program)
+    return Cost(
+        parameters=sum(t.numel() for name, t in tensors.items() if _is_weight(name, t)),
+        flops=_flops(program),
+        bytes=sum(t.numel() * t.element_size() for t in tensors.values()),
+    )
+
+
+def _distinct_tensors(program: Program) -> dict[str, torch.Tensor]:
+    """Return the tensors the graph reads by name, tied ones under their first name."""
+    gm = program.graph_module
+    found: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    named = [*gm.named_parameters(), *gm.named_buffers()]
+    for name, tensor in named:
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            found[name] = tensor
+    return found
+
+
+# Buffers that describe statistics or quantization, not learned weights.
+_NOT_WEIGHTS = ("running_mean", "running_var", "num_batches_tracked", "scale", "zero_point")
+
+
+def _is_weight(name: str, tensor: torch.Tensor) -> bool:
+    if isinstance(tensor, torch.nn.Parameter):
+        return True
+    # Weights stored as integers are buffers: only floating tensors can be parameters.
+    return (
+        tensor.dtype in (torch.int8, torch.uint8) and name.rpartition(".")[2] not in _NOT_WEIGHTS and tensor.dim() > 0
+    )
+
+
+def _flops(program: Program) -> int:
+    """Count call by call on the recorded shapes, so that what did not change is not counted again."""
+    total = sum(node_flops(node) for node in program.graph.nodes if node.op == "call_function")
+    values = (node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder")
+    first = next((value for value in values if isinstance(value, torch.Tensor)), None)  # others may be flags
+    samples = _size(first.shape[0]) if first is not None and program.inputs[0].batched else 1
+    return total // samples
+
+
+_FREE = {torch.Tag.pointwise, torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+
+
+def node_flops(node: fx.Node) -> int:
+    """Count the operations of one call on its recorded shapes, for all samples of the example together."""
+    if not isinstance(node.target, torch._ops.OperatorBase):
+        return 0  # arithmetic on sizes
+    owner = node.graph.owning_module
+    found = region(node, owner) if owner is not None else None
+    if found is not None:
+        return _region_flops(found)
+    if isinstance(node.target, torch._ops.OpOverload) and (node.target.is_view or _FREE.intersection(node.target.tags)):
+        return 0
+    if node.target in _RECURRENT:
+        return _recurrent_flops(node)
+    if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+        return _attention_flops(node)
+    if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(node.meta.get("val"))):
+        return 0
+    args, kwargs = _described(node.args), tuple((name, _described(value)) for name, value in node.kwargs.items())
+    if any(argument.op == "get_attr" and "val" not in argument.meta for argument in node.all_input_nodes):
+        return _counted(node.target, args, kwargs)  # branches are not to be kept alive
+    return _remembered(node.target, args, kwargs)
+
+
+def _region_flops(found: Region) -> int:
+    bodies = [sum(node_flops(node) for node in body.graph.nodes if node.op == "call_function") for body in found.bodies]
+    if found.form == "branches":
+        return max(bodies)
+    rounds = _described(found.operands[found.state]).shape[0] if found.sequences else 1
+    return rounds * sum(bodies)
+
+
+# kernels that torch's counter does not know; {operator: position of the weights}
+_RECURRENT = {
+    getattr(getattr(torch.ops.aten, kind), overload): position
+    for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu")
+    for overload, position in (("input", 2), ("data", 3))
+}
+
+
+def _recurrent_flops(node: fx.Node) -> int:
+    """Count every weight matrix once for each step of each sample."""
+    weights = _described(node.args[_RECURRENT[node.target]])
+    rows = _described(node.args[0]).shape[:-1]
+    return sum(2 * math.prod((*rows, *weight.shape)) for weight in weights if len(weight.shape) == 2)
+
+
+def _attention_flops(node: fx.Node) -> int:
+    """Count query times key and scores times value: torch's counter misses the CPU's fused kernel (torch 2.13)."""
+    query, key, value = (_described(node.args[position]).shape for position in range(3))
+    scores = math.prod(query[:-1]) * key[-2]
+    return int(2 * scores * (query[-1] + value[-1]))
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """What counting needs to know of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _described(value: Any) -> Any:
+    """Return an argument with sizes for symbols, tensors as their description, and lists as tuples."""
+    if isinstance(value, fx.Node):
+        if "val" not in value.meta:
+            return getattr(value.graph.owning_module, str(value.target))
+        return _described(value.meta["val"])
+    if isinstance(value, torch.Tensor):
+        return _Tensor(tuple(_size(size) for size in value.shape), value.dtype)
+    if isinstance(value, torch.SymInt):
+        return _size(value)
+    if isinstance(value, list | tuple):
+        return tuple(_described(item) for item in value)
+    return value
+
+
+def _size(size: int | torch.SymInt) -> int:
+    return int(optimization_hint(size, fallback=1))  # of data: 1, or what the model has checked that it is at least
+
+
+def _counted(target: Any, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]) -> int:
+    # a mode of its own: in the graph's, counting with plain sizes would fix its dynamic axes to them
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def made(value: Any) -> Any:
+        if isinstance(value, _Tensor):
+            return torch.empty(value.shape, dtype=value.dtype)
+        return [made(item) for item in value] if isinstance(value, tuple) else value
+
+    with mode, FlopCounterMode(display=False) as counter, torch.no_grad():
+        target(*(made(value) for value in args), **{name: made(value) for name, value in kwargs})
+    return int(counter.get_total_flops())
+
+
+_remembered = functools.lru_cache(maxsize=4096)(_counted)

@@ -1,0 +1,209 @@
+"""How good a model is: labelled data and a metric, or the user's own function, as one callable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from graphopt.data.batches import Batch
+from graphopt.data.input_spec import Spec
+from graphopt.data.samples import Samples
+from graphopt.errors import DataError
+from graphopt.loading.functions import is_function_name, resolve_function
+from graphopt.measure.metrics import METRICS, Metric, find_metric
+
+Model = Callable[..., Any]
+Array = NDArray[Any]
+DEFAULT_METRIC = "top1"
+
+
+class Evaluator:
+    """Calls a model on labelled data and returns a metric.
+
+    Attributes:
+        name: The metric's name, or the function's.
+        unit: What a drop is counted in, such as "%".
+    """
+
+    def __init__(
+        self, samples: Samples, metric: Metric, *, batch_size: int, fixed_batch: bool, limit: int | None
+    ) -> None:
+        """Use `evaluator`."""
+        self._samples = samples
+        self._metric = metric
+        self._batch_size = batch_size
+        self._fixed_batch = fixed_batch
+        self._limit = limit
+        self.name = metric.name
+        self.unit = metric.unit
+
+    def __call__(self, model: Model) -> float:
+        """Return the metric of `model`, a callable that takes the inputs' tensors in order."""
+        rows = []
+        was_training = isinstance(model, nn.Module) and model.training
+        if isinstance(model, nn.Module):
+            model.eval()
+        try:
+            with torch.no_grad():
+                for inputs, labels in self._samples.labelled_batches(self._batch_size, self._limit):
+                    if labels is None:
+                        raise DataError(f"The data for `{self.name}` has no labels (`labels`, `label` or `y`).")
+                    count = labels.shape[0]
+                    outputs = main_output(model(*(_padded(inputs, self._batch_size) if self._fixed_batch else inputs)))
+                    if outputs.shape[:1] != (self._batch_size if self._fixed_batch else count,):
+                        raise DataError(
+                            f"The model returned {outputs.shape} for {count} samples; `{self.name}` needs one output "
+                            "per sample along the first axis."
+                        )
+                    rows.append(self._metric.reduce(outputs[:count], labels.cpu().numpy()))
+        finally:
+            if was_training and isinstance(model, nn.Module):
+                model.train()
+        kept = np.concatenate(rows) if rows else np.empty(0)
+        if not len(kept):
+            raise DataError(f"The data for `{self.name}` holds nothing to score.")
+        return float(self._metric.score(kept))
+
+
+class FunctionEvaluator:
+    """The user's own function of a model, checked to return a number.
+
+    Attributes:
+        name: The function's name.
+        unit: Empty; only the user knows.
+    """
+
+    def __init__(self, function: Callable[[Model], Any], name: str) -> None:
+        """Use `evaluator`."""
+        self._function = function
+        self.name = name
+        self.unit = ""
+
+    def __call__(self, model: Model) -> float:
+        """Return what the function says about `model`."""
+        try:
+            value = self._function(model)
+        except Exception as err:  # the user's own code may raise anything
+            raise DataError(f"The evaluation function `{self.name}` raised {type(err).__name__}: {err}.") from err
+        if isinstance(value, torch.Tensor | np.ndarray) and np.prod(value.shape) == 1:
+            value = value.item()
+        if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+            raise DataError(
+                f"The evaluation function `{self.name}` returned a {type(value).__name__}; it must return one number, "
+                "higher is better."
+            )
+        return float(value)
+
+
+def evaluator(
+    spec: Any,
+    names: Sequence[str] | None = None,
+    *,
+    specs: Sequence[Spec] | None = None,
+    batch_size: int = 64,
+    fixed_batch: bool = False,
+    limit: int | None = None,
+) -> Evaluator | FunctionEvaluator:
+    """Return a function from a model to a number, higher is better.
+
+    >>> evaluate = evaluator((torch.eye(3), torch.tensor([0, 1, 1])))
+    >>> round(evaluate(lambda x: x), 2)
+    66.67
+
+    Args:
+        spec: A callable that takes a model and returns a number, as it is; text: `PATH`, `PATH:metric` or
+            `package.module:function`; or labelled data: anything `Samples.open` takes, `(inputs, labels)`, or
+            `(data, "metric")`, `(inputs, labels, "metric")`.
+        names: The model's inputs, in order; None takes the data's own.
+        specs: What the model takes; the data is checked against it.
+        batch_size: Samples per call of the model.
+        fixed_batch: The model takes exactly `batch_size` samples; the last batch is filled up by repetition.
+        limit: Score only this many samples.
+
+    Raises:
+        UsageError: An unknown metric or function.
+        DataError: The data cannot be read, has no labels, or does not fit.
+    """
+    if isinstance(spec, str | Path):
+        found = _from_text(str(spec))
+        if not isinstance(found, tuple):
+            return found
+        data, metric_name = found
+    elif callable(spec) and not isinstance(spec, nn.Module):
+        return FunctionEvaluator(spec, getattr(spec, "__name__", type(spec).__name__))
+    else:
+        data, metric_name = _from_data(spec)
+    metric = find_metric(metric_name)
+    samples = Samples.open(data, names if specs is None else [one.name for one in specs])
+    if specs is not None:
+        samples.check(specs)
+    if specs is None and names is None and not _labelled(samples) and len(samples.names) > 1:
+        # Positional data of a model whose inputs are not known: what comes last is the labels.
+        samples = Samples.open(data, samples.names[:-1])
+    if not _labelled(samples):
+        raise DataError(
+            f"The evaluation data has no labels. Store them as `labels` beside the inputs "
+            f"({', '.join(samples.names)}), or give (inputs, labels)."
+        )
+    return Evaluator(samples, metric, batch_size=batch_size, fixed_batch=fixed_batch, limit=limit)
+
+
+def main_output(outputs: Any) -> Array:
+    """Return the output that a metric looks at, as an array.
+
+    `logits` of a dictionary (or of an object that has it), else its first value; the first of a tuple or list.
+    """
+    while not isinstance(outputs, torch.Tensor | np.ndarray):
+        if isinstance(outputs, Mapping) and outputs:
+            outputs = outputs["logits"] if "logits" in outputs else next(iter(outputs.values()))
+        elif hasattr(outputs, "logits"):
+            outputs = outputs.logits
+        elif isinstance(outputs, tuple | list) and outputs:
+            outputs = outputs[0]
+        else:
+            raise DataError(f"A metric needs tensors; the model returned a {type(outputs).__name__}.")
+    if isinstance(outputs, torch.Tensor):
+        outputs = outputs.detach().cpu()
+        outputs = (outputs.float() if outputs.dtype == torch.bfloat16 else outputs).numpy()
+    array: Array = outputs
+    return array
+
+
+def _labelled(samples: Samples) -> bool:
+    return next(samples.labelled_batches(1, 1), (None, None))[1] is not None
+
+
+def _from_text(text: str) -> FunctionEvaluator | tuple[str, str]:
+    path, colon, last = text.rpartition(":")
+    if Path(text).exists() or not colon:
+        return text, DEFAULT_METRIC
+    if Path(path).exists() or last in METRICS:
+        return path, find_metric(last).name
+    if is_function_name(text):
+        return FunctionEvaluator(resolve_function(text, "--eval"), text)
+    return text, DEFAULT_METRIC
+
+
+def _from_data(spec: Any) -> tuple[Any, str]:
+    """Split off a metric's name; pairs of inputs and labels become what `Samples.open` takes for one batch."""
+    name = DEFAULT_METRIC
+    if isinstance(spec, tuple) and spec and isinstance(spec[-1], str):
+        spec, name = (spec[:-1] if len(spec) > 2 else spec[0]), spec[-1]
+    if isinstance(spec, tuple) and len(spec) == 2 and _is_array(spec[0]) and _is_array(spec[1]):
+        spec = ((spec[0],), spec[1])
+    return spec, name
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, torch.Tensor | np.ndarray)
+
+
+def _padded(inputs: Batch, size: int) -> Batch:
+    missing = size - inputs[0].shape[0]
+    return tuple(torch.cat([x, x[-1:].expand(missing, *x.shape[1:])]) if missing else x for x in inputs)

@@ -1,0 +1,1 @@
+"""Passes, their plans and options, and running them in order."""

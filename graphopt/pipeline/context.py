@@ -1,0 +1,118 @@
+"""Context: what a pass may ask for while it plans. Data, time and randomness come from here and nowhere else."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
+
+import torch
+
+from graphopt.data.batches import SampleSource
+from graphopt.errors import DataError, PassError
+from graphopt.ir.program import Program
+from graphopt.targets.description import TargetDescription, channel_multiple, rank_multiple
+
+if TYPE_CHECKING:
+    from graphopt.measure.bench import Spread
+
+T = TypeVar("T")
+# The model's output (its own structure) and the labels of the same samples, None where the data has none; a scalar.
+Loss: TypeAlias = Callable[[Any, torch.Tensor | None], torch.Tensor]
+# A program and a reference; the time of the first over that of the second in the runtime.
+Timer: TypeAlias = "Callable[[Program, Program], Spread]"
+
+
+class Progress(Protocol):
+    """Shows how far a long loop has come; the command line draws a bar, the API shows nothing."""
+
+    def track(self, steps: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+        """Yield from `steps`, reporting each."""
+
+
+class NoProgress:
+    """Progress that shows nothing."""
+
+    def track(self, steps: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+        """Yield from `steps`."""
+        yield from steps
+
+
+@dataclass(eq=False)
+class Context:
+    """Everything outside the program that a plan may depend on.
+
+    Attributes:
+        original: the unoptimised program, the teacher of every recovery.
+        targets: descriptions of all targets of this run, for alignments. May be empty.
+        target: the one target this pass plans for; None before the pipeline forks.
+        samples: calibration data, None when the user gave none.
+        loss: what the model was trained for; None when the user gave none.
+        timers: by target name, what measures latency in that runtime, where it executes on this machine.
+        seed: every random draw descends from it.
+        progress: shows long loops.
+    """
+
+    original: Program
+    targets: tuple[TargetDescription, ...] = ()
+    target: TargetDescription | None = None
+    samples: SampleSource | None = None
+    loss: Loss | None = None
+    timers: Mapping[str, Timer] = field(default_factory=dict)
+    seed: int = 0
+    progress: Progress = field(default_factory=NoProgress)
+    cache: dict[tuple[object, ...], object] = field(default_factory=dict, repr=False)
+
+    @property
+    def channel_multiple(self) -> int:
+        """Alignment of channel counts that suits every target."""
+        return channel_multiple(self.targets)
+
+    @property
+    def rank_multiple(self) -> int:
+        """Alignment of ranks that suits every target."""
+        return rank_multiple(self.targets)
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """Return a random generator that depends on the seed and on `purpose` only."""
+        digest = hashlib.sha256(f"{self.seed}/{purpose}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+    def need_target(self, pass_name: str) -> TargetDescription:
+        """Return the target, or explain that the pass cannot plan without one."""
+        if self.target is None:
+            raise PassError(
+                f"Pass `{pass_name}` decides by what the target's kernels support, and no target was given. "
+                "Try --target onnxruntime."
+            )
+        return self.target
+
+    def need_timer(self, pass_name: str) -> Timer:
+        """Return what measures latency in this target's runtime, or explain that nothing can."""
+        target = self.need_target(pass_name)
+        if target.name not in self.timers:
+            raise PassError(
+                f"Pass `{pass_name}` is to decide by measured latency, and `{target.name}` does not execute on this "
+                "machine. Give a target on FLOPs instead, or --target onnxruntime."
+            )
+        return self.timers[target.name]
+
+    def need_samples(self, pass_name: str, purpose: str) -> SampleSource:
+        """Return the calibration data, or explain what it is needed for."""
+        if self.samples is None:
+            raise DataError(
+                f"Pass `{pass_name}` needs data {purpose}, and none was given. Give a few hundred typical inputs: "
+                "--data samples.npz (or data=... from Python)."
+            )
+        return self.samples
+
+    def analysis(self, program: Program, name: str, compute: Callable[[], T]) -> T:
+        """Return the analysis `name` of `program`, computed once however many passes ask.
+
+        The program is kept alive with its result, so identity is a safe key.
+        """
+        key = (id(program.graph_module), name)
+        if key not in self.cache:
+            self.cache[key] = (program, compute())
+        return self.cache[key][1]  # type: ignore[index, no-any-return]

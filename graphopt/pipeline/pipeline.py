@@ -1,0 +1,212 @@
+"""Pipeline: which passes run, in which order, with which options. Text and TOML forms round-trip.
+
+    prune:ratio=0.5:criterion=l2,svd:energy=0.95,int8
+
+Order constraints are checked before anything expensive runs; nothing is reordered silently. A pass that needs
+a property nobody produced gets its producer inserted right before it, marked so in the printed pipeline.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import networkx as nx
+
+from graphopt.errors import UsageError
+from graphopt.ir.plain_data import Json
+from graphopt.pipeline.options import build, changed, to_text
+from graphopt.pipeline.pass_base import Pass
+from graphopt.pipeline.registry import PassRegistry
+
+AnyPass = Pass[Any, Any]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pass of a pipeline."""
+
+    instance: AnyPass
+    inserted_for: str = ""  # the pass whose need it meets, "" if the user wrote it
+
+    @property
+    def name(self) -> str:
+        """Name of the pass."""
+        return self.instance.name
+
+    @property
+    def text(self) -> str:
+        """The step as pipeline text, options that differ from their defaults included."""
+        options = changed(self.instance.options)
+        return ":".join([self.name, *(f"{key}={to_text(value)}" for key, value in options.items())])
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """An ordered, checked sequence of passes."""
+
+    steps: tuple[Step, ...] = ()
+
+    @classmethod
+    def parse(
+        cls, passes: str | Sequence[AnyPass | type[AnyPass] | str] | Pipeline, registry: PassRegistry | None = None
+    ) -> Pipeline:
+        """Read pipeline text, or a sequence of pass instances, classes and texts.
+
+        Raises:
+            UsageError: an unknown pass or option (the nearest name is suggested), a bad value, or a broken order.
+        """
+        if isinstance(passes, Pipeline):
+            return passes
+        registry = registry or PassRegistry()
+        written = _split(passes) if isinstance(passes, str) else list(passes)
+        return cls._checked([_instance(item, registry) for item in written], registry)
+
+    @classmethod
+    def from_toml(cls, path: Path, registry: PassRegistry | None = None) -> Self:
+        """Read the TOML form: one `[[pass]]` table each, `name` and options as keys."""
+        registry = registry or PassRegistry()
+        try:
+            tables = tomllib.loads(path.read_text())["pass"]
+        except (OSError, tomllib.TOMLDecodeError, KeyError) as err:
+            raise UsageError(
+                f"{path} is not a pipeline: {err}. Expected one [[pass]] table per pass, with `name` and its options."
+            ) from err
+        instances = []
+        for table in tables:
+            options = {key: tuple(v) if isinstance(v, list) else v for key, v in table.items() if key != "name"}
+            instances.append(_build(str(table.get("name", "")), options, registry))
+        return cls._checked(instances, registry)
+
+    @classmethod
+    def _checked(cls, instances: Sequence[AnyPass], registry: PassRegistry) -> Self:
+        steps = _with_needs(instances, registry)
+        _check_order(steps)
+        return cls(tuple(steps))
+
+    @property
+    def text(self) -> str:
+        """The pipeline as the user would write it; `parse` reads it back."""
+        return ",".join(step.text for step in self.steps if not step.inserted_for)
+
+    def __str__(self) -> str:
+        """Show every step, inserted ones with the reason."""
+        shown = [f"{s.text} (needed by {s.inserted_for})" if s.inserted_for else s.text for s in self.steps]
+        return " -> ".join(shown) or "no passes"
+
+    def to_toml(self) -> str:
+        """Return the TOML form; `from_toml` reads it back."""
+        tables = []
+        for step in self.steps:
+            if not step.inserted_for:
+                options = "".join(f"{key} = {_toml(value)}\n" for key, value in changed(step.instance.options).items())
+                tables.append(f'[[pass]]\nname = "{step.name}"\n{options}')
+        return "\n".join(tables)
+
+    def fork(self) -> int:
+        """Return the index of the first step that reads a target description; their number if none does."""
+        return next((i for i, step in enumerate(self.steps) if step.instance.reads_target), len(self.steps))
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _instance(item: AnyPass | type[AnyPass] | str, registry: PassRegistry) -> AnyPass:
+    if isinstance(item, Pass):
+        return item
+    if isinstance(item, type):
+        return item()
+    name, *settings = item.split(":")
+    options: dict[str, Any] = {}
+    latest = ""
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals and latest:  # a value may hold colons itself: taps=layer1.conv1:conv2d
+            options[latest] += f":{setting}"
+            continue
+        if not equals or not key:
+            raise UsageError(
+                f"Cannot read `{setting}` in `{item}`. Write options as name:option=value:option=value, "
+                "for example prune:ratio=0.5."
+            )
+        if key in options:
+            raise UsageError(f"`{key}` is given twice in `{item}`. Keep one.")
+        options[key] = value
+        latest = key
+    return _build(name, options, registry)
+
+
+def _build(name: str, options: Mapping[str, Any], registry: PassRegistry) -> AnyPass:
+    found = registry.pass_class(name)
+    return found(build(name, found.options_type, options))
+
+
+def _with_needs(instances: Sequence[AnyPass], registry: PassRegistry) -> list[Step]:
+    """Insert the producer of every property that a pass needs and no earlier pass produces."""
+    steps: list[Step] = []
+    produced: set[str] = set()
+
+    def add(instance: AnyPass, inserted_for: str, pending: tuple[str, ...]) -> None:
+        for needed in instance.needs:
+            if needed in produced:
+                continue
+            producer = registry.producer_of(needed)
+            if producer is None or producer in pending:
+                raise UsageError(
+                    f"Pass `{instance.name}` needs a program that is `{needed}`, and no installed pass makes it so."
+                )
+            add(registry.pass_class(producer)(), instance.name, (*pending, instance.name))
+        steps.append(Step(instance, inserted_for))
+        produced.update(instance.produces)
+
+    for instance in instances:
+        add(instance, "", ())
+    return steps
+
+
+def _check_order(steps: Sequence[Step]) -> None:
+    names = [step.name for step in steps]
+    for index, step in enumerate(steps):
+        for other in step.instance.conflicts:
+            if other in names:
+                raise UsageError(f"Passes `{step.name}` and `{other}` cannot be in one pipeline. Choose one of them.")
+        for earlier in step.instance.after:
+            if earlier in names[index + 1 :]:
+                raise UsageError(
+                    f"Pass `{step.name}` must come after `{earlier}`: {_reason(step)} "
+                    f"Write --passes {','.join(_suggested(steps))}."
+                )
+
+
+def _reason(step: Step) -> str:
+    return f"`{step.name}` rewrites what `{'`, `'.join(step.instance.after)}` would have to read."
+
+
+def _suggested(steps: Sequence[Step]) -> list[str]:
+    """Return the user's steps in an order that meets every constraint and is otherwise as written."""
+    written = [step for step in steps if not step.inserted_for]
+    graph: nx.DiGraph[int] = nx.DiGraph()
+    graph.add_nodes_from(range(len(written)))
+    for index, step in enumerate(written):
+        for other, candidate in enumerate(written):
+            if candidate.name in step.instance.after:
+                graph.add_edge(other, index)
+    if not nx.is_directed_acyclic_graph(graph):
+        return [step.text for step in written]
+    return [written[index].text for index in nx.lexicographical_topological_sort(graph)]
+
+
+def _toml(value: Json) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if isinstance(value, Iterable):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if value is None:
+        return '"none"'
+    return str(value)

@@ -1,0 +1,128 @@
+"""Plan: what a pass decided, as plain data, before anything is rewritten.
+
+JSON decisions plus the tensors that cannot be recomputed exactly. `apply` is a function of program and plan
+alone, so a stored plan replays byte for byte on any machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import typing
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from graphopt.errors import PassError
+from graphopt.files import replacing
+from graphopt.ir.plain_data import Json
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A site that a pass matched and left alone, and why."""
+
+    site: str  # node, weight or group
+    reason: str  # full sentence fragment: "weight is shared with `lm_head`"
+    kind: str = ""  # the reason without the particulars, for counting: "weight is shared"; "" = names left out
+
+    @property
+    def counted_as(self) -> str:
+        """The text that refusals are counted by."""
+        return self.kind or re.sub(r"`[^`]*`", "…", self.reason.partition(";")[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What one pass decided on one program. Subclasses add fields of plain JSON data.
+
+    Attributes:
+        pass_name: the pass that made it.
+        options: its options, as plain data.
+        sites: names of the places that `apply` rewrites, in graph order. Empty: the plan changes nothing.
+        refusals: places that were matched and left alone.
+        tensors: payload by name: factors, scales, trained weights. Stored as safetensors.
+        measured: times or scores that steered a decision. Recorded, not reproducible.
+    """
+
+    pass_name: str
+    options: Mapping[str, Json] = field(default_factory=dict)
+    sites: tuple[str, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    measured: Mapping[str, Json] = field(default_factory=dict)
+
+    def summary(self) -> str:
+        """Return "matched 12, rewrote 9, left 3 (2 x shared weight, 1 x too small)"."""
+        counts = Counter(refusal.counted_as for refusal in self.refusals)
+        reasons = ", ".join(f"{count} x {kind}" for kind, count in counts.most_common())
+        matched = len(self.sites) + len(self.refusals)
+        left = f", left {len(self.refusals)} ({reasons})" if counts else ""
+        return f"matched {matched}, rewrote {len(self.sites)}{left}"
+
+    def to_json(self) -> dict[str, Json]:
+        """Return everything but the tensors as JSON data."""
+        data = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "tensors"}
+        return typing.cast("dict[str, Json]", _plain(data))
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Self:
+        """Rebuild a plan of this type from `to_json` and its tensors.
+
+        Raises:
+            PassError: the data lacks a field or has one this version does not know.
+        """
+        known = {item.name for item in dataclasses.fields(cls)}
+        unknown = sorted(set(data) - known)
+        if unknown:
+            raise PassError(
+                f"The stored plan of `{data.get('pass_name')}` has the fields {unknown}, which this version of the "
+                "pass does not know. Make the plan again with this version."
+            )
+        fields = dict(data)
+        fields["refusals"] = tuple(Refusal(**refusal) for refusal in data.get("refusals", ()))
+        fields["sites"] = tuple(data.get("sites", ()))
+        try:
+            return cls(tensors=dict(tensors), **fields)
+        except TypeError as err:
+            raise PassError(f"The stored plan of `{data.get('pass_name')}` is incomplete: {err}.") from err
+
+    def save(self, stem: Path) -> list[Path]:
+        """Write `stem.json` and, when there are tensors, `stem.safetensors`; return the paths."""
+        from safetensors.torch import save
+
+        written = [stem.with_name(f"{stem.name}.json")]
+        with replacing(written[0]) as temporary:
+            temporary.write_text(json.dumps(self.to_json(), indent=1, sort_keys=True) + "\n")
+        if self.tensors:
+            written.append(stem.with_name(f"{stem.name}.safetensors"))
+            payload = {name: self.tensors[name].detach().contiguous() for name in sorted(self.tensors)}
+            with replacing(written[1]) as temporary:
+                temporary.write_bytes(save(payload))
+        return written
+
+    @classmethod
+    def load(cls, stem: Path) -> Self:
+        """Read what `save` wrote."""
+        from safetensors.torch import load_file
+
+        payload = stem.with_name(f"{stem.name}.safetensors")
+        data = json.loads(stem.with_name(f"{stem.name}.json").read_text())
+        return cls.from_json(data, load_file(payload) if payload.exists() else {})
+
+
+def _plain(value: Any) -> Json:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise PassError(f"A plan holds {type(value).__name__}, which is not JSON data. This is a bug in the pass.")

@@ -1,0 +1,191 @@
+"""Finding passes and backends: built-in ones, installed plugins, files, classes handed to the API.
+
+Built-in ones are found exactly as a stranger's are: by entry point. A broken plugin is one warning line and
+breaks nothing; two plugins with one name are an error that names both distributions.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import logging
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graphopt.errors import UsageError
+
+if TYPE_CHECKING:
+    from graphopt.pipeline.pass_base import Pass
+    from graphopt.targets.backend import Backend
+
+logger = logging.getLogger(__name__)
+
+PASSES = "graphopt.passes"
+BACKENDS = "graphopt.backends"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A registered name, before anything of it is imported."""
+
+    name: str
+    source: str  # distribution, file or class that provides it
+    loader: Any  # an EntryPoint or the class itself
+
+    def load(self, base: type[Any]) -> type[Any]:
+        """Import the class.
+
+        Raises:
+            UsageError: it cannot be imported or is not a subclass of `base`.
+        """
+        if isinstance(self.loader, EntryPoint):
+            try:
+                loaded = self.loader.load()
+            except Exception as err:  # a stranger's module may raise anything on import
+                raise UsageError(
+                    f"`{self.name}` from {self.source} cannot be imported: {type(err).__name__}: {err}. "
+                    "Repair or uninstall it."
+                ) from err
+        else:
+            loaded = self.loader
+        if not (inspect.isclass(loaded) and issubclass(loaded, base)):
+            raise UsageError(f"`{self.name}` from {self.source} is {loaded!r}, not a subclass of {base.__name__}.")
+        return loaded
+
+
+class Registry:
+    """Names of one kind, resolved lazily: listing them imports nothing."""
+
+    def __init__(self, group: str, extra: Iterable[Entry] = ()) -> None:
+        self._entries: dict[str, Entry] = {}
+        for point in sorted(entry_points(group=group), key=lambda point: (point.name, point.value)):
+            source = f"distribution `{point.dist.name}`" if point.dist else "an unknown distribution"
+            self._add(Entry(point.name, source, point))
+        for entry in extra:
+            self._add(entry)
+
+    def _add(self, entry: Entry) -> None:
+        other = self._entries.get(entry.name)
+        if other is not None and not _same(other, entry):
+            raise UsageError(
+                f"Two plugins are called `{entry.name}`: {other.source} and {entry.source}. "
+                "Uninstall or rename one of them."
+            )
+        self._entries.setdefault(entry.name, entry)
+
+    def names(self) -> list[str]:
+        """List the registered names."""
+        return sorted(self._entries)
+
+    def get(self, name: str, base: type[Any], what: str) -> type[Any]:
+        """Import the class registered as `name`.
+
+        Raises:
+            UsageError: there is none; the nearest name is suggested.
+        """
+        if name not in self._entries:
+            from graphopt.pipeline.options import nearest
+
+            raise UsageError(
+                f"There is no {what} `{name}`{nearest(name, self.names())} Known: {', '.join(self.names())}."
+            )
+        return self._entries[name].load(base)
+
+    def source(self, name: str) -> str:
+        """Return where `name` comes from."""
+        return self._entries[name].source
+
+    def working(self, base: type[Any]) -> dict[str, type[Any]]:
+        """Import every class that can be; a broken one is a warning."""
+        found = {}
+        for name in self.names():
+            try:
+                found[name] = self._entries[name].load(base)
+            except UsageError as err:
+                logger.warning("%s", err)
+        return found
+
+
+class PassRegistry(Registry):
+    """The passes a pipeline may name."""
+
+    def __init__(self, plugins: Iterable[Path | str | type[Pass[Any, Any]]] = ()) -> None:
+        super().__init__(PASSES, _plugin_passes(plugins))
+
+    def pass_class(self, name: str) -> type[Pass[Any, Any]]:
+        """Return the pass called `name`."""
+        from graphopt.pipeline.pass_base import Pass
+
+        return self.get(name, Pass, "pass")
+
+    def producer_of(self, needed: str) -> str | None:
+        """Return the name of the first pass that produces the property `needed`."""
+        from graphopt.pipeline.pass_base import Pass
+
+        return next((name for name, found in self.working(Pass).items() if needed in found.produces), None)
+
+
+def backend(name: str) -> Backend:
+    """Return the backend called `name`.
+
+    Raises:
+        UsageError: there is none.
+    """
+    from graphopt.targets.backend import Backend
+
+    found: Backend = Registry(BACKENDS).get(name, Backend, "target")()
+    return found
+
+
+def backend_names() -> list[str]:
+    """List the registered backends, without importing any."""
+    return Registry(BACKENDS).names()
+
+
+def _same(one: Entry, other: Entry) -> bool:
+    if isinstance(one.loader, EntryPoint) and isinstance(other.loader, EntryPoint):
+        return one.loader.value == other.loader.value and one.source == other.source
+    return one.loader is other.loader
+
+
+def _plugin_passes(plugins: Iterable[Path | str | type[Pass[Any, Any]]]) -> list[Entry]:
+    entries = []
+    for plugin in plugins:
+        if inspect.isclass(plugin):
+            entries.append(Entry(plugin.name, f"class `{plugin.__qualname__}`", plugin))
+        else:
+            entries.extend(_passes_of_file(Path(plugin)))
+    return entries
+
+
+def _passes_of_file(path: Path) -> list[Entry]:
+    from graphopt.pipeline.pass_base import Pass
+
+    if not path.is_file():
+        raise UsageError(f"The plugin file {path} does not exist. Give --plugin the path of a Python file.")
+    name = f"graphopt_plugin_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"The plugin {path} is not a Python file. Give a file that ends in .py.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as err:  # the user's file may raise anything
+        del sys.modules[name]
+        raise UsageError(f"The plugin {path} cannot be imported: {type(err).__name__}: {err}.") from err
+    found = [
+        value
+        for value in vars(module).values()
+        if inspect.isclass(value)
+        and issubclass(value, Pass)
+        and value.__module__ == name
+        and not inspect.isabstract(value)
+    ]
+    if not found:
+        raise UsageError(f"The plugin {path} defines no pass. Define a subclass of graphopt.Pass in it.")
+    return [Entry(value.name, f"file {path}", value) for value in found]

@@ -1,0 +1,121 @@
+"""Running a pipeline over a program: plan, apply, check, and fork where targets differ."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from graphopt.errors import VerifyError
+from graphopt.ir.invariants import check_invariants
+from graphopt.ir.program import Program
+from graphopt.measure.equivalence import measure
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.hooks import Hook
+from graphopt.pipeline.pipeline import Pipeline, Step
+from graphopt.pipeline.plan import Plan, Refusal
+from graphopt.targets.description import TargetDescription
+
+_NOTHING_FOUND = Refusal("the program", "there is nothing in it that the pass rewrites")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a pipeline made of a program.
+
+    Attributes:
+        programs: the final program of each target, keyed by target name; one entry "" when there is no target.
+        plans: (target, plan) in the order they were made; target "" before the fork.
+    """
+
+    programs: dict[str, Program]
+    plans: tuple[tuple[str, Plan], ...]
+
+
+def run(pipeline: Pipeline, program: Program, ctx: Context, hooks: Sequence[Hook] = ()) -> Outcome:
+    """Run every step. Steps up to the first that reads a target description run once for all targets.
+
+    Raises:
+        PassError: a pass could not plan or apply.
+        VerifyError: a result breaks an invariant, or an exact pass is further off than it declares.
+    """
+    plans: list[tuple[str, Plan]] = []
+    fork = pipeline.fork()
+    for step in pipeline.steps[:fork]:
+        program, plan = run_step(step, program, ctx, hooks)
+        plans.append(("", plan))
+    if not ctx.targets:
+        for step in pipeline.steps[fork:]:
+            program, plan = run_step(step, program, ctx, hooks)
+            plans.append(("", plan))
+        return Outcome({"": program}, tuple(plans))
+    programs = {}
+    for target in ctx.targets:
+        programs[target.name], made = _run_branch(pipeline.steps[fork:], program, _for_target(ctx, target), hooks)
+        plans += made
+    return Outcome(programs, tuple(plans))
+
+
+def _run_branch(
+    steps: Sequence[Step], program: Program, ctx: Context, hooks: Sequence[Hook]
+) -> tuple[Program, list[tuple[str, Plan]]]:
+    assert ctx.target is not None
+    plans = []
+    for step in steps:
+        program, plan = run_step(step, program, ctx, hooks)
+        plans.append((ctx.target.name, plan))
+    return program, plans
+
+
+def run_step(step: Step, program: Program, ctx: Context, hooks: Sequence[Hook] = ()) -> tuple[Program, Plan]:
+    """Plan and apply one step, check the result, and tell the hooks."""
+    target = ctx.target.name if ctx.target else ""
+    for hook in hooks:
+        hook.before(step, program, target)
+    plan = step.instance.plan(program, ctx)
+    if not plan.sites and not plan.refusals and not step.inserted_for:
+        plan = dataclasses.replace(plan, refusals=(_NOTHING_FOUND,))
+    for hook in hooks:
+        hook.planned(step, plan, target)
+    result = apply(step.instance, program, plan)
+    for hook in hooks:
+        hook.after(step, program, result, plan, target)
+    return result, plan
+
+
+def apply(instance: Any, program: Program, plan: Plan) -> Program:
+    """Carry out a plan and check what every pass must keep. A plan without sites returns `program` itself."""
+    if not plan.sites:
+        return program
+    result: Program = instance.apply(program, plan)
+    if result.graph_module is program.graph_module:
+        raise VerifyError(f"Pass `{instance.name}` returned the program it was given. Work on `program.copy()`.")
+    check_invariants(program, result, instance.name, changes_outputs=instance.changes_outputs)
+    if instance.tolerance is not None:
+        _check_exact(instance, program, result)
+    return result
+
+
+def _check_exact(instance: Any, before: Program, after: Program) -> None:
+    found = measure(before, after.call_flat, before.flat_examples())
+    tolerance = instance.tolerance * _coarseness(before)
+    if found.relative > tolerance:
+        raise VerifyError(
+            f"Pass `{instance.name}` is exact to {tolerance:g}, but changed the outputs by "
+            f"{found.relative:.3g} of their largest value. Leave the pass out and report the model."
+        )
+
+
+def _coarseness(program: Program) -> float:
+    """Return how much coarser than float32 the program's coarsest floating type is; tolerances are for float32."""
+    floats = [tensor.dtype for tensor in program.state_dict().values() if tensor.is_floating_point()]
+    floats += [spec.dtype for spec in program.outputs if spec.dtype.is_floating_point]
+    coarsest = max((torch.finfo(dtype).eps for dtype in floats), default=0.0)
+    return max(1.0, coarsest / torch.finfo(torch.float32).eps)
+
+
+def _for_target(ctx: Context, target: TargetDescription) -> Context:
+    return dataclasses.replace(ctx, target=target)

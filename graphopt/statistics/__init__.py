@@ -1,0 +1,1 @@
+"""What typical data says about the values inside a program."""

@@ -1,0 +1,219 @@
+"""Calibration: an analysis that runs typical data through a program and gathers statistics of chosen nodes.
+
+Observers are nodes: a copy of the program gets one behind each value asked about, every batch runs once through an
+interpreter that hands each observed value to its statistics and forgets it, and the statistics are cached by node.
+Nothing but the statistics outlives a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from graphopt.data.batches import Batch, SampleSource
+from graphopt.errors import DataError, PassError
+from graphopt.ir.graph import Editor
+from graphopt.ir.program import Program
+from graphopt.ir.provenance import module_path
+from graphopt.pipeline.context import Context, Progress
+from graphopt.quantization.histogram import NotFiniteError, Statistic
+from graphopt.quantization.ops import OBSERVE
+
+StatisticT = TypeVar("StatisticT", bound=Statistic)
+Request = tuple[str, Statistic]  # node name, an empty statistic of the wanted kind
+
+
+class Calibration:
+    """Statistics of one program on one set of samples, each gathered once however many passes ask.
+
+    Example:
+        >>> calibration = Calibration.of(ctx, program, "int8", limit=512, batch_size=32)  # doctest: +SKIP
+        >>> histogram, = calibration.gather([("conv2d", Histogram())])                    # doctest: +SKIP
+    """
+
+    def __init__(
+        self, program: Program, samples: SampleSource, *, limit: int | None, batch_size: int, progress: Progress
+    ) -> None:
+        self._program = program
+        self._samples = samples
+        self._limit = limit
+        self._batch_size = batch_size
+        self._progress = progress
+        self._known: dict[tuple[str, str], Statistic] = {}
+
+    @classmethod
+    def of(cls, ctx: Context, program: Program, pass_name: str, *, limit: int | None, batch_size: int) -> Calibration:
+        """Return the calibration of `program` that all passes of a run share.
+
+        Raises:
+            DataError: the user gave no samples.
+        """
+        samples = ctx.need_samples(pass_name, "to measure the ranges of activations")
+        return ctx.analysis(
+            program,
+            f"calibration/{limit}/{batch_size}",
+            lambda: cls(program, samples, limit=limit, batch_size=batch_size, progress=ctx.progress),
+        )
+
+    def gather(self, requests: Iterable[tuple[str, StatisticT]]) -> list[StatisticT]:
+        """Return the statistic of each request; those not known yet are gathered in one run over the samples.
+
+        Args:
+            requests: node names, each with an empty statistic of the kind wanted.
+
+        Raises:
+            DataError: the samples do not fit the program, or make a value NaN or infinite.
+        """
+        wanted = [(name, statistic, (name, statistic.key)) for name, statistic in requests]
+        missing: dict[str, list[Statistic]] = {}
+        statistic: Statistic
+        for name, statistic, key in wanted:
+            if key not in self._known:
+                self._known[key] = statistic
+                missing.setdefault(name, []).append(statistic)
+        if missing:
+            try:
+                observe(self._program, missing, self._batches())
+            except BaseException:
+                for name, statistics in missing.items():  # half-filled statistics must not be found again
+                    for statistic in statistics:
+                        del self._known[name, statistic.key]
+                raise
+        return [self._known[key] for _, _, key in wanted]  # type: ignore[misc]
+
+    def _batches(self) -> Iterator[Batch]:
+        size, fixed = self._batch_size, _fixed_batch(self._program)
+        if fixed is not None:
+            size = fixed
+        count = 0
+        for batch in self._progress.track(self._samples.batches(size, self._limit), "calibrating"):
+            if fixed is not None and batch[0].shape[0] != fixed:
+                continue  # the last, incomplete batch of a program that takes one size only
+            count += 1
+            yield batch
+        if count == 0:
+            need = f"{fixed} samples, the program's fixed batch size" if fixed else "one sample"
+            raise DataError(f"The calibration data is empty. Give at least {need}.")
+
+
+def observe(program: Program, wanted: Mapping[str, Iterable[Statistic]], batches: Iterable[Batch]) -> None:
+    """Run `batches` through `program` and update the statistics wanted of each named node.
+
+    Raises:
+        DataError: a batch does not fit the program's inputs, or makes an observed value NaN or infinite.
+    """
+    sinks = {name: list(statistics) for name, statistics in wanted.items()}
+    collector = _Collector(insert_observers(program, sinks).graph_module, sinks)
+    for index, batch in enumerate(batches):
+        _check_batch(program, batch, index)
+        collector.index = index
+        args, kwargs = program.unflatten(batch)
+        with torch.no_grad():
+            collector.run(*pytree.tree_leaves((args, kwargs)), enable_io_processing=False)
+
+
+def read_batches(program: Program, samples: SampleSource, *, limit: int, batch_size: int) -> list[Batch]:
+    """Read at most `limit` samples in batches of a size that the program takes.
+
+    Raises:
+        DataError: there are not enough of them for one batch.
+    """
+    fixed = _fixed_batch(program)
+    batches = [tuple(batch) for batch in samples.batches(fixed or batch_size, limit)]
+    batches = [batch for batch in batches if fixed is None or batch[0].shape[0] == fixed]
+    if not batches:
+        need = f"{fixed} samples, the program's fixed batch size" if fixed else "one sample"
+        raise DataError(f"The calibration data is empty. Give at least {need}.")
+    return batches
+
+
+def insert_observers(program: Program, names: Iterable[str]) -> Program:
+    """Return a copy of `program` with an observer behind each named value; observers are called by that name.
+
+    Before: %conv -> %relu        After: %conv -> observe(%conv, "conv") -> %relu
+
+    Raises:
+        PassError: a name is not a node of the program.
+    """
+    program = program.copy()
+    editor = Editor(program.graph_module, "calibration")
+    nodes = {node.name: node for node in program.graph.nodes}
+    for name in names:
+        if name not in nodes:
+            raise PassError(f"There is no node `{name}` to observe in the program. This is a bug in the pass.")
+        node = nodes[name]
+        with editor.graph.inserting_after(_last_of_its_kind(node)):
+            observer = editor.call(OBSERVE, node, name, like=node, site=name)
+        node.replace_all_uses_with(observer, delete_user_cb=lambda user, own=observer: user is not own)
+    return program.with_graph(editor.finish())
+
+
+def remove_observers(program: Program) -> Program:
+    """Return a copy of `program` without observers: the inverse of `insert_observers`."""
+    program = program.copy()
+    editor = Editor(program.graph_module, "calibration")
+    for node in [node for node in program.graph.nodes if node.target is OBSERVE]:
+        editor.replace(node, node.args[0])
+    return program.with_graph(editor.finish())
+
+
+class _Collector(fx.Interpreter):
+    """Runs a graph, hands every observed value to its statistics, and keeps no value longer than needed."""
+
+    def __init__(self, gm: fx.GraphModule, sinks: Mapping[str, list[Statistic]]) -> None:
+        super().__init__(gm, garbage_collect_values=True)
+        self._sinks = sinks
+        self._node: fx.Node | None = None
+        self.index = 0
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node; an observer passes its operand on as it is."""
+        if n.target is not OBSERVE:
+            return super().run_node(n)
+        args, _ = self.fetch_args_kwargs_from_env(n)
+        value, name = args
+        for statistic in self._sinks[name]:
+            try:
+                statistic.update(value)
+            except NotFiniteError as err:
+                module = module_path(n)
+                where = f"`{name}`" + (f" in module `{module}`" if module else "")
+                raise DataError(
+                    f"Calibration batch {self.index} makes {where} NaN or infinite. Leave out the samples that do, or "
+                    "check that they are scaled as in training."
+                ) from err
+        return value
+
+
+def _last_of_its_kind(node: fx.Node) -> fx.Node:
+    """Return the node behind which calls may be inserted: behind all inputs for an input."""
+    if node.op != "placeholder":
+        return node
+    while node.next.op == "placeholder":
+        node = node.next
+    return node
+
+
+def _fixed_batch(program: Program) -> int | None:
+    if program.batched or not program.inputs or not program.inputs[0].shape:
+        return None
+    return int(program.inputs[0].shape[0])
+
+
+def _check_batch(program: Program, batch: Batch, index: int) -> None:
+    if len(batch) != len(program.inputs):
+        raise DataError(
+            f"Calibration batch {index} holds {len(batch)} tensors, the program takes {len(program.inputs)}."
+        )
+    for spec, tensor in zip(program.inputs, batch, strict=True):
+        sizes = zip(spec.shape, tensor.shape, strict=False)
+        fits = tensor.dim() == len(spec.shape) and all(isinstance(want, str) or want == got for want, got in sizes)
+        if not fits or tensor.dtype != spec.dtype:
+            found = f"{'x'.join(map(str, tensor.shape)) or 'scalar'} {str(tensor.dtype).removeprefix('torch.')}"
+            raise DataError(f"Calibration batch {index} gives {found} for the input {spec}.")
+        if tensor.is_floating_point() and bool(torch.isnan(tensor).any()):  # -inf may be a mask
+            raise DataError(f"Calibration batch {index} holds NaN in input `{spec.name}`. Leave out those samples.")

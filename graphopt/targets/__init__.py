@@ -1,0 +1,1 @@
+"""What a runtime can do, and what lowering to it means."""

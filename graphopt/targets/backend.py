@@ -1,0 +1,147 @@
+"""Backend: lowers a program to an artifact that a runtime executes without graphopt."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+import numpy as np
+
+from graphopt.ir.plain_data import Json
+from graphopt.ir.program import Program
+from graphopt.ir.signature import TensorSpec
+from graphopt.targets.description import TargetDescription
+
+Array = np.ndarray
+
+
+class Session(Protocol):
+    """A loaded artifact: called with one array per input, returns one array per output, in order."""
+
+    def __call__(self, *inputs: Array) -> tuple[Array, ...]:
+        """Run once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing a backend's check says about an artifact."""
+
+    severity: str  # "error": the runtime refuses it or computes something else; "warning": slower than it could be
+    node: str  # ONNX node or value, "" for the whole artifact
+    text: str  # what is the matter, and what to do
+
+
+@dataclass(frozen=True, eq=False)
+class Artifact:
+    """A lowered program on disk.
+
+    Attributes:
+        path: the model file; external data lies beside it.
+        files: every file that belongs to it, `path` first.
+        backend: the backend that wrote it and can run it.
+        inputs: its inputs, as the program's.
+        outputs: its outputs, as the program's.
+        session_options: recorded runtime options, as plain data: what `session()` uses and the manifest stores.
+            Empty: the runtime's own defaults.
+        facts: what the backend found out while lowering (integer operators reached, engine size, ...).
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    backend: Backend
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    session_options: Mapping[str, Json] = field(default_factory=dict)
+    facts: Mapping[str, Json] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk, external data included."""
+        return sum(file.stat().st_size for file in self.files)
+
+    def session(self, **options: Json) -> Session:
+        """Load the artifact in its runtime.
+
+        Args:
+            options: override the recorded session options. Every backend understands `threads`: how many an
+                operator may use, 0 for the runtime's choice.
+
+        Raises:
+            LoweringError: the runtime is missing or refuses the artifact.
+        """
+        return self.backend.session(self, **options)
+
+
+class Backend(ABC):
+    """A runtime that programs are lowered to. Registered under `graphopt.backends`.
+
+    Attributes:
+        name: what `--target` calls it.
+        times_here: whether the time a session takes on this machine says anything about the target.
+    """
+
+    name: ClassVar[str]
+    times_here: ClassVar[bool] = True
+
+    @property
+    @abstractmethod
+    def description(self) -> TargetDescription:
+        """What passes need to know about the runtime."""
+
+    @abstractmethod
+    def lower(self, program: Program, path: Path) -> Artifact:
+        """Write `program` to `path` (`.onnx`), external data beside it where needed.
+
+        Identical input gives identical bytes. Nothing is left half-written.
+
+        Raises:
+            LoweringError: an operator has no lowering, or the runtime refuses the result.
+        """
+
+    @abstractmethod
+    def check(self, artifact: Artifact) -> list[Finding]:
+        """Say what the runtime will refuse, compute wrongly, or run slowly. Empty: nothing."""
+
+    @abstractmethod
+    def verify(self, artifact: Artifact, program: Program, inputs: tuple[Array, ...] | None = None) -> float:
+        """Reload the artifact from disk, run it and compare with `program` at batch sizes 1, 3 and 8.
+
+        Args:
+            artifact: what `lower` wrote.
+            program: what it must compute.
+            inputs: realistic inputs to draw the batches from (first axis: samples); the program's examples if None.
+
+        Returns:
+            The largest error relative to the largest output.
+
+        Raises:
+            LoweringError: an output differs by more than float tolerance or, where integers are involved, by more
+                than one quantization step.
+        """
+
+    @abstractmethod
+    def session(self, artifact: Artifact, **options: Json) -> Session:
+        """Load `artifact` in the runtime; `options` override those it was recorded with.
+
+        Raises:
+            LoweringError: the runtime is missing or refuses the artifact.
+        """
+
+    @abstractmethod
+    def open(self, path: Path) -> Artifact:
+        """Describe an artifact that `lower` wrote earlier.
+
+        Raises:
+            LoweringError: the file is missing or no artifact of this backend.
+        """
+
+    @abstractmethod
+    def summary(self, artifact: Artifact) -> str:
+        """Say in a few words what lowering reached ("21 of 21 convolutions int8"), for the report's table."""
+
+    @abstractmethod
+    def run_script(self, artifact: Artifact) -> str:
+        """Return a Python script of a few lines that runs the artifact beside it without graphopt."""

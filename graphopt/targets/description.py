@@ -1,0 +1,106 @@
+"""Target description: what a backend's runtime can do well, as plain data that passes read.
+
+Passes are written against this description and never ask which target it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import lcm
+from typing import Literal
+
+from graphopt.quantization.formats import IntegerFormat
+
+Role = Literal["compute", "join", "same_scale", "move", "read"]
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorRule:
+    """How one operator reaches the runtime's integer kernel, or how it behaves next to one.
+
+    Kernels are named after the ATen operator ("conv2d", "add", "max_pool2d"), with these exceptions: "gemm" is a
+    matrix times a constant matrix with a bias; "matmul" any other product with a constant matrix;
+    "global_average_pool" a mean over all spatial axes.
+
+    Roles:
+        compute: pays for quantizing its operands; integer chains start and end here.
+        join: has an integer kernel that pays only inside a chain: all its operands are integers already, or some
+            are and everything that reads its result is an integer kernel.
+        same_scale: like join; result and operand share one scale (max_pool).
+        move: like same_scale, and only moves values around (reshape, slice, pad): it runs on the stored integers.
+        read: stays float, but reads the quantized value where its operand has been quantized for someone else.
+
+    Attributes:
+        operator: name of the kernel.
+        role: see above.
+        output: of a compute kernel, whether its result is quantized: "always" (the kernel fuses only then), "wanted"
+            (where integer kernels alone read it) or "never".
+        weight_axis: axis of the weight along which scales may differ (-1: the last), None for one scale or no weight.
+        bias: how the bias is stored next to an integer kernel.
+        absorbs: activations that move in front of the quantization of its result when they alone read it; with
+            asymmetric activations those whose clamp the integer range carries out itself are dropped.
+    """
+
+    operator: str
+    role: Role = "compute"
+    output: Literal["always", "wanted", "never"] = "always"
+    weight_axis: int | None = None
+    bias: Literal["float", "int32"] = "float"
+    absorbs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SparseFormat:
+    """Which sparse weights the runtime's kernels take: along the input channels, for each output and kernel position.
+
+    Attributes:
+        nonzeros: of each group at most so many weights are not zero.
+        group: consecutive input channels that make a group.
+        inputs_multiple: input channels of a layer the kernels take come in multiples of this.
+        outputs_multiple: likewise output channels.
+    """
+
+    nonzeros: int = 2
+    group: int = 4
+    inputs_multiple: int = 1
+    outputs_multiple: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class TargetDescription:
+    """What passes need to know about a runtime.
+
+    Attributes:
+        name: the backend's name, for messages only.
+        opset: ONNX opset that lowering emits.
+        activation: integer format of activations.
+        weight: integer format of weights.
+        operators: how operators reach integer kernels; those without a rule stay float.
+        channel_multiple: channel counts the runtime's kernels like best.
+        rank_multiple: the same for the inner size of factorised layers.
+        sparsity: the pattern of sparse weights that has kernels, None for no such kernels.
+    """
+
+    name: str
+    opset: int
+    activation: IntegerFormat
+    weight: IntegerFormat
+    operators: tuple[OperatorRule, ...] = ()
+    channel_multiple: int = 1
+    rank_multiple: int = 1
+    sparsity: SparseFormat | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    def rule(self, operator: str) -> OperatorRule | None:
+        """Return the rule of an operator, None if the runtime has no integer kernel for it."""
+        return next((rule for rule in self.operators if rule.operator == operator), None)
+
+
+def channel_multiple(targets: tuple[TargetDescription, ...]) -> int:
+    """Return the least common multiple of the channel alignments of several targets, 1 for none."""
+    return lcm(*(target.channel_multiple for target in targets))
+
+
+def rank_multiple(targets: tuple[TargetDescription, ...]) -> int:
+    """Return the least common multiple of the rank alignments of several targets, 1 for none."""
+    return lcm(*(target.rank_multiple for target in targets))

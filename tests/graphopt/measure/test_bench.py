@@ -1,0 +1,113 @@
+"""Paired latency measurement: what is measured, in which order, on which options."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from graphopt.errors import UsageError
+from graphopt.ir.signature import TensorSpec
+from graphopt.measure.bench import Spread, batch_of, compare, time_in_turn
+from graphopt.targets.backend import Artifact
+
+IMAGE = TensorSpec("x", ("batch", 3), torch.float32)
+IDS = TensorSpec("ids", ("batch", "length"), torch.int64)
+
+
+class FakeBackend:
+    """Hands out sessions that remember what they were asked for."""
+
+    def __init__(self) -> None:
+        self.sessions: list[tuple[str, dict[str, object], int]] = []
+
+    def session(self, artifact: Artifact, **options: object) -> object:
+        def run(*inputs: np.ndarray) -> tuple[np.ndarray, ...]:
+            self.sessions.append((artifact.path.name, {**artifact.session_options, **options}, len(inputs[0])))
+            _spin(0.004 if artifact.path.name == "slow" else 0.001)
+            return inputs
+
+        return run
+
+
+def artifact(backend: FakeBackend, name: str, inputs: tuple[TensorSpec, ...] = (IMAGE,)) -> Artifact:
+    return Artifact(Path(name), (), backend, inputs, (), {"level": "all"})  # type: ignore[arg-type]
+
+
+def _spin(seconds: float) -> None:
+    """Work for a while of process time, whatever else the machine does."""
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+
+def test_ratio_of_cpu_times() -> None:
+    backend = FakeBackend()
+    found = compare(artifact(backend, "slow"), artifact(backend, "fast"), seconds=0.1)
+    for pair in (found.recorded, found.plain):
+        assert pair.rounds >= 7
+        assert 3.0 < pair.cpu_ratio.median < 5.0
+        assert pair.cpu_ratio.lower <= pair.cpu_ratio.median <= pair.cpu_ratio.upper
+        assert pair.first.cpu.minimum >= 4.0
+        assert pair.second.wall.minimum >= 1.0
+
+
+def test_recorded_and_plain_options_get_the_same_treatment() -> None:
+    backend = FakeBackend()
+    compare(artifact(backend, "slow"), artifact(backend, "fast"), batch=2, threads=3, seconds=0.01)
+    asked = {(name, tuple(options.items()), size) for name, options, size in backend.sessions}
+    recorded, plain = (("level", "all"), ("threads", 3)), (("threads", 3),)
+    assert asked == {(name, options, 2) for name in ("slow", "fast") for options in (recorded, plain)}
+
+
+def test_artifacts_with_other_inputs_are_refused() -> None:
+    backend = FakeBackend()
+    with pytest.raises(UsageError, match="Only artifacts with the same inputs"):
+        compare(artifact(backend, "one"), artifact(backend, "other", (IDS,)))
+
+
+def test_who_goes_first_alternates() -> None:
+    order: list[str] = []
+
+    def call(name: str) -> None:
+        order.append(name)
+        _spin(0.003)
+
+    found = time_in_turn(lambda: call("a"), lambda: call("b"), seconds=0)
+    assert found.rounds == 7
+    assert order[8:] == ["a", "b", "b", "a"] * 3 + ["a", "b"]  # 3 warm-up calls and a burst estimate each come first
+
+
+def test_short_calls_are_repeated_within_a_round() -> None:
+    calls = [0]
+
+    def short() -> None:
+        calls[0] += 1
+
+    found = time_in_turn(short, short, seconds=0)
+    assert calls[0] > 100 * found.rounds
+
+
+def test_spread() -> None:
+    assert Spread.of([3.0, 1.0, 2.0, 5.0, 4.0]) == Spread(1.0, 2.0, 3.0, 4.0, 5.0)
+    assert Spread.of([2.0]) == Spread(2.0, 2.0, 2.0, 2.0, 2.0)
+
+
+def test_inputs_are_made_up_from_the_signature() -> None:
+    image, ids = batch_of((IMAGE, IDS), None, 4)
+    assert (image.shape, image.dtype) == ((4, 3), np.float32)
+    assert (ids.shape, ids.dtype) == ((4, 4), np.int64)
+    assert set(np.unique(ids)) <= {0, 1}
+    np.testing.assert_array_equal(image, batch_of((IMAGE,), None, 4)[0])
+
+
+def test_given_inputs_are_cut_or_repeated() -> None:
+    given = np.arange(6, dtype=np.float32).reshape(2, 3)
+    (found,) = batch_of((IMAGE,), (given,), 3)
+    np.testing.assert_array_equal(found, given[[0, 1, 0]])
+    fixed = TensorSpec("table", (2, 3), torch.float32)
+    (kept,) = batch_of((fixed,), (given,), 1)
+    np.testing.assert_array_equal(kept, given)

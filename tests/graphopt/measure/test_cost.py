@@ -1,0 +1,165 @@
+"""Cost: counts that can be checked by hand."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch._higher_order_ops.scan import scan
+from torch._higher_order_ops.while_loop import while_loop
+
+from graphopt.capturing.capture import capture
+from graphopt.measure.cost import cost
+
+
+def test_a_convolution_and_a_linear() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(256, 5))
+    found = cost(capture(model, torch.randn(3, 3, 8, 8)))
+    convolution, linear = 4 * 3 * 3 * 3, 256 * 5
+    assert found.parameters == convolution + 8 + linear + 5
+    assert found.flops == 2 * (convolution * 64 + linear)  # one sample, a multiply-add is two
+    statistics = 2 * 4 * 4  # running mean and variance; the number of batches is read by nobody
+    assert found.bytes == 4 * found.parameters + statistics
+
+
+def test_tied_weights_count_once() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(10, 4)
+            self.head = nn.Linear(4, 10, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.head(self.embedding(ids))
+            return logits
+
+    found = cost(capture(Tied(), torch.ones(2, 3, dtype=torch.int64)))
+    assert (found.parameters, found.bytes) == (40, 160)
+
+
+def test_a_static_program_counts_its_own_batch() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.fc(x.view(2, 4))
+            return y
+
+    assert cost(capture(Fixed(), torch.randn(2, 4))).flops == 2 * 2 * 12
+
+
+def test_counting_leaves_the_batch_dynamic() -> None:
+    program = capture(nn.Linear(4, 3), torch.randn(8, 4))
+    cost(program)
+    (placeholder,) = [node for node in program.graph.nodes if node.op == "placeholder"]
+    assert isinstance(placeholder.meta["val"].shape[0], torch.SymInt)
+    assert not placeholder.meta["val"].shape[0].node.expr.is_number
+
+
+def test_branches_are_counted() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Linear(4, 3, bias=False), nn.Linear(4, 3, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = torch.cond(x.sum() > 0, self.one, self.other, (x,))
+            return y
+
+    assert cost(capture(Branching(), torch.randn(2, 4))).flops == 2 * 12  # one of the two is taken
+
+
+class Repeated(nn.Module):
+    """A layer that runs for each of five rows, and one in a loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_rows, self.of_rounds = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def step(state: torch.Tensor, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            state = self.of_rows(state + row).tanh()
+            return state, state.clone()
+
+        last = scan(step, x[:, 0] * 0, x.transpose(0, 1))[0]
+
+        def again(count: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return count + 1, self.of_rounds(h)
+
+        found: torch.Tensor = while_loop(lambda count, h: count < 3, again, (torch.tensor(0), last))[1]
+        return found
+
+
+def test_each_step_of_a_scan_is_counted_and_one_round_of_a_loop() -> None:
+    program = capture(Repeated(), torch.randn(3, 5, 8))
+    assert cost(program).flops == 2 * 8 * 8 * (5 + 1)
+
+
+def test_recurrent_layers_are_counted() -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(8, 16, num_layers=2, bidirectional=True, proj_size=4, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.lstm(x)[0]
+            return y
+
+    first, second = 64 * 8 + 64 * 4 + 16 * 4, 64 * 8 + 64 * 4 + 16 * 4
+    found = cost(capture(Last(), torch.randn(3, 5, 8)))
+    assert found.flops == 2 * 5 * 2 * (first + second)  # a multiply-add is two, steps, directions
+
+
+def test_sizes_that_depend_on_data_count_as_one() -> None:
+    class Selecting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.fc(x[x[:, 0] > 0])
+            return y
+
+    assert cost(capture(Selecting(), torch.randn(1, 4), dynamic_shapes={"x": {0: None}})).flops == 2 * 12
+
+
+def test_sizes_that_depend_on_data_fit_a_kernel() -> None:
+    class Cropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(3, 8, 3, bias=False)
+
+        def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+            longest = lengths.sum().item()
+            torch._check(longest >= 5)  # type: ignore[no-untyped-call]
+            torch._check(longest <= 16)  # type: ignore[no-untyped-call]
+            y: torch.Tensor = self.conv(x[:, :, :longest])
+            return y.mean(2)
+
+    program = capture(Cropping(), (torch.randn(4, 3, 16), torch.tensor([3, 4])))
+    assert cost(program).flops == 2 * 3 * (8 * 3 * 3)  # of what is known to be at least 5 long
+
+
+def test_an_argument_that_is_no_tensor_may_come_first() -> None:
+    class Switched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 4, bias=False)
+
+        def forward(self, flag: bool, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.fc(x)
+            return y.relu() if flag else y
+
+    assert cost(capture(Switched(), (True, torch.randn(3, 8)))).flops == 2 * 32
+
+
+def test_fused_attention_is_counted_whatever_kernel_runs_it() -> None:
+    class Attention(nn.Module):
+        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return nn.functional.scaled_dot_product_attention(q, k, v)
+
+    for width in (8, 6):  # the CPU's fused kernel wants query and value equally wide
+        inputs = tuple(torch.zeros(2, 3, tokens, d) for tokens, d in ((5, 8), (7, 8), (7, width)))
+        assert cost(capture(Attention(), inputs)).flops == 2 * 3 * 5 * 7 * (8 + width)

@@ -1,0 +1,201 @@
+"""Evaluation: metrics against values worked out by hand, over every form of data and outputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from graphopt.data import InputSpec
+from graphopt.errors import DataError, UsageError
+from graphopt.measure.evaluate import evaluator
+from graphopt.measure.metrics import METRICS, find_metric
+
+# Scores of seven classes; the right class ranks 1st, 2nd, 6th and 1st.
+SCORES = torch.tensor(
+    [[9, 1, 2, 3, 4, 5, 6], [9, 8, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1, 0], [0, 0, 0, 9, 0, 0, 0]], dtype=torch.float32
+)
+CLASSES = torch.tensor([0, 1, 5, 3])
+
+
+def identity(x: torch.Tensor) -> torch.Tensor:
+    """Return the inputs: they are the scores."""
+    return x
+
+
+def test_top1_and_top5() -> None:
+    assert evaluator((SCORES, CLASSES))(identity) == 50.0
+    assert evaluator((SCORES, CLASSES, "top5"))(identity) == 75.0
+
+
+def test_ties_are_decided_as_argmax_does() -> None:
+    flat = torch.zeros(4, 7)
+    assert evaluator((flat, torch.tensor([0, 0, 1, 6])))(identity) == 50.0
+
+
+def test_nan_is_never_right() -> None:
+    scores = SCORES.clone()
+    scores[0, 3] = float("nan")
+    assert evaluator((SCORES, CLASSES))(lambda x: scores) == 25.0
+
+
+def test_f1_is_the_mean_over_classes() -> None:
+    # predicted 0 0 1, true 0 1 1: both classes have F1 of 2/3
+    scores = torch.eye(2)[torch.tensor([0, 0, 1])]
+    assert evaluator((scores, torch.tensor([0, 1, 1]), "f1"))(identity) == pytest.approx(100 * 2 / 3)
+
+
+def test_errors_are_negated() -> None:
+    values, targets = torch.tensor([[1.0], [4.0]]), torch.tensor([2.0, 2.0])
+    assert evaluator((values, targets, "mse"))(identity) == -2.5
+    assert evaluator((values, targets, "mae"))(identity) == -1.5
+
+
+def test_spearman() -> None:
+    values, targets = torch.tensor([1.0, 2, 3, 4, 5]), torch.tensor([10.0, 30, 20, 50, 40])
+    # 1 - 6 sum(d^2) / (n (n^2 - 1)) with d^2 = 0 1 1 1 1
+    assert evaluator((values, targets, "spearman"))(identity) == pytest.approx(80.0)
+    assert evaluator((values, targets, "spearman"))(lambda x: x * 0) == 0.0
+    # ranks 1.5 1.5 3 4 5 against 1 3 2 5 4: covariance 7, variances 9.5 and 10
+    tied = torch.tensor([1.0, 1, 2, 3, 4])
+    assert evaluator((tied, targets, "spearman"))(identity) == pytest.approx(100 * 7 / 95**0.5)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda x: x,
+        lambda x: x.numpy(),
+        lambda x: (x, None),
+        lambda x: [x],
+        lambda x: {"hidden": None, "logits": x},
+        lambda x: {"out": x},
+        lambda x: SimpleNamespace(logits=x),
+        lambda x: x.bfloat16(),
+    ],
+)
+def test_outputs_of_any_form(wrap: Any) -> None:
+    assert evaluator((SCORES, CLASSES))(wrap) == 50.0
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        (SCORES, CLASSES),
+        (SCORES.numpy(), CLASSES.numpy()),
+        (SCORES, CLASSES[:, None]),
+        (SCORES, nn.functional.one_hot(CLASSES, 7)),
+        ((SCORES,), CLASSES),
+        ({"x": SCORES}, CLASSES),
+        {"x": SCORES, "labels": CLASSES},
+        DataLoader(TensorDataset(SCORES, CLASSES), batch_size=3),
+        [(SCORES[:1], CLASSES[:1]), (SCORES[1:], CLASSES[1:])],
+        ({"x": SCORES, "y": CLASSES}, "top1"),
+        (DataLoader(TensorDataset(SCORES, CLASSES), batch_size=3), "top1"),
+        (SCORES, CLASSES.double()),
+    ],
+)
+def test_labelled_data_of_any_form(data: Any) -> None:
+    assert evaluator(data)(identity) == 50.0
+    assert evaluator(data, ["x"], batch_size=3)(identity) == 50.0
+
+
+def test_regression_batches_need_no_class_numbers() -> None:
+    loader = DataLoader(TensorDataset(torch.ones(4, 3), torch.zeros(4, 3)), batch_size=2)
+    assert evaluator((loader, "mse"))(identity) == -1.0
+
+
+def test_classes_per_pixel_and_per_token() -> None:
+    labels = torch.tensor([[0, 1, -100], [2, 2, 2]])
+    by_token = nn.functional.one_hot(labels.clamp(0), 4).float()  # (N, T, C), all counted ones right
+    assert evaluator((by_token, labels))(identity) == 100.0
+    assert evaluator((by_token.transpose(1, 2).contiguous(), labels))(identity) == 100.0  # (N, C, T)
+    by_token[1, 0] = torch.tensor([9.0, 0, 0, 0])
+    assert evaluator((by_token, labels))(identity) == 80.0
+
+
+def test_fixed_batch_is_filled_up_and_cut_again() -> None:
+    seen = []
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x.shape[0])
+        return x
+
+    assert evaluator((SCORES, CLASSES), batch_size=3, fixed_batch=True)(model) == 50.0
+    assert seen == [3, 3]
+
+
+def test_limit_scores_only_the_first() -> None:
+    assert evaluator((SCORES, CLASSES), limit=1)(identity) == 100.0
+
+
+def test_module_is_scored_in_eval_mode_and_put_back() -> None:
+    model = nn.Sequential(nn.Dropout(0.9))
+    assert evaluator((SCORES, CLASSES))(model) == 50.0
+    assert model.training
+    evaluator((SCORES, CLASSES))(model.eval())
+    assert not model.training
+
+
+def test_path_with_and_without_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.savez(tmp_path / "test.npz", x=SCORES.numpy(), labels=CLASSES.numpy())
+    monkeypatch.chdir(tmp_path)
+    assert evaluator("test.npz")(identity) == 50.0
+    assert evaluator(tmp_path / "test.npz")(identity) == 50.0
+    top5 = evaluator("test.npz:top5")
+    assert (top5.name, top5.unit, top5(identity)) == ("top5", "%", 75.0)
+    with pytest.raises(UsageError, match=r"no metric `topp5`\. Did you mean `top5`"):
+        evaluator("test.npz:topp5")
+    with pytest.raises(DataError, match="Did you mean"):
+        evaluator("tset.npz:top1")
+
+
+def test_function_by_name_or_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_metric.py").write_text(
+        "import torch\ndef score(model):\n    return model(torch.ones(2)).sum()\n"
+        "def nothing(model):\n    pass\ndef broken(model):\n    raise KeyError('k')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    by_name = evaluator("my_metric:score")
+    assert (by_name(identity), by_name.name) == (2.0, "my_metric:score")
+    assert evaluator(lambda model: 7)(identity) == 7.0
+    with pytest.raises(DataError, match="returned a NoneType; it must return one number"):
+        evaluator("my_metric:nothing")(identity)
+    with pytest.raises(DataError, match="raised KeyError"):
+        evaluator("my_metric:broken")(identity)
+
+
+def test_data_is_checked_against_the_model() -> None:
+    with pytest.raises(DataError, match="takes Nx8 float32"):
+        evaluator((SCORES, CLASSES), specs=[InputSpec("x", (1, 8))])
+
+
+@pytest.mark.parametrize(
+    ("data", "model", "reason"),
+    [
+        (SCORES, identity, "has no labels"),
+        ({"x": SCORES}, identity, "has no labels"),
+        ((SCORES, CLASSES + 4), identity, "Labels reach 9, but the model scores 7 classes"),
+        ((SCORES, CLASSES + 0.5), identity, "not class numbers; for a regression"),
+        ((SCORES, CLASSES), lambda x: x[:2], "needs one output per sample"),
+        ((SCORES, CLASSES), lambda x: x.sum(1), "are not scores of classes"),
+        ((SCORES, CLASSES), lambda x: None, "returned a NoneType"),
+        ((SCORES, CLASSES, "mse"), identity, "cannot be compared"),
+        ((SCORES, torch.full((4,), -100)), identity, "nothing to score"),
+    ],
+)
+def test_what_cannot_be_scored(data: Any, model: Any, reason: str) -> None:
+    with pytest.raises(DataError) as caught:
+        evaluator(data)(model)
+    assert reason in str(caught.value)
+
+
+def test_every_metric_is_found_by_name() -> None:
+    for name in METRICS:
+        assert find_metric(name).name == name
