@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         UsageError,
         VerifyError,
     )
-    from graphopt.ir.graph import Editor
+    from graphopt.ir.editor import Editor
     from graphopt.ir.program import Program
     from graphopt.ir.signature import TensorSpec
     from graphopt.job.optimizing import optimize
@@ -57,7 +57,7 @@ _HOMES = {
         "UsageError",
         "VerifyError",
     ),
-    "graphopt.ir.graph": ("Editor",),
+    "graphopt.ir.editor": ("Editor",),
     "graphopt.pipeline.hooks": ("Hook",),
     "graphopt.capturing.load": ("load",),
     "graphopt.job.optimizing": ("optimize",),

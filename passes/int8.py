@@ -17,7 +17,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx
 
-from graphopt.ir.graph import Editor, constant
+from graphopt.ir.editor import Editor
+from graphopt.ir.graph import constant
 from graphopt.ir.program import Program
 from graphopt.passes.quantization.layers import LayerQuantizer
 from graphopt.passes.quantization.placement import Placement, Site, place

@@ -19,7 +19,8 @@ from pydantic import Field
 from torch import fx
 
 from graphopt.errors import PassError, UsageError
-from graphopt.ir.graph import Editor, constant, tensor_attribute
+from graphopt.ir.editor import Editor
+from graphopt.ir.graph import constant, tensor_attribute
 from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
 from graphopt.passes.sparsity.layers import (

@@ -17,7 +17,8 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from graphopt.ir.graph import Editor, arguments
+from graphopt.ir.editor import Editor
+from graphopt.ir.graph import arguments
 
 aten = torch.ops.aten
 _BAGS = (aten.embedding_bag.default, aten.embedding_bag.padding_idx)

@@ -19,7 +19,8 @@ from graphopt.axes.layout import Dims, describe, leaves, shape_of, surviving, su
 from graphopt.axes.sharing import memory_key
 from graphopt.axes.solver import equal
 from graphopt.errors import PassError
-from graphopt.ir.graph import Editor, copy_graph_module, erase_dead, tensor_attribute
+from graphopt.ir.editor import Editor
+from graphopt.ir.graph import copy_graph_module, erase_dead, tensor_attribute
 from graphopt.ir.provenance import user_line
 from graphopt.ir.regions import graph_modules, inside, region
 

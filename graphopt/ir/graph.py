@@ -1,27 +1,20 @@
-"""Editing a program's graph without losing what every node must carry.
-
-A pass opens an `Editor` on a copy of the program, inserts, replaces and re-weights nodes through it, and
-closes it: each inserted node has `meta["val"]` from fake propagation and an origin naming the pass and site.
-"""
+"""Reading, copying and assembling graph modules; an `Editor` changes them."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_symbols
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from graphopt.errors import PassError
 from graphopt.ir.aliasing import written_inputs
-from graphopt.ir.provenance import Origin, op_name, origin, record, user_line
-from graphopt.ir.regions import Region, inputs, region, results
 
 
 def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
@@ -102,153 +95,6 @@ def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode:
     return mode or FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
 
 
-class Editor:
-    """Inserts and replaces nodes of one graph on behalf of one pass."""
-
-    def __init__(self, gm: fx.GraphModule, made_by: str, mode: FakeTensorMode | None = None) -> None:
-        self.gm = gm
-        self.graph = gm.graph
-        self._made_by = made_by
-        self._mode = fake_mode_of(gm) if mode is None else mode
-
-    def call(self, target: Callable[..., Any], *args: Any, like: fx.Node, site: str = "", **kwargs: Any) -> fx.Node:
-        """Insert a call at the graph's insertion point, descending from `like`.
-
-        Use inside `with editor.graph.inserting_before(node):`.
-        """
-        node = self.graph.call_function(target, args, kwargs)
-        self._describe(node, like, site)
-        self.propagate(node)
-        return node
-
-    def read(self, name: str, *, like: fx.Node | None = None, site: str = "") -> fx.Node:
-        """Insert a read of the attribute `name`, which `put` has stored."""
-        with self._mode:
-            node = self.graph.get_attr(name)
-        if like is not None:
-            self._describe(node, like, site)
-        node.meta["val"] = self.fake(tensor_attribute(self.gm, name))
-        return node
-
-    def put(self, name: str, tensor: torch.Tensor, *, trainable: bool) -> str:
-        """Store `tensor` under `name` as a parameter (`trainable`) or buffer; reads of it are refreshed.
-
-        Integer tensors are always buffers. Returns the name.
-        """
-        *path, leaf = name.split(".")
-        owner: torch.nn.Module = self.gm
-        for part in path:
-            if not hasattr(owner, part):
-                owner.add_module(part, torch.nn.Module())
-            owner = getattr(owner, part)
-        if hasattr(owner, leaf):
-            delattr(owner, leaf)
-        value = tensor.detach()
-        if trainable and value.is_floating_point():
-            owner.register_parameter(leaf, torch.nn.Parameter(value))
-        else:
-            owner.register_buffer(leaf, value)
-        for node in readers(self.graph, name):
-            node.meta["val"] = self.fake(tensor_attribute(self.gm, name))
-            node.meta.pop("tensor_meta", None)
-        return name
-
-    def new_name(self, wanted: str) -> str:
-        """Return `wanted`, or `wanted_1`, ... : the first attribute name that is not taken."""
-        name, count = wanted, 0
-        while _has_attribute(self.gm, name):
-            count += 1
-            name = f"{wanted}_{count}"
-        return name
-
-    def replace(self, old: fx.Node, new: fx.Node) -> None:
-        """Let every user of `old` use `new` instead and erase `old`."""
-        old.replace_all_uses_with(new)
-        self.graph.erase_node(old)
-
-    def propagate(self, node: fx.Node) -> None:
-        """Recompute `meta["val"]` of one call from those of its inputs; of a region, of every call in it too."""
-        found = region(node, self.gm)
-        if found is not None:
-            self._propagate_region(found)
-            return
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        try:
-            # Without the Python dispatcher aten.pad, among others, fixes a symbolic batch to its example size.
-            with enable_python_dispatcher(), self._mode:
-                value = node.target(*args, **kwargs)  # type: ignore[operator]
-        except Exception as err:  # whatever an operator's fake kernel raises is about this one node
-            raise PassError(
-                f"Pass `{self._made_by}` built `{node.format_node()}`, which cannot run on the shapes it is "
-                f"given: {err}. It descends from {user_line(node) or 'an unknown line'}. This is a bug in the pass."
-            ) from err
-        if "val" in node.meta and torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ()):
-            value = pytree.tree_map(self._like, node.meta["val"], value)  # how many there are is as unknown as before
-        node.meta["val"] = value
-        node.meta.pop("tensor_meta", None)
-
-    def propagate_from(self, starts: Iterable[fx.Node]) -> None:
-        """Recompute `meta["val"]` of every call downstream of `starts`."""
-        dirty = set(starts)
-        for node in self.graph.nodes:
-            if node.op == "call_function" and (node in dirty or dirty.intersection(node.all_input_nodes)):
-                self.propagate(node)
-                dirty.add(node)
-
-    def _propagate_region(self, found: Region) -> None:
-        for body in found.bodies:
-            for position, (inner, operand) in enumerate(zip(inputs(body), found.operands, strict=True)):
-                value = operand.meta["val"] if isinstance(operand, fx.Node) else operand
-                inner.meta["val"] = self._like(inner.meta["val"], value, skip=found.sliced(position))
-            with found.context():
-                within = Editor(body, self._made_by, self._mode)
-                within.propagate_from(node for node in body.graph.nodes if not node.all_input_nodes)
-        flowing = [value.meta["val"] if isinstance(value, fx.Node) else value for value in results(found.main)]
-        was = found.node.meta["val"]
-        now = [
-            self._like(old, value, stacked=found.stacked(position))
-            for position, (old, value) in enumerate(zip(was, flowing, strict=True))
-        ]
-        found.node.meta["val"] = type(was)(now)
-
-    def _like(self, was: Any, now: Any, *, skip: bool = False, stacked: bool = False) -> Any:
-        """Return a fake tensor of the dtype and sizes of `now`; sizes in symbols that `was` lacks stay as they were.
-
-        Args:
-            was: what was recorded so far, in symbols of its own.
-            now: what flows there.
-            skip: `now` has one more dimension, in front.
-            stacked: `was` has one more dimension, in front.
-        """
-        if not isinstance(was, torch.Tensor) or not isinstance(now, torch.Tensor):
-            return was
-        sizes = [*was.shape[:1], *now.shape] if stacked else list(now.shape[1:] if skip else now.shape)
-        kept = [
-            old if isinstance(old, torch.SymInt) and free_symbols(old) != free_symbols(new) else new
-            for old, new in zip(was.shape, sizes, strict=True)
-        ]
-        with self._mode:
-            return was.new_empty(kept, dtype=now.dtype)
-
-    def fake(self, tensor: torch.Tensor) -> FakeTensor:
-        """Return the fake tensor that stands for a parameter or buffer in the graph's metadata."""
-        return self._mode.from_tensor(tensor, static_shapes=True)
-
-    def finish(self) -> fx.GraphModule:
-        """Drop dead nodes and unread attributes, recompile, and return the graph module."""
-        erase_dead(self.graph)
-        result = assemble(self.gm, self.graph)
-        result.recompile()
-        return result
-
-    def _describe(self, node: fx.Node, like: fx.Node, site: str) -> None:
-        for key in ("nn_module_stack", "stack_trace"):
-            if key in like.meta:
-                node.meta[key] = like.meta[key]
-        base = origin(like) or Origin(like.name, "", op_name(like))
-        record(node, Origin(base.node, base.module, base.op, self._made_by, site or like.name))
-
-
 def erase_dead(graph: fx.Graph) -> None:
     """Erase calls and attribute reads nobody uses; inputs and calls with side effects stay."""
     for node in reversed(list(graph.nodes)):
@@ -277,12 +123,3 @@ def _attribute(gm: torch.nn.Module, name: str) -> Any:
     for part in name.split("."):
         value = getattr(value, part)
     return value
-
-
-def _has_attribute(gm: torch.nn.Module, name: str) -> bool:
-    value: Any = gm
-    for part in name.split("."):
-        if not hasattr(value, part):
-            return False
-        value = getattr(value, part)
-    return True

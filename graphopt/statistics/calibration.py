@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from graphopt.data.batches import Batch, SampleSource
 from graphopt.errors import DataError, PassError
-from graphopt.ir.graph import Editor
+from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import module_path
 from graphopt.pipeline.context import Context, Progress

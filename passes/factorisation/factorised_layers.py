@@ -11,7 +11,8 @@ import torch
 from torch import fx
 
 from graphopt.errors import PassError
-from graphopt.ir.graph import Editor, arguments, constant, tensor_attribute
+from graphopt.ir.editor import Editor
+from graphopt.ir.graph import arguments, constant, tensor_attribute
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import origin
 from graphopt.passes.weighted_calls import IN_A_REGION, WeightedCall, regions_with_layers, uses, weighted_call

@@ -18,8 +18,9 @@ import torch
 from torch import fx
 
 from graphopt.errors import PassError
+from graphopt.ir.editor import Editor
 from graphopt.ir.finite import all_finite
-from graphopt.ir.graph import Editor, tensor_attribute
+from graphopt.ir.graph import tensor_attribute
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import origin, record
 from graphopt.passes.folding.affine import Affine, affine, is_batch_norm

@@ -26,7 +26,8 @@ from torch import fx
 from torch._ops import OpOverload
 
 from graphopt.ir.aliasing import Storages, written_inputs
-from graphopt.ir.graph import Editor, constant, erase_dead, tensor_attribute
+from graphopt.ir.editor import Editor
+from graphopt.ir.graph import constant, erase_dead, tensor_attribute
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import module_path
 from graphopt.passes.folding.growth import too_large

@@ -18,7 +18,8 @@ import torch
 from torch import fx
 
 from graphopt.ir.aliasing import Storages
-from graphopt.ir.graph import Editor, arguments
+from graphopt.ir.editor import Editor
+from graphopt.ir.graph import arguments
 from graphopt.ir.program import Program
 from graphopt.passes.folding.likeness import indistinguishable
 from graphopt.pipeline.plan import Refusal

@@ -15,8 +15,9 @@ from graphopt.axes.infer import Axes
 from graphopt.data.batches import Batch
 from graphopt.distillation.statistics import batch_norms, estimate_statistics
 from graphopt.errors import VerifyError
+from graphopt.ir.editor import Editor
 from graphopt.ir.finite import all_finite
-from graphopt.ir.graph import Editor, tensor_attribute
+from graphopt.ir.graph import tensor_attribute
 from graphopt.ir.program import Program
 from graphopt.measure.equivalence import Probe
 from graphopt.passes.pruning.compensation import Compensation, compensate

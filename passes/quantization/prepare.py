@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import fx
 
-from graphopt.ir.graph import Editor, arguments
+from graphopt.ir.editor import Editor
+from graphopt.ir.graph import arguments
 from graphopt.ir.provenance import op_name
 from graphopt.passes.quantization.kernels import rank, spatial_mean
 from graphopt.targets.description import TargetDescription

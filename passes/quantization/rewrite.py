@@ -16,7 +16,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx
 
-from graphopt.ir.graph import Editor, arguments
+from graphopt.ir.editor import Editor
+from graphopt.ir.graph import arguments
 from graphopt.ir.provenance import op_name
 from graphopt.passes.quantization.plan import Int8Plan, LayerRecord, ValueRecord, stored_name
 from graphopt.quantization.ops import DEQUANTIZE, QUANTIZE, storage_dtype

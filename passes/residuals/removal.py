@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from torch import fx
 
 from graphopt.errors import PassError
-from graphopt.ir.graph import Editor
+from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
 from graphopt.passes.residuals.branches import SUMS, Branch, idle, only_for, same_form, same_layout
 

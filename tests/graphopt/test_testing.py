@@ -11,7 +11,8 @@ from torch import nn
 
 from graphopt.capturing.capture import capture
 from graphopt.errors import VerifyError
-from graphopt.ir.graph import Editor, tensor_attribute
+from graphopt.ir.editor import Editor
+from graphopt.ir.graph import tensor_attribute
 from graphopt.ir.program import Program
 from graphopt.pipeline.pass_base import NoOptions, Pass
 from graphopt.pipeline.plan import Plan, Refusal

@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from graphopt.ir.graph import Editor, tensor_attribute
+from graphopt.ir.editor import Editor
+from graphopt.ir.graph import tensor_attribute
 from graphopt.ir.program import Program
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.pass_base import NoOptions, Pass

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from graphopt.backends.onnxruntime import OnnxRuntimeBackend
 from graphopt.capturing.capture import capture
 from graphopt.errors import DataError, PassError, UsageError
-from graphopt.ir.graph import Editor
+from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
 from graphopt.measure.equivalence import measure
 from graphopt.passes.drop_blocks import DropBlocks, DropBlocksOptions, DropBlocksPlan

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from graphopt.backends.onnxruntime import OnnxRuntimeBackend
 from graphopt.capturing.capture import capture
-from graphopt.ir.graph import Editor
+from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import origin
 from graphopt.passes.fold import Fold, FoldPlan

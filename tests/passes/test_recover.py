@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from graphopt.capturing.capture import capture
 from graphopt.distillation.taps import taps_of
 from graphopt.errors import DataError, PassError
-from graphopt.ir.graph import Editor
+from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
 from graphopt.passes.distill_hooks import DistillHooks, DistillHooksOptions
 from graphopt.passes.recover import Recover, RecoverOptions, RecoverPlan

@@ -12,7 +12,7 @@ from graphopt.capturing.capture import capture
 from graphopt.distillation.addresses import Tap, addresses
 from graphopt.distillation.pairing import derived_from, pair_stages, pair_taps
 from graphopt.distillation.taps import insert_taps
-from graphopt.ir.graph import Editor
+from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.pipeline import Pipeline
