@@ -21,13 +21,13 @@ from pydantic import Field
 from graphopt.errors import PassError, UsageError
 from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
-from graphopt.passes.pruning.allocation import exact
 from graphopt.passes.residuals.branches import Branch, find_branches
 from graphopt.passes.residuals.contribution import Criterion
-from graphopt.passes.residuals.layers import Kind
+from graphopt.passes.residuals.kind import Kind
 from graphopt.passes.residuals.removal import without
 from graphopt.passes.residuals.search import Limits, Search
 from graphopt.pipeline.context import Context
+from graphopt.pipeline.options import exact
 from graphopt.pipeline.pass_base import Pass
 from graphopt.pipeline.plan import Plan, Refusal
 

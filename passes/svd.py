@@ -21,7 +21,7 @@ from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
 from graphopt.passes.factorisation.factorised_layers import as_matrix, factor_names, factorisable, replace_by_factors
 from graphopt.passes.factorisation.low_rank import Decomposition, decompose
-from graphopt.passes.weighted_calls import WeightedCall
+from graphopt.passes.layers.weighted_call import WeightedCall
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.pass_base import Pass
 from graphopt.pipeline.plan import Plan, Refusal

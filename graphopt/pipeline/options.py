@@ -11,12 +11,15 @@ import difflib
 import types
 import typing
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 import pydantic
 
 from graphopt.errors import UsageError
 from graphopt.ir.plain_data import Json
+
+_FINEST = 10**9  # denominator of a share
 
 
 def build(pass_name: str, options_type: type[Any], given: Mapping[str, Any]) -> Any:
@@ -92,6 +95,11 @@ def describe(options_type: type[Any]) -> list[tuple[str, str, str, str]]:
             )
         )
     return rows
+
+
+def exact(share: float | Fraction) -> Fraction:
+    """Return the share that was meant: of 100 indices 0.29 is 29 and 1 / 6 of 12 is 2, whatever their binary form."""
+    return share if isinstance(share, Fraction) else Fraction(share).limit_denominator(_FINEST)
 
 
 def nearest(word: str, known: list[str]) -> str:

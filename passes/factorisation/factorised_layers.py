@@ -15,7 +15,7 @@ from graphopt.ir.editor import Editor
 from graphopt.ir.graph import arguments, constant, tensor_attribute
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import origin
-from graphopt.passes.weighted_calls import IN_A_REGION, WeightedCall, regions_with_layers, uses, weighted_call
+from graphopt.passes.layers.weighted_call import IN_A_REGION, WeightedCall, regions_with_layers, uses, weighted_call
 from graphopt.pipeline.plan import Refusal
 
 aten = torch.ops.aten

@@ -27,7 +27,7 @@ from graphopt.passes.folding.affine import Affine, affine, is_batch_norm
 from graphopt.passes.folding.channel_path import path_to_layer
 from graphopt.passes.folding.growth import too_large
 from graphopt.passes.folding.likeness import indistinguishable
-from graphopt.passes.weighted_calls import (
+from graphopt.passes.layers.weighted_call import (
     WeightedCall,
     response_to,
     scale_inputs,

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from graphopt.ir.graph import arguments
-from graphopt.passes.weighted_calls import WeightedCall, weighted_call
+from graphopt.passes.layers.weighted_call import WeightedCall, weighted_call
 
 aten = torch.ops.aten
 _RESHAPES = frozenset(

@@ -17,10 +17,10 @@ from typing import Literal
 import torch
 
 from graphopt.axes.groups import Group
+from graphopt.pipeline.options import exact
 
 Level = float | Fraction  # share of what may go that does, from 0 to below 1
 Counts = dict[int, int]
-_FINEST = 10**9  # denominator of a share
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,6 @@ class Allocation:
         multiple = self.multiples.get(group.axis, 1)
         rounded = multiple * math.ceil(max(count, self.least) / multiple)
         return min(rounded, self.left.get(group.axis, group.size))
-
-
-def exact(share: Level) -> Fraction:
-    """Return the share that was meant: of 100 indices 0.29 is 29 and 1 / 6 of 12 is 2, whatever their binary form."""
-    return share if isinstance(share, Fraction) else Fraction(share).limit_denominator(_FINEST)
 
 
 def _above_threshold(scores: Sequence[torch.Tensor], level: Level) -> list[int]:

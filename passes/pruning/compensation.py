@@ -23,10 +23,8 @@ from graphopt.ir.finite import all_finite
 from graphopt.ir.graph import tensor_attribute
 from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
-from graphopt.passes.pruning.layer_rows import as_matrices, as_weight, input_rows, output_rows, positions
-from graphopt.passes.pruning.least_squares import Correction, Sums, solve
-from graphopt.passes.pruning.residual_sums import Branch, branch_of, running_mean
-from graphopt.passes.weighted_calls import (
+from graphopt.passes.layers.rows import as_matrices, as_weight, input_rows, output_rows, positions
+from graphopt.passes.layers.weighted_call import (
     IN_A_REGION,
     WeightedCall,
     is_layer,
@@ -34,6 +32,8 @@ from graphopt.passes.weighted_calls import (
     uses,
     weighted_call,
 )
+from graphopt.passes.pruning.least_squares import Correction, Sums, solve
+from graphopt.passes.pruning.residual_sums import Branch, branch_of, running_mean
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.plan import Refusal
 from graphopt.statistics.stepping import Stepper

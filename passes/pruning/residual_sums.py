@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from graphopt.ir.graph import arguments, constant
-from graphopt.passes.weighted_calls import WeightedCall, uses
+from graphopt.passes.layers.weighted_call import WeightedCall, uses
 
 aten = torch.ops.aten
 _SUMS = (aten.add.Tensor, aten.add_.Tensor)

@@ -19,7 +19,7 @@ from graphopt.axes.rewrite import remove
 from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
 from graphopt.passes.pruning.alignment import multiples
-from graphopt.passes.pruning.allocation import Allocation, Counts, exact
+from graphopt.passes.pruning.allocation import Allocation, Counts
 from graphopt.passes.pruning.choice import Choice
 from graphopt.passes.pruning.compensation import Compensation
 from graphopt.passes.pruning.criteria import rank
@@ -30,6 +30,7 @@ from graphopt.passes.pruning.reconstruction import reconstruct, with_tensors
 from graphopt.passes.pruning.search import CALLED, Meter, least_removal
 from graphopt.passes.pruning.standing import Standing
 from graphopt.pipeline.context import Context
+from graphopt.pipeline.options import exact
 from graphopt.pipeline.plan import Refusal
 
 

@@ -24,8 +24,8 @@ from graphopt.ir.aliasing import Storages
 from graphopt.ir.finite import all_finite
 from graphopt.ir.graph import constant
 from graphopt.ir.provenance import module_path, op_name
+from graphopt.passes.layers.weighted_call import IN_A_REGION, regions_with_layers
 from graphopt.passes.quantization.kernels import HEAVY, Kernel, clamp_range, kernel_of
-from graphopt.passes.weighted_calls import IN_A_REGION, regions_with_layers
 from graphopt.pipeline.plan import Refusal
 from graphopt.quantization.ops import DEQUANTIZE
 from graphopt.targets.description import OperatorRule, TargetDescription

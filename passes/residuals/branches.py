@@ -24,7 +24,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from graphopt.ir.aliasing import Storages, written_inputs
 from graphopt.ir.graph import arguments, constant
 from graphopt.ir.provenance import module_path
-from graphopt.passes.residuals.layers import Kind, Layers, describe
+from graphopt.passes.layers.recognition import Layers
+from graphopt.passes.residuals.kind import Kind, describe
 from graphopt.pipeline.plan import Refusal
 
 aten = torch.ops.aten

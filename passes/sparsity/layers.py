@@ -19,8 +19,8 @@ from torch import fx
 
 from graphopt.ir.finite import all_finite
 from graphopt.ir.graph import constant, tensor_attribute
-from graphopt.passes.residuals.layers import Layers
-from graphopt.passes.weighted_calls import (
+from graphopt.passes.layers.recognition import Layers
+from graphopt.passes.layers.weighted_call import (
     IN_A_REGION,
     WeightedCall,
     is_layer,

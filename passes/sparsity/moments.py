@@ -15,9 +15,9 @@ from graphopt.data.batches import Batch
 from graphopt.errors import DataError
 from graphopt.ir.finite import all_finite
 from graphopt.ir.program import Program
-from graphopt.passes.pruning.layer_rows import input_rows, positions
+from graphopt.passes.layers.rows import input_rows, positions
+from graphopt.passes.layers.weighted_call import WeightedCall
 from graphopt.passes.sparsity.layers import Site
-from graphopt.passes.weighted_calls import WeightedCall
 from graphopt.pipeline.context import Progress
 from graphopt.statistics.covariance import MEMORY, WIDEST, portions
 from graphopt.statistics.stepping import Stepper

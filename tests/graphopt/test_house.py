@@ -49,6 +49,23 @@ def test_dependency_rule(folder: str, banned: tuple[str, ...]) -> None:
     assert found == []
 
 
+def test_passes_share_through_layers_alone() -> None:
+    folders = {file.parent.name for file in (ROOT / "passes").glob("*/__init__.py")} - {"layers"}
+    owners: dict[str, set[str]] = {}  # by folder the pass that it is the folder of
+    crossing = []
+    for file in _sources("passes"):
+        user, *deeper = file.relative_to(ROOT / "passes").with_suffix("").parts
+        used = {name.split(".")[2] for name in _imports(file) if name.startswith("graphopt.passes.")}
+        if deeper:
+            crossing += [f"{user}/{deeper[-1]} imports {name}" for name in sorted(used - {user, "layers"})]
+            continue
+        crossing += [f"{user} imports {name}" for name in sorted(used - folders - {"layers"})]
+        for name in used & folders:
+            owners.setdefault(name, set()).add(user)
+    assert crossing == []
+    assert {folder: users for folder, users in owners.items() if len(users) > 1} == {}
+
+
 # A room imports from rooms on lower floors only; those of one floor do not know each other.
 FLOORS = (
     ("cli",),

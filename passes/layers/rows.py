@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 
 from graphopt.ir.graph import arguments
-from graphopt.passes.weighted_calls import WeightedCall
+from graphopt.passes.layers.weighted_call import WeightedCall
 
 
 def positions(call: WeightedCall, output: torch.Tensor) -> int:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from graphopt.capturing.capture import capture
 from graphopt.ir.graph import tensor_attribute
-from graphopt.passes.pruning.layer_rows import as_matrices, as_weight, input_rows, output_rows, positions
-from graphopt.passes.weighted_calls import weighted_call
+from graphopt.passes.layers.rows import as_matrices, as_weight, input_rows, output_rows, positions
+from graphopt.passes.layers.weighted_call import weighted_call
 
 
 class AddMM(nn.Module):
