@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from graphopt.backends.onnx_lowering.values import value_names
+
 
 class BranchOutputsPass(ir.passes.InPlacePass):
     """Insert an Identity where a subgraph returns a value that is not its own."""
@@ -16,6 +18,7 @@ class BranchOutputsPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Repair the outputs of all subgraphs."""
         modified = False
+        names = value_names(model)
         for graph in model.graphs():
             if graph is model.graph:
                 continue
@@ -23,7 +26,7 @@ class BranchOutputsPass(ir.passes.InPlacePass):
                 producer = value.producer()
                 if producer is not None and producer.graph is graph:
                     continue
-                own = ir.Value(name=f"{value.name}_returned_{index}", type=value.type, shape=value.shape)
+                own = ir.Value(name=names.new(f"{value.name}_returned_{index}"), type=value.type, shape=value.shape)
                 graph.append(ir.Node("", "Identity", [value], outputs=[own]))
                 graph.outputs[index] = own
                 modified = True

@@ -15,6 +15,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.backends.onnx_lowering.values import store, value_names
+from graphopt.ir.names import Names
+
 _WEIGHT, _ZERO_POINT = 0, 2  # among the inputs of DequantizeLinear
 
 
@@ -24,11 +27,12 @@ class OwnWeightsPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite every graph."""
         modified = False
+        names = value_names(model)
         for graph in model.graphs():
             latest: dict[ir.Value, ir.Value] = {}  # of each stored weight, what its last reader reads
             for node in [node for node in graph if dequantizes_a_weight(node)]:
                 for own in (node, *_copies_for_further_readers(graph, node)):
-                    modified |= _separate(graph, own, latest)
+                    modified |= _separate(graph, own, latest, names)
         return ir.passes.PassResult(model, modified=modified)
 
 
@@ -51,38 +55,27 @@ def _copies_for_further_readers(graph: ir.Graph, node: ir.Node) -> list[ir.Node]
     return copies
 
 
-def _separate(graph: ir.Graph, node: ir.Node, latest: dict[ir.Value, ir.Value]) -> bool:
+def _separate(graph: ir.Graph, node: ir.Node, latest: dict[ir.Value, ir.Value], names: Names) -> bool:
     """Let a dequantization share nothing with those of the weights seen so far."""
     weight, zero = node.inputs[_WEIGHT], node.inputs[_ZERO_POINT] if len(node.inputs) > _ZERO_POINT else None
     assert weight is not None  # by `dequantizes_a_weight`
     shared = zero is not None and zero.const_value is not None and len(list(zero.uses())) > 1
     if zero is not None and zero.const_value is not None and shared:
-        own = _constant(graph, f"{weight.name}_zero_point", zero.const_value.numpy())
+        own = store(graph, names.new(f"{weight.name}_zero_point"), zero.const_value.numpy())
         node.replace_input_with(_ZERO_POINT, own)
     if weight not in latest:
         latest[weight] = weight
         return shared
-    latest[weight] = _reshaped_to_itself(graph, node, latest[weight])
+    latest[weight] = _reshaped_to_itself(graph, node, latest[weight], names)
     node.replace_input_with(_WEIGHT, latest[weight])
     return True
 
 
-def _reshaped_to_itself(graph: ir.Graph, before: ir.Node, weight: ir.Value) -> ir.Value:
+def _reshaped_to_itself(graph: ir.Graph, before: ir.Node, weight: ir.Value, names: Names) -> ir.Value:
     assert weight.shape is not None  # it is stored
-    sizes = _constant(graph, f"{weight.name}_shape", np.array(weight.shape.numpy(), dtype=np.int64))
+    sizes = store(graph, names.new(f"{weight.name}_shape"), np.array(weight.shape.numpy(), dtype=np.int64))
     reshape = ir.node("Reshape", [weight, sizes])
     result = reshape.outputs[0]
-    result.name, result.shape, result.type = f"{weight.name}_again", weight.shape, weight.type
+    result.name, result.shape, result.type = names.new(f"{weight.name}_again"), weight.shape, weight.type
     graph.insert_before(before, reshape)
     return result
-
-
-def _constant(graph: ir.Graph, wanted: str, values: np.ndarray) -> ir.Value:
-    name, count = wanted, 0
-    while name in graph.initializers:
-        count += 1
-        name = f"{wanted}_{count}"
-    tensor = ir.tensor(values, name=name)
-    value = ir.Value(name=name, shape=ir.Shape(values.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-    graph.register_initializer(value)
-    return value

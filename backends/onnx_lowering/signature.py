@@ -14,7 +14,9 @@ from onnx_ir.passes.common import OutputFixPass
 from onnx_ir.tensor_adapters import from_torch_dtype
 
 from graphopt.backends.onnx_lowering.exporter import MODULE_PROPERTY
+from graphopt.backends.onnx_lowering.values import values_of
 from graphopt.errors import LoweringError
+from graphopt.ir.names import Names
 from graphopt.ir.signature import Dimension, TensorSpec
 
 _NUMPY_HOLDS = frozenset(
@@ -41,10 +43,10 @@ def apply_signature(model: ir.Model, inputs: tuple[TensorSpec, ...], outputs: tu
             f"{len(inputs)} and {len(outputs)}. Please report the model."
         )
     names = _axis_names(graph.inputs, inputs)
-    for value in _all_values(graph):
+    for value in values_of(model):
         if value.shape is not None:
             value.shape = ir.Shape([_renamed(size, names) for size in value.shape.dims])
-    _rename_values(graph, [*zip(graph.inputs, inputs, strict=True), *zip(graph.outputs, outputs, strict=True)])
+    _rename_values(model, [*zip(graph.inputs, inputs, strict=True), *zip(graph.outputs, outputs, strict=True)])
     _rename_nodes(graph)
 
 
@@ -82,23 +84,17 @@ def _renamed(size: int | ir.SymbolicDim, names: dict[str, str]) -> int | ir.Symb
     return ir.SymbolicDim(text.replace(" ", ""))
 
 
-def _all_values(graph: ir.Graph) -> Iterable[ir.Value]:
-    yield from graph.inputs
-    for node in graph.all_nodes():
-        yield from node.outputs
-
-
-def _rename_values(graph: ir.Graph, wanted: list[tuple[ir.Value, TensorSpec]]) -> None:
+def _rename_values(model: ir.Model, wanted: list[tuple[ir.Value, TensorSpec]]) -> None:
     """Give inputs and outputs their names; whoever has one of those names already gives it up."""
     reserved = {spec.name for _, spec in wanted}
     fixed = {id(value) for value, _ in wanted}
-    others = [*graph.initializers.values(), *(value for node in graph.all_nodes() for value in node.outputs)]
-    taken = reserved | {value.name for value in others if value.name}
+    others = list(values_of(model))
+    names = Names(reserved | {value.name for value in others if value.name})
     for value, _ in wanted:  # free every name first: an output may bear the name an input is to have
-        value.name = _unused(f"{value.name}_", taken)
+        value.name = names.new(f"{value.name}_")
     for value in others:
         if id(value) not in fixed and value.name in reserved:
-            value.name = _unused(value.name, taken)
+            value.name = names.new(value.name)
     for value, spec in wanted:
         value.name = spec.name
         shape: list[Dimension] = list(spec.shape)
@@ -106,18 +102,9 @@ def _rename_values(graph: ir.Graph, wanted: list[tuple[ir.Value, TensorSpec]]) -
         value.dtype = from_torch_dtype(spec.dtype)
 
 
-def _unused(name: str, taken: set[str]) -> str:
-    candidate, count = name, 0
-    while candidate in taken:
-        count += 1
-        candidate = f"{name}_{count}"
-    taken.add(candidate)
-    return candidate
-
-
 def _rename_nodes(graph: ir.Graph) -> None:
     """Call nodes after the module they come from: `layer1.0.conv1/Conv`."""
-    taken: set[str] = set()
+    names = Names()
     for node in graph.all_nodes():
         module = node.metadata_props.get(MODULE_PROPERTY, "")
-        node.name = _unused(f"{module}/{node.op_type}" if module else node.op_type, taken)
+        node.name = names.new(f"{module}/{node.op_type}" if module else node.op_type)

@@ -12,6 +12,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.backends.onnx_lowering.values import store, value_names
+from graphopt.ir.names import Names
+
 _RESHAPES = ("Reshape", "Squeeze", "Unsqueeze", "Flatten")
 
 
@@ -21,12 +24,13 @@ class StoredWeightsPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite until nothing is left to move."""
         modified = False
+        names = value_names(model)
         for node in list(model.graph):
-            modified |= _move(model.graph, node)
+            modified |= _move(model.graph, node, names)
         return ir.passes.PassResult(model, modified=modified)
 
 
-def _move(graph: ir.Graph, node: ir.Node) -> bool:
+def _move(graph: ir.Graph, node: ir.Node, names: Names) -> bool:
     if node.domain != "" or (node.op_type != "Transpose" and node.op_type not in _RESHAPES):
         return False
     dequantize = node.inputs[0].producer() if node.inputs[0] is not None else None
@@ -42,7 +46,8 @@ def _move(graph: ir.Graph, node: ir.Node) -> bool:
     if moved is None:
         return False
     values, axis = moved
-    _replace(graph, node, dequantize, values, axis)
+    own = store(graph, names.new(f"{node.outputs[0].name}_stored"), values, weight.dtype)
+    _replace(graph, node, dequantize, own, axis)
     return True
 
 
@@ -76,15 +81,7 @@ def _moved(node: ir.Node, stored: np.ndarray, axis: int | None) -> tuple[np.ndar
     return None
 
 
-def _replace(graph: ir.Graph, node: ir.Node, dequantize: ir.Node, values: np.ndarray, axis: int | None) -> None:
-    old = dequantize.inputs[0]
-    assert old is not None  # checked by the caller
-    tensor = ir.tensor(np.ascontiguousarray(values), dtype=old.dtype)
-    weight = ir.Value(
-        name=f"{node.outputs[0].name}_stored", shape=ir.Shape(values.shape), type=ir.TensorType(tensor.dtype)
-    )
-    weight.const_value = tensor
-    graph.register_initializer(weight)
+def _replace(graph: ir.Graph, node: ir.Node, dequantize: ir.Node, weight: ir.Value, axis: int | None) -> None:
     again = ir.node(
         "DequantizeLinear",
         [weight, *dequantize.inputs[1:]],

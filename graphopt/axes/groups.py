@@ -13,6 +13,7 @@ from graphopt.axes.layout import Axis, Concat, Dims, Layout, Product, leaves, si
 from graphopt.axes.roles import Role, Roles
 from graphopt.axes.solver import Solver
 from graphopt.ir.graph import tensor_attribute
+from graphopt.ir.names import Names
 
 _MATRIX = 2  # a weight of more dimensions is a convolution's
 _FEWEST = 2  # an axis of one index has nothing to remove
@@ -113,7 +114,7 @@ def collect(
     kinds = _Kinds(roles, solver, parameters)
     groups: list[Group] = []
     refusals: list[Refusal] = []
-    names = _Names()
+    names = Names(mark="#")  # `layer1.conv1:channels`, `layer1.conv1:channels#2`
     left: list[tuple[Axis, list[Member], str, str]] = []
     for number, axis in axes.items():
         makers = [m for m in members[number] if m.parameter in trained and _among(m, produced.get(number, {}))]
@@ -125,26 +126,18 @@ def collect(
         if reason is not None:
             left.append((axis, makers or users, kind, reason))
             continue
-        name = names.new(makers[0], kind)
+        name = names.new(_described(makers[0], kind))
         groups.append(Group(number, int(axis.size), name, kind, *map(tuple, (members[number], makers, users))))
     # What can be pruned takes the plain names; what cannot is numbered on.
     for axis, holders, kind, reason in left:
         if isinstance(axis.size, int):
-            name = names.new(holders[0], kind)
+            name = names.new(_described(holders[0], kind))
             refusals.append(Refusal(axis.id, axis.size, name, holders[0].parameter, reason))
     return groups, refusals
 
 
-class _Names:
-    """Hands out unique names: `layer1.conv1:channels`, `layer1.conv1:channels#2`."""
-
-    def __init__(self) -> None:
-        self._taken: dict[str, int] = {}
-
-    def new(self, member: Member, kind: str) -> str:
-        base = f"{member.parameter.removesuffix('.weight')}:{kind}"
-        self._taken[base] = self._taken.get(base, 0) + 1
-        return base if self._taken[base] == 1 else f"{base}#{self._taken[base]}"
+def _described(member: Member, kind: str) -> str:
+    return f"{member.parameter.removesuffix('.weight')}:{kind}"
 
 
 def _refused(axis: Axis, makers: list[Member], users: list[Member], summed: bool) -> str | None:

@@ -32,6 +32,7 @@ from graphopt.capturing.normal_form import normalise
 from graphopt.errors import CaptureError, ExampleError
 from graphopt.ir.dynamic_axes import LeafShapes, arranged, by_name
 from graphopt.ir.graph import copy_graph_module
+from graphopt.ir.names import Names
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import record_capture, user_line
 from graphopt.ir.regions import compiled_for_their_shapes
@@ -106,9 +107,9 @@ def from_exported(
     assert isinstance(gm, fx.GraphModule)
     gm = normalise(gm)
     record_capture(gm.graph)
-    names = _AxisNames(leaf_shapes or [])
-    inputs = _input_specs(gm, names, tuple(args), dict(kwargs))
-    outputs = _output_specs(gm, names, {spec.name for spec in inputs})
+    axes = _AxisNames(leaf_shapes or [])
+    inputs = _input_specs(gm, axes, tuple(args), dict(kwargs))
+    outputs = _output_specs(gm, axes, Names(spec.name for spec in inputs))
     return Program(gm, inputs, outputs, tuple(args), dict(kwargs), tuple(notes))
 
 
@@ -285,7 +286,7 @@ def _expression(size: Any) -> Any:
 
 
 def _input_specs(
-    gm: fx.GraphModule, names: _AxisNames, args: tuple[Any, ...], kwargs: dict[str, Any]
+    gm: fx.GraphModule, axes: _AxisNames, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[TensorSpec, ...]:
     """Describe the tensor inputs by the names of the model's own arguments; FX renames some (`input` -> `input_1`)."""
     paths = pytree.tree_flatten_with_path(by_name(gm, args, kwargs))[0]
@@ -294,14 +295,14 @@ def _input_specs(
     tensors = [node for node in placeholders if isinstance(node.meta.get("val"), torch.Tensor)]
     labels = given if len(given) == len(tensors) and all(given) else [node.name for node in tensors]
     for index, (label, node) in enumerate(zip(labels, tensors, strict=True)):
-        names.learn(index, label, node.meta["val"].shape)
+        axes.learn(index, label, node.meta["val"].shape)
     return tuple(
-        TensorSpec(label, tuple(names.of(size) for size in node.meta["val"].shape), node.meta["val"].dtype)
+        TensorSpec(label, tuple(axes.of(size) for size in node.meta["val"].shape), node.meta["val"].dtype)
         for label, node in zip(labels, tensors, strict=True)
     )
 
 
-def _output_specs(gm: fx.GraphModule, names: _AxisNames, taken: set[str]) -> tuple[TensorSpec, ...]:
+def _output_specs(gm: fx.GraphModule, axes: _AxisNames, names: Names) -> tuple[TensorSpec, ...]:
     values = pytree.tree_leaves(next(n for n in gm.graph.nodes if n.op == "output").args[0])
     structure = pytree.tree_unflatten(list(range(len(values))), _output_structure(gm))
     paths = [path for path, _ in pytree.tree_flatten_with_path(structure)[0]]
@@ -309,9 +310,9 @@ def _output_specs(gm: fx.GraphModule, names: _AxisNames, taken: set[str]) -> tup
     for path, node in zip(paths, values, strict=True):
         if not isinstance(node, fx.Node) or not isinstance(node.meta.get("val"), torch.Tensor):
             continue
-        name = _unique(_output_name(path), taken)
+        name = names.new(_output_name(path))
         value = node.meta["val"]
-        specs.append(TensorSpec(name, tuple(names.of(size) for size in value.shape), value.dtype))
+        specs.append(TensorSpec(name, tuple(axes.of(size) for size in value.shape), value.dtype))
     return tuple(specs)
 
 
@@ -330,12 +331,3 @@ def _joined(path: tuple[Any, ...]) -> str:
 def _output_name(path: tuple[Any, ...]) -> str:
     name = _joined(path)
     return name if name and not name[0].isdigit() else f"output_{name}" if name else "output"
-
-
-def _unique(name: str, taken: set[str]) -> str:
-    candidate, count = name, 0
-    while candidate in taken:
-        count += 1
-        candidate = f"{name}_{count}"
-    taken.add(candidate)
-    return candidate

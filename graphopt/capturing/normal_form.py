@@ -17,6 +17,7 @@ from torch._ops import OpOverload
 
 from graphopt.ir.aliasing import Storages, sharing_memory
 from graphopt.ir.graph import assemble, erase_dead
+from graphopt.ir.names import unused
 from graphopt.ir.regions import regions
 
 _SET_GRAD = "wrap_with_set_grad_enabled"
@@ -106,10 +107,7 @@ def _inline(gm: fx.GraphModule, call: fx.Node, body: fx.GraphModule, operands: I
 def _adopt(gm: fx.GraphModule, body: fx.GraphModule, name: str) -> str:
     """Give `gm` what `body` holds under a name; return its name there, where another may have the same."""
     held = getattr(body, name)
-    own, count = name, 0
-    while getattr(gm, own, held) is not held:
-        count += 1
-        own = f"{name}_{count}"
+    own = unused(name, lambda other: getattr(gm, other, held) is not held)
     setattr(gm, own, held)
     return own
 

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from graphopt.distillation.addresses import Tap
 from graphopt.errors import PassError
 from graphopt.ir.graph import copy_graph_module, erase_dead, restructure
+from graphopt.ir.names import Names
 from graphopt.ir.program import Program
 from graphopt.ir.signature import Dimension, TensorSpec
 
@@ -118,24 +119,15 @@ def _wrapped(own: pytree.TreeSpec, addresses: Sequence[str]) -> pytree.TreeSpec:
 
 
 def _specs(program: Program, taps: Sequence[Tap], nodes: Sequence[fx.Node]) -> list[TensorSpec]:
-    taken = {spec.name for spec in (*program.inputs, *own_outputs(program))}
-    names = _axis_names(program)
+    names = Names(spec.name for spec in (*program.inputs, *own_outputs(program)))
+    axes = _axis_names(program)
     specs = []
     for tap, node in zip(taps, nodes, strict=True):
         value = node.meta["val"]
-        shape = tuple(_dimension(size, names) for size in value.shape)
-        name = _free(_PREFIX + re.sub(r"\W+", "_", tap.address).strip("_"), taken)
+        shape = tuple(_dimension(size, axes) for size in value.shape)
+        name = names.new(_PREFIX + re.sub(r"\W+", "_", tap.address).strip("_"))
         specs.append(TensorSpec(name, shape, value.dtype))
     return specs
-
-
-def _free(wanted: str, taken: set[str]) -> str:
-    name, count = wanted, 0
-    while name in taken:
-        count += 1
-        name = f"{wanted}_{count}"
-    taken.add(name)
-    return name
 
 
 def _axis_names(program: Program) -> dict[Any, str]:

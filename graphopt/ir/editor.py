@@ -6,7 +6,7 @@ closes it: each inserted node has `meta["val"]` from fake propagation and an ori
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from graphopt.errors import PassError
 from graphopt.ir.graph import assemble, erase_dead, fake_mode_of, readers, tensor_attribute
+from graphopt.ir.names import unused
 from graphopt.ir.provenance import Origin, op_name, origin, record, user_line
 from graphopt.ir.regions import Region, inputs, region, results
 
@@ -73,13 +74,9 @@ class Editor:
             node.meta.pop("tensor_meta", None)
         return name
 
-    def new_name(self, wanted: str) -> str:
-        """Return `wanted`, or `wanted_1`, ... : the first attribute name that is not taken."""
-        name, count = wanted, 0
-        while _has_attribute(self.gm, name):
-            count += 1
-            name = f"{wanted}_{count}"
-        return name
+    def new_name(self, wanted: str, *, taken: Set[str] = frozenset()) -> str:
+        """Return `wanted`, or `wanted_1`, ... : the first that is neither an attribute nor `taken`."""
+        return unused(wanted, lambda name: name in taken or _has_attribute(self.gm, name))
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         """Let every user of `old` use `new` instead and erase `old`."""

@@ -82,9 +82,10 @@ def find_affine_folds(program: Program) -> tuple[list[AffineFold], list[Refusal]
         by_weight.setdefault(id(tensor), []).append(candidate)
     taken: set[str] = set()
     folds = []
+    editor = Editor(gm, "fold")
     for group in by_weight.values():
         for same in _groups_of_equals(group):
-            outcome = _fold(gm, same, taken)
+            outcome = _fold(editor, same, taken)
             if isinstance(outcome, AffineFold):
                 folds.append(outcome)
                 taken.update((outcome.weight, outcome.bias))
@@ -208,9 +209,9 @@ def _groups_of_equals(group: list[_Candidate]) -> list[list[_Candidate]]:
     return list(equal.values())
 
 
-def _fold(gm: fx.GraphModule, same: list[_Candidate], taken: set[str]) -> AffineFold | str:
+def _fold(editor: Editor, same: list[_Candidate], taken: set[str]) -> AffineFold | str:
     """Decide under which names the tensors of one fold are stored, or why it is refused."""
-    call = same[0].call
+    call, gm = same[0].call, editor.gm
     weight = tensor_attribute(gm, call.weight_name)
     if not _stays_finite(gm, same[0].affine, call, same[0].side):
         return f"the folded weight of `{call.node.name}` would overflow {str(weight.dtype).removeprefix('torch.')}"
@@ -222,9 +223,9 @@ def _fold(gm: fx.GraphModule, same: list[_Candidate], taken: set[str]) -> Affine
         if reason:
             other = _named(others[0]) if others else "a layer folded otherwise"
             return f"the weight of `{call.node.name}` is shared with {other}; for a copy of its own {reason}"
-        weight_name = _free_name(gm, weight_name, taken)
+        weight_name = editor.new_name(weight_name, taken=taken)
     has_bias = call.bias is not None or same[0].affine.shift is not None
-    bias_name = _bias_target(gm, call, calls, taken) if has_bias else ""
+    bias_name = _bias_target(editor, call, calls, taken) if has_bias else ""
     affines = tuple(candidate.affine.result.name for candidate in same)
     return AffineFold(affines, tuple(c.call.node.name for c in same), same[0].side, weight_name, bias_name)
 
@@ -242,13 +243,13 @@ def _stays_finite(gm: fx.GraphModule, found: Affine, call: WeightedCall, side: S
     return all(all_finite(tensor) for tensor in folded_tensors(gm, found, call, side) if tensor is not None)
 
 
-def _bias_target(gm: fx.GraphModule, call: WeightedCall, calls: set[fx.Node], taken: set[str]) -> str:
+def _bias_target(editor: Editor, call: WeightedCall, calls: set[fx.Node], taken: set[str]) -> str:
     """Return the name of the bias, a free one if it is new or somebody else reads it."""
     if call.bias is None:
-        return _free_name(gm, _bias_name(call.weight_name), taken)
+        return editor.new_name(_bias_name(call.weight_name), taken=taken)
     name = str(call.bias.target)
-    shared = any(user not in calls for user in uses(gm, name))
-    return _free_name(gm, name, taken) if shared or name in taken else name
+    shared = any(user not in calls for user in uses(editor.gm, name))
+    return editor.new_name(name, taken=taken) if shared or name in taken else name
 
 
 def _rewire(editor: Editor, fold: AffineFold, found: Affine, call: WeightedCall) -> None:
@@ -285,15 +286,6 @@ def _layer(gm: fx.GraphModule, node: fx.Node) -> WeightedCall:
             "The plan belongs to another program; make it again."
         )
     return call
-
-
-def _free_name(gm: fx.GraphModule, wanted: str, taken: set[str]) -> str:
-    known = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"} | taken
-    name, count = wanted, 0
-    while name in known:
-        count += 1
-        name = f"{wanted}_{count}"
-    return name
 
 
 def _bias_name(weight: str) -> str:

@@ -17,7 +17,7 @@ from a parameter is a parameter, so that it can be trained.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +71,7 @@ def find_constants(
         trainable = value.is_floating_point() and any(
             isinstance(constant(source, gm), torch.nn.Parameter) for source in _sources([node])
         )
-        name = _twin(value, trainable, folds, tensors) or _free_name(editor, _wanted_name(node), {*taken, *tensors})
+        name = _twin(value, trainable, folds, tensors) or editor.new_name(_wanted_name(node), taken={*taken, *tensors})
         tensors.setdefault(name, value.detach().clone(memory_format=torch.contiguous_format))
         folds.append(ConstantFold(node.name, name, trainable))
     return folds, tensors, refusals
@@ -272,14 +272,6 @@ def _wanted_name(node: fx.Node) -> str:
             if value is node and argument.name in ("weight", "bias"):
                 return ".".join(filter(None, (module_path(user), argument.name)))
     return ".".join(filter(None, (module_path(node), node.name)))
-
-
-def _free_name(editor: Editor, wanted: str, taken: Set[str]) -> str:
-    name, count = editor.new_name(wanted), 0
-    while name in taken:
-        count += 1
-        name = editor.new_name(f"{wanted}_{count}")
-    return name
 
 
 def _erase_dead_writes(graph: fx.Graph) -> None:

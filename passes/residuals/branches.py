@@ -23,6 +23,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphopt.ir.aliasing import Storages, written_inputs
 from graphopt.ir.graph import arguments, constant
+from graphopt.ir.names import Names
 from graphopt.ir.provenance import module_path
 from graphopt.passes.layers.recognition import Layers
 from graphopt.passes.residuals.kind import Kind, describe
@@ -71,7 +72,7 @@ def find_branches(gm: fx.GraphModule) -> tuple[list[Branch], list[Refusal]]:
     graph = _Graph(gm)
     found: list[Branch] = []
     refusals: list[Refusal] = []
-    taken: dict[str, int] = {}
+    names = Names(mark="#")
     for total in gm.graph.nodes:
         if total in graph.idle:
             continue
@@ -81,7 +82,7 @@ def find_branches(gm: fx.GraphModule) -> tuple[list[Branch], list[Refusal]]:
             if not inside:
                 continue
             kind, path = describe(nodes if nodes else inside, graph.layers)
-            name = _unique(f"{path or module_path(result) or result.name}:{kind}", taken)
+            name = names.new(f"{path or module_path(result) or result.name}:{kind}")
             branch = Branch(name, kind, result, total, stays, tuple(nodes))
             reason, counted_as = _why_not(branch, graph)
             if reason:
@@ -323,11 +324,6 @@ def _foreign_write(branch: Branch, storages: Storages, inside: Iterable[fx.Node]
             if not members.issuperset(storages.members(written)):
                 return node
     return None
-
-
-def _unique(name: str, taken: dict[str, int]) -> str:
-    taken[name] = taken.get(name, 0) + 1
-    return name if taken[name] == 1 else f"{name}#{taken[name]}"
 
 
 def _is_tensor(node: fx.Node) -> bool:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
+import torch
 
 from graphopt.backends.onnx_lowering.duplicates import DuplicateInitializersPass
 from graphopt.backends.onnx_lowering.global_pooling import GlobalPoolingPass
 from graphopt.backends.onnx_lowering.own_weights import OwnWeightsPass
 from graphopt.backends.onnx_lowering.saturation import SaturatedClampPass
+from graphopt.backends.onnx_lowering.signature import apply_signature
 from graphopt.backends.onnx_lowering.stored_weights import StoredWeightsPass
+from graphopt.backends.onnx_lowering.values import values_of
+from graphopt.ir.signature import TensorSpec
 
 HEADER = '<ir_version: 10, opset_import: ["" : 20]>'
 
@@ -208,3 +213,32 @@ class TestOwnWeights:
         built = model(text, **self.STORED)
         assert not OwnWeightsPass()(built).modified
         assert operators(built) == ["DequantizeLinear", "MatMul"]
+
+    def test_new_names_are_free_in_the_whole_model(self) -> None:
+        text = self.TWICE.replace(
+            "z = MatMul(y, d)", "w_shape = Relu(y) w_again = MatMul(w_shape, d) z = Relu(w_again)"
+        )
+        built = model(text, **self.STORED)
+        assert OwnWeightsPass()(built).modified
+        names = [value.name for value in values_of(built)]
+        assert sorted(names) == sorted(set(names))
+        assert {"w_shape_1", "w_again_1", "w_zero_point"} <= set(names)
+        onnx.checker.check_model(ir.to_proto(built))
+
+
+class TestSignature:
+    def test_inputs_keep_their_names_where_a_loop_inside_uses_them(self) -> None:
+        text = (
+            "g (float[n] x, int64 trips, bool keep) => (float[n] y) { y = Loop(trips, keep, x) <body = "
+            "b (int64 i, bool go, float[n] count) => (bool on, float[n] next) "
+            "{ on = Identity(go) next = Relu(count) }> }"
+        )
+        built = model(text)
+        sizes = {"count": ("batch",), "i": (), "go": ()}
+        kinds = {"count": torch.float32, "i": torch.int64, "go": torch.bool}
+        inputs = tuple(TensorSpec(name, size, kinds[name]) for name, size in sizes.items())
+        apply_signature(built, inputs, (TensorSpec("next", ("batch",), torch.float32),))
+        assert [value.name for value in built.graph.inputs] == ["count", "i", "go"]
+        names = [value.name for value in values_of(built)]
+        assert sorted(names) == sorted(set(names))
+        assert all("n" not in str(value.shape) for value in values_of(built))
