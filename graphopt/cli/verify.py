@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -27,20 +28,23 @@ def command(
     format: Format = "text",
 ) -> None:
     """Run two models or artifacts on the same inputs and compare their outputs."""
-    from graphopt.job.contenders import common_inputs, open_contender
+    from graphopt.job.contenders import common_inputs, open_contender, reordered
     from graphopt.measure.equivalence import compare_outputs
 
     arguments.check_format(format)
     pair = [open_contender(path, data=data, trust=trust, seed=seed) for path in (one, other)]
     batch = common_inputs(pair, data, samples)
     found = compare_outputs(pair[0].outputs, pair[0].call(batch), pair[1].call(batch))
+    differs = [*found.differs, *reordered(pair)]
+    equal = found.relative <= tolerance and not differs
     facts = {
-        "max_error": found.max_error,
-        "relative": found.relative,
-        "sqnr": None if found.max_error == 0 else found.sqnr,
+        "max_error": _finite(found.max_error),
+        "relative": _finite(found.relative),
+        "sqnr": _finite(found.sqnr),
         "agreement": found.agreement,
         "tolerance": tolerance,
-        "equal": found.relative <= tolerance,
+        "differs": differs,
+        "equal": equal,
     }
     if format == "json":
         json.dump(facts, sys.stdout, indent=1)
@@ -48,8 +52,14 @@ def command(
     else:
         rows = "" if found.agreement is None else f", largest entry at the same place in {found.agreement:.2%} of rows"
         print(f"largest error {found.max_error:.3g} ({found.relative:.3g} of the largest output){rows}")
-    if found.relative > tolerance:
+    if differs:
+        raise VerifyError(f"{other} does not return what {one} does: {'; '.join(differs)}.")
+    if not equal:
         raise VerifyError(
             f"{other} does not compute what {one} does: error {found.relative:.3g} of the largest output, allowed "
             f"{tolerance:g}. Raise --tolerance if this is an approximation you accept."
         )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON has no infinity

@@ -57,6 +57,14 @@ def open_contender(path: Path, *, data: Any, trust: bool, seed: int) -> Contende
     return Contender(path, program.inputs, program.outputs, call, program)
 
 
+def reordered(pair: Sequence[Contender]) -> list[str]:
+    """Say so where both return outputs of the same names in another order."""
+    first, second = ([spec.name for spec in one.outputs] for one in pair)
+    if first == second or sorted(first) != sorted(second):
+        return []
+    return [f"its outputs are {', '.join(second)}, in the order {', '.join(first)} there"]
+
+
 def common_inputs(pair: Sequence[Contender], data: Any, samples: int) -> Batch:
     """Return inputs that both contenders take: real samples, a program's examples, or made-up ones.
 

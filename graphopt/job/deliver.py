@@ -47,7 +47,7 @@ def deliver(
         target=item.name,
         cost=report.rows[-1].cost,
         size=artifact.size,
-        error=probe.measure(flat(session)),
+        error=probe.measure(flat(session), shared=True),
         metric=metric(as_model(session, original)) if metric else None,
         seconds=seconds,
         summary=item.summary(artifact),

@@ -53,6 +53,6 @@ class Recorder(Hook):
     def _row(self, label: str, target: str, program: Program, seconds: float | None, summary: str) -> Row:
         error: Equivalence | None = None
         if program is not self.original:
-            error = self.probe.measure(program.call_flat)
+            error = self.probe.measure(program.call_flat, shared=True)
         value = self.metric(program) if self.metric else None
         return Row(label, target, cost(program), None, error, value, None, None, seconds, summary)

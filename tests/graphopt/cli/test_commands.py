@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import graphopt
 from graphopt.cli.app import run
@@ -119,6 +121,37 @@ def test_verify_tells_equal_from_different(files: Files, capsys: pytest.CaptureF
     assert run(["optimize", "model.pt", "--passes", "prune:ratio=0.5", "--no-bench", "-o", "pruned"]) == 0
     said = fails(4, "verify", "model.pt", "pruned/onnxruntime.onnx", "--data", "data.npz")
     assert "does not compute what model.pt does" in said
+
+
+class Pair(nn.Module):
+    """Two outputs, of which a second model lacks one, or returns them the other way round."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        self.names = tuple(names)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return values of equal shapes by name."""
+        values = {"low": x.mean(1), "high": x.mean(1), "place": x.argmax(1)}
+        return {name: values[name] for name in self.names}
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        (("low", "place"), "`high` is int64"),
+        (("low", "high"), "output `place` is missing"),
+        (("high", "low", "place"), "its outputs are high, low, place, in the order low, high, place there"),
+    ],
+)
+def test_verify_names_outputs_that_differ(
+    names: Sequence[str], reason: str, fails: Fails, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    x = torch.randn(4, 8)
+    for file, own in (("one.pt2", ("low", "high", "place")), ("other.pt2", names)):
+        graphopt.capture(Pair(own), (x,)).save(tmp_path / file)
+    said = fails(4, "verify", tmp_path / "one.pt2", tmp_path / "other.pt2", "--format", "json")
+    assert reason in said
 
 
 def test_bench_prints_a_ratio(files: Files, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,10 +6,12 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
+from graphopt import capture
 from graphopt.errors import VerifyError
 from graphopt.ir.signature import TensorSpec
-from graphopt.measure.equivalence import compare_outputs
+from graphopt.measure.equivalence import Equivalence, compare_outputs, measure
 
 SPEC = (TensorSpec("logits", ("batch", 3), torch.float32),)
 
@@ -55,12 +57,122 @@ def test_no_agreement_for_scalars_and_integers() -> None:
     assert compare_outputs(SPEC, (whole,), (whole,)).agreement is None
 
 
-def test_places_and_classes_do_not_count_as_errors_beside_numbers() -> None:
-    specs = (*SPEC, TensorSpec("places", (2,), torch.int64))
-    numbers, places = torch.ones(1, 3), torch.tensor([0, 31])
-    found = compare_outputs(specs, (numbers, places), (numbers + 0.5, places.flip(0)))
-    assert found.max_error == 0.5
-    assert compare_outputs(specs[1:], (places,), (places.flip(0),)).max_error == 31.0
+def test_places_and_classes_count_by_how_many_differ() -> None:
+    specs = (*SPEC, TensorSpec("places", (4,), torch.int64))
+    numbers, places = torch.ones(1, 3), torch.tensor([0, 31, 5, 6])
+    moved = torch.tensor([0, 30, 5, 6])
+    found = compare_outputs(specs, (numbers, places), (numbers, moved))
+    assert (found.max_error, found.relative) == (0.0, 0.25)
+    assert found.sqnr == pytest.approx(10 * math.log10(4))
+    found = compare_outputs(specs, (numbers, places), (numbers + 0.5, places))
+    assert (found.max_error, found.relative) == (0.5, 0.5)
+    alone = compare_outputs(specs[1:], (places,), (moved,))
+    assert (alone.max_error, alone.relative) == (1.0, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("want", "got", "share"),
+    [
+        (torch.tensor([True, False]), torch.tensor([True, True]), 0.5),
+        (torch.tensor([2**60]), torch.tensor([2**60 + 1]), 1.0),
+        (torch.tensor([0, 1], dtype=torch.uint8), torch.tensor([0, 255], dtype=torch.uint8), 0.5),
+    ],
+)
+def test_every_kind_of_integer_is_compared_exactly(want: torch.Tensor, got: torch.Tensor, share: float) -> None:
+    spec = (TensorSpec("flags", (2,), want.dtype),)
+    assert compare_outputs(spec, (want,), (got,)).relative == share
+    assert compare_outputs(spec, (want,), (want.clone(),)).sqnr == math.inf
+
+
+def test_a_missing_output_is_not_equal() -> None:
+    specs = (*SPEC, TensorSpec("score", (1,), torch.float32))
+    out, score = torch.ones(1, 3), torch.ones(1)
+    found = compare_outputs(specs, (out, score), (out,))
+    assert found.differs == ("output `score` is missing",)
+    assert (found.max_error, found.relative, found.sqnr) == (math.inf, math.inf, -math.inf)
+    assert compare_outputs(specs, (out, score), ()).relative == math.inf
+
+
+def test_an_output_too_many_is_not_equal() -> None:
+    out = torch.ones(1, 3)
+    found = compare_outputs(SPEC, (out,), (out, out))
+    assert found.differs == ("there are 2 outputs, not 1",)
+    assert found.relative == math.inf
+
+
+@pytest.mark.parametrize("shape", [(), (1, 1), (3,), (2, 3), (1, 1, 3)])
+def test_outputs_of_other_shapes_that_broadcast_are_not_equal(shape: tuple[int, ...]) -> None:
+    found = compare_outputs(SPEC, (torch.ones(1, 3),), (torch.ones(shape),))
+    assert found.differs[0].startswith("output `logits` is float32 of shape ")
+    assert (found.relative, found.sqnr, found.agreement) == (math.inf, -math.inf, None)
+
+
+def test_empty_outputs_of_other_shapes_are_not_equal() -> None:
+    empty = torch.ones(0, 3)
+    assert compare_outputs(SPEC, (empty,), (torch.ones(0, 4),)).relative == math.inf
+    equal = compare_outputs(SPEC, (empty,), (empty.clone(),))
+    assert (equal.relative, equal.agreement, equal.differs) == (0.0, None, ())
+
+
+def test_another_type_is_told_and_its_numbers_are_compared() -> None:
+    found = compare_outputs(SPEC, (torch.ones(1, 3),), (torch.full((1, 3), 0.5, dtype=torch.float16),))
+    assert found.differs == ("output `logits` is float16 of shape 1x3 instead of float32 of shape 1x3",)
+    assert found.relative == 0.5
+
+
+def test_outputs_in_another_order_are_told() -> None:
+    specs = (*SPEC, TensorSpec("score", (1,), torch.float32))
+    found = compare_outputs(specs, (torch.ones(1, 3), torch.ones(1)), (torch.ones(1), torch.ones(1, 3)))
+    assert len(found.differs) == 2
+    assert found.relative == math.inf
+
+
+def test_complex_outputs_are_compared_in_both_parts() -> None:
+    spec = (TensorSpec("spectrum", (2,), torch.complex64),)
+    want = torch.tensor([3 + 4j, 0 + 1j])
+    found = compare_outputs(spec, (want,), (torch.tensor([3 + 4j, 0 + 2j]),))
+    assert (found.max_error, found.relative) == (1.0, pytest.approx(0.2))
+    assert compare_outputs(spec, (want,), (want.clone(),)).sqnr == math.inf
+
+
+def test_undefined_in_both_is_equal_and_in_one_is_not() -> None:
+    want = torch.tensor([[math.nan, 1.0, 2.0]])
+    assert compare_outputs(SPEC, (want,), (want.clone(),)).relative == 0.0
+    found = compare_outputs(SPEC, (want,), (torch.tensor([[7.0, 1.0, 2.0]]),))
+    assert (found.max_error, found.relative, found.sqnr) == (math.inf, math.inf, -math.inf)
+    with pytest.raises(VerifyError):  # elsewhere than in the original
+        compare_outputs(SPEC, (want,), (torch.tensor([[math.nan, math.nan, 2.0]]),))
+
+
+class Ties(nn.Module):
+    """Of two equal values, rounding decides which is the larger; of two others it does not."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        near = torch.stack([x[:, 0] * 3.0 * (1 / 3.0), x[:, 1]], -1)
+        return near.argmax(-1), x[:, 2:].argmax(-1)
+
+
+def test_integers_that_rounding_decides_are_passed_over_on_request() -> None:
+    x = torch.tensor([[1.1, 1.1, 1.0, 2.0], [1.3, 1.3, 2.0, 1.0], [1.7, 1.7, 5.0, 6.0], [1.9, 1.9, 6.0, 5.0]])
+    program = capture(Ties(), (x,))
+    near, far = program.call_flat((x,))
+
+    def flipped(*places: int) -> Equivalence:
+        outputs = [1 - value if index in places else value for index, value in enumerate((near, far))]
+        return measure(program, lambda _: tuple(outputs), (x,), settled=True)
+
+    assert flipped(0).relative == 0.0
+    assert flipped(1).relative == 1.0
+    assert measure(program, lambda _: (1 - near, far), (x,)).relative == 1.0
+
+
+def test_outputs_that_only_one_returns_are_passed_over_on_request() -> None:
+    x = torch.randn(4, 3)
+    program = capture(nn.Linear(3, 2).eval(), (x,))
+    more = program.call_flat((x,)) * 2
+    assert measure(program, lambda _: more, (x,)).relative == math.inf
+    assert measure(program, lambda _: more, (x,), shared=True).relative == 0.0
+    assert measure(program, lambda _: (), (x,)).relative == math.inf
 
 
 def test_an_infinity_that_is_missing_is_an_error_without_bound() -> None:
