@@ -164,9 +164,9 @@ class Recover(Pass[RecoverOptions, RecoverPlan]):
                 f"Pass `recover` needs at least {_FEWEST_SAMPLES} samples to train on and to judge by, and the data "
                 f"holds {pool.count}. Give a few hundred typical inputs."
             )
-        if program.batched:
+        fixed = program.batch_size
+        if fixed is None:
             return self.options.batch_size
-        fixed = int(program.flat_examples()[0].shape[0])
         if fixed < 2 and batch_norms(program):
             raise PassError(
                 "The program takes one sample at a time, and BatchNorm cannot be trained on single samples. Capture it "

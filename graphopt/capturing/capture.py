@@ -210,7 +210,7 @@ def _capture(
     error: Exception | None = None
     try:
         captured = program(attempt(shapes), shapes)
-        reason = wrong_batch(model, captured, args, kwargs) if captured.batched else ""
+        reason = wrong_batch(model, captured, args, kwargs)
         if not reason:
             return captured
     except _UnfinishedTraceError:

@@ -112,7 +112,7 @@ def wrong_batch(model: nn.Module, program: Program, args: tuple[Any, ...], kwarg
     leaves, spec = pytree.tree_flatten((args, kwargs))
     batched = iter([spec.batched for spec in program.inputs])
     is_batched = [isinstance(leaf, torch.Tensor) and next(batched) for leaf in leaves]
-    for size in _CHECKED_BATCHES:
+    for size in _CHECKED_BATCHES if any(is_batched) else ():
         sized = [_resized(leaf, size) if flag else leaf for leaf, flag in zip(leaves, is_batched, strict=True)]
         other_args, other_kwargs = pytree.tree_unflatten(sized, spec)
         try:

@@ -82,7 +82,7 @@ class Samples:
         found = [piece for piece in pieces if piece is not None]
         return torch.cat(found) if found and len(found) == len(pieces) else None
 
-    def batches(self, batch_size: int, limit: int | None = None, *, drop_last: bool = False) -> Iterator[Batch]:
+    def batches(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
         """Yield tuples of tensors of `batch_size` samples, in the data's order; the last may hold fewer.
 
         Batches of unlike shapes (text padded to its own batch's length) are not joined: then a batch may also
@@ -91,11 +91,9 @@ class Samples:
         Args:
             batch_size: Samples per batch, at least 1.
             limit: Stop after this many samples.
-            drop_last: Leave out what does not fill a batch, for models of a fixed batch size.
         """
         for inputs, _ in self._rebatched(batch_size, limit, with_labels=False):
-            if not drop_last or inputs[0].shape[0] == batch_size:
-                yield inputs
+            yield inputs
 
     def labelled_batches(self, batch_size: int, limit: int | None = None) -> Iterator[Labelled]:
         """Yield pairs of inputs and labels as `batches` does; labels are None where the data has none."""

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from graphopt.errors import UsageError
 from graphopt.ir.graph import assemble, copy_graph_module
 from graphopt.ir.regions import compiled_for_their_shapes
-from graphopt.ir.signature import Note, TensorSpec
+from graphopt.ir.signature import Note, TensorSpec, batch_size
 from graphopt.ir.training import set_training
 
 if TYPE_CHECKING:
@@ -64,9 +64,9 @@ class Program:
         return self.graph_module.graph
 
     @property
-    def batched(self) -> bool:
-        """Whether the program takes any batch size."""
-        return any(spec.batched for spec in self.inputs)
+    def batch_size(self) -> int | None:
+        """How many samples one call takes, None where any number fits."""
+        return batch_size(self.inputs)
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """Iterate over the trainable tensors, each once."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,3 +33,13 @@ class Note:
 
     subject: str
     text: str
+
+
+def batch_size(inputs: Sequence[TensorSpec]) -> int | None:
+    """Return how many samples one call takes, None where any number fits.
+
+    Samples lie along the first axis of every input, so that one input of a fixed size there fixes the number for all.
+    A call without any such axis is one sample.
+    """
+    sizes = [spec.shape[0] for spec in inputs if spec.shape]
+    return next((size for size in sizes if isinstance(size, int)), None if sizes else 1)

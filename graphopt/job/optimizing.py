@@ -175,15 +175,12 @@ def _program_and_samples(model: nn.Module | Program, data: Any, dynamic_shapes: 
 
 
 def _evaluator(spec: Any, program: Program) -> Evaluator | FunctionEvaluator:
-    if program.batched:
-        return evaluator(spec, specs=program.inputs)
-    batch = next(tensor.shape[0] for tensor in program.flat_examples() if tensor.dim())
-    return evaluator(spec, specs=program.inputs, batch_size=batch, fixed_batch=True)
+    return evaluator(spec, specs=program.inputs, fixed_batch=program.batch_size)
 
 
 def _probe_inputs(program: Program, samples: Samples | None) -> Batch:
     """Return the inputs that errors are measured on: real samples if there are any."""
-    if samples is None or not program.batched:
+    if samples is None or program.batch_size is not None:
         return program.flat_examples()
     affordable = int(_PROBE_FLOPS // max(cost(program).flops, 1))
     return samples.first(min(max(affordable, _FEWEST_PROBES), _MOST_PROBES))

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from graphopt.errors import UsageError
-from graphopt.ir.signature import TensorSpec
+from graphopt.ir.signature import TensorSpec, batch_size
 from graphopt.targets.backend import Array, Artifact, Session
 
 _WARM_UP = 3  # calls of each before anything counts: memory arenas, lazy kernels
@@ -115,6 +115,7 @@ def compare(
             f"{baseline.path.name} takes {', '.join(map(str, baseline.inputs))}; {artifact.path.name} takes "
             f"{', '.join(map(str, artifact.inputs))}. Only artifacts with the same inputs can be timed in turn."
         )
+    batch = batch_size(artifact.inputs) or batch
     feed = batch_of(artifact.inputs, inputs, batch)
 
     def pair(first: Artifact, second: Artifact) -> Pair:

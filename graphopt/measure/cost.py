@@ -86,9 +86,9 @@ def _flops(program: Program) -> int:
     """Count call by call on the recorded shapes, so that what did not change is not counted again."""
     total = sum(node_flops(node) for node in program.graph.nodes if node.op == "call_function")
     values = (node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder")
-    first = next((value for value in values if isinstance(value, torch.Tensor)), None)  # others may be flags
-    samples = _size(first.shape[0]) if first is not None and program.inputs[0].batched else 1
-    return total // samples
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]  # others may be flags
+    sizes = [_size(value.shape[0]) for spec, value in zip(program.inputs, tensors, strict=True) if spec.batched]
+    return total // (sizes[0] if sizes else program.batch_size or 1)
 
 
 _FREE = {torch.Tag.pointwise, torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}

@@ -32,12 +32,12 @@ class Evaluator:
     """
 
     def __init__(
-        self, samples: Samples, metric: Metric, *, batch_size: int, fixed_batch: bool, limit: int | None
+        self, samples: Samples, metric: Metric, *, batch_size: int, fixed_batch: int | None, limit: int | None
     ) -> None:
         """Use `evaluator`."""
         self._samples = samples
         self._metric = metric
-        self._batch_size = batch_size
+        self._batch_size = fixed_batch or batch_size
         self._fixed_batch = fixed_batch
         self._limit = limit
         self.name = metric.name
@@ -55,8 +55,8 @@ class Evaluator:
                     if labels is None:
                         raise DataError(f"The data for `{self.name}` has no labels (`labels`, `label` or `y`).")
                     count = labels.shape[0]
-                    outputs = main_output(model(*(_padded(inputs, self._batch_size) if self._fixed_batch else inputs)))
-                    if outputs.shape[:1] != (self._batch_size if self._fixed_batch else count,):
+                    outputs = main_output(model(*(_padded(inputs, self._fixed_batch) if self._fixed_batch else inputs)))
+                    if outputs.shape[:1] != (self._fixed_batch or count,):
                         raise DataError(
                             f"The model returned {outputs.shape} for {count} samples; `{self.name}` needs one output "
                             "per sample along the first axis."
@@ -107,7 +107,7 @@ def evaluator(
     *,
     specs: Sequence[Spec] | None = None,
     batch_size: int = 64,
-    fixed_batch: bool = False,
+    fixed_batch: int | None = None,
     limit: int | None = None,
 ) -> Evaluator | FunctionEvaluator:
     """Return a function from a model to a number, higher is better.
@@ -122,8 +122,8 @@ def evaluator(
             `(data, "metric")`, `(inputs, labels, "metric")`.
         names: The model's inputs, in order; None takes the data's own.
         specs: What the model takes; the data is checked against it.
-        batch_size: Samples per call of the model.
-        fixed_batch: The model takes exactly `batch_size` samples; the last batch is filled up by repetition.
+        batch_size: Samples per call of the model, where it takes any number.
+        fixed_batch: How many samples it takes otherwise; the last batch is filled up by repetition.
         limit: Score only this many samples.
 
     Raises:

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from graphopt.data.batches import Batch, SampleSource
+from graphopt.data.batches import Batch, SampleSource, whole_batches
 from graphopt.errors import DataError, PassError
 from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
@@ -86,18 +86,13 @@ class Calibration:
         return [self._known[key] for _, _, key in wanted]  # type: ignore[misc]
 
     def _batches(self) -> Iterator[Batch]:
-        size, fixed = self._batch_size, _fixed_batch(self._program)
-        if fixed is not None:
-            size = fixed
-        count = 0
-        for batch in self._progress.track(self._samples.batches(size, self._limit), "calibrating"):
-            if fixed is not None and batch[0].shape[0] != fixed:
-                continue  # the last, incomplete batch of a program that takes one size only
-            count += 1
+        batches = whole_batches(self._samples, self._batch_size, self._limit, fixed=self._program.batch_size)
+        empty = True
+        for batch in self._progress.track(batches, "calibrating"):
+            empty = False
             yield batch
-        if count == 0:
-            need = f"{fixed} samples, the program's fixed batch size" if fixed else "one sample"
-            raise DataError(f"The calibration data is empty. Give at least {need}.")
+        if empty:
+            raise no_batch(self._program)
 
 
 def observe(program: Program, wanted: Mapping[str, Iterable[Statistic]], batches: Iterable[Batch]) -> None:
@@ -122,13 +117,22 @@ def read_batches(program: Program, samples: SampleSource, *, limit: int, batch_s
     Raises:
         DataError: there are not enough of them for one batch.
     """
-    fixed = _fixed_batch(program)
-    batches = [tuple(batch) for batch in samples.batches(fixed or batch_size, limit)]
-    batches = [batch for batch in batches if fixed is None or batch[0].shape[0] == fixed]
+    batches = list(whole_batches(samples, batch_size, limit, fixed=program.batch_size))
     if not batches:
-        need = f"{fixed} samples, the program's fixed batch size" if fixed else "one sample"
-        raise DataError(f"The calibration data is empty. Give at least {need}.")
+        raise no_batch(program)
     return batches
+
+
+def no_batch(program: Program, among: str = "") -> DataError:
+    """Return the error of data that hold no batch that `program` takes.
+
+    Args:
+        program: what takes them.
+        among: where none was found and what for, with a space in front.
+    """
+    fixed = program.batch_size
+    need = "one sample" if fixed is None else f"{fixed} samples, the program's fixed batch size"
+    return DataError(f"The calibration data holds no batch{among}. Give at least {need}.")
 
 
 def insert_observers(program: Program, names: Iterable[str]) -> Program:
@@ -196,12 +200,6 @@ def _last_of_its_kind(node: fx.Node) -> fx.Node:
     while node.next.op == "placeholder":
         node = node.next
     return node
-
-
-def _fixed_batch(program: Program) -> int | None:
-    if program.batched or not program.inputs or not program.inputs[0].shape:
-        return None
-    return int(program.inputs[0].shape[0])
 
 
 def _check_batch(program: Program, batch: Batch, index: int) -> None:

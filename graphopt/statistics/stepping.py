@@ -117,7 +117,7 @@ def peak_bytes_per_sample(program: Program) -> int:
     for _ in program.graph.nodes:
         stepper.step()
         peak = max(peak, stepper.live_bytes())
-    return peak // max(1, int(examples[0].shape[0]) if examples and examples[0].dim() else 1)
+    return peak // (program.batch_size or len(examples[0]))
 
 
 def _last_users(graph: fx.Graph) -> dict[fx.Node, fx.Node]:

@@ -32,12 +32,13 @@ from torch.fx import _pytree as fx_pytree  # what the code of every exported gra
 from torch.utils import _pytree as pytree
 
 from graphopt.axes.groups import Group
-from graphopt.data.batches import Batch
+from graphopt.data.batches import Batch, whole_batches
 from graphopt.errors import DataError, PassError
 from graphopt.ir.graph import tensor_attribute
 from graphopt.passes.pruning.gates import Gate, gated
 from graphopt.passes.pruning.standing import Standing, Worths
 from graphopt.passes.pruning.weight_criteria import mean_one
+from graphopt.statistics.calibration import no_batch
 
 _BATCH = 64  # samples run forward at once
 # Samples a gradient is taken of: each gives one draw of the squares averaged, so few and many of them.
@@ -52,12 +53,11 @@ def activation(standing: Standing, groups: Sequence[Group]) -> Worths:
     """
     samples = standing.ctx.need_samples("prune", "for criterion=activation")
     observer = _Observer(standing, groups)
-    size = _batch_size(standing, _BATCH)
+    batches = whole_batches(samples, _BATCH, standing.samples, fixed=standing.program.batch_size)
     count = 0
-    for batch in standing.ctx.progress.track(samples.batches(size, standing.samples), "measuring activations"):
-        if standing.program.batched or len(batch[0]) == size:
-            observer.see(batch)
-            count += 1
+    for batch in standing.ctx.progress.track(batches, "measuring activations"):
+        observer.see(batch)
+        count += 1
     if not count:
         raise _too_few(standing, "activation")
     return {group.axis: observer.worth(group) for group in groups}
@@ -174,12 +174,11 @@ def _directions(
     """Yield gradients of the loss, or of the outputs along random directions, by name of the weight or gate."""
     ctx, program = standing.ctx, standing.program
     samples = ctx.need_samples("prune", f"for criterion={criterion}")
-    size = _batch_size(standing, _BATCH_OF_GRADIENT)
     limit = min(standing.samples, _GRADIENT_SAMPLES)
     generator = ctx.generator("output directions")
-    batches = samples.labelled_batches(size, limit)
+    batches = samples.labelled_batches(program.batch_size or _BATCH_OF_GRADIENT, limit)
     for batch, labels in ctx.progress.track(batches, "following gradients"):
-        if not program.batched and len(batch[0]) != size:
+        if program.batch_size not in (None, len(batch[0])):
             continue
         weights = _tracked(gm, names)
         args, kwargs = program.unflatten([_own(tensor) for tensor in batch])
@@ -232,17 +231,8 @@ def _checked(loss: Callable[[Any, torch.Tensor | None], torch.Tensor], output: A
     return value.reshape(())
 
 
-def _batch_size(standing: Standing, wanted: int) -> int:
-    return wanted if standing.program.batched else int(standing.program.inputs[0].shape[0])
-
-
 def _too_few(standing: Standing, criterion: str) -> DataError:
-    size = _batch_size(standing, 1)
-    need = "one sample" if standing.program.batched else f"{size} samples, the program's fixed batch size"
-    return DataError(
-        f"The calibration data holds no batch for criterion={criterion} among its first {standing.samples} samples. "
-        f"Give at least {need}, and `samples` to match."
-    )
+    return no_batch(standing.program, f" for criterion={criterion} among its first {standing.samples} samples")
 
 
 def _own(leaf: Any) -> Any:

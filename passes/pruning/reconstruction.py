@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from graphopt.axes.infer import Axes
-from graphopt.data.batches import Batch
+from graphopt.data.batches import Batch, whole_batches
 from graphopt.distillation.statistics import batch_norms, estimate_statistics
 from graphopt.errors import VerifyError
 from graphopt.ir.editor import Editor
@@ -114,6 +114,4 @@ def _batches(program: Program, ctx: Context, limit: int) -> list[Batch]:
     samples = ctx.need_samples("prune", "to make up for what is removed")
     fits = MEMORY // max(1, 2 * peak_bytes_per_sample(program))
     limit = min(limit, max(FEWEST, fits))
-    size = _BATCH if program.batched else int(program.inputs[0].shape[0])
-    batches = [tuple(batch) for batch in samples.batches(size, limit)]
-    return [batch for batch in batches if program.batched or len(batch[0]) == size]
+    return list(whole_batches(samples, _BATCH, limit, fixed=program.batch_size))

@@ -45,7 +45,7 @@ def usable(original: Program, batches: Sequence[Batch]) -> tuple[list[Batch], li
 
 def _without(original: Program, batches: Sequence[Batch], finite: Sequence[torch.Tensor]) -> list[Batch]:
     """Leave out samples; of a program with a fixed batch size whole batches."""
-    if not original.batched:
+    if original.batch_size is not None:
         return [batch for batch, rows in zip(batches, finite, strict=True) if bool(rows.all())]
     chosen = [tuple(tensor[rows] for tensor in batch) for batch, rows in zip(batches, finite, strict=True)]
     return [batch for batch in chosen if len(batch[0])]

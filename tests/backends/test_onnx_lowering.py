@@ -182,7 +182,7 @@ def test_static_batch_and_integer_inputs(tmp_path: Path) -> None:
             return (ids.reshape(2, -1) * 3).where(keep, 0)
 
     program = capture(Fixed(), (torch.arange(8).reshape(2, 4), torch.rand(2, 4) > 0.5))
-    assert not program.batched
+    assert program.batch_size == 2
     model = lower(program, STYLE)
     assert [value.dtype for value in model.graph.inputs] == [ir.DataType.INT64, ir.DataType.BOOL]
     save(model, tmp_path / "model.onnx")

@@ -93,7 +93,7 @@ def _check_artifact(name: str, program: Program, artifact: graphopt.Artifact) ->
 
 def _first(made: Case, program: Program, size: int) -> Arrays:
     """Return a batch of `size` samples, or the only one a static program takes."""
-    return {name: value[:size] for name, value in made.data.items()} if program.batched else made.data
+    return {name: value[:size] for name, value in made.data.items()} if program.batch_size is None else made.data
 
 
 def _reloaded(item: Backend, path: Path, batch: Arrays) -> list[Tensor]:

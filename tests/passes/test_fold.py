@@ -46,7 +46,7 @@ def fold_exactly(model: nn.Module, *inputs: Tensor) -> CheckedPass:
     exact = [x.double() if x.is_floating_point() else x for x in inputs]
     program = capture(model.double(), exact)
     folded = run_pass(Fold(), program, ())
-    for args in (exact, [torch.cat([x, x, x]) for x in exact] if program.batched else exact):
+    for args in (exact, [torch.cat([x, x, x]) for x in exact] if program.batch_size is None else exact):
         with torch.no_grad():
             torch.testing.assert_close(folded(*args), model(*args), rtol=EXACT, atol=EXACT)
     return check_pass(Fold(), model.float(), [x.float() if x.is_floating_point() else x for x in inputs])

@@ -275,6 +275,6 @@ def test_a_static_batch_is_trained_at_its_own_size() -> None:
     program = original.copy(share_tensors=False)
     with torch.no_grad():
         program.state_dict()["second.weight"].mul_(0.5)
-    assert not program.batched
+    assert program.batch_size == 8
     _, plan = recovered(program, original, x)
     assert plan.measured["epochs"][-1] < plan.measured["before"]  # type: ignore[index, operator]

@@ -83,7 +83,7 @@ def test_a_fixed_batch_is_reported_with_the_line_that_fixed_it() -> None:
             return x.view(2, 4, 1).sum(0)
 
     program = capture(Fixed(), torch.randn(2, 4))
-    assert not program.batched
+    assert program.batch_size == 2
     (note,) = program.notes
     assert note.subject == "batch"
     assert "The batch size is fixed" in note.text
@@ -332,7 +332,7 @@ def test_boolean_outputs() -> None:
             return x > 0
 
     program = capture(Positive(), (torch.ones(2, 4),))
-    assert program.batched
+    assert program.batch_size is None
     assert program.outputs[0].dtype is torch.bool
 
 

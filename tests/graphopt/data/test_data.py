@@ -200,7 +200,6 @@ def test_limit_and_first() -> None:
     assert torch.equal(gathered(samples, 3, limit=7)[0], X[:7])
     assert torch.equal(samples.first(6)[0], X[:6])
     assert samples.first(99)[0].shape[0] == 10
-    assert [batch[0].shape[0] for batch in samples.batches(4, drop_last=True)] == [4, 4]
 
 
 def test_limit_draws_no_more_than_needed() -> None:

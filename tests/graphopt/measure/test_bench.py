@@ -111,3 +111,11 @@ def test_given_inputs_are_cut_or_repeated() -> None:
     fixed = TensorSpec("table", (2, 3), torch.float32)
     (kept,) = batch_of((fixed,), (given,), 1)
     np.testing.assert_array_equal(kept, given)
+
+
+def test_artifacts_of_a_fixed_batch_are_timed_at_it() -> None:
+    backend = FakeBackend()
+    fixed = TensorSpec("x", (5, 3), torch.float32)
+    pair = [artifact(backend, name, (fixed,)) for name in ("slow", "fast")]
+    assert compare(*pair, batch=2, seconds=0).batch == 5
+    assert {rows for *_, rows in backend.sessions} == {5}

@@ -37,7 +37,7 @@ def test_tied_weights_count_once() -> None:
     assert (found.parameters, found.bytes) == (40, 160)
 
 
-def test_a_static_program_counts_its_own_batch() -> None:
+def test_a_static_program_counts_one_sample() -> None:
     class Fixed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -47,7 +47,7 @@ def test_a_static_program_counts_its_own_batch() -> None:
             y: torch.Tensor = self.fc(x.view(2, 4))
             return y
 
-    assert cost(capture(Fixed(), torch.randn(2, 4))).flops == 2 * 2 * 12
+    assert cost(capture(Fixed(), torch.randn(2, 4))).flops == 2 * 12
 
 
 def test_counting_leaves_the_batch_dynamic() -> None:
