@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import ClassVar
 
 import onnx_ir as ir
 import torch
 
-from graphopt.backends.onnx_execution.run_script import run_script
+from graphopt.backends.onnx_backend import OnnxBackend
 from graphopt.backends.onnx_execution.session import OnnxSession, SessionSettings
-from graphopt.backends.onnx_execution.verification import verify
-from graphopt.backends.onnx_lowering.artifacts import files_of, read_model, specs
-from graphopt.backends.onnx_lowering.lowering import Style, lower
-from graphopt.backends.onnx_lowering.saving import EXTERNAL_DATA_ABOVE, save
+from graphopt.backends.onnx_lowering.lowering import Style
+from graphopt.backends.onnx_lowering.saving import EXTERNAL_DATA_ABOVE
 from graphopt.backends.onnx_lowering.simplification import simplify_where_smaller
 from graphopt.backends.onnxruntime.description import DESCRIPTION
 from graphopt.backends.onnxruntime.fusion import Layer, quantized_layers
@@ -22,14 +19,15 @@ from graphopt.backends.onnxruntime.options import recorded_options
 from graphopt.errors import LoweringError
 from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
-from graphopt.targets.backend import Array, Artifact, Backend, Finding
+from graphopt.targets.backend import Artifact, Finding
 from graphopt.targets.description import TargetDescription
 
 
-class OnnxRuntimeBackend(Backend):
+class OnnxRuntimeBackend(OnnxBackend):
     """Lowers to ONNX for ONNX Runtime's CPU execution provider."""
 
     name: ClassVar[str] = "onnxruntime"
+    style: ClassVar[Style] = Style(opset=DESCRIPTION.opset, global_pooling=True, own_weights=True)
 
     def __init__(self, *, simplify: bool = False, external_data_above: int = EXTERNAL_DATA_ABOVE) -> None:
         """Prepare to lower.
@@ -39,43 +37,44 @@ class OnnxRuntimeBackend(Backend):
                 agrees.
             external_data_above: bytes of weights from which on they are stored beside the model.
         """
+        super().__init__(external_data_above=external_data_above)
         self._simplify = simplify
-        self._external_data_above = external_data_above
 
     @property
     def description(self) -> TargetDescription:
         """What passes need to know about the runtime."""
         return DESCRIPTION
 
-    def lower(self, program: Program, path: Path) -> Artifact:
-        """Write `program` as ONNX.
+    def options(self, model: ir.Model) -> dict[str, Json]:
+        """Return the options that make the model fast, see `onnxruntime.options`."""
+        return recorded_options(model)
+
+    def prepare(self, model: ir.Model, program: Program) -> tuple[ir.Model, dict[str, Json]]:
+        """Clean up where that was asked for."""
+        if not self._simplify:
+            return model, {}
+        model, said = simplify_where_smaller(model, program)
+        return model, {"onnxsim": said}
+
+    def accept(self, path: Path, model: ir.Model, program: Program) -> dict[str, Json]:
+        """Load the file and count the quantized operators that reach an integer kernel.
 
         Raises:
-            LoweringError: an operator has no ONNX form, or ONNX Runtime no kernel for it.
+            LoweringError: ONNX Runtime has no kernel for an operator.
         """
-        model = lower(program, Style(opset=DESCRIPTION.opset, global_pooling=True, own_weights=True))
-        facts: dict[str, Json] = {}
-        if self._simplify:
-            model, facts["onnxsim"] = simplify_where_smaller(model, program)
-        options = recorded_options(model)
-        files = save(model, path, external_data_above=self._external_data_above)
+        settings = SessionSettings.of(self.options(model))
         try:
-            layers = quantized_layers(path, SessionSettings.of(options))
+            layers = quantized_layers(path, settings)
             if not layers:
-                OnnxSession(path, SessionSettings.of(options))
+                OnnxSession(path, settings)
         except LoweringError as err:
-            for file in files:
-                file.unlink(missing_ok=True)
             if any(tensor.dtype is torch.bfloat16 for tensor in program.state_dict().values()):
                 raise LoweringError(
                     "ONNX Runtime has no bfloat16 kernels for some operators of the model. Convert it with "
                     f"`model.float()` first. The runtime says: {err}"
                 ) from err
             raise
-        facts["operators"] = _count(model)
-        facts["quantized"] = len(layers)
-        facts["integer"] = sum(layer.integer for layer in layers)
-        return Artifact(path, files, self, program.inputs, program.outputs, options, facts)
+        return {"quantized": len(layers), "integer": sum(layer.integer for layer in layers)}
 
     def check(self, artifact: Artifact) -> list[Finding]:
         """Report layers that were quantized and run in float after all."""
@@ -89,44 +88,12 @@ class OnnxRuntimeBackend(Backend):
         """List the quantized operators of an artifact with the kernel each reaches."""
         return quantized_layers(artifact.path, SessionSettings.of(artifact.session_options))
 
-    def verify(self, artifact: Artifact, program: Program, inputs: tuple[Array, ...] | None = None) -> float:
-        """Compare the file on disk with `program` on the recorded options; see `onnx_execution.verification`."""
-        settings = SessionSettings.of(artifact.session_options)
-        return verify(artifact.path, program, inputs, dataclasses.replace(settings, threads=0))
-
-    def session(self, artifact: Artifact, **options: Json) -> OnnxSession:
-        """Load the artifact in ONNX Runtime.
-
-        Args:
-            artifact: what `lower` or `open` returned.
-            options: `threads`, `optimization`, `spinning`, `disabled_optimizers`, `config`; they override recorded
-                ones.
-        """
-        return OnnxSession(artifact.path, SessionSettings.of({**artifact.session_options, **options}))
-
-    def open(self, path: Path) -> Artifact:
-        """Describe an ONNX file."""
-        path = Path(path)
-        model = read_model(path)
-        inputs = specs(list(model.graph.inputs), path)
-        outputs = specs(list(model.graph.outputs), path)
-        facts: dict[str, Json] = {"operators": _count(model)}
-        return Artifact(path, files_of(path, model), self, inputs, outputs, recorded_options(model), facts)
-
     def summary(self, artifact: Artifact) -> str:
         """Say how many of the quantized operators run on integers."""
         quantized = artifact.facts.get("quantized", 0)
         if not quantized:
             return f"{artifact.facts.get('operators', 0)} operators, float"
         return f"{artifact.facts['integer']} of {quantized} quantized operators on integer kernels"
-
-    def run_script(self, artifact: Artifact) -> str:
-        """Return a script of numpy and onnxruntime alone."""
-        return run_script(artifact.path.name, artifact.inputs, artifact.session_options)
-
-
-def _count(model: ir.Model) -> int:
-    return len(model.graph)
 
 
 def _complaint(layer: Layer) -> str:

@@ -7,13 +7,10 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from graphopt.backends.onnx_backend import OnnxBackend
 from graphopt.backends.onnx_execution.batches import batches
-from graphopt.backends.onnx_execution.run_script import run_script
-from graphopt.backends.onnx_execution.session import OnnxSession, SessionSettings
-from graphopt.backends.onnx_execution.verification import verify
-from graphopt.backends.onnx_lowering.artifacts import files_of, read_model, specs
-from graphopt.backends.onnx_lowering.lowering import Style, lower
-from graphopt.backends.onnx_lowering.saving import EXTERNAL_DATA_ABOVE, save
+from graphopt.backends.onnx_lowering.artifacts import read_model
+from graphopt.backends.onnx_lowering.lowering import Style
 from graphopt.backends.tensorrt import engine
 from graphopt.backends.tensorrt.description import DESCRIPTION
 from graphopt.backends.tensorrt.rules import check_model
@@ -21,16 +18,15 @@ from graphopt.backends.tensorrt.sparsity import sparse_layers
 from graphopt.errors import LoweringError
 from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
-from graphopt.targets.backend import Array, Artifact, Backend, Finding
+from graphopt.targets.backend import Artifact, Finding
 from graphopt.targets.description import TargetDescription
 
 # ONNX Runtime's optimizer moves and merges quantizations; left alone it computes them one by one, as the file says.
 _LITERALLY: dict[str, Json] = {"threads": 0, "optimization": "disabled"}
 _NOT_INSTALLED = "tensorrt-rtx is not installed: neither parsed nor built (pip install 'graphopt[tensorrt]')"
-_REMARK = "ONNX Runtime stands in for TensorRT here: its numbers, not its speed. Build with trtexec there."
 
 
-class TensorRTBackend(Backend):
+class TensorRTBackend(OnnxBackend):
     """Lowers to ONNX for TensorRT.
 
     There is no NVIDIA GPU to be counted on where graphopt runs, so `session` and `verify` execute the artifact in
@@ -40,61 +36,43 @@ class TensorRTBackend(Backend):
 
     name: ClassVar[str] = "tensorrt"
     times_here: ClassVar[bool] = False
-
-    def __init__(self, *, external_data_above: int = EXTERNAL_DATA_ABOVE) -> None:
-        """Prepare to lower.
-
-        Args:
-            external_data_above: bytes of weights from which on they are stored beside the model.
-        """
-        self._external_data_above = external_data_above
+    style: ClassVar[Style] = Style(opset=DESCRIPTION.opset)
+    remark: ClassVar[str] = (
+        "ONNX Runtime stands in for TensorRT here: its numbers, not its speed. Build with trtexec there."
+    )
 
     @property
     def description(self) -> TargetDescription:
         """What passes need to know about the runtime."""
         return DESCRIPTION
 
-    def lower(self, program: Program, path: Path) -> Artifact:
-        """Write `program` as ONNX, and have TensorRT build it where `tensorrt-rtx` is installed.
+    def options(self, model: ir.Model) -> dict[str, Json]:
+        """Let ONNX Runtime execute the file literally."""
+        return dict(_LITERALLY)
+
+    def prepare(self, model: ir.Model, program: Program) -> tuple[ir.Model, dict[str, Json]]:
+        """Apply the rules TensorRT was measured to follow.
 
         Raises:
-            LoweringError: an operator has no ONNX form, or TensorRT refuses the result or would compute something
-                else.
+            LoweringError: TensorRT refuses the model or would compute something else.
         """
-        model = lower(program, Style(opset=DESCRIPTION.opset))
         errors = [finding for finding in check_model(model) if finding.severity == "error"]
         if errors:
             raise LoweringError(f"TensorRT cannot take the program: {_listed(errors)}")
-        files = save(model, path, external_data_above=self._external_data_above)
-        facts: dict[str, Json] = {"operators": len(model.graph)}
-        try:
-            facts.update(_sparse_facts(model))
-            facts.update(_engine_facts(path, program, sparse=bool(facts.get("sparse_layers"))))
-        except LoweringError:
-            for file in files:
-                file.unlink(missing_ok=True)
-            raise
-        return Artifact(path, files, self, program.inputs, program.outputs, dict(_LITERALLY), facts)
+        return model, {}
+
+    def accept(self, path: Path, model: ir.Model, program: Program) -> dict[str, Json]:
+        """Have TensorRT build the file where `tensorrt-rtx` is installed.
+
+        Raises:
+            LoweringError: it refuses.
+        """
+        sparse = _sparse_facts(model)
+        return {**sparse, **_engine_facts(path, program, sparse=bool(sparse))}
 
     def check(self, artifact: Artifact) -> list[Finding]:
         """Apply the rules TensorRT was measured to follow."""
         return check_model(read_model(artifact.path))
-
-    def verify(self, artifact: Artifact, program: Program, inputs: tuple[Array, ...] | None = None) -> float:
-        """Compare the file on disk, executed literally by ONNX Runtime, with `program`."""
-        return verify(artifact.path, program, inputs, SessionSettings.of(_LITERALLY))
-
-    def session(self, artifact: Artifact, **options: Json) -> OnnxSession:
-        """Load the artifact in ONNX Runtime, which stands in for TensorRT on a machine without its GPU."""
-        return OnnxSession(artifact.path, SessionSettings.of({**artifact.session_options, **options}))
-
-    def open(self, path: Path) -> Artifact:
-        """Describe an ONNX file."""
-        path = Path(path)
-        model = read_model(path)
-        inputs, outputs = specs(list(model.graph.inputs), path), specs(list(model.graph.outputs), path)
-        facts: dict[str, Json] = {"operators": len(model.graph)}
-        return Artifact(path, files_of(path, model), self, inputs, outputs, dict(_LITERALLY), facts)
 
     def summary(self, artifact: Artifact) -> str:
         """Say what TensorRT's builder made of the artifact."""
@@ -104,10 +82,6 @@ class TensorRTBackend(Backend):
         sparse = artifact.facts.get("sparse_layers")
         with_zeros = f", {sparse} of {artifact.facts['layers']} layers 2:4 sparse" if sparse else ""
         return f"built for {artifact.facts['compute_capability']}, weights {memory / 1e6:.1f} MB{with_zeros}"
-
-    def run_script(self, artifact: Artifact) -> str:
-        """Return a script of numpy and onnxruntime alone."""
-        return run_script(artifact.path.name, artifact.inputs, artifact.session_options, remark=_REMARK)
 
 
 def _sparse_facts(model: ir.Model) -> dict[str, Json]:

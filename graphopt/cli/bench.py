@@ -40,7 +40,7 @@ def command(
     with tempfile.TemporaryDirectory(prefix="graphopt-") as home:
 
         def opened(path: Path, name: str) -> Artifact:
-            return _artifact(path, Path(home) / f"{name}.onnx", target, data, inputs, trust, seed)
+            return _artifact(path, Path(home), name, target, data, inputs, trust, seed)
 
         first = opened(one, "a")
         second = opened(other, "b") if other is not None else first
@@ -54,16 +54,17 @@ def command(
 
 
 def _artifact(
-    path: Path, lowered: Path, target: str, data: str | None, inputs: list[str] | None, trust: bool, seed: int
+    path: Path, home: Path, name: str, target: str, data: str | None, inputs: list[str] | None, trust: bool, seed: int
 ) -> Artifact:
     from graphopt.pipeline.registry import backend
 
-    if path.suffix == ".onnx":
-        return backend(target).open(path)
+    chosen = backend(target)
+    if path.suffix == chosen.suffix:
+        return chosen.open(path)
     program = arguments.load_program(
         path, data=data, inputs=inputs, dynamic=None, factory=None, weights=None, trust=trust, seed=seed
     )
-    return backend(target).lower(program, lowered)
+    return chosen.lower(program, chosen.path_in(home, name))
 
 
 def _feed(artifact: Artifact, data: str | None, batch: int) -> tuple[Any, ...] | None:

@@ -38,6 +38,6 @@ def command(
             result.save(directory / ("program.pt2" if len(programs) == 1 else f"program.{target}.pt2"))
             if target:
                 lowering = backend(target)
-                lowering.verify(lowering.lower(result, directory / f"{target}.onnx"), result)
+                lowering.verify(lowering.lower(result, lowering.path_in(directory)), result)
     for path in sorted(output.iterdir()):
         print(path)

@@ -16,11 +16,11 @@ from graphopt.errors import UsageError
 from graphopt.ir.program import Program
 from graphopt.ir.signature import TensorSpec
 from graphopt.job.deliver import flat
+from graphopt.job.optimizing import DEFAULT_TARGET
 from graphopt.measure.bench import batch_of
-from graphopt.pipeline.registry import backend
+from graphopt.pipeline.registry import backend_of
 from graphopt.targets.backend import Artifact
 
-_ARTIFACT = ".onnx"
 _SAMPLES = 8  # of made-up inputs
 
 
@@ -44,9 +44,10 @@ class Contender:
 
 
 def open_contender(path: Path, *, data: Any, trust: bool, seed: int) -> Contender:
-    """Open a model file or an artifact (`.onnx`; run by the onnxruntime backend)."""
-    if path.suffix == _ARTIFACT:
-        artifact = backend("onnxruntime").open(path)
+    """Open a model file or an artifact, run by the default target's backend where several have such files."""
+    owner = backend_of(path, preferred=DEFAULT_TARGET)
+    if owner is not None:
+        artifact = owner.open(path)
         return Contender(path, artifact.inputs, artifact.outputs, flat(artifact.session()), artifact)
     program = load(path, data=data, trust=trust, seed=seed)
 

@@ -37,10 +37,10 @@ def deliver(
         LoweringError: the backend cannot lower it, or the artifact computes something else.
     """
     started = time.perf_counter()
-    artifact = item.lower(program, home / f"{item.name}.onnx")
+    artifact = item.lower(program, item.path_in(home))
     item.verify(artifact, program, tuple(tensor.numpy() for tensor in probe.batch))
     seconds = time.perf_counter() - started
-    baseline = item.lower(original, home / f"original.{item.name}.onnx")
+    baseline = item.lower(original, item.path_in(home, f"original.{item.name}"))
     session = artifact.session()
     row = Row(
         artifact.path.name,

@@ -48,7 +48,7 @@ class Stopwatch:
     def _load(self, program: Program) -> Callable[[], object]:
         if program not in self._loaded:
             home = tempfile.TemporaryDirectory(prefix="graphopt-")
-            artifact = self._backend.lower(program, Path(home.name) / "timed.onnx")
+            artifact = self._backend.lower(program, self._backend.path_in(Path(home.name), "timed"))
             session = artifact.session(threads=1)
             feed = batch_of(artifact.inputs, [tensor.numpy() for tensor in program.flat_examples()], 1)
             self._loaded[program] = _Loaded(lambda: session(*feed), home)

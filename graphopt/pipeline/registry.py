@@ -141,9 +141,13 @@ def backend(name: str) -> Backend:
     return found
 
 
-def backend_names() -> list[str]:
-    """List the registered backends, without importing any."""
-    return Registry(BACKENDS).names()
+def backend_of(file: Path, *, preferred: str) -> Backend | None:
+    """Return a backend whose artifacts end as `file` does: `preferred` or the first by name; None if there is none."""
+    from graphopt.targets.backend import Backend
+
+    found = {name: kind for name, kind in Registry(BACKENDS).working(Backend).items() if kind.suffix == file.suffix}
+    kind: type[Backend] | None = found.get(preferred, next(iter(found.values()), None))
+    return None if kind is None else kind()
 
 
 def _same(one: Entry, other: Entry) -> bool:

@@ -80,10 +80,12 @@ class Backend(ABC):
 
     Attributes:
         name: what `--target` calls it.
+        suffix: how the names of its artifacts end, ".onnx".
         times_here: whether the time a session takes on this machine says anything about the target.
     """
 
     name: ClassVar[str]
+    suffix: ClassVar[str]
     times_here: ClassVar[bool] = True
 
     @property
@@ -91,9 +93,13 @@ class Backend(ABC):
     def description(self) -> TargetDescription:
         """What passes need to know about the runtime."""
 
+    def path_in(self, folder: Path, stem: str = "") -> Path:
+        """Return where an artifact goes in `folder`: `onnxruntime.onnx`, or another stem."""
+        return folder / f"{stem or self.name}{self.suffix}"
+
     @abstractmethod
     def lower(self, program: Program, path: Path) -> Artifact:
-        """Write `program` to `path` (`.onnx`), external data beside it where needed.
+        """Write `program` to `path` (see `path_in`), external data beside it where needed.
 
         Identical input gives identical bytes. Nothing is left half-written.
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from graphopt.errors import UsageError
+from graphopt.pipeline import registry
 from graphopt.pipeline.pass_base import Pass
-from graphopt.pipeline.pipeline import registry
 from graphopt.pipeline.registry import PassRegistry
 from tests.graphopt.toy_passes import Scale
 
