@@ -16,7 +16,7 @@ class GraphOptError(Exception):
 
 
 class GateError(GraphOptError):
-    """A `--fail-if` gate did not hold; the outputs were written."""
+    """A `--fail-if` gate that failed; the results lie in DIR.failed."""
 
     exit_code = 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from graphopt.errors import GateError, UsageError
 if TYPE_CHECKING:
     from graphopt.job.result import Result
     from graphopt.pipeline.pipeline import Pipeline
+    from graphopt.targets.backend import Backend
 
 DEFAULT_PASSES = "prune,svd,int8"
 
@@ -54,7 +56,9 @@ def command(
     format: Format = "text",
 ) -> None:
     """Prune, factorise, quantize and lower a model; verify and time the result."""
-    from graphopt.cli.gates import Gate
+    from graphopt.cli.gates import Gate, check_measured
+    from graphopt.cli.gates import check as check_gates
+    from graphopt.pipeline.registry import backend
 
     arguments.check_format(format)
     gates = [Gate.parse(text) for text in fail_if or ()]
@@ -62,21 +66,33 @@ def command(
     directory = output or _default_directory(model, factory)
     if directory.exists() and not directory.is_dir():
         raise UsageError(f"{directory} is a file. Give -o a directory.")
+    names = [name.strip() for text in target or ["onnxruntime"] for name in text.split(",") if name.strip()]
+    backends = [backend(name) for name in names]
+    times = bench and any(item.times_here for item in backends)
+    check_measured(gates, evaluates=evaluation is not None, lowers=bool(backends) and not plan, times=times)
+    failed = _directory_of_failure(directory, expected=bool(gates) and not plan)
     result = _optimize(
-        model, pipeline, data, evaluation, target or ["onnxruntime"], inputs, dynamic, factory, weights, trust, check,
-        bench, dump, seed, not plan,
+        model, pipeline, data, evaluation, backends, inputs, dynamic, factory, weights, trust, check, bench, dump, seed,
+        not plan,
     )  # fmt: skip
     if plan:
         json.dump([found.to_json() for found in result.plans], sys.stdout, indent=1)
         print()
-    else:
-        written = result.save(directory)
-        _print(result, directory, format)
-        if depfile is not None:
-            _write_depfile(depfile, written, [model, weights, *_paths(data, evaluation, passes), *(plugin or ())])
-    failures = [failure for gate in gates for failure in gate.failures(result.report)]
-    if failures:
-        raise GateError("; ".join(failures) + ".")
+        check_gates(gates, result.report)
+        return
+    try:
+        check_gates(gates, result.report)
+    except (GateError, UsageError) as err:
+        if failed.exists():
+            shutil.rmtree(failed)
+        result.save(failed)
+        _print(result, failed, format)
+        raise type(err)(f"{err} The results are in {failed}; {directory} is as it was.") from err
+    if depfile is not None:  # before the results: with them stands what they depend on
+        used = [model, weights, *_paths(data, evaluation, passes), *(plugin or ())]
+        _write_depfile(depfile, [directory / found.path.name for found in result.artifacts.values()], used)
+    result.save(directory)
+    _print(result, directory, format)
 
 
 def _pipeline(passes: str, plugins: Sequence[Path]) -> Pipeline:
@@ -97,12 +113,25 @@ def _default_directory(model: Path | None, factory: str | None) -> Path:
     raise UsageError("Give the path of a model file, or --factory package.module:function.")
 
 
+def _directory_of_failure(directory: Path, *, expected: bool) -> Path:
+    """Return where results go whose gate fails, so that no build takes them for good ones.
+
+    Raises:
+        UsageError: there is a directory of that name that no run wrote, which a failure would replace.
+    """
+    named = directory if directory.name not in ("", "..") else directory.resolve()
+    failed = Path(f"{named}.failed")
+    if expected and failed.exists() and not (failed / "report.json").is_file():
+        raise UsageError(f"{failed} is where results go if a gate fails, and holds something else. Move it away.")
+    return failed
+
+
 def _optimize(
     model: Path | None,
     pipeline: Pipeline,
     data: str | None,
     evaluation: str | None,
-    targets: list[str],
+    backends: list[Backend],
     inputs: list[str] | None,
     dynamic: list[str] | None,
     factory: str | None,
@@ -117,10 +146,7 @@ def _optimize(
     from graphopt.cli.progress import TerminalProgress
     from graphopt.job.optimizing import optimize
     from graphopt.pipeline.hooks import Dump
-    from graphopt.pipeline.registry import backend
 
-    names = [name.strip() for text in targets for name in text.split(",") if name.strip()]
-    backends = [backend(name) for name in names]
     program = arguments.load_program(
         model, data=data, inputs=inputs, dynamic=dynamic, factory=factory, weights=weights, trust=trust, seed=seed
     )
@@ -167,16 +193,19 @@ def _paths(*arguments: str | None) -> list[Path]:
     return found
 
 
-def _write_depfile(path: Path, outputs: Sequence[Path], inputs: Sequence[Path | None]) -> None:
-    """Write `outputs: inputs` as Make and Ninja read it, spaces escaped."""
+def _write_depfile(path: Path, artifacts: Sequence[Path], inputs: Sequence[Path | None]) -> None:
+    """Write `artifacts: inputs` as Make and Ninja read it, spaces escaped.
+
+    Ninja takes no other output than a build statement declares, so the files beside the artifacts are not named. Each
+    input has a rule without a recipe, so that one that is gone means building again and not that Make cannot.
+    """
     from graphopt.files import replacing
 
-    def names(paths: Sequence[Path]) -> str:
-        return " ".join(str(p).replace("$", "$$").replace("#", r"\#").replace(" ", r"\ ") for p in paths)
+    def name(file: Path) -> str:
+        return str(file).replace("$", "$$").replace("#", r"\#").replace(" ", r"\ ")
 
-    files: list[Path] = []
-    for item in inputs:
-        if item is not None:
-            files += sorted(p for p in item.rglob("*") if p.is_file()) if item.is_dir() else [item]
+    given = [item for item in inputs if item is not None]
+    files = [file for item in given for file in (item, *(sorted(item.rglob("*")) if item.is_dir() else ()))]
+    rules = [f"{' '.join(map(name, artifacts))}: {' '.join(map(name, files))}", *(f"{name(file)}:" for file in files)]
     with replacing(path) as temporary:
-        temporary.write_text(f"{names(outputs)}: {names(files)}\n")
+        temporary.write_text("\n".join(rules) + "\n")

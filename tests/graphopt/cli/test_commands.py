@@ -32,8 +32,7 @@ def test_optimize_writes_everything_a_deployment_needs(files: Files, capsys: pyt
     assert [plan["pass_name"] for plan in manifest["plans"]] == ["prune", "svd", "fold", "int8"]
     assert manifest["artifacts"]["onnxruntime"]["session_options"]
     depfile = (files.folder / "model.d").read_text()
-    assert "model.graphopt/onnxruntime.onnx" in depfile.partition(": ")[0]
-    assert depfile.partition(": ")[2].split() == ["model.pt", "data.npz", "labelled.npz"]
+    assert depfile.splitlines()[0] == "model.graphopt/onnxruntime.onnx: model.pt data.npz labelled.npz"
 
 
 def test_the_artifact_runs_without_graphopt(files: Files) -> None:
@@ -98,7 +97,9 @@ def test_plan_decides_for_the_target(files: Files, capsys: pytest.CaptureFixture
 def test_a_failed_gate_still_writes_and_exits_with_1(files: Files, fails: Fails) -> None:
     said = fails(1, *FULL, "--fail-if", "size>0.01")
     assert said.startswith("size is ")
-    assert (files.folder / "model.graphopt" / "onnxruntime.onnx").exists()
+    assert said.endswith("The results are in model.graphopt.failed; model.graphopt is as it was.")
+    assert (files.folder / "model.graphopt.failed" / "onnxruntime.onnx").exists()
+    assert not (files.folder / "model.graphopt").exists()
 
 
 def test_two_targets_share_what_comes_before_the_fork(files: Files, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from graphopt.cli.gates import Gate
-from graphopt.errors import UsageError
+from graphopt.cli.gates import Gate, check
+from graphopt.errors import GateError, UsageError
 from graphopt.job.report import Latency, Report, Row
 from graphopt.measure.equivalence import Equivalence
 
@@ -67,10 +67,37 @@ def test_unreadable(text: str) -> None:
 
 def test_a_gate_on_what_was_not_measured() -> None:
     report = Report("m", "p", rows=[Row("original"), Row("int8")])
-    with pytest.raises(
-        UsageError, match=r"nothing to look at: points of the --eval metric lost was not.*Give --eval\."
-    ):
+    with pytest.raises(UsageError, match=r"gate drop>1 has nothing to look at:.*points of the --eval.*Give --eval\."):
         Gate.parse("drop>1").failures(report)
+
+
+def test_a_gate_looks_at_the_artifacts_that_have_the_quantity(caplog: pytest.LogCaptureFixture) -> None:
+    report = Report("m", "p", rows=[REPORT.rows[0], Row("tensorrt.onnx", target="tensorrt", size=300), REPORT.rows[2]])
+    assert Gate.parse("speedup<3.5").failures(report) == ["speedup is 3 for onnxruntime.onnx, gate is speedup<3.5"]
+    assert "the gate speedup<3.5 says nothing of tensorrt.onnx" in caplog.text
+    assert [text.split(" for ")[1] for text in Gate.parse("size>0.1").failures(report)] == [
+        "tensorrt.onnx, gate is size>0.1",
+        "onnxruntime.onnx, gate is size>0.1",
+    ]
+
+
+def test_all_gates_that_fail_are_named() -> None:
+    with pytest.raises(GateError) as caught:
+        check([Gate.parse(text) for text in ("drop>0.5", "size>0.9", "speedup<4")], REPORT)
+    assert str(caught.value) == (
+        "drop is 2 for onnxruntime.onnx, gate is drop>0.5; speedup is 3 for onnxruntime.onnx, gate is speedup<4."
+    )
+
+
+def test_all_gates_that_hold() -> None:
+    check([Gate.parse(text) for text in ("drop>3", "size>0.9", "speedup<2")], REPORT)
+
+
+@pytest.mark.parametrize("text", ["error>1e9", "error<0", "agreement<0", "agreement>2", "speedup<0"])
+def test_what_is_not_a_number_fails_every_gate(text: str) -> None:
+    nan = math.nan
+    row = Row("a", size=1, error=Equivalence(nan, nan, nan, nan), latency=Latency("s", 1, nan, (nan, nan), nan))
+    assert Gate.parse(text).failures(Report("m", "p", rows=[Row("original"), row])) != []
 
 
 @pytest.mark.parametrize(
@@ -78,6 +105,11 @@ def test_a_gate_on_what_was_not_measured() -> None:
     [
         (80.0, math.nan, "drop>0.5", True),
         (80.0, math.nan, "drop%>0.5", True),
+        (math.nan, 80.0, "drop>0.5", True),
+        (math.nan, 80.0, "drop%<-5", True),
+        (math.inf, math.inf, "drop>0.5", True),
+        (0.0, math.nan, "drop%<-5", True),
+        (0.0, -math.nan, "drop%>5", True),
         (0.0, -1.0, "drop%>50", True),
         (0.0, 1.0, "drop%>50", False),
         (0.0, 0.0, "drop%>50", False),

@@ -1,0 +1,177 @@
+"""In a build: a failed gate stays red however often Make runs, and the depfile says what a result depends on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import graphopt
+from graphopt.cli.app import run
+from tests.graphopt.cli.conftest import Fails, Files
+
+ROOT = Path(__file__).parents[3]
+TARGET = "build/onnxruntime.onnx"
+DEPFILE = "build/model.d"
+GRAPHOPT = f"{sys.executable} -B -c 'from graphopt.cli.app import main; main()'"
+RULE = """
+.DELETE_ON_ERROR:
+build/onnxruntime.onnx: model.pt
+	{graphopt} optimize model.pt --passes fold {arguments} -o build --depfile build/model.d $(GATES)
+-include build/model.d
+"""
+
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+needs_ninja = pytest.mark.skipif(shutil.which("ninja") is None, reason="ninja is not installed")
+
+
+def make(arguments: str, *gates: str) -> subprocess.CompletedProcess[str]:
+    """Run Make on README's rule."""
+    Path("Makefile").write_text(RULE.format(graphopt=GRAPHOPT, arguments=arguments))
+    texts = " ".join(f'--fail-if "{gate}"' for gate in gates)
+    return subprocess.run(
+        ["make", f"GATES={texts}"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+
+
+def later(path: str, than: str) -> None:
+    """Make a file newer than another, without waiting."""
+    moment = Path(than).stat().st_mtime + 10
+    os.utime(path, (moment, moment))
+
+
+@needs_make
+def test_a_failed_gate_stays_red_until_it_is_loosened(files: Files) -> None:
+    for _ in range(2):
+        done = make("--no-bench", "size>10", "error>=0")
+        assert done.returncode == 2
+        assert "gate is error>=0. The results are in build.failed; build is as it was." in done.stderr
+        assert not Path("build").exists()
+        assert Path("build.failed/onnxruntime.onnx").is_file()
+    done = make("--no-bench", "size>10")
+    assert done.returncode == 0, done.stderr
+    assert Path(TARGET).is_file()
+    assert "is up to date" in make("--no-bench", "size>10").stdout
+    good = Path(TARGET).read_bytes()
+    later("model.pt", TARGET)
+    for _ in range(2):
+        assert make("--no-bench", "error>=0").returncode == 2
+        assert Path(TARGET).read_bytes() == good
+
+
+@needs_make
+def test_a_gate_on_what_only_the_second_target_has(files: Files) -> None:
+    for _ in range(2):
+        done = make("--target tensorrt --target onnxruntime", "speedup<1000")
+        assert done.returncode == 2
+        assert "the gate speedup<1000 says nothing of tensorrt.onnx: it was not measured there" in done.stderr
+        assert "for onnxruntime.onnx, gate is speedup<1000. The results are in build.failed" in done.stderr
+        assert not Path("build").exists()
+
+
+def test_a_failed_gate_replaces_the_results_of_an_earlier_one(files: Files, fails: Fails) -> None:
+    command = ("optimize", "model.pt", "--passes", "fold", "--no-bench", "-o", "build", "--depfile", DEPFILE)
+    fails(1, *command, "--fail-if", "error>=0", "--target", "onnxruntime", "--target", "tensorrt")
+    assert Path("build.failed/tensorrt.onnx").exists()
+    fails(1, *command, "--fail-if", "error>=0")
+    assert not Path("build.failed/tensorrt.onnx").exists()
+    assert not Path("build").exists()
+
+
+def test_what_no_run_wrote_is_not_replaced(files: Files, fails: Fails) -> None:
+    Path("build.failed").mkdir()
+    Path("build.failed/diary.txt").write_text("mine")
+    command = ("optimize", "model.pt", "--passes", "fold", "--no-bench", "-o", "build", "--fail-if")
+    assert fails(2, *command, "error>=0").startswith("build.failed is where results go if a gate fails")
+    assert Path("build.failed/diary.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("output", [".", "sub/.."])
+def test_a_directory_without_a_name_of_its_own(files: Files, fails: Fails, output: str) -> None:
+    Path("sub").mkdir()
+    said = fails(1, "optimize", "model.pt", "--passes", "", "--no-bench", "-o", output, "--fail-if", "error>=0")
+    failed = Path(f"{files.folder}.failed")
+    assert f"The results are in {failed}" in said
+    assert (failed / "onnxruntime.onnx").is_file()
+    assert not Path("onnxruntime.onnx").exists()
+
+
+def test_a_gate_that_cannot_be_told_keeps_the_results_apart(files: Files, fails: Fails) -> None:
+    graphopt.capture(nn.Linear(8, 1), (torch.zeros(2, 8),)).save("score.pt2")
+    said = fails(2, "optimize", "score.pt2", "--passes", "", "--no-bench", "-o", "build", "--fail-if", "agreement<1")
+    assert "The gate agreement<1 has nothing to look at" in said
+    assert Path("build.failed/onnxruntime.onnx").is_file()
+    assert not Path("build").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "gate", "advice"),
+    [
+        ((), "drop>1", "Give --eval."),
+        ((), "drop%>1", "Give --eval."),
+        (("--no-bench",), "speedup<2", "with timing on"),
+        (("--target", "tensorrt"), "speedup<2", "executes on this machine"),
+        (("--plan",), "speedup<2", "without --plan"),
+        (("--plan",), "size>0.5", "Leave out --plan."),
+    ],
+)
+def test_what_a_run_will_not_measure_is_said_before_it(
+    files: Files, fails: Fails, arguments: tuple[str, ...], gate: str, advice: str
+) -> None:
+    Path("model.pt").unlink()  # so that only what reads no model is reached
+    said = fails(2, "optimize", "model.pt", "--passes", "fold", *arguments, "--fail-if", "error>1", "--fail-if", gate)
+    assert said.startswith(f"The gate {gate} has nothing to look at")
+    assert advice in said
+
+
+NINJA = """
+rule copy
+  command = mkdir -p build && cp kept.onnx $out && cp kept.d build/model.d && echo ran >> log
+  depfile = build/model.d
+  {deps}
+build build/onnxruntime.onnx: copy model.pt
+"""
+
+
+@needs_ninja
+@pytest.mark.parametrize("deps", ["", "deps = gcc"], ids=["depfile", "deps"])
+def test_ninja_builds_again_when_what_the_depfile_names_changes(files: Files, deps: str) -> None:
+    Path("many samples").mkdir()
+    for index in range(2):
+        np.savez(f"many samples/{index}.npz", input=np.load("data.npz")["input"])
+    command = ["optimize", "model.pt", "--passes", "", "--no-bench", "--data", "many samples", "-o", "build"]
+    assert run([*command, "--depfile", DEPFILE]) == 0
+    assert Path(DEPFILE).read_text().splitlines() == [
+        r"build/onnxruntime.onnx: model.pt many\ samples many\ samples/0.npz many\ samples/1.npz",
+        "model.pt:",
+        r"many\ samples:",
+        r"many\ samples/0.npz:",
+        r"many\ samples/1.npz:",
+    ]
+    shutil.move(TARGET, "kept.onnx")
+    shutil.move(DEPFILE, "kept.d")
+    shutil.rmtree("build")
+    Path("build.ninja").write_text(NINJA.format(deps=deps))
+
+    def ninja() -> int:
+        """Run it; return how often the command has run by then."""
+        done = subprocess.run(["ninja"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+        return len(Path("log").read_text().splitlines())
+
+    assert [ninja(), ninja()] == [1, 1]
+    later("many samples/0.npz", TARGET)
+    assert ninja() == 2
+    for path in ("many samples/0.npz", "many samples"):
+        os.utime(path, (0, 0))
+    assert [ninja(), ninja()] == [2, 2]
+    Path("many samples/1.npz").unlink()
+    os.utime("many samples", (0, 0))
+    assert ninja() == 3
