@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -12,7 +13,7 @@ from torch import nn
 
 from graphopt.errors import LoadError
 from graphopt.loading.contents import Kind, identify
-from graphopt.loading.functions import current_directory_importable, resolve_function
+from graphopt.loading.functions import importable, resolve_function
 from graphopt.loading.pickles import load_plain_pickle
 from graphopt.loading.refusal import DamagedError
 
@@ -29,7 +30,7 @@ def build_model(factory: str) -> nn.Module:
         LoadError: It raised, or returned something other than a module.
     """
     function = resolve_function(factory, "--factory")
-    with current_directory_importable():
+    with importable(Path.cwd()):
         try:
             model = function()
         except Exception as err:  # the user's own code may raise anything

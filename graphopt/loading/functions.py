@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from graphopt.errors import UsageError
@@ -35,14 +35,16 @@ def resolve_function(text: str, option: str) -> Callable[..., Any]:
         hint = " A path is not a module name: drop `.py` and write dots for slashes." if "/" in text else ""
         raise UsageError(f"{option} {text!r} is not of the form `package.module:function`.{hint}")
     module_name, _, attribute = text.partition(":")
-    with current_directory_importable():
+    directory = Path.cwd()
+    with importable(directory):
         try:
             found: Any = importlib.import_module(module_name)
         except Exception as err:  # importing runs the user's module, which may raise anything
             raise UsageError(
                 f"{option} {text!r}: importing `{module_name}` failed ({type(err).__name__}: {err}); the current "
-                f"directory, {os.getcwd()}, and the installed packages were searched."
+                f"directory, {directory}, and the installed packages were searched."
             ) from err
+    check_origin(module_name, directory)
     for part in attribute.split("."):
         if not hasattr(found, part):
             near = difflib.get_close_matches(part, [name for name in dir(found) if not name.startswith("_")], 1)
@@ -55,16 +57,33 @@ def resolve_function(text: str, option: str) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def current_directory_importable() -> Iterator[None]:
-    """Let imports see the current directory, as `python -m` does, for as long as this is entered."""
-    directory = os.getcwd()
-    if directory in sys.path or "" in sys.path:
-        yield
-        return
-    sys.path.insert(0, directory)
+def importable(directory: Path) -> Iterator[None]:
+    """Let imports look into a directory first, as those of a script look beside it, for as long as this is entered."""
+    importlib.invalidate_caches()  # its files may be a moment old
+    sys.path.insert(0, str(directory))
     try:
         yield
     finally:
         # The user's code may have changed the list meanwhile.
         with contextlib.suppress(ValueError):
-            sys.path.remove(directory)
+            sys.path.remove(str(directory))
+
+
+def check_origin(name: str, directory: Path) -> None:
+    """Refuse a module that was imported from elsewhere, where a directory has one of that name too.
+
+    A process has one module of a name, whichever was imported first.
+
+    Raises:
+        UsageError: it is another file; both are named.
+    """
+    stem = directory.joinpath(*name.split("."))
+    own = next((file for file in (stem / "__init__.py", stem.with_name(f"{stem.name}.py")) if file.is_file()), None)
+    if own is None or name not in sys.modules:
+        return
+    found = getattr(sys.modules[name], "__file__", None)
+    if found is None or not Path(found).exists() or not own.samefile(found):
+        raise UsageError(
+            f"`{name}` is {found or 'a part of Python'} in this process, and {own} would be it too: a name is imported "
+            "once. Rename one of them."
+        )

@@ -19,7 +19,7 @@ from graphopt.loading.archive import Archive
 from graphopt.loading.contents import Kind, identify
 from graphopt.loading.exported import load_archive, load_exported
 from graphopt.loading.factories import apply_weights, build_model, describe, is_state_dict, read_weights
-from graphopt.loading.functions import current_directory_importable
+from graphopt.loading.functions import check_origin, importable
 from graphopt.loading.pickles import load_stock_pickle, load_trusted_pickle
 from graphopt.loading.refusal import DamagedError, HostileError, untrusted
 
@@ -172,8 +172,11 @@ def _load_old_program(data: bytes) -> ExportedProgram:
 
 def _load_module(path: Path, data: bytes, trust: bool) -> nn.Module:
     if trust:
-        with current_directory_importable():
+        directory = Path.cwd()
+        with importable(directory):
             value = load_trusted_pickle(data)
+        for module in value.modules() if isinstance(value, nn.Module) else ():
+            check_origin(type(module).__module__, directory)
     else:
         value = load_stock_pickle(data)
     if isinstance(value, nn.Module):

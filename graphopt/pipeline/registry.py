@@ -6,10 +6,8 @@ breaks nothing; two plugins with one name are an error that names both distribut
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import logging
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -167,29 +165,20 @@ def _plugin_passes(plugins: Iterable[Path | str | type[Pass[Any, Any]]]) -> list
 
 
 def _passes_of_file(path: Path) -> list[Entry]:
+    """Return the passes that a file defines; one that defines none has rules for operators."""
+    from graphopt.axes.registry import built_in_rules
+    from graphopt.loading.python_files import import_file
     from graphopt.pipeline.pass_base import Pass
 
-    if not path.is_file():
-        raise UsageError(f"The plugin file {path} does not exist. Give --plugin the path of a Python file.")
-    name = f"graphopt_plugin_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise UsageError(f"The plugin {path} is not a Python file. Give a file that ends in .py.")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as err:  # the user's file may raise anything
-        del sys.modules[name]
-        raise UsageError(f"The plugin {path} cannot be imported: {type(err).__name__}: {err}.") from err
+    module = import_file(path)
     found = [
         value
         for value in vars(module).values()
         if inspect.isclass(value)
         and issubclass(value, Pass)
-        and value.__module__ == name
+        and value.__module__ == module.__name__
         and not inspect.isabstract(value)
     ]
-    if not found:
+    if not found and not any(rule.infer.__module__ == module.__name__ for rule in built_in_rules().values()):
         raise UsageError(f"The plugin {path} defines no pass. Define a subclass of graphopt.Pass in it.")
     return [Entry(value.name, f"file {path}", value) for value in found]

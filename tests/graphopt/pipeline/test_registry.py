@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 
+from graphopt.axes.registry import _RULES, built_in_rules
 from graphopt.errors import UsageError
 from graphopt.pipeline import registry
 from graphopt.pipeline.pass_base import Pass
@@ -64,6 +66,48 @@ def test_two_passes_of_one_name(tmp_path: Path) -> None:
     file.write_text(PLUGIN.replace('"nothing"', '"scale"'))
     with pytest.raises(UsageError, match=r"Two plugins are called `scale`: class `Scale` and file .*other.py"):
         PassRegistry([Scale, file])
+
+
+def test_two_files_of_one_stem(tmp_path: Path) -> None:
+    files = []
+    for folder, name in (("one", "first"), ("two", "second")):
+        (tmp_path / folder).mkdir()
+        files.append(tmp_path / folder / "my_pass.py")
+        files[-1].write_text(PLUGIN.replace('"nothing"', f'"{name}"'))
+    found = PassRegistry(files)
+    for name in ("first", "second"):
+        kind = found.pass_class(name)
+        assert kind.name == name
+        assert pickle.loads(pickle.dumps(kind)) is kind
+
+
+def test_a_file_given_twice_is_one_plugin(tmp_path: Path) -> None:
+    file = tmp_path / "my_pass.py"
+    file.write_text(PLUGIN)
+    kind = PassRegistry([file, str(file)]).pass_class("nothing")
+    assert PassRegistry([file]).pass_class("nothing") is kind
+
+
+def test_a_plugin_called_like_a_built_in_pass(tmp_path: Path) -> None:
+    file = tmp_path / "other.py"
+    file.write_text(PLUGIN.replace('"nothing"', '"prune"'))
+    with pytest.raises(UsageError, match=r"are called `prune`: distribution `graphopt` and file .*other.py"):
+        PassRegistry([file])
+
+
+def test_a_file_of_axis_rules_alone(tmp_path: Path) -> None:
+    file = tmp_path / "rules.py"
+    file.write_text(
+        "from graphopt.axes.registry import rule\n"
+        "@rule('a_library::scale_channels')\n"
+        "def scale_channels(call):\n"
+        "    return call.dims('x')\n"
+    )
+    try:
+        PassRegistry([file])
+        assert "a_library::scale_channels" in built_in_rules()
+    finally:
+        _RULES.pop("a_library::scale_channels", None)
 
 
 def test_a_broken_entry_point_breaks_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
