@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 import graphopt.quantization.ops  # noqa: F401  (registers the operators)
 from graphopt.ir.program import Program
+from graphopt.ir.torch_internals import pytree
 
 Tensors = tuple[torch.Tensor, ...]
 

@@ -13,13 +13,12 @@ from typing import Any, Self
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
 from torch.export import ExportedProgram
 from torch.export.graph_signature import TensorArgument
 from torch.func import functionalize
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from graphopt.ir.graph import copy_graph_module, fake_mode_of
+from graphopt.ir.torch_internals import OpOverload, enable_python_dispatcher, is_composite, make_fx
 
 _FEW = 16  # calls; of ResNet-50 two took 0.2 s to trace, the whole program 2 s
 
@@ -77,17 +76,12 @@ def _has_regions(gm: fx.GraphModule) -> bool:
 
 
 def _writes(target: Any) -> bool:
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+    return isinstance(target, OpOverload) and target._schema.is_mutable
 
 
 def _always_decomposes(target: Any, default: Mapping[Any, Any]) -> bool:
     """Whether torch takes the operator apart whatever the table says (batch_norm, flatten: torch 2.13)."""
-    composite = torch._C.DispatchKey.CompositeImplicitAutograd
-    return (
-        isinstance(target, torch._ops.OpOverload)
-        and target not in default
-        and target.has_kernel_for_dispatch_key(composite)
-    )
+    return isinstance(target, OpOverload) and target not in default and is_composite(target)
 
 
 def _expand(gm: fx.GraphModule, node: fx.Node, table: dict[Any, Any]) -> bool:

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphopt.ir.editor import Editor
 from graphopt.ir.graph import arguments
+from graphopt.ir.torch_internals import OpOverload, statically_known_true
 
 aten = torch.ops.aten
 _BAGS = (aten.embedding_bag.default, aten.embedding_bag.padding_idx)
@@ -121,7 +121,7 @@ class _Reduction:
     def _where(self, condition: fx.Node, values: fx.Node, otherwise: float) -> fx.Node:
         return self._call(aten.where.ScalarOther, condition, values, otherwise)
 
-    def _call(self, target: torch._ops.OpOverload, *args: object) -> fx.Node:
+    def _call(self, target: OpOverload, *args: object) -> fx.Node:
         return self._editor.call(target, *args, like=self._bags.result)
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from graphopt.ir.graph import copy_graph_module, restructure
 from graphopt.ir.program import Program
+from graphopt.ir.torch_internals import pytree
 
 
 def only_tensors(program: Program) -> Program:

@@ -6,13 +6,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import fx
-from torch._ops import OpOverload
-from torch.utils import _pytree as pytree
 
 from graphopt.axes.layout import ONE, Axis, Concat, Dims, Layout, Product, Size, leaves, operator_name, shape_of, size
 from graphopt.axes.roles import Roles
 from graphopt.axes.solver import Solver, equal
 from graphopt.ir.graph import arguments
+from graphopt.ir.torch_internals import OpOverload, pytree
 
 
 class Call:

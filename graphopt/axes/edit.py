@@ -9,13 +9,13 @@ from typing import Any
 import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
-from torch._ops import OpOverload
 
 from graphopt.axes.layout import Dims, Layout, Size, size, surviving_size, touches
 from graphopt.axes.layouts import Layouts
 from graphopt.errors import PassError
 from graphopt.ir.graph import arguments
 from graphopt.ir.provenance import Origin, op_name, origin, record
+from graphopt.ir.torch_internals import OpOverload
 
 
 class Edit:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import HigherOrderOperator
 
 from graphopt.axes.call import Call
 from graphopt.axes.groups import Group, Refusal, collect
@@ -35,6 +34,7 @@ from graphopt.errors import PassError
 from graphopt.ir.graph import constant
 from graphopt.ir.provenance import user_line
 from graphopt.ir.regions import Region, inputs, inside, region, results
+from graphopt.ir.torch_internals import HigherOrderOperator
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,8 @@ from typing import Any, TypeAlias
 
 import sympy  # type: ignore[import-untyped]
 import torch
-from torch._ops import OpOverload
+
+from graphopt.ir.torch_internals import OpOverload
 
 Size: TypeAlias = int | sympy.Expr
 

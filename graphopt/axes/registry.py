@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch._ops import OpOverload
 
 from graphopt.axes.layout import Dims, operator_name
+from graphopt.ir.torch_internals import OpOverload
 
 if TYPE_CHECKING:
     from graphopt.axes.call import Call

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
 
 from graphopt.axes.layout import Dims, shape_of
 from graphopt.axes.solver import Solver
 from graphopt.ir.graph import constant
+from graphopt.ir.torch_internals import FakeTensor
 
 
 def memory_key(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
-from torch.utils import _pytree as pytree
 
 from graphopt.capturing.checks import check_equal, check_repeatable, run_model, wrong_batch
 from graphopt.capturing.explain import explain
@@ -30,13 +29,14 @@ from graphopt.capturing.model_calls import (
 )
 from graphopt.capturing.normal_form import normalise
 from graphopt.errors import CaptureError, ExampleError
-from graphopt.ir.dynamic_axes import LeafShapes, arranged, by_name
+from graphopt.ir.dynamic_axes import LeafShapes, arranged
 from graphopt.ir.graph import copy_graph_module
 from graphopt.ir.names import Names
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import record_capture, user_line
 from graphopt.ir.regions import compiled_for_their_shapes
 from graphopt.ir.signature import Dimension, Note, TensorSpec
+from graphopt.ir.torch_internals import arguments_by_name, is_function_transform, output_structure, pytree
 from graphopt.ir.training import set_training
 
 logger = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ def _with_dynamic_batch(
 
 def _requested_axes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], requested: Any) -> LeafShapes:
     """Bring a `dynamic_shapes` argument to one dictionary per tensor leaf."""
-    combined = by_name(model, args, kwargs)
+    combined = arguments_by_name(model, args, kwargs)
     if requested is not None and not isinstance(requested, Mapping):
         requested = dict(zip(combined, requested, strict=False))
     requested = dict(requested or {})
@@ -236,7 +236,7 @@ class _UnfinishedTraceError(CaptureError):
 
 def _check_calls(graph: fx.Graph) -> None:
     for node in graph.nodes:
-        if node.op == "call_function" and getattr(node.target, "__module__", "").startswith("torch._functorch"):
+        if node.op == "call_function" and is_function_transform(node.target):
             raise _UnfinishedTraceError(
                 f"torch.export does not take a function transform of the model apart: it leaves `{node.name}` in the "
                 "graph. Write torch.vmap out as a batched operator (torch.bmm, einsum, broadcasting)."
@@ -289,7 +289,7 @@ def _input_specs(
     gm: fx.GraphModule, axes: _AxisNames, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[TensorSpec, ...]:
     """Describe the tensor inputs by the names of the model's own arguments; FX renames some (`input` -> `input_1`)."""
-    paths = pytree.tree_flatten_with_path(by_name(gm, args, kwargs))[0]
+    paths = pytree.tree_flatten_with_path(arguments_by_name(gm, args, kwargs))[0]
     given = [_joined(path) for path, leaf in paths if isinstance(leaf, torch.Tensor)]
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     tensors = [node for node in placeholders if isinstance(node.meta.get("val"), torch.Tensor)]
@@ -304,7 +304,7 @@ def _input_specs(
 
 def _output_specs(gm: fx.GraphModule, axes: _AxisNames, names: Names) -> tuple[TensorSpec, ...]:
     values = pytree.tree_leaves(next(n for n in gm.graph.nodes if n.op == "output").args[0])
-    structure = pytree.tree_unflatten(list(range(len(values))), _output_structure(gm))
+    structure = pytree.tree_unflatten(list(range(len(values))), output_structure(gm))
     paths = [path for path, _ in pytree.tree_flatten_with_path(structure)[0]]
     specs = []
     for path, node in zip(paths, values, strict=True):
@@ -314,12 +314,6 @@ def _output_specs(gm: fx.GraphModule, axes: _AxisNames, names: Names) -> tuple[T
         value = node.meta["val"]
         specs.append(TensorSpec(name, tuple(axes.of(size) for size in value.shape), value.dtype))
     return tuple(specs)
-
-
-def _output_structure(gm: fx.GraphModule) -> pytree.TreeSpec:
-    structure = gm._out_spec
-    assert structure is not None  # torch.export always sets it
-    return structure
 
 
 def _joined(path: tuple[Any, ...]) -> str:

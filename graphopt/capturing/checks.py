@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from graphopt.capturing.model_calls import with_its_buffers
 from graphopt.errors import CaptureError, ExampleError, first_line
@@ -14,6 +13,7 @@ from graphopt.ir.aliasing import Storages
 from graphopt.ir.graph import arguments
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import op_name, user_line
+from graphopt.ir.torch_internals import pytree
 
 # Captured and original outputs come from the same kernels in the same order; what differs is inlining.
 _CAPTURE_RTOL = 1e-4

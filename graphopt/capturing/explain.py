@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from graphopt.errors import first_line
+from graphopt.ir.torch_internals import SHAPES_LOGGER
 
-_SHAPES_LOGGER = "torch.fx.experimental.symbolic_shapes"  # private to torch; checked on 2.13 by the tests of capture
 _AXIS = re.compile(r"L\['(?P<input>\w+)'\](?P<path>(\[[^\]]+\])*)\.size\(\)\[(?P<axis>\d+)\]")
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 _OWN = str(Path(__file__).parents[1])
@@ -66,7 +66,7 @@ def _listening() -> Iterator[list[str]]:
             if "[guard added]" in text and "suppressed" not in text:
                 heard.extend(_user_line_on_stack())
 
-    logger = logging.getLogger(_SHAPES_LOGGER)
+    logger = logging.getLogger(SHAPES_LOGGER)
     handlers, level = logger.handlers, logger.level
     logger.handlers = [Listener()]
     logger.setLevel(logging.INFO)

@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from graphopt.errors import CaptureError, UsageError
+from graphopt.ir.torch_internals import target_of_conversion
 
 
 def check_module(model: object) -> None:
@@ -65,11 +66,11 @@ def without_idle_conversions() -> Iterator[None]:
     convert = nn.Module.to
 
     def to(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        device, dtype, _, layout = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype, memory_format = target_of_conversion(*args, **kwargs)
         tensors = [*module.parameters(), *module.buffers()]
         moves = device is not None and any(tensor.device != device for tensor in tensors)
         casts = dtype is not None and any(t.dtype != dtype for t in tensors if t.is_floating_point() or t.is_complex())
-        return convert(module, *args, **kwargs) if moves or casts or layout is not None else module
+        return convert(module, *args, **kwargs) if moves or casts or memory_format is not None else module
 
     nn.Module.to = to  # type: ignore[method-assign, assignment]
     try:

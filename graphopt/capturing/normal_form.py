@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
 
 from graphopt.ir.aliasing import Storages, sharing_memory
 from graphopt.ir.graph import assemble, erase_dead
 from graphopt.ir.names import unused
 from graphopt.ir.regions import regions
+from graphopt.ir.torch_internals import OpOverload
 
 _SET_GRAD = "wrap_with_set_grad_enabled"
 _AUTOCAST = "wrap_with_autocast"

@@ -15,13 +15,13 @@ from itertools import pairwise
 import networkx as nx
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from graphopt.distillation.addresses import Tap, Tappable, addresses
 from graphopt.distillation.taps import output_values
 from graphopt.ir.graph import constant
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import op_name
+from graphopt.ir.torch_internals import pytree
 
 # Operators whose result depends on the size of their input only.
 _SIZE_ONLY = frozenset(f"{stem}_like" for stem in ("zeros", "ones", "full", "empty", "rand", "randn")) | {

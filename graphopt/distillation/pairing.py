@@ -19,12 +19,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from graphopt.distillation.addresses import Tap, Tappable, addresses
 from graphopt.distillation.cuts import WEIGHTED, residual_points, stage_ends
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import op_name, origin
+from graphopt.ir.torch_internals import pytree
 from graphopt.pipeline.plan import Refusal
 
 # Operators that show the same numbers in another shape.

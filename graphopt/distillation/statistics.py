@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx import _pytree as fx_pytree  # what the code of every exported graph flattens its inputs with (torch 2.13)
 
 from graphopt.ir.program import Program
+from graphopt.ir.torch_internals import tree_flatten_spec
 
 _BATCH_NORM = torch.ops.aten.batch_norm.default
 _INPUT, _MEAN, _VARIANCE, _TRAINING = 0, 3, 4, 5  # positions among its arguments
@@ -46,7 +46,7 @@ def estimate_statistics(program: Program, batches: Iterable[tuple[torch.Tensor, 
     with torch.no_grad():
         for batch in batches:
             args, kwargs = program.unflatten(batch)
-            flat = fx_pytree.tree_flatten_spec((args, kwargs), program.graph_module._in_spec)
+            flat = tree_flatten_spec((args, kwargs), program.graph_module._in_spec)
             observer.run(*flat, enable_io_processing=False)
     return observer.statistics()
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from graphopt.distillation.addresses import Tap
 from graphopt.errors import PassError
@@ -25,6 +24,7 @@ from graphopt.ir.graph import copy_graph_module, erase_dead, restructure
 from graphopt.ir.names import Names
 from graphopt.ir.program import Program
 from graphopt.ir.signature import Dimension, TensorSpec
+from graphopt.ir.torch_internals import output_structure, pytree
 
 _PREFIX = "tap_"
 
@@ -81,7 +81,7 @@ def output_values(program: Program) -> list[fx.Node]:
 def _with_outputs(program: Program, taps: Sequence[Tap]) -> Program:
     """Return a copy of `program` whose taps are exactly `taps`."""
     gm = copy_graph_module(program.graph_module)
-    structure = _structure(gm)
+    structure = output_structure(gm)
     had = len(_tap_addresses(program))
     own = structure.children()[0] if had else structure
     output = _output_node(gm.graph)
@@ -105,12 +105,6 @@ def _nodes(graph: fx.Graph, taps: Sequence[Tap]) -> list[fx.Node]:
             "another program: plan again."
         )
     return [by_name[tap.node] for tap in taps]
-
-
-def _structure(gm: fx.GraphModule) -> pytree.TreeSpec:
-    structure = gm._out_spec
-    assert isinstance(structure, pytree.TreeSpec)  # torch.export always sets it
-    return structure
 
 
 def _wrapped(own: pytree.TreeSpec, addresses: Sequence[str]) -> pytree.TreeSpec:
@@ -153,7 +147,7 @@ def _dimension(size: int | torch.SymInt, names: dict[Any, str]) -> Dimension:
 
 def _tap_addresses(program: Program) -> list[str]:
     """Return the addresses of the taps that the output structure holds."""
-    structure = _structure(program.graph_module)
+    structure = output_structure(program.graph_module)
     parts = structure.children() if structure.type is tuple else []
     if len(parts) != 2 or parts[1].type is not dict or not parts[1].num_leaves:
         return []

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
-from torch.utils import _pytree as pytree
 
 from graphopt.ir.regions import inputs, region
+from graphopt.ir.torch_internals import OpOverload, pytree
 
 # Composite operators whose schema does not say that they may return (a view of) their input.
 _MAYBE_VIEWS = frozenset(

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
 
 from graphopt.ir.aliasing import written_inputs
 from graphopt.ir.graph import arguments, tensor_attribute
 from graphopt.ir.program import Program
+from graphopt.ir.torch_internals import OpOverload
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,13 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import free_symbols
-from torch.utils import _pytree as pytree
 
 from graphopt.errors import PassError
 from graphopt.ir.graph import assemble, erase_dead, fake_mode_of, readers, tensor_attribute
 from graphopt.ir.names import unused
 from graphopt.ir.provenance import Origin, op_name, origin, record, user_line
 from graphopt.ir.regions import Region, inputs, region, results
+from graphopt.ir.torch_internals import FakeTensor, FakeTensorMode, enable_python_dispatcher, free_symbols, pytree
 
 
 class Editor:

@@ -8,13 +8,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils import _pytree as pytree
 
 from graphopt.errors import PassError
 from graphopt.ir.aliasing import written_inputs
+from graphopt.ir.torch_internals import FakeTensorMode, ShapeEnv, detect_fake_mode, pytree
 
 
 def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:

@@ -10,15 +10,13 @@ import operator
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.utils import _pytree as pytree
 
 from graphopt.errors import VerifyError
 from graphopt.ir.finite import all_finite
 from graphopt.ir.graph import fake_mode_of
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import user_line
+from graphopt.ir.torch_internals import enable_python_dispatcher, pytree, statically_known_true
 
 
 def check_invariants(before: Program, after: Program, pass_name: str, *, changes_outputs: bool = False) -> None:

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from graphopt.errors import UsageError
 from graphopt.ir.graph import assemble, copy_graph_module
 from graphopt.ir.regions import compiled_for_their_shapes
 from graphopt.ir.signature import Note, TensorSpec, batch_size
+from graphopt.ir.torch_internals import pytree
 from graphopt.ir.training import set_training
 
 if TYPE_CHECKING:

@@ -21,6 +21,8 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
+from graphopt.ir.torch_internals import compiler_settings
+
 Form = Literal["branches", "loop", "scan", "block"]
 
 
@@ -119,12 +121,8 @@ def compiled_for_their_shapes() -> Iterator[None]:
     It compiles them even in eager mode, all by way of one function, and so takes sizes that varied between the regions
     of other models for dynamic: whether a model runs would hang on what ran before it (torch 2.13).
     """
-    import torch._dynamo
-
     often = 1 << 16
-    with torch._dynamo.config.patch(
-        automatic_dynamic_shapes=False, recompile_limit=often, accumulated_recompile_limit=often
-    ):
+    with compiler_settings(automatic_dynamic_shapes=False, recompile_limit=often, accumulated_recompile_limit=often):
         yield
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from graphopt.data.batches import Batch
 from graphopt.ir.program import Program
+from graphopt.ir.torch_internals import output_structure, pytree
 from graphopt.job.recorder import Metric
 from graphopt.job.report import Latency, Report, Row
 from graphopt.measure.bench import Comparison, Spread, Timing, compare
@@ -95,8 +95,7 @@ def flat(session: Session) -> Callable[[Batch], Batch]:
 
 def as_model(session: Session, program: Program) -> Callable[..., Any]:
     """Let a session be called like the model: same arguments, same output structure."""
-    structure = program.graph_module._out_spec
-    assert structure is not None  # torch.export always sets it
+    structure = output_structure(program.graph_module)
     call = flat(session)
 
     def model(*args: Any, **kwargs: Any) -> Any:

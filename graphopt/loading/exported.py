@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.export.pt2_archive._package import load_pt2
 
+from graphopt.ir.torch_internals import load_pt2
 from graphopt.loading.archive import Archive
 from graphopt.loading.program_schema import clean_payloads, clean_program
 from graphopt.loading.refusal import DamagedError, HostileError
@@ -62,11 +62,11 @@ def load_archive(stream: io.BytesIO) -> tuple[ExportedProgram, dict[str, str]]:
     `load_pt2` raises the reason. It is private: drop it for the public function once that is fixed.
     """
     try:
-        contents = load_pt2(stream)
-        (program,) = contents.exported_programs.values()
+        programs, extra_files = load_pt2(stream)
+        (program,) = programs.values()
     except Exception as err:  # torch raises many types on a malformed program; all mean the same to a user
         raise DamagedError(f"torch could not rebuild its program ({_first_line(err)})") from err
-    return program, contents.extra_files
+    return program, extra_files
 
 
 def _model_name(archive: Archive) -> str:

@@ -18,6 +18,7 @@ import re
 
 import torch
 
+from graphopt.ir.torch_internals import OpOverload, OpOverloadPacket
 from graphopt.loading.refusal import HostileError
 
 NAMESPACES = ("aten", "graphopt")
@@ -66,7 +67,7 @@ def check_operator(target: str) -> None:
     if namespace == "graphopt":
         importlib.import_module("graphopt.quantization.ops")  # registers them
     packet = getattr(getattr(torch.ops, namespace), name, None)
-    if not isinstance(packet, torch._ops.OpOverloadPacket) or overload not in packet.overloads():  # type: ignore[no-untyped-call]
+    if not isinstance(packet, OpOverloadPacket) or overload not in packet.overloads():  # type: ignore[no-untyped-call]
         raise HostileError(f"it calls `{target[:120]}`, an operator that torch {torch.__version__} does not have")
     if namespace == "aten" and not _is_tensor_operator(getattr(packet, overload)):
         raise _refused(target)
@@ -76,7 +77,7 @@ def _refused(target: str) -> HostileError:
     return HostileError(f"it calls `{target[:120]}`, which is not an operator on tensors")
 
 
-def _is_tensor_operator(operator: torch._ops.OpOverload) -> bool:
+def _is_tensor_operator(operator: OpOverload) -> bool:
     schema = operator._schema
     values = [*schema.arguments, *schema.returns]
     texts = [arg.name for arg in schema.arguments if re.search(r"\bstr\b", str(arg.type))]

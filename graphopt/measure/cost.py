@@ -10,13 +10,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import optimization_hint
-from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from graphopt.ir.program import Program
 from graphopt.ir.regions import Region, region
+from graphopt.ir.torch_internals import FakeTensorMode, OperatorBase, OpOverload, optimization_hint, pytree
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +94,13 @@ _FREE = {torch.Tag.pointwise, torch.Tag.dynamic_output_shape, torch.Tag.data_dep
 
 def node_flops(node: fx.Node) -> int:
     """Count the operations of one call on its recorded shapes, for all samples of the example together."""
-    if not isinstance(node.target, torch._ops.OperatorBase):
+    if not isinstance(node.target, OperatorBase):
         return 0  # arithmetic on sizes
     owner = node.graph.owning_module
     found = region(node, owner) if owner is not None else None
     if found is not None:
         return _region_flops(found)
-    if isinstance(node.target, torch._ops.OpOverload) and (node.target.is_view or _FREE.intersection(node.target.tags)):
+    if isinstance(node.target, OpOverload) and (node.target.is_view or _FREE.intersection(node.target.tags)):
         return 0
     if node.target in _RECURRENT:
         return _recurrent_flops(node)

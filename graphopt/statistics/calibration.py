@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from graphopt.data.batches import Batch, SampleSource, whole_batches
 from graphopt.errors import DataError, PassError
 from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import module_path
+from graphopt.ir.torch_internals import pytree
 from graphopt.pipeline.context import Context, Progress
 from graphopt.quantization.histogram import NotFiniteError, Statistic
 from graphopt.quantization.ops import OBSERVE

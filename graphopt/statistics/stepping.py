@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx import _pytree as fx_pytree  # what the code of every exported graph flattens its inputs with (torch 2.13)
-from torch.utils import _pytree as pytree
 
 from graphopt.data.batches import Batch
 from graphopt.ir.program import Program
+from graphopt.ir.torch_internals import pytree, tree_flatten_spec
 
 
 class Stepper:
@@ -105,7 +104,7 @@ class Stepper:
 
     def _flat(self, program: Program, batch: Batch) -> list[Any]:
         args, kwargs = program.unflatten(batch)
-        leaves = fx_pytree.tree_flatten_spec((args, kwargs), program.graph_module._in_spec)
+        leaves = tree_flatten_spec((args, kwargs), program.graph_module._in_spec)
         return [leaf.clone() if self._writes and isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
 
 

@@ -23,13 +23,13 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
 
 from graphopt.ir.aliasing import Storages, written_inputs
 from graphopt.ir.editor import Editor
 from graphopt.ir.graph import constant, erase_dead, tensor_attribute
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import module_path
+from graphopt.ir.torch_internals import OpOverload
 from graphopt.passes.folding.growth import too_large
 from graphopt.passes.folding.likeness import indistinguishable
 from graphopt.pipeline.plan import Refusal

@@ -21,6 +21,7 @@ from graphopt.ir.aliasing import Storages
 from graphopt.ir.editor import Editor
 from graphopt.ir.graph import arguments
 from graphopt.ir.program import Program
+from graphopt.ir.torch_internals import OpOverload
 from graphopt.passes.folding.likeness import indistinguishable
 from graphopt.pipeline.plan import Refusal
 
@@ -152,7 +153,7 @@ def drop_no_ops(program: Program, names: Sequence[str]) -> Program:
 def _returned_input(node: fx.Node) -> fx.Node | None:
     """Return the input that `node` returns unchanged."""
     overload = node.target if node.op == "call_function" else None
-    if not isinstance(overload, torch._ops.OpOverload) or overload.namespace != "aten":
+    if not isinstance(overload, OpOverload) or overload.namespace != "aten":
         return None
     test = _TESTS.get(overload._schema.name.removeprefix("aten::"))
     source = _first_tensor(node) if test is not None else None

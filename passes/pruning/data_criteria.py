@@ -28,13 +28,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx import _pytree as fx_pytree  # what the code of every exported graph flattens its inputs with (torch 2.13)
-from torch.utils import _pytree as pytree
 
 from graphopt.axes.groups import Group
 from graphopt.data.batches import Batch, whole_batches
 from graphopt.errors import DataError, PassError
 from graphopt.ir.graph import tensor_attribute
+from graphopt.ir.torch_internals import pytree, tree_flatten_spec
 from graphopt.passes.pruning.gates import Gate, gated
 from graphopt.passes.pruning.standing import Standing, Worths
 from graphopt.passes.pruning.weight_criteria import mean_one
@@ -121,7 +120,7 @@ class _Observer(fx.Interpreter):
     def see(self, batch: Batch) -> None:
         """Run one batch."""
         args, kwargs = self._standing.program.unflatten(batch)
-        flat = fx_pytree.tree_flatten_spec((args, kwargs), self._standing.program.graph_module._in_spec)
+        flat = tree_flatten_spec((args, kwargs), self._standing.program.graph_module._in_spec)
         with torch.no_grad():
             self.run(*(_own(leaf) for leaf in flat), enable_io_processing=False)
 

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import optimization_hint
 
 from graphopt.axes.infer import Axes
 from graphopt.axes.layout import ONE, Layout, size, surviving_size, touches
 from graphopt.axes.rules.contraction import parse_equation
 from graphopt.ir.graph import arguments
+from graphopt.ir.torch_internals import optimization_hint
 
 aten = torch.ops.aten
 _CONVOLUTIONS = (aten.conv1d, aten.conv2d, aten.conv3d)

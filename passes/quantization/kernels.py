@@ -18,6 +18,7 @@ from torch import fx
 
 from graphopt.ir.graph import arguments, constant
 from graphopt.ir.provenance import op_name
+from graphopt.ir.torch_internals import OpOverload
 
 _CONVOLUTIONS = {f"conv{rank}d": rank for rank in (1, 2, 3)}
 _TRANSPOSED = {f"conv_transpose{rank}d": rank for rank in (1, 2, 3)}
@@ -72,7 +73,7 @@ def kernel_of(node: fx.Node, gm: fx.GraphModule) -> Kernel | None:
     if node.target is operator.getitem:
         source = node.args[0]
         return Kernel("getitem", (source,)) if isinstance(source, fx.Node) else None
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         return None
     name = op_name(node)
     if name in _CONVOLUTIONS or name in _TRANSPOSED:

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 import networkx as nx
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphopt.ir.aliasing import Storages, written_inputs
 from graphopt.ir.graph import arguments, constant
 from graphopt.ir.names import Names
 from graphopt.ir.provenance import module_path
+from graphopt.ir.torch_internals import statically_known_true
 from graphopt.passes.layers.recognition import Layers
 from graphopt.passes.residuals.kind import Kind, describe
 from graphopt.pipeline.plan import Refusal

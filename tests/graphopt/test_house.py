@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -125,6 +126,34 @@ def test_rooms_import_from_lower_floors_only() -> None:
 def test_no_circle_of_imports() -> None:
     graph = nx.DiGraph(edge for edge in _edges() if "graphopt" not in edge)
     assert [sorted(circle) for circle in nx.strongly_connected_components(graph) if len(circle) > 1] == []
+
+
+# What of torch is private, or said to be experimental. Of `torch.ops` any name is an operator's.
+_PRIVATE = re.compile(r"torch\.(?!ops\.)([a-z]\w*\.)*(_(?!_)\w+|experimental)")
+_DOOR = "graphopt/ir/torch_internals.py"
+_NAMES_OF_FILES = "graphopt/loading/"  # what files of torch call their operators, as text
+
+
+def _chain(node: ast.AST) -> str:
+    if isinstance(node, ast.Attribute):
+        return f"{_chain(node.value)}.{node.attr}"
+    return {"fx": "torch.fx"}.get(node.id, node.id) if isinstance(node, ast.Name) else ""
+
+
+def _private_torch(file: Path) -> set[str]:
+    tree = ast.parse(file.read_text())
+    named = _imports(file) | {_chain(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    if not file.is_relative_to(ROOT / _NAMES_OF_FILES):
+        named |= {str(node.value) for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    return {name for name in named if _PRIVATE.match(name)}
+
+
+@pytest.mark.parametrize("folder", ["graphopt", "passes", "backends"])
+def test_one_door_to_what_torch_keeps_private(folder: str) -> None:
+    files = {str(file.relative_to(ROOT)): file for file in _sources(folder)}
+    found = {name: private for name, file in files.items() if (private := _private_torch(file)) and name != _DOOR}
+    assert found == {}
+    assert folder != "graphopt" or {"torch._guards", "torch.utils._pytree"} <= _private_torch(files[_DOOR])
 
 
 @pytest.mark.parametrize("folder", ["graphopt", "passes", "backends", "tests", "tools"])

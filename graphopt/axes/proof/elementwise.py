@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from graphopt.axes.proof.step import Step, masked_rule, tensor_result
 from graphopt.axes.proof.value import Dead, Value, broadcast, compact, joined, union
+from graphopt.ir.torch_internals import pytree
 
 
 # `pointwise` is what every operator that torch tags as pointwise falls back to.

@@ -22,8 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx._pytree import tree_flatten_spec
-from torch.utils import _pytree as pytree
 
 from graphopt.axes.proof.randomise import randomise
 from graphopt.axes.proof.run import Kept, MaskedRun, PlainRun, branching_depth, names
@@ -32,6 +30,7 @@ from graphopt.errors import VerifyError
 from graphopt.ir.graph import tensor_attribute
 from graphopt.ir.provenance import user_line
 from graphopt.ir.regions import graph_modules
+from graphopt.ir.torch_internals import pytree, tree_flatten_spec
 
 logger = logging.getLogger(__name__)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from graphopt.axes.proof.step import Step, masked_rule, tensor_result
 from graphopt.axes.proof.value import Dead, Value, broadcast, compact, spread
+from graphopt.ir.torch_internals import pytree
 
 _TRANSFORMS = [
     f"aten::fft_{kind}{rank}" for kind in ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft") for rank in ("", "2", "n")

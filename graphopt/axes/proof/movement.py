@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from graphopt.axes.layout import operator_name
 from graphopt.axes.proof.step import Step, masked_rule, raw, tensor_result
@@ -23,6 +22,7 @@ from graphopt.axes.proof.value import (
     union,
     vector,
 )
+from graphopt.ir.torch_internals import pytree
 
 
 @masked_rule(

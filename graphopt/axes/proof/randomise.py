@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._ops import OpOverload
 
 from graphopt.ir.graph import arguments, copy_graph_module
 from graphopt.ir.program import Program
 from graphopt.ir.regions import inputs, region
+from graphopt.ir.torch_internals import OpOverload
 
 _BIAS_DEVIATION = 0.3
 _LOW, _HIGH = 0.5, 1.5

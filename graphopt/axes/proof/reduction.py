@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn import functional
-from torch.utils import _pytree as pytree
 
 from graphopt.axes.proof.step import Step, masked_rule, tensor_result
 from graphopt.axes.proof.value import (
@@ -23,6 +22,7 @@ from graphopt.axes.proof.value import (
     union,
     zeroed,
 )
+from graphopt.ir.torch_internals import pytree
 
 
 def _along(dead: Sequence[Vector], dims: Sequence[int]) -> Dead:

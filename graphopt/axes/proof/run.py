@@ -13,13 +13,12 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx
-from torch._ops import OpOverload
-from torch.utils import _pytree as pytree
 
 from graphopt.axes.proof.step import Step, counts, find_rule, raw
 from graphopt.axes.proof.value import CannotProveError, Dead, Value, broadcast, joined, union, vector, whole
 from graphopt.ir.provenance import user_line
 from graphopt.ir.regions import Region, region, regions
+from graphopt.ir.torch_internals import OpOverload, pytree
 
 Read = Callable[[str], Any]
 _Steps: TypeAlias = Generator[tuple[str, fx.Node, Any], None, list[Any]]

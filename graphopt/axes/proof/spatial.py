@@ -6,10 +6,10 @@ import re
 from typing import Any
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from graphopt.axes.proof.step import Step, masked_rule, tensor_result
 from graphopt.axes.proof.value import Value, broadcast, compact, from_mask, union
+from graphopt.ir.torch_internals import pytree
 
 _POOLS = [
     f"aten::{kind}{rank}d"

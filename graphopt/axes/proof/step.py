@@ -6,11 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from torch import Tensor, fx
-from torch._ops import OpOverload
-from torch.utils import _pytree as pytree
 
 from graphopt.axes.proof.value import CannotProveError, Value, Vector
 from graphopt.axes.registry import is_pointwise, twins
+from graphopt.ir.torch_internals import OpOverload, pytree
 
 Rule: TypeAlias = "Callable[[Step], Any]"
 

@@ -1,0 +1,107 @@
+"""The one door to what torch keeps private: nobody else imports `torch._*` or `torch.fx.experimental`.
+
+Names as torch 2.11 to 2.14 have them; `tests/graphopt/ir/test_torch_internals.py` fails where one moves or means
+something else. Where versions differ, the difference is settled here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import IO, Any
+
+import torch
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher  # without it aten.pad fixes a symbolic batch to its hint
+from torch._guards import detect_fake_mode  # the mode of recorded values: their symbols belong to it
+from torch._ops import HigherOrderOperator, OperatorBase, OpOverload, OpOverloadPacket  # what graphs call
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # what `meta["val"]` holds
+from torch.export import ExportedProgram
+from torch.export.dynamic_shapes import _combine_args  # the names that dynamic shapes are given under
+from torch.fx._pytree import tree_flatten_spec  # what the code of an exported graph flattens its inputs with
+from torch.fx.experimental import symbolic_shapes
+from torch.fx.experimental.proxy_tensor import make_fx  # traces one operator into what it decomposes to
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_symbols, statically_known_true
+from torch.utils import _pytree as pytree  # `torch.utils.pytree` lacks TreeSpec's fields and key paths (2.13)
+
+__all__ = [
+    "SHAPES_LOGGER",
+    "FakeTensor",
+    "FakeTensorMode",
+    "HigherOrderOperator",
+    "OpOverload",
+    "OpOverloadPacket",
+    "OperatorBase",
+    "ShapeEnv",
+    "arguments_by_name",
+    "compiler_settings",
+    "detect_fake_mode",
+    "enable_python_dispatcher",
+    "free_symbols",
+    "is_composite",
+    "is_function_transform",
+    "load_pt2",
+    "make_fx",
+    "optimization_hint",
+    "output_structure",
+    "pytree",
+    "statically_known_true",
+    "target_of_conversion",
+    "tree_flatten_spec",
+]
+
+SHAPES_LOGGER = symbolic_shapes.__name__  # where torch logs which line of a model guarded on a size
+
+
+def optimization_hint(size: int | torch.SymInt, fallback: int) -> int:
+    """Return a size of the example, without guarding on it; `fallback` stands for each one that depends on data."""
+    # torch 2.11 has the same under another name
+    named: Any = getattr(symbolic_shapes, "optimization_hint", None) or symbolic_shapes.size_hint  # type: ignore[attr-defined]
+    return int(named(size, fallback=fallback))
+
+
+def arguments_by_name(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return positional and keyword arguments under the names that `torch.export` knows them by."""
+    combined: dict[str, Any] = _combine_args(module, args, kwargs)
+    return combined
+
+
+def output_structure(gm: fx.GraphModule) -> pytree.TreeSpec:
+    """Return how the results of an exported graph are arranged."""
+    structure = gm._out_spec
+    assert isinstance(structure, pytree.TreeSpec)  # torch.export always sets it
+    return structure
+
+
+def target_of_conversion(*args: Any, **kwargs: Any) -> tuple[torch.device | None, torch.dtype | None, Any]:
+    """Read the arguments of `Module.to`: device, dtype and memory format."""
+    device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+    return device, dtype, memory_format
+
+
+def is_composite(operator: OpOverload[..., Any]) -> bool:
+    """Whether an operator is written in terms of others, so that tracing takes it apart whatever the table says."""
+    return operator.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+
+
+def is_function_transform(target: Any) -> bool:
+    """Whether a call target belongs to `torch.func`, whose calls mean something while tracing only."""
+    return str(getattr(target, "__module__", "")).startswith("torch._functorch")
+
+
+def load_pt2(stream: IO[bytes]) -> tuple[dict[str, ExportedProgram], dict[str, str]]:
+    """Load the programs and the extra files of a `.pt2`. It runs what is in it.
+
+    `torch.export.load` hides the reason of a failure. Loading torch's reader takes seconds.
+    """
+    from torch.export.pt2_archive._package import load_pt2 as load
+
+    contents = load(stream)
+    return contents.exported_programs, contents.extra_files
+
+
+def compiler_settings(**settings: Any) -> contextlib.AbstractContextManager[None]:
+    """Change settings of `torch.compile` meanwhile. It is loaded now, which costs a second."""
+    import torch._dynamo
+
+    changed: contextlib.AbstractContextManager[None] = torch._dynamo.config.patch(**settings)
+    return changed
