@@ -158,7 +158,7 @@ class Sparsity24(Pass[Sparsity24Options, Sparsity24Plan]):
                     f"The plan holds weights for `{name}`, which this program has not. Make the plan again."
                 )
             for alias in _names_of(gm, name):
-                editor.put(alias, tensor, trainable=isinstance(tensor_attribute(gm, alias), torch.nn.Parameter))
+                editor.put(alias, tensor, kind_of=tensor_attribute(gm, alias))
         return program.with_graph(editor.finish())
 
     def _form(self, ctx: Context) -> SparseFormat:

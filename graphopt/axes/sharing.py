@@ -15,14 +15,20 @@ from graphopt.ir.torch_internals import FakeTensor
 
 def memory_key(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Return what two tensors have in common iff they are the same elements in the same order."""
-    if isinstance(tensor, FakeTensor) or tensor.device.type == "meta" or tensor.layout != torch.strided:
+    if not _has_memory(tensor):
         return (id(tensor),)
-    return (*_storage(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+    return (*storage_key(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
-def _storage(tensor: torch.Tensor) -> tuple[Any, ...]:
-    storage = tensor.untyped_storage()
-    return (str(tensor.device), storage.data_ptr()) if storage.nbytes() else (id(tensor),)
+def storage_key(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Return what two tensors have in common iff they lie in the same storage."""
+    if not _has_memory(tensor) or not tensor.untyped_storage().nbytes():
+        return (id(tensor),)
+    return (str(tensor.device), tensor.untyped_storage().data_ptr())
+
+
+def _has_memory(tensor: torch.Tensor) -> bool:
+    return not isinstance(tensor, FakeTensor) and tensor.device.type != "meta" and tensor.layout == torch.strided
 
 
 class Sharing:
@@ -48,7 +54,7 @@ class Sharing:
     def _overlap(self, tensor: torch.Tensor, key: tuple[Any, ...], name: str) -> str | None:
         if len(key) == 1:
             return None
-        other_key, other = self._first.setdefault(_storage(tensor), (key, name))
+        other_key, other = self._first.setdefault(storage_key(tensor), (key, name))
         if other_key == key:
             return None
         reason = f"`{name}` shares part of its memory with `{other}`"

@@ -48,10 +48,19 @@ class Editor:
         node.meta["val"] = self.fake(tensor_attribute(self.gm, name))
         return node
 
-    def put(self, name: str, tensor: torch.Tensor, *, trainable: bool) -> str:
-        """Store `tensor` under `name` as a parameter (`trainable`) or buffer; reads of it are refreshed.
+    def put(
+        self, name: str, tensor: torch.Tensor, *, trainable: bool = False, kind_of: torch.Tensor | None = None
+    ) -> str:
+        """Store `tensor` under `name` as a parameter or buffer; reads of it are refreshed.
 
-        Integer tensors are always buffers. Returns the name.
+        Args:
+            name: what is stored under it so far goes. What takes the place of a frozen parameter is frozen.
+            tensor: integers are always a buffer.
+            trainable: whether it is a parameter.
+            kind_of: what it is made of: a parameter that is trained, one that is frozen, or a buffer like it.
+
+        Returns:
+            The name.
         """
         *path, leaf = name.split(".")
         owner: torch.nn.Module = self.gm
@@ -59,11 +68,15 @@ class Editor:
             if not hasattr(owner, part):
                 owner.add_module(part, torch.nn.Module())
             owner = getattr(owner, part)
+        old = getattr(owner, leaf, None)
         if hasattr(owner, leaf):
             delattr(owner, leaf)
         value = tensor.detach()
-        if trainable and value.is_floating_point():
-            owner.register_parameter(leaf, torch.nn.Parameter(value))
+        like = old if isinstance(old, torch.nn.Parameter) else kind_of
+        parameter = trainable or isinstance(kind_of, torch.nn.Parameter)
+        if parameter and (value.is_floating_point() or value.is_complex()):
+            trained = like.requires_grad if isinstance(like, torch.nn.Parameter) else True
+            owner.register_parameter(leaf, torch.nn.Parameter(value, requires_grad=trained))
         else:
             owner.register_buffer(leaf, value)
         for node in readers(self.graph, name):

@@ -19,18 +19,28 @@ from graphopt.ir.provenance import user_line
 from graphopt.ir.torch_internals import enable_python_dispatcher, pytree, statically_known_true
 
 
-def check_invariants(before: Program, after: Program, pass_name: str, *, changes_outputs: bool = False) -> None:
+def check_invariants(
+    before: Program, after: Program, pass_name: str, *, changes_outputs: bool = False, exact: bool = False
+) -> None:
     """Check that `after` is a well-formed program with the signature of `before`.
+
+    Args:
+        before: what the pass was given.
+        after: what it returned.
+        pass_name: what messages call it.
+        changes_outputs: whether it declares other outputs.
+        exact: whether its outputs are compared with those of `before`. It may then store infinite constants that the
+            program has computed so far, as those of masks.
 
     Raises:
         VerifyError: the graph is malformed, the signature changed undeclared, a `meta["val"]` is missing or
-            stale, an attribute is dangling, or a parameter is not finite.
+            stale, an attribute is dangling, or a tensor that the pass made holds NaN or infinite values.
     """
     _check_graph(after, pass_name)
     _check_signature(before, after, pass_name, changes_outputs)
     _check_dynamic(after, pass_name)
     _check_values(after, pass_name)
-    _check_tensors(before, after, pass_name)
+    _check_tensors(before, after, pass_name, exact)
 
 
 def _check_graph(program: Program, pass_name: str) -> None:
@@ -160,14 +170,23 @@ def _shown(value: torch.Tensor) -> str:
     return f"{str(value.dtype).removeprefix('torch.')}[{', '.join(map(str, value.shape))}]"
 
 
-def _check_tensors(before: Program, after: Program, pass_name: str) -> None:
+def _check_tensors(before: Program, after: Program, pass_name: str, exact: bool) -> None:
     gm = after.graph_module
-    known = {id(tensor) for tensor in before.state_dict().values()} | {id(t) for t in before.parameters()}
     read = {node.target for node in gm.graph.nodes if node.op == "get_attr"}
-    for name, tensor in [*gm.named_parameters(), *gm.named_buffers()]:
+    old = _tensors(before.graph_module)
+    seen = {id(tensor) for tensor in old.values()}  # of live objects: state_dict() makes new ones
+    for name, tensor in _tensors(gm).items():
         if name not in read:
             raise VerifyError(
                 f"Pass `{pass_name}` left `{name}`, which no node reads. End the pass with `Editor.finish`."
             )
-        if name.endswith(("weight", "bias")) and id(tensor) not in known and not all_finite(tensor):
+        if id(tensor) in seen or (exact and not isinstance(tensor, torch.nn.Parameter)):
+            continue
+        seen.add(id(tensor))
+        if not all_finite(tensor) and (name not in old or all_finite(old[name])):
             raise VerifyError(f"After pass `{pass_name}` `{name}` holds NaN or infinite values.")
+
+
+def _tensors(gm: fx.GraphModule) -> dict[str, torch.Tensor]:
+    """Return the parameters and buffers by name, tied ones under each of their names."""
+    return {**dict(gm.named_parameters(remove_duplicate=False)), **dict(gm.named_buffers(remove_duplicate=False))}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import weakref
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +13,11 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
 
+from graphopt.axes.sharing import memory_key, storage_key
 from graphopt.ir.program import Program
 from graphopt.ir.regions import Region, region
 from graphopt.ir.torch_internals import FakeTensorMode, OperatorBase, OpOverload, optimization_hint, pytree
+from graphopt.quantization.ops import DEQUANTIZE, QUANTIZE
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +25,10 @@ class Cost:
     """Static cost of a program.
 
     Attributes:
-        parameters: elements of weights and biases, in whatever precision, each tensor once.
+        parameters: elements that were learned, trained or frozen, each once however many names it has and whatever it
+            is stored as: floating, half precision or complex (one element, as torch counts it) in a parameter, integers
+            that are dequantized, and int8 or uint8 buffers, packed ones by the elements they are packed in. Not
+            statistics, scales, zero points and masks.
         flops: floating-point (or integer) operations of convolutions and matrix products for one sample, a
             multiply-add counted as two. A size that depends on data counts as 1; of branches the dearer one counts,
             and one round of a loop that data end.
@@ -46,38 +52,39 @@ def cost(program: Program) -> Cost:
 
 
 def _measure(program: Program) -> Cost:
-    tensors = _distinct_tensors(program)
-    return Cost(
-        parameters=sum(t.numel() for name, t in tensors.items() if _is_weight(name, t)),
-        flops=_flops(program),
-        bytes=sum(t.numel() * t.element_size() for t in tensors.values()),
-    )
-
-
-def _distinct_tensors(program: Program) -> dict[str, torch.Tensor]:
-    """Return the tensors the graph reads by name, tied ones under their first name."""
     gm = program.graph_module
-    found: dict[str, torch.Tensor] = {}
-    seen: set[int] = set()
-    named = [*gm.named_parameters(), *gm.named_buffers()]
-    for name, tensor in named:
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            found[name] = tensor
-    return found
-
-
-# Buffers that describe statistics or quantization, not learned weights.
-_NOT_WEIGHTS = ("running_mean", "running_var", "num_batches_tracked", "scale", "zero_point")
-
-
-def _is_weight(name: str, tensor: torch.Tensor) -> bool:
-    if isinstance(tensor, torch.nn.Parameter):
-        return True
-    # Weights stored as integers are buffers: only floating tensors can be parameters.
-    return (
-        tensor.dtype in (torch.int8, torch.uint8) and name.rpartition(".")[2] not in _NOT_WEIGHTS and tensor.dim() > 0
+    named = dict([*gm.named_parameters(), *gm.named_buffers()])
+    weights = {memory_key(tensor): tensor for name, tensor in _weights(program, named)}
+    return Cost(
+        parameters=sum(tensor.numel() for tensor in weights.values()),
+        flops=_flops(program),
+        bytes=_bytes(named.values()),
     )
+
+
+def _weights(program: Program, named: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield what is learned: parameters, and buffers of small integers that are not scales or zero points."""
+    integers, scaling = set(), set()
+    for node in program.graph.nodes:
+        if node.target in (QUANTIZE, DEQUANTIZE):
+            first, *others = (argument.target for argument in node.args[:3] if isinstance(argument, fx.Node))
+            integers.add(first)
+            scaling.update(others)
+    for name, tensor in named.items():
+        by_hand = tensor.dtype in (torch.int8, torch.uint8) and tensor.dim() > 0 and name not in scaling
+        if isinstance(tensor, torch.nn.Parameter) or name in integers or by_hand:
+            yield name, tensor
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Count each storage once, and of a view into a larger one only what it spans."""
+    spans: dict[Any, int] = {}
+    wholes: dict[Any, int] = {}
+    for tensor in {id(one): one for one in tensors}.values():
+        key, own = storage_key(tensor), tensor.numel() * tensor.element_size()
+        spans[key] = spans.get(key, 0) + own
+        wholes[key] = tensor.untyped_storage().nbytes() if len(key) > 1 else own
+    return sum(min(size, wholes[key]) for key, size in spans.items())
 
 
 def _flops(program: Program) -> int:

@@ -93,8 +93,9 @@ def apply(instance: Any, program: Program, plan: Plan) -> Program:
     result: Program = instance.apply(program, plan)
     if result.graph_module is program.graph_module:
         raise VerifyError(f"Pass `{instance.name}` returned the program it was given. Work on `program.copy()`.")
-    check_invariants(program, result, instance.name, changes_outputs=instance.changes_outputs)
-    if instance.tolerance is not None:
+    exact = instance.tolerance is not None
+    check_invariants(program, result, instance.name, changes_outputs=instance.changes_outputs, exact=exact)
+    if exact:
         _check_exact(instance, program, result)
     return result
 

@@ -96,12 +96,12 @@ def replace_by_factors(program: Program, weights: Mapping[str, str], tensors: Ma
 
 def _replace(editor: Editor, call: WeightedCall, tensors: Mapping[str, torch.Tensor]) -> None:
     names = factor_names(call.weight_name)
-    trainable = isinstance(tensor_attribute(editor.gm, call.weight_name), torch.nn.Parameter)
+    weight = tensor_attribute(editor.gm, call.weight_name)
     site = call.weight_name
 
     def read(wanted: str, payload: str) -> fx.Node:
         factor = _in_layout(call, tensors[payload])
-        name = editor.put(editor.new_name(wanted), factor, trainable=trainable)
+        name = editor.put(editor.new_name(wanted), factor, kind_of=weight)
         return editor.read(name, like=call.weight, site=site)
 
     with editor.graph.inserting_before(call.node):
@@ -126,10 +126,10 @@ def _stored_bias(editor: Editor, call: WeightedCall, bias: torch.Tensor) -> fx.N
     """Store the corrected bias under the old name, under a new one if somebody else reads the old."""
     assert call.bias is not None
     name = str(call.bias.target)
+    old = tensor_attribute(editor.gm, name)
     if len(uses(editor.gm, name)) > 1:
         name = editor.new_name(f"{name}_own")
-    trainable = isinstance(tensor_attribute(editor.gm, str(call.bias.target)), torch.nn.Parameter)
-    editor.put(name, bias, trainable=trainable)
+    editor.put(name, bias, kind_of=old)
     return editor.read(name, like=call.bias, site=call.weight_name)
 
 

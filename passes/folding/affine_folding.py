@@ -106,10 +106,10 @@ def apply_affine_folds(program: Program, folds: Sequence[AffineFold]) -> Program
             (_described(gm, nodes[a]), _layer(gm, nodes[c])) for a, c in zip(fold.affines, fold.calls, strict=True)
         ]
         weight, bias = folded_tensors(gm, *pairs[0], fold.side)
-        trainable = isinstance(tensor_attribute(gm, pairs[0][1].weight_name), torch.nn.Parameter)
-        editor.put(fold.weight, weight, trainable=trainable)
+        stored = tensor_attribute(gm, pairs[0][1].weight_name)
+        editor.put(fold.weight, weight, kind_of=stored)
         if fold.bias and bias is not None:
-            editor.put(fold.bias, bias, trainable=trainable)
+            editor.put(fold.bias, bias, kind_of=stored)
         for found, call in pairs:
             _rewire(editor, fold, found, call)
             if not indistinguishable(found.source, found.result):

@@ -68,9 +68,8 @@ def find_constants(
     for node in chosen:
         value = values[node]
         assert isinstance(value, torch.Tensor)
-        trainable = value.is_floating_point() and any(
-            isinstance(constant(source, gm), torch.nn.Parameter) for source in _sources([node])
-        )
+        learned = value.is_floating_point() or value.is_complex()
+        trainable = learned and _kind(gm, node) is not None
         name = _twin(value, trainable, folds, tensors) or editor.new_name(_wanted_name(node), taken={*taken, *tensors})
         tensors.setdefault(name, value.detach().clone(memory_format=torch.contiguous_format))
         folds.append(ConstantFold(node.name, name, trainable))
@@ -86,7 +85,8 @@ def store_constants(program: Program, folds: Sequence[ConstantFold], tensors: Ma
     changed: list[fx.Node] = []
     for fold in folds:
         node = nodes[fold.node]
-        editor.put(fold.name, tensors[fold.name], trainable=fold.trainable)
+        kind = _kind(program.graph_module, node)
+        editor.put(fold.name, tensors[fold.name], trainable=fold.trainable, kind_of=kind)
         with editor.graph.inserting_before(node):
             stored = editor.read(fold.name, like=node, site=fold.node)
         # views that are written through must not write to what is stored
@@ -193,6 +193,13 @@ def _replaced(gm: fx.GraphModule, node: fx.Node, constants: set[fx.Node]) -> int
         if all(user in constants for user in source.users)
     }
     return sum(tensors.values())
+
+
+def _kind(gm: fx.GraphModule, node: fx.Node) -> torch.nn.Parameter | None:
+    """Return a parameter that a constant is computed from, one that is trained if any is."""
+    found = [constant(source, gm) for source in _sources([node])]
+    parameters = [tensor for tensor in found if isinstance(tensor, torch.nn.Parameter)]
+    return next((tensor for tensor in parameters if tensor.requires_grad), parameters[0] if parameters else None)
 
 
 def _sources(nodes: Iterable[fx.Node]) -> list[fx.Node]:

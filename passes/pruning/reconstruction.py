@@ -105,7 +105,7 @@ def with_tensors(program: Program, tensors: Mapping[str, torch.Tensor], made_by:
     editor = Editor(program.graph_module, made_by)
     for name, tensor in tensors.items():
         old = tensor_attribute(program.graph_module, name)
-        editor.put(name, tensor.to(old.device), trainable=isinstance(old, torch.nn.Parameter))
+        editor.put(name, tensor.to(old.device), kind_of=old)
     return program.with_graph(editor.finish())
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.ir.editor import Editor
-from graphopt.ir.graph import arguments
+from graphopt.ir.graph import arguments, constant
 from graphopt.ir.provenance import op_name
 from graphopt.passes.quantization.plan import Int8Plan, LayerRecord, ValueRecord, stored_name
 from graphopt.quantization.ops import DEQUANTIZE, QUANTIZE, storage_dtype
@@ -73,7 +73,10 @@ class Rewriter:
             return None
         if layer["bias_dtype"] == "int32":
             return self._stored(name, 0, node)
-        return self._read(name, node, trainable=True)
+        read = [constant(source, self._editor.gm) for source in node.all_input_nodes]
+        learned = [tensor for tensor in read if isinstance(tensor, torch.nn.Parameter)]
+        kind = next((tensor for tensor in learned if tensor.dim() == 1), learned[0] if learned else None)
+        return self._read(name, node, trainable=True, kind_of=kind)
 
     def _product(self, node: fx.Node, layer: LayerRecord, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
         """Rewrite linear, addmm, mm or matmul as `x @ w` plus a bias."""
@@ -159,13 +162,15 @@ class Rewriter:
         zero_point = self._put(f"{name}_zero_point", zero, like)
         return self._editor.call(DEQUANTIZE, integers, scale, zero_point, axis, like=like, site=like.name)
 
-    def _read(self, name: str, like: fx.Node, *, trainable: bool = False) -> fx.Node:
-        return self._put(name, self._tensors[name], like, trainable=trainable)
+    def _read(self, name: str, like: fx.Node, *, trainable: bool = False, kind_of: Tensor | None = None) -> fx.Node:
+        return self._put(name, self._tensors[name], like, trainable=trainable, kind_of=kind_of)
 
-    def _put(self, name: str, tensor: Tensor, like: fx.Node, *, trainable: bool = False) -> fx.Node:
+    def _put(
+        self, name: str, tensor: Tensor, like: fx.Node, *, trainable: bool = False, kind_of: Tensor | None = None
+    ) -> fx.Node:
         """Store a tensor once and return the one read of it, at the top of the graph."""
         if name not in self._reads:
-            self._editor.put(name, tensor, trainable=trainable)
+            self._editor.put(name, tensor, trainable=trainable, kind_of=kind_of)
             with self._graph.inserting_before(self._first_input):
                 self._reads[name] = self._editor.read(name, like=like, site=like.name)
         return self._reads[name]

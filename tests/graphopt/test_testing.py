@@ -13,6 +13,7 @@ from graphopt.capturing.capture import capture
 from graphopt.errors import VerifyError
 from graphopt.ir.editor import Editor
 from graphopt.ir.graph import tensor_attribute
+from graphopt.ir.invariants import check_invariants
 from graphopt.ir.program import Program
 from graphopt.pipeline.pass_base import NoOptions, Pass
 from graphopt.pipeline.plan import Plan, Refusal
@@ -158,6 +159,44 @@ def test_a_parameter_that_is_not_finite_is_caught() -> None:
 
     with pytest.raises(VerifyError, match="NaN"):
         check_pass(made_pass(apply), Tiny(), EXAMPLE)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), complex(0, float("nan"))])
+@pytest.mark.parametrize("trainable", [True, False])
+def test_whatever_a_pass_stores_is_checked(value: complex, trainable: bool) -> None:
+    """Scales, embeddings, buffers: the name says nothing."""
+
+    def apply(program: Program, plan: Plan) -> Program:
+        program = program.copy()
+        editor = Editor(program.graph_module, "made")
+        relu = next(node for node in program.graph.nodes if node.target == aten.relu.default)
+        with editor.graph.inserting_before(relu):
+            editor.put("scale", torch.full((5,), value), trainable=trainable)
+            scale = editor.read("scale", like=relu)
+            product = editor.call(aten.mul.Tensor, relu.args[0], scale, like=relu)
+            real = editor.call(aten.abs.default, product, like=relu)
+        relu.update_arg(0, real)
+        return program.with_graph(editor.finish())
+
+    with pytest.raises(VerifyError, match="`scale` holds NaN or infinite values"):
+        check_pass(made_pass(apply), Tiny(), EXAMPLE)
+
+
+def test_what_was_not_finite_before_is_not_the_fault_of_the_pass() -> None:
+    model = Tiny()
+    model.first.weight.data[0, 0] = float("inf")
+    check_invariants(program := capture(model, EXAMPLE), halve(program), "halve")
+
+
+def test_changed_tensors_are_told_from_kept_ones_by_what_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`state_dict()` makes tensors whose identities are free for others the moment they die."""
+    looked: list[torch.Tensor] = []
+    monkeypatch.setattr("graphopt.ir.invariants.all_finite", lambda tensor: looked.append(tensor) or True)
+    program = capture(Tiny(), EXAMPLE)
+    check_invariants(program, program.copy(), "kept")
+    assert not looked
+    check_invariants(program, program.copy(share_tensors=False), "changed")
+    assert len(looked) == len(list(program.parameters()))
 
 
 def test_names_and_the_order_of_independent_calls_do_not_matter() -> None:

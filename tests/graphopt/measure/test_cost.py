@@ -7,8 +7,11 @@ from torch import nn
 from torch._higher_order_ops.scan import scan
 from torch._higher_order_ops.while_loop import while_loop
 
+import graphopt
 from graphopt.capturing.capture import capture
 from graphopt.measure.cost import cost
+from graphopt.passes.fold import Fold
+from graphopt.testing import run_pass
 
 
 def test_a_convolution_and_a_linear() -> None:
@@ -35,6 +38,66 @@ def test_tied_weights_count_once() -> None:
 
     found = cost(capture(Tied(), torch.ones(2, 3, dtype=torch.int64)))
     assert (found.parameters, found.bytes) == (40, 160)
+
+
+class Kinds(nn.Module):
+    """A weight of every kind, and what is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spectrum = nn.Parameter(torch.randn(8, 3, dtype=torch.complex64), requires_grad=False)
+        self.narrow = nn.Parameter(torch.randn(3, 4, dtype=torch.float16))
+        self.register_buffer("stored", torch.ones(4, 5, dtype=torch.int8))
+        self.register_buffer("mask", torch.ones(4, dtype=torch.bool))
+        self.register_buffer("scale", torch.ones(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = (x.to(torch.complex64) @ self.spectrum).real.half() @ self.narrow
+        return (y.float() * self.mask) @ (self.stored * self.scale)
+
+
+def test_every_kind_of_weight_counts_and_nothing_else() -> None:
+    found = cost(capture(Kinds(), torch.randn(2, 8)))
+    assert found.parameters == 8 * 3 + 3 * 4 + 4 * 5
+    assert found.bytes == 8 * 8 * 3 + 2 * 3 * 4 + 4 * 5 + 4 + 4 * 5
+
+
+def test_a_complex_weight_that_a_pass_stores_still_counts() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(8, 3, dtype=torch.complex64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x.to(torch.complex64) @ (self.w * 2)).abs()
+
+    program = capture(Scaled(), torch.randn(2, 8))
+    folded = run_pass(Fold(), program, torch.randn(2, 8))
+    assert len(list(folded.parameters())) == 1
+    assert cost(folded).parameters == cost(program).parameters == 24
+
+
+def test_quantized_weights_and_biases_count_and_their_scales_do_not() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.Flatten(), nn.Linear(256, 10)).eval()
+    data = torch.randn(16, 3, 8, 8)
+    for target in ("onnxruntime", "tensorrt"):
+        result = graphopt.optimize(model, data, "int8", target, lower=False, bench=False)
+        assert cost(result.program).parameters == cost(result.original).parameters
+
+
+def test_a_view_counts_what_it_spans_of_its_storage() -> None:
+    class Views(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            whole = torch.randn(8, 4)
+            self.top, self.same = nn.Parameter(whole[:4]), nn.Parameter(whole[:4])
+            self.few = nn.Parameter(torch.randn(1000)[:4])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.top @ self.same * self.few
+
+    found = cost(capture(Views(), torch.randn(2, 4), share_tensors=True))
+    assert (found.parameters, found.bytes) == (16 + 4, 4 * 2 * 16 + 4 * 4)
 
 
 def test_a_static_program_counts_one_sample() -> None:
