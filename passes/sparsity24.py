@@ -252,7 +252,7 @@ class Sparsity24(Pass[Sparsity24Options, Sparsity24Plan]):
             torch.stack([_settled(*pair, form, by_moments=by_moments, refit=refit) for pair in zip(*both, strict=True)])
             for both in zip(parts, known, strict=True)
         ]
-        weight = as_weight(call, torch.cat(settled, 2), stored)
+        weight = as_weight(call, torch.cat(settled, 2), stored.dtype)
         final = as_rows(call, weight)
         assert has_pattern(final, form)
         return weight, {

@@ -19,9 +19,10 @@ from torch import fx
 from graphopt.ir.graph import tensor_attribute
 from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
-from graphopt.passes.factorisation.factorised_layers import as_matrix, factor_names, factorisable, replace_by_factors
+from graphopt.passes.factorisation.factorised_layers import factor_names, factorisable, replace_by_factors
 from graphopt.passes.factorisation.low_rank import Decomposition, decompose
 from graphopt.passes.layers.weighted_call import WeightedCall
+from graphopt.passes.layers.weights import by_taps
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.pass_base import Pass
 from graphopt.pipeline.plan import Plan, Refusal
@@ -95,8 +96,7 @@ class Svd(Pass[SvdOptions, SvdPlan]):
         tensors: dict[str, torch.Tensor] = {}
         too_small: list[Refusal] = []
         for call, covariance in self._with_covariances(program, calls, ctx):
-            stored = as_matrix(call, tensor_attribute(gm, call.weight_name))
-            parts = decompose(stored, covariance, has_bias=call.bias is not None)
+            parts = decompose(_matrix(gm, call), covariance, has_bias=call.bias is not None)
             rank = self._rank(call, parts, ctx)
             reason = self._why_not(call, rank)
             if reason:
@@ -202,10 +202,15 @@ def _payload(gm: fx.GraphModule, call: WeightedCall, parts: Decomposition, rank:
     tensors = {names.u_payload: u, names.v_payload: v}
     dtype = tensor_attribute(gm, call.weight_name).dtype
     if call.bias is not None and parts.mean is not None:
-        weight = as_matrix(call, tensor_attribute(gm, call.weight_name)).detach().double()
+        weight = _matrix(gm, call).double()
         bias = tensor_attribute(gm, str(call.bias.target)).detach().double()
         tensors[names.bias_payload] = bias + (weight - u @ v) @ parts.mean
     return {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
+
+
+def _matrix(gm: fx.GraphModule, call: WeightedCall) -> torch.Tensor:
+    """Return the weight of a linear layer or 1x1 convolution as (out, in)."""
+    return by_taps(call, tensor_attribute(gm, call.weight_name).detach())[0, :, :, 0]
 
 
 def _rounded_up(rank: int, multiple: int) -> int:

@@ -16,6 +16,7 @@ from graphopt.ir.graph import arguments, constant, tensor_attribute
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import origin
 from graphopt.passes.layers.weighted_call import IN_A_REGION, WeightedCall, regions_with_layers, uses, weighted_call
+from graphopt.passes.layers.weights import from_taps
 from graphopt.pipeline.plan import Refusal
 
 aten = torch.ops.aten
@@ -54,9 +55,7 @@ def factorisable(gm: fx.GraphModule, skip: Sequence[str]) -> tuple[list[Weighted
             if reason:
                 refusals.append(Refusal(node.name, reason))
             continue
-        if "conv" in call.kind and (
-            call.kind != "conv" or any(size != 1 for size in call.weight.meta["val"].shape[2:])
-        ):
+        if call.kind == "transposed conv" or any(size != 1 for size in call.kernel):
             continue  # neither linear nor 1x1
         reason = _why_not(gm, call, skip)
         if reason:
@@ -64,11 +63,6 @@ def factorisable(gm: fx.GraphModule, skip: Sequence[str]) -> tuple[list[Weighted
         else:
             found.append(call)
     return found, refusals
-
-
-def as_matrix(call: WeightedCall, weight: torch.Tensor) -> torch.Tensor:
-    """Return the weight of `call` as (out, in)."""
-    return weight.t() if call.kind == "matmul" else weight.flatten(1)
 
 
 def replace_by_factors(program: Program, weights: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> Program:
@@ -100,7 +94,7 @@ def _replace(editor: Editor, call: WeightedCall, tensors: Mapping[str, torch.Ten
     site = call.weight_name
 
     def read(wanted: str, payload: str) -> fx.Node:
-        factor = _in_layout(call, tensors[payload])
+        factor = from_taps(call, tensors[payload][None, :, :, None])
         name = editor.put(editor.new_name(wanted), factor, kind_of=weight)
         return editor.read(name, like=call.weight, site=site)
 
@@ -112,14 +106,6 @@ def _replace(editor: Editor, call: WeightedCall, tensors: Mapping[str, torch.Ten
         first = _first_call(editor, call, v)
         second = _second_call(editor, call, first, u, bias)
     editor.replace(call.node, second)
-
-
-def _in_layout(call: WeightedCall, matrix: torch.Tensor) -> torch.Tensor:
-    """Return a factor (rows, columns) in the layout of the layer's weight."""
-    if call.kind == "matmul":
-        return matrix.t().contiguous()
-    spatial = call.weight.meta["val"].dim() - 2
-    return matrix.reshape(*matrix.shape, *([1] * spatial)).contiguous()
 
 
 def _stored_bias(editor: Editor, call: WeightedCall, bias: torch.Tensor) -> fx.Node:

@@ -27,15 +27,8 @@ from graphopt.passes.folding.affine import Affine, affine, is_batch_norm
 from graphopt.passes.folding.channel_path import path_to_layer
 from graphopt.passes.folding.growth import too_large
 from graphopt.passes.folding.likeness import indistinguishable
-from graphopt.passes.layers.weighted_call import (
-    WeightedCall,
-    response_to,
-    scale_inputs,
-    scale_outputs,
-    set_argument,
-    uses,
-    weighted_call,
-)
+from graphopt.passes.layers.weighted_call import WeightedCall, set_argument, uses, weighted_call
+from graphopt.passes.layers.weights import response_to, scale_inputs, scale_outputs
 from graphopt.pipeline.plan import Refusal
 
 Side = Literal["after", "before"]

@@ -1,15 +1,14 @@
-"""Convolutions and linear layers as matrix products over sampled positions.
+"""What a layer's weight is multiplied with, and what it gives, at sampled positions of its output.
 
-At every output position y = x W + b, where
+At every output position y = sum over inputs and taps of W x, plus b, where
 
-    x (rows, groups, inputs)     is what the weight is multiplied with: for a convolution the patch under its kernel,
-    W (groups, inputs, outputs)  the weight,
-    y (rows, groups, outputs)    the output there.
+    x (rows, groups, inputs, taps)      is what the weight meets: for a convolution the patch under its kernel,
+    W (groups, outputs, inputs, taps)   the weight, see `weights.by_taps`,
+    y (rows, groups * outputs)          the output there.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -32,7 +31,7 @@ def output_rows(call: WeightedCall, output: torch.Tensor, chosen: torch.Tensor) 
 
 
 def input_rows(call: WeightedCall, x: torch.Tensor, chosen: torch.Tensor, output: torch.Size) -> torch.Tensor:
-    """Return what the weight sees at the output positions `chosen`, (rows, groups, inputs).
+    """Return what the weight meets at the output positions `chosen`, (rows, groups, inputs, taps).
 
     Args:
         call: the layer.
@@ -41,13 +40,12 @@ def input_rows(call: WeightedCall, x: torch.Tensor, chosen: torch.Tensor, output
         output: shape of its output.
     """
     if "conv" not in call.kind:
-        return x.reshape(-1, x.shape[-1])[chosen].to(working_dtype(x)).unsqueeze(1)
-    spatial = call.weight.meta["val"].dim() - 2
-    if x.dim() == spatial + 1:  # without a batch
+        return x.reshape(-1, x.shape[-1])[chosen].to(working_dtype(x))[:, None, :, None]
+    if x.dim() == len(call.kernel) + 1:  # without a batch
         x, output = x.unsqueeze(0), torch.Size([1, *output])
     patches = _patches(call, x, torch.unravel_index(chosen, (output[0], *output[2:])))  # (rows, *k, in)
     rows = patches.movedim(-1, 1)  # (rows, in, *k)
-    return rows.reshape(len(chosen), call.groups, -1).to(working_dtype(x))
+    return rows.reshape(len(chosen), call.groups, call.in_features // call.groups, -1).to(working_dtype(x))
 
 
 def working_dtype(values: torch.Tensor) -> torch.dtype:
@@ -55,32 +53,8 @@ def working_dtype(values: torch.Tensor) -> torch.dtype:
     return torch.promote_types(values.dtype, torch.float32)
 
 
-def as_matrices(call: WeightedCall, weight: torch.Tensor) -> torch.Tensor:
-    """Return the weight as (groups, inputs, outputs), in float64."""
-    wide = weight.detach().double()
-    if call.kind == "matmul":
-        return wide.unsqueeze(0)
-    if call.kind == "transposed conv":  # (in, out/groups, *k)
-        grouped = wide.reshape(call.groups, -1, *wide.shape[1:])
-        return grouped.movedim(2, -1).flatten(1, -2)
-    grouped = wide.reshape(call.groups, -1, *wide.shape[1:])  # (groups, out/groups, in/groups, *k)
-    return grouped.flatten(2).transpose(1, 2)
-
-
-def as_weight(call: WeightedCall, matrices: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return matrices (groups, inputs, outputs) in the layout, shape and dtype of the weight `like`."""
-    if call.kind == "matmul":
-        result = matrices.squeeze(0)
-    elif call.kind == "transposed conv":
-        inputs = like.shape[0] // call.groups
-        result = matrices.reshape(call.groups, inputs, *like.shape[2:], like.shape[1]).movedim(-1, 2).flatten(0, 1)
-    else:
-        result = matrices.transpose(1, 2).reshape(like.shape)
-    return result.to(like.dtype).contiguous()
-
-
 def _axis(call: WeightedCall, output: torch.Tensor) -> int:
-    return output.dim() - (call.weight.meta["val"].dim() - 1 if "conv" in call.kind else 1)
+    return output.dim() - len(call.kernel) - 1
 
 
 def _patches(call: WeightedCall, x: torch.Tensor, where: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -89,13 +63,13 @@ def _patches(call: WeightedCall, x: torch.Tensor, where: Sequence[torch.Tensor])
     Output o meets tap k of a convolution at input o * stride - padding + k * dilation, and of a transposed one at
     (o + padding - k * dilation) / stride where that is whole.
     """
-    kernel, rows = call.weight.meta["val"].shape[2:], len(where[0])
-    strides, paddings, dilations = call.strides, _paddings(call), _spread(call, "dilation", len(kernel))
+    kernel, rows = call.kernel, len(where[0])
+    strides, paddings, dilations = call.strides, _paddings(call), _spread(call, "dilation")
     last = x.movedim(1, -1)
     index = [where[0].view(-1, *[1] * len(kernel))]
     inside = torch.ones(rows, *[1] * len(kernel), dtype=torch.bool)
     for d, taps in enumerate(kernel):
-        reach = torch.arange(int(taps)) * dilations[d]
+        reach = torch.arange(taps) * dilations[d]
         if call.kind == "transposed conv":
             scaled = where[d + 1].unsqueeze(1) + paddings[d] - reach
             at, meets = scaled.div(strides[d], rounding_mode="floor"), scaled % strides[d] == 0
@@ -103,7 +77,7 @@ def _patches(call: WeightedCall, x: torch.Tensor, where: Sequence[torch.Tensor])
             at = where[d + 1].unsqueeze(1) * strides[d] - paddings[d] + reach
             meets = torch.ones_like(at, dtype=torch.bool)
         meets = meets & (at >= 0) & (at < last.shape[d + 1])
-        shape = [rows, *(int(taps) if i == d else 1 for i in range(len(kernel)))]
+        shape = [rows, *(taps if i == d else 1 for i in range(len(kernel)))]
         index.append(at.clamp(0, last.shape[d + 1] - 1).view(shape))
         inside = inside & meets.view(shape)
     return last[tuple(index)] * inside.unsqueeze(-1)
@@ -112,15 +86,12 @@ def _patches(call: WeightedCall, x: torch.Tensor, where: Sequence[torch.Tensor])
 def _paddings(call: WeightedCall) -> list[int]:
     """Return how many zeros stand before the input along each spatial axis."""
     padding = arguments(call.node, ())["padding"]
-    kernel = [int(taps) for taps in call.weight.meta["val"].shape[2:]]
     if padding == "same":
-        return [d * (k - 1) // 2 for d, k in zip(_spread(call, "dilation", len(kernel)), kernel, strict=True)]
-    if padding == "valid":
-        return [0] * len(kernel)
-    return _spread(call, "padding", len(kernel))
+        return [d * (k - 1) // 2 for d, k in zip(_spread(call, "dilation"), call.kernel, strict=True)]
+    return [0] * len(call.kernel) if padding == "valid" else _spread(call, "padding")
 
 
-def _spread(call: WeightedCall, name: str, count: int) -> list[int]:
+def _spread(call: WeightedCall, name: str) -> list[int]:
     given = arguments(call.node, ())[name]
     values = [given] if isinstance(given, int) else list(given)
-    return list(itertools.islice(itertools.cycle(values), count)) if len(values) == 1 else values
+    return values * len(call.kernel) if len(values) == 1 else values

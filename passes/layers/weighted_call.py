@@ -9,6 +9,7 @@ conv_transposeN     (in, out/groups, *k)    axis before the N spatial ones
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -86,8 +87,17 @@ class WeightedCall:
 
     @property
     def _features_from_end(self) -> int:
-        spatial = self.weight.meta["val"].dim() - 2 if "conv" in self.kind else 0
-        return spatial + 1
+        return len(self.kernel) + 1
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Size of a convolution's kernel along each spatial axis, () for linear layers."""
+        return tuple(int(size) for size in self.weight.meta["val"].shape[2:]) if "conv" in self.kind else ()
+
+    @property
+    def fan_in(self) -> int:
+        """Number of values that an output sums over: the inputs of one group, at every tap of the kernel."""
+        return self.in_features // self.groups * math.prod(self.kernel)
 
     @property
     def out_features(self) -> int:
@@ -103,16 +113,15 @@ class WeightedCall:
     def strides(self) -> tuple[int, ...]:
         """Step of a convolution along each spatial axis, () for linear layers."""
         stride = arguments(self.node, ()).get("stride", ())
-        spatial = self._features_from_end - 1
         steps = [stride] if isinstance(stride, int) else list(stride)
-        return tuple(steps * spatial if len(steps) == 1 else steps)
+        return tuple(steps * len(self.kernel) if len(steps) == 1 else steps)
 
     @property
     def zero_padded(self) -> bool:
         """Whether a convolution sees zeros around its input."""
         padding = arguments(self.node, ()).get("padding", 0)
         if isinstance(padding, str):
-            return padding == "same" and any(size != 1 for size in self.weight.meta["val"].shape[2:])
+            return padding == "same" and any(size != 1 for size in self.kernel)
         return any(pad != 0 for pad in ([padding] if isinstance(padding, int) else padding))
 
 
@@ -172,41 +181,3 @@ def uses(gm: fx.GraphModule, name: str) -> list[fx.Node]:
     reads = [node for node in gm.graph.nodes if constant(node, gm) is tensor]
     users = {user for read in reads for user in read.users}
     return [node for node in gm.graph.nodes if node in users]
-
-
-def scale_outputs(call: WeightedCall, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return `weight` such that output feature i is multiplied by `scale[i]` (out,)."""
-    if call.kind == "matmul":
-        return weight * scale[None, :]
-    if call.kind == "transposed conv":
-        grouped = _by_group(call, weight)  # (groups, in/groups, out/groups, *k)
-        return (grouped * _spread(scale.view(call.groups, 1, -1), grouped)).flatten(0, 1)
-    return weight * _spread(scale, weight)
-
-
-def scale_inputs(call: WeightedCall, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return `weight` such that input feature i counts `scale[i]` (in,) times."""
-    if call.kind in ("matmul", "transposed conv"):
-        return weight * _spread(scale, weight)
-    grouped = _by_group(call, weight)  # (groups, out/groups, in/groups, *k)
-    return (grouped * _spread(scale.view(call.groups, 1, -1), grouped)).flatten(0, 1)
-
-
-def response_to(call: WeightedCall, weight: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """Return what a constant input `shift` (in,) adds to each output feature (out,), away from any padding.
-
-    Not defined for transposed convolutions, whose border outputs see fewer weights.
-    """
-    if call.kind == "matmul":
-        return shift @ weight
-    taps = _by_group(call, weight.flatten(2).sum(2) if weight.dim() > 2 else weight)  # (groups, out/groups, in/groups)
-    return torch.einsum("goi,gi->go", taps, shift.view(call.groups, -1)).flatten()
-
-
-def _by_group(call: WeightedCall, weight: torch.Tensor) -> torch.Tensor:
-    return weight.reshape(call.groups, -1, *weight.shape[1:])
-
-
-def _spread(vector: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Append size-1 axes to `vector` until it broadcasts along the leading axes of `like`."""
-    return vector.reshape(*vector.shape, *([1] * (like.dim() - vector.dim())))

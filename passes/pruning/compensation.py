@@ -10,6 +10,7 @@ from block to block (section 3.2). Both programs are run side by side, once, nod
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -23,7 +24,7 @@ from graphopt.ir.finite import all_finite
 from graphopt.ir.graph import tensor_attribute
 from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
-from graphopt.passes.layers.rows import as_matrices, as_weight, input_rows, output_rows, positions
+from graphopt.passes.layers.rows import input_rows, output_rows, positions
 from graphopt.passes.layers.weighted_call import (
     IN_A_REGION,
     WeightedCall,
@@ -32,6 +33,7 @@ from graphopt.passes.layers.weighted_call import (
     uses,
     weighted_call,
 )
+from graphopt.passes.layers.weights import by_taps, from_taps
 from graphopt.passes.pruning.least_squares import Correction, Sums, solve
 from graphopt.passes.pruning.residual_sums import Branch, branch_of, running_mean
 from graphopt.pipeline.context import Context
@@ -156,8 +158,7 @@ class _Walk:
         dims = self._axes.dims(twin)
         if any(touches(layout, self._kept) and not isinstance(size(layout), int) for layout in dims):
             return "an axis of dynamic size of its output lost positions"
-        inputs = as_matrices(call, call.weight.meta["val"]).shape[1]
-        return f"{inputs} inputs, more than {WIDEST}" if inputs > WIDEST else ""
+        return f"{call.fan_in} inputs, more than {WIDEST}" if call.fan_in > WIDEST else ""
 
     def _sums(self, layer: _Layer, twin: fx.Node) -> tuple[Sums, Sums] | None:
         """Sum up rows to fit and rows to judge by; None if there are values that are not finite."""
@@ -168,7 +169,7 @@ class _Walk:
             y = self._at_positions_left(twin, index, layer.call.output_axis)
             total = positions(layer.call, y)
             for part in self._parts(total, groups * inputs, inputs):
-                x = input_rows(layer.call, self._after.values[layer.call.input][index], part, y.shape)
+                x = input_rows(layer.call, self._after.values[layer.call.input][index], part, y.shape).flatten(2)
                 target = self._target(layer, twin, index, part).view(len(part), groups, outputs)
                 if not bool(torch.isfinite(x).all() & torch.isfinite(target).all()):
                     return None
@@ -245,7 +246,8 @@ class _Layer:
         weight = tensor_attribute(gm, call.weight_name).detach()
         name = running_mean(call, gm) if call.bias is None else str(call.bias.target)
         bias = None if name is None else tensor_attribute(gm, name).detach()
-        return cls(call, weight, as_matrices(call, weight), name, bias, branch_of(call, gm))
+        matrices = by_taps(call, weight.double()).flatten(2).transpose(1, 2)
+        return cls(call, weight, matrices, name, bias, branch_of(call, gm))
 
     def given(self, x: torch.Tensor) -> torch.Tensor:
         """Return what the layer gives for rows of its input, (rows, groups, outputs)."""
@@ -262,7 +264,9 @@ class _Layer:
 
     def corrected(self, found: Correction) -> dict[str, torch.Tensor]:
         """Return the corrected tensors by name."""
-        tensors = {self.call.weight_name: as_weight(self.call, self.matrices + found.weight, self.weight)}
+        rows = (self.matrices + found.weight).transpose(1, 2)  # (groups, outputs, inputs)
+        weight = from_taps(self.call, torch.unflatten(rows, 2, (-1, math.prod(self.call.kernel))))
+        tensors = {self.call.weight_name: weight.to(self.weight.dtype)}
         if self.bias_name is not None and self.bias is not None and self._shift is not None:
             added = found.bias - torch.einsum("gi,gio->go", self._shift.double(), found.weight)
             sign = -1 if self.call.bias is None else 1

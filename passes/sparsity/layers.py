@@ -3,8 +3,7 @@
 The pattern runs along the input channels, for each output channel and each position of the kernel by itself: that is
 where TensorRT looks for it (its documentation, "I/O formats and sparsity": of every 4 input channels 2 are zero).
 
-    linear (out, in), matmul (in, out)          (1, out, in)
-    convolution (out, in/groups, *k)            (groups, out/groups, k * in/groups), channels innermost
+    (groups, outputs, taps * inputs)            channels innermost
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from graphopt.passes.layers.weighted_call import (
     uses,
     weighted_call,
 )
+from graphopt.passes.layers.weights import by_taps, from_taps
 from graphopt.pipeline.plan import Refusal
 from graphopt.targets.description import SparseFormat
 
@@ -43,11 +43,6 @@ class Site:
 
     weight_name: str
     calls: tuple[WeightedCall, ...]
-
-    @property
-    def inputs(self) -> int:
-        """Number of inputs in one group of a convolution, times the positions of its kernel."""
-        return int(self.calls[0].weight.meta["val"].numel()) // self.calls[0].out_features
 
 
 def find_sites(gm: fx.GraphModule) -> tuple[list[Site], list[Refusal]]:
@@ -83,8 +78,7 @@ def why_not(site: Site, form: SparseFormat, gm: fx.GraphModule) -> tuple[str, st
     call, weight = site.calls[0], tensor_attribute(gm, site.weight_name)
     if call.kind == "transposed conv":
         return "a transposed convolution has no sparse kernel", ""
-    inputs = weight.shape[0 if call.kind == "matmul" else 1]
-    outputs = weight.shape[1 if call.kind == "matmul" else 0]
+    inputs, outputs = call.in_features // call.groups, call.out_features
     if call.groups > 1 and inputs == 1:
         return "depthwise: one input channel for each output", ""
     if inputs % form.inputs_multiple or inputs % form.group:
@@ -124,22 +118,13 @@ def named(site: Site, globs: Sequence[str]) -> bool:
 
 
 def as_rows(call: WeightedCall, weight: torch.Tensor) -> torch.Tensor:
-    """Return the weight as (groups, outputs, inputs), channels innermost."""
-    if call.kind == "matmul":
-        return weight.detach().t().unsqueeze(0)
-    grouped = weight.detach().reshape(call.groups, -1, *weight.shape[1:])  # (groups, out/groups, in/groups, *k)
-    return grouped.flatten(3).transpose(2, 3).flatten(2) if weight.dim() > 2 else grouped
+    """Return the weight as (groups, outputs, inputs of the reduction), channels innermost."""
+    return by_taps(call, weight.detach()).transpose(2, 3).flatten(2)
 
 
-def as_weight(call: WeightedCall, rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return rows in the layout, shape and dtype of the weight `like`."""
-    if call.kind == "matmul":
-        result = rows.squeeze(0).t()
-    elif like.dim() > 2:
-        result = rows.reshape(call.groups, -1, like[0, 0].numel(), like.shape[1]).transpose(2, 3).reshape(like.shape)
-    else:
-        result = rows.reshape(like.shape)
-    return result.to(like.dtype).contiguous()
+def as_weight(call: WeightedCall, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return rows in the layout of the weight."""
+    return from_taps(call, torch.unflatten(rows, 2, (math.prod(call.kernel), -1)).transpose(2, 3)).to(dtype)
 
 
 def has_pattern(rows: torch.Tensor, form: SparseFormat) -> bool:

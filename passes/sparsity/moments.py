@@ -46,11 +46,8 @@ class Moments:
         if not most:
             return
         chosen = torch.arange(most) * count // most
-        seen = input_rows(call, x.detach(), chosen, output.shape)  # (rows, groups, inputs)
-        if "conv" in call.kind:  # channels innermost, as in `as_rows`
-            channels = call.weight.meta["val"].shape[1]
-            seen = seen.reshape(*seen.shape[:2], channels, -1).transpose(2, 3).flatten(2)
-        seen = seen.movedim(1, 0)  # (groups, rows, inputs)
+        met = input_rows(call, x.detach(), chosen, output.shape)  # (rows, groups, inputs, taps)
+        seen = met.transpose(2, 3).flatten(2).movedim(1, 0)  # (groups, rows, inputs), ordered as in `as_rows`
         products = [(part.transpose(1, 2) @ part).double() for part in torch.split(seen, self.block, 2)]
         before = self._products if self.rows else [torch.zeros(1)] * len(products)
         self._products = [old + new for old, new in zip(before, products, strict=True)]
@@ -63,9 +60,9 @@ class Moments:
 
 def block_of(site: Site, multiple: int) -> int:
     """Return how many inputs share a matrix: all where that fits in memory, else a multiple of `multiple`."""
-    if site.inputs <= WIDEST:
-        return site.inputs
-    return max(1, MEMORY // 2 // (8 * site.inputs) // multiple) * multiple
+    if site.calls[0].fan_in <= WIDEST:
+        return site.calls[0].fan_in
+    return max(1, MEMORY // 2 // (8 * site.calls[0].fan_in) // multiple) * multiple
 
 
 def gather(
@@ -83,7 +80,9 @@ def gather(
     Raises:
         DataError: a value on the way is NaN or infinite.
     """
-    for portion in portions(sites, lambda site: 8 * site.calls[0].groups * site.inputs * block_of(site, multiple)):
+    for portion in portions(
+        sites, lambda site: 8 * site.calls[0].groups * site.calls[0].fan_in * block_of(site, multiple)
+    ):
         found = {site.weight_name: Moments(block_of(site, multiple)) for site in portion}
         wanted = {call.node: (call, found[site.weight_name]) for site in portion for call in site.calls}
         for batch in progress.track(batches, "measuring inputs", len(batches)):

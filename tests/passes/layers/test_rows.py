@@ -1,4 +1,4 @@
-"""Layers as matrix products: the rows of input and weight must give the rows of the output."""
+"""Layers as products: what the weight meets, times the weight, must be the output."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from graphopt.capturing.capture import capture
 from graphopt.ir.graph import tensor_attribute
-from graphopt.passes.layers.rows import as_matrices, as_weight, input_rows, output_rows, positions
+from graphopt.passes.layers.rows import input_rows, output_rows, positions
 from graphopt.passes.layers.weighted_call import weighted_call
+from graphopt.passes.layers.weights import by_taps, from_taps
 
 
 class AddMM(nn.Module):
@@ -38,12 +39,13 @@ def check(layer: nn.Module, x: Tensor) -> None:
         y = layer(x)
     chosen = torch.arange(positions(call, y)).flip(0)[::2]
     weight = tensor_attribute(program.graph_module, call.weight_name)
-    matrices = as_matrices(call, weight)
-    product = torch.einsum("rgi,gio->rgo", input_rows(call, x, chosen, y.shape), matrices).flatten(1)
+    taps = by_taps(call, weight)
+    product = torch.einsum("rgit,goit->rgo", input_rows(call, x, chosen, y.shape), taps).flatten(1)
     if call.bias is not None:
         product = product + tensor_attribute(program.graph_module, str(call.bias.target))
     torch.testing.assert_close(product, output_rows(call, y, chosen))
-    assert torch.equal(as_weight(call, matrices, weight), weight)
+    assert torch.equal(from_taps(call, taps), weight)
+    assert call.fan_in == taps.shape[2] * taps.shape[3]
 
 
 @pytest.mark.parametrize(
