@@ -48,9 +48,8 @@ def show(name: str, plugin: Plugins = None) -> None:
     console = Console(highlight=False)
     console.print(f"{found.name}, from {registry.source(name)}", style="bold")
     console.print(_unwrapped(found), markup=False)
-    order = {"needs": found.needs, "produces": found.produces, "after": found.after, "conflicts": found.conflicts}
-    for word, values in order.items():
-        if values:
+    for word in ("needs", "produces", "invalidates", "after", "before", "conflicts"):
+        if values := getattr(found, word):
             console.print(f"{word}: {', '.join(values)}", markup=False)
     rows = describe(found.options_type)
     if not rows:

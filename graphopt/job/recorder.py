@@ -12,7 +12,7 @@ from graphopt.job.report import Report, Row
 from graphopt.measure.cost import cost
 from graphopt.measure.equivalence import Equivalence, Probe
 from graphopt.pipeline.hooks import Hook
-from graphopt.pipeline.pipeline import Step
+from graphopt.pipeline.order import Step
 from graphopt.pipeline.plan import Plan
 
 Metric = Callable[[Callable[..., Any]], float]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from graphopt.ir.program import Program
-    from graphopt.pipeline.pipeline import Step
+    from graphopt.pipeline.order import Step
     from graphopt.pipeline.plan import Plan
 
 

@@ -59,7 +59,9 @@ class Pass(ABC, Generic[OptionsT, PlanT]):
             a lossy pass, whose error is measured and reported.
         needs: properties that must hold before it ("folded"); a pass that produces a missing one is inserted.
         produces: properties that hold after it.
+        invalidates: properties that no longer hold after it, so that a later need of them is met anew.
         after: passes that must stand before it when both are in a pipeline.
+        before: passes that must stand behind it when both are in a pipeline.
         conflicts: passes that cannot be in one pipeline with it.
         reads_target: whether its plan depends on the target description; with several targets the pipeline forks here.
             An instance may decide by its options.
@@ -72,7 +74,9 @@ class Pass(ABC, Generic[OptionsT, PlanT]):
     tolerance: ClassVar[float | None] = None
     needs: ClassVar[tuple[str, ...]] = ()
     produces: ClassVar[tuple[str, ...]] = ()
+    invalidates: ClassVar[tuple[str, ...]] = ()
     after: ClassVar[tuple[str, ...]] = ()
+    before: ClassVar[tuple[str, ...]] = ()
     conflicts: ClassVar[tuple[str, ...]] = ()
     reads_target: bool = False
     changes_outputs: ClassVar[bool] = False

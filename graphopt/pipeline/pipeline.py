@@ -14,34 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import networkx as nx
-
 from graphopt.errors import UsageError
 from graphopt.ir.plain_data import Json
-from graphopt.pipeline.options import build, changed, to_text
+from graphopt.pipeline.options import build, changed
+from graphopt.pipeline.order import AnyPass, Step, check_order, complete
 from graphopt.pipeline.pass_base import Pass
 from graphopt.pipeline.registry import PassRegistry
-
-AnyPass = Pass[Any, Any]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One pass of a pipeline."""
-
-    instance: AnyPass
-    inserted_for: str = ""  # the pass whose need it meets, "" if the user wrote it
-
-    @property
-    def name(self) -> str:
-        """Name of the pass."""
-        return self.instance.name
-
-    @property
-    def text(self) -> str:
-        """The step as pipeline text, options that differ from their defaults included."""
-        options = changed(self.instance.options)
-        return ":".join([self.name, *(f"{key}={to_text(value)}" for key, value in options.items())])
 
 
 @dataclass(frozen=True)
@@ -83,8 +61,8 @@ class Pipeline:
 
     @classmethod
     def _checked(cls, instances: Sequence[AnyPass], registry: PassRegistry) -> Self:
-        steps = _with_needs(instances, registry)
-        _check_order(steps)
+        steps = complete(instances, registry)
+        check_order(steps, registry)
         return cls(tuple(steps))
 
     @property
@@ -143,61 +121,6 @@ def _instance(item: AnyPass | type[AnyPass] | str, registry: PassRegistry) -> An
 def _build(name: str, options: Mapping[str, Any], registry: PassRegistry) -> AnyPass:
     found = registry.pass_class(name)
     return found(build(name, found.options_type, options))
-
-
-def _with_needs(instances: Sequence[AnyPass], registry: PassRegistry) -> list[Step]:
-    """Insert the producer of every property that a pass needs and no earlier pass produces."""
-    steps: list[Step] = []
-    produced: set[str] = set()
-
-    def add(instance: AnyPass, inserted_for: str, pending: tuple[str, ...]) -> None:
-        for needed in instance.needs:
-            if needed in produced:
-                continue
-            producer = registry.producer_of(needed)
-            if producer is None or producer in pending:
-                raise UsageError(
-                    f"Pass `{instance.name}` needs a program that is `{needed}`, and no installed pass makes it so."
-                )
-            add(registry.pass_class(producer)(), instance.name, (*pending, instance.name))
-        steps.append(Step(instance, inserted_for))
-        produced.update(instance.produces)
-
-    for instance in instances:
-        add(instance, "", ())
-    return steps
-
-
-def _check_order(steps: Sequence[Step]) -> None:
-    names = [step.name for step in steps]
-    for index, step in enumerate(steps):
-        for other in step.instance.conflicts:
-            if other in names:
-                raise UsageError(f"Passes `{step.name}` and `{other}` cannot be in one pipeline. Choose one of them.")
-        for earlier in step.instance.after:
-            if earlier in names[index + 1 :]:
-                raise UsageError(
-                    f"Pass `{step.name}` must come after `{earlier}`: {_reason(step)} "
-                    f"Write --passes {','.join(_suggested(steps))}."
-                )
-
-
-def _reason(step: Step) -> str:
-    return f"`{step.name}` rewrites what `{'`, `'.join(step.instance.after)}` would have to read."
-
-
-def _suggested(steps: Sequence[Step]) -> list[str]:
-    """Return the user's steps in an order that meets every constraint and is otherwise as written."""
-    written = [step for step in steps if not step.inserted_for]
-    graph: nx.DiGraph[int] = nx.DiGraph()
-    graph.add_nodes_from(range(len(written)))
-    for index, step in enumerate(written):
-        for other, candidate in enumerate(written):
-            if candidate.name in step.instance.after:
-                graph.add_edge(other, index)
-    if not nx.is_directed_acyclic_graph(graph):
-        return [step.text for step in written]
-    return [written[index].text for index in nx.lexicographical_topological_sort(graph)]
 
 
 def _toml(value: Json) -> str:

@@ -15,7 +15,8 @@ from graphopt.ir.program import Program
 from graphopt.measure.equivalence import measure
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.hooks import Hook
-from graphopt.pipeline.pipeline import Pipeline, Step
+from graphopt.pipeline.order import Step
+from graphopt.pipeline.pipeline import Pipeline
 from graphopt.pipeline.plan import Plan, Refusal
 from graphopt.targets.description import TargetDescription
 
