@@ -105,9 +105,9 @@ def check_pass(
     before = subject if isinstance(subject, Program) else capture(subject, args)
 
     def context() -> Context:
-        samples = TensorSamples(tuple(data)) if data is not None else None
         targets = (target,) if target is not None else ()
-        return Context(original=before, targets=targets, target=target, samples=samples, seed=seed)
+        ctx = Context(original=before, targets=targets, target=target, seed=seed)
+        return ctx if data is None else ctx.with_data(TensorSamples(tuple(data)))
 
     untouched = fingerprint(before)
     plan = pass_.plan(before, context())
@@ -133,8 +133,8 @@ def run_pass(
     """Capture if need be, plan and apply; return the new program."""
     args = (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs)
     program = subject if isinstance(subject, Program) else capture(subject, args)
-    samples = TensorSamples(tuple(data)) if data is not None else None
-    return pass_.apply(program, pass_.plan(program, Context(original=program, samples=samples)))
+    ctx = Context(original=program)
+    return pass_.apply(program, pass_.plan(program, ctx if data is None else ctx.with_data(TensorSamples(tuple(data)))))
 
 
 def assert_same_program(found: Program, expected: Program, *, compare_tensors: bool = True) -> None:

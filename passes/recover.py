@@ -19,6 +19,7 @@ import torch
 from pydantic import Field
 
 from graphopt.data.batches import Batch
+from graphopt.data.split import FEWEST
 from graphopt.distillation.addresses import resolve
 from graphopt.distillation.augment import flip, shift, takes_images
 from graphopt.distillation.cuts import auto_taps
@@ -31,7 +32,7 @@ from graphopt.distillation.recovery import recover
 from graphopt.distillation.statistics import batch_norms
 from graphopt.distillation.taps import own_outputs, strip_taps
 from graphopt.distillation.weights import integer_weights, overwrite, trainable
-from graphopt.errors import DataError, PassError
+from graphopt.errors import PassError
 from graphopt.ir.program import Program
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.pass_base import Pass
@@ -42,7 +43,6 @@ logger = logging.getLogger(__name__)
 AUTO: Final = "auto"
 
 _TAPS = 12  # taps that auto places at most
-_FEWEST_SAMPLES = 16
 _WARMUP = 0.1  # fraction of the steps
 # BatchNorm makes a network indifferent to the scale of its weights, and large relative steps safe. Measured: 0.03 takes
 # a pruned ResNet-20 to 88.7 % and harms a factorised MiniLM, which 0.003 improves.
@@ -62,7 +62,7 @@ class RecoverOptions:
     lr: largest AdamW step, as a fraction of the root mean square of each tensor; none: 0.03 in a network with
         BatchNorm, 0.003 in others, and a third of it if no epoch is better than what came in.
     batch_size: samples per step, over all processes.
-    samples: use at most so many; none: all there are.
+    samples: train on at most so many; none: all there are.
     temperature: softens the teacher's logits.
     alpha: weight of the tap losses against the output loss; 0 leaves the taps out.
     taps: addresses in the unoptimised program, as `distill_hooks` takes them; auto: block boundaries.
@@ -73,7 +73,7 @@ class RecoverOptions:
     epochs: Annotated[int, Field(ge=0)] = 8
     lr: Annotated[float, Field(gt=0, le=1)] | None = None
     batch_size: Annotated[int, Field(ge=2)] = 64
-    samples: Annotated[int, Field(ge=_FEWEST_SAMPLES)] | None = 16384
+    samples: Annotated[int, Field(ge=FEWEST)] | None = 16384
     temperature: Annotated[float, Field(gt=0)] = 4.0
     alpha: Annotated[float, Field(ge=0)] = 10.0
     taps: tuple[str, ...] | None = (AUTO,)
@@ -99,9 +99,9 @@ class Recover(Pass[RecoverOptions, RecoverPlan]):
     """Win back accuracy by distillation from the unoptimised program; needs data, no labels.
 
     1. BatchNorm statistics are re-estimated, then the weights are trained on soft labels and on values at block
-       boundaries, by AdamW under Accelerate; a tenth of the samples only judges.
-    2. What is kept is what has the lowest loss on the held-out samples: trained weights, statistics alone, or, with
-       a refusal, what came in. The result is never further from the unoptimised program than before.
+       boundaries, by AdamW under Accelerate.
+    2. What is kept is what has the lowest loss on the samples that no pass fits: trained weights, statistics alone,
+       or, with a refusal, what came in. The result is never further from the unoptimised program than before.
     3. Refused: a program with int8 weights (they are frozen: recover stands before int8), one without any floating
        parameter, one whose outputs already agree, outputs and taps that have no gradient or no counterpart.
     4. Taps of `distill_hooks` in the program stay outputs and are not changed.
@@ -121,8 +121,10 @@ class Recover(Pass[RecoverOptions, RecoverPlan]):
         reason = _why_not(program)
         if reason:
             return self.new_plan(sites=(), refusals=[Refusal("program", reason, reason.partition(":")[0])])
-        pool = Pool.read(ctx.need_samples(self.name, "to imitate the unoptimised program on"), self.options.samples)
-        batch_size = self._batch_size(program, pool)
+        samples = ctx.need_samples(self.name, "to imitate the unoptimised program on")
+        held = Pool.read(ctx.need_held_out(self.name), None)
+        training = Pool.read(samples, self.options.samples)
+        batch_size = self._batch_size(program)
         teacher, student = strip_taps(ctx.original), strip_taps(program)
         _check_outputs(teacher, student)
         targets, refusals = targets_of(teacher)
@@ -134,7 +136,7 @@ class Recover(Pass[RecoverOptions, RecoverPlan]):
         views = self._views(program) if self.options.epochs else ()
         schedule = Schedule(self.options.epochs, _WARMUP, _PATIENCE)
         rates = (self.options.lr,) if self.options.lr else _rates(program)
-        found = recover(student, teacher, objective, pool, batch_size, schedule, rates, _view(views), ctx)
+        found = recover(student, teacher, objective, training, held, batch_size, schedule, rates, _view(views), ctx)
         if found.refusal:
             refusals.append(Refusal("program", found.refusal, found.refusal.partition(":")[0]))
         plan = self.new_plan(
@@ -158,12 +160,7 @@ class Recover(Pass[RecoverOptions, RecoverPlan]):
         overwrite(result, plan.tensors)
         return result
 
-    def _batch_size(self, program: Program, pool: Pool) -> int:
-        if pool.count < _FEWEST_SAMPLES:
-            raise DataError(
-                f"Pass `recover` needs at least {_FEWEST_SAMPLES} samples to train on and to judge by, and the data "
-                f"holds {pool.count}. Give a few hundred typical inputs."
-            )
+    def _batch_size(self, program: Program) -> int:
         fixed = program.batch_size
         if fixed is None:
             return self.options.batch_size

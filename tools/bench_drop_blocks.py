@@ -90,7 +90,7 @@ def _order(program: Program, given: dict[str, object], blocks: int, calibration:
         build("drop_blocks", DropBlocksOptions, {"blocks": blocks, "samples": len(calibration), **given})
     )
     start = time.perf_counter()
-    plan = pass_.plan(program, Context(original=program, samples=TensorSamples((calibration,)), seed=seed))
+    plan = pass_.plan(program, Context(original=program, seed=seed).with_data(TensorSamples((calibration,))))
     names = {str(entry["result"]): name for name, entry in plan.blocks.items()}
     print(f"{given}: {time.perf_counter() - start:.0f} s, {[names[result] for result in plan.dropped]}", flush=True)
     return list(plan.dropped)

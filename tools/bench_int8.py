@@ -129,7 +129,7 @@ def _measure(name: str, subject: Subject, folder: Path, options: argparse.Namesp
 
 def _optimise(passes: str, program: Program, subject: Subject) -> dict[str, Program]:
     targets = (OnnxRuntimeBackend().description, TensorRTBackend().description) if "int8" in passes else ()
-    ctx = Context(original=program, targets=targets, samples=TensorSamples(subject.calibration))
+    ctx = Context(original=program, targets=targets).with_data(TensorSamples(subject.calibration))
     return run(Pipeline.parse(passes), program, ctx).programs
 
 

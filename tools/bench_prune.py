@@ -99,13 +99,13 @@ def _ours(
         "round_to": 1,
     }
     pass_ = Prune(build("prune", PruneOptions, given))
-    samples = TensorSamples((calibration,))
+    ctx = Context(original=program).with_data(TensorSamples((calibration,)))
     start = time.perf_counter()
-    plan = pass_.plan(program, Context(original=program, samples=samples))
+    plan = pass_.plan(program, ctx)
     compensated = pass_.apply(program, plan)
     seconds = time.perf_counter() - start
     plain = pass_.apply(program, dataclasses.replace(plan, tensors={}))
-    statistics = with_tensors(plain, estimate_statistics(plain, samples.batches(128)), "prune")
+    statistics = with_tensors(plain, estimate_statistics(plain, ctx.need_samples(pass_.name, "").batches(128)), "prune")
     before, after = cost(program), cost(plain)
     return Row(
         "graphopt",

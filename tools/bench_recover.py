@@ -56,7 +56,7 @@ def _arguments() -> argparse.Namespace:
 def _optimise(
     passes: str, program: Program, original: Program, samples: torch.Tensor, seed: int
 ) -> tuple[Program, list[object]]:
-    ctx = Context(original=original, samples=TensorSamples((samples,)), seed=seed)
+    ctx = Context(original=original, seed=seed).with_data(TensorSamples((samples,)))
     outcome = run(Pipeline.parse(passes), program, ctx)
     return outcome.programs[""], [plan for _, plan in outcome.plans]
 

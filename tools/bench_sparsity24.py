@@ -84,7 +84,7 @@ def _add(table: Table, head: tuple[str, ...], dense: float, found: list[_Found])
 def _plan(program: Program, criterion: str, refit: bool, calibration: torch.Tensor) -> tuple[Sparsity24Plan, float]:
     given = {"criterion": criterion, "refit": refit, "samples": len(calibration)}
     pass_ = Sparsity24(build("sparsity24", Sparsity24Options, given))
-    ctx = Context(original=program, targets=(_TARGET,), target=_TARGET, samples=TensorSamples((calibration,)))
+    ctx = Context(original=program, targets=(_TARGET,), target=_TARGET).with_data(TensorSamples((calibration,)))
     start = time.perf_counter()
     plan = pass_.plan(program, ctx)
     return plan, time.perf_counter() - start

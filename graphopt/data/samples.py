@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from graphopt.data.batches import Batch
+from graphopt.data.batches import Batch, Labelled, rebatched
 from graphopt.data.binding import Bound, bind
 from graphopt.data.fitting import describe, fit
 from graphopt.data.input_spec import Spec
@@ -17,7 +17,6 @@ from graphopt.errors import DataError
 
 log = logging.getLogger(__name__)
 
-Labelled = tuple[Batch, torch.Tensor | None]
 # Samples read at once where the caller asks for no particular size.
 READ_SIZE = 256
 
@@ -92,12 +91,12 @@ class Samples:
             batch_size: Samples per batch, at least 1.
             limit: Stop after this many samples.
         """
-        for inputs, _ in self._rebatched(batch_size, limit, with_labels=False):
+        for inputs, _ in rebatched(self._pieces(batch_size, limit, with_labels=False), batch_size):
             yield inputs
 
     def labelled_batches(self, batch_size: int, limit: int | None = None) -> Iterator[Labelled]:
         """Yield pairs of inputs and labels as `batches` does; labels are None where the data has none."""
-        return self._rebatched(batch_size, limit, with_labels=True)
+        return rebatched(self._pieces(batch_size, limit, with_labels=True), batch_size)
 
     def first(self, count: int) -> Batch:
         """Return the first `count` samples (or all, if there are fewer) as one batch."""
@@ -147,25 +146,6 @@ class Samples:
             self._note(bound.note)
             yield bound
 
-    def _rebatched(self, batch_size: int, limit: int | None, with_labels: bool) -> Iterator[Labelled]:
-        """Cut and join what is read to batches of one size."""
-        held: list[Labelled] = []
-        size = 0
-        for inputs, labels in self._pieces(batch_size, limit, with_labels):
-            while inputs[0].shape[0]:
-                if held and not _joinable(held[-1], (inputs, labels)):
-                    yield _join(held)
-                    held, size = [], 0
-                take = min(batch_size - size, inputs[0].shape[0])
-                held.append((tuple(t[:take] for t in inputs), None if labels is None else labels[:take]))
-                size += take
-                inputs, labels = tuple(t[take:] for t in inputs), None if labels is None else labels[take:]
-                if size == batch_size:
-                    yield _join(held)
-                    held, size = [], 0
-        if held:
-            yield _join(held)
-
     def _pieces(self, size: int, limit: int | None, with_labels: bool) -> Iterator[Labelled]:
         """Yield what is read at once: at most `size` samples of one chunk, checked."""
         if size < 1:
@@ -204,21 +184,3 @@ class Samples:
         if text and text not in self.notes:
             self.notes.append(text)
             log.info("%s", text)
-
-
-def _joinable(one: Labelled, other: Labelled) -> bool:
-    """Tell whether two pieces can be one batch: same shapes but for the number of samples."""
-    tensors, others = [*one[0], one[1]], [*other[0], other[1]]
-    return all(
-        (a is None and b is None)
-        or (a is not None and b is not None and a.shape[1:] == b.shape[1:] and a.dtype == b.dtype)
-        for a, b in zip(tensors, others, strict=True)
-    )
-
-
-def _join(pieces: Sequence[Labelled]) -> Labelled:
-    if len(pieces) == 1:
-        return pieces[0]
-    inputs = tuple(torch.cat(parts) for parts in zip(*(piece[0] for piece in pieces), strict=True))
-    labels = [piece[1] for piece in pieces if piece[1] is not None]
-    return inputs, torch.cat(labels) if labels else None

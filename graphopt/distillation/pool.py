@@ -7,7 +7,6 @@ and a batch is drawn from one bucket.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,14 +41,6 @@ class Pool:
         """How many samples there are."""
         return sum(len(bucket[0]) for bucket in self.buckets)
 
-    def split(self, held_out: int, generator: torch.Generator) -> tuple[Pool, Pool]:
-        """Split into a pool to train on and one of `held_out` samples, drawn at random."""
-        chosen = torch.randperm(self.count, generator=generator)[:held_out]
-        away = torch.zeros(self.count, dtype=torch.bool)
-        away[chosen] = True
-        masks = torch.split(away, [len(bucket[0]) for bucket in self.buckets])
-        return self._where([~mask for mask in masks]), self._where(masks)
-
     def batches(self, size: int, generator: torch.Generator | None = None, *, fixed: bool = False) -> list[Index]:
         """Divide the samples into batches of at most `size`, as even as they can be, each within one bucket.
 
@@ -72,9 +63,3 @@ class Pool:
         """Return one batch."""
         bucket, samples = index
         return tuple(part[samples] for part in self.buckets[bucket])
-
-    def _where(self, masks: Sequence[torch.Tensor]) -> Pool:
-        kept = [
-            tuple(part[mask] for part in bucket) for bucket, mask in zip(self.buckets, masks, strict=True) if mask.any()
-        ]
-        return Pool(tuple(kept))

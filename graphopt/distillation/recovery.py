@@ -19,8 +19,6 @@ from graphopt.errors import PassError
 from graphopt.ir.program import Program
 from graphopt.pipeline.context import Context
 
-_HELD_OUT = 0.1  # fraction of the samples that judges and never trains
-_MOST_HELD_OUT = 1024
 _AGREED = 1e-6  # held-out loss of a program that has nothing to recover
 
 
@@ -43,7 +41,8 @@ def recover(
     student: Program,
     teacher: Program,
     objective: Objective,
-    pool: Pool,
+    training: Pool,
+    held: Pool,
     batch_size: int,
     schedule: Schedule,
     rates: Sequence[float],
@@ -56,7 +55,8 @@ def recover(
         student: what to recover, without taps.
         teacher: what to imitate, without taps.
         objective: how, and at which taps.
-        pool: samples, to train on and to judge by.
+        training: samples to train on.
+        held: samples to judge by.
         batch_size: samples per step.
         schedule: how long to train; no epochs: only BatchNorm statistics are re-estimated.
         rates: learning rates, each tried only if the one before made nothing better.
@@ -66,15 +66,13 @@ def recover(
     Raises:
         PassError: the loss is not finite, before training or at the last rate.
     """
-    held_out = min(_MOST_HELD_OUT, max(batch_size, round(_HELD_OUT * pool.count)), pool.count // 2)
-    training, held = pool.split(held_out, ctx.generator("recover/held out"))
     own = _tapped(student, [Tap(pair.teacher.address, pair.student.node) for pair in objective.pairs])
     trainer = Trainer(own, _tapped(teacher, [pair.teacher for pair in objective.pairs]), objective, held, batch_size)
     lowest = trainer.held_out_loss()
     found = Recovery(losses={"before": lowest})
     if not math.isfinite(lowest):
         raise PassError(
-            f"Pass `recover` cannot start: the loss on {held_out} held-out samples is {lowest}. The program or the "
+            f"Pass `recover` cannot start: the loss on {held.count} held-out samples is {lowest}. The program or the "
             "unoptimised one computes values that are not finite on this data."
         )
     if lowest <= _AGREED:
@@ -96,7 +94,7 @@ def recover(
             found.tensors = history.best
             lowest = _estimated(trainer, own, training, found, "after", min(history.losses))
     if not found.tensors:
-        found.refusal = f"nothing tried is better: the loss on {held_out} held-out samples stays {lowest:.4g}"
+        found.refusal = f"nothing tried is better: the loss on {held.count} held-out samples stays {lowest:.4g}"
     return found
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from graphopt.capturing.load import capture_on
 from graphopt.capturing.model_calls import check_module
 from graphopt.data import Samples
-from graphopt.data.batches import Batch
+from graphopt.data.batches import Batch, SampleSource, whole_batches
 from graphopt.errors import DataError, UsageError
 from graphopt.ir.program import Program
 from graphopt.ir.regions import compiled_for_their_shapes
@@ -92,7 +92,6 @@ def optimize(
     pipeline = Pipeline.parse(passes, PassRegistry(plugins))
     backends = [backend(item) if isinstance(item, str) else item for item in _listed(target)]
     program, samples = _program_and_samples(model, data, dynamic_shapes)
-    probe = Probe(program, _probe_inputs(program, samples))
     metric = None if eval is None else _evaluator(eval, program)
     report = Report(name or _name(model), str(pipeline), metric.name if metric else "")
     report.notes += [f"{note.subject}: {note.text}" for note in program.notes]
@@ -102,17 +101,21 @@ def optimize(
         deciding = [backend(DEFAULT_TARGET)]
         first = pipeline.steps[pipeline.fork()].text
         report.notes.append(f"target: none was given, so `{first}` and what follows decided for {DEFAULT_TARGET}")
-    recorder = Recorder(report, program, probe, metric)
-    recorder.add_original()
     ctx = Context(
         original=program,
         targets=tuple(item.description for item in deciding),
-        samples=samples,
         loss=loss,
         timers={item.name: Stopwatch(item) for item in deciding if item.times_here},
         seed=seed,
         progress=progress or NoProgress(),
     )
+    if samples is not None:
+        ctx = ctx.with_data(samples)
+    probe = Probe(program, _probe_inputs(program, ctx.held_out or ctx.samples))
+    if ctx.samples and not ctx.held_out and any(step.instance.tolerance is None for step in pipeline.steps):
+        report.notes.append("data: too few samples to hold some out: passes may have fitted what errors are taken on")
+    recorder = Recorder(report, program, probe, metric)
+    recorder.add_original()
     checks = [FullCheck()] if check == "full" else []
     outcome = run(pipeline, program, ctx, [recorder, *checks, *hooks])
     home = tempfile.TemporaryDirectory(prefix="graphopt-")
@@ -178,9 +181,13 @@ def _evaluator(spec: Any, program: Program) -> Evaluator | FunctionEvaluator:
     return evaluator(spec, specs=program.inputs, fixed_batch=program.batch_size)
 
 
-def _probe_inputs(program: Program, samples: Samples | None) -> Batch:
+def _probe_inputs(program: Program, samples: SampleSource | None) -> Batch:
     """Return the inputs that errors are measured on: real samples if there are any."""
-    if samples is None or program.batch_size is not None:
+    if samples is None:
         return program.flat_examples()
+    if program.batch_size is not None:
+        batches = whole_batches(samples, program.batch_size, None, fixed=program.batch_size)
+        return next(batches, program.flat_examples())
     affordable = int(_PROBE_FLOPS // max(cost(program).flops, 1))
-    return samples.first(min(max(affordable, _FEWEST_PROBES), _MOST_PROBES))
+    count = min(max(affordable, _FEWEST_PROBES), _MOST_PROBES)
+    return max(samples.batches(count, count), key=lambda batch: len(batch[0]))  # the first, but for unlike shapes

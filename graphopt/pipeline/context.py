@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 import torch
 
 from graphopt.data.batches import SampleSource
+from graphopt.data.split import FEWEST, split
 from graphopt.errors import DataError, PassError
 from graphopt.ir.program import Program
 from graphopt.targets.description import TargetDescription, channel_multiple, rank_multiple
@@ -47,7 +49,8 @@ class Context:
         original: the unoptimised program, the teacher of every recovery.
         targets: descriptions of all targets of this run, for alignments. May be empty.
         target: the one target this pass plans for; None before the pipeline forks.
-        samples: calibration data, None when the user gave none.
+        samples: calibration data that passes may fit, None when the user gave none.
+        held_out: the samples that judge what passes made, and that no pass fits; None where there are none to spare.
         loss: what the model was trained for; None when the user gave none.
         timers: by target name, what measures latency in that runtime, where it executes on this machine.
         seed: every random draw descends from it.
@@ -58,11 +61,17 @@ class Context:
     targets: tuple[TargetDescription, ...] = ()
     target: TargetDescription | None = None
     samples: SampleSource | None = None
+    held_out: SampleSource | None = None
     loss: Loss | None = None
     timers: Mapping[str, Timer] = field(default_factory=dict)
     seed: int = 0
     progress: Progress = field(default_factory=NoProgress)
     cache: dict[tuple[object, ...], object] = field(default_factory=dict, repr=False)
+
+    def with_data(self, source: SampleSource) -> Context:
+        """Return this context with the samples of `source`, of which some are held out."""
+        fitted, held_out = split(source, self.original)
+        return dataclasses.replace(self, samples=fitted, held_out=held_out)
 
     @property
     def channel_multiple(self) -> int:
@@ -97,6 +106,16 @@ class Context:
                 "machine. Give a target on FLOPs instead, or --target onnxruntime."
             )
         return self.timers[target.name]
+
+    def need_held_out(self, pass_name: str) -> SampleSource:
+        """Return the samples to judge by, or explain that there are too few."""
+        if self.held_out is None:
+            raise DataError(
+                f"Pass `{pass_name}` needs samples to learn from and others to judge by, and of this data none can be "
+                f"spared: it takes at least {FEWEST}, and two batches of a program with a fixed batch size. Give a few "
+                "hundred typical inputs."
+            )
+        return self.held_out
 
     def need_samples(self, pass_name: str, purpose: str) -> SampleSource:
         """Return the calibration data, or explain what it is needed for."""

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from graphopt.data.split import FEWEST
 from graphopt.loading.functions import is_function_name
-from graphopt.passes.pruning.reconstruction import FEWEST
 
 Kind = Literal["channels", "hidden", "heads", "head_dim", "width"]
 Criterion = Literal["l1", "l2", "random", "fpgm", "bn_scale", "lamp", "activation", "taylor", "obd"]

@@ -1,7 +1,7 @@
 """What calibration data makes of a program that lost channels: the tensors with which it is nearest the original.
 
 Compensated weights, or those and re-estimated BatchNorm statistics, or neither: what is kept is what brings the
-outputs nearest those of the original.
+outputs nearest those of the original, on samples that nothing was fitted to.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from graphopt.axes.infer import Axes
-from graphopt.data.batches import Batch, whole_batches
+from graphopt.data.batches import Batch, SampleSource, whole_batches
+from graphopt.data.split import FEWEST
 from graphopt.distillation.statistics import batch_norms, estimate_statistics
 from graphopt.errors import VerifyError
 from graphopt.ir.editor import Editor
@@ -26,10 +27,9 @@ from graphopt.pipeline.context import Context
 from graphopt.pipeline.plan import Refusal
 from graphopt.statistics.stepping import peak_bytes_per_sample
 
-FEWEST = 16  # samples; of fewer, what is held out is no judge
 MEMORY = 2 << 30  # bytes of activations of both programs held at once
 _BATCH = 64  # samples run at once
-_JUDGED = 2  # batches whose outputs are compared
+_JUDGED = 128  # samples whose outputs are compared
 
 
 def reconstruct(
@@ -59,10 +59,14 @@ def reconstruct(
         New tensors with what was left alone, and by name of what was tried the signal-to-noise ratio of the outputs
         in dB.
     """
-    batches, left_out = usable(original, _batches(original, ctx, limit))
-    count = sum(len(batch[0]) for batch in batches)
-    if count < FEWEST:
-        reason = f"not compensated: {count} samples of calibration data, at least {FEWEST} are needed"
+    samples = ctx.need_samples("prune", "to make up for what is removed")
+    batches, left_out = usable(original, samples, _batches(original, samples, limit))
+    judges: list[Batch] = []
+    if ctx.held_out is not None:
+        judges, unjudged = usable(original, ctx.held_out, _batches(original, ctx.held_out, _JUDGED))
+        left_out += unjudged
+    if not batches or not judges:
+        reason = f"not compensated: too few samples, at least {FEWEST} are needed to fit some and judge by others"
         left_out.append(Refusal("compensation", reason, "not compensated: too few samples"))
         return Compensation(refusals=left_out), {}
     found = compensate(original, pruned, axes, kept, batches, ctx)
@@ -75,7 +79,7 @@ def reconstruct(
             candidates["compensated, statistics re-estimated"] = {**found.tensors, **statistics}
         else:
             found.refusals.append(Refusal("statistics", "not re-estimated: they are not finite on the samples"))
-    probes = [Probe(original, batch) for batch in batches[:_JUDGED]]
+    probes = [Probe(original, batch) for batch in judges]
     quality = {
         name: min(_nearness(probe, with_tensors(pruned, tensors, made_by)) for probe in probes)
         for name, tensors in candidates.items()
@@ -109,9 +113,8 @@ def with_tensors(program: Program, tensors: Mapping[str, torch.Tensor], made_by:
     return program.with_graph(editor.finish())
 
 
-def _batches(program: Program, ctx: Context, limit: int) -> list[Batch]:
+def _batches(program: Program, samples: SampleSource, limit: int) -> list[Batch]:
     """Read the samples that fit in memory, in batches the program takes."""
-    samples = ctx.need_samples("prune", "to make up for what is removed")
     fits = MEMORY // max(1, 2 * peak_bytes_per_sample(program))
     limit = min(limit, max(FEWEST, fits))
     return list(whole_batches(samples, _BATCH, limit, fixed=program.batch_size))

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from graphopt.data.batches import Batch
+from graphopt.data.batches import Batch, SampleSource
+from graphopt.data.split import place
 from graphopt.errors import DataError
 from graphopt.ir.program import Program
 from graphopt.ir.signature import TensorSpec
@@ -19,8 +20,8 @@ from graphopt.pipeline.plan import Refusal
 _FEW = 1 / 8  # of the samples
 
 
-def usable(original: Program, batches: Sequence[Batch]) -> tuple[list[Batch], list[Refusal]]:
-    """Return the batches without samples that make an output of `original` infinite, and a line about those.
+def usable(original: Program, samples: SampleSource, batches: Sequence[Batch]) -> tuple[list[Batch], list[Refusal]]:
+    """Return the batches of `samples` without what makes an output of `original` infinite, and a line about it.
 
     Raises:
         DataError: a sample holds NaN, or makes an output NaN.
@@ -28,10 +29,11 @@ def usable(original: Program, batches: Sequence[Batch]) -> tuple[list[Batch], li
     finite: list[torch.Tensor] = []  # by batch, (samples,)
     first = 0
     for batch in batches:
-        _refuse_nan(original.inputs, batch, first, len(batch[0]), "holds NaN in input")
+        _refuse_nan(original.inputs, batch, samples, first, len(batch[0]), "holds NaN in input")
         with torch.no_grad():
             outputs = original.call_flat([tensor.clone() for tensor in batch])  # a program may write to its inputs
-        _refuse_nan(original.outputs, outputs, first, len(batch[0]), "makes the unpruned program give NaN in output")
+        does = "makes the unpruned program give NaN in output"
+        _refuse_nan(original.outputs, outputs, samples, first, len(batch[0]), does)
         finite.append(~_samples_with(torch.isinf, outputs, len(batch[0])))
         first += len(batch[0])
     overflown = (~torch.cat(finite)).nonzero().flatten().tolist() if finite else []
@@ -39,7 +41,7 @@ def usable(original: Program, batches: Sequence[Batch]) -> tuple[list[Batch], li
         return list(batches), []
     chosen = _without(original, batches, finite)
     lost = first - sum(len(batch[0]) for batch in chosen)
-    text = f"left out {lost} of {first} samples: number {overflown[0]} makes an output infinite"
+    text = f"left out {lost} of {first} samples: number {place(samples, overflown[0])} makes an output infinite"
     return chosen, [Refusal("compensation", text, "samples with infinite outputs left out")]
 
 
@@ -51,12 +53,14 @@ def _without(original: Program, batches: Sequence[Batch], finite: Sequence[torch
     return [batch for batch in chosen if len(batch[0])]
 
 
-def _refuse_nan(specs: Sequence[TensorSpec], tensors: Batch, first: int, count: int, does: str) -> None:
+def _refuse_nan(
+    specs: Sequence[TensorSpec], tensors: Batch, samples: SampleSource, first: int, count: int, does: str
+) -> None:
     for spec, tensor in zip(specs, tensors, strict=False):
         bad = _samples_with(torch.isnan, (tensor,), count)
         if bool(bad.any()):
             raise DataError(
-                f"Calibration sample {first + int(bad.nonzero()[0])} {does} `{spec.name}`, and pass "
+                f"Calibration sample {place(samples, first + int(bad.nonzero()[0]))} {does} `{spec.name}`, and pass "
                 "`prune` refits layers to what that program gives. Leave out such samples, check that they are scaled "
                 "as in training, or give compensate=no."
             )

@@ -47,7 +47,7 @@ def recovered(
     program: Program, original: Program, *data: Tensor, options: RecoverOptions = SMALL, seed: int = 0
 ) -> tuple[Program, RecoverPlan]:
     recover = Recover(options)
-    plan = recover.plan(program, Context(original=original, samples=TensorSamples(data), seed=seed))
+    plan = recover.plan(program, Context(original=original, seed=seed).with_data(TensorSamples(data)))
     return recover.apply(program, plan), plan
 
 
@@ -120,14 +120,14 @@ def test_without_epochs_only_statistics_change(teacher: Program, pruned: Program
 
 
 def test_a_program_that_lost_nothing(teacher: Program, samples: Tensor) -> None:
-    plan = Recover(SMALL).plan(teacher.copy(), Context(original=teacher, samples=TensorSamples((samples,))))
+    plan = Recover(SMALL).plan(teacher.copy(), Context(original=teacher).with_data(TensorSamples((samples,))))
     assert plan.sites == ()
     assert plan.refusals[0].reason == "outputs already agree: there is nothing to recover"
 
 
 def test_what_is_worse_than_before_is_refused(teacher: Program, pruned: Program, samples: Tensor) -> None:
     good, _ = recovered(pruned, teacher, samples)
-    context = Context(original=teacher, samples=TensorSamples((samples,)))
+    context = Context(original=teacher).with_data(TensorSamples((samples,)))
     plan = Recover(RecoverOptions(epochs=1, lr=1.0, batch_size=32)).plan(good, context)
     assert plan.sites == ()
     assert plan.refusals[-1].counted_as == "nothing tried is better"
@@ -183,7 +183,7 @@ def test_factorised_layers_and_texts_of_unlike_length_learn() -> None:
             ids = [torch.randint(0, 11, (24, length), generator=drawn) for length in (5, 6, 7)]
             return [(part, torch.ones_like(part)) for part in ids]
 
-    plan = Recover(SMALL).plan(program, Context(original=original, samples=Texts()))  # type: ignore[arg-type]
+    plan = Recover(SMALL).plan(program, Context(original=original).with_data(Texts()))  # type: ignore[arg-type]
     assert plan.measured["epochs"][-1] < plan.measured["before"]  # type: ignore[index, operator]
     assert list(plan.taps) == ["layers.0:add#1", "layers.0:add#2", "layers.1:add#1", "layers.1:add#2"]
     assert plan.outputs == {"output": "values"}
@@ -251,7 +251,7 @@ def test_a_program_without_parameters_is_refused() -> None:
 def test_data_is_needed_and_enough_of_it(teacher: Program, pruned: Program, samples: Tensor) -> None:
     with pytest.raises(DataError, match="Pass `recover` needs data to imitate the unoptimised program on"):
         Recover().plan(pruned, Context(original=teacher))
-    with pytest.raises(DataError, match="needs at least 16 samples to train on and to judge by, and the data holds 7"):
+    with pytest.raises(DataError, match="and of this data none can be spared: it takes at least 16"):
         recovered(pruned, teacher, samples[:7])
 
 

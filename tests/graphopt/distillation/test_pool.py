@@ -47,13 +47,6 @@ def test_a_fixed_size_leaves_the_rest_out() -> None:
     assert sizes([numbers(10).take(index) for index in numbers(10).batches(4, fixed=True)]) == [4, 4]
 
 
-def test_a_split_is_a_partition() -> None:
-    training, held = numbers(20).split(5, drawn())
-    assert (training.count, held.count) == (15, 5)
-    together = torch.cat([training.buckets[0][0], held.buckets[0][0]])
-    assert sorted(together.tolist()) == list(range(20))
-
-
 def test_samples_of_unlike_length_are_never_in_one_batch() -> None:
     class Texts:
         def batches(self, batch_size: int, limit: int | None = None) -> list[Batch]:
@@ -62,7 +55,6 @@ def test_samples_of_unlike_length_are_never_in_one_batch() -> None:
     pool = Pool.read(Texts(), None)  # type: ignore[arg-type]
     assert [bucket[0].shape for bucket in pool.buckets] == [(4, 5), (2, 7)]
     assert {tuple(pool.take(index)[0].shape) for index in pool.batches(3, drawn())} == {(2, 5), (2, 7)}
-    assert sum(pool.split(3, drawn())[1].buckets[at][0].shape[0] for at in range(2)) == 3
 
 
 def test_flip_mirrors_some_images_and_no_other_axis() -> None:

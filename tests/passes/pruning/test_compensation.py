@@ -36,8 +36,8 @@ def prune(**options: Any) -> Prune:
 
 
 def plan_of(pass_: Prune, program: Program, data: Tensor | None) -> PruningPlan:
-    samples = None if data is None else TensorSamples((data,))
-    return pass_.plan(program, Context(original=program, samples=samples))
+    ctx = Context(original=program)
+    return pass_.plan(program, ctx if data is None else ctx.with_data(TensorSamples((data,))))
 
 
 def reasons(plan: PruningPlan) -> dict[str, str]:
@@ -160,7 +160,7 @@ def test_too_few_samples_say_so() -> None:
     data = data_for("linear", 15)
     plan = plan_of(prune(), capture(Redundant("linear").double(), (data[:2],)), data)
     assert not plan.tensors
-    wanted = "not compensated: 15 samples of calibration data, at least 16 are needed"
+    wanted = "not compensated: too few samples, at least 16 are needed to fit some and judge by others"
     assert reasons(plan)["compensation"] == wanted
 
 
@@ -209,12 +209,13 @@ def marked(*samples: int) -> Tensor:
     return data
 
 
-def test_a_sample_that_makes_the_original_give_nan_is_named() -> None:
+@pytest.mark.parametrize("sample", [70, 71])  # one that judges, one that is fitted
+def test_a_sample_that_makes_the_original_give_nan_is_named(sample: int) -> None:
     program = capture(Odd(float("nan")).double(), (data_for("norm", 2),))
     with pytest.raises(
-        DataError, match="Calibration sample 70 makes the unpruned program give NaN in output `output`"
+        DataError, match=f"Calibration sample {sample} makes the unpruned program give NaN in output `output`"
     ) as info:
-        plan_of(prune(), program, marked(70, 80))
+        plan_of(prune(), program, marked(sample))
     assert info.value.exit_code == 6
     assert plan_of(prune(compensate=False), program, marked(70)).sites
 
@@ -228,8 +229,12 @@ def test_a_sample_that_holds_nan_is_named() -> None:
 
 def test_samples_whose_outputs_are_infinite_are_left_out() -> None:
     program = capture(Odd(float("inf")).double(), (data_for("norm", 2),))
-    plan = plan_of(prune(), program, marked(3, 70))
-    assert reasons(plan)["compensation"] == "left out 2 of 96 samples: number 3 makes an output infinite"
+    plan = plan_of(prune(), program, marked(3, 71, 70))
+    said = [refusal.reason for refusal in plan.refusals if refusal.site == "compensation"]
+    assert said == [
+        "left out 2 of 72 samples: number 3 makes an output infinite",
+        "left out 1 of 24 samples: number 70 makes an output infinite",
+    ]
     without = torch.cat([marked()[:3], marked()[4:70], marked()[71:]])
     again = plan_of(prune(), program, without)
     assert plan.compensated.keys() == again.compensated.keys() == {"second.0.weight"}
@@ -240,7 +245,7 @@ def test_samples_whose_outputs_are_infinite_are_left_out() -> None:
 def test_a_program_of_a_fixed_batch_size_loses_the_whole_batch() -> None:
     program = capture(Odd(float("inf")).double(), (data_for("norm", 8),), dynamic_shapes={"x": {0: None}})
     plan = plan_of(prune(), program, marked(19))
-    assert reasons(plan)["compensation"] == "left out 8 of 96 samples: number 19 makes an output infinite"
+    assert reasons(plan)["compensation"] == "left out 8 of 72 samples: number 19 makes an output infinite"
     assert "second.0.weight" in plan.compensated
 
 
@@ -258,7 +263,7 @@ def test_outputs_that_are_masked_by_infinity_are_no_bad_samples() -> None:
 
 def test_what_is_not_finite_inside_never_reaches_the_weights() -> None:
     program = capture(Odd(0.0, inside=True).double(), (data_for("norm", 2),))
-    plan = plan_of(prune(), program, marked(40))
+    plan = plan_of(prune(), program, marked(41))
     assert reasons(plan)["second.0.weight"] == "not compensated: its values are not finite on the samples"
     assert reasons(plan)["statistics"] == "not re-estimated: they are not finite on the samples"
     assert not plan.tensors
