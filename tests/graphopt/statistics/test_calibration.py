@@ -135,7 +135,7 @@ def test_without_samples() -> None:
 
 
 def test_empty_samples() -> None:
-    with pytest.raises(DataError, match="empty"):
+    with pytest.raises(DataError, match="no batch. Give at least one sample"):
         calibration(program(), data(0)).gather([("x", Histogram())])
 
 
