@@ -17,6 +17,7 @@ from torch import fx
 import graphopt.quantization.ops  # noqa: F401  (registers the operators)
 from graphopt.ir.program import Program
 from graphopt.ir.torch_internals import pytree
+from graphopt.ir.walker import Walker
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -36,8 +37,8 @@ class Step:
     share: float
 
 
-class Replay(fx.Interpreter):
-    """Interprets a program on flat tensors, taking the runtime's integers over after comparing with them."""
+class Replay(Walker):
+    """Runs a program on flat tensors, taking the runtime's integers over after comparing with them."""
 
     def __init__(self, program: Program, *, exact: bool = False, noise: torch.Generator | None = None) -> None:
         """Prepare to run.
@@ -48,8 +49,7 @@ class Replay(fx.Interpreter):
             noise: change the last digits of what is computed out of a runtime's integers: values that are equal by
                 their integers then come in either order.
         """
-        super().__init__(program.graph_module)
-        self._program = program
+        super().__init__(program)
         self._codes: Mapping[str, torch.Tensor] = {}
         self._exact = exact
         self._noise = noise
@@ -65,26 +65,28 @@ class Replay(fx.Interpreter):
         """
         self.steps = []
         self._codes = codes or {}
-        with torch.no_grad():
-            arguments = pytree.tree_leaves(self._program.unflatten([self._widened(tensor) for tensor in inputs]))
-            result = self.run(*arguments, enable_io_processing=False)
+        result = self.run([self._widened(tensor) for tensor in inputs])
         # a parameter that is returned as it is would still ask for gradients
         return tuple(leaf.detach() for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor))
 
-    def run_node(self, n: fx.Node) -> Any:
-        """Run one node; weights are dequantized once for all runs."""
-        if n in self._weights:
-            return self._weights[n]
-        result = super().run_node(n)
-        if n.target is torch.ops.graphopt.dequantize.default and _is_stored(n.args[0]):
-            self._weights[n] = result = self._widened(result)
+    def read(self, node: fx.Node) -> Any:
+        """Return a tensor, in float64 where that is computed in."""
+        return self._widened(super().read(node))
+
+    def call(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one call; weights are dequantized once for all runs."""
+        if node in self._weights:
+            return self._weights[node]
+        result = super().call(node, args, kwargs)
+        if node.target is torch.ops.graphopt.dequantize.default and _is_stored(node.args[0]):
+            self._weights[node] = result = self._widened(result)
             return result
-        if n.target is torch.ops.graphopt.dequantize.default and self._noise is not None:
+        if node.target is torch.ops.graphopt.dequantize.default and self._noise is not None:
             return perturbed(result, self._noise)
-        if n.target is torch.ops.graphopt.quantize.default:
-            codes = self._codes.get(n.name)
+        if node.target is torch.ops.graphopt.quantize.default:
+            codes = self._codes.get(node.name)
             if codes is not None:
-                self.steps.append(_step(n.name, result, codes))
+                self.steps.append(_step(node.name, result, codes))
                 return codes
         return self._widened(result)
 

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from graphopt.ir.program import Program
-from graphopt.ir.torch_internals import tree_flatten_spec
+from graphopt.ir.walker import Walker
 
 _BATCH_NORM = torch.ops.aten.batch_norm.default
 _INPUT, _MEAN, _VARIANCE, _TRAINING = 0, 3, 4, 5  # positions among its arguments
@@ -43,35 +43,30 @@ def estimate_statistics(program: Program, batches: Iterable[tuple[torch.Tensor, 
         New values of the running means and variances, in the dtype and on the device they have.
     """
     observer = _Observer(program)
-    with torch.no_grad():
-        for batch in batches:
-            args, kwargs = program.unflatten(batch)
-            flat = tree_flatten_spec((args, kwargs), program.graph_module._in_spec)
-            observer.run(*flat, enable_io_processing=False)
+    for batch in batches:
+        observer.run(batch)
     return observer.statistics()
 
 
-class _Observer(fx.Interpreter):
-    """Runs a graph with batch statistics and pools the moments of every BatchNorm's input."""
+class _Observer(Walker):
+    """Runs a program with batch statistics and pools the moments of every BatchNorm's input."""
 
     def __init__(self, program: Program) -> None:
-        super().__init__(program.graph_module, garbage_collect_values=True)
-        self._program = program
+        super().__init__(program)
         self._watched = set(batch_norms(program))
         self._moments: dict[tuple[str, str], _Moments] = {}
 
-    def run_node(self, n: fx.Node) -> Any:
-        """Run one node; normalise by the batch if it is a BatchNorm, and note the moments of what enters."""
-        if n not in self._watched:
-            return super().run_node(n)
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        key = (_target(n.args[_MEAN]), _target(n.args[_VARIANCE]))
-        self._moments.setdefault(key, _Moments()).add(args[_INPUT])
-        return self.call_function(_BATCH_NORM, _by_batch(args), kwargs)
+    def call(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one call; normalise by the batch if it is a BatchNorm, and note the moments of what enters."""
+        if node in self._watched:
+            key = (_target(node.args[_MEAN]), _target(node.args[_VARIANCE]))
+            self._moments.setdefault(key, _Moments()).add(args[_INPUT])
+            args = _by_batch(args)
+        return super().call(node, args, kwargs)
 
     def statistics(self) -> dict[str, torch.Tensor]:
         """Return running means and variances by buffer name."""
-        stored = self._program.state_dict()
+        stored = self.program.state_dict()
         found = {}
         for (mean, variance), moments in self._moments.items():
             found[mean] = moments.mean.to(stored[mean])

@@ -7,6 +7,7 @@ nothing that these two do not see.
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
@@ -17,6 +18,7 @@ from graphopt.ir.graph import fake_mode_of
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import user_line
 from graphopt.ir.torch_internals import enable_python_dispatcher, pytree, statically_known_true
+from graphopt.ir.walker import Walker
 
 
 def check_invariants(
@@ -101,7 +103,7 @@ def _check_values(program: Program, pass_name: str) -> None:
                 f"Pass `{pass_name}` left node `{node.name}` without meta['val']. Build it with `Editor.call`."
             )
     try:
-        stale = _Propagation(program.graph_module).stale()
+        stale = _Propagation(program).stale()
     except RuntimeError as err:
         raise VerifyError(f"After pass `{pass_name}` the program cannot run: {err}.") from err
     if stale is not None:
@@ -117,32 +119,30 @@ def _is_region(node: fx.Node, gm: fx.GraphModule) -> bool:
     return node.op == "get_attr" and isinstance(operator.attrgetter(str(node.target))(gm), torch.nn.Module)
 
 
-class _Propagation(fx.Interpreter):
-    """Runs a graph on fake tensors and compares each result with what the node records."""
+class _Propagation(Walker):
+    """Runs a program on fake tensors and compares each result with what the node records."""
 
-    def __init__(self, gm: fx.GraphModule) -> None:
-        super().__init__(gm, garbage_collect_values=True)
-        self._mode = fake_mode_of(gm)
-        self._stale: tuple[fx.Node, str, str] | None = None
+    _stale: tuple[fx.Node, str, str] | None = None
 
     def stale(self) -> tuple[fx.Node, str, str] | None:
         """Return the first node whose recorded value differs, with both descriptions."""
-        inputs = [n.meta["val"] for n in self.graph.nodes if n.op == "placeholder"]
-        with enable_python_dispatcher(), self._mode, torch.no_grad():
-            self.run(*inputs, enable_io_processing=False)
+        values = [node.meta["val"] for node in self.program.graph.nodes if node.op == "placeholder"]
+        with enable_python_dispatcher(), fake_mode_of(self.program.graph_module):
+            self.run([value for value in values if isinstance(value, torch.Tensor)])
         return self._stale
 
-    def run_node(self, n: fx.Node) -> object:
-        """Run one node; reuse the recorded fake of attributes, whose shape is compared with the tensor's."""
-        if n.op == "get_attr":
-            value = super().run_node(n)
-            if isinstance(value, torch.Tensor):
-                self._compare(n, n.meta["val"], value)
-                return n.meta["val"]
+    def read(self, node: fx.Node) -> Any:
+        """Return the recorded fake of a tensor, whose shape is compared with the tensor's."""
+        value = super().read(node)
+        if not isinstance(value, torch.Tensor):
             return value
-        value = super().run_node(n)
-        if n.op == "call_function":
-            self._compare(n, n.meta["val"], value)
+        self._compare(node, node.meta["val"], value)
+        return node.meta["val"]
+
+    def call(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one call and compare what it gives."""
+        value = super().call(node, args, kwargs)
+        self._compare(node, node.meta["val"], value)
         return value
 
     def _compare(self, node: fx.Node, recorded: object, found: object) -> None:

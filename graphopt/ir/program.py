@@ -20,9 +20,8 @@ from torch import fx
 
 from graphopt.errors import UsageError
 from graphopt.ir.graph import assemble, copy_graph_module
-from graphopt.ir.regions import compiled_for_their_shapes
 from graphopt.ir.signature import Note, TensorSpec, batch_size
-from graphopt.ir.torch_internals import pytree
+from graphopt.ir.torch_internals import pytree, tree_flatten_spec
 from graphopt.ir.training import set_training
 
 if TYPE_CHECKING:
@@ -51,8 +50,7 @@ class Program:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program: same signature and output structure as the model it was captured from."""
-        with compiled_for_their_shapes():
-            return self.graph_module(*args, **kwargs)
+        return self.graph_module(*args, **kwargs)
 
     def __repr__(self) -> str:
         inputs, outputs = (", ".join(map(str, specs)) for specs in (self.inputs, self.outputs))
@@ -125,6 +123,10 @@ class Program:
         filled = [next(remaining) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         args, kwargs = pytree.tree_unflatten(filled, spec)
         return args, kwargs
+
+    def flat_arguments(self, tensors: Sequence[torch.Tensor]) -> list[Any]:
+        """Return what each placeholder of the graph takes, for flat inputs in the order of `inputs`."""
+        return list(tree_flatten_spec(self.unflatten(tensors), self.graph_module._in_spec))
 
     def export(self) -> ExportedProgram:
         """Export the graph again with the same signature and dynamic axes."""

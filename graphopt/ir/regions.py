@@ -116,10 +116,11 @@ def graph_modules(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
 
 @contextlib.contextmanager
 def compiled_for_their_shapes() -> Iterator[None]:
-    """Let torch compile the regions that run meanwhile for the shapes at hand, as often as there are others.
+    """Let torch compile the regions of models that run meanwhile for the shapes at hand, as often as there are others.
 
     It compiles them even in eager mode, all by way of one function, and so takes sizes that varied between the regions
-    of other models for dynamic: whether a model runs would hang on what ran before it (torch 2.13).
+    of other models for dynamic: whether a model runs would hang on what ran before it (torch 2.13). The regions of a
+    program are operators with graphs of their own, which run as they are.
     """
     often = 1 << 16
     with compiler_settings(automatic_dynamic_shapes=False, recompile_limit=often, accumulated_recompile_limit=often):

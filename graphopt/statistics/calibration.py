@@ -1,7 +1,7 @@
 """Calibration: an analysis that runs typical data through a program and gathers statistics of chosen nodes.
 
-Observers are nodes: a copy of the program gets one behind each value asked about, every batch runs once through an
-interpreter that hands each observed value to its statistics and forgets it, and the statistics are cached by node.
+Observers are nodes: a copy of the program gets one behind each value asked about, every batch walks once through it,
+each observed value goes to its statistics and is forgotten, and the statistics are cached by node.
 Nothing but the statistics outlives a batch.
 """
 
@@ -18,7 +18,7 @@ from graphopt.errors import DataError, PassError
 from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import module_path
-from graphopt.ir.torch_internals import pytree
+from graphopt.ir.walker import Walker
 from graphopt.pipeline.context import Context, Progress
 from graphopt.quantization.histogram import NotFiniteError, Statistic
 from graphopt.quantization.ops import OBSERVE
@@ -102,13 +102,11 @@ def observe(program: Program, wanted: Mapping[str, Iterable[Statistic]], batches
         DataError: a batch does not fit the program's inputs, or makes an observed value NaN or infinite.
     """
     sinks = {name: list(statistics) for name, statistics in wanted.items()}
-    collector = _Collector(insert_observers(program, sinks).graph_module, sinks)
+    collector = _Collector(insert_observers(program, sinks), sinks)
     for index, batch in enumerate(batches):
         _check_batch(program, batch, index)
         collector.index = index
-        args, kwargs = program.unflatten(batch)
-        with torch.no_grad():
-            collector.run(*pytree.tree_leaves((args, kwargs)), enable_io_processing=False)
+        collector.run(batch)
 
 
 def read_batches(program: Program, samples: SampleSource, *, limit: int, batch_size: int) -> list[Batch]:
@@ -165,26 +163,24 @@ def remove_observers(program: Program) -> Program:
     return program.with_graph(editor.finish())
 
 
-class _Collector(fx.Interpreter):
-    """Runs a graph, hands every observed value to its statistics, and keeps no value longer than needed."""
+class _Collector(Walker):
+    """Hands every observed value to its statistics."""
 
-    def __init__(self, gm: fx.GraphModule, sinks: Mapping[str, list[Statistic]]) -> None:
-        super().__init__(gm, garbage_collect_values=True)
+    def __init__(self, program: Program, sinks: Mapping[str, list[Statistic]]) -> None:
+        super().__init__(program)
         self._sinks = sinks
-        self._node: fx.Node | None = None
         self.index = 0
 
-    def run_node(self, n: fx.Node) -> Any:
-        """Run one node; an observer passes its operand on as it is."""
-        if n.target is not OBSERVE:
-            return super().run_node(n)
-        args, _ = self.fetch_args_kwargs_from_env(n)
+    def call(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one call; an observer passes its operand on as it is."""
+        if node.target is not OBSERVE:
+            return super().call(node, args, kwargs)
         value, name = args
         for statistic in self._sinks[name]:
             try:
                 statistic.update(value)
             except NotFiniteError as err:
-                module = module_path(n)
+                module = module_path(node)
                 where = f"`{name}`" + (f" in module `{module}`" if module else "")
                 raise DataError(
                     f"Calibration batch {self.index} makes {where} NaN or infinite. Leave out the samples that do, or "

@@ -24,6 +24,7 @@ from graphopt.ir.finite import all_finite
 from graphopt.ir.graph import tensor_attribute
 from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
+from graphopt.ir.walker import Walker
 from graphopt.passes.layers.rows import input_rows, output_rows, positions
 from graphopt.passes.layers.weighted_call import (
     IN_A_REGION,
@@ -38,7 +39,6 @@ from graphopt.passes.pruning.least_squares import Correction, Sums, solve
 from graphopt.passes.pruning.residual_sums import Branch, branch_of, running_mean
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.plan import Refusal
-from graphopt.statistics.stepping import Stepper
 
 WIDEST = 6144  # inputs of a group; the matrices of a wider one would take more than two gigabytes
 _HELD_OUT = 8  # every so many-th sample judges and is not fitted
@@ -97,7 +97,7 @@ class _Walk:
         self._gm = pruned.graph_module
         self._sizes = [len(batch[0]) for batch in batches]
         self._axes, self._kept = axes, kept
-        self._before, self._after = Stepper(original, batches), Stepper(pruned, batches)
+        self._before, self._after = (Walker(program).start(batches) for program in (original, pruned))
         self._twins = {node.name: node for node in original.graph.nodes}
         self._generator = ctx.generator("compensation")
         self._progress = ctx.progress

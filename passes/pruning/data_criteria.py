@@ -30,10 +30,11 @@ import torch
 from torch import fx
 
 from graphopt.axes.groups import Group
-from graphopt.data.batches import Batch, whole_batches
+from graphopt.data.batches import whole_batches
 from graphopt.errors import DataError, PassError
 from graphopt.ir.graph import tensor_attribute
-from graphopt.ir.torch_internals import pytree, tree_flatten_spec
+from graphopt.ir.torch_internals import pytree
+from graphopt.ir.walker import Walker
 from graphopt.passes.pruning.gates import Gate, gated
 from graphopt.passes.pruning.standing import Standing, Worths
 from graphopt.passes.pruning.weight_criteria import mean_one
@@ -55,7 +56,7 @@ def activation(standing: Standing, groups: Sequence[Group]) -> Worths:
     batches = whole_batches(samples, _BATCH, standing.samples, fixed=standing.program.batch_size)
     count = 0
     for batch in standing.ctx.progress.track(batches, "measuring activations"):
-        observer.see(batch)
+        observer.run(batch)
         count += 1
     if not count:
         raise _too_few(standing, "activation")
@@ -103,11 +104,11 @@ class _Elements:
         return torch.stack(parts).sum(0)
 
 
-class _Observer(fx.Interpreter):
-    """Runs a graph and sums up the magnitude of every value that a group's consumers read."""
+class _Observer(Walker):
+    """Runs a program and sums up the magnitude of every value that a group's consumers read."""
 
     def __init__(self, standing: Standing, groups: Sequence[Group]) -> None:
-        super().__init__(standing.program.graph_module, garbage_collect_values=True)
+        super().__init__(standing.program)
         self._standing = standing
         self._watched: dict[fx.Node, list[tuple[fx.Node, int]]] = {}
         self._sums: dict[tuple[fx.Node, int], torch.Tensor] = {}
@@ -117,18 +118,11 @@ class _Observer(fx.Interpreter):
                 self._watched.setdefault(call, []).append((value, group.axis))
                 self._values.setdefault(group.axis, {})[value] = None
 
-    def see(self, batch: Batch) -> None:
-        """Run one batch."""
-        args, kwargs = self._standing.program.unflatten(batch)
-        flat = tree_flatten_spec((args, kwargs), self._standing.program.graph_module._in_spec)
-        with torch.no_grad():
-            self.run(*(_own(leaf) for leaf in flat), enable_io_processing=False)
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Run one node; note what it reads before it may write to it."""
-        for value, axis in self._watched.get(n, ()):
+    def call(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one call; note what it reads before it may write to it."""
+        for value, axis in self._watched.get(node, ()):
             self._note(value, axis)
-        return super().run_node(n)
+        return super().call(node, args, kwargs)
 
     def worth(self, group: Group) -> torch.Tensor | str:
         """Return the mean over the values of a group."""
@@ -141,7 +135,7 @@ class _Observer(fx.Interpreter):
         return torch.stack([mean_one(value) for value in values]).mean(0)
 
     def _note(self, value: fx.Node, axis: int) -> None:
-        magnitude = self.env[value].detach().abs().double()
+        magnitude = self.values[value][0].detach().abs().double()
         for dim in self._standing.dims(value, axis):
             found = self._standing.sums(value, magnitude, dim, axis)
             key = (value, axis)
@@ -180,7 +174,7 @@ def _directions(
         if program.batch_size not in (None, len(batch[0])):
             continue
         weights = _tracked(gm, names)
-        args, kwargs = program.unflatten([_own(tensor) for tensor in batch])
+        args, kwargs = program.unflatten([tensor.clone() for tensor in batch])  # a program may write to its inputs
         with torch.enable_grad():
             output = torch.func.functional_call(gm, weights, args, dict(kwargs), strict=False)
             if ctx.loss is None:
@@ -232,8 +226,3 @@ def _checked(loss: Callable[[Any, torch.Tensor | None], torch.Tensor], output: A
 
 def _too_few(standing: Standing, criterion: str) -> DataError:
     return no_batch(standing.program, f" for criterion={criterion} among its first {standing.samples} samples")
-
-
-def _own(leaf: Any) -> Any:
-    """Return a copy of an input, which a program may write to."""
-    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf

@@ -25,7 +25,7 @@ from graphopt.passes.pruning.compensation import Compensation, compensate
 from graphopt.passes.pruning.references import usable
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.plan import Refusal
-from graphopt.statistics.stepping import peak_bytes_per_sample
+from graphopt.statistics.memory import peak_bytes_per_sample
 
 MEMORY = 2 << 30  # bytes of activations of both programs held at once
 _BATCH = 64  # samples run at once

@@ -17,11 +17,11 @@ from torch import fx
 from graphopt.data.batches import Batch
 from graphopt.errors import DataError, VerifyError
 from graphopt.ir.program import Program
+from graphopt.ir.walker import Walker
 from graphopt.measure.equivalence import Probe
 from graphopt.passes.residuals.branches import Branch
 from graphopt.passes.residuals.removal import without
 from graphopt.pipeline.context import Progress
-from graphopt.statistics.stepping import Stepper
 
 Criterion = Literal["output", "influence", "random", "last"]
 
@@ -68,14 +68,15 @@ def influences(program: Program, branches: Sequence[Branch], batches: Sequence[B
     for index, branch in enumerate(branches):
         wanted.setdefault(branch.sum, []).append(index)
     totals = [0.0] * len(branches)
+    walker = Walker(program)
     for batch in batches:
-        stepper = Stepper(program, [batch])
+        walker.start([batch])
         for node in program.graph.nodes:
             here = wanted.get(node, [])
-            shortcuts = [stepper.values[branches[index].stays][0] for index in here]
-            stepper.step()
+            shortcuts = [walker.values[branches[index].stays][0] for index in here]
+            walker.step()
             for index, shortcut in zip(here, shortcuts, strict=True):
-                totals[index] += _turned(shortcut, stepper.values[node][0], len(batch[0]))
+                totals[index] += _turned(shortcut, walker.values[node][0], len(batch[0]))
     samples = sum(len(batch[0]) for batch in batches)
     return [
         _known(total / samples, f"what `{branch.name}` is added to")

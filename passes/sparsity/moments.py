@@ -7,20 +7,22 @@ blocks have in common is left out, so what is settled in one block is not made u
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import fx
 
 from graphopt.data.batches import Batch
 from graphopt.errors import DataError
 from graphopt.ir.finite import all_finite
 from graphopt.ir.program import Program
+from graphopt.ir.walker import Walker
 from graphopt.passes.layers.rows import input_rows, positions
 from graphopt.passes.layers.weighted_call import WeightedCall
 from graphopt.passes.sparsity.layers import Site
 from graphopt.pipeline.context import Progress
 from graphopt.statistics.covariance import MEMORY, WIDEST, portions
-from graphopt.statistics.stepping import Stepper
 
 _ROWS_PER_SAMPLE = 64  # positions of one sample (pixels, tokens) are alike: more cost time and say little
 
@@ -58,6 +60,22 @@ class Moments:
         return [products / self.rows for products in self._products]
 
 
+class _Walk(Walker):
+    """Runs a program and takes in the inputs of weights."""
+
+    def __init__(self, program: Program, wanted: Mapping[fx.Node, tuple[WeightedCall, Moments]]) -> None:
+        super().__init__(program)
+        self._wanted = wanted
+
+    def call(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one call."""
+        output = super().call(node, args, kwargs)
+        if node in self._wanted:
+            call, moments = self._wanted[node]
+            moments.update(call, self.values[call.input][0], output)
+        return output
+
+
 def block_of(site: Site, multiple: int) -> int:
     """Return how many inputs share a matrix: all where that fits in memory, else a multiple of `multiple`."""
     if site.calls[0].fan_in <= WIDEST:
@@ -85,14 +103,9 @@ def gather(
     ):
         found = {site.weight_name: Moments(block_of(site, multiple)) for site in portion}
         wanted = {call.node: (call, found[site.weight_name]) for site in portion for call in site.calls}
+        walker = _Walk(program, wanted)
         for batch in progress.track(batches, "measuring inputs", len(batches)):
-            stepper = Stepper(program, [batch])
-            for node in program.graph.nodes:
-                call, moments = wanted.get(node, (None, None))
-                x = stepper.values[call.input][0] if call is not None else None
-                stepper.step()
-                if call is not None and moments is not None and x is not None:
-                    moments.update(call, x, stepper.values[node][0])
+            walker.run(batch)
         for site in portion:
             moments = found[site.weight_name]
             if not all(map(all_finite, moments.matrices())):

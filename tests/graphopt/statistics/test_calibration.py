@@ -135,7 +135,7 @@ def test_without_samples() -> None:
 
 
 def test_empty_samples() -> None:
-    with pytest.raises(DataError, match="no batch. Give at least one sample"):
+    with pytest.raises(DataError, match="holds no batch"):
         calibration(program(), data(0)).gather([("x", Histogram())])
 
 

@@ -136,12 +136,12 @@ def test_a_later_branch_makes_up_for_what_the_shortcut_lost() -> None:
 
 
 def _value(program: Program, name: str, data: Tensor) -> Tensor:
-    from graphopt.statistics.stepping import Stepper
+    from graphopt.ir.walker import Walker
 
     node = next(node for node in program.graph.nodes if node.name == name)
-    stepper = Stepper(program, [(data,)])
-    stepper.run_until(node)
-    value: Tensor = stepper.values[node][0]
+    walker = Walker(program).start([(data,)])
+    walker.run_until(node)
+    value: Tensor = walker.values[node][0]
     return value
 
 
