@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from graphopt.capturing.capture import capture
-    from graphopt.capturing.load import load
+    from graphopt.capturing.load import load as load
     from graphopt.errors import (
         CaptureError,
         DataError,
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from graphopt.ir.editor import Editor
     from graphopt.ir.program import Program
     from graphopt.ir.signature import TensorSpec
+    from graphopt.job.opening import open
     from graphopt.job.optimizing import optimize
     from graphopt.job.replaying import replay
     from graphopt.job.report import Report
@@ -60,6 +61,7 @@ _HOMES = {
     "graphopt.ir.editor": ("Editor",),
     "graphopt.pipeline.hooks": ("Hook",),
     "graphopt.capturing.load": ("load",),
+    "graphopt.job.opening": ("open",),
     "graphopt.job.optimizing": ("optimize",),
     "graphopt.pipeline.pass_base": ("NoOptions", "Pass"),
     "graphopt.pipeline.pipeline": ("Pipeline",),
@@ -73,7 +75,7 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    *("capture", "load", "optimize", "replay"),
+    *("capture", "load", "open", "optimize", "replay"),
     *("Program", "TensorSpec", "Pipeline", "Pass", "NoOptions", "Plan", "Refusal", "Context", "Editor", "Hook"),
     *("Result", "Report", "Artifact", "Backend", "Finding", "Session", "TargetDescription"),
     *_HOMES["graphopt.errors"],

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
 
 import torch
 
@@ -49,15 +48,6 @@ class PruningPlan(Plan):
     kept: Mapping[str, Mapping[int, Sequence[int]]] = field(default_factory=dict)
     groups: Mapping[str, Sequence[int]] = field(default_factory=dict)
     compensated: Mapping[str, Mapping[str, Json]] = field(default_factory=dict)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Self:
-        """Rebuild from JSON, whose keys are text."""
-        kept = {
-            name: {int(dim): list(indices) for dim, indices in dims.items()}
-            for name, dims in data.get("kept", {}).items()
-        }
-        return super().from_json({**data, "kept": kept}, tensors)
 
 
 class Prune(Pass[PruneOptions, PruningPlan]):

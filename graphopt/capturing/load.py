@@ -16,7 +16,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from graphopt.capturing.capture import capture, from_exported
-from graphopt.capturing.model_calls import uncompiled
+from graphopt.capturing.model_calls import check_module, uncompiled
 from graphopt.data import InputSpec, Samples
 from graphopt.errors import CaptureError, DataError, ExampleError, LoadError
 from graphopt.ir.program import Program
@@ -53,6 +53,30 @@ def load(
         LoadError: missing, damaged, of another kind, or not trusted.
         CaptureError: not traceable, or no example inputs to trace it with.
     """
+    return load_with_data(
+        path,
+        data=data,
+        inputs=inputs,
+        trust=trust,
+        factory=factory,
+        weights=weights,
+        dynamic_shapes=dynamic_shapes,
+        seed=seed,
+    )[0]
+
+
+def load_with_data(
+    path: str | Path | None = None,
+    *,
+    data: Any = None,
+    inputs: Sequence[InputSpec] = (),
+    trust: bool = False,
+    factory: str | None = None,
+    weights: str | Path | None = None,
+    dynamic_shapes: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> tuple[Program, Samples | None]:
+    """Load a model file as a program, and open its data, once for both. Arguments and errors are those of `load`."""
     loaded = load_model(
         Path(path) if path is not None else None,
         trust=trust,
@@ -60,11 +84,11 @@ def load(
         weights=Path(weights) if weights is not None else None,
     )
     if isinstance(loaded.model, ExportedProgram):
-        return _from_file(loaded, loaded.model, dynamic_shapes)
+        return with_data(_from_file(loaded, loaded.model, dynamic_shapes), data)
     if data is not None:
-        return capture_on(loaded.model, data, dynamic_shapes, share_tensors=True)
+        return with_data(loaded.model, data, dynamic_shapes, share_tensors=True)
     args, kwargs = _random_examples(loaded, loaded.model, inputs, seed)
-    return capture(loaded.model, args, kwargs, dynamic_shapes, share_tensors=True)
+    return capture(loaded.model, args, kwargs, dynamic_shapes, share_tensors=True), None
 
 
 def _from_file(loaded: LoadedModel, exported: ExportedProgram, dynamic_shapes: Mapping[str, Any] | None) -> Program:
@@ -115,6 +139,32 @@ def _renamed(spec: TensorSpec, name: str, shape: Sequence[Any]) -> TensorSpec:
     return TensorSpec(name, tuple(size if isinstance(size, str) else int(size) for size in shape), spec.dtype)
 
 
+def with_data(
+    model: nn.Module | Program, data: Any, dynamic_shapes: Any = None, *, share_tensors: bool = False
+) -> tuple[Program, Samples | None]:
+    """Open data once: capture a module on its first samples, unless it is a program, and bind it to the inputs.
+
+    Raises:
+        UsageError: the model is no module.
+        DataError: there is none for a module, it cannot be read, does not fit, or the model fails on it.
+        CaptureError: the model cannot be captured.
+    """
+    if isinstance(model, Program):
+        program, samples = model, data
+    else:
+        check_module(model)
+        if data is None:
+            raise DataError(
+                "A module cannot be captured without example inputs. Give data=..., or capture it first: "
+                "graphopt.capture(model, (example,))."
+            )
+        samples = open_for(model, data)
+        program = capture_on(model, samples, dynamic_shapes, share_tensors=share_tensors)
+    if data is None:
+        return program, None
+    return program, Samples.open(samples, [spec.name for spec in program.inputs]).check(program.inputs)
+
+
 def capture_on(model: nn.Module, data: Any, dynamic_shapes: Any = None, *, share_tensors: bool = False) -> Program:
     """Capture a module on the first samples of its data.
 
@@ -122,12 +172,12 @@ def capture_on(model: nn.Module, data: Any, dynamic_shapes: Any = None, *, share
         DataError: the data cannot be read, or the model fails on them.
         CaptureError: the model cannot be captured.
     """
-    model = uncompiled(model)
-    args, kwargs = example_inputs(model, data)
+    model, samples = uncompiled(model), open_for(model, data)
+    args, kwargs = example_inputs(model, samples)
     try:
         return capture(model, args, kwargs, dynamic_shapes, share_tensors=share_tensors)
     except ExampleError as err:
-        own_args, own_kwargs = example_inputs(model, data, whole=True)
+        own_args, own_kwargs = example_inputs(model, samples, whole=True)
         with contextlib.suppress(ExampleError):  # a model may take batches of one size only: that of its data
             return capture(model, own_args, own_kwargs, dynamic_shapes, share_tensors=share_tensors)
         shapes = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (*args, *kwargs.values()))
@@ -158,21 +208,33 @@ def _random_examples(
     return _arrange(made, model)
 
 
+def open_for(model: nn.Module, data: Any) -> Samples:
+    """Open data with the names of a module's inputs; samples that are open already stay as they are.
+
+    Raises:
+        DataError: the data cannot be read, or has other names than the module's inputs.
+    """
+    if isinstance(data, Samples):
+        return data
+    model = uncompiled(model)
+    if _takes_any_number(model):
+        return Samples.open(data)
+    parameters = _parameters(model)
+    required = sum(1 for _, optional in parameters if not optional)
+    return Samples.open(data, [name for name, _ in parameters], required=required)
+
+
 def example_inputs(model: nn.Module, data: Any, *, whole: bool = False) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the first two samples of `data`, or its `whole` first batch, as the arguments of a module.
 
     Raises:
         DataError: the data cannot be read, or has other names than the module's inputs.
     """
-    parameters = _parameters(model)
-    required = sum(1 for _, optional in parameters if not optional)
-    if _takes_any_number(model):
-        samples = Samples.open(data)
-        first = _first(samples, model, whole)
-        named = not samples.names[0].isdigit()  # arrays without names are numbered
-        return _arrange(first, model) if named else (tuple(first.values()), {})
-    samples = Samples.open(data, [name for name, _ in parameters], required=required)
-    return _arrange(_first(samples, model, whole), model)
+    samples = open_for(model, data)
+    first = _first(samples, model, whole)
+    if _takes_any_number(model) and samples.names[0].isdigit():  # arrays without names are numbered
+        return tuple(first.values()), {}
+    return _arrange(first, model)
 
 
 def _first(samples: Samples, model: nn.Module, whole: bool) -> dict[str, torch.Tensor]:

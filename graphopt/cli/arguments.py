@@ -12,6 +12,7 @@ import typer
 from graphopt.errors import UsageError
 
 if TYPE_CHECKING:
+    from graphopt.data import Samples
     from graphopt.ir.program import Program
 
 ModelPath = Annotated[
@@ -40,7 +41,12 @@ Format = Annotated[str, typer.Option("--format", help="What to print on stdout: 
 _DYNAMIC = re.compile(r"(?P<input>[^:=]+):(?P<axis>\d+)(=\w+)?$")
 
 
-def load_program(
+def load_program(model: Path | None, **named: Any) -> Program:
+    """Load what the arguments name as a program; they are those of `load_program_and_data`."""
+    return load_program_and_data(model, **named)[0]
+
+
+def load_program_and_data(
     model: Path | None,
     *,
     data: str | None,
@@ -50,12 +56,12 @@ def load_program(
     weights: Path | None,
     trust: bool,
     seed: int,
-) -> Program:
-    """Load what the arguments name as a program."""
-    from graphopt.capturing.load import load
+) -> tuple[Program, Samples | None]:
+    """Load what the arguments name as a program, and open its data."""
+    from graphopt.capturing.load import load_with_data
     from graphopt.data import parse_input_spec
 
-    return load(
+    return load_with_data(
         model,
         data=data,
         inputs=[parse_input_spec(text) for text in inputs or ()],

@@ -121,12 +121,12 @@ def check(gates: Iterable[Gate], report: Report) -> None:
 
 def _value(quantity: str, row: Row, report: Report) -> float | None:
     """Return a quantity of an artifact, None where it was not measured."""
-    before = report.original
-    if quantity in ("drop", "drop%") and row.metric is not None and before.metric is not None:
-        drop = before.metric - row.metric
+    before = report.baseline(row)
+    if quantity in ("drop", "drop%") and row.metric is not None and report.original.metric is not None:
+        drop = report.original.metric - row.metric
         if quantity == "drop" or drop == 0 or math.isnan(drop):
             return drop
-        return 100 * drop / abs(before.metric) if before.metric else math.copysign(math.inf, drop)
+        return 100 * drop / abs(report.original.metric) if report.original.metric else math.copysign(math.inf, drop)
     if quantity == "size" and row.size is not None and before.size:
         return row.size / before.size
     if quantity == "speedup" and row.latency is not None:

@@ -58,7 +58,7 @@ def command(
     """Prune, factorise, quantize and lower a model; verify and time the result."""
     from graphopt.cli.gates import Gate, check_measured
     from graphopt.cli.gates import check as check_gates
-    from graphopt.pipeline.registry import backend
+    from graphopt.pipeline.registry import backends_named
 
     arguments.check_format(format)
     gates = [Gate.parse(text) for text in fail_if or ()]
@@ -66,8 +66,7 @@ def command(
     directory = output or _default_directory(model, factory)
     if directory.exists() and not directory.is_dir():
         raise UsageError(f"{directory} is a file. Give -o a directory.")
-    names = [name.strip() for text in target or ["onnxruntime"] for name in text.split(",") if name.strip()]
-    backends = [backend(name) for name in names]
+    backends = backends_named(target or ["onnxruntime"])
     times = bench and any(item.times_here for item in backends)
     check_measured(gates, evaluates=evaluation is not None, lowers=bool(backends) and not plan, times=times)
     failed = _directory_of_failure(directory, expected=bool(gates) and not plan)
@@ -131,7 +130,7 @@ def _optimize(
     pipeline: Pipeline,
     data: str | None,
     evaluation: str | None,
-    backends: list[Backend],
+    backends: Sequence[Backend],
     inputs: list[str] | None,
     dynamic: list[str] | None,
     factory: str | None,
@@ -144,26 +143,23 @@ def _optimize(
     lower: bool,
 ) -> Result:
     from graphopt.cli.progress import TerminalProgress
-    from graphopt.job.optimizing import optimize
+    from graphopt.job.job import Job
     from graphopt.pipeline.hooks import Dump
 
-    program = arguments.load_program(
+    program, samples = arguments.load_program_and_data(
         model, data=data, inputs=inputs, dynamic=dynamic, factory=factory, weights=weights, trust=trust, seed=seed
     )
-    return optimize(
+    job = Job(
         program,
-        data,
-        pipeline,
-        backends or None,
-        evaluation,
-        seed,
-        check=check,
-        bench=bench,
-        lower=lower,
-        hooks=[Dump(dump)] if dump else [],
+        samples,
+        evaluation=evaluation,
+        backends=tuple(backends),
+        seed=seed,
         progress=TerminalProgress(),
-        name=model.name if model is not None else factory,
+        name=model.name if model is not None else str(factory),
     )
+    outcome = job.run(pipeline, hooks=[Dump(dump)] if dump else [], check=check)
+    return job.deliver(outcome, bench=bench) if lower else job.undelivered(outcome)
 
 
 def _print(result: Result, directory: Path, format: str) -> None:

@@ -31,12 +31,14 @@ def before_after(report: Report) -> Table:
         columns.insert(3, "latency (quartiles)")
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
-    for row in report.rows:
+    others = list(report.baselines.values())[1:]  # the first is in the first row
+    for row in (report.original, *others, *report.rows[1:]):
         cells = _cells(row, report)
         if not timed:
             del cells[4]
-        artifact = row.size is not None and row is not report.original
-        last = row is report.original or row is report.rows[-1]
+        original = row.label == report.original.label
+        artifact = row.size is not None and not original
+        last = row is [report.original, *others][-1] or row is report.rows[-1]
         table.add_row(*cells, end_section=last, style="bold" if artifact else "")
     if timed:
         latency = timed[-1].latency
@@ -67,8 +69,9 @@ def left_alone(report: Report) -> Table:
 
 def _cells(row: Row, report: Report) -> list[str]:
     before = report.original
-    artifact = row.size is not None
-    label = f"{row.label} for {row.target}" if row.target and not artifact else row.label
+    artifact = row.size is not None and row.label != before.label
+    target = row.target or (next(iter(report.baselines)) if row is before and len(report.baselines) > 1 else "")
+    label = f"{row.label} for {target}" if target and not artifact else row.label
     parameters = _ratio(row.cost.parameters, before.cost.parameters) if row.cost and before.cost else ""
     flops = _ratio(row.cost.flops, before.cost.flops) if row.cost and before.cost else ""
     return [
@@ -99,9 +102,9 @@ def _size(row: Row, report: Report) -> str:
     """Bytes on disk where there is a file; otherwise nothing: a program in memory is not a file."""
     if row.size is None:
         return ""
-    before = report.original.size
+    before = report.baseline(row).size
     text = f"{count(row.size)}B"
-    if row is report.original or not before:
+    if row.label == report.original.label or not before:
         return text
     return f"{text} ({before / row.size:.1f}x smaller)" if row.size < before else f"{text} ({row.size / before:.2f}x)"
 

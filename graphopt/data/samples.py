@@ -56,7 +56,8 @@ class Samples:
                 iterable of batches (a batch is a tensor, a tuple, list or dict of them, or a pair of such and
                 labels); or a path: `.npz`, `.npy`, `.safetensors`, a folder of them, `module:function` that
                 yields batches. In a tuple, one array more than the model has inputs is taken as labels; by name,
-                `labels`, `label`, `y`, `targets` or `target` are.
+                `labels`, `label`, `y`, `targets` or `target` are. Samples opened before are bound to these names
+                instead; what they drew of a one-shot iterator is not lost.
             names: The model's inputs, in order; None takes the data's own.
             required: How many of `names` must be given; the rest are optional arguments of the model.
 
@@ -64,6 +65,8 @@ class Samples:
             DataError: The data cannot be read, or has other names or numbers of arrays than the model.
             UsageError: There is no such function.
         """
+        if isinstance(source, Samples):
+            return cls(source._source, names, required)
         return cls(open_source(source, names or ()), names, required)
 
     @property

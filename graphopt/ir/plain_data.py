@@ -4,4 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
+from typing_extensions import TypeAliasType
+
+Json = TypeAliasType("Json", "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None")

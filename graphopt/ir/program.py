@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -137,14 +138,29 @@ class Program:
     def save(self, path: str | Path) -> Path:
         """Write the program as a `.pt2` file; `graphopt.load` gives it back. Written whole or not at all."""
         from graphopt.files import replacing
+
+        with replacing(Path(path)) as temporary:
+            self._write(temporary)
+        return Path(path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle what `save` writes: what pickle makes of a graph by itself has no shapes and cannot be optimised."""
+        with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
+            self._write(Path(folder) / _PICKLED)
+            return _unpickled, ((Path(folder) / _PICKLED).read_bytes(),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Program:
+        """Copy graph and tensors."""
+        return self.copy(share_tensors=False)
+
+    def _write(self, path: Path) -> None:
         from graphopt.ir.exporting import exported
 
         extra = {"graphopt.json": json.dumps(self._signature(), indent=1)}
         program = exported(self).program
-        with replacing(Path(path)) as temporary, temporary.open("wb") as stream, warnings.catch_warnings():
+        with path.open("wb") as stream, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about tensors that share memory, which load as they were saved
             torch.export.save(program, stream, extra_files=extra)
-        return Path(path)
 
     def _signature(self) -> dict[str, Any]:
         def plain(spec: TensorSpec) -> dict[str, Any]:
@@ -156,6 +172,18 @@ class Program:
             "outputs": [plain(spec) for spec in self.outputs],
             "notes": [dataclasses.asdict(note) for note in self.notes],
         }
+
+
+_PICKLED = "program.pt2"
+
+
+def _unpickled(content: bytes) -> Program:
+    import graphopt  # reading files is a room above
+
+    with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
+        path = Path(folder) / _PICKLED
+        path.write_bytes(content)
+        return graphopt.load(path)
 
 
 def _with_own_tensors(gm: fx.GraphModule) -> fx.GraphModule:

@@ -16,7 +16,7 @@ from graphopt.errors import UsageError
 from graphopt.ir.program import Program
 from graphopt.ir.signature import TensorSpec
 from graphopt.job.deliver import flat
-from graphopt.job.optimizing import DEFAULT_TARGET
+from graphopt.job.job import DEFAULT_TARGET
 from graphopt.measure.bench import batch_of
 from graphopt.pipeline.registry import backend_of
 from graphopt.targets.backend import Artifact

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,32 @@ from graphopt.data.batches import Batch
 from graphopt.ir.program import Program
 from graphopt.ir.torch_internals import output_structure, pytree
 from graphopt.job.recorder import Metric
-from graphopt.job.report import Latency, Report, Row
+from graphopt.job.report import Latency, Row
 from graphopt.measure.bench import Comparison, Spread, Timing, compare
+from graphopt.measure.cost import cost
 from graphopt.measure.equivalence import Probe
 from graphopt.targets.backend import Artifact, Backend, Session
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """An artifact and what was found out about it.
+
+    Attributes:
+        artifact: the lowered program.
+        row: the artifact's row in the report.
+        baseline: the row of the original, lowered by the same backend and timed in turn with the artifact.
+        notes: what a user should know.
+    """
+
+    artifact: Artifact
+    row: Row
+    baseline: Row
+    notes: tuple[str, ...]
+
+    def kept_by(self, home: tempfile.TemporaryDirectory[str]) -> Delivery:
+        """Let the artifact keep the directory alive that its files are in."""
+        return dataclasses.replace(self, artifact=dataclasses.replace(self.artifact, home=home))
 
 
 def deliver(
@@ -25,51 +49,49 @@ def deliver(
     program: Program,
     original: Program,
     home: Path,
-    report: Report,
     *,
     probe: Probe,
     metric: Metric | None,
     bench: bool,
-) -> Artifact:
-    """Lower `program` and add its row to the report; the original's row gains its size and latency.
+) -> Delivery:
+    """Lower `program` into the directory `home`.
 
     Raises:
         LoweringError: the backend cannot lower it, or the artifact computes something else.
     """
     started = time.perf_counter()
+    inputs = tuple(tensor.numpy() for tensor in probe.batch)
     artifact = item.lower(program, item.path_in(home))
-    item.verify(artifact, program, tuple(tensor.numpy() for tensor in probe.batch))
+    item.verify(artifact, program, inputs)
     seconds = time.perf_counter() - started
-    baseline = item.lower(original, item.path_in(home, f"original.{item.name}"))
     session = artifact.session()
     row = Row(
         artifact.path.name,
         target=item.name,
-        cost=report.rows[-1].cost,
+        cost=cost(program),
         size=artifact.size,
         error=probe.measure(flat(session), shared=True),
         metric=metric(as_model(session, original)) if metric else None,
         seconds=seconds,
         summary=item.summary(artifact),
     )
-    before = dataclasses.replace(report.original, size=baseline.size)
-    if bench and item.times_here:
-        found = compare(baseline, artifact, tuple(tensor.numpy() for tensor in probe.batch))
-        row = dataclasses.replace(
-            row,
-            latency=_latency("recorded", found, found.recorded.second, found.recorded.wall_ratio),
-            plain=_latency("plain", found, found.plain.second, found.plain.wall_ratio),
-        )
-        before = dataclasses.replace(
-            before,
-            latency=_latency("recorded", found, found.recorded.first),
-            plain=_latency("plain", found, found.plain.first),
-        )
-    report.rows[0] = before
-    report.rows.append(row)
-    report.facts[item.name] = dict(artifact.facts)
-    report.notes += [f"{item.name}: {finding.text}" for finding in item.check(artifact)]
-    return artifact
+    with tempfile.TemporaryDirectory(prefix="graphopt-") as place:
+        plain = item.lower(original, item.path_in(Path(place), f"original.{item.name}"))
+        baseline = Row("original", target=item.name, cost=cost(original), size=plain.size)
+        if bench and item.times_here:
+            found = compare(plain, artifact, inputs)
+            row = _timed(row, found, "second")
+            baseline = _timed(baseline, found, "first")
+    notes = tuple(f"{item.name}: {finding.text}" for finding in item.check(artifact))
+    return Delivery(artifact, row, baseline, notes)
+
+
+def _timed(row: Row, found: Comparison, side: str) -> Row:
+    """Add the latencies of one side of a comparison; the second also gets its speed-up over the first."""
+    kinds = {"recorded": found.recorded, "plain": found.plain}
+    ratios = {name: pair.wall_ratio if side == "second" else None for name, pair in kinds.items()}
+    timed = {name: _latency(name, found, getattr(pair, side), ratios[name]) for name, pair in kinds.items()}
+    return dataclasses.replace(row, latency=timed["recorded"], plain=timed["plain"])
 
 
 def _latency(options: str, found: Comparison, timing: Timing, ratio: Spread | None = None) -> Latency:

@@ -4,23 +4,125 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
-from graphopt.errors import UsageError
+import pydantic
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from graphopt.errors import LoadError, UsageError, first_line
 from graphopt.files import replacing, sha256
+from graphopt.ir.plain_data import Json
+from graphopt.ir.program import Program
+from graphopt.pipeline.plan import Plan
 
-if TYPE_CHECKING:
-    from graphopt.ir.program import Program
-    from graphopt.pipeline.plan import Plan
-    from graphopt.targets.backend import Artifact
+logger = logging.getLogger(__name__)
 
-SCHEMA = 1
-_LIBRARIES = ("graphopt", "torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "numpy")
+SCHEMA = 2
+NAME = "manifest.json"
 PAYLOAD = "plans.safetensors"
+_LIBRARIES = ("graphopt", "torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "numpy")
+
+# Names come from a file: they stay within its directory.
+_FileName = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$")]
+_Digest = Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class StoredArtifact(pydantic.BaseModel, extra="forbid", strict=True, frozen=True):
+    """An artifact: its file, and what its backend has to know to run it."""
+
+    file: _FileName
+    session_options: dict[str, Json]
+    facts: dict[str, Json]
+
+
+class StoredPlan(pydantic.BaseModel, extra="allow", strict=True, frozen=True):
+    """A plan: the target it was made for ("" before the pipeline forks), its pass, and fields that the pass knows."""
+
+    target: str
+    pass_name: str
+    options: dict[str, Json]
+
+    def fields(self) -> dict[str, Any]:
+        """Return what `Plan.from_json` reads."""
+        return {"pass_name": self.pass_name, "options": self.options, **(self.model_extra or {})}
+
+
+class Manifest(pydantic.BaseModel, extra="forbid", strict=True, frozen=True):
+    """What `manifest.json` holds.
+
+    Attributes:
+        model: what reports call the model.
+        original: fingerprint of the unoptimised program.
+        pipeline: as the user wrote it.
+        seed: every random draw descended from it.
+        libraries: installed versions of what decides the bytes of an artifact.
+        cpu: the instruction sets of the machine.
+        plans: every plan, in the order they were made.
+        programs: file of the optimised program of each target; "" where no pass asked for one.
+        artifacts: the lowered program of each target.
+        sha256: digest of every other file, by its name.
+    """
+
+    model: str
+    original: _Digest
+    pipeline: str
+    seed: int
+    libraries: dict[str, str]
+    cpu: list[str]
+    plans: list[StoredPlan]
+    programs: dict[str, _FileName]
+    artifacts: dict[str, StoredArtifact]
+    sha256: dict[_FileName, _Digest]
+
+    def check_files(self, directory: Path, names: Iterable[str] | None = None) -> None:
+        """Compare files with the digests they were written with; all of them, or those of the given names.
+
+        Raises:
+            LoadError: one is missing or has changed.
+        """
+        for name in sorted(self.sha256 if names is None else names):
+            file = directory / name
+            if not file.is_file():
+                raise LoadError(f"{file} is missing; {NAME} lists it. Optimise again, or copy the whole directory.")
+            if sha256(file) != self.sha256.get(name):
+                raise LoadError(
+                    f"{file} is not the file that {NAME} was written with: its SHA-256 differs. Optimise again, or "
+                    "copy it anew."
+                )
+
+    def tensors_of(self, directory: Path) -> dict[int, dict[str, torch.Tensor]]:
+        """Read what plans carry besides JSON: {index of the plan: {name: tensor}}, digests checked.
+
+        Raises:
+            LoadError: the file is missing, has changed, or is damaged.
+        """
+        found: dict[int, dict[str, torch.Tensor]] = {index: {} for index in range(len(self.plans))}
+        if PAYLOAD not in self.sha256:
+            return found
+        self.check_files(directory, [PAYLOAD])
+        try:
+            for key, tensor in load_file(directory / PAYLOAD).items():
+                index, _, name = key.partition("/")
+                found[int(index)][name] = tensor
+        except (SafetensorError, ValueError, KeyError) as err:
+            raise LoadError(f"{directory / PAYLOAD} is damaged: {first_line(err)}. Optimise again.") from err
+        return found
+
+    def other_libraries(self) -> list[str]:
+        """Say which libraries are of another version here: what they compute may differ in the last bits."""
+        here = library_versions()
+        return [
+            f"{name} {there}, here {here.get(name)}"
+            for name, there in self.libraries.items()
+            if there != here.get(name)
+        ]
 
 
 def library_versions() -> dict[str, str]:
@@ -48,8 +150,6 @@ def cpu_features() -> list[str]:
 
 def fingerprint(program: Program) -> str:
     """Return a SHA-256 over the graph's text and every tensor's bytes."""
-    import torch
-
     digest = hashlib.sha256(program.graph_module.code.encode())
     for name, tensor in sorted(program.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -57,20 +157,16 @@ def fingerprint(program: Program) -> str:
     return digest.hexdigest()
 
 
-def write(
-    directory: Path,
-    *,
-    model: str,
-    original: Program,
-    pipeline: str,
-    seed: int,
-    plans: Sequence[tuple[str, Plan]],
-    artifacts: Mapping[str, Artifact],
-    files: Sequence[Path],
-) -> list[Path]:
-    """Write `manifest.json` and, when plans carry tensors, `plans.safetensors`; return the paths."""
-    from safetensors.torch import save
+def write(directory: Path, files: Iterable[Path], plans: Iterable[tuple[str, Plan]], **fields: Any) -> list[Path]:
+    """Write `manifest.json` and, when plans carry tensors, `plans.safetensors`; return the paths.
 
+    Args:
+        directory: where.
+        files: what else was written, to be digested.
+        plans: (target, plan) in order.
+        fields: the remaining fields of `Manifest`.
+    """
+    plans = list(plans)
     payload = {
         f"{index}/{name}": tensor.detach().contiguous()
         for index, (_, plan) in enumerate(plans)
@@ -81,40 +177,51 @@ def write(
         with replacing(directory / PAYLOAD) as temporary:
             temporary.write_bytes(save(dict(sorted(payload.items()))))
         written.append(directory / PAYLOAD)
-    data: dict[str, Any] = {
-        "schema": SCHEMA,
-        "model": model,
-        "original": fingerprint(original),
-        "pipeline": pipeline,
-        "seed": seed,
-        "libraries": library_versions(),
-        "cpu": cpu_features(),
-        "plans": [{"target": target, **plan.to_json()} for target, plan in plans],
-        "artifacts": {
-            name: {"file": found.path.name, "session_options": dict(found.session_options), "facts": dict(found.facts)}
-            for name, found in artifacts.items()
-        },
-        "sha256": {file.name: sha256(file) for file in [*files, *written]},
-    }
-    with replacing(directory / "manifest.json") as temporary:
+    manifest = Manifest(
+        libraries=library_versions(),
+        cpu=cpu_features(),
+        plans=[StoredPlan.model_validate({"target": target, **plan.to_json()}) for target, plan in plans],
+        sha256={file.name: sha256(file) for file in [*files, *written]},
+        **fields,
+    )
+    data = {"schema": SCHEMA, **manifest.model_dump(mode="json")}
+    with replacing(directory / NAME) as temporary:
         temporary.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
-    return [directory / "manifest.json", *written]
+    return [directory / NAME, *written]
 
 
-def read(path: Path) -> dict[str, Any]:
-    """Read a manifest.
+def read(path: Path) -> Manifest:
+    """Read a manifest, of this version or the one before.
 
     Raises:
-        UsageError: it is missing, not JSON, or of another schema.
+        UsageError: it is missing, no manifest, damaged, or of a version that is not known.
     """
+    advice = "Give the manifest.json that `graphopt optimize` wrote."
     try:
-        data: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as err:
-        raise UsageError(
-            f"{path} is not a manifest: {err}. Give the manifest.json that `graphopt optimize` wrote."
-        ) from err
-    if data.get("schema") != SCHEMA:
-        raise UsageError(
-            f"{path} has manifest schema {data.get('schema')}; this version reads {SCHEMA}. Optimise again."
-        )
-    return data
+        data: Any = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as err:
+        raise UsageError(f"{path} is not a manifest: {first_line(err)}. {advice}") from err
+    if not isinstance(data, Mapping) or "schema" not in data:
+        raise UsageError(f"{path} is not a manifest: it has no schema. {advice}")
+    schema = data["schema"]
+    fields = {name: value for name, value in data.items() if name != "schema"}
+    if schema == 1:
+        fields["programs"] = _programs_of_schema_1(fields)
+    elif schema != SCHEMA:
+        raise UsageError(f"{path} has manifest schema {schema!r}; this version reads 1 and {SCHEMA}. Optimise again.")
+    try:
+        return Manifest.model_validate(fields)
+    except pydantic.ValidationError as err:
+        first = err.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "it"
+        raise UsageError(f"{path} is damaged: `{where}`: {first['msg'].lower()}. Optimise again.") from err
+
+
+def _programs_of_schema_1(fields: Mapping[str, Any]) -> dict[str, str]:
+    """Name the programs, which schema 1 did not list: a file each, and a target wherever a plan or artifact has one."""
+    files = [name for name in fields.get("sha256", {}) if name.endswith(".pt2")]
+    if len(files) != 1:
+        return {name.removeprefix("program.").removesuffix(".pt2"): name for name in files}
+    plans = fields.get("plans", ())
+    targets = [*fields.get("artifacts", {}), *(plan.get("target", "") for plan in plans if isinstance(plan, Mapping))]
+    return {next((target for target in targets if target), ""): files[0]}

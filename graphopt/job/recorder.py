@@ -10,7 +10,7 @@ from typing import Any
 from graphopt.ir.program import Program
 from graphopt.job.report import Report, Row
 from graphopt.measure.cost import cost
-from graphopt.measure.equivalence import Equivalence, Probe
+from graphopt.measure.equivalence import Probe
 from graphopt.pipeline.hooks import Hook
 from graphopt.pipeline.order import Step
 from graphopt.pipeline.plan import Plan
@@ -24,8 +24,8 @@ class Recorder(Hook):
 
     Attributes:
         report: where rows and refusals go.
-        original: what every row is compared with.
-        probe: inputs and original outputs of the comparison.
+        original: the program that the pipeline started from.
+        probe: inputs and original outputs that every other program is compared on.
         metric: value of a program under the user's `eval`, None without one.
     """
 
@@ -46,13 +46,7 @@ class Recorder(Hook):
         self.report.add_plan(plan)
         self.report.rows.append(self._row(label, target, after, seconds, plan.summary()))
 
-    def add_original(self) -> None:
-        """Add the first row."""
-        self.report.rows.insert(0, self._row("original", "", self.original, None, ""))
-
     def _row(self, label: str, target: str, program: Program, seconds: float | None, summary: str) -> Row:
-        error: Equivalence | None = None
-        if program is not self.original:
-            error = self.probe.measure(program.call_flat, shared=True)
+        error = None if program is self.original else self.probe.measure(program.call_flat, shared=True)
         value = self.metric(program) if self.metric else None
         return Row(label, target, cost(program), None, error, value, None, None, seconds, summary)

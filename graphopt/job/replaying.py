@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from graphopt.errors import PassError
 from graphopt.ir.program import Program
 from graphopt.job import manifest
 from graphopt.pipeline.options import build
+from graphopt.pipeline.plan import Plan
 from graphopt.pipeline.registry import PassRegistry
 from graphopt.pipeline.runner import apply
+
+logger = logging.getLogger(__name__)
 
 
 def replay(program: Program, manifest_path: str | Path, registry: PassRegistry | None = None) -> dict[str, Program]:
@@ -21,33 +25,42 @@ def replay(program: Program, manifest_path: str | Path, registry: PassRegistry |
         registry: where passes are found; plugins that made plans must be in it.
 
     Returns:
-        The optimised program of each target, keyed by target name ("" without a target).
+        The optimised program of each target, keyed by target name ("" where no pass asked for one).
 
     Raises:
         UsageError: not a manifest, or a pass is not installed.
-        PassError: the plans were made for another program.
+        LoadError: the tensors beside it are not those it was written with.
+        PassError: the plans were made for another program, or by another version of a pass.
     """
-    from safetensors.torch import load_file
-
     path = Path(manifest_path)
-    data = manifest.read(path)
+    stored = manifest.read(path)
     found = manifest.fingerprint(program)
-    if found != data["original"]:
+    if found != stored.original:
         raise PassError(
-            f"The plans in {path} were made for another program: its fingerprint is {data['original'][:16]}..., this "
+            f"The plans in {path} were made for another program: its fingerprint is {stored.original[:16]}..., this "
             f"one's is {found[:16]}.... Load the model the same way (same file, same torch version, same dynamic axes)."
         )
+    if stored.other_libraries():
+        logger.warning("The plans were made with other versions: %s.", "; ".join(stored.other_libraries()))
     registry = registry or PassRegistry()
-    payload_path = path.with_name(manifest.PAYLOAD)
-    payload = load_file(payload_path) if payload_path.exists() else {}
     programs = {"": program}
-    for index, entry in enumerate(data["plans"]):
-        kind = registry.pass_class(entry["pass_name"])
-        instance = kind(build(kind.name, kind.options_type, entry["options"]))
-        fields = {key: value for key, value in entry.items() if key != "target"}
-        tensors = {key.partition("/")[2]: t for key, t in payload.items() if key.partition("/")[0] == str(index)}
-        plan = kind.plan_type.from_json(fields, tensors)
-        before = programs.get(entry["target"], programs[""])
-        programs[entry["target"]] = apply(instance, before, plan)
-    targets = list(data["artifacts"])
-    return {target: programs.get(target, programs[""]) for target in targets} if targets else {"": programs[""]}
+    for (target, plan), entry in zip(read_plans(stored, path.parent, registry), stored.plans, strict=True):
+        kind = registry.pass_class(entry.pass_name)
+        instance = kind(build(kind.name, kind.options_type, entry.options))
+        programs[target] = apply(instance, programs.get(target, programs[""]), plan)
+    return {target: programs.get(target, programs[""]) for target in stored.programs}
+
+
+def read_plans(stored: manifest.Manifest, directory: Path, registry: PassRegistry) -> list[tuple[str, Plan]]:
+    """Rebuild the plans of a manifest, each with the target it was made for.
+
+    Raises:
+        UsageError: a pass is not installed.
+        LoadError: the tensors beside the manifest are not those it was written with.
+        PassError: a plan was made by another version of its pass.
+    """
+    tensors = stored.tensors_of(directory)
+    return [
+        (entry.target, registry.pass_class(entry.pass_name).plan_type.from_json(entry.fields(), tensors[index]))
+        for index, entry in enumerate(stored.plans)
+    ]

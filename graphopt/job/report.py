@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pydantic
+
 from graphopt.files import replacing
 from graphopt.measure.cost import Cost
 from graphopt.measure.equivalence import Equivalence
@@ -77,7 +79,9 @@ class Report:
         model: what was optimised, by file name or class.
         pipeline: the pipeline with inserted passes.
         metric: name of the metric, "" without `eval`.
-        rows: the original first, then each pass, then each artifact.
+        rows: the original first, then each pass, then each artifact. Size and latency of the original are those for
+            the first target.
+        baselines: the original, lowered as it is for each target; what that target's artifact is compared with.
         refusals: (pass, refusal) of every site left alone.
         notes: what a user should know.
         files: what was written, relative to the output directory.
@@ -91,11 +95,37 @@ class Report:
     notes: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     facts: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    baselines: dict[str, Row] = field(default_factory=dict)
 
     @property
     def original(self) -> Row:
         """The row every other is compared with."""
         return self.rows[0]
+
+    def baseline(self, row: Row) -> Row:
+        """Return what a row is compared with: the original as it is lowered for the row's target, if it was."""
+        return self.baselines.get(row.target, self.original)
+
+    def copy(self) -> Report:
+        """Return a report that can be added to without changing this one."""
+        return dataclasses.replace(
+            self,
+            rows=list(self.rows),
+            refusals=list(self.refusals),
+            notes=list(self.notes),
+            files=list(self.files),
+            facts=dict(self.facts),
+            baselines=dict(self.baselines),
+        )
+
+    def add_artifact(self, row: Row, baseline: Row) -> None:
+        """Add the row of an artifact, and the original it is compared with."""
+        if not self.baselines:
+            self.rows[0] = dataclasses.replace(
+                self.original, size=baseline.size, latency=baseline.latency, plain=baseline.plain
+            )
+        self.baselines[row.target] = baseline
+        self.rows.append(row)
 
     def row(self, label: str, target: str = "") -> Row:
         """Return the last row with this label (and target, if given)."""
@@ -122,6 +152,17 @@ class Report:
         data: dict[str, Any] = _finite({"schema": SCHEMA, **dataclasses.asdict(self)})
         return data
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Report:
+        """Read what `to_json` returned, of this version or an earlier one.
+
+        Raises:
+            ValueError: it is of another form.
+        """
+        fields = {name: _with_infinite_errors(value) for name, value in data.items() if name != "schema"}
+        report: Report = pydantic.TypeAdapter(cls).validate_json(json.dumps(fields), strict=True)
+        return report
+
     def save(self, path: Path) -> Path:
         """Write `report.json`."""
         with replacing(path) as temporary:
@@ -137,3 +178,12 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return value
+
+
+def _with_infinite_errors(value: Any) -> Any:
+    """Undo `_finite` where a number is never missing: in what is known of an error."""
+    if isinstance(value, Mapping):
+        if "sqnr" in value:
+            return {key: math.inf if item is None and key != "agreement" else item for key, item in value.items()}
+        return {key: _with_infinite_errors(item) for key, item in value.items()}
+    return [_with_infinite_errors(item) for item in value] if isinstance(value, list) else value

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
-import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from graphopt.errors import UsageError
 from graphopt.files import replacing_directory
 from graphopt.ir.program import Program
 from graphopt.job import manifest
 from graphopt.job.report import Report
-from graphopt.pipeline.pipeline import Pipeline
 from graphopt.pipeline.plan import Plan
 from graphopt.targets.backend import Artifact
 
@@ -23,26 +21,30 @@ class Result:
     """What `optimize` made.
 
     Attributes:
-        original: the program as captured.
+        original: the program as captured; None for a result that was opened.
         programs: the optimised program of each target, keyed by target name ("" where no pass asked for one).
         plans: every pass's plan, in pipeline order.
         report: the before/after table, refusals and notes.
         artifacts: the lowered program of each target.
+        pipeline: text of the pipeline, as the user would write it.
+        seed: every random draw descended from it.
+        plan_targets: the target each plan was made for, "" before the pipeline forked.
+        fingerprint: of the original, where that is not at hand as it was captured.
     """
 
-    original: Program
+    original: Program | None
     programs: dict[str, Program]
     plans: list[Plan]
     report: Report
     artifacts: dict[str, Artifact]
-    pipeline: Pipeline
+    pipeline: str
     seed: int
-    _plan_targets: list[str] = field(default_factory=list, repr=False)
-    _home: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
+    plan_targets: list[str]
+    fingerprint: str = ""
 
     def __repr__(self) -> str:
         targets = ", ".join(self.artifacts) or "no target"
-        return f"<Result of {str(self.pipeline)!r} on {self.report.model} for {targets}>"
+        return f"<Result of {self.report.pipeline!r} on {self.report.model} for {targets}>"
 
     @property
     def program(self) -> Program:
@@ -69,40 +71,50 @@ class Result:
         directory = Path(directory)
         with replacing_directory(directory) as temporary:
             names = self._write(temporary)
-        self.artifacts = {
-            target: dataclasses.replace(
-                found, path=directory / found.path.name, files=tuple(directory / file.name for file in found.files)
-            )
-            for target, found in self.artifacts.items()
-        }
+        self.artifacts = {target: found.moved(directory) for target, found in self.artifacts.items()}
         return [directory / name for name in names]
 
     def _write(self, directory: Path) -> list[str]:
+        copied = {target: found.moved(directory) for target, found in self.artifacts.items()}
         written: list[Path] = []
-        copied: dict[str, Artifact] = {}
-        for target, found in self.artifacts.items():
-            files = tuple(Path(shutil.copyfile(file, directory / file.name)) for file in found.files)
-            copied[target] = dataclasses.replace(found, path=directory / found.path.name, files=files)
-            written += files
-        for target, program in self.programs.items():
-            written.append(program.save(directory / self._named("program", target, "pt2")))
+        for target, found in copied.items():
+            written += [
+                Path(shutil.copyfile(*pair)) for pair in zip(self.artifacts[target].files, found.files, strict=True)
+            ]
+        programs = {target: self._named("program", target, "pt2") for target in self.programs}
+        written += [self.programs[target].save(directory / name) for target, name in programs.items()]
         for target, found in copied.items():
             script = directory / self._named("run", target, "py")
             script.write_text(found.backend.run_script(found))
             written.append(script)
         written += manifest.write(
             directory,
+            written,
+            zip(self.plan_targets, self.plans, strict=True),
             model=self.report.model,
-            original=self.original,
-            pipeline=self.pipeline.text,
+            original=self._fingerprint(),
+            pipeline=self.pipeline,
             seed=self.seed,
-            plans=list(zip(self._plan_targets, self.plans, strict=True)),
-            artifacts=copied,
-            files=written,
+            programs=programs,
+            artifacts={
+                name: manifest.StoredArtifact(
+                    file=found.path.name, session_options=dict(found.session_options), facts=dict(found.facts)
+                )
+                for name, found in copied.items()
+            },
         )
         self.report.files = [*(file.name for file in written), "report.json"]
         self.report.save(directory / "report.json")
         return self.report.files
+
+    def _fingerprint(self) -> str:
+        if self.fingerprint or self.original is None:
+            return self.fingerprint
+        return manifest.fingerprint(self.original)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle the fingerprint too: names in an unpickled graph are others, and plans are for the one captured."""
+        return {**self.__dict__, "fingerprint": self._fingerprint()}
 
     def _named(self, stem: str, target: str, ending: str) -> str:
         """One target: `run.py`. Several: `run.onnxruntime.py`."""

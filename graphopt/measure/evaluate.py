@@ -145,7 +145,7 @@ def evaluator(
         samples.check(specs)
     if specs is None and names is None and not _labelled(samples) and len(samples.names) > 1:
         # Positional data of a model whose inputs are not known: what comes last is the labels.
-        samples = Samples.open(data, samples.names[:-1])
+        samples = Samples.open(samples, samples.names[:-1])
     if not _labelled(samples):
         raise DataError(
             f"The evaluation data has no labels. Store them as `labels` beside the inputs "

@@ -13,13 +13,12 @@ import typing
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
+import pydantic
 import torch
 
 from graphopt.errors import PassError
-from graphopt.files import replacing
 from graphopt.ir.plain_data import Json
 
 
@@ -50,6 +49,11 @@ class Plan:
         measured: times or scores that steered a decision. Recorded, not reproducible.
     """
 
+    # how `from_json` reads: what is not declared is refused
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(
+        extra="forbid", arbitrary_types_allowed=True
+    )
+
     pass_name: str
     options: Mapping[str, Json] = field(default_factory=dict)
     sites: tuple[str, ...] = ()
@@ -75,45 +79,21 @@ class Plan:
         """Rebuild a plan of this type from `to_json` and its tensors.
 
         Raises:
-            PassError: the data lacks a field or has one this version does not know.
+            PassError: the data lack a field, have one this version does not know, or one of another type.
         """
-        known = {item.name for item in dataclasses.fields(cls)}
-        unknown = sorted(set(data) - known)
-        if unknown:
-            raise PassError(
-                f"The stored plan of `{data.get('pass_name')}` has the fields {unknown}, which this version of the "
-                "pass does not know. Make the plan again with this version."
-            )
-        fields = dict(data)
-        fields["refusals"] = tuple(Refusal(**refusal) for refusal in data.get("refusals", ()))
-        fields["sites"] = tuple(data.get("sites", ()))
         try:
-            return cls(tensors=dict(tensors), **fields)
-        except TypeError as err:
-            raise PassError(f"The stored plan of `{data.get('pass_name')}` is incomplete: {err}.") from err
+            plan: Self = pydantic.TypeAdapter(cls).validate_json(json.dumps(data), strict=True)
+        except pydantic.ValidationError as err:
+            first = err.errors()[0]
+            raise PassError(
+                f"The stored plan of `{data.get('pass_name')}` does not fit this version of the pass: "
+                f"`{'.'.join(map(str, first['loc']))}`: {_said(first)}. Make the plan again."
+            ) from err
+        return dataclasses.replace(plan, tensors=dict(tensors))
 
-    def save(self, stem: Path) -> list[Path]:
-        """Write `stem.json` and, when there are tensors, `stem.safetensors`; return the paths."""
-        from safetensors.torch import save
 
-        written = [stem.with_name(f"{stem.name}.json")]
-        with replacing(written[0]) as temporary:
-            temporary.write_text(json.dumps(self.to_json(), indent=1, sort_keys=True) + "\n")
-        if self.tensors:
-            written.append(stem.with_name(f"{stem.name}.safetensors"))
-            payload = {name: self.tensors[name].detach().contiguous() for name in sorted(self.tensors)}
-            with replacing(written[1]) as temporary:
-                temporary.write_bytes(save(payload))
-        return written
-
-    @classmethod
-    def load(cls, stem: Path) -> Self:
-        """Read what `save` wrote."""
-        from safetensors.torch import load_file
-
-        payload = stem.with_name(f"{stem.name}.safetensors")
-        data = json.loads(stem.with_name(f"{stem.name}.json").read_text())
-        return cls.from_json(data, load_file(payload) if payload.exists() else {})
+def _said(error: Any) -> str:
+    return "a field it does not know" if error["type"] == "unexpected_keyword_argument" else error["msg"].lower()
 
 
 def _plain(value: Any) -> Json:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -146,6 +146,28 @@ def backend_of(file: Path, *, preferred: str) -> Backend | None:
     found = {name: kind for name, kind in Registry(BACKENDS).working(Backend).items() if kind.suffix == file.suffix}
     kind: type[Backend] | None = found.get(preferred, next(iter(found.values()), None))
     return None if kind is None else kind()
+
+
+def backends_named(target: str | Backend | Sequence[str | Backend] | None) -> tuple[Backend, ...]:
+    """Return the backends that a target argument names: text with commas, backends, or a sequence of both.
+
+    Raises:
+        UsageError: there is no such backend, or two have one name.
+    """
+    if target is None:
+        return ()
+    listed = [target] if not isinstance(target, Sequence) or isinstance(target, str) else list(target)
+    found: list[Backend] = []
+    for item in listed:
+        if isinstance(item, str):
+            found += [backend(name.strip()) for name in item.split(",") if name.strip()]
+        else:
+            found.append(item)
+    names = [item.name for item in found]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UsageError(f"Target `{twice[0]}` is given twice. Give each target once.")
+    return tuple(found)
 
 
 def _same(one: Entry, other: Entry) -> bool:

@@ -24,7 +24,7 @@ _NOTHING_FOUND = Refusal("the program", "there is nothing in it that the pass re
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Rewritten:
     """What a pipeline made of a program.
 
     Attributes:
@@ -36,7 +36,7 @@ class Outcome:
     plans: tuple[tuple[str, Plan], ...]
 
 
-def run(pipeline: Pipeline, program: Program, ctx: Context, hooks: Sequence[Hook] = ()) -> Outcome:
+def run(pipeline: Pipeline, program: Program, ctx: Context, hooks: Sequence[Hook] = ()) -> Rewritten:
     """Run every step. Steps up to the first that reads a target description run once for all targets.
 
     Raises:
@@ -52,12 +52,12 @@ def run(pipeline: Pipeline, program: Program, ctx: Context, hooks: Sequence[Hook
         for step in pipeline.steps[fork:]:
             program, plan = run_step(step, program, ctx, hooks)
             plans.append(("", plan))
-        return Outcome({"": program}, tuple(plans))
+        return Rewritten({"": program}, tuple(plans))
     programs = {}
     for target in ctx.targets:
         programs[target.name], made = _run_branch(pipeline.steps[fork:], program, _for_target(ctx, target), hooks)
         plans += made
-    return Outcome(programs, tuple(plans))
+    return Rewritten(programs, tuple(plans))
 
 
 def _run_branch(

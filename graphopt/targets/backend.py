@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -47,6 +49,10 @@ class Artifact:
         session_options: recorded runtime options, as plain data: what `session()` uses and the manifest stores.
             Empty: the runtime's own defaults.
         facts: what the backend found out while lowering (integer operators reached, engine size, ...).
+        home: the temporary directory its files are in, which lives as long as the artifact does; None for files that
+            stay.
+
+    A pickled artifact takes its files along.
     """
 
     path: Path
@@ -56,6 +62,17 @@ class Artifact:
     outputs: tuple[TensorSpec, ...]
     session_options: Mapping[str, Json] = field(default_factory=dict)
     facts: Mapping[str, Json] = field(default_factory=dict)
+    home: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the files' contents: where it is unpickled, their paths mean nothing."""
+        contents = {file.name: file.read_bytes() for file in self.files}
+        return _unpickled, (dataclasses.replace(self, home=None).__dict__, contents)
+
+    def moved(self, directory: Path, home: tempfile.TemporaryDirectory[str] | None = None) -> Artifact:
+        """Describe the same files in another directory."""
+        files = tuple(directory / file.name for file in self.files)
+        return dataclasses.replace(self, path=directory / self.path.name, files=files, home=home)
 
     @property
     def size(self) -> int:
@@ -73,6 +90,13 @@ class Artifact:
             LoweringError: the runtime is missing or refuses the artifact.
         """
         return self.backend.session(self, **options)
+
+
+def _unpickled(fields: Mapping[str, Any], contents: Mapping[str, bytes]) -> Artifact:
+    home = tempfile.TemporaryDirectory(prefix="graphopt-")
+    for name, content in contents.items():
+        (Path(home.name) / name).write_bytes(content)
+    return Artifact(**fields).moved(Path(home.name), home)
 
 
 class Backend(ABC):

@@ -1,0 +1,215 @@
+"""Job: a model and its data, opened once, on which any number of pipelines run and whose outcomes are delivered."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from graphopt.data import Samples
+from graphopt.data.batches import Batch, SampleSource, whole_batches
+from graphopt.data.split import Split, split
+from graphopt.errors import UsageError
+from graphopt.ir.program import Program
+from graphopt.ir.regions import compiled_for_their_shapes
+from graphopt.job.deliver import Delivery, deliver
+from graphopt.job.recorder import Recorder
+from graphopt.job.report import Report, Row
+from graphopt.job.result import Result
+from graphopt.measure.cost import cost
+from graphopt.measure.equivalence import Probe
+from graphopt.measure.evaluate import Evaluator, FunctionEvaluator, evaluator
+from graphopt.measure.stopwatch import Stopwatch
+from graphopt.pipeline import runner
+from graphopt.pipeline.context import Context, Loss, NoProgress, Progress
+from graphopt.pipeline.hooks import FullCheck, Hook
+from graphopt.pipeline.pipeline import Pipeline
+from graphopt.pipeline.plan import Plan
+from graphopt.pipeline.registry import backend
+from graphopt.targets.backend import Backend
+
+# Samples that every row's output error is measured on: as many as cost this many operations, within bounds.
+_PROBE_FLOPS = 2e10
+_FEWEST_PROBES, _MOST_PROBES = 2, 32
+DEFAULT_TARGET = "onnxruntime"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one pipeline made of a job's program.
+
+    Attributes:
+        pipeline: the pipeline.
+        programs: the final program of each target, keyed by target name; "" where no pass asked for one.
+        plans: (target, plan) in the order they were made; target "" before the pipeline forks.
+        report: a row for the original and for each step, refusals and notes.
+    """
+
+    pipeline: Pipeline
+    programs: dict[str, Program]
+    plans: tuple[tuple[str, Plan], ...]
+    report: Report
+
+
+@dataclass(eq=False)
+class Job:
+    """A program with its data, what judges it, and the targets it is for.
+
+    Attributes:
+        original: the unoptimised program.
+        samples: calibration data, bound to the program's inputs; None where the user gave none.
+        evaluation: labelled data or a function, as `optimize` takes it; None for no metric.
+        backends: what outcomes are lowered to; none: passes that decide by their target decide for ONNX Runtime.
+        loss: what the model was trained for; None where the user gave none.
+        seed: every random draw descends from it.
+        progress: shows long loops.
+        name: what reports call the model.
+    """
+
+    original: Program
+    samples: Samples | None = None
+    evaluation: Any = None
+    backends: tuple[Backend, ...] = ()
+    loss: Loss | None = None
+    seed: int = 0
+    progress: Progress = field(default_factory=NoProgress)
+    name: str = "program"
+
+    def __post_init__(self) -> None:
+        """Open the evaluation data, so that what is wrong with them is said before anything expensive runs."""
+        self.metric = None if self.evaluation is None else _evaluator(self.evaluation, self.original)
+
+    @compiled_for_their_shapes()
+    def run(self, pipeline: Pipeline, *, hooks: Sequence[Hook] = (), check: str = "fast") -> Outcome:
+        """Run a pipeline on the original program.
+
+        Args:
+            pipeline: which passes.
+            hooks: called around every pass.
+            check: "fast", or "full" to export again and run each pass's own proof after it.
+
+        Raises:
+            GraphOptError: as the passes do; nothing is left behind.
+        """
+        if check not in ("fast", "full"):
+            raise UsageError(f"check={check!r} is not known. Use 'fast' or 'full'.")
+        report = self._new_report(pipeline)
+        deciding = self.backends
+        if not deciding and pipeline.fork() < len(pipeline.steps):
+            deciding = (backend(DEFAULT_TARGET),)
+            first = pipeline.steps[pipeline.fork()].text
+            report.notes.append(f"target: none was given, so `{first}` and what follows decided for {DEFAULT_TARGET}")
+        ctx = Context(
+            original=self.original,
+            targets=tuple(item.description for item in deciding),
+            samples=self._split.fitted if self._split else None,
+            held_out=self._split.held_out if self._split else None,
+            loss=self.loss,
+            timers={item.name: self._stopwatch(item) for item in deciding if item.times_here},
+            seed=self.seed,
+            progress=self.progress,
+        )
+        lossy = any(step.instance.tolerance is None for step in pipeline.steps)
+        if self._split and not self._split.held_out and lossy:
+            report.notes.append(
+                "data: too few samples to hold some out: passes may have fitted what errors are taken on"
+            )
+        checks = [FullCheck()] if check == "full" else []
+        recorder = Recorder(report, self.original, self._probe, self.metric)
+        made = runner.run(pipeline, self.original, ctx, [recorder, *checks, *hooks])
+        return Outcome(pipeline, made.programs, made.plans, report)
+
+    @compiled_for_their_shapes()
+    def deliver(self, outcome: Outcome, *, bench: bool = True) -> Result:
+        """Lower the programs of an outcome, verify and time what came of it.
+
+        Args:
+            outcome: what `run` returned.
+            bench: whether to time each artifact against the unoptimised program in the same runtime.
+
+        Returns:
+            Everything; artifacts live in a temporary directory for as long as anybody holds one, or until
+            `Result.save`.
+
+        Raises:
+            LoweringError: a program cannot be lowered, or its artifact computes something else.
+        """
+        home = tempfile.TemporaryDirectory(prefix="graphopt-")
+        deliveries = [
+            deliver(
+                item,
+                outcome.programs[item.name],
+                self.original,
+                Path(home.name),
+                probe=self._probe,
+                metric=self.metric,
+                bench=bench,
+            )
+            for item in self.backends
+        ]
+        return self._result(outcome, [found.kept_by(home) for found in deliveries])
+
+    def undelivered(self, outcome: Outcome) -> Result:
+        """Return an outcome as a result without artifacts."""
+        return self._result(outcome, [])
+
+    def _result(self, outcome: Outcome, deliveries: Sequence[Delivery]) -> Result:
+        report = outcome.report.copy()
+        for found in deliveries:
+            report.add_artifact(found.row, found.baseline)
+            report.facts[found.artifact.backend.name] = dict(found.artifact.facts)
+            report.notes += found.notes
+        return Result(
+            original=self.original,
+            programs=dict(outcome.programs),
+            plans=[plan for _, plan in outcome.plans],
+            report=report,
+            artifacts={found.artifact.backend.name: found.artifact for found in deliveries},
+            pipeline=outcome.pipeline.text,
+            seed=self.seed,
+            plan_targets=[target for target, _ in outcome.plans],
+        )
+
+    def _new_report(self, pipeline: Pipeline) -> Report:
+        report = Report(self.name, str(pipeline), self.metric.name if self.metric else "", rows=[self._row])
+        report.notes += [f"{note.subject}: {note.text}" for note in self.original.notes]
+        report.notes += [f"data: {note}" for note in (self.samples.notes if self.samples else ())]
+        return report
+
+    @functools.cached_property
+    def _row(self) -> Row:
+        value = self.metric(self.original) if self.metric else None
+        return Row("original", cost=cost(self.original), metric=value)
+
+    @functools.cached_property
+    def _probe(self) -> Probe:
+        judging = self._split and (self._split.held_out or self._split.fitted)
+        return Probe(self.original, _probe_inputs(self.original, judging))
+
+    @functools.cached_property
+    def _split(self) -> Split | None:
+        """What passes may fit, and what judges: one split for whatever runs."""
+        return None if self.samples is None else split(self.samples, self.original)
+
+    @functools.cache  # noqa: B019 - a job lives as long as what it measures with
+    def _stopwatch(self, item: Backend) -> Stopwatch:
+        return Stopwatch(item)
+
+
+def _evaluator(spec: Any, program: Program) -> Evaluator | FunctionEvaluator:
+    return evaluator(spec, specs=program.inputs, fixed_batch=program.batch_size)
+
+
+def _probe_inputs(program: Program, samples: SampleSource | None) -> Batch:
+    """Return the inputs that errors are measured on: real samples if there are any."""
+    if samples is None:
+        return program.flat_examples()
+    if program.batch_size is not None:
+        batches = whole_batches(samples, program.batch_size, None, fixed=program.batch_size)
+        return next(batches, program.flat_examples())
+    affordable = int(_PROBE_FLOPS // max(cost(program).flops, 1))
+    count = min(max(affordable, _FEWEST_PROBES), _MOST_PROBES)
+    return max(samples.batches(count, count), key=lambda batch: len(batch[0]))  # the first, but for unlike shapes

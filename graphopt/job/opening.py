@@ -1,0 +1,72 @@
+"""`graphopt.open`: what `Result.save` wrote, as a result again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pydantic
+
+from graphopt.capturing.load import load
+from graphopt.errors import UsageError, first_line
+from graphopt.job import manifest
+from graphopt.job.replaying import read_plans
+from graphopt.job.report import Report
+from graphopt.job.result import Result
+from graphopt.pipeline.pass_base import Pass
+from graphopt.pipeline.registry import PassRegistry, backend
+
+logger = logging.getLogger(__name__)
+
+
+def open(directory: str | Path, *, plugins: Sequence[Path | str | type[Pass[Any, Any]]] = ()) -> Result:
+    """Open a directory that `Result.save` or `graphopt optimize -o` wrote: programs, artifacts, plans and report.
+
+    Args:
+        directory: where they are.
+        plugins: files or classes of passes that made plans.
+
+    Returns:
+        What was saved. The unoptimised program is not among it: `original` is None.
+
+    Raises:
+        UsageError: there is no manifest or report, one is damaged, or a pass or backend is not installed.
+        LoadError: a file is missing or is not the one that was saved.
+    """
+    directory = Path(directory)
+    stored = manifest.read(directory / manifest.NAME)
+    stored.check_files(directory)
+    for text in stored.other_libraries():
+        logger.warning("%s was made with another version: %s.", directory, text)
+    plans = read_plans(stored, directory, PassRegistry(plugins))
+    artifacts = {
+        target: dataclasses.replace(
+            backend(target).open(directory / found.file), session_options=found.session_options, facts=found.facts
+        )
+        for target, found in stored.artifacts.items()
+    }
+    return Result(
+        original=None,
+        programs={target: load(directory / name) for target, name in stored.programs.items()},
+        plans=[plan for _, plan in plans],
+        report=_report(directory / "report.json"),
+        artifacts=artifacts,
+        pipeline=stored.pipeline,
+        seed=stored.seed,
+        plan_targets=[target for target, _ in plans],
+        fingerprint=stored.original,
+    )
+
+
+def _report(path: Path) -> Report:
+    try:
+        data: Any = json.loads(path.read_text())
+        if not isinstance(data, Mapping):
+            raise TypeError("it is no object")
+        return Report.from_json(data)
+    except (OSError, ValueError, TypeError, RecursionError, pydantic.ValidationError) as err:
+        raise UsageError(f"{path} is not a report: {first_line(err)}. Optimise again.") from err

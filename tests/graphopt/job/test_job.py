@@ -1,0 +1,101 @@
+"""A job: the model and the data are opened once, pipelines run any number of times, targets do not mix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import graphopt
+from graphopt.capturing.load import with_data
+from graphopt.errors import DataError, UsageError
+from graphopt.job.job import Job
+from graphopt.pipeline.pipeline import Pipeline
+from graphopt.pipeline.registry import backends_named
+from graphopt.testing import fingerprint
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
+
+
+X = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+PRUNE = "prune:ratio=0.5:round_to=1"
+
+
+def batches(drawn: list[int]) -> Iterator[torch.Tensor]:
+    for index in range(4):
+        drawn.append(index)
+        yield X[16 * index : 16 * index + 16]
+
+
+def test_a_one_shot_iterator_loses_nothing() -> None:
+    """Capture looks at the first batch; the passes see it all the same, and every batch is drawn once."""
+    drawn: list[int] = []
+    found = graphopt.optimize(model(), batches(drawn), PRUNE, None)
+    assert drawn == [0, 1, 2, 3]
+    assert fingerprint(found.program) == fingerprint(graphopt.optimize(model(), X, PRUNE, None).program)
+
+
+def test_a_one_shot_iterator_of_labelled_batches_evaluates_every_model() -> None:
+    labels = model()(X).argmax(1)
+    pairs = iter([(X[:32], labels[:32]), (X[32:], labels[32:])])
+    found = graphopt.optimize(model(), X, "fold", None, eval=pairs)
+    assert found.report.original.metric == 100.0
+    assert found.report.rows[-1].metric == 100.0
+
+
+def test_pipelines_run_any_number_of_times() -> None:
+    job = Job(*with_data(model(), X), backends=backends_named("onnxruntime"))
+    before = fingerprint(job.original)
+    pruned, again = (job.run(Pipeline.parse(PRUNE)) for _ in range(2))
+    other = job.run(Pipeline.parse("svd:ratio=0.5"))
+    assert fingerprint(job.original) == before
+    assert fingerprint(pruned.programs["onnxruntime"]) == fingerprint(again.programs["onnxruntime"])
+    assert [row.label for row in other.report.rows] == ["original", "svd:ratio=0.5"]
+    one, two = job.deliver(pruned, bench=False), job.deliver(pruned, bench=False)
+    assert len(one.report.rows) == len(two.report.rows) == 3
+    assert one.artifact.path.read_bytes() == two.artifact.path.read_bytes()
+    assert len(pruned.report.rows) == 2  # delivering adds to a copy
+
+
+def test_an_unknown_check_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="check='slow' is not known"):
+        Job(*with_data(model(), X)).run(Pipeline.parse(""), check="slow")
+
+
+def test_a_module_needs_data() -> None:
+    with pytest.raises(DataError, match="cannot be captured without example inputs"):
+        graphopt.optimize(model())
+
+
+def test_a_target_given_twice_is_refused() -> None:
+    with pytest.raises(UsageError, match="`onnxruntime` is given twice"):
+        graphopt.optimize(model(), X, "", "onnxruntime,onnxruntime")
+
+
+def test_each_target_has_its_own_bytes_and_its_own_original() -> None:
+    """int8 stores other bytes for each target, and each artifact is compared with the original of its runtime."""
+    found = graphopt.optimize(model(), X, "int8", ["onnxruntime", "tensorrt"], bench=False)
+    costs = {row.target: row.cost for row in found.report.rows if row.label.startswith("int8")}
+    for row in found.report.artifact_rows():
+        assert row.cost == costs[row.target]
+        baseline = found.report.baseline(row)
+        assert baseline.target == row.target
+        assert baseline.size is not None
+    sizes = [found.report.baselines[name].size for name in ("onnxruntime", "tensorrt")]
+    assert found.report.original.size == sizes[0]
+
+
+def test_data_beside_an_exported_program_are_opened_once(tmp_path: Path) -> None:
+    drawn: list[int] = []
+    program = graphopt.capture(model(), X[:4])
+    found, samples = with_data(program, batches(drawn))
+    assert found is program
+    assert samples is not None
+    assert sum(batch[0].shape[0] for batch in samples.batches(10)) == 64
+    assert drawn == [0, 1, 2, 3]

@@ -1,0 +1,219 @@
+"""What `save` wrote opens again and replays, on a machine that has nothing else; what was changed since is refused."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import graphopt
+from graphopt.errors import LoadError, UsageError
+from graphopt.ir.invariants import check_invariants
+from graphopt.job import manifest
+from graphopt.testing import fingerprint
+from tests.models import GroupedQuery, Residual, example
+
+X = example(Residual, 32).float()
+PASSES = "prune:ratio=0.4:round_to=1,int8"
+
+
+@pytest.fixture(scope="module")
+def result() -> graphopt.Result:
+    torch.manual_seed(0)
+    return graphopt.optimize(Residual().eval(), X, PASSES, ["onnxruntime", "tensorrt"], bench=False)
+
+
+@pytest.fixture(scope="module")
+def folder(result: graphopt.Result, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("build")
+    pickle.loads(pickle.dumps(result)).save(folder)
+    return folder
+
+
+def outputs(artifact: graphopt.Artifact) -> np.ndarray:
+    return artifact.session()(X.numpy())[0]
+
+
+def test_a_saved_result_opens_again(result: graphopt.Result, folder: Path) -> None:
+    found = graphopt.open(folder)
+    assert found.original is None
+    assert list(found.programs) == ["onnxruntime", "tensorrt"]
+    assert [plan.to_json() for plan in found.plans] == [plan.to_json() for plan in result.plans]
+    assert found.report.to_json() == json.loads((folder / "report.json").read_text())
+    for target, artifact in found.artifacts.items():
+        np.testing.assert_array_equal(
+            artifact.session()(X.numpy())[0], result.artifacts[target].session()(X.numpy())[0]
+        )
+        assert artifact.session_options == result.artifacts[target].session_options
+        assert artifact.facts == result.artifacts[target].facts
+        torch.testing.assert_close(found.programs[target](X), result.programs[target](X), rtol=0, atol=0)
+
+
+def test_an_opened_result_saves_again(folder: Path, tmp_path: Path) -> None:
+    graphopt.open(folder).save(tmp_path / "again")
+    for name in ("plans.safetensors", "onnxruntime.onnx", "tensorrt.onnx", "run.tensorrt.py"):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+    graphopt.open(tmp_path / "again")
+
+
+def test_an_opened_program_goes_on(folder: Path) -> None:
+    program = graphopt.open(folder).programs["onnxruntime"]
+    assert graphopt.optimize(program, X, "", bench=False).artifact.session()(X.numpy())[0].shape == (32, 5)
+
+
+@pytest.mark.parametrize("name", ["onnxruntime.onnx", "program.tensorrt.pt2", "plans.safetensors", "run.tensorrt.py"])
+@pytest.mark.parametrize("change", ["changed", "missing"])
+def test_a_file_that_is_not_what_was_saved_is_refused(folder: Path, tmp_path: Path, name: str, change: str) -> None:
+    there = Path(shutil.copytree(folder, tmp_path / "copy"))
+    if change == "missing":
+        (there / name).unlink()
+    else:
+        content = bytearray((there / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (there / name).write_bytes(content)
+    with pytest.raises(LoadError, match=f"{name} is {'missing' if change == 'missing' else 'not the file'}"):
+        graphopt.open(there)
+
+
+def test_replay_checks_what_the_plans_carry(folder: Path, result: graphopt.Result, tmp_path: Path) -> None:
+    there = Path(shutil.copytree(folder, tmp_path / "copy"))
+    content = bytearray((there / "plans.safetensors").read_bytes())
+    content[-1] ^= 1
+    (there / "plans.safetensors").write_bytes(content)
+    assert result.original is not None
+    with pytest.raises(LoadError, match=r"plans.safetensors is not the file"):
+        graphopt.replay(result.original, there / "manifest.json")
+
+
+def test_other_library_versions_are_said(
+    folder: Path, result: graphopt.Result, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    there = Path(shutil.copytree(folder, tmp_path / "copy"))
+    data = json.loads((there / "manifest.json").read_text())
+    data["libraries"]["torch"] = "1.0"
+    (there / "manifest.json").write_text(json.dumps(data))
+    assert result.original is not None
+    graphopt.replay(result.original, there / "manifest.json")
+    assert "torch 1.0, here" in caplog.text
+
+
+@pytest.mark.parametrize("target", [None, "onnxruntime", ["onnxruntime", "tensorrt"]])
+@pytest.mark.parametrize("passes", ["", "prune:ratio=0.4:round_to=1", PASSES])
+def test_replay_makes_what_optimize_made(tmp_path: Path, target: Any, passes: str) -> None:
+    """Without a target too: `int8` decided for one then, and what it made is not dropped."""
+    torch.manual_seed(0)
+    found = graphopt.optimize(Residual().eval(), X, passes, target, bench=False)
+    found.save(tmp_path)
+    assert found.original is not None
+    again = graphopt.replay(found.original, tmp_path / "manifest.json")
+    assert {name: fingerprint(program) for name, program in again.items()} == {
+        name: fingerprint(program) for name, program in found.programs.items()
+    }
+    assert list(graphopt.open(tmp_path).programs) == list(found.programs)
+
+
+def test_an_artifact_keeps_its_files_alive() -> None:
+    artifact = graphopt.optimize(nn.Linear(4, 3).eval(), torch.randn(8, 4), "", bench=False).artifact
+    gc.collect()
+    assert artifact.session()(np.zeros((2, 4), np.float32))[0].shape == (2, 3)
+    path = artifact.path
+    del artifact
+    gc.collect()
+    assert not path.exists()
+
+
+def test_a_pickled_result_takes_its_files_along(result: graphopt.Result, tmp_path: Path) -> None:
+    other = pickle.loads(pickle.dumps(result))
+    for target, artifact in other.artifacts.items():
+        assert artifact.path != result.artifacts[target].path
+        np.testing.assert_array_equal(
+            artifact.session()(X.numpy())[0], result.artifacts[target].session()(X.numpy())[0]
+        )
+    other.save(tmp_path / "build")
+    assert graphopt.open(tmp_path / "build").plans[0].sites == result.plans[0].sites
+
+
+@pytest.mark.parametrize("kind", [Residual, GroupedQuery])
+def test_a_pickled_program_is_whole(kind: type[nn.Module]) -> None:
+    """Pickle alone keeps a graph that runs and has no shapes, which no pass can work on."""
+    x = example(kind, 16)
+    x = x.float() if x.is_floating_point() else x
+    program = graphopt.capture(kind().eval(), x[:2])
+    for other in (pickle.loads(pickle.dumps(program)), copy.deepcopy(program)):
+        torch.testing.assert_close(other(x), program(x), rtol=0, atol=0)
+        assert (other.inputs, other.outputs) == (program.inputs, program.outputs)
+        check_invariants(other, other, "pickle")
+        graphopt.optimize(other, x, "prune:ratio=0.4:round_to=1", None)
+
+
+def _edit(change: Callable[[dict[str, Any]], None], folder: Path, tmp_path: Path) -> Path:
+    there = Path(shutil.copytree(folder, tmp_path / "copy"))
+    data = json.loads((there / "manifest.json").read_text())
+    change(data)
+    (there / "manifest.json").write_text(json.dumps(data))
+    return there
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda d: d.update(schema=7), "has manifest schema 7; this version reads 1 and 2"),
+        (lambda d: d.pop("schema"), "has no schema"),
+        (lambda d: d.pop("seed"), "`seed`: field required"),
+        (lambda d: d.update(seed="1"), "`seed`: input should be a valid integer"),
+        (lambda d: d.update(extra=1), "`extra`: extra inputs are not permitted"),
+        (lambda d: d["programs"].update(x="../escaped.pt2"), "`programs.x`"),
+        (lambda d: d["programs"].update(x="/etc/passwd"), "`programs.x`"),
+        (lambda d: d["artifacts"]["tensorrt"].update(file="a/b.onnx"), "`artifacts.tensorrt.file`"),
+        (lambda d: d["sha256"].update({"a": "b"}), "`sha256.a`"),
+        (lambda d: d["plans"].insert(0, 3), "`plans.0`"),
+        (lambda d: d.update(original="x"), "`original`"),
+    ],
+)
+def test_a_damaged_manifest_is_one_sentence(
+    change: Callable[[dict[str, Any]], None], said: str, folder: Path, tmp_path: Path
+) -> None:
+    there = _edit(change, folder, tmp_path)
+    with pytest.raises(UsageError) as caught:
+        graphopt.open(there)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "3", '"x"', "null", "{", "[" * 100_000, "\x00\xff"])
+@pytest.mark.parametrize("name", ["manifest.json", "report.json"])
+def test_what_is_no_json_is_one_sentence(name: str, content: str, folder: Path, tmp_path: Path) -> None:
+    there = Path(shutil.copytree(folder, tmp_path / "copy"))
+    (there / name).write_text(content)
+    with pytest.raises(UsageError, match=f"{name} is not a"):
+        graphopt.open(there)
+
+
+def test_a_manifest_of_the_version_before_is_read(folder: Path, result: graphopt.Result, tmp_path: Path) -> None:
+    def older(data: dict[str, Any]) -> None:
+        data.update(schema=1)
+        del data["programs"]
+
+    there = _edit(older, folder, tmp_path)
+    assert manifest.read(there / "manifest.json").programs == manifest.read(folder / "manifest.json").programs
+    assert result.original is not None
+    again = graphopt.replay(result.original, there / "manifest.json")
+    assert {name: fingerprint(found) for name, found in again.items()} == {
+        name: fingerprint(found) for name, found in result.programs.items()
+    }
+    assert list(graphopt.open(there).artifacts) == ["onnxruntime", "tensorrt"]
+
+
+def test_a_directory_without_results_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"manifest.json is not a manifest: .*No such file"):
+        graphopt.open(tmp_path)
