@@ -106,6 +106,9 @@ def from_exported(
     gm = exported.module(check_guards=False)  # 2.13 adds a `_guards_fn` call without that argument
     assert isinstance(gm, fx.GraphModule)
     gm = normalise(gm)
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and not node.users:
+            node.meta.setdefault("val", None)  # a file has no value for a check (torch 2.13), a trace has None
     record_capture(gm.graph)
     axes = _AxisNames(leaf_shapes or [])
     inputs = _input_specs(gm, axes, tuple(args), dict(kwargs))
