@@ -9,7 +9,7 @@ and dequantize stand is read from the target description.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -20,8 +20,9 @@ from torch import Tensor, fx
 from graphopt.ir.editor import Editor
 from graphopt.ir.graph import constant
 from graphopt.ir.program import Program
+from graphopt.passes.layers.weighted_call import WeightedCall
 from graphopt.passes.quantization.layers import LayerQuantizer
-from graphopt.passes.quantization.placement import Placement, Site, place
+from graphopt.passes.quantization.placement import Placement, place
 from graphopt.passes.quantization.plan import Form, Int8Plan, LayerRecord, ValueRecord, stored_name
 from graphopt.passes.quantization.prepare import respell, spellings
 from graphopt.passes.quantization.rewrite import Rewriter
@@ -139,24 +140,24 @@ class Int8(Pass[Int8Options, Int8Plan]):
         scales: Mapping[fx.Node, QParams],
         target: TargetDescription,
     ) -> tuple[list[LayerRecord], dict[str, Tensor]]:
-        sites = [site for site in placement.sites if site.kernel.weight is not None]
-        means = self._input_means(sites, calibration, originals) if self.options.bias_correction else {}
+        sites = [(site, site.kernel.layer) for site in placement.sites if site.kernel.layer is not None]
+        means = self._input_means([layer for _, layer in sites], calibration, originals)
         per_channel = self.options.weights == "channel"
         quantizer = LayerQuantizer(gm, target.weight, per_channel=per_channel)
         layers = [
-            quantizer.quantize(site, scales[placement.root(site.kernel.operands[0])].scale, means) for site in sites
+            quantizer.quantize(site, layer, scales[placement.root(layer.input)].scale, mean)
+            for (site, layer), mean in zip(sites, means, strict=True)
         ]
         return layers, quantizer.tensors
 
     def _input_means(
-        self, sites: list[Site], calibration: Calibration, originals: Mapping[str, str]
-    ) -> dict[str, Tensor]:
-        requests = []
-        for site in sites:
-            operand = site.kernel.operands[0]
-            requests.append((originals.get(operand.name, operand.name), ChannelMean(site.kernel.in_axis)))
-        gathered = calibration.gather(requests)
-        return {site.node.name: statistic.mean for site, statistic in zip(sites, gathered, strict=True)}
+        self, layers: Sequence[WeightedCall], calibration: Calibration, originals: Mapping[str, str]
+    ) -> Sequence[Tensor | None]:
+        """Return the mean of each layer's input per channel where biases are to be corrected by it."""
+        if not self.options.bias_correction:
+            return [None] * len(layers)
+        inputs = ((originals.get(layer.input.name, layer.input.name), layer.input_axis) for layer in layers)
+        return [found.mean for found in calibration.gather((name, ChannelMean(axis)) for name, axis in inputs)]
 
 
 def _prepared(program: Program, respelled: Mapping[str, str]) -> tuple[Program, dict[str, str]]:

@@ -12,15 +12,22 @@ from torch import fx
 
 from graphopt.errors import PassError
 from graphopt.ir.editor import Editor
-from graphopt.ir.graph import arguments, constant, tensor_attribute
+from graphopt.ir.graph import arguments, tensor_attribute
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import origin
-from graphopt.passes.layers.weighted_call import IN_A_REGION, WeightedCall, regions_with_layers, uses, weighted_call
+from graphopt.passes.layers.weighted_call import (
+    IN_A_REGION,
+    WeightedCall,
+    layer_call,
+    other_users,
+    regions_with_layers,
+    uses,
+    weighted_call,
+)
 from graphopt.passes.layers.weights import from_taps
 from graphopt.pipeline.plan import Refusal
 
 aten = torch.ops.aten
-_LAYERS = (aten.linear.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,19 +56,18 @@ def factorisable(gm: fx.GraphModule, skip: Sequence[str]) -> tuple[list[Weighted
     found: list[WeightedCall] = []
     refusals = [Refusal(node.name, IN_A_REGION) for node in regions_with_layers(gm)]
     for node in gm.graph.nodes:
-        call = weighted_call(node, gm)
-        if call is None:
-            reason = _computed_weight(node, gm)
-            if reason:
-                refusals.append(Refusal(node.name, reason))
-            continue
-        if call.kind == "transposed conv" or any(size != 1 for size in call.kernel):
+        call = layer_call(node, gm)
+        if call is None or call.kind == "transposed conv" or any(size != 1 for size in call.kernel):
             continue  # neither linear nor 1x1
-        reason = _why_not(gm, call, skip)
+        reason = _computed(call.weight)
         if reason:
-            refusals.append(Refusal(call.weight_name, reason))
-        else:
-            found.append(call)
+            refusals.append(Refusal(node.name, reason))
+        elif weighted_call(node, gm) is not None:
+            reason = _why_not(gm, call, skip)
+            if reason:
+                refusals.append(Refusal(call.weight_name, reason))
+            else:
+                found.append(call)
     return found, refusals
 
 
@@ -166,7 +172,7 @@ def _why_not(gm: fx.GraphModule, call: WeightedCall, skip: Sequence[str]) -> str
         return f"`skip={matching}` names it"
     if any(known is not None and known.made_by == "svd" for known in (origin(call.node), origin(call.weight))):
         return "it is a factor already"
-    others = [user for user in uses(gm, call.weight_name) if user is not call.node]
+    others = other_users(call, gm)
     if others:
         return f"its weight is shared with `{others[0].name}`"
     if call.groups != 1:
@@ -180,12 +186,9 @@ def _why_not(gm: fx.GraphModule, call: WeightedCall, skip: Sequence[str]) -> str
     return ""
 
 
-def _computed_weight(node: fx.Node, gm: fx.GraphModule) -> str:
-    """Return why a layer has no stored weight, "" if `node` is no layer."""
-    if node.op != "call_function" or node.target not in _LAYERS:
-        return ""
-    weight = arguments(node, ())["weight"]
-    if constant(weight, gm) is not None or not isinstance(weight, fx.Node) or weight.op != "call_function":
+def _computed(weight: fx.Node) -> str:
+    """Return how a weight that is not stored as it is comes about, "" if it is stored."""
+    if weight.op != "call_function":
         return ""
     if getattr(weight.target, "namespace", "") == "graphopt":
         return f"its weight is quantized (`{weight.name}`); run `svd` before `int8`"

@@ -46,14 +46,14 @@ IN_A_REGION = "its layers run inside a region"
 
 @dataclass(frozen=True, eq=False)
 class WeightedCall:
-    """One call of a layer whose weight is a stored floating-point tensor.
+    """One call of a convolution or linear layer.
 
     Attributes:
         node: the call.
         kind: which layout the weight has, see the module's table.
         input: the value it is applied to.
-        weight: the read of its weight.
-        bias: the read of its bias, None where it has none.
+        weight: its weight; of a `weighted_call` the read of a stored tensor.
+        bias: its bias likewise, None where it has none.
         input_argument: name of the input in the operator's schema.
         weight_argument: name of the weight likewise.
         bias_argument: likewise; "" where the operator cannot take a bias.
@@ -100,6 +100,11 @@ class WeightedCall:
         return self.in_features // self.groups * math.prod(self.kernel)
 
     @property
+    def weight_axis(self) -> int:
+        """Axis of the weight that runs over output features, over those of one group where it is transposed."""
+        return 1 if self.kind in ("matmul", "transposed conv") else 0
+
+    @property
     def out_features(self) -> int:
         """Number of output channels or features."""
         return int(self.node.meta["val"].shape[self.output_axis])
@@ -108,6 +113,12 @@ class WeightedCall:
     def in_features(self) -> int:
         """Number of input channels or features."""
         return int(self.input.meta["val"].shape[self.input_axis])
+
+    @property
+    def scaled(self) -> bool:
+        """Whether an `addmm` multiplies its product or its bias with a factor."""
+        given = arguments(self.node, ())
+        return any(given.get(factor, 1) != 1 for factor in ("alpha", "beta"))
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -137,10 +148,10 @@ def regions_with_layers(gm: fx.GraphModule) -> list[fx.Node]:
     return [found.node for found in regions(gm) if any(is_layer(node) for node in inside(found))]
 
 
-def weighted_call(node: fx.Node, gm: fx.GraphModule) -> WeightedCall | None:
-    """Describe `node` if it is a convolution or linear layer with a stored floating-point weight.
+def layer_call(node: fx.Node, gm: fx.GraphModule) -> WeightedCall | None:
+    """Describe `node` if it is a convolution or linear layer, wherever its weight and bias come from.
 
-    A bias that is computed, an `addmm` with factors, and products whose stored operand is not a matrix are not.
+    A product of two values is a layer where the second is a stored matrix.
     """
     known = _OPERATORS.get(node.target) if node.op == "call_function" else None
     if known is None:
@@ -148,19 +159,34 @@ def weighted_call(node: fx.Node, gm: fx.GraphModule) -> WeightedCall | None:
     kind, input_name, weight_name, bias_name = known
     given = arguments(node, ())
     source, weight, bias = given[input_name], given[weight_name], given.get(bias_name)
-    tensor = constant(weight, gm)
-    if tensor is None or not tensor.is_floating_point() or not isinstance(source, fx.Node) or source.op == "get_attr":
+    if not isinstance(source, fx.Node) or not isinstance(weight, fx.Node):
         return None
-    if bias is not None and (constant(bias, gm) is None or bias.meta["val"].dim() != 1):
-        return None
-    if kind == "matmul" and (tensor.dim() != 2 or given.get("alpha", 1) != 1 or given.get("beta", 1) != 1):
+    if not is_layer(node) and (constant(weight, gm) is None or weight.meta["val"].dim() != 2):
         return None
     if given.get("transposed") is True:
         kind = "transposed conv"
-    if source.meta["val"].dim() < (1 if kind in ("linear", "matmul") else tensor.dim() - 1) or tensor.dim() < 2:
-        return None
     groups = int(given.get("groups", 1))
     return WeightedCall(node, kind, source, weight, bias, input_name, weight_name, bias_name, groups)
+
+
+def weighted_call(node: fx.Node, gm: fx.GraphModule) -> WeightedCall | None:
+    """Describe `node` if it is a convolution or linear layer with a stored floating-point weight.
+
+    A bias that is computed, an `addmm` with factors, and products whose stored operand is not a matrix are not.
+    """
+    call = layer_call(node, gm)
+    tensor = None if call is None else constant(call.weight, gm)
+    if call is None or tensor is None or not tensor.is_floating_point() or call.input.op == "get_attr":
+        return None
+    if call.bias is not None and (constant(call.bias, gm) is None or call.bias.meta["val"].dim() != 1):
+        return None
+    least = len(call.kernel) + 1  # axes of an input, that of the samples left out
+    return None if call.scaled or tensor.dim() < 2 or call.input.meta["val"].dim() < least else call
+
+
+def other_users(call: WeightedCall, gm: fx.GraphModule) -> list[fx.Node]:
+    """List who else reads the weight of `call`."""
+    return [user for user in uses(gm, call.weight_name) if user is not call.node]
 
 
 def set_argument(node: fx.Node, name: str, value: fx.Node) -> None:

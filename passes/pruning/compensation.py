@@ -30,6 +30,7 @@ from graphopt.passes.layers.weighted_call import (
     IN_A_REGION,
     WeightedCall,
     is_layer,
+    other_users,
     regions_with_layers,
     uses,
     weighted_call,
@@ -150,7 +151,7 @@ class _Walk:
             self._found.refusals.append(Refusal(site, f"not compensated: {reason}"))
 
     def _why_not(self, call: WeightedCall, twin: fx.Node) -> str:
-        others = [user for user in uses(self._gm, call.weight_name) if user is not call.node]
+        others = other_users(call, self._gm)
         if others:
             return f"weight is shared with `{others[0].name}`"
         if call.bias is not None and len(uses(self._gm, str(call.bias.target))) > 1:

@@ -16,16 +16,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt.ir.graph import arguments, constant
+from graphopt.ir.graph import arguments
 from graphopt.ir.provenance import op_name
 from graphopt.ir.torch_internals import OpOverload
-
-_CONVOLUTIONS = {f"conv{rank}d": rank for rank in (1, 2, 3)}
-_TRANSPOSED = {f"conv_transpose{rank}d": rank for rank in (1, 2, 3)}
+from graphopt.passes.layers.weighted_call import WeightedCall, layer_call
 
 # Work that would pay for integers: reported when a target has no kernel for it.
 HEAVY = frozenset(
-    {*_CONVOLUTIONS, *_TRANSPOSED, "gemm", "matmul", "batched_matmul", "scaled_dot_product_attention", "einsum"}
+    {f"conv{kind}{rank}d" for kind in ("", "_transpose") for rank in (1, 2, 3)}
+    | {"gemm", "matmul", "batched_matmul", "scaled_dot_product_attention", "einsum"}
     | {"bmm", "baddbmm", "bilinear", "lstm", "gru", "rnn_tanh", "rnn_relu", "multi_head_attention_forward"}
 )
 
@@ -50,19 +49,13 @@ class Kernel:
     Attributes:
         name: as target descriptions name it.
         operands: the tensors it computes on, weight and bias excluded; attribute reads among them are constants.
-        weight: the weight, an attribute read unless it is computed.
-        bias: the bias likewise.
-        out_axis: axis of the weight that runs over output channels.
-        in_axis: axis of the operand that runs over input channels.
+        layer: what is known of it as a layer, None if it has no weight.
         problem: why it cannot run on integers on any target, "" if it can.
     """
 
     name: str
     operands: tuple[fx.Node, ...]
-    weight: fx.Node | None = None
-    bias: fx.Node | None = None
-    out_axis: int = 0
-    in_axis: int = 1
+    layer: WeightedCall | None = None
     problem: str = ""
 
 
@@ -76,10 +69,11 @@ def kernel_of(node: fx.Node, gm: fx.GraphModule) -> Kernel | None:
     if not isinstance(node.target, OpOverload):
         return None
     name = op_name(node)
-    if name in _CONVOLUTIONS or name in _TRANSPOSED:
-        return _convolution(node, name)
-    if name in ("linear", "addmm", "mm", "matmul"):
-        return _product(node, name, gm)
+    layer = layer_call(node, gm)
+    if layer is not None:
+        return _convolution(layer) if "conv" in layer.kind else _product(layer)
+    if name in ("mm", "matmul"):
+        return Kernel("batched_matmul", tuple(node.all_input_nodes))
     if name in ("add", "mul", "cat"):
         return _elementwise(node, name)
     if name in _MOVES:
@@ -116,32 +110,21 @@ def rank(node: fx.Node) -> int:
     return value.dim() if isinstance(value, torch.Tensor) else -1
 
 
-def _convolution(node: fx.Node, name: str) -> Kernel:
-    given = arguments(node, ())
-    spatial = _CONVOLUTIONS.get(name) or _TRANSPOSED[name]
-    problem = "" if rank(given["input"]) == spatial + 2 else "its input has no batch axis"
-    out_axis = 1 if name in _TRANSPOSED else 0
-    return Kernel(name, (given["input"],), given["weight"], given["bias"], out_axis, 1, problem)
+def _convolution(layer: WeightedCall) -> Kernel:
+    spatial = len(layer.kernel)
+    name = f"conv{spatial}d" if layer.kind == "conv" else f"conv_transpose{spatial}d"
+    problem = "" if rank(layer.input) == spatial + 2 else "its input has no batch axis"
+    return Kernel(name, (layer.input,), layer, problem)
 
 
-def _product(node: fx.Node, name: str, gm: fx.GraphModule) -> Kernel:
-    given = arguments(node, ())
-    if name == "linear":
-        x, weight, bias, out_axis = given["input"], given["weight"], given["bias"], 0
-    elif name == "addmm":
-        x, weight, bias, out_axis = given["mat1"], given["mat2"], given["self"], 1
-    else:
-        x, bias, out_axis = given["self"], None, 1
-        weight = given["mat2"] if "mat2" in given else given["other"]
-        if constant(weight, gm) is None or rank(weight) != 2:
-            return Kernel("batched_matmul", (x, weight))
+def _product(layer: WeightedCall) -> Kernel:
     problem = ""
-    if name == "addmm" and (given["alpha"] != 1 or given["beta"] != 1 or rank(bias) != 1):
+    if layer.scaled or (layer.bias is not None and rank(layer.bias) != 1):
         problem = "its bias is not a plain vector"
-    if rank(x) < 2 or rank(weight) != 2:
+    if rank(layer.input) < 2 or rank(layer.weight) != 2:
         problem = "its input has no batch axis"
-    kind = "gemm" if bias is not None and (rank(x) == 2 or _static(x)) else "matmul"
-    return Kernel(kind, (x,), weight, bias, out_axis, -1, problem)
+    flat = layer.bias is not None and (rank(layer.input) == 2 or _static(layer.input))
+    return Kernel("gemm" if flat else "matmul", (layer.input,), layer, problem)
 
 
 def _elementwise(node: fx.Node, name: str) -> Kernel:

@@ -10,16 +10,17 @@ equation 17, with measured means of the inputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, fx
 
-from graphopt.ir.graph import arguments, constant
+from graphopt.ir.graph import constant, tensor_attribute
+from graphopt.passes.layers.weighted_call import WeightedCall
+from graphopt.passes.layers.weights import by_taps
 from graphopt.passes.quantization.placement import Site
 from graphopt.passes.quantization.plan import LayerRecord, stored_name
 from graphopt.quantization.formats import IntegerFormat
 from graphopt.quantization.qparams import quantize_weight, weight_scales
+from graphopt.targets.description import OperatorRule
 
 _INT32 = 2**31 - 1
 
@@ -34,27 +35,26 @@ class LayerQuantizer:
         self._stored: dict[tuple[str, int | None, bool], str] = {}
         self.tensors: dict[str, Tensor] = {}
 
-    def quantize(self, site: Site, input_scale: float, means: Mapping[str, Tensor]) -> LayerRecord:
+    def quantize(self, site: Site, layer: WeightedCall, input_scale: float, mean: Tensor | None) -> LayerRecord:
         """Quantize weight and bias of one layer.
 
         Args:
-            site: the layer.
+            site: where it is placed.
+            layer: the layer there.
             input_scale: scale of its input.
-            means: mean of its input per channel under the site's name, to correct the bias; may be absent.
+            mean: mean of its input per channel, to correct the bias.
         """
-        kernel = site.kernel
-        weight, bias = constant(kernel.weight, self._gm), constant(kernel.bias, self._gm)
-        assert weight is not None  # placement takes no others
-        assert kernel.weight is not None
-        transposed = kernel.name == "matmul" and kernel.out_axis == 0
-        stored = (weight.t() if transposed else weight).detach()
-        axis = self._axis(site, transposed)
-        name = self._store_weight(str(kernel.weight.target), stored, axis, transposed, bias, input_scale, site)
-        shift = self._shift(site, name, stored, axis, transposed, means)
+        transposed = site.kernel.name == "matmul" and layer.kind == "linear"
+        weight, bias = tensor_attribute(self._gm, layer.weight_name).detach(), constant(layer.bias, self._gm)
+        axis = self._axis(site.rule, layer, transposed)
+        name = self._store_weight(
+            layer, weight.t() if transposed else weight, axis, transposed, bias, input_scale, site
+        )
+        shift = None if mean is None else self._shift(layer, name, weight, axis, transposed, mean)
         bias_name = self._store_bias(site, bias, shift, name, input_scale)
         return LayerRecord(
             site=site.node.name,
-            kernel=kernel.name,
+            kernel=site.kernel.name,
             weight=name,
             axis=axis,
             transposed=transposed,
@@ -62,14 +62,22 @@ class LayerQuantizer:
             bias_dtype=site.rule.bias,
         )
 
-    def _axis(self, site: Site, transposed: bool) -> int | None:
-        if not self._per_channel or site.rule.weight_axis is None or self._integers.granularity == "tensor":
+    def _axis(self, rule: OperatorRule, layer: WeightedCall, transposed: bool) -> int | None:
+        if not self._per_channel or rule.weight_axis is None or self._integers.granularity == "tensor":
             return None
-        return 1 if transposed else site.kernel.out_axis
+        return 1 if transposed else layer.weight_axis
 
     def _store_weight(
-        self, source: str, weight: Tensor, axis: int | None, transposed: bool, bias: Tensor | None, x: float, site: Site
+        self,
+        layer: WeightedCall,
+        weight: Tensor,
+        axis: int | None,
+        transposed: bool,
+        bias: Tensor | None,
+        x: float,
+        site: Site,
     ) -> str:
+        source = layer.weight_name
         key = (source, axis, transposed)
         if key not in self._stored:
             name = f"{source}_int8" + ("_t" if transposed else "") + ("" if axis is not None else "_tensor")
@@ -77,7 +85,7 @@ class LayerQuantizer:
             if site.rule.bias == "int32" and bias is not None:
                 # a bias far larger than the weights must still fit int32
                 floor = (bias.detach().abs().double() / (x * _INT32 * 0.5)).float()
-                floor = floor.reshape(_output_groups(site), -1).amax(0)
+                floor = floor.reshape(_sharing(layer), -1).amax(0)
                 scales = torch.maximum(scales, floor if axis is not None else floor.amax())
             self.tensors[name] = quantize_weight(weight, scales, self._integers, axis)
             self.tensors[f"{name}_scale"] = scales
@@ -85,26 +93,17 @@ class LayerQuantizer:
         return self._stored[key]
 
     def _shift(
-        self, site: Site, name: str, weight: Tensor, axis: int | None, transposed: bool, means: Mapping[str, Tensor]
-    ) -> Tensor | None:
+        self, layer: WeightedCall, name: str, weight: Tensor, axis: int | None, transposed: bool, mean: Tensor
+    ) -> Tensor:
         """Return the mean change of the output per channel that rounding the weight causes, (out,) float64."""
-        mean = means.get(site.node.name)
-        if mean is None:
-            return None
         scales = self.tensors[f"{name}_scale"].double()
         if axis is not None:
             shape = [1] * weight.dim()
             shape[axis] = -1
             scales = scales.reshape(shape)
-        change = self.tensors[name].double() * scales - weight.double()
-        out_axis = 1 if transposed else site.kernel.out_axis
-        change = change.movedim(out_axis, 0)  # (out, in / groups, ...)
-        change = change.flatten(2).sum(2) if change.dim() > 2 else change
-        if (groups := _output_groups(site)) > 1:  # (out / groups, in), to (out, in / groups)
-            change = change.reshape(len(change), groups, -1).transpose(0, 1).flatten(0, 1)
-        groups = mean.numel() // change.shape[1]
-        per_group = mean.reshape(groups, 1, -1).expand(-1, change.shape[0] // groups, -1).reshape(change.shape)
-        return (change * per_group).sum(dim=1)
+        rounded = self.tensors[name].double() * scales
+        change = by_taps(layer, (rounded.t() if transposed else rounded) - weight.double()).sum(3)
+        return (change * mean.view(layer.groups, 1, -1)).sum(2).flatten()
 
     def _store_bias(self, site: Site, bias: Tensor | None, shift: Tensor | None, weight: str, x: float) -> str | None:
         if bias is None and (shift is None or site.kernel.name == "matmul"):
@@ -122,11 +121,6 @@ class LayerQuantizer:
         return name
 
 
-def _output_groups(site: Site) -> int:
-    """Return how many output channels share a channel of the weight: those of a transposed convolution's groups.
-
-    Such a weight is (in, out / groups, ...), and output channel g * (out / groups) + j is channel j of group g.
-    """
-    if not site.kernel.name.startswith("conv_transpose"):
-        return 1
-    return int(arguments(site.node, ("groups",))["groups"])
+def _sharing(layer: WeightedCall) -> int:
+    """Return how many output channels share a channel of the weight: those of a transposed convolution's groups."""
+    return layer.groups if layer.kind == "transposed conv" else 1

@@ -193,7 +193,7 @@ class _Placer:
         if kernel is None or rule is None or value not in kernel.operands or self._problem(user) is not None:
             return False
         if rule.role == "compute":
-            return value not in (kernel.weight, kernel.bias)
+            return kernel.layer is None or value not in (kernel.layer.weight, kernel.layer.bias)
         return rule.role in ("same_scale", "move") and self._only_integers[user]
 
     def _problem(self, node: fx.Node) -> Refusal | None:
@@ -218,7 +218,8 @@ class _Placer:
                 return f"`{value.name}` is {_dtype(value)}, not float32", "a value is not float32"
             if reason := self._written(value):
                 return reason, "written in place"
-        for role, parameter in (("weight", kernel.weight), ("bias", kernel.bias)):
+        parameters = {} if kernel.layer is None else {"weight": kernel.layer.weight, "bias": kernel.layer.bias}
+        for role, parameter in parameters.items():
             if parameter is None:
                 continue
             if parameter.target is DEQUANTIZE:

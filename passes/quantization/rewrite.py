@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.ir.editor import Editor
-from graphopt.ir.graph import arguments, constant
+from graphopt.ir.graph import constant
 from graphopt.ir.provenance import op_name
+from graphopt.passes.layers.weighted_call import WeightedCall, layer_call, set_argument
 from graphopt.passes.quantization.plan import Int8Plan, LayerRecord, ValueRecord, stored_name
 from graphopt.quantization.ops import DEQUANTIZE, QUANTIZE, storage_dtype
 
@@ -58,14 +59,16 @@ class Rewriter:
         with self._graph.inserting_before(node):
             weight = self._stored(layer["weight"], layer["axis"], node)
             bias = self._bias(layer, node)
+        call = layer_call(node, self._editor.gm)
+        assert call is not None  # the plan found it there
         if layer["kernel"] == "matmul":
-            self._nodes[node.name] = self._product(node, layer, weight, bias)
-        elif layer["kernel"] == "gemm":
-            self._nodes[node.name] = self._gemm(node, weight, bias)
+            self._nodes[node.name] = self._product(call, weight, bias)
+        elif layer["kernel"] == "gemm" and len(node.meta["val"].shape) > 2:
+            self._nodes[node.name] = self._flattened(call, weight, bias)
         else:
-            _set_argument(node, 1, "weight", weight)
+            set_argument(node, call.weight_argument, weight)
             if bias is not None:
-                _set_argument(node, 2, "bias", bias)
+                set_argument(node, call.bias_argument, bias)
 
     def _bias(self, layer: LayerRecord, node: fx.Node) -> fx.Node | None:
         name = layer["bias"]
@@ -78,29 +81,21 @@ class Rewriter:
         kind = next((tensor for tensor in learned if tensor.dim() == 1), learned[0] if learned else None)
         return self._read(name, node, trainable=True, kind_of=kind)
 
-    def _product(self, node: fx.Node, layer: LayerRecord, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
+    def _product(self, call: WeightedCall, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
         """Rewrite linear, addmm, mm or matmul as `x @ w` plus a bias."""
-        given = arguments(node, ())
-        x = given.get("input", given.get("mat1", given.get("self")))
+        node = call.node
         with self._graph.inserting_before(node):
-            product = self._editor.call(aten.matmul.default, x, weight, like=node, site=node.name)
+            product = self._editor.call(aten.matmul.default, call.input, weight, like=node, site=node.name)
             self._takers[node.name] = product
             if bias is not None:
                 product = self._editor.call(aten.add.Tensor, product, bias, like=node, site=node.name)
         self._editor.replace(node, product)
         return product
 
-    def _gemm(self, node: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
-        """Rewrite a product with a bias as a matrix product; leading axes of fixed size are flattened for it."""
-        if op_name(node) == "addmm":
-            node.args = (bias, node.args[1], weight)
-            return node
-        x = node.args[0]
-        assert isinstance(x, fx.Node)
+    def _flattened(self, call: WeightedCall, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
+        """Rewrite a product with a bias as a matrix product; leading axes, of fixed size, are flattened for it."""
+        node, x = call.node, call.input
         sizes = list(node.meta["val"].shape)
-        if len(sizes) == 2:
-            node.args = (x, weight, bias)
-            return node
         with self._graph.inserting_before(node):
             flat = self._editor.call(aten.reshape.default, x, [-1, x.meta["val"].shape[-1]], like=node, site=node.name)
             self._takers[node.name] = flat
@@ -174,13 +169,6 @@ class Rewriter:
             with self._graph.inserting_before(self._first_input):
                 self._reads[name] = self._editor.read(name, like=like, site=like.name)
         return self._reads[name]
-
-
-def _set_argument(node: fx.Node, position: int, name: str, value: fx.Node) -> None:
-    if name in node.kwargs or len(node.args) <= position:
-        node.update_kwarg(name, value)
-    else:
-        node.update_arg(position, value)
 
 
 def _last_input(node: fx.Node) -> fx.Node:

@@ -160,6 +160,27 @@ def test_leaves_computed_weights() -> None:
     assert reasons(plan) == {"linear_1": "its weight is computed at run time by `linear`"}
 
 
+@pytest.mark.parametrize(
+    ("transposed", "target", "kernel"), [(False, ONNXRUNTIME, "conv2d"), (True, TENSORRT, "conv_transpose2d")]
+)
+def test_a_convolution_is_one_whatever_operator_calls_it(
+    transposed: bool, target: TargetDescription, kernel: str, tmp_path: Path
+) -> None:
+    class Spelled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(6, 6, 3, 3)), nn.Parameter(torch.randn(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            rest = ([1, 1], [1, 1], [1, 1], transposed, [0, 0], 1)
+            return torch.ops.aten.convolution.default(x, self.weight, self.bias, *rest)
+
+    program, plan = quantized(Spelled(), images(6), target=target)
+    assert [layer["kernel"] for layer in plan.layers] == [kernel]
+    if not transposed:
+        assert kernels(program, tmp_path, images(6))["QLinearConv"] == 1
+
+
 def test_leaves_what_is_skipped() -> None:
     _, plan = quantized(Head(), images(), options=Int8Options(skip=("lin*",)))
     assert reasons(plan)["linear"] == "left float as asked (skip=lin*)"

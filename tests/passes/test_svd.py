@@ -183,6 +183,22 @@ def test_a_computed_weight_is_refused_until_it_is_folded() -> None:
     assert plan_of(SvdOptions(rank=4), run_pass(Fold(), program, ())).sites == ("weight",)
 
 
+def test_only_layers_that_could_be_factorised_are_refused_for_a_computed_weight() -> None:
+    class Computed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))
+            self.weight, self.bias = nn.Parameter(torch.randn(4, 16)), nn.Parameter(torch.randn(16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.addmm(self.bias, self.conv(x).mean((2, 3)), self.weight * 2)
+
+    plan = plan_of(SvdOptions(rank=2), capture(Computed(), noise(2, 3, 6, 6)))
+    assert reasons(plan) == {
+        "addmm": "its weight is computed by `mul`; run `fold` first if it does not depend on the input"
+    }
+
+
 def test_a_rank_that_saves_nothing_is_refused() -> None:
     plan = plan_of(SvdOptions(rank=10), capture(seeded(Wide()), noise(2, 24)))
     assert not plan.sites
