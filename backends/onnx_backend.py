@@ -84,7 +84,7 @@ class OnnxBackend(Backend):
     def verify(self, artifact: Artifact, program: Program, inputs: tuple[Array, ...] | None = None) -> float:
         """Compare the file on disk with `program` on the recorded options; see `onnx_execution.verification`."""
         settings = SessionSettings.of(artifact.session_options)
-        return verify(artifact.path, program, inputs, dataclasses.replace(settings, threads=0))
+        return verify(artifact.path, program.evaluated(), inputs, dataclasses.replace(settings, threads=0))
 
     def session(self, artifact: Artifact, **options: Json) -> OnnxSession:
         """Load the artifact in ONNX Runtime.

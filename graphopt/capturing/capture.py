@@ -22,6 +22,7 @@ from graphopt.capturing.model_calls import (
     check_module,
     check_names,
     in_eval_mode,
+    random_state_kept,
     spelled_out,
     uncompiled,
     without_compiling,
@@ -37,7 +38,7 @@ from graphopt.ir.provenance import record_capture, user_line
 from graphopt.ir.regions import compiled_for_their_shapes
 from graphopt.ir.signature import Dimension, Note, TensorSpec
 from graphopt.ir.torch_internals import arguments_by_name, is_function_transform, output_structure, pytree
-from graphopt.ir.training import set_training
+from graphopt.ir.training import leave_training, set_training
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ _SMALLEST_DYNAMIC_BATCH = 2  # torch.export specialises an axis of size 1
 
 
 @compiled_for_their_shapes()
+@random_state_kept()
 def capture(
     model: nn.Module,
     args: Sequence[Any] | torch.Tensor,
@@ -76,9 +78,11 @@ def capture(
     check_names(model)
     args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
     kwargs = dict(kwargs or {})
+    left: list[str] = []
     if isinstance(model, fx.GraphModule):  # what torch.export made refuses eval()
         model = copy_graph_module(model)
         set_training(model, False)
+        left = leave_training(model)
     with (
         in_eval_mode(model),
         without_compiling(model),
@@ -88,10 +92,16 @@ def capture(
     ):
         warnings.simplefilter("ignore")
         args, kwargs, leaf_shapes, expected, note = _examples(model, args, kwargs, dynamic_shapes)
-        program = _capture(model, args, kwargs, leaf_shapes, note)
+        program = _capture(model, args, kwargs, leaf_shapes, [*note, *exported_in_training(left)])
         check_equal(program, expected, args, kwargs)
         check_repeatable(program, args, kwargs)
     return program if share_tensors else program.copy(share_tensors=False)
+
+
+def exported_in_training(switched: Sequence[str]) -> list[Note]:
+    """Say that a model was exported in training mode."""
+    text = f"The model was exported in training mode; in evaluation mode are now: {', '.join(switched)}"
+    return [Note("training", text)] if switched else []
 
 
 def from_exported(

@@ -15,17 +15,20 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from graphopt.capturing.capture import capture, from_exported
-from graphopt.capturing.model_calls import check_module, uncompiled
+from graphopt.capturing.capture import capture, exported_in_training, from_exported
+from graphopt.capturing.checks import check_repeatable
+from graphopt.capturing.model_calls import check_module, random_state_kept, uncompiled
 from graphopt.data import InputSpec, Samples
 from graphopt.errors import CaptureError, DataError, ExampleError, LoadError
 from graphopt.ir.program import Program
 from graphopt.ir.signature import Note, TensorSpec
+from graphopt.ir.training import leave_training
 from graphopt.loading import LoadedModel, load_model
 
 _SIGNATURE = "graphopt.json"
 
 
+@random_state_kept()
 def load(
     path: str | Path | None = None,
     *,
@@ -100,9 +103,12 @@ def _from_file(loaded: LoadedModel, exported: ExportedProgram, dynamic_shapes: M
     args, kwargs = loaded.example_inputs.args, loaded.example_inputs.kwargs
     signature = loaded.extra_files.get(_SIGNATURE)
     if signature is not None:
-        return _with_signature(from_exported(exported, args, kwargs), signature, loaded.source)
+        return _with_signature(from_exported(exported, args, kwargs).eval(), signature, loaded.source)
     if exported.range_constraints and dynamic_shapes is None:
-        return from_exported(exported, args, kwargs)
+        program = from_exported(exported, args, kwargs).eval()
+        program = dataclasses.replace(program, notes=tuple(exported_in_training(leave_training(program.graph_module))))
+        check_repeatable(program, args, kwargs)
+        return program
     # A static program is captured again: many only became static because nobody asked for a dynamic batch.
     return capture(exported.module(check_guards=False), args, kwargs, dynamic_shapes, share_tensors=True)
 

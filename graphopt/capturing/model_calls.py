@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import random
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 
@@ -89,6 +91,19 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Give the generators of torch, NumPy and Python back their state: models, data and evaluations draw from them."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    python, arrays = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from graphopt.ir.dynamic_axes import LeafShapes, arranged
 from graphopt.ir.graph import copy_graph_module
 from graphopt.ir.provenance import drop_process_traces
 from graphopt.ir.signature import TensorSpec
+from graphopt.ir.training import set_training
 
 _SOURCE = "graphopt.source"  # in meta["custom"] while exporting, which renames nodes
 
@@ -58,7 +59,7 @@ _known: weakref.WeakKeyDictionary[Exportable, tuple[object, Exported]] = weakref
 
 
 def exported(program: Exportable) -> Exported:
-    """Export `program`, once for as long as its graph stands: ResNet-50 takes a second.
+    """Export `program` in evaluation mode, once for as long as its graph stands: ResNet-50 takes a second.
 
     Raises:
         CaptureError: as `export_again`.
@@ -66,7 +67,7 @@ def exported(program: Exportable) -> Exported:
     state = _state(program.graph_module)
     known, found = _known.get(program, (None, None))
     if found is None or known != state:
-        found = export_again(program)
+        found = _export(program, _named(program.graph_module, evaluated=True))
         _known[program] = (state, found)
     return found
 
@@ -83,10 +84,13 @@ def export_again(program: Exportable) -> Exported:
     Raises:
         CaptureError: a rewrite tied a dynamic axis to one size; the message names it.
     """
+    return _export(program, _named(program.graph_module))
+
+
+def _export(program: Exportable, gm: fx.GraphModule) -> Exported:
     shapes: LeafShapes = [
         {axis: Dim.DYNAMIC for axis, size in enumerate(spec.shape) if isinstance(size, str)} for spec in program.inputs
     ]
-    gm = _named(program.graph_module)
     args, kwargs = tuple(program.example_args), dict(program.example_kwargs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -108,9 +112,11 @@ def export_again(program: Exportable) -> Exported:
     return Exported(again, sources)
 
 
-def _named(gm: fx.GraphModule) -> fx.GraphModule:
-    """Return a copy in which every call carries its name as metadata that survives export."""
+def _named(gm: fx.GraphModule, *, evaluated: bool = False) -> fx.GraphModule:
+    """Return a copy, evaluated if wanted, in which every call carries its name as metadata that survives export."""
     named = copy_graph_module(gm)
+    if evaluated:
+        set_training(named, False)
     for node in named.graph.nodes:
         if node.op == "call_function":
             node.meta["custom"] = {**node.meta.get("custom", {}), _SOURCE: node.name}

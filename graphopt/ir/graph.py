@@ -41,8 +41,9 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def assemble(gm: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
-    """Build a GraphModule of `graph` with the attributes of `gm` that it reads, shared."""
-    attributes = {node.target: _attribute(gm, node.target) for node in graph.nodes if node.op == "get_attr"}
+    """Build a GraphModule of `graph` with the attributes of `gm` that it reads or calls, shared."""
+    named = [str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")]
+    attributes = {name: _attribute(gm, name) for name in named}
     result = fx.GraphModule(attributes, graph)
     result.meta.update(gm.meta)
     for name in ("_in_spec", "_out_spec"):

@@ -23,7 +23,7 @@ from graphopt.errors import UsageError
 from graphopt.ir.graph import assemble, copy_graph_module
 from graphopt.ir.signature import Note, TensorSpec, batch_size
 from graphopt.ir.torch_internals import pytree, tree_flatten_spec
-from graphopt.ir.training import set_training
+from graphopt.ir.training import is_training, set_training
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -87,6 +87,10 @@ class Program:
         """Put BatchNorm and Dropout nodes in evaluation mode, in place; return the program."""
         return self.train(False)
 
+    def evaluated(self) -> Program:
+        """Return the program in evaluation mode: itself where it is in it, otherwise a copy that shares its tensors."""
+        return self.copy().eval() if is_training(self.graph_module) else self
+
     def copy(self, *, share_tensors: bool = True) -> Program:
         """Return a program with its own graph; its tensors are shared unless asked otherwise.
 
@@ -136,7 +140,10 @@ class Program:
         return export_again(self).program
 
     def save(self, path: str | Path) -> Path:
-        """Write the program as a `.pt2` file; `graphopt.load` gives it back. Written whole or not at all."""
+        """Write the program as a `.pt2` file; `graphopt.load` gives it back. Written whole or not at all.
+
+        What is written is in evaluation mode.
+        """
         from graphopt.files import replacing
 
         with replacing(Path(path)) as temporary:

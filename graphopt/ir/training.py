@@ -42,6 +42,46 @@ def set_training(gm: fx.GraphModule, mode: bool) -> None:
         gm.recompile()
 
 
+def is_training(gm: fx.GraphModule) -> bool:
+    """Whether `set_training` has switched a call on."""
+    return any(_SWITCHED in node.meta.get("custom", {}) for node in gm.graph.nodes)
+
+
+def leave_training(gm: fx.GraphModule) -> list[str]:
+    """Put what a stranger exported, maybe in training mode, in evaluation mode, in place; name the operators switched.
+
+    Nothing tells in it what training mode had switched on from what is always on. A normalisation by the batch stays
+    where there are no statistics to take its place.
+    """
+    switched: dict[str, None] = {}
+    for guards in gm.graph.find_nodes(op="call_module", target="_guards_fn"):  # they fix sizes, such as the batch
+        gm.graph.erase_node(guards)
+    for body in [module for module in gm.modules() if isinstance(module, fx.GraphModule)]:
+        for node in list(body.graph.nodes):
+            position = TRAINING_FLAG.get(node.target)
+            if position is not None and node.args[position] is True and not _lacks_statistics(node):
+                node.update_arg(position, False)
+                switched[str(node.target).split(".")[1].removesuffix("_")] = None
+            elif _counts_batches(node):
+                body.graph.erase_node(node)
+        body.recompile()
+    return list(switched)
+
+
+def _lacks_statistics(node: fx.Node) -> bool:
+    return node.target is torch.ops.aten.batch_norm.default and node.args[3] is None
+
+
+def _counts_batches(node: fx.Node) -> bool:
+    """Whether a call does what BatchNorm does to its counter in training."""
+    counter = node.args[0] if node.target is torch.ops.aten.add_.Tensor and not node.users else None
+    return (
+        isinstance(counter, fx.Node)
+        and counter.op == "get_attr"
+        and str(counter.target).rpartition(".")[2] == "num_batches_tracked"
+    )
+
+
 def training_nodes(gm: fx.GraphModule) -> list[fx.Node]:
     """List the calls that behave differently in training."""
     return [n for n in gm.graph.nodes if n.target in TRAINING_FLAG]

@@ -80,6 +80,7 @@ class Job:
 
     def __post_init__(self) -> None:
         """Open the evaluation data, so that what is wrong with them is said before anything expensive runs."""
+        self.original = self.original.evaluated()
         self.metric = None if self.evaluation is None else _evaluator(self.evaluation, self.original)
 
     @compiled_for_their_shapes()

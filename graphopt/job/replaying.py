@@ -34,6 +34,7 @@ def replay(program: Program, manifest_path: str | Path, registry: PassRegistry |
     """
     path = Path(manifest_path)
     stored = manifest.read(path)
+    program = program.evaluated()
     found = manifest.fingerprint(program)
     if found != stored.original:
         raise PassError(

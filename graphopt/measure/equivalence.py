@@ -68,9 +68,9 @@ class Probe:
 
     def __init__(self, reference: Program, batch: Batch) -> None:
         self.batch = batch
-        self._reference = reference
+        self._reference = reference.evaluated()
         with torch.no_grad():
-            self._wanted = reference.call_flat(batch)
+            self._wanted = self._reference.call_flat(batch)
 
     def measure(self, candidate: FlatCallable, *, shared: bool = False) -> Equivalence:
         """Run a candidate and compare it with the reference.

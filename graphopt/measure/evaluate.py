@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import fx, nn
 
+from graphopt.capturing.model_calls import in_eval_mode
 from graphopt.data.batches import Batch
 from graphopt.data.input_spec import Spec
 from graphopt.data.samples import Samples
 from graphopt.errors import DataError
+from graphopt.ir.program import Program
+from graphopt.ir.training import is_training
 from graphopt.loading.functions import is_function_name, resolve_function
 from graphopt.measure.metrics import METRICS, Metric, find_metric
 
@@ -46,25 +50,18 @@ class Evaluator:
     def __call__(self, model: Model) -> float:
         """Return the metric of `model`, a callable that takes the inputs' tensors in order."""
         rows = []
-        was_training = isinstance(model, nn.Module) and model.training
-        if isinstance(model, nn.Module):
-            model.eval()
-        try:
-            with torch.no_grad():
-                for inputs, labels in self._samples.labelled_batches(self._batch_size, self._limit):
-                    if labels is None:
-                        raise DataError(f"The data for `{self.name}` has no labels (`labels`, `label` or `y`).")
-                    count = labels.shape[0]
-                    outputs = main_output(model(*(_padded(inputs, self._fixed_batch) if self._fixed_batch else inputs)))
-                    if outputs.shape[:1] != (self._fixed_batch or count,):
-                        raise DataError(
-                            f"The model returned {outputs.shape} for {count} samples; `{self.name}` needs one output "
-                            "per sample along the first axis."
-                        )
-                    rows.append(self._metric.reduce(outputs[:count], labels.cpu().numpy()))
-        finally:
-            if was_training and isinstance(model, nn.Module):
-                model.train()
+        with _evaluated(model), torch.no_grad():
+            for inputs, labels in self._samples.labelled_batches(self._batch_size, self._limit):
+                if labels is None:
+                    raise DataError(f"The data for `{self.name}` has no labels (`labels`, `label` or `y`).")
+                count = labels.shape[0]
+                outputs = main_output(model(*(_padded(inputs, self._fixed_batch) if self._fixed_batch else inputs)))
+                if outputs.shape[:1] != (self._fixed_batch or count,):
+                    raise DataError(
+                        f"The model returned {outputs.shape} for {count} samples; `{self.name}` needs one output "
+                        "per sample along the first axis."
+                    )
+                rows.append(self._metric.reduce(outputs[:count], labels.cpu().numpy()))
         kept = np.concatenate(rows) if rows else np.empty(0)
         if not len(kept):
             raise DataError(f"The data for `{self.name}` holds nothing to score.")
@@ -88,7 +85,8 @@ class FunctionEvaluator:
     def __call__(self, model: Model) -> float:
         """Return what the function says about `model`."""
         try:
-            value = self._function(model)
+            with _evaluated(model):
+                value = self._function(model)
         except Exception as err:  # the user's own code may raise anything
             raise DataError(f"The evaluation function `{self.name}` raised {type(err).__name__}: {err}.") from err
         if isinstance(value, torch.Tensor | np.ndarray) and np.prod(value.shape) == 1:
@@ -152,6 +150,24 @@ def evaluator(
             f"({', '.join(samples.names)}), or give (inputs, labels)."
         )
     return Evaluator(samples, metric, batch_size=batch_size, fixed_batch=fixed_batch, limit=limit)
+
+
+@contextlib.contextmanager
+def _evaluated(model: Model) -> Iterator[None]:
+    """Evaluate a model in evaluation mode, and leave it in the mode that each part of it was in."""
+    if isinstance(model, Program):
+        was_training = is_training(model.graph_module)
+        try:
+            model.eval()
+            yield
+        finally:
+            model.train(was_training)
+        return
+    if isinstance(model, nn.Module) and not isinstance(model, fx.GraphModule):  # exported ones refuse eval()
+        with in_eval_mode(model):
+            yield
+    else:
+        yield
 
 
 def main_output(outputs: Any) -> Array:

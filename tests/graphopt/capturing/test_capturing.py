@@ -426,3 +426,18 @@ def test_autocast_around_a_branch_is_named() -> None:
 
     with pytest.raises(CaptureError, match="leaves an autocast block open"):
         capture(Around(), (torch.randn(3, 8),))
+
+
+def test_a_graph_made_by_symbolic_tracing_is_captured_in_evaluation_mode() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout(0.5))
+    traced = torch.fx.symbolic_trace(model)
+    x = torch.randn(8, 4)
+    program = capture(traced, x)
+    torch.testing.assert_close(program(x), model.eval()(x))
+    assert traced.training
+
+
+def test_what_export_made_is_captured_with_its_guards() -> None:
+    model = nn.Linear(4, 3)
+    program = capture(torch.export.export(model, (torch.randn(8, 4),)).module(), torch.randn(8, 4))
+    assert program.inputs[0].batched

@@ -199,3 +199,12 @@ def test_what_cannot_be_scored(data: Any, model: Any, reason: str) -> None:
 def test_every_metric_is_found_by_name() -> None:
     for name in METRICS:
         assert find_metric(name).name == name
+
+
+@pytest.mark.parametrize("spec", [(torch.eye(3), torch.tensor([0, 1, 2])), lambda model: float(model.training)])
+def test_every_part_of_a_module_gets_back_the_mode_it_was_in(spec: Any) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.5)).train()
+    model[0].eval()
+    found = evaluator(spec)(model)
+    assert found in (0.0, 100.0)  # the function saw evaluation mode
+    assert [module.training for module in model.modules()] == [True, False, True]
