@@ -31,6 +31,7 @@ _LIBRARIES = ("graphopt", "torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime
 
 # Names come from a file: they stay within its directory.
 _FileName = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$")]
+_Target = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9_-]*$")]
 _Digest = Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -45,7 +46,7 @@ class StoredArtifact(pydantic.BaseModel, extra="forbid", strict=True, frozen=Tru
 class StoredPlan(pydantic.BaseModel, extra="allow", strict=True, frozen=True):
     """A plan: the target it was made for ("" before the pipeline forks), its pass, and fields that the pass knows."""
 
-    target: str
+    target: _Target
     pass_name: str
     options: dict[str, Json]
 
@@ -77,8 +78,8 @@ class Manifest(pydantic.BaseModel, extra="forbid", strict=True, frozen=True):
     libraries: dict[str, str]
     cpu: list[str]
     plans: list[StoredPlan]
-    programs: dict[str, _FileName]
-    artifacts: dict[str, StoredArtifact]
+    programs: dict[_Target, _FileName]
+    artifacts: dict[_Target, StoredArtifact]
     sha256: dict[_FileName, _Digest]
 
     def check_files(self, directory: Path, names: Iterable[str] | None = None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -152,7 +153,7 @@ def backends_named(target: str | Backend | Sequence[str | Backend] | None) -> tu
     """Return the backends that a target argument names: text with commas, backends, or a sequence of both.
 
     Raises:
-        UsageError: there is no such backend, or two have one name.
+        UsageError: there is no such backend, two have one name, or one a name that files cannot bear.
     """
     if target is None:
         return ()
@@ -164,6 +165,9 @@ def backends_named(target: str | Backend | Sequence[str | Backend] | None) -> tu
         else:
             found.append(item)
     names = [item.name for item in found]
+    odd = [name for name in names if not re.fullmatch(r"[A-Za-z0-9_-]+", name)]
+    if odd:
+        raise UsageError(f"A backend is called {odd[0]!r}. Files bear its name: use letters, digits, `_` and `-` only.")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UsageError(f"Target `{twice[0]}` is given twice. Give each target once.")

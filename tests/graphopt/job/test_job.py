@@ -78,6 +78,14 @@ def test_a_target_given_twice_is_refused() -> None:
         graphopt.optimize(model(), X, "", "onnxruntime,onnxruntime")
 
 
+def test_a_backend_has_a_name_that_files_can_bear() -> None:
+    class Escaping(type(backends_named("onnxruntime")[0])):  # type: ignore[misc]
+        name = "x/../../escaped"
+
+    with pytest.raises(UsageError, match=r"A backend is called 'x/\.\./\.\./escaped'"):
+        graphopt.optimize(model(), X, "", Escaping())
+
+
 def test_each_target_has_its_own_bytes_and_its_own_original() -> None:
     """int8 stores other bytes for each target, and each artifact is compared with the original of its runtime."""
     found = graphopt.optimize(model(), X, "int8", ["onnxruntime", "tensorrt"], bench=False)

@@ -174,6 +174,8 @@ def _edit(change: Callable[[dict[str, Any]], None], folder: Path, tmp_path: Path
         (lambda d: d.update(extra=1), "`extra`: extra inputs are not permitted"),
         (lambda d: d["programs"].update(x="../escaped.pt2"), "`programs.x`"),
         (lambda d: d["programs"].update(x="/etc/passwd"), "`programs.x`"),
+        (lambda d: d["programs"].update({"x/../../escaped": "program.pt2"}), "`programs.x/../../escaped.[key]`"),
+        (lambda d: d["plans"][0].update(target="../x"), "`plans.0.target`"),
         (lambda d: d["artifacts"]["tensorrt"].update(file="a/b.onnx"), "`artifacts.tensorrt.file`"),
         (lambda d: d["sha256"].update({"a": "b"}), "`sha256.a`"),
         (lambda d: d["plans"].insert(0, 3), "`plans.0`"),
