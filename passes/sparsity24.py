@@ -33,7 +33,7 @@ from graphopt.passes.sparsity.layers import (
     named,
     why_not,
 )
-from graphopt.passes.sparsity.moments import Moments, gather
+from graphopt.passes.sparsity.moments import InputMoments, gather
 from graphopt.passes.sparsity.selection import fit, sparsify
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.pass_base import Pass
@@ -208,7 +208,7 @@ class Sparsity24(Pass[Sparsity24Options, Sparsity24Plan]):
 
     def _with_moments(
         self, program: Program, sites: Sequence[Site], form: SparseFormat, ctx: Context
-    ) -> Iterator[tuple[Site, Moments | None]]:
+    ) -> Iterator[tuple[Site, InputMoments | None]]:
         """Pair each site with the moments of its inputs where there is data and they are wanted."""
         if ctx.samples is None or not self._wants_data:
             yield from ((site, None) for site in sites)
@@ -228,7 +228,7 @@ class Sparsity24(Pass[Sparsity24Options, Sparsity24Plan]):
         left = "not refitted" if self.options.refit else ""
         return [Refusal("the program", f"{' and '.join(filter(None, (chosen, left)))}: there is no data")]
 
-    def _not_refitted(self, site: Site, moments: Moments | None) -> list[Refusal]:
+    def _not_refitted(self, site: Site, moments: InputMoments | None) -> list[Refusal]:
         """Say that a layer has seen too little to be refitted."""
         if moments is None or not self.options.refit or _enough(moments):
             return []
@@ -236,7 +236,7 @@ class Sparsity24(Pass[Sparsity24Options, Sparsity24Plan]):
         return [Refusal(site.weight_name, f"made sparse, but not refitted: {seen}", "made sparse, but not refitted")]
 
     def _sparse(
-        self, gm: fx.GraphModule, site: Site, moments: Moments | None, form: SparseFormat
+        self, gm: fx.GraphModule, site: Site, moments: InputMoments | None, form: SparseFormat
     ) -> tuple[torch.Tensor, dict[str, Json]]:
         """Return the sparse weight of a site and what the plan says about it."""
         call, stored = site.calls[0], tensor_attribute(gm, site.weight_name)
@@ -264,7 +264,7 @@ class Sparsity24(Pass[Sparsity24Options, Sparsity24Plan]):
         }
 
 
-def _enough(moments: Moments) -> bool:
+def _enough(moments: InputMoments) -> bool:
     """Whether refitting is safe: fewer samples than inputs say nothing about some directions, which it would spoil."""
     return moments.rows >= 2 * moments.block
 

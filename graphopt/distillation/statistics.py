@@ -16,6 +16,7 @@ from torch import fx
 
 from graphopt.ir.program import Program
 from graphopt.ir.walker import Walker
+from graphopt.statistics.moments import Moments
 
 _BATCH_NORM = torch.ops.aten.batch_norm.default
 _INPUT, _MEAN, _VARIANCE, _TRAINING = 0, 3, 4, 5  # positions among its arguments
@@ -54,13 +55,13 @@ class _Observer(Walker):
     def __init__(self, program: Program) -> None:
         super().__init__(program)
         self._watched = set(batch_norms(program))
-        self._moments: dict[tuple[str, str], _Moments] = {}
+        self._moments: dict[tuple[str, str], Moments] = {}
 
     def call(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one call; normalise by the batch if it is a BatchNorm, and note the moments of what enters."""
         if node in self._watched:
             key = (_target(node.args[_MEAN]), _target(node.args[_VARIANCE]))
-            self._moments.setdefault(key, _Moments()).add(args[_INPUT])
+            _pool(self._moments.setdefault(key, Moments()), args[_INPUT])
             args = _by_batch(args)
         return super().call(node, args, kwargs)
 
@@ -70,33 +71,19 @@ class _Observer(Walker):
         found = {}
         for (mean, variance), moments in self._moments.items():
             found[mean] = moments.mean.to(stored[mean])
-            found[variance] = moments.variance().to(stored[variance])
+            found[variance] = (moments.scatter / max(moments.rows - 1, 1)).to(
+                stored[variance]
+            )  # unbiased, as it is stored
         return found
 
 
-class _Moments:
-    """Pooled count, mean and sum of squared deviations per channel, in float64 on the CPU."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean = torch.zeros((), dtype=torch.float64)
-        self._deviations = torch.zeros((), dtype=torch.float64)
-
-    def add(self, values: torch.Tensor) -> None:
-        """Pool one batch, (samples, channels, ...)."""
-        wide = values if values.dtype in (torch.float32, torch.float64) else values.float()
-        axes = [axis for axis in range(wide.dim()) if axis != 1]
-        variance, mean = (t.to("cpu", torch.float64) for t in torch.var_mean(wide, axes, correction=0))
-        count = wide.numel() // wide.shape[1]
-        total = self.count + count
-        shift = mean - self.mean
-        self._deviations = self._deviations + variance * count + shift.square() * (self.count * count / total)
-        self.mean = self.mean + shift * (count / total)
-        self.count = total
-
-    def variance(self) -> torch.Tensor:
-        """Return the unbiased variance, as BatchNorm stores it."""
-        return self._deviations / max(self.count - 1, 1)
+def _pool(moments: Moments, values: torch.Tensor) -> None:
+    """Take in one batch, (samples, channels, ...), channel by channel."""
+    wide = values if values.dtype in (torch.float32, torch.float64) else values.float()
+    axes = [axis for axis in range(wide.dim()) if axis != 1]
+    variance, mean = (t.to("cpu", torch.float64) for t in torch.var_mean(wide, axes, correction=0))
+    rows = wide.numel() // wide.shape[1]
+    moments.pool(rows, mean, variance * rows)
 
 
 def _by_batch(args: tuple[Any, ...]) -> tuple[Any, ...]:

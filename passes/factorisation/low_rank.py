@@ -80,7 +80,7 @@ def decompose(weight: torch.Tensor, covariance: Covariance | None, *, has_bias: 
     root = torch.linalg.cholesky(shrunk(moments, covariance.rows))  # L
     left, values, right = torch.linalg.svd(weight @ root, full_matrices=False)
     right = torch.linalg.solve_triangular(root, right, upper=False, left=False)
-    return _with_fixed_signs(left, values, right, covariance.mean() if has_bias else None)
+    return _with_fixed_signs(left, values, right, covariance.mean if has_bias else None)
 
 
 def shrunk(moments: torch.Tensor, rows: int) -> torch.Tensor:

@@ -40,6 +40,7 @@ from graphopt.passes.pruning.least_squares import Correction, Sums, solve
 from graphopt.passes.pruning.residual_sums import Branch, branch_of, running_mean
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.plan import Refusal
+from graphopt.quantization.histogram import NotFiniteError
 
 WIDEST = 6144  # inputs of a group; the matrices of a wider one would take more than two gigabytes
 _HELD_OUT = 8  # every so many-th sample judges and is not fitted
@@ -164,7 +165,7 @@ class _Walk:
     def _sums(self, layer: _Layer, twin: fx.Node) -> tuple[Sums, Sums] | None:
         """Sum up rows to fit and rows to judge by; None if there are values that are not finite."""
         groups, inputs, outputs = layer.matrices.shape
-        fit, held_out = Sums(groups, inputs, outputs), Sums(groups, inputs, outputs)
+        fit, held_out = Sums(inputs), Sums(inputs)
         first = 0
         for index, samples in enumerate(self._sizes):
             y = self._at_positions_left(twin, index, layer.call.output_axis)
@@ -172,13 +173,13 @@ class _Walk:
             for part in self._parts(total, groups * inputs, inputs):
                 x = input_rows(layer.call, self._after.values[layer.call.input][index], part, y.shape).flatten(2)
                 target = self._target(layer, twin, index, part).view(len(part), groups, outputs)
-                if not bool(torch.isfinite(x).all() & torch.isfinite(target).all()):
-                    return None
                 residual = target - layer.given(x)
-                x = layer.shifted(x)
                 judge = (first + part * samples // total) % _HELD_OUT == _HELD_OUT - 1
                 for sums, rows in ((fit, ~judge), (held_out, judge)):
-                    sums.add(x[rows], residual[rows], target[rows])
+                    try:
+                        sums.see(x[rows], residual[rows], target[rows])
+                    except NotFiniteError:
+                        return None
             first += samples
         return fit, held_out
 
@@ -240,7 +241,6 @@ class _Layer:
     bias_name: str | None
     bias: torch.Tensor | None
     branch: Branch | None
-    _shift: torch.Tensor | None = None
 
     @classmethod
     def of(cls, call: WeightedCall, gm: fx.GraphModule) -> _Layer:
@@ -255,21 +255,12 @@ class _Layer:
         y = (x.transpose(0, 1) @ self.matrices.to(x.dtype)).transpose(0, 1)
         return y if self.call.bias is None or self.bias is None else y + self.bias.to(x.dtype).view(y.shape[1:])
 
-    def shifted(self, x: torch.Tensor) -> torch.Tensor:
-        """Return rows about the mean of the first ones, where the bias can take it: products lose no digits to it."""
-        if self.bias_name is None:
-            return x
-        if self._shift is None:
-            self._shift = x.mean(0)
-        return x - self._shift
-
     def corrected(self, found: Correction) -> dict[str, torch.Tensor]:
         """Return the corrected tensors by name."""
         rows = (self.matrices + found.weight).transpose(1, 2)  # (groups, outputs, inputs)
         weight = from_taps(self.call, torch.unflatten(rows, 2, (-1, math.prod(self.call.kernel))))
         tensors = {self.call.weight_name: weight.to(self.weight.dtype)}
-        if self.bias_name is not None and self.bias is not None and self._shift is not None:
-            added = found.bias - torch.einsum("gi,gio->go", self._shift.double(), found.weight)
+        if self.bias_name is not None and self.bias is not None:
             sign = -1 if self.call.bias is None else 1
-            tensors[self.bias_name] = (self.bias.double() + sign * added.flatten()).to(self.bias.dtype)
+            tensors[self.bias_name] = (self.bias.double() + sign * found.bias.flatten()).to(self.bias.dtype)
         return tensors

@@ -13,47 +13,64 @@ from dataclasses import dataclass
 
 import torch
 
+from graphopt.statistics.moments import Moments
+
 # Fractions of the mean of the Gram matrix's diagonal. ResNets take 1e-3 in their first layers and 1 in their last;
 # an infinite one leaves the weights as they are and corrects the bias.
 RIDGES = (1e-6, 1e-3, 1e-2, 1e-1, 1.0, math.inf)
 
 
-class Sums:
-    """Second moments of inputs and residuals, group by group: products in the rows' precision, sums in float64."""
+class Sums(Moments):
+    """Moments of inputs, and of inputs with residuals, group by group.
 
-    def __init__(self, groups: int, inputs: int, outputs: int) -> None:
-        self.rows = 0
-        self.gram = torch.zeros(groups, inputs, inputs, dtype=torch.float64)
-        self.cross = torch.zeros(groups, inputs, outputs, dtype=torch.float64)
-        self.inputs = torch.zeros(groups, inputs, dtype=torch.float64)
-        self.residual = torch.zeros(groups, outputs, dtype=torch.float64)
-        self.squares = 0.0  # sum of squared residuals
-        self.target = 0.0  # sum of squared targets
+    Attributes:
+        squares: sum of squared residuals.
+        target: sum of squared targets.
+    """
 
-    def add(self, x: torch.Tensor, r: torch.Tensor, y: torch.Tensor) -> None:
-        """Take in rows: x (rows, groups, inputs), r and y (rows, groups, outputs)."""
-        wide, tall = x.transpose(0, 1), r.transpose(0, 1)  # (groups, rows, ...)
-        self.rows += len(x)
-        self.gram += wide.transpose(1, 2) @ wide
-        self.cross += wide.transpose(1, 2) @ tall
-        self.inputs += x.sum(0, dtype=torch.float64)
-        self.residual += r.sum(0, dtype=torch.float64)
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self._inputs = inputs
+        self.squares = 0.0
+        self.target = 0.0
+
+    def see(self, x: torch.Tensor, r: torch.Tensor, y: torch.Tensor) -> None:
+        """Take in rows: x (rows, groups, inputs), r and y (rows, groups, outputs).
+
+        Raises:
+            NotFiniteError: they are not finite.
+        """
+        self.add(x, r)
         self.squares += float(r.square().sum(dtype=torch.float64))
         self.target += float(y.square().sum(dtype=torch.float64))
 
     def __add__(self, other: Sums) -> Sums:
-        total = Sums(*self.cross.shape)
-        for name in ("rows", "gram", "cross", "inputs", "residual", "squares", "target"):
-            setattr(total, name, getattr(self, name) + getattr(other, name))
+        total = Sums(self._inputs)
+        for part in (self, other):
+            if part.rows:
+                total.pool(part.rows, part.mean, part.scatter.clone())
+        total.squares, total.target = self.squares + other.squares, self.target + other.target
         return total
 
+    def means(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return those of inputs (groups, inputs) and residuals (groups, outputs)."""
+        return self.mean[:, : self._inputs], self.mean[:, self._inputs :]
+
+    def products(self, *, with_bias: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return those of inputs (groups, inputs, inputs), and with residuals; about the mean where a bias takes it."""
+        products = self.scatter if with_bias else self.about_zero() * self.rows
+        return products[..., : self._inputs], products[..., self._inputs :]
+
     def error(self, found: Correction) -> float:
-        """Return the squared error that is left with a correction."""
-        moved = self.gram @ found.weight  # (groups, inputs, outputs)
-        error = self.squares - 2 * (found.weight * self.cross).sum() + (found.weight * moved).sum()
-        pull = torch.einsum("gi,gio->go", self.inputs, found.weight) - self.residual
-        error += 2 * (found.bias * pull).sum() + self.rows * found.bias.square().sum()
-        return float(error)
+        """Return the squared error that is left with a correction, 0 without rows."""
+        if not self.rows:
+            return 0.0
+        gram, cross = self.products(with_bias=True)
+        x, r = self.means()
+        error = self.squares - self.rows * r.square().sum()
+        error += (found.weight * (gram @ found.weight - 2 * cross)).sum()
+        left = r - torch.einsum("gi,gio->go", x, found.weight) - found.bias
+        return float(error + self.rows * left.square().sum())
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +109,8 @@ def solve(fit: Sums, held_out: Sums, *, with_bias: bool) -> tuple[Correction, fl
 
 
 def _corrections(sums: Sums, ridges: tuple[float, ...], with_bias: bool) -> list[Correction]:
-    gram, cross = sums.gram, sums.cross
-    mean_x, mean_r = sums.inputs / sums.rows, sums.residual / sums.rows
-    if with_bias:
-        gram = gram - sums.rows * mean_x.unsqueeze(2) * mean_x.unsqueeze(1)
-        cross = cross - sums.rows * mean_x.unsqueeze(2) * mean_r.unsqueeze(1)
+    gram, cross = sums.products(with_bias=with_bias)
+    mean_x, mean_r = sums.means()
     diagonal = gram.diagonal(dim1=1, dim2=2).mean(1)  # (groups,)
     identity = torch.eye(gram.shape[1], dtype=torch.float64)
     found = []

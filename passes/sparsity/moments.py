@@ -7,73 +7,54 @@ blocks have in common is left out, so what is settled in one block is not made u
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import fx
 
 from graphopt.data.batches import Batch
 from graphopt.errors import DataError
-from graphopt.ir.finite import all_finite
 from graphopt.ir.program import Program
 from graphopt.ir.walker import Walker
 from graphopt.passes.layers.rows import input_rows, positions
 from graphopt.passes.layers.weighted_call import WeightedCall
 from graphopt.passes.sparsity.layers import Site
 from graphopt.pipeline.context import Progress
+from graphopt.quantization.histogram import NotFiniteError
 from graphopt.statistics.covariance import MEMORY, WIDEST, portions
+from graphopt.statistics.moments import Moments, representative
 
-_ROWS_PER_SAMPLE = 64  # positions of one sample (pixels, tokens) are alike: more cost time and say little
 
-
-class Moments:
+class InputMoments:
     """Second moments about zero of the inputs of one weight.
 
     Attributes:
-        rows: how many input vectors were taken in.
         block: how many inputs share a matrix; the last block may be smaller.
     """
 
     def __init__(self, block: int) -> None:
-        self.rows = 0
         self.block = block
-        self._products: list[torch.Tensor] = []
+        self._blocks: dict[int, Moments] = {}
+
+    @property
+    def rows(self) -> int:
+        """How many input vectors were taken in."""
+        return self._blocks[0].rows if self._blocks else 0
 
     def update(self, call: WeightedCall, x: torch.Tensor, output: torch.Tensor) -> None:
-        """Take in one batch of inputs of `call`."""
-        count = positions(call, output)
-        samples = max(1, output.shape[0])
-        most = min(count, _ROWS_PER_SAMPLE * samples)
-        if not most:
-            return
-        chosen = torch.arange(most) * count // most
+        """Take in one batch of inputs of `call`.
+
+        Raises:
+            NotFiniteError: they are not finite.
+        """
+        chosen = representative(positions(call, output), max(1, output.shape[0]))
         met = input_rows(call, x.detach(), chosen, output.shape)  # (rows, groups, inputs, taps)
-        seen = met.transpose(2, 3).flatten(2).movedim(1, 0)  # (groups, rows, inputs), ordered as in `as_rows`
-        products = [(part.transpose(1, 2) @ part).double() for part in torch.split(seen, self.block, 2)]
-        before = self._products if self.rows else [torch.zeros(1)] * len(products)
-        self._products = [old + new for old, new in zip(before, products, strict=True)]
-        self.rows += most
+        seen = met.transpose(2, 3).flatten(2)  # (rows, groups, inputs), ordered as in `as_rows`
+        for index, part in enumerate(torch.split(seen, self.block, 2)):
+            self._blocks.setdefault(index, Moments()).add(part)
 
     def matrices(self) -> list[torch.Tensor]:
         """Return for each block the moments (groups, inputs of the block, inputs of the block) in float64."""
-        return [products / self.rows for products in self._products]
-
-
-class _Walk(Walker):
-    """Runs a program and takes in the inputs of weights."""
-
-    def __init__(self, program: Program, wanted: Mapping[fx.Node, tuple[WeightedCall, Moments]]) -> None:
-        super().__init__(program)
-        self._wanted = wanted
-
-    def call(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run one call."""
-        output = super().call(node, args, kwargs)
-        if node in self._wanted:
-            call, moments = self._wanted[node]
-            moments.update(call, self.values[call.input][0], output)
-        return output
+        return [moments.about_zero() for moments in self._blocks.values()]
 
 
 def block_of(site: Site, multiple: int) -> int:
@@ -85,7 +66,7 @@ def block_of(site: Site, multiple: int) -> int:
 
 def gather(
     program: Program, sites: Sequence[Site], batches: Sequence[Batch], multiple: int, progress: Progress
-) -> Iterator[tuple[Site, Moments]]:
+) -> Iterator[tuple[Site, InputMoments]]:
     """Yield each site with the moments of its inputs, in order.
 
     Args:
@@ -101,16 +82,25 @@ def gather(
     for portion in portions(
         sites, lambda site: 8 * site.calls[0].groups * site.calls[0].fan_in * block_of(site, multiple)
     ):
-        found = {site.weight_name: Moments(block_of(site, multiple)) for site in portion}
+        found = {site.weight_name: InputMoments(block_of(site, multiple)) for site in portion}
         wanted = {call.node: (call, found[site.weight_name]) for site in portion for call in site.calls}
-        walker = _Walk(program, wanted)
+        walker = Walker(program)
         for batch in progress.track(batches, "measuring inputs", len(batches)):
-            walker.run(batch)
-        for site in portion:
-            moments = found[site.weight_name]
-            if not all(map(all_finite, moments.matrices())):
-                raise DataError(
-                    f"The calibration data makes the input of `{site.weight_name}` NaN or infinite. Leave out the "
-                    "samples that do, or check that they are scaled as in training."
-                )
-            yield site, moments
+            walker.start([batch])
+            for node in program.graph.nodes:
+                call, moments = wanted.get(node, (None, None))
+                x = walker.values[call.input][0] if call is not None else None
+                walker.step()
+                if call is not None and moments is not None and x is not None:
+                    _update(moments, call, x, walker.values[node][0])
+        yield from ((site, found[site.weight_name]) for site in portion)
+
+
+def _update(moments: InputMoments, call: WeightedCall, x: torch.Tensor, output: torch.Tensor) -> None:
+    try:
+        moments.update(call, x, output)
+    except NotFiniteError as err:
+        raise DataError(
+            f"The calibration data makes the input of `{call.weight_name}` NaN or infinite. Leave out the samples that "
+            "do, or check that they are scaled as in training."
+        ) from err

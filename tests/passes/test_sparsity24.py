@@ -223,7 +223,7 @@ def test_blocks_are_the_diagonal_of_the_whole() -> None:
     x = torch.randn(4, 16, 16)
     found = []
     for block in (24, 8):
-        known = moments_module.Moments(block)
+        known = moments_module.InputMoments(block)
         known.update(site.calls[0], x, torch.zeros(4, 16, 14))
         found.append(known.matrices())
     (whole,), parts = found

@@ -371,7 +371,7 @@ def test_covariance_of_a_strided_convolution_counts_the_positions_it_reads() -> 
     covariance.update(x[:1])
     covariance.update(x[1:])
     rows = x[:, :, ::2, ::3].permute(0, 2, 3, 1).reshape(-1, 3)
-    torch.testing.assert_close(covariance.mean(), rows.mean(0))
+    torch.testing.assert_close(covariance.mean, rows.mean(0))
     torch.testing.assert_close(covariance.about_mean(), torch.cov(rows.T, correction=0))
     torch.testing.assert_close(covariance.about_zero(), rows.T @ rows / len(rows))
 

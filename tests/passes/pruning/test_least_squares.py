@@ -17,9 +17,9 @@ def randn(*shape: int) -> Tensor:
 
 
 def sums(x: Tensor, y: Tensor) -> Sums:
-    found = Sums(x.shape[1], x.shape[2], y.shape[2])
+    found = Sums(x.shape[2])
     for part, wanted in zip(x.split(50), y.split(50), strict=True):
-        found.add(part, wanted, wanted)
+        found.see(part, wanted, wanted)
     return found
 
 
