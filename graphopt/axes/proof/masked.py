@@ -196,13 +196,19 @@ def _adopt_size(value: Value, found: Tensor) -> None:
 
     Zeros made anew, or one element expanded, do not say of which axis they are; what they are combined with does. A
     sum or a softmax over them needs no more than their number.
+
+    Flags that are there and leave as many positions stay: values that happen to be equal, like the rows of a mask,
+    must not put others in their place. Flags that leave another number were guessed wrongly before a reshape.
     """
     tensor = value.tensor
     if tensor.dim() != found.dim():
         return
     counted = dict(value.counted)
     for d, (was, now) in enumerate(zip(tensor.shape, found.shape, strict=True)):
-        if value.dead[d] is None and 0 < now < was and bool((tensor == tensor.narrow(d, 0, 1)).all()):
+        if value.dead[d] is not None or (d in counted and int((~counted[d]).sum()) == now):
+            continue
+        counted.pop(d, None)
+        if 0 < now < was and bool((tensor == tensor.narrow(d, 0, 1)).all()):
             counted[d] = torch.arange(was) >= now
     value.counted = counted
 

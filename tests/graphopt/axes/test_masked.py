@@ -576,3 +576,36 @@ def test_memory_that_is_filled_by_index_is_alike_in_both_runs() -> None:
         check_masked_equivalence(
             program.graph_module, pruned, slices(axes, kept), program.example_args, program.example_kwargs
         )
+
+
+class Padded(nn.Module):
+    """Attention with a padding mask, which PyTorch expands over the heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.i, self.o = nn.Linear(8, 32), nn.Linear(32, 4)
+        self.a = nn.MultiheadAttention(32, 4, batch_first=True)
+
+    def forward(self, x: Tensor, pad: Tensor) -> Tensor:
+        h = self.i(x)
+        return self.o(self.a(h, h, h, key_padding_mask=pad, need_weights=False)[0])
+
+
+_ROWS = {
+    "no padding": torch.zeros(6, 9, dtype=torch.bool),
+    "the same": (torch.arange(9) >= 7).expand(6, 9).clone(),
+    "two alike": torch.arange(9) >= torch.tensor([7, 7, 7, 5, 5, 5]).view(6, 1),
+    "all differ": torch.arange(9) >= torch.arange(3, 9).view(6, 1),
+}
+
+
+@pytest.mark.parametrize("rows", _ROWS)
+def test_values_that_happen_to_be_equal_do_not_say_which_positions_go(rows: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(6, 9, 8)
+    program = capture(Padded().eval(), (x, _ROWS[rows]))
+    axes = infer(program.graph_module)
+    (heads,) = [group for group in axes.groups() if group.kind == "heads"]
+    kept = {heads.axis: [0, 3]}
+    pruned = remove(program.graph_module, axes, kept)
+    assert check_masked_equivalence(program.graph_module, pruned, slices(axes, kept), (x, _ROWS[rows])) < TOLERANCE
