@@ -18,7 +18,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from graphopt.errors import PassError, UsageError
+from graphopt.errors import PassError
 from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
 from graphopt.passes.residuals.branches import Branch, find_branches
@@ -27,6 +27,7 @@ from graphopt.passes.residuals.kind import Kind
 from graphopt.passes.residuals.removal import without
 from graphopt.passes.residuals.search import Limits, Search
 from graphopt.pipeline.context import Context
+from graphopt.pipeline.globs import check_glob
 from graphopt.pipeline.options import exact
 from graphopt.pipeline.pass_base import Pass
 from graphopt.pipeline.plan import Plan, Refusal
@@ -34,7 +35,6 @@ from graphopt.pipeline.plan import Plan, Refusal
 logger = logging.getLogger(__name__)
 
 DEFAULT_RATIO = 0.1
-_NAMED = 5  # branches that a message about globs shows
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +123,12 @@ class DropBlocks(Pass[DropBlocksOptions, DropBlocksPlan]):
             DataError: the criterion needs data and there is none.
         """
         found, refused = find_branches(program.graph_module)
-        if found:
-            self._check_globs(found, refused)
+        can_go = [branch.name for branch in found]
+        for glob in self.options.only:
+            check_glob(f"only={glob}", glob, can_go, kind="branch that can go")
+        for glob in self.options.skip:
+            others = [refusal.site for refusal in refused]
+            check_glob(f"skip={glob}", glob, can_go, kind="branch that can go", others=others)
         allowed, kept = self._allowed(found)
         asked = self._asked(len(allowed))
         options = self.options
@@ -158,16 +162,6 @@ class DropBlocks(Pass[DropBlocksOptions, DropBlocksPlan]):
             PassError: the plan was made for another program.
         """
         return without(program, plan.dropped, self.name)
-
-    def _check_globs(self, found: Sequence[Branch], refused: Sequence[Refusal]) -> None:
-        """Check that each glob names a branch; one that is kept may be one that cannot go anyway."""
-        can_go = [branch.name for branch in found]
-        known = {"only": can_go, "skip": [*can_go, *(refusal.site for refusal in refused)]}
-        for option, names in known.items():
-            for glob in getattr(self.options, option):
-                if not any(fnmatch.fnmatchcase(name, glob) for name in names):
-                    some = ", ".join(can_go[:_NAMED]) + (", ..." if len(can_go) > _NAMED else "")
-                    raise UsageError(f"`{option}={glob}` matches no branch that can go. Those of this model are {some}")
 
     def _allowed(self, found: Sequence[Branch]) -> tuple[set[str], dict[str, Refusal]]:
         """Return the keys of the branches that may go, and by key why others may not."""

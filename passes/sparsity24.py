@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import fx
 
-from graphopt.errors import PassError, UsageError
+from graphopt.errors import PassError
 from graphopt.ir.editor import Editor
 from graphopt.ir.graph import constant, tensor_attribute
 from graphopt.ir.plain_data import Json
@@ -36,6 +36,7 @@ from graphopt.passes.sparsity.layers import (
 from graphopt.passes.sparsity.moments import InputMoments, gather
 from graphopt.passes.sparsity.selection import fit, sparsify
 from graphopt.pipeline.context import Context
+from graphopt.pipeline.globs import check_glob
 from graphopt.pipeline.pass_base import Pass
 from graphopt.pipeline.plan import Plan, Refusal
 from graphopt.statistics.calibration import read_batches
@@ -123,7 +124,9 @@ class Sparsity24(Pass[Sparsity24Options, Sparsity24Plan]):
         form = self._form(ctx)
         gm = program.graph_module
         found, refusals = find_sites(gm)
-        self._check_globs(found)
+        for glob in self.options.skip:
+            others = [refusal.site for refusal in refusals]
+            check_glob(f"skip={glob}", glob, [site.weight_name for site in found], kind="weight", others=others)
         sites, dense = self._divide(found, form, ctx, gm)
         layers: dict[str, dict[str, Json]] = {}
         tensors: dict[str, torch.Tensor] = {}
@@ -168,12 +171,6 @@ class Sparsity24(Pass[Sparsity24Options, Sparsity24Plan]):
         nonzeros = base.nonzeros if self.options.nonzeros is None else self.options.nonzeros
         group = base.group if self.options.group is None else self.options.group
         return SparseFormat(nonzeros, group, base.inputs_multiple, base.outputs_multiple)
-
-    def _check_globs(self, found: Sequence[Site]) -> None:
-        for glob in self.options.skip:
-            if not any(named(site, [glob]) for site in found):
-                some = ", ".join(site.weight_name for site in found[:5])
-                raise UsageError(f"`skip={glob}` matches no weight of this model. Its weights are {some}, ...")
 
     def _divide(
         self, found: Sequence[Site], form: SparseFormat, ctx: Context, gm: fx.GraphModule

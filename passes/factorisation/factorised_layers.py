@@ -25,6 +25,7 @@ from graphopt.passes.layers.weighted_call import (
     weighted_call,
 )
 from graphopt.passes.layers.weights import from_taps
+from graphopt.pipeline.globs import check_glob
 from graphopt.pipeline.plan import Refusal
 
 aten = torch.ops.aten
@@ -52,13 +53,21 @@ def factor_names(weight: str) -> FactorNames:
 
 
 def factorisable(gm: fx.GraphModule, skip: Sequence[str]) -> tuple[list[WeightedCall], list[Refusal]]:
-    """List the linear layers and 1x1 convolutions that could be factorised, and why the others cannot."""
+    """List the linear layers and 1x1 convolutions that could be factorised, and why the others cannot.
+
+    Raises:
+        UsageError: a glob of `skip` matches no weight.
+    """
     found: list[WeightedCall] = []
+    others: list[str] = []
     refusals = [Refusal(node.name, IN_A_REGION) for node in regions_with_layers(gm)]
     for node in gm.graph.nodes:
         call = layer_call(node, gm)
-        if call is None or call.kind == "transposed conv" or any(size != 1 for size in call.kernel):
-            continue  # neither linear nor 1x1
+        if call is None:
+            continue
+        if call.kind == "transposed conv" or any(size != 1 for size in call.kernel):
+            others.append(call.weight_name)  # neither linear nor 1x1
+            continue
         reason = _computed(call.weight)
         if reason:
             refusals.append(Refusal(node.name, reason))
@@ -68,6 +77,9 @@ def factorisable(gm: fx.GraphModule, skip: Sequence[str]) -> tuple[list[Weighted
                 refusals.append(Refusal(call.weight_name, reason))
             else:
                 found.append(call)
+    others += [refusal.site for refusal in refusals]
+    for glob in skip:
+        check_glob(f"skip={glob}", glob, [call.weight_name for call in found], kind="weight", others=others)
     return found, refusals
 
 

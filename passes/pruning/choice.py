@@ -12,10 +12,10 @@ from graphopt.axes.infer import Axes
 from graphopt.errors import UsageError
 from graphopt.ir.graph import tensor_attribute
 from graphopt.passes.pruning.options import PruneOptions
+from graphopt.pipeline.globs import check_glob
 from graphopt.pipeline.plan import Refusal
 
 _PARTICULARS = re.compile(r" ?\(`[^`]*`[^)]*\)")  # the node a reason names, which differs from site to site
-_NAMED = 5  # groups that a message about globs shows
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,8 @@ def _overrides(axes: Axes, options: PruneOptions) -> dict[int, tuple[float, str]
     found: dict[int, tuple[float, str]] = {}
     for ratio, glob, written in options.overrides:
         named = [group for group in groups if matches(group.name, glob)]
-        stays_anyway = ratio == 0 and any(matches(refused.name, glob) for refused in whole)
-        if not named and not stays_anyway:
-            raise UsageError(f"`{written}` matches no group of this model. {listed(groups)}")
+        others = [refused.name for refused in whole] if ratio == 0 else []  # these stay whole anyway
+        check_glob(written, glob, [group.name for group in groups], kind="group", others=others, matches=matches)
         for group in named:
             earlier, other = found.setdefault(group.axis, (ratio, written))
             if earlier != ratio:
@@ -96,11 +95,3 @@ def _whole(axes: Axes, refused: Whole) -> Refusal:
 def _integer_matrix(axes: Axes, name: str) -> bool:
     tensor = tensor_attribute(axes.gm, name)
     return tensor.dim() > 1 and not tensor.dtype.is_floating_point
-
-
-def listed(groups: list[Group]) -> str:
-    """Say which groups there are."""
-    if not groups:
-        return "It has no group that could lose an index."
-    more = ", ..." if len(groups) > _NAMED else ""
-    return f"Its groups are {', '.join(group.name for group in groups[:_NAMED])}{more}"

@@ -23,9 +23,10 @@ from graphopt.axes.infer import infer
 from graphopt.errors import UsageError
 from graphopt.ir.graph import tensor_attribute
 from graphopt.ir.program import Program
-from graphopt.passes.pruning.choice import listed, matches
+from graphopt.passes.pruning.choice import matches
 from graphopt.passes.pruning.index_rows import places
 from graphopt.passes.pruning.weight_criteria import scales
+from graphopt.pipeline.globs import check_glob
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +109,6 @@ class ScaleL1:
 
 def _chosen(program: Program, only: Sequence[str]) -> list[Group]:
     groups = infer(program.graph_module).groups()
-    chosen = [group for group in groups if any(matches(group.name, glob) for glob in only)]
-    if not chosen:
-        raise UsageError(f"`{'`, `'.join(only)}` names no group of this model. {listed(groups)}")
-    return chosen
+    for glob in only:
+        check_glob(f"only={glob}", glob, [group.name for group in groups], kind="group", matches=matches)
+    return [group for group in groups if any(matches(group.name, glob) for glob in only)]

@@ -26,6 +26,7 @@ from graphopt.ir.graph import constant
 from graphopt.ir.provenance import module_path, op_name
 from graphopt.passes.layers.weighted_call import IN_A_REGION, regions_with_layers
 from graphopt.passes.quantization.kernels import HEAVY, Kernel, clamp_range, kernel_of
+from graphopt.pipeline.globs import check_glob
 from graphopt.pipeline.plan import Refusal
 from graphopt.quantization.ops import DEQUANTIZE
 from graphopt.targets.description import OperatorRule, TargetDescription
@@ -82,6 +83,9 @@ def place(gm: fx.GraphModule, target: TargetDescription, skip: Sequence[str] = (
         gm: a prepared graph (`prepare.respell`).
         target: what the runtime can do.
         skip: glob patterns of module paths or node names to leave float.
+
+    Raises:
+        UsageError: a pattern matches neither.
     """
     return _Placer(gm, target, skip).run()
 
@@ -98,6 +102,7 @@ class _Placer:
         self._result = Placement()
 
     def run(self) -> Placement:
+        self._check_skip()
         for node in reversed(self._gm.graph.nodes):
             self._only_integers[node] = bool(node.users) and all(self._reads_integers(u, node) for u in node.users)
         for node, kernel in self._kernels.items():
@@ -111,6 +116,13 @@ class _Placer:
         self._place_reads()
         self._result.refusals.extend(Refusal(node.name, IN_A_REGION) for node in regions_with_layers(self._gm))
         return self._result
+
+    def _check_skip(self) -> None:
+        nodes = [node for node in self._gm.graph.nodes if node.op == "call_function"]
+        layers = [module_path(node) or node.name for node, kernel in self._kernels.items() if kernel.weight is not None]
+        others = [name for node in nodes for name in (module_path(node), node.name)]
+        for pattern in self._skip:
+            check_glob(f"skip={pattern}", pattern, layers, kind="module or operator", others=others)
 
     def _place_compute(self, node: fx.Node, kernel: Kernel, rule: OperatorRule) -> None:
         problem = self._problem(node)

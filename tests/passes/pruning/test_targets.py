@@ -301,7 +301,7 @@ def test_overrides_survive_pipeline_text_and_toml(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ratios": ("0.5@d.*",)}, r"`ratios=0.5@d\.\*` matches no group.*Its groups are a:channels, b:channels, c:ch"),
+        ({"ratios": ("0.5@d.*",)}, r"`ratios=0.5@d\.\*` matches no group.*There are: a:channels, b:channels, c:ch"),
         ({"ratios": ("0.5@a", "0.25@*")}, r"`ratios=0.5@a` and `ratios=0.25@\*` give `a:channels` different ratios"),
         ({"ratios": ("0.5@a",), "skip": ("a*",)}, r"`ratios=0.5@a` and `skip=a\*` give `a:channels` different ratios"),
         ({"ratios": ("1.5@a",)}, "`1.5@a` in `ratios` is no ratio@glob"),

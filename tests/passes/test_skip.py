@@ -1,0 +1,74 @@
+"""`skip` of every pass: what names nothing is a mistake of the user's, and the message lists what there is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from graphopt.backends.onnxruntime import OnnxRuntimeBackend
+from graphopt.backends.tensorrt import TensorRTBackend
+from graphopt.capturing.capture import capture
+from graphopt.errors import UsageError
+from graphopt.passes.pruning.regularisers import GroupLasso
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.pipeline import Pipeline
+from graphopt.pipeline.registry import PassRegistry
+from graphopt.pipeline.runner import run
+from graphopt.testing import TensorSamples
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body, self.head = nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3, padding=1), nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x).relu()
+        return self.head((x + self.body(x)).mean((2, 3)))
+
+
+PASSES = {
+    "prune": "stem:width",
+    "svd:rank=4": "head.weight",
+    "sparsity24:ends=yes": "stem.weight, body.weight, head.weight",
+    "drop_blocks:criterion=last": "body:convolution",
+    "int8": "stem, body, head",
+}
+
+
+def plan(passes: str) -> list[str]:
+    torch.manual_seed(0)
+    x = torch.randn(16, 3, 8, 8)
+    program = capture(Net().eval(), x[:2])
+    backend = TensorRTBackend() if "sparsity24" in passes else OnnxRuntimeBackend()
+    ctx = Context(original=program, targets=(backend.description,)).with_data(TensorSamples((x,)))
+    outcome = run(Pipeline.parse(passes, PassRegistry()), program, ctx)
+    return [refusal.reason for _, made in outcome.plans for refusal in made.refusals]
+
+
+@pytest.mark.parametrize("pass_", PASSES)
+@pytest.mark.parametrize("wrong", ["layer9*", "haed*"])
+def test_a_glob_that_matches_nothing_is_refused_with_what_there_is(pass_: str, wrong: str) -> None:
+    with pytest.raises(UsageError, match=rf"`skip={wrong[:-1]}\*` matches no .* of this model\.") as info:
+        plan(f"{pass_}:skip={wrong}")
+    assert f"There are: {PASSES[pass_]}" in str(info.value)
+
+
+def test_what_is_near_is_named() -> None:
+    with pytest.raises(UsageError, match=r"Did you mean `head\.weight`\?"):
+        plan("svd:rank=4:skip=haed.weight")
+
+
+@pytest.mark.parametrize("pass_", PASSES)
+def test_what_stays_anyway_may_be_named(pass_: str) -> None:
+    plan(f"{pass_}:skip=stem*") if pass_ != "drop_blocks:criterion=last" else plan(f"{pass_}:skip=body*")
+
+
+@pytest.mark.parametrize("make", [GroupLasso])
+def test_every_glob_of_a_regulariser_must_name_something(make: Callable[..., object]) -> None:
+    program = capture(Net().eval(), torch.randn(2, 3, 8, 8))
+    with pytest.raises(UsageError, match=r"`only=layer9` matches no group"):
+        make(program, only=("stem*", "layer9"))
