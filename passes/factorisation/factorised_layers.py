@@ -15,6 +15,7 @@ from graphopt.ir.editor import Editor
 from graphopt.ir.graph import arguments, tensor_attribute
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import origin
+from graphopt.passes.layers.recognition import computed_weight
 from graphopt.passes.layers.weighted_call import (
     IN_A_REGION,
     WeightedCall,
@@ -68,7 +69,7 @@ def factorisable(gm: fx.GraphModule, skip: Sequence[str]) -> tuple[list[Weighted
         if call.kind == "transposed conv" or any(size != 1 for size in call.kernel):
             others.append(call.weight_name)  # neither linear nor 1x1
             continue
-        reason = _computed(call.weight)
+        reason = computed_weight(call, gm)
         if reason:
             refusals.append(Refusal(node.name, reason))
         elif weighted_call(node, gm) is not None:
@@ -196,12 +197,3 @@ def _why_not(gm: fx.GraphModule, call: WeightedCall, skip: Sequence[str]) -> str
     if not bool(tensor_attribute(gm, call.weight_name).any()):
         return "its weight is zero"
     return ""
-
-
-def _computed(weight: fx.Node) -> str:
-    """Return how a weight that is not stored as it is comes about, "" if it is stored."""
-    if weight.op != "call_function":
-        return ""
-    if getattr(weight.target, "namespace", "") == "graphopt":
-        return f"its weight is quantized (`{weight.name}`); run `svd` before `int8`"
-    return f"its weight is computed by `{weight.name}`; run `fold` first if it does not depend on the input"

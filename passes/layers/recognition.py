@@ -8,7 +8,7 @@ from torch import fx
 
 from graphopt.ir.provenance import op_name
 from graphopt.ir.regions import inside, regions
-from graphopt.passes.layers.weighted_call import is_layer, weighted_call
+from graphopt.passes.layers.weighted_call import WeightedCall, is_layer, weighted_call
 
 RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 _PRODUCTS = ("mm", "matmul", "bmm", "baddbmm", "addbmm", "einsum", "bilinear", *RECURRENT)
@@ -43,6 +43,18 @@ class Layers:
         if any(is_layer(inner) for inner in self._regions.get(node, ())):
             return True
         return op_name(node) in _PRODUCTS and not self._stored.isdisjoint(node.all_input_nodes)
+
+
+def computed_weight(call: WeightedCall | None, gm: fx.GraphModule) -> str:
+    """Return why a layer (`layer_call`) has no stored floating-point weight, "" if it has one."""
+    if call is None or call.weight.op != "call_function":
+        return ""
+    weight = call.weight
+    if getattr(weight.target, "namespace", "") == "graphopt":
+        return f"its weight is stored as integers (`{weight.name}`): int8 comes last"
+    if weight in _stored(gm.graph):
+        return f"its weight is computed from stored tensors by `{weight.name}`: put `fold` before, which stores it"
+    return f"its weight is computed at run time by `{weight.name}`"
 
 
 def _stored(graph: fx.Graph) -> set[fx.Node]:

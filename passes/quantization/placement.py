@@ -119,7 +119,7 @@ class _Placer:
 
     def _check_skip(self) -> None:
         nodes = [node for node in self._gm.graph.nodes if node.op == "call_function"]
-        layers = [module_path(node) or node.name for node, kernel in self._kernels.items() if kernel.weight is not None]
+        layers = [module_path(node) or node.name for node, kernel in self._kernels.items() if kernel.layer is not None]
         others = [name for node in nodes for name in (module_path(node), node.name)]
         for pattern in self._skip:
             check_glob(f"skip={pattern}", pattern, layers, kind="module or operator", others=others)

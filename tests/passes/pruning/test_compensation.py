@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from graphopt.capturing.capture import capture
 from graphopt.errors import DataError
@@ -186,7 +188,26 @@ def test_a_shared_weight_is_left_alone() -> None:
 def test_a_computed_weight_is_left_alone() -> None:
     data = example(models.WeightNormed, 64)
     plan = plan_of(prune(), capture(models.WeightNormed().double(), (data[:2],)), data)
-    assert reasons(plan)["conv1d"] == "not compensated: its weight is computed"
+    reason = "its weight is computed from stored tensors by `_weight_norm`: put `fold` before, which stores it"
+    assert reasons(plan)["conv1d"] == f"not compensated: {reason}"
+
+
+@pytest.mark.parametrize("normed", [parametrizations.weight_norm, parametrizations.spectral_norm])
+def test_a_weight_that_fold_stores_says_so_and_one_that_it_cannot_does_not(normed: Callable[..., nn.Module]) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = nn.Linear(8, 16), normed(nn.Linear(16, 16)), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.second(self.first(x).relu()).relu()
+            return nn.functional.linear(self.third(h), self.third.weight * h.mean())
+
+    torch.manual_seed(0)
+    data = torch.randn(64, 8)
+    said = set(reasons(plan_of(prune(), capture(Net().eval(), (data[:2],)), data)).values())
+    assert any("put `fold` before, which stores it" in reason for reason in said)
+    assert any(reason.startswith("not compensated: its weight is computed at run time by") for reason in said)
 
 
 class Odd(Redundant):
