@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 
@@ -14,16 +14,12 @@ from graphopt.data.batches import SampleSource
 from graphopt.data.split import FEWEST, split
 from graphopt.errors import DataError, PassError
 from graphopt.ir.program import Program
+from graphopt.measure.budget import Timer
 from graphopt.targets.description import TargetDescription, channel_multiple, rank_multiple
-
-if TYPE_CHECKING:
-    from graphopt.measure.bench import Spread
 
 T = TypeVar("T")
 # The model's output (its own structure) and the labels of the same samples, None where the data has none; a scalar.
 Loss: TypeAlias = Callable[[Any, torch.Tensor | None], torch.Tensor]
-# A program and a reference; the time of the first over that of the second in the runtime.
-Timer: TypeAlias = "Callable[[Program, Program], Spread]"
 
 
 class Progress(Protocol):

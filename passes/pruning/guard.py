@@ -8,35 +8,21 @@ program that came in, and if that is not faster either, nothing is removed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 from graphopt.axes.groups import Group
 from graphopt.axes.infer import Axes
 from graphopt.axes.layout import leaves
 from graphopt.axes.rewrite import remove
 from graphopt.ir.graph import tensor_attribute
-from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
-from graphopt.measure.bench import Spread
+from graphopt.measure.budget import Guard
 from graphopt.passes.pruning.allocation import Counts
-from graphopt.pipeline.context import Context
+from graphopt.pipeline.context import Progress
 
 
-@dataclass
-class Verdict:
-    """What the guard found.
-
-    Attributes:
-        reasons: by axis, for the groups to be left whole, what was measured.
-        measured: by the first group of a class the share of the time that its removal leaves (lower quartile, median,
-            upper quartile), and under "all" that of everything removed.
-    """
-
-    reasons: dict[int, str] = field(default_factory=dict)
-    measured: dict[str, Json] = field(default_factory=dict)
-
-
-def unpaying(program: Program, axes: Axes, groups: Sequence[Group], counts: Counts, ctx: Context) -> Verdict:
+def unpaying(
+    program: Program, axes: Axes, groups: Sequence[Group], counts: Counts, guard: Guard, progress: Progress
+) -> dict[int, str]:
     """Find the groups whose removal does not make the program faster in the target's runtime.
 
     Args:
@@ -44,10 +30,14 @@ def unpaying(program: Program, axes: Axes, groups: Sequence[Group], counts: Coun
         axes: of it.
         groups: all groups that may be pruned.
         counts: how many indices each is to keep.
-        ctx: whose target is measured in.
+        guard: tells what pays; by the first group of a class it records the share of the time that its removal leaves,
+            and under "all" that of everything removed.
+        progress: shows how far it has come.
+
+    Returns:
+        By axis, for the groups to be left whole, what was measured.
     """
-    timer = ctx.need_timer("prune")
-    verdict = Verdict()
+    reasons: dict[int, str] = {}
 
     def pruned(chosen: Counts) -> Program:
         kept = {axis: range(count) for axis, count in chosen.items()}
@@ -55,25 +45,22 @@ def unpaying(program: Program, axes: Axes, groups: Sequence[Group], counts: Coun
 
     shrinking = [group for group in groups if counts.get(group.axis, group.size) < group.size]
     if not shrinking:
-        return verdict
+        return reasons
     chosen = dict(counts)
     everything = pruned(chosen)
     classes = list(_classes(axes, shrinking, counts).values())
-    for members in ctx.progress.track(classes, "timing what removal gains", len(classes)):
+    for members in progress.track(classes, "timing what removal gains", len(classes)):
         whole = {group.axis: group.size for group in members}
-        found = timer(everything, pruned({**counts, **whole}))
-        verdict.measured[members[0].name] = _plain(found)
-        if found.median >= 1:
+        objection = guard.objects(members[0].name, everything, pruned({**counts, **whole}))
+        if objection:
             chosen.update(whole)
-            verdict.reasons.update(dict.fromkeys(whole, _reason(members, counts, found)))
+            reasons.update(dict.fromkeys(whole, _reason(members, counts, objection)))
     if any(chosen[group.axis] < group.size for group in shrinking):
-        found = timer(pruned(chosen), program)
-        verdict.measured["all"] = _plain(found)
-        if found.median >= 1:
+        objection = guard.objects("all", pruned(chosen), program)
+        if objection:
             for group in shrinking:
-                text = f"all that is removed together takes {_times(found)} of the time"
-                verdict.reasons.setdefault(group.axis, text)
-    return verdict
+                reasons.setdefault(group.axis, f"all that is removed together takes {objection} of the time")
+    return reasons
 
 
 def _classes(axes: Axes, groups: Sequence[Group], counts: Counts) -> Mapping[object, list[Group]]:
@@ -94,15 +81,7 @@ def _classes(axes: Axes, groups: Sequence[Group], counts: Counts) -> Mapping[obj
     return found
 
 
-def _reason(members: Sequence[Group], counts: Counts, found: Spread) -> str:
+def _reason(members: Sequence[Group], counts: Counts, objection: str) -> str:
     first = members[0]
     others = f" (timed with {len(members) - 1} others like it)" if len(members) > 1 else ""
-    return f"{counts[first.axis]} of {first.size} take {_times(found)} of the time of all{others}"
-
-
-def _times(found: Spread) -> str:
-    return f"{found.median:.3f} ({found.lower:.3f}-{found.upper:.3f})"
-
-
-def _plain(found: Spread) -> list[Json]:
-    return [found.lower, found.median, found.upper]
+    return f"{counts[first.axis]} of {first.size} take {objection} of the time of all{others}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -10,14 +9,14 @@ from pydantic import Field
 
 from graphopt.data.split import FEWEST
 from graphopt.loading.functions import is_function_name
+from graphopt.measure.budget import Budget
 
 Kind = Literal["channels", "hidden", "heads", "head_dim", "width"]
 Criterion = Literal["l1", "l2", "random", "fpgm", "bn_scale", "lamp", "activation", "taylor", "obd"]
-Share = Annotated[float, Field(gt=0, lt=1)]
+Limit = Annotated[float, Field(gt=0)]
 
 DEFAULT_RATIO = 0.3
 _WITH_LOSS: tuple[Criterion, ...] = ("taylor", "obd")
-TARGETS = ("parameters", "flops", "bytes", "latency")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +24,10 @@ class PruneOptions:
     """How much goes, and by which measure.
 
     ratio: share of each group's indices to remove (of all groups' together with scope=global).
-    parameters: instead of a ratio, keep at most this share of the original's parameters.
-    flops: likewise of its floating-point operations.
+    parameters: instead of a ratio, keep at most this share of the original's parameters, or at most so many if above 1.
+    flops: likewise of its floating-point operations for one sample.
     bytes: likewise of the bytes of its tensors.
-    latency: likewise of the time it takes in the target's runtime, measured here.
+    latency: likewise of the time it takes in the target's runtime, measured here; a share.
     criterion: what makes an index worth keeping, see `graphopt.passes.pruning.criteria`: its weights (l1, l2, fpgm,
         lamp), the norm scale behind it (bn_scale), what it carries (activation), what the outputs lose without it
         (taylor, obd), or random as a control.
@@ -49,10 +48,10 @@ class PruneOptions:
     """
 
     ratio: Annotated[float, Field(ge=0, lt=1)] = DEFAULT_RATIO
-    parameters: Share | None = None
-    flops: Share | None = None
-    bytes: Share | None = None
-    latency: Share | None = None
+    parameters: Limit | None = None
+    flops: Limit | None = None
+    bytes: Limit | None = None
+    latency: Annotated[float, Field(gt=0, lt=1)] | None = None
     criterion: Criterion = "l2"
     loss: str | None = None
     scope: Literal["local", "global"] = "local"
@@ -68,8 +67,9 @@ class PruneOptions:
 
     def __post_init__(self) -> None:
         """Refuse a ratio beside a target, a loss that nothing follows, and overrides that are none."""
-        if self.targets and self.ratio != DEFAULT_RATIO:
-            name = next(iter(self.targets))
+        limits = self.budget.limits
+        if limits and self.ratio != DEFAULT_RATIO:
+            name = next(iter(limits))
             raise ValueError(f"`ratio` says how much goes and `{name}` how much stays; give one of them")
         if self.loss is not None:
             if not is_function_name(self.loss):
@@ -79,10 +79,9 @@ class PruneOptions:
         self.overrides  # noqa: B018 - reading it checks it
 
     @property
-    def targets(self) -> Mapping[str, float]:
-        """The shares of the original to stay within, by what they are of; none where `ratio` decides."""
-        given = {name: getattr(self, name) for name in TARGETS}
-        return {name: share for name, share in given.items() if share is not None}
+    def budget(self) -> Budget:
+        """What may be left; without limits where `ratio` decides."""
+        return Budget.of(self)
 
     @property
     def overrides(self) -> tuple[tuple[float, str, str], ...]:

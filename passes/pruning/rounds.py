@@ -18,6 +18,7 @@ from graphopt.axes.infer import Axes
 from graphopt.axes.rewrite import remove
 from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
+from graphopt.measure.budget import UNITS, Guard, Meter
 from graphopt.passes.pruning.alignment import multiples
 from graphopt.passes.pruning.allocation import Allocation, Counts
 from graphopt.passes.pruning.choice import Choice
@@ -27,7 +28,7 @@ from graphopt.passes.pruning.guard import unpaying
 from graphopt.passes.pruning.options import PruneOptions
 from graphopt.passes.pruning.ranking import Ranking
 from graphopt.passes.pruning.reconstruction import reconstruct, with_tensors
-from graphopt.passes.pruning.search import CALLED, Meter, least_removal
+from graphopt.passes.pruning.search import Trials, least_removal
 from graphopt.passes.pruning.standing import Standing
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.options import exact
@@ -73,6 +74,7 @@ class _Rounds:
         self._program, self._axes, self._choice = program, axes, choice
         self._options, self._ctx = options, ctx
         self._groups: Sequence[Group] = choice.groups
+        self._wanted = options.budget.shares(ctx.original)
         self._found = Decision()
         self._reasons: dict[int, tuple[str, str]] = {}  # by axis: why it is left whole, and how that is counted
 
@@ -108,15 +110,17 @@ class _Rounds:
     def _counts(self, ranking: Ranking, part: Fraction) -> Counts:
         """Return how many indices each group keeps after a part of the removal."""
         allocation = self._allocation()
-        if not self._options.targets:
+        if not self._wanted:
             return allocation.counts(exact(self._options.ratio) * part, ranking.scores, part)
-        removed = {name: (1 - exact(share)) * part for name, share in self._options.targets.items()}
-        shares = {name: float(1 - share) for name, share in removed.items()}
-        meter = Meter(self._program, self._axes, shares, self._ctx)
-        counts = least_removal(allocation, ranking, meter, part)
-        self._found.measured.update({f"{name} left": share for name, share in meter.shares(counts).items()})
-        if meter.tried:
-            self._found.measured["latencies tried"] = list(meter.tried)
+        shares = dict(self._wanted)
+        if part < 1:
+            shares = {name: float(1 - (1 - exact(share)) * part) for name, share in shares.items()}
+        meter = Meter(self._ctx.original, self._ctx.need_timer("prune") if "latency" in shares else None)
+        trials = Trials(self._program, self._axes, shares, meter, self._ctx.progress)
+        counts = least_removal(allocation, ranking, trials, part)
+        self._found.measured.update({f"{name} left": share for name, share in trials.left(counts).items()})
+        if meter.timed:
+            self._found.measured["latencies tried"] = list(meter.timed)
         return counts
 
     def _allocation(self) -> Allocation:
@@ -135,18 +139,19 @@ class _Rounds:
 
     def _guarded(self, ranking: Ranking, counts: Counts) -> tuple[Ranking, Counts]:
         """Leave whole what does not pay; what a target then still asks for comes from the other groups."""
-        verdict = unpaying(self._program, self._axes, self._groups, counts, self._ctx)
-        self._found.measured["time of all"] = verdict.measured
-        if not verdict.reasons:
+        guard = Guard(self._ctx.need_timer("prune"))
+        unpaid = unpaying(self._program, self._axes, self._groups, counts, guard, self._ctx.progress)
+        self._found.measured["time of all"] = {name: list(times) for name, times in guard.measured.items()}
+        if not unpaid:
             return ranking, counts
-        for axis, reason in verdict.reasons.items():
+        for axis, reason in unpaid.items():
             self._reasons[axis] = (f"does not pay in the runtime: {reason}", "does not pay in the runtime")
-        for axis in verdict.reasons:
+        for axis in unpaid:
             self._found.kept.pop(axis, None)
-        ranking = ranking.without(verdict.reasons)
-        if self._options.targets:
+        ranking = ranking.without(unpaid)
+        if self._wanted:
             return ranking, self._counts(ranking, Fraction(1))
-        return ranking, {axis: count for axis, count in counts.items() if axis not in verdict.reasons}
+        return ranking, {axis: count for axis, count in counts.items() if axis not in unpaid}
 
     def _fit(self) -> tuple[Compensation, dict[str, float]]:
         """Let the data say what the tensors that are left should be."""
@@ -164,7 +169,7 @@ class _Rounds:
     def _say_what_is_left_whole(self, scores: Mapping[int, torch.Tensor], counts: Counts) -> None:
         allocation = replace(self._allocation(), left={})
         ratio = self._options.ratio
-        short = {} if self._options.targets else allocation.short(ratio, scores)
+        short = {} if self._wanted else allocation.short(ratio, scores)
         for group in self._groups:
             if group.axis in self._reasons:
                 self._found.refusals.append(Refusal(group.name, *self._reasons[group.axis]))
@@ -178,11 +183,11 @@ class _Rounds:
     def _say_what_overrides_leave(self, counts: Counts) -> None:
         """Say so where groups with a ratio of their own take the program below the target without any other."""
         lose = [group.axis for group in self._groups if counts.get(group.axis, group.size) < group.size]
-        left = {name: float(str(self._found.measured[f"{name} left"])) for name in self._options.targets}
-        below = [name for name, share in self._options.targets.items() if left[name] < share]
+        left = {name: float(str(self._found.measured[f"{name} left"])) for name in self._wanted}
+        below = [name for name, share in self._wanted.items() if left[name] < share]
         if not lose or not below or any(axis not in self._choice.ratios for axis in lose):
             return
-        shares = (f"{left[name]:.1%} of the {CALLED[name]} ({self._options.targets[name]:.1%} asked)" for name in below)
+        shares = (f"{left[name]:.1%} of the {UNITS[name]} ({self._wanted[name]:.1%} asked)" for name in below)
         text = f"the overrides alone leave {' and '.join(shares)}; nothing else is removed"
         self._found.refusals.append(Refusal("ratios", text, "overrides alone go below the target"))
 
@@ -192,7 +197,7 @@ class _Rounds:
         if group.size <= options.min_channels:
             text = f"{group.size} left, minimum is {options.min_channels}"
             return Refusal(group.name, text, "already at the minimum")
-        if own is None and options.targets:
+        if own is None and self._wanted:
             return Refusal(group.name, f"the target is met with all {group.size} of it", "not needed for the target")
         if own is None and options.scope == "global":
             return Refusal(

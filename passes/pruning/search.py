@@ -21,122 +21,105 @@ from graphopt.axes.infer import Axes
 from graphopt.axes.rewrite import remove
 from graphopt.errors import PassError
 from graphopt.ir.program import Program
-from graphopt.measure.cost import Cost, cost
+from graphopt.measure.budget import UNITS, Meter, Shares, exceeded
 from graphopt.passes.pruning.allocation import Allocation, Counts
 from graphopt.passes.pruning.giving_back import give_back
 from graphopt.passes.pruning.ranking import Ranking
 from graphopt.passes.pruning.sizes import Sizes
-from graphopt.pipeline.context import Context, Progress
+from graphopt.pipeline.context import Progress
 
 logger = logging.getLogger(__name__)
 
 _LEVELS_MEASURED = 64  # levels tried where each takes lowering and timing
 _TRIES_MEASURED = 16  # multiples tried to give back, likewise
-_STATIC = ("parameters", "flops", "bytes")
-CALLED = {"parameters": "parameters", "flops": "FLOPs", "bytes": "bytes", "latency": "latency"}
-
-Shares = Mapping[str, float]  # of the original, by what of it: "flops": 0.48
 
 
 @dataclass
-class Meter:
+class Trials:
     """Says what share of the original a choice of counts leaves.
 
     Attributes:
         program: the program that is pruned.
         axes: of it.
         wanted: the shares not to exceed.
-        ctx: the original, and the runtime to time in.
-        tried: the latencies measured so far, for the plan.
+        meter: measures programs.
+        progress: shows how far a search has come.
         sizes: predicts costs while searching; None measures each.
     """
 
     program: Program
     axes: Axes
     wanted: Shares
-    ctx: Context
-    tried: list[float] = field(default_factory=list)
+    meter: Meter
+    progress: Progress
     sizes: Sizes | None = None
     _known: dict[tuple[tuple[int, int], ...], dict[str, float]] = field(default_factory=dict)
 
-    def shares(self, counts: Counts) -> dict[str, float]:
+    def left(self, counts: Counts) -> dict[str, float]:
         """Measure the share that is left of everything that has a target."""
         key = tuple(counts.items())
         if key not in self._known:
-            self._known[key] = self._measure(counts)
+            pruned = self.program.with_graph(remove(self.program.graph_module, self.axes, _kept(counts)))
+            self._known[key] = self.meter.left(pruned, self.wanted)
         return self._known[key]
 
     def meets(self, counts: Counts) -> bool:
         """Tell whether no target is exceeded, as far as `sizes` can say where there are any."""
-        shares = self.shares(counts) if self.sizes is None else self._shares(self.sizes.cost(_kept(counts)))
-        return self._within(shares)
+        if self.sizes is None:
+            return self.confirms(counts)
+        return not exceeded(self.meter.left_of(self.sizes.cost(_kept(counts)), self.wanted), self.wanted)
 
     def confirms(self, counts: Counts) -> bool:
         """Measure whether no target is exceeded."""
-        return self._within(self.shares(counts))
-
-    def _within(self, shares: Shares) -> bool:
-        return all(shares[name] <= share for name, share in self.wanted.items())
-
-    def _shares(self, now: Cost) -> dict[str, float]:
-        before = cost(self.ctx.original)
-        return {name: getattr(now, name) / max(getattr(before, name), 1) for name in _STATIC if name in self.wanted}
-
-    def _measure(self, counts: Counts) -> dict[str, float]:
-        pruned = self.program.with_graph(remove(self.program.graph_module, self.axes, _kept(counts)))
-        found = self._shares(cost(pruned))
-        if "latency" in self.wanted:
-            found["latency"] = self.ctx.need_timer("prune")(pruned, self.ctx.original).median
-            self.tried.append(found["latency"])
-        return found
+        return not exceeded(self.left(counts), self.wanted)
 
 
-def least_removal(allocation: Allocation, ranking: Ranking, meter: Meter, part: Fraction) -> Counts:
+def least_removal(allocation: Allocation, ranking: Ranking, trials: Trials, part: Fraction) -> Counts:
     """Return the counts of the lowest level that meets the targets, and no less than meets them.
 
     Args:
         allocation: how levels become counts.
         ranking: the worth of each index.
-        meter: says what counts leave.
+        trials: say what counts leave.
         part: of the ratios that the level does not decide about, as much is carried out.
 
     Raises:
         PassError: even the highest level exceeds a target; the message says what it leaves.
     """
     levels = allocation.levels(ranking.scores)
-    if "latency" in meter.wanted and len(levels) > _LEVELS_MEASURED:
+    if "latency" in trials.wanted and len(levels) > _LEVELS_MEASURED:
         places = (index * (len(levels) - 1) // (_LEVELS_MEASURED - 1) for index in range(_LEVELS_MEASURED))
         levels = [levels[place] for place in places]
     last = allocation.counts(levels[-1], ranking.scores, part)
-    if not meter.confirms(last):
-        raise PassError(_unmet(meter, last, allocation))
-    if "latency" not in meter.wanted:
-        sizes = Sizes(meter.program, meter.axes)
+    if not trials.confirms(last):
+        raise PassError(_unmet(trials, last, allocation))
+    if "latency" not in trials.wanted:
+        sizes = Sizes(trials.program, trials.axes)
         if sizes.complete:
-            found = _search(allocation, levels, ranking, replace(meter, sizes=sizes), part)
-            if meter.confirms(found):
+            found = _search(allocation, levels, ranking, replace(trials, sizes=sizes), part)
+            if trials.confirms(found):
                 return found
             logger.debug("the operations predicted were not those counted; measuring every time")
-    return _search(allocation, levels, ranking, meter, part)
+    return _search(allocation, levels, ranking, trials, part)
 
 
 def _search(
     allocation: Allocation,
     levels: Sequence[Fraction],
     ranking: Ranking,
-    meter: Meter,
+    trials: Trials,
     part: Fraction,
 ) -> Counts:
     def counts(index: int) -> Counts:
         return allocation.counts(levels[index], ranking.scores, part)
 
-    level = _first(len(levels) - 1, lambda index: meter.meets(counts(index)), meter.ctx.progress)
-    found = counts(0) if level == 0 else _step_by_step(counts(level - 1), counts(level), ranking.scores, meter)
-    tries = _TRIES_MEASURED if "latency" in meter.wanted else None
-    return give_back(found, allocation, ranking.descending, meter.meets, tries)
+    level = _first(len(levels) - 1, lambda index: trials.meets(counts(index)), trials.progress)
+    found = counts(0) if level == 0 else _step_by_step(counts(level - 1), counts(level), ranking.scores, trials)
+    tries = _TRIES_MEASURED if "latency" in trials.wanted else None
+    return give_back(found, allocation, ranking.descending, trials.meets, tries)
 
 
-def _step_by_step(more: Counts, fewer: Counts, scores: Mapping[int, torch.Tensor], meter: Meter) -> Counts:
+def _step_by_step(more: Counts, fewer: Counts, scores: Mapping[int, torch.Tensor], trials: Trials) -> Counts:
     """Go from counts that exceed a target to counts that do not, group by group, and no further than needed."""
     losses: list[tuple[float, int]] = []
     for order, (axis, count) in enumerate(more.items()):
@@ -149,12 +132,12 @@ def _step_by_step(more: Counts, fewer: Counts, scores: Mapping[int, torch.Tensor
     def after(taken: Sequence[int]) -> Counts:
         return {axis: fewer[axis] if axis in taken else count for axis, count in more.items()}
 
-    needed = _first(len(steps), lambda count: meter.meets(after(steps[:count])), meter.ctx.progress)
+    needed = _first(len(steps), lambda count: trials.meets(after(steps[:count])), trials.progress)
     taken = steps[:needed]
-    if meter.sizes is not None:
+    if trials.sizes is not None:
         for axis in reversed(taken[:-1]):
             without = [other for other in taken if other != axis]
-            if meter.meets(after(without)):
+            if trials.meets(after(without)):
                 taken = without
     return after(taken)
 
@@ -175,18 +158,18 @@ def _kept(counts: Counts) -> dict[int, Sequence[int]]:
     return {axis: range(count) for axis, count in counts.items()}
 
 
-def _unmet(meter: Meter, counts: Counts, allocation: Allocation) -> str:
-    shares = meter.shares(counts)
-    name = next(name for name, share in meter.wanted.items() if shares[name] > share)
+def _unmet(trials: Trials, counts: Counts, allocation: Allocation) -> str:
+    left = trials.left(counts)
+    name = exceeded(left, trials.wanted)[0]
     groups = len(allocation.groups)
     if not groups:
         return (
-            f"Pass `prune` cannot bring the {CALLED[name]} to {meter.wanted[name]:.1%} of the original's: no group of "
-            f"this model may lose an index, which leaves {shares[name]:.1%}. The plan of `prune:ratio=0` says why."
+            f"Pass `prune` cannot bring the {UNITS[name]} to {trials.wanted[name]:.1%} of the original's: no group of "
+            f"this model may lose an index, which leaves {left[name]:.1%}. The plan of `prune:ratio=0` says why."
         )
     raised = max(allocation.multiples.values(), default=1)
     return (
-        f"Pass `prune` cannot bring the {CALLED[name]} to {meter.wanted[name]:.1%} of the original's: with as much "
+        f"Pass `prune` cannot bring the {UNITS[name]} to {trials.wanted[name]:.1%} of the original's: with as much "
         f"removed of {groups} groups as min_channels={allocation.least} and multiples of up to {raised} allow, "
-        f"{shares[name]:.1%} are left. Ask for no less than that, or lower round_to or min_channels."
+        f"{left[name]:.1%} are left. Ask for no less than that, or lower round_to or min_channels."
     )

@@ -93,6 +93,30 @@ def test_a_target_is_met_and_not_by_far(name: str, scope: str) -> None:
     assert plan.measured[f"{name} left"] == pytest.approx(share)
 
 
+@pytest.mark.parametrize("name", ["parameters", "flops", "bytes"])
+def test_an_amount_is_what_its_share_is(name: str) -> None:
+    whole = getattr(cost(stack()), name)
+    by_amount, by_share = plan_of(prune(**{name: whole // 2})), plan_of(prune(**{name: whole // 2 / whole}))
+    assert by_amount.groups == by_share.groups
+    assert left(by_amount)[name] * whole <= whole // 2
+    assert plan_of(prune(**{name: 2 * whole})).groups == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("flops=1", "`flops` is a share of the original's, below 1, or a whole number above it"),
+        ("bytes=10.5", "`bytes` is a share of the original's, below 1, or a whole number above it"),
+        ("flops=0", "Input should be greater than 0"),
+        ("latency=3", "Input should be less than 1"),
+        ("ratio=0.5:bytes=5000", "`ratio` says how much goes and `bytes` how much stays"),
+    ],
+)
+def test_limits_that_are_none(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Pipeline.parse(f"prune:{text}")
+
+
 @settings(max_examples=6, deadline=None)
 @given(st.floats(0.1, 0.95), st.sampled_from([1, 4, 8]), st.sampled_from(["local", "global"]))
 def test_no_target_is_exceeded_and_the_last_step_was_needed(share: float, round_to: int, scope: str) -> None:
