@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -199,15 +200,14 @@ def _flops(program: Program) -> float:
     return float(cost(program).flops)
 
 
-def test_a_latency_target_is_met_as_measured_and_replays_without_measuring(tmp_path: Path) -> None:
+def test_a_latency_target_is_met_as_measured_and_replays_without_measuring() -> None:
     pass_ = prune(latency=0.5)
     assert pass_.reads_target
     plan = plan_of(pass_, **timer(_flops))
     assert 0.46 < left(plan)["flops"] <= 0.5
     assert plan.measured["latency left"] == pytest.approx(left(plan)["flops"])
     assert plan.measured["latency left"] in plan.measured["latencies tried"]  # type: ignore[operator]
-    plan.save(tmp_path / "plan")
-    stored = PruningPlan.load(tmp_path / "plan")
+    stored = PruningPlan.from_json(json.loads(json.dumps(plan.to_json())), plan.tensors)
     assert fingerprint(pass_.apply(stack(), stored)) == fingerprint(pass_.apply(stack(), plan))
 
 
