@@ -60,11 +60,6 @@ def strip_taps(program: Program, taps: Sequence[str] | None = None) -> Program:
     return _with_outputs(program, kept) if len(kept) < len(present) else program
 
 
-def split_outputs(program: Program, outputs: Any) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Split what calling `program` returned into the program's own outputs and its taps by address."""
-    return outputs if _tap_addresses(program) else (outputs, {})
-
-
 def own_outputs(program: Program) -> tuple[TensorSpec, ...]:
     """Return the outputs of `program` without its taps."""
     return program.outputs[: len(program.outputs) - len(_tap_addresses(program))]

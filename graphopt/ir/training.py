@@ -80,8 +80,3 @@ def _counts_batches(node: fx.Node) -> bool:
         and counter.op == "get_attr"
         and str(counter.target).rpartition(".")[2] == "num_batches_tracked"
     )
-
-
-def training_nodes(gm: fx.GraphModule) -> list[fx.Node]:
-    """List the calls that behave differently in training."""
-    return [n for n in gm.graph.nodes if n.target in TRAINING_FLAG]

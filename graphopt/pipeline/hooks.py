@@ -1,9 +1,8 @@
-"""Hooks around a pass: timing, printing, dumping and checking are clients of these, not code in the runner."""
+"""Hooks around a pass: printing, dumping and checking are clients of these, not code in the runner."""
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,27 +26,6 @@ class Hook:
 
     def after(self, step: Step, before: Program, after: Program, plan: Plan, target: str) -> None:
         """Called when a step's result has passed the invariants."""
-
-
-@dataclass
-class Timing(Hook):
-    """Wall-clock seconds of every step: planning, and applying with its checks."""
-
-    seconds: list[tuple[str, float, float]] = field(default_factory=list)  # (step, plan, apply)
-    _start: float = 0.0
-    _planned: float = 0.0
-
-    def before(self, step: Step, program: Program, target: str) -> None:
-        """Start the clock."""
-        self._start = time.perf_counter()
-
-    def planned(self, step: Step, plan: Plan, target: str) -> None:
-        """Note the end of planning."""
-        self._planned = time.perf_counter()
-
-    def after(self, step: Step, before: Program, after: Program, plan: Plan, target: str) -> None:
-        """Record the step."""
-        self.seconds.append((step.name, self._planned - self._start, time.perf_counter() - self._planned))
 
 
 @dataclass

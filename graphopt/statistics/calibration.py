@@ -154,15 +154,6 @@ def insert_observers(program: Program, names: Iterable[str]) -> Program:
     return program.with_graph(editor.finish())
 
 
-def remove_observers(program: Program) -> Program:
-    """Return a copy of `program` without observers: the inverse of `insert_observers`."""
-    program = program.copy()
-    editor = Editor(program.graph_module, "calibration")
-    for node in [node for node in program.graph.nodes if node.target is OBSERVE]:
-        editor.replace(node, node.args[0])
-    return program.with_graph(editor.finish())
-
-
 class _Collector(Walker):
     """Hands every observed value to its statistics."""
 

@@ -18,8 +18,8 @@ from graphopt.ir.program import Program
 from graphopt.ir.provenance import op_name
 from graphopt.pipeline.context import Context
 from graphopt.quantization.histogram import ChannelMean, Histogram
-from graphopt.statistics.calibration import Calibration, insert_observers, remove_observers
-from graphopt.testing import TensorSamples, assert_same_program
+from graphopt.statistics.calibration import Calibration, insert_observers
+from graphopt.testing import TensorSamples
 
 
 class Net(nn.Module):
@@ -74,13 +74,12 @@ def test_gathers_what_passes_through_each_node() -> None:
     assert (shown.low, shown.high) == (float(x.min()), float(x.max()))
 
 
-def test_observers_are_nodes_and_come_off_again() -> None:
+def test_observers_are_nodes() -> None:
     before = program()
     observed = insert_observers(before, ["x", "relu", "linear_1"])
     check_invariants(before, observed, "calibration")
     assert [op_name(node) for node in observed.graph.nodes].count("observe") == 3
     torch.testing.assert_close(observed(data()), before(data()), rtol=0, atol=0)
-    assert_same_program(remove_observers(observed), before)
 
 
 def test_unknown_node() -> None:
