@@ -23,7 +23,7 @@ from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
 from graphopt.passes.residuals.branches import Branch, find_branches
 from graphopt.passes.residuals.contribution import Criterion
-from graphopt.passes.residuals.kind import Kind
+from graphopt.passes.residuals.kind import BranchKind
 from graphopt.passes.residuals.removal import without
 from graphopt.passes.residuals.search import Limits, Search
 from graphopt.pipeline.context import Context
@@ -58,7 +58,7 @@ class DropBlocksOptions:
     sqnr: Annotated[float, Field(gt=0)] | None = None
     criterion: Criterion = "output"
     rescore: bool = True
-    kinds: tuple[Kind, ...] = ("attention", "convolution", "recurrent", "mlp", "mixer")
+    kinds: tuple[BranchKind, ...] = ("attention", "convolution", "recurrent", "mlp", "mixer")
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     samples: Annotated[int, Field(ge=1)] = 128

@@ -24,7 +24,7 @@ from graphopt.ir.graph import constant, tensor_attribute
 from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
 from graphopt.passes.sparsity.layers import (
-    Site,
+    SparseSite,
     as_rows,
     as_weight,
     at_the_ends,
@@ -173,8 +173,8 @@ class Sparsity24(Pass[Sparsity24Options, Sparsity24Plan]):
         return SparseFormat(nonzeros, group, base.inputs_multiple, base.outputs_multiple)
 
     def _divide(
-        self, found: Sequence[Site], form: SparseFormat, ctx: Context, gm: fx.GraphModule
-    ) -> tuple[list[Site], list[Refusal]]:
+        self, found: Sequence[SparseSite], form: SparseFormat, ctx: Context, gm: fx.GraphModule
+    ) -> tuple[list[SparseSite], list[Refusal]]:
         """Return the sites that become sparse, and why the others do not."""
         no_kernel = self._no_kernel(form, ctx)
         ends = set() if self.options.ends else at_the_ends(gm)
@@ -204,8 +204,8 @@ class Sparsity24(Pass[Sparsity24Options, Sparsity24Plan]):
         return None
 
     def _with_moments(
-        self, program: Program, sites: Sequence[Site], form: SparseFormat, ctx: Context
-    ) -> Iterator[tuple[Site, InputMoments | None]]:
+        self, program: Program, sites: Sequence[SparseSite], form: SparseFormat, ctx: Context
+    ) -> Iterator[tuple[SparseSite, InputMoments | None]]:
         """Pair each site with the moments of its inputs where there is data and they are wanted."""
         if ctx.samples is None or not self._wants_data:
             yield from ((site, None) for site in sites)
@@ -217,7 +217,7 @@ class Sparsity24(Pass[Sparsity24Options, Sparsity24Plan]):
     def _wants_data(self) -> bool:
         return self.options.refit or self.options.criterion != "magnitude"
 
-    def _without_data(self, sites: Sequence[Site], ctx: Context) -> list[Refusal]:
+    def _without_data(self, sites: Sequence[SparseSite], ctx: Context) -> list[Refusal]:
         """Say what there is no data for."""
         if not sites or ctx.samples is not None or not self._wants_data:
             return []
@@ -225,7 +225,7 @@ class Sparsity24(Pass[Sparsity24Options, Sparsity24Plan]):
         left = "not refitted" if self.options.refit else ""
         return [Refusal("the program", f"{' and '.join(filter(None, (chosen, left)))}: there is no data")]
 
-    def _not_refitted(self, site: Site, moments: InputMoments | None) -> list[Refusal]:
+    def _not_refitted(self, site: SparseSite, moments: InputMoments | None) -> list[Refusal]:
         """Say that a layer has seen too little to be refitted."""
         if moments is None or not self.options.refit or _enough(moments):
             return []
@@ -233,7 +233,7 @@ class Sparsity24(Pass[Sparsity24Options, Sparsity24Plan]):
         return [Refusal(site.weight_name, f"made sparse, but not refitted: {seen}", "made sparse, but not refitted")]
 
     def _sparse(
-        self, gm: fx.GraphModule, site: Site, moments: InputMoments | None, form: SparseFormat
+        self, gm: fx.GraphModule, site: SparseSite, moments: InputMoments | None, form: SparseFormat
     ) -> tuple[torch.Tensor, dict[str, Json]]:
         """Return the sparse weight of a site and what the plan says about it."""
         call, stored = site.calls[0], tensor_attribute(gm, site.weight_name)

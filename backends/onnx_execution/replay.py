@@ -23,7 +23,7 @@ Tensors = tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class Deviation:
     """How far a runtime's integers are from those the program computes out of the runtime's previous ones.
 
     Attributes:
@@ -54,7 +54,7 @@ class Replay(Walker):
         self._exact = exact
         self._noise = noise
         self._weights: dict[fx.Node, torch.Tensor] = {}
-        self.steps: list[Step] = []
+        self.steps: list[Deviation] = []
 
     def outputs(self, inputs: Tensors, codes: Mapping[str, torch.Tensor] | None = None) -> Tensors:
         """Return the flat outputs; `steps` then says how far each quantization was off.
@@ -111,12 +111,12 @@ def _is_stored(argument: object) -> bool:
     return isinstance(argument, fx.Node) and argument.op == "get_attr"
 
 
-def _step(source: str, computed: torch.Tensor, codes: torch.Tensor) -> Step:
+def _step(source: str, computed: torch.Tensor, codes: torch.Tensor) -> Deviation:
     if torch.equal(computed, codes):
-        return Step(source, 0, 0.0)
+        return Deviation(source, 0, 0.0)
     wide = torch.int64 if computed.dtype is torch.int32 else torch.int16
     difference = computed.to(wide).sub_(codes).abs_()
-    return Step(source, int(difference.max()), int(difference.count_nonzero()) / difference.numel())
+    return Deviation(source, int(difference.max()), int(difference.count_nonzero()) / difference.numel())
 
 
 def perturbed(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -20,7 +20,7 @@ import torch
 
 from graphopt.backends.onnx_execution.agreement import Reference, disagreements, relative_error
 from graphopt.backends.onnx_execution.batches import batches
-from graphopt.backends.onnx_execution.replay import Replay, Step, perturbed, quantize_nodes
+from graphopt.backends.onnx_execution.replay import Deviation, Replay, perturbed, quantize_nodes
 from graphopt.backends.onnx_execution.session import OnnxSession, SessionSettings
 from graphopt.backends.onnx_lowering.exporter import SOURCE_PROPERTY
 from graphopt.errors import LoweringError
@@ -110,7 +110,7 @@ def _check_signature(session: OnnxSession, program: Program, path: Path) -> None
             raise LoweringError(f"{path.name} has the {kind} {', '.join(found)}; the program has {', '.join(names)}.")
 
 
-def _check_steps(program: Program, steps: Sequence[Step], where: str) -> None:
+def _check_steps(program: Program, steps: Sequence[Deviation], where: str) -> None:
     for step in steps:
         if step.largest > _ALLOWED_STEPS:
             raise LoweringError(

@@ -58,7 +58,7 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
+class Unremovable:
     """An axis that some weight produces, or consumes, and that must stay whole."""
 
     axis: int
@@ -99,7 +99,7 @@ def _prod(values: Iterable[int]) -> int:
 
 def collect(
     gm: fx.GraphModule, parameters: Mapping[str, Dims], roles: Roles, solver: Solver
-) -> tuple[list[Group], list[Refusal]]:
+) -> tuple[list[Group], list[Unremovable]]:
     """Return the removable axes and the refused ones, in order of the first parameter that carries each."""
     members: dict[int, list[Member]] = {}
     axes: dict[int, Axis] = {}
@@ -113,7 +113,7 @@ def collect(
     summed = {axis.id for layout in roles.summed for axis in leaves(solver.resolve(layout))}
     kinds = _Kinds(roles, solver, parameters)
     groups: list[Group] = []
-    refusals: list[Refusal] = []
+    refusals: list[Unremovable] = []
     names = Names(mark="#")  # `layer1.conv1:channels`, `layer1.conv1:channels#2`
     left: list[tuple[Axis, list[Member], str, str]] = []
     for number, axis in axes.items():
@@ -132,7 +132,7 @@ def collect(
     for axis, holders, kind, reason in left:
         if isinstance(axis.size, int):
             name = names.new(_described(holders[0], kind))
-            refusals.append(Refusal(axis.id, axis.size, name, holders[0].parameter, reason))
+            refusals.append(Unremovable(axis.id, axis.size, name, holders[0].parameter, reason))
     return groups, refusals
 
 

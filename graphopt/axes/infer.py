@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from graphopt.axes.call import Call
-from graphopt.axes.groups import Group, Refusal, collect
+from graphopt.axes.groups import Group, Unremovable, collect
 from graphopt.axes.layout import (
     Dims,
     Layout,
@@ -71,7 +71,7 @@ class Axes(Layouts):
         """Return every axis that may lose indices, in order of its first producing weight."""
         return list(self._groups)
 
-    def refusals(self) -> list[Refusal]:
+    def refusals(self) -> list[Unremovable]:
         """Return every axis that some weight produces and that must stay whole, with the reason."""
         return list(self._refusals)
 

@@ -14,7 +14,7 @@ from graphopt.cli import arguments
 from graphopt.cli.arguments import Data, Format, Input, Seed, Trust
 
 if TYPE_CHECKING:
-    from graphopt.measure.bench import Comparison, Pair
+    from graphopt.measure.bench import Comparison, TimedPair
     from graphopt.targets.backend import Artifact
 
 
@@ -88,7 +88,7 @@ def _print(found: Comparison, one: str, other: str | None) -> None:
     for column in ("session", "wall ms (quartiles)", "CPU ms", f"A over B{' (quartiles)' if other else ''}"):
         if other or not column.startswith("A over"):
             table.add_column(column, justify="right")
-    kinds: list[tuple[str, Pair]] = [("recorded", found.recorded), ("plain", found.plain)]
+    kinds: list[tuple[str, TimedPair]] = [("recorded", found.recorded), ("plain", found.plain)]
     for kind, pair in kinds:
         ratio = pair.wall_ratio
         rows = [(one, pair.first, "")]

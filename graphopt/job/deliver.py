@@ -15,7 +15,7 @@ import torch
 from graphopt.data.batches import Batch
 from graphopt.ir.program import Program
 from graphopt.ir.torch_internals import output_structure, pytree
-from graphopt.job.recorder import Metric
+from graphopt.job.recorder import Score
 from graphopt.job.report import Latency, Row
 from graphopt.measure.bench import Comparison, Spread, Timing, compare
 from graphopt.measure.cost import cost
@@ -51,7 +51,7 @@ def deliver(
     home: Path,
     *,
     probe: Probe,
-    metric: Metric | None,
+    metric: Score | None,
     bench: bool,
 ) -> Delivery:
     """Lower `program` into the directory `home`.

@@ -15,7 +15,7 @@ from graphopt.pipeline.hooks import Hook
 from graphopt.pipeline.order import Step
 from graphopt.pipeline.plan import Plan
 
-Metric = Callable[[Callable[..., Any]], float]
+Score = Callable[[Callable[..., Any]], float]
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Recorder(Hook):
     report: Report
     original: Program
     probe: Probe
-    metric: Metric | None = None
+    metric: Score | None = None
     _started: float = field(default=0.0, init=False)
 
     def before(self, step: Step, program: Program, target: str) -> None:

@@ -9,7 +9,7 @@ from graphopt.loading.archive import Archive
 LEGACY_TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
-class Kind(enum.Enum):
+class FileKind(enum.Enum):
     """The kinds of file a user may hand over as a model; the value says it in words."""
 
     TORCH_PICKLE = "a torch.save file"
@@ -33,53 +33,53 @@ class Kind(enum.Enum):
     UNKNOWN = "a file of unknown kind"
 
 
-_MAGIC: tuple[tuple[bytes, Kind], ...] = (
-    (LEGACY_TORCH_MAGIC, Kind.TORCH_PICKLE),
-    (b"\x93NUMPY", Kind.NUMPY),
-    (b"\x89HDF\r\n\x1a\n", Kind.HDF5),
-    (b"GGUF", Kind.GGUF),
-    (b"\x1f\x8b", Kind.COMPRESSED),
-    (b"BZh", Kind.COMPRESSED),
-    (b"\xfd7zXZ\x00", Kind.COMPRESSED),
-    (b"\x28\xb5\x2f\xfd", Kind.COMPRESSED),
-    (b"version https://git-lfs.github.com/spec", Kind.LFS_POINTER),
+_MAGIC: tuple[tuple[bytes, FileKind], ...] = (
+    (LEGACY_TORCH_MAGIC, FileKind.TORCH_PICKLE),
+    (b"\x93NUMPY", FileKind.NUMPY),
+    (b"\x89HDF\r\n\x1a\n", FileKind.HDF5),
+    (b"GGUF", FileKind.GGUF),
+    (b"\x1f\x8b", FileKind.COMPRESSED),
+    (b"BZh", FileKind.COMPRESSED),
+    (b"\xfd7zXZ\x00", FileKind.COMPRESSED),
+    (b"\x28\xb5\x2f\xfd", FileKind.COMPRESSED),
+    (b"version https://git-lfs.github.com/spec", FileKind.LFS_POINTER),
 )
 
 
-def identify(data: bytes) -> tuple[Kind, Archive | None]:
+def identify(data: bytes) -> tuple[FileKind, Archive | None]:
     """Return what `data` is, and its opened archive where it is a zip; raises `DamagedError` for a broken zip."""
     if not data:
-        return Kind.EMPTY, None
+        return FileKind.EMPTY, None
     if data.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return _identify_zip(Archive(data) if not _is_numpy_zip(data) else None)
     for magic, kind in _MAGIC:
         if data.startswith(magic):
             return kind, None
     if data[4:8] == b"TFL3":
-        return Kind.TFLITE, None
+        return FileKind.TFLITE, None
     if data[257:262] == b"ustar":
-        return Kind.TAR, None
+        return FileKind.TAR, None
     if _is_safetensors(data):
-        return Kind.SAFETENSORS, None
+        return FileKind.SAFETENSORS, None
     if data[0] == 0x80 and len(data) > 1 and data[1] <= 5:
-        return Kind.PICKLE, None
+        return FileKind.PICKLE, None
     if _is_onnx(data):
-        return Kind.ONNX, None
+        return FileKind.ONNX, None
     return _identify_text(data[:4096]), None
 
 
-def _identify_zip(archive: Archive | None) -> tuple[Kind, Archive | None]:
+def _identify_zip(archive: Archive | None) -> tuple[FileKind, Archive | None]:
     if archive is None:
-        return Kind.NUMPY, None
+        return FileKind.NUMPY, None
     if "archive_format" in archive:
-        return Kind.EXPORTED, archive
+        return FileKind.EXPORTED, archive
     if "serialized_exported_program.json" in archive:
-        return Kind.EXPORTED_OLD, archive
+        return FileKind.EXPORTED_OLD, archive
     if "constants.pkl" in archive:
-        return Kind.TORCHSCRIPT, archive
+        return FileKind.TORCHSCRIPT, archive
     if "data.pkl" in archive:
-        return Kind.TORCH_PICKLE, archive
-    return Kind.ZIP, archive
+        return FileKind.TORCH_PICKLE, archive
+    return FileKind.ZIP, archive
 
 
 def _is_numpy_zip(data: bytes) -> bool:
@@ -100,14 +100,14 @@ def _is_onnx(data: bytes) -> bool:
     )
 
 
-def _identify_text(head: bytes) -> Kind:
+def _identify_text(head: bytes) -> FileKind:
     try:
         text = head.decode("utf-8")
     except UnicodeDecodeError as err:
         # A multi-byte character may be cut at the end of the sample; anything else is not text.
         if err.start < len(head) - 4:
-            return Kind.UNKNOWN
+            return FileKind.UNKNOWN
         text = head[: err.start].decode("utf-8")
     if any(ord(char) < 32 and char not in "\t\n\r\f" for char in text):
-        return Kind.UNKNOWN
-    return Kind.HTML if text.lstrip().lower().startswith(("<!doctype html", "<html")) else Kind.TEXT
+        return FileKind.UNKNOWN
+    return FileKind.HTML if text.lstrip().lower().startswith(("<!doctype html", "<html")) else FileKind.TEXT

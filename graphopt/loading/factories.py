@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from graphopt.errors import LoadError
-from graphopt.loading.contents import Kind, identify
+from graphopt.loading.contents import FileKind, identify
 from graphopt.loading.functions import importable, resolve_function
 from graphopt.loading.pickles import load_plain_pickle
 from graphopt.loading.refusal import DamagedError
@@ -47,9 +47,9 @@ def read_weights(data: bytes, source: str) -> dict[str, torch.Tensor]:
     """Return the state dict in a safetensors or weights-only torch file; raises `LoadError` otherwise."""
     try:
         kind, _ = identify(data)
-        if kind is Kind.SAFETENSORS:
+        if kind is FileKind.SAFETENSORS:
             return safetensors.torch.load(data)
-        if kind is Kind.TORCH_PICKLE:
+        if kind is FileKind.TORCH_PICKLE:
             return _state_dict(load_plain_pickle(data), source)
     except (DamagedError, SafetensorError) as err:
         raise LoadError(f"Cannot read the weights in `{source}`: {err}.") from err

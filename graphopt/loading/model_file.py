@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 
 from graphopt.errors import LoadError, UsageError
 from graphopt.loading.archive import Archive
-from graphopt.loading.contents import Kind, identify
+from graphopt.loading.contents import FileKind, identify
 from graphopt.loading.exported import load_archive, load_exported
 from graphopt.loading.factories import apply_weights, build_model, describe, is_state_dict, read_weights
 from graphopt.loading.functions import check_origin, importable
@@ -24,18 +24,18 @@ from graphopt.loading.pickles import load_stock_pickle, load_trusted_pickle
 from graphopt.loading.refusal import DamagedError, HostileError, untrusted
 
 _ADVICE = {
-    Kind.SAFETENSORS: "it holds weights without the model they belong to; add `--factory package.module:function` "
+    FileKind.SAFETENSORS: "it holds weights without the model they belong to; add `--factory package.module:function` "
     "to say what builds it",
-    Kind.ONNX: "graphopt starts from PyTorch; give the model it was exported from",
-    Kind.TORCHSCRIPT: "its Python is gone, and torch.export cannot capture it; save the original module with "
+    FileKind.ONNX: "graphopt starts from PyTorch; give the model it was exported from",
+    FileKind.TORCHSCRIPT: "its Python is gone, and torch.export cannot capture it; save the original module with "
     "`torch.export.save` or `torch.save`",
-    Kind.EXPORTED_OLD: "save it again with `torch.export.save` of torch 2.8 or newer",
-    Kind.PICKLE: "save the model with `torch.export.save` or `torch.save`",
-    Kind.LFS_POINTER: "fetch the file itself with `git lfs pull`",
-    Kind.HTML: "the download went wrong; fetch the file again",
-    Kind.COMPRESSED: "unpack it first",
-    Kind.TAR: "unpack it first",
-    Kind.EMPTY: "whatever wrote it did not finish; save or copy it again",
+    FileKind.EXPORTED_OLD: "save it again with `torch.export.save` of torch 2.8 or newer",
+    FileKind.PICKLE: "save the model with `torch.export.save` or `torch.save`",
+    FileKind.LFS_POINTER: "fetch the file itself with `git lfs pull`",
+    FileKind.HTML: "the download went wrong; fetch the file again",
+    FileKind.COMPRESSED: "unpack it first",
+    FileKind.TAR: "unpack it first",
+    FileKind.EMPTY: "whatever wrote it did not finish; save or copy it again",
 }
 _EXPECTED = (
     "graphopt reads exported programs (`torch.export.save`), modules (`torch.save(model, ...)`), and, with "
@@ -104,9 +104,9 @@ def load_model(
     digest = hashlib.sha256(data).hexdigest()
     try:
         kind, archive = identify(data)
-        if archive is not None and (kind is Kind.EXPORTED or (trust and kind is Kind.EXPORTED_OLD)):
+        if archive is not None and (kind is FileKind.EXPORTED or (trust and kind is FileKind.EXPORTED_OLD)):
             return _load_program(path, data, digest, kind, archive, trust)
-        if kind is Kind.TORCH_PICKLE:
+        if kind is FileKind.TORCH_PICKLE:
             return LoadedModel(_load_module(path, data, trust), str(path), digest)
     except HostileError as err:
         raise untrusted(path, str(err)) from err
@@ -149,10 +149,10 @@ def _load_from_factory(factory: str, weights: Path | None) -> LoadedModel:
     return LoadedModel(model, factory, hashlib.sha256(data).hexdigest())
 
 
-def _load_program(path: Path, data: bytes, digest: str, kind: Kind, archive: Archive, trust: bool) -> LoadedModel:
+def _load_program(path: Path, data: bytes, digest: str, kind: FileKind, archive: Archive, trust: bool) -> LoadedModel:
     if not trust:
         program, extra = load_exported(archive)
-    elif kind is Kind.EXPORTED:
+    elif kind is FileKind.EXPORTED:
         program, extra = load_archive(io.BytesIO(data))
     else:
         program, extra = _load_old_program(data), {}

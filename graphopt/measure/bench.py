@@ -51,7 +51,7 @@ class Timing:
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class TimedPair:
     """Two sessions timed in turn.
 
     Attributes:
@@ -80,8 +80,8 @@ class Comparison:
         batch: samples per call.
     """
 
-    recorded: Pair
-    plain: Pair
+    recorded: TimedPair
+    plain: TimedPair
     threads: int
     batch: int
 
@@ -118,7 +118,7 @@ def compare(
     batch = batch_size(artifact.inputs) or batch
     feed = batch_of(artifact.inputs, inputs, batch)
 
-    def pair(first: Artifact, second: Artifact) -> Pair:
+    def pair(first: Artifact, second: Artifact) -> TimedPair:
         sessions = [one.session(threads=threads) for one in (first, second)]
         return time_in_turn(*(_bound(session, feed) for session in sessions), seconds=seconds)
 
@@ -130,7 +130,7 @@ def compare(
     )
 
 
-def time_in_turn(first: Callable[[], object], second: Callable[[], object], *, seconds: float = 2.0) -> Pair:
+def time_in_turn(first: Callable[[], object], second: Callable[[], object], *, seconds: float = 2.0) -> TimedPair:
     """Call both in turn for about `seconds` and summarise.
 
     Args:
@@ -151,7 +151,7 @@ def time_in_turn(first: Callable[[], object], second: Callable[[], object], *, s
             cpu[index].append(worked)
         rounds += 1
     one, other = (Timing(Spread.of(wall[index]), Spread.of(cpu[index])) for index in (0, 1))
-    return Pair(one, other, _ratios(*wall), _ratios(*cpu), rounds)
+    return TimedPair(one, other, _ratios(*wall), _ratios(*cpu), rounds)
 
 
 def batch_of(specs: Sequence[TensorSpec], inputs: Sequence[Array] | None, batch: int) -> tuple[Array, ...]:

@@ -21,10 +21,10 @@ from graphopt.ir.graph import arguments, constant, tensor_attribute
 from graphopt.ir.regions import inside, regions
 
 aten = torch.ops.aten
-Kind = Literal["linear", "matmul", "conv", "transposed conv"]
+LayerKind = Literal["linear", "matmul", "conv", "transposed conv"]
 
 # operator -> (kind, input, weight, bias), the last three by the names of the operator's schema
-_OPERATORS: Mapping[Any, tuple[Kind, str, str, str]] = {
+_OPERATORS: Mapping[Any, tuple[LayerKind, str, str, str]] = {
     aten.linear.default: ("linear", "input", "weight", "bias"),
     aten.addmm.default: ("matmul", "mat1", "mat2", "self"),
     aten.mm.default: ("matmul", "self", "mat2", ""),
@@ -61,7 +61,7 @@ class WeightedCall:
     """
 
     node: fx.Node
-    kind: Kind
+    kind: LayerKind
     input: fx.Node
     weight: fx.Node
     bias: fx.Node | None

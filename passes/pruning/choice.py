@@ -6,8 +6,7 @@ import fnmatch
 import re
 from dataclasses import dataclass, field
 
-from graphopt.axes.groups import Group
-from graphopt.axes.groups import Refusal as Whole
+from graphopt.axes.groups import Group, Unremovable
 from graphopt.axes.infer import Axes
 from graphopt.errors import UsageError
 from graphopt.ir.graph import tensor_attribute
@@ -83,7 +82,7 @@ def _overrides(axes: Axes, options: PruneOptions) -> dict[int, tuple[float, str]
     return found
 
 
-def _whole(axes: Axes, refused: Whole) -> Refusal:
+def _whole(axes: Axes, refused: Unremovable) -> Refusal:
     """Say why an axis must stay whole."""
     dtype = tensor_attribute(axes.gm, refused.parameter).dtype
     if not dtype.is_floating_point:

@@ -39,7 +39,7 @@ from graphopt.passes.layers.weighted_call import (
 )
 from graphopt.passes.layers.weights import by_taps, from_taps
 from graphopt.passes.pruning.least_squares import Correction, Sums, solve
-from graphopt.passes.pruning.residual_sums import Branch, branch_of, running_mean
+from graphopt.passes.pruning.residual_sums import Addend, addend_of, running_mean
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.plan import Refusal
 from graphopt.quantization.histogram import NotFiniteError
@@ -243,7 +243,7 @@ class _Layer:
     matrices: torch.Tensor
     bias_name: str | None
     bias: torch.Tensor | None
-    branch: Branch | None
+    branch: Addend | None
 
     @classmethod
     def of(cls, call: WeightedCall, gm: fx.GraphModule) -> _Layer:
@@ -251,7 +251,7 @@ class _Layer:
         name = running_mean(call, gm) if call.bias is None else str(call.bias.target)
         bias = None if name is None else tensor_attribute(gm, name).detach()
         matrices = by_taps(call, weight.double()).flatten(2).transpose(1, 2)
-        return cls(call, weight, matrices, name, bias, branch_of(call, gm))
+        return cls(call, weight, matrices, name, bias, addend_of(call, gm))
 
     def given(self, x: torch.Tensor) -> torch.Tensor:
         """Return what the layer gives for rows of its input, (rows, groups, outputs)."""

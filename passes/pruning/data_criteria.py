@@ -35,7 +35,7 @@ from graphopt.errors import DataError, PassError
 from graphopt.ir.graph import tensor_attribute
 from graphopt.ir.torch_internals import pytree
 from graphopt.ir.walker import Walker
-from graphopt.passes.pruning.gates import Gate, gated
+from graphopt.passes.pruning.gates import UnitGate, gated
 from graphopt.passes.pruning.standing import Standing, Worths
 from graphopt.passes.pruning.weight_criteria import mean_one
 from graphopt.statistics.calibration import no_batch
@@ -90,7 +90,7 @@ class _Elements:
 
     standing: Standing
     group: Group
-    gates: Sequence[Gate]
+    gates: Sequence[UnitGate]
     directions: dict[str, torch.Tensor]
 
     def by_index(self, of_product: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

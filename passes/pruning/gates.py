@@ -29,7 +29,7 @@ _PRODUCTS = {**PRODUCTS, aten.scaled_dot_product_attention: ("query", "key")}
 
 
 @dataclass(frozen=True)
-class Gate:
+class UnitGate:
     """Ones that a dimension of an operand is multiplied with.
 
     Attributes:
@@ -45,7 +45,7 @@ class Gate:
         return by_index(values.flatten(), 0, self.layout, axis, standing.kept)
 
 
-def gated(standing: Standing, groups: Sequence[Group]) -> tuple[fx.GraphModule, dict[int, list[Gate]]]:
+def gated(standing: Standing, groups: Sequence[Group]) -> tuple[fx.GraphModule, dict[int, list[UnitGate]]]:
     """Return a copy of the program as it is now with a gate in every product that sums over an axis of a group.
 
     Returns:
@@ -54,7 +54,7 @@ def gated(standing: Standing, groups: Sequence[Group]) -> tuple[fx.GraphModule, 
     gm = copy_graph_module(standing.program.graph_module)
     twins = dict(zip(standing.program.graph.nodes, list(gm.graph.nodes), strict=True))
     wanted = {group.axis for group in groups}
-    found: dict[int, list[Gate]] = {}
+    found: dict[int, list[UnitGate]] = {}
     count = 0
     for call, twin in twins.items():
         for operand, dim in _summed(call, standing):
@@ -62,7 +62,7 @@ def gated(standing: Standing, groups: Sequence[Group]) -> tuple[fx.GraphModule, 
             axes = () if layout is None else sorted({leaf.id for leaf in leaves(layout)} & wanted)
             if layout is None or not axes or not operand.meta["val"].is_floating_point():
                 continue
-            gate = Gate(f"_gate_{count}", layout)
+            gate = UnitGate(f"_gate_{count}", layout)
             count += 1
             _insert(gm, gate, operand.meta["val"], dim, twins[operand], twin)
             for axis in axes:
@@ -93,7 +93,7 @@ def _summed_by_einsum(given: dict[str, Any], standing: Standing) -> Iterator[tup
             yield holders[0]
 
 
-def _insert(gm: fx.GraphModule, gate: Gate, value: torch.Tensor, dim: int, operand: fx.Node, call: fx.Node) -> None:
+def _insert(gm: fx.GraphModule, gate: UnitGate, value: torch.Tensor, dim: int, operand: fx.Node, call: fx.Node) -> None:
     """Multiply an operand of a call with a new gate, where it is read first: both may be the same value."""
     ones = torch.ones(int(value.shape[dim]), *[1] * (value.dim() - dim - 1), dtype=value.dtype, device=value.device)
     gm.register_parameter(gate.name, torch.nn.Parameter(ones))

@@ -7,14 +7,11 @@ Layouts are those of the whole program; the tensor may have lost indices since, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 import torch
 
 from graphopt.axes.groups import coordinates
 from graphopt.axes.layout import Layout, surviving, touches
-
-Kept = Mapping[int, Sequence[int]]
+from graphopt.axes.rewrite import Kept
 
 
 def places(layout: Layout, axis: int, kept: Kept) -> list[torch.Tensor]:

@@ -9,7 +9,7 @@ LSTM, GRU, RNN                         every step of every sample x each weight 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import fx
 
 from graphopt.axes.infer import Axes
 from graphopt.axes.layout import ONE, Layout, size, surviving_size, touches
+from graphopt.axes.rewrite import Kept
 from graphopt.axes.rules.contraction import parse_equation
 from graphopt.ir.graph import arguments
 from graphopt.ir.torch_internals import optimization_hint
@@ -36,12 +37,11 @@ PRODUCTS = {
 }
 _RECURRENT = (aten.lstm, aten.gru, aten.rnn_tanh, aten.rnn_relu)
 
-Kept = Mapping[int, Sequence[int]]
 _Labelled = dict[str, tuple[Layout, int]]  # an operand of an einsum, with sizes in the example
 
 
 @dataclass(frozen=True)
-class Part:
+class SizeProduct:
     """Something that counts as a product of sizes.
 
     Attributes:
@@ -65,7 +65,7 @@ class Part:
         return self.amount * share
 
 
-def parts_of(node: fx.Node, axes: Axes, flops: int) -> list[Part] | None:
+def parts_of(node: fx.Node, axes: Axes, flops: int) -> list[SizeProduct] | None:
     """Return the operations of a call as products of sizes, None for one whose form is not known.
 
     Args:
@@ -83,17 +83,17 @@ def parts_of(node: fx.Node, axes: Axes, flops: int) -> list[Part] | None:
         return None
     result = axes.layouts[node]
     if packet in _CONVOLUTIONS:
-        return [Part(flops, (*result, *axes.layouts[given["weight"]][1:]))]
+        return [SizeProduct(flops, (*result, *axes.layouts[given["weight"]][1:]))]
     if packet in _TRANSPOSED:
-        return [Part(flops, (*axes.layouts[given["input"]], *axes.layouts[given["weight"]][1:]))]
+        return [SizeProduct(flops, (*axes.layouts[given["input"]], *axes.layouts[given["weight"]][1:]))]
     if packet in PRODUCTS:
-        return [Part(flops, (*result, axes.layouts[given[PRODUCTS[packet][0]]][-1]))]
+        return [SizeProduct(flops, (*result, axes.layouts[given[PRODUCTS[packet][0]]][-1]))]
     if packet is aten.scaled_dot_product_attention:
         return _attention(given, axes, flops)
     return _einsum(given, axes, flops) if packet is aten.einsum else None
 
 
-def _attention(given: Mapping[str, Any], axes: Axes, flops: int) -> list[Part] | None:
+def _attention(given: Mapping[str, Any], axes: Axes, flops: int) -> list[SizeProduct] | None:
     """Return query times key, and scores times value."""
     query, key, value = (axes.layouts[given[name]] for name in ("query", "key", "value"))
     wide, out = size(query[-1]), size(value[-1])
@@ -101,10 +101,10 @@ def _attention(given: Mapping[str, Any], axes: Axes, flops: int) -> list[Part] |
         return None
     first = flops * wide // (wide + out)
     scores = (*query[:-1], key[-2])
-    return [Part(first, (*scores, query[-1])), Part(flops - first, (*scores, value[-1]))]
+    return [SizeProduct(first, (*scores, query[-1])), SizeProduct(flops - first, (*scores, value[-1]))]
 
 
-def _recurrent(given: Mapping[str, Any], axes: Axes, flops: int) -> list[Part] | None:
+def _recurrent(given: Mapping[str, Any], axes: Axes, flops: int) -> list[SizeProduct] | None:
     """Return each weight matrix times every step."""
     sequence = axes.layouts.get(given["input" if "input" in given else "data"])
     weights = [axes.layouts.get(weight) for weight in given["params"]]
@@ -113,10 +113,10 @@ def _recurrent(given: Mapping[str, Any], axes: Axes, flops: int) -> list[Part] |
     matrices = [dims for dims in weights if dims is not None and len(dims) == 2]
     elements = [math.prod(int(size(layout)) for layout in dims) for dims in matrices]
     each = flops // sum(elements)  # two for each step
-    return [Part(each * count, (*sequence[:-1], *dims)) for count, dims in zip(elements, matrices, strict=True)]
+    return [SizeProduct(each * count, (*sequence[:-1], *dims)) for count, dims in zip(elements, matrices, strict=True)]
 
 
-def _einsum(given: Mapping[str, Any], axes: Axes, flops: int) -> list[Part] | None:
+def _einsum(given: Mapping[str, Any], axes: Axes, flops: int) -> list[SizeProduct] | None:
     """Return every pair that is multiplied and summed; None where they are not what is counted."""
     tensors = given["tensors"]
     terms, result = parse_equation(given["equation"], [len(axes.layouts[node]) for node in tensors])
@@ -129,7 +129,7 @@ def _einsum(given: Mapping[str, Any], axes: Axes, flops: int) -> list[Part] | No
     return parts if sum(part.amount for part in parts) == flops else None
 
 
-def _pairs(operands: list[_Labelled], result: set[str], path: list[int]) -> Iterator[Part]:
+def _pairs(operands: list[_Labelled], result: set[str], path: list[int]) -> Iterator[SizeProduct]:
     """Yield each batched matrix product, in the order in which torch 2.13 contracts.
 
     A label of one operand alone is summed before, which is no product; where nothing is summed, none is either.
@@ -142,7 +142,7 @@ def _pairs(operands: list[_Labelled], result: set[str], path: list[int]) -> Iter
         both = {label: dim for label, dim in {**a, **b}.items() if label in elsewhere or label in summed}
         if summed:
             layouts, lengths = zip(*both.values(), strict=True)
-            yield Part(2 * math.prod(lengths), layouts, tuple(both[label][0] for label in sorted(summed)))
+            yield SizeProduct(2 * math.prod(lengths), layouts, tuple(both[label][0] for label in sorted(summed)))
         left = {label: dim for label, dim in both.items() if label not in summed}
         operands.insert(len(operands) if path else 0, left)
         path = path[2:]

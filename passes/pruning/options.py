@@ -11,7 +11,7 @@ from graphopt.data.split import FEWEST
 from graphopt.loading.functions import is_function_name
 from graphopt.measure.budget import Budget
 
-Kind = Literal["channels", "hidden", "heads", "head_dim", "width"]
+GroupKind = Literal["channels", "hidden", "heads", "head_dim", "width"]
 Criterion = Literal["l1", "l2", "random", "fpgm", "bn_scale", "lamp", "activation", "taylor", "obd"]
 Limit = Annotated[float, Field(gt=0)]
 
@@ -59,7 +59,7 @@ class PruneOptions:
     skip: tuple[str, ...] = ()
     round_to: Annotated[int, Field(ge=1)] | None = None
     min_channels: Annotated[int, Field(ge=1)] = 2
-    kinds: tuple[Kind, ...] = ("channels", "hidden", "heads", "head_dim", "width")
+    kinds: tuple[GroupKind, ...] = ("channels", "hidden", "heads", "head_dim", "width")
     steps: Annotated[int, Field(ge=1, le=100)] = 1
     guard: Literal["alignment", "measure"] = "alignment"
     compensate: bool = True

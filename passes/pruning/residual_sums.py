@@ -22,7 +22,7 @@ _LEAST_GAIN = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
-class Branch:
+class Addend:
     """A layer that ends in a sum.
 
     Attributes:
@@ -35,7 +35,7 @@ class Branch:
     factor: torch.Tensor
 
 
-def branch_of(call: WeightedCall, gm: fx.GraphModule) -> Branch | None:
+def addend_of(call: WeightedCall, gm: fx.GraphModule) -> Addend | None:
     """Describe the sum that `call` ends in, None if its output is read by anything else on the way."""
     gain = torch.ones(call.out_features, dtype=torch.float64)
     node = call.node
@@ -63,7 +63,7 @@ def running_mean(call: WeightedCall, gm: fx.GraphModule) -> str | None:
     return str(mean.target) if len(uses(gm, str(mean.target))) == 1 else None
 
 
-def _branch(node: fx.Node, reader: fx.Node, gain: torch.Tensor) -> Branch | None:
+def _branch(node: fx.Node, reader: fx.Node, gain: torch.Tensor) -> Addend | None:
     given = arguments(reader, ())
     one, two = given["self"], given["other"]
     other = two if one is node else one
@@ -72,7 +72,7 @@ def _branch(node: fx.Node, reader: fx.Node, gain: torch.Tensor) -> Branch | None
     if [str(size) for size in other.meta["val"].shape] != [str(size) for size in node.meta["val"].shape]:
         return None
     reaches = gain.abs() > _LEAST_GAIN * gain.abs().max()
-    return Branch(other, torch.where(reaches, 1 / gain, torch.zeros_like(gain)))
+    return Addend(other, torch.where(reaches, 1 / gain, torch.zeros_like(gain)))
 
 
 def _gain(node: fx.Node, reader: fx.Node, call: WeightedCall, gm: fx.GraphModule) -> torch.Tensor | None:

@@ -14,10 +14,11 @@ from torch import fx
 
 from graphopt.axes.infer import Axes
 from graphopt.axes.layout import leaves
+from graphopt.axes.rewrite import Kept
 from graphopt.ir.graph import tensor_attribute
 from graphopt.ir.program import Program
 from graphopt.measure.cost import Cost, cost, node_flops
-from graphopt.passes.pruning.operations import Kept, Part, parts_of
+from graphopt.passes.pruning.operations import SizeProduct, parts_of
 
 
 class Sizes:
@@ -33,7 +34,7 @@ class Sizes:
         self._whole = cost(program)
         free = {group.axis for group in axes.groups()}
         self._tensors = [part for part in _tensors(axes) if _concerned(part[0], free)]
-        self._calls: list[Part] = []
+        self._calls: list[SizeProduct] = []
         self._operations = 0  # of all calls, for all samples of the example
         self.complete = True
         for node in axes.gm.graph.nodes:
@@ -54,17 +55,17 @@ class Sizes:
         )
 
 
-def _tensors(axes: Axes) -> list[tuple[Part, bool, int]]:
+def _tensors(axes: Axes) -> list[tuple[SizeProduct, bool, int]]:
     """Return each distinct tensor with whether it is trained and the bytes of an element."""
-    found: dict[int, tuple[Part, bool, int]] = {}
+    found: dict[int, tuple[SizeProduct, bool, int]] = {}
     for name, dims in axes.parameters.items():
         tensor = tensor_attribute(axes.gm, name)
         trained = isinstance(tensor, torch.nn.Parameter)
-        found.setdefault(id(tensor), (Part(tensor.numel(), dims), trained, tensor.element_size()))
+        found.setdefault(id(tensor), (SizeProduct(tensor.numel(), dims), trained, tensor.element_size()))
     return list(found.values())
 
 
-def _concerned(part: Part, free: set[int]) -> bool:
+def _concerned(part: SizeProduct, free: set[int]) -> bool:
     return any(axis.id in free for layout in part.layouts for axis in leaves(layout))
 
 

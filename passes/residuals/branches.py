@@ -26,7 +26,7 @@ from graphopt.ir.names import Names
 from graphopt.ir.provenance import module_path
 from graphopt.ir.torch_internals import statically_known_true
 from graphopt.passes.layers.recognition import Layers
-from graphopt.passes.residuals.kind import Kind, describe
+from graphopt.passes.residuals.kind import BranchKind, describe
 from graphopt.pipeline.plan import Refusal
 
 aten = torch.ops.aten
@@ -51,7 +51,7 @@ class Branch:
     """
 
     name: str
-    kind: Kind
+    kind: BranchKind
     result: fx.Node
     sum: fx.Node
     stays: fx.Node

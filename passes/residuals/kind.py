@@ -10,12 +10,12 @@ from torch import fx
 from graphopt.ir.provenance import module_path, op_name
 from graphopt.passes.layers.recognition import RECURRENT, Layers
 
-Kind = Literal["attention", "convolution", "recurrent", "mlp", "mixer"]
+BranchKind = Literal["attention", "convolution", "recurrent", "mlp", "mixer"]
 
 _MIXING = ("matmul", "bmm", "baddbmm", "einsum")
 
 
-def describe(nodes: Sequence[fx.Node], known: Layers) -> tuple[Kind, str]:
+def describe(nodes: Sequence[fx.Node], known: Layers) -> tuple[BranchKind, str]:
     """Return the kind of a branch and the path of the module that all its layers belong to."""
     layers = [node for node in nodes if node in known]
     everything = [*nodes, *known.inside(nodes)]
@@ -23,7 +23,7 @@ def describe(nodes: Sequence[fx.Node], known: Layers) -> tuple[Kind, str]:
     return kind, _common([module_path(node) for node in layers])
 
 
-def _kind(nodes: Sequence[fx.Node], layers: Sequence[fx.Node]) -> Kind:
+def _kind(nodes: Sequence[fx.Node], layers: Sequence[fx.Node]) -> BranchKind:
     names = {op_name(node) for node in nodes}
     products = [node for node in nodes if op_name(node) in _MIXING and node not in layers]
     if "scaled_dot_product_attention" in names or ({"softmax", "_softmax"} & names and len(products) >= 2):

@@ -34,7 +34,7 @@ from graphopt.targets.description import SparseFormat
 
 
 @dataclass(frozen=True, eq=False)
-class Site:
+class SparseSite:
     """One weight and the calls that read it.
 
     Attributes:
@@ -46,7 +46,7 @@ class Site:
     calls: tuple[WeightedCall, ...]
 
 
-def find_sites(gm: fx.GraphModule) -> tuple[list[Site], list[Refusal]]:
+def find_sites(gm: fx.GraphModule) -> tuple[list[SparseSite], list[Refusal]]:
     """List the weights of linear layers and convolutions, and the layers whose weight is none or not theirs alone."""
     by_weight: dict[int, list[WeightedCall]] = {}
     closed = regions_with_layers(gm)
@@ -71,11 +71,11 @@ def find_sites(gm: fx.GraphModule) -> tuple[list[Site], list[Refusal]]:
             other = others[0] if others else calls[1].node
             refusals.append(Refusal(name, f"weight is shared with `{other.name}`", "weight is shared"))
         else:
-            sites.append(Site(name, tuple(calls)))
+            sites.append(SparseSite(name, tuple(calls)))
     return sites, refusals
 
 
-def why_not(site: Site, form: SparseFormat, gm: fx.GraphModule) -> tuple[str, str] | None:
+def why_not(site: SparseSite, form: SparseFormat, gm: fx.GraphModule) -> tuple[str, str] | None:
     """Return why no sparse kernel takes a layer and what that is counted as, None if one does."""
     call, weight = site.calls[0], tensor_attribute(gm, site.weight_name)
     if call.kind == "transposed conv":
@@ -114,7 +114,7 @@ def at_the_ends(gm: fx.GraphModule) -> set[fx.Node]:
     return found
 
 
-def named(site: Site, globs: Sequence[str]) -> bool:
+def named(site: SparseSite, globs: Sequence[str]) -> bool:
     """Whether one of `globs` matches the weight's name."""
     return any(fnmatch.fnmatchcase(site.weight_name, glob) for glob in globs)
 

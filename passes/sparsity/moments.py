@@ -17,7 +17,7 @@ from graphopt.ir.program import Program
 from graphopt.ir.walker import Walker
 from graphopt.passes.layers.rows import input_rows, positions
 from graphopt.passes.layers.weighted_call import WeightedCall
-from graphopt.passes.sparsity.layers import Site
+from graphopt.passes.sparsity.layers import SparseSite
 from graphopt.pipeline.context import Progress
 from graphopt.quantization.histogram import NotFiniteError
 from graphopt.statistics.covariance import MEMORY, WIDEST, portions
@@ -57,7 +57,7 @@ class InputMoments:
         return [moments.about_zero() for moments in self._blocks.values()]
 
 
-def block_of(site: Site, multiple: int) -> int:
+def block_of(site: SparseSite, multiple: int) -> int:
     """Return how many inputs share a matrix: all where that fits in memory, else a multiple of `multiple`."""
     if site.calls[0].fan_in <= WIDEST:
         return site.calls[0].fan_in
@@ -65,8 +65,8 @@ def block_of(site: Site, multiple: int) -> int:
 
 
 def gather(
-    program: Program, sites: Sequence[Site], batches: Sequence[Batch], multiple: int, progress: Progress
-) -> Iterator[tuple[Site, InputMoments]]:
+    program: Program, sites: Sequence[SparseSite], batches: Sequence[Batch], multiple: int, progress: Progress
+) -> Iterator[tuple[SparseSite, InputMoments]]:
     """Yield each site with the moments of its inputs, in order.
 
     Args:

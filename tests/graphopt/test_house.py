@@ -67,6 +67,16 @@ def test_passes_share_through_layers_alone() -> None:
     assert {folder: users for folder, users in owners.items() if len(users) > 1} == {}
 
 
+def test_one_word_one_meaning() -> None:
+    places: dict[str, list[str]] = {}
+    for folder in ("graphopt", "passes", "backends"):
+        for file in _sources(folder):
+            for node in ast.parse(file.read_text()).body:
+                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                    places.setdefault(node.name, []).append(str(file.relative_to(ROOT)))
+    assert {name: files for name, files in places.items() if len(files) > 1} == {}
+
+
 # A room imports from rooms on lower floors only; those of one floor do not know each other.
 FLOORS = (
     ("cli",),

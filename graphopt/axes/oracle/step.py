@@ -1,5 +1,6 @@
 """`masked_rule` and `Step`, which are in `graphopt.axes.proof.step`."""
 
-from graphopt.axes.proof.step import Step, masked_rule
+from graphopt.axes.proof.step import MaskedStep as Step
+from graphopt.axes.proof.step import masked_rule
 
 __all__ = ["Step", "masked_rule"]

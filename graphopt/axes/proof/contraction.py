@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from graphopt.axes.proof.step import Step, masked_rule, tensor_result
+from graphopt.axes.proof.step import MaskedStep, masked_rule, tensor_result
 from graphopt.axes.proof.value import Dead, Value, Vector, broadcast, survivors, union, vector, zeroed
 
 Labels = Sequence[str]
@@ -36,7 +36,7 @@ def _batch(count: int) -> list[str]:
 
 
 @masked_rule("aten::linear")
-def linear(step: Step) -> Value:
+def linear(step: MaskedStep) -> Value:
     x, weight, bias = step["input"], step["weight"], step.get("bias")
     batch, out = _batch(x.tensor.dim() - 1), ["out"] * (weight.tensor.dim() - 1)
     tensors, dead = contract([x, weight], [[*batch, "in"], [*out, "in"]], [*batch, *out])
@@ -46,14 +46,14 @@ def linear(step: Step) -> Value:
 
 
 @masked_rule("aten::matmul", "aten::mm", "aten::bmm", "aten::mv", "aten::dot", "aten::vdot")
-def matmul(step: Step) -> Value:
+def matmul(step: MaskedStep) -> Value:
     (left, right), dead = _product(*step.values())
     names = [name for name, value in step.arguments.items() if isinstance(value, Value)]
     return Value(tensor_result(step.run(**dict(zip(names, (left, right), strict=True)))), dead)
 
 
 @masked_rule("aten::addmm", "aten::addbmm", "aten::baddbmm", "aten::addmv")
-def addmm(step: Step) -> Value:
+def addmm(step: MaskedStep) -> Value:
     added, left, right = step.values()
     names = [name for name, value in step.arguments.items() if isinstance(value, Value)]
     tensors, dead = _product(left, right)
@@ -73,7 +73,7 @@ def _product(left: Value, right: Value) -> tuple[list[Tensor], Dead]:
 
 
 @masked_rule("aten::_grouped_mm", "transformers::grouped_mm_fallback")
-def grouped_product(step: Step) -> Value:
+def grouped_product(step: MaskedStep) -> Value:
     """Multiply rows sorted by expert, (rows, in), with the experts' weights (experts, in, out)."""
     (first, x), (second, weight), *_ = [(n, v) for n, v in step.arguments.items() if isinstance(v, Value)]
     if (x.tensor.dim(), weight.tensor.dim()) != (2, 3):
@@ -84,7 +84,7 @@ def grouped_product(step: Step) -> Value:
 
 
 @masked_rule("aten::inner")
-def inner(step: Step) -> Value:
+def inner(step: MaskedStep) -> Value:
     """Sum over the last dimensions, all others of both stay."""
     a, b = step["self"], step["other"]
     if not a.dead or not b.dead:
@@ -95,7 +95,7 @@ def inner(step: Step) -> Value:
 
 
 @masked_rule("aten::linalg_vecdot")
-def vector_product(step: Step) -> Value:
+def vector_product(step: MaskedStep) -> Value:
     a, b = step["x"], step["y"]
     dead = broadcast([a.dead, b.dead])
     dim = step.dim("dim", len(dead))
@@ -105,7 +105,7 @@ def vector_product(step: Step) -> Value:
 
 
 @masked_rule("aten::linalg_multi_dot", "aten::chain_matmul")
-def chain(step: Step) -> Value:
+def chain(step: MaskedStep) -> Value:
     """Multiply matrices one after the other; the first and the last may be vectors."""
     name = "tensors" if "tensors" in step.arguments else "matrices"
     values: list[Value] = list(step[name])
@@ -118,19 +118,19 @@ def chain(step: Step) -> Value:
 
 
 @masked_rule("aten::addr")
-def add_outer(step: Step) -> Value:
+def add_outer(step: MaskedStep) -> Value:
     dead = broadcast([step["self"].dead, (*step["vec1"].dead, *step["vec2"].dead)])
     return Value(tensor_result(step.run()), dead)
 
 
 @masked_rule("aten::outer", "aten::ger")
-def outer(step: Step) -> Value:
+def outer(step: MaskedStep) -> Value:
     a, b = step.values()
     return Value(tensor_result(step.run()), (*a.dead, *b.dead))
 
 
 @masked_rule("aten::bilinear")
-def bilinear(step: Step) -> Value:
+def bilinear(step: MaskedStep) -> Value:
     x, y, weight, bias = step["input1"], step["input2"], step["weight"], step.get("bias")
     batch = _batch(x.tensor.dim() - 1)
     labels = [[*batch, "left"], [*batch, "right"], ["out", "left", "right"]]
@@ -141,7 +141,7 @@ def bilinear(step: Step) -> Value:
 
 
 @masked_rule("aten::tensordot")
-def tensordot(step: Step) -> Value:
+def tensordot(step: MaskedStep) -> Value:
     a, b = step["self"], step["other"]
     labels = [[f"a{i}" for i in range(a.tensor.dim())], [f"b{i}" for i in range(b.tensor.dim())]]
     for i, j in zip(step["dims_self"], step["dims_other"], strict=True):
@@ -152,7 +152,7 @@ def tensordot(step: Step) -> Value:
 
 
 @masked_rule("aten::einsum")
-def einsum(step: Step) -> Value:
+def einsum(step: MaskedStep) -> Value:
     operands: list[Value] = list(step["tensors"])
     left, arrow, right = str(step["equation"]).replace(" ", "").partition("->")
     terms = left.split(",")
@@ -172,7 +172,7 @@ def _letters(term: str, rank: int) -> list[str]:
 
 
 @masked_rule("aten::conv1d", "aten::conv2d", "aten::conv3d", "aten::convolution")
-def convolution(step: Step) -> Value:
+def convolution(step: MaskedStep) -> Value:
     if step.arguments.get("transposed"):
         return _transposed(step)
     x, weight, bias = step["input"], step["weight"], step.get("bias")
@@ -186,12 +186,12 @@ def convolution(step: Step) -> Value:
 
 
 @masked_rule("aten::conv_transpose1d", "aten::conv_transpose2d", "aten::conv_transpose3d")
-def transposed(step: Step) -> Value:
+def transposed(step: MaskedStep) -> Value:
     """Sum over the first dimension of the weight (in, out / groups, kernel)."""
     return _transposed(step)
 
 
-def _transposed(step: Step) -> Value:
+def _transposed(step: MaskedStep) -> Value:
     x, weight, bias = step["input"], step["weight"], step.get("bias")
     channel = x.tensor.dim() - weight.tensor.dim() + 1
     _require_whole_space(step, x.dead[channel + 1 :])
@@ -207,7 +207,7 @@ def _transposed(step: Step) -> Value:
     return Value(tensor_result(result), _at_channel(x.dead, channel, out))
 
 
-def _require_whole_space(step: Step, space: Dead) -> None:
+def _require_whole_space(step: MaskedStep, space: Dead) -> None:
     """Refuse removed positions that a kernel slides over; one of size 1 leaves each position by itself."""
     weight: Value = step["weight"]
     for d, flags in enumerate(space):
@@ -236,7 +236,7 @@ def _at_channel(dead: Dead, channel: int, out: Vector) -> Dead:
 
 
 @masked_rule("aten::scaled_dot_product_attention")
-def attention(step: Step) -> Value:
+def attention(step: MaskedStep) -> Value:
     """softmax(q k^T * scale + mask) v over surviving keys; the default scale is that of the original width."""
     q, k, v, bias = step["query"], step["key"], step["value"], step.get("attn_mask")
     keys = union(k.dead[-2], v.dead[-2], *(bias.dead[-1:] if bias is not None else ()))
@@ -275,7 +275,7 @@ def _heads(value: Value, query: Value) -> Dead:
 
 
 @masked_rule("aten::_weight_norm", "aten::_weight_norm_interface")
-def weight_norm(step: Step) -> Any:
+def weight_norm(step: MaskedStep) -> Any:
     """Scale v / |v| by g, the norm over all dimensions but `dim`; the interface returns the norms too."""
     v, g = step["v"], step["g"]
     dim = step.dim("dim", v.tensor.dim())
@@ -288,7 +288,7 @@ def weight_norm(step: Step) -> Any:
 
 
 @masked_rule("aten::cdist")
-def cdist(step: Step) -> Value:
+def cdist(step: MaskedStep) -> Value:
     a, b = step["x1"], step["x2"]
     tensors, _ = contract(
         [a, b],

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphopt.axes.proof.step import Step, masked_rule, tensor_result
+from graphopt.axes.proof.step import MaskedStep, masked_rule, tensor_result
 from graphopt.axes.proof.value import Dead, Value, broadcast, compact, joined, union
 from graphopt.ir.torch_internals import pytree
 
@@ -112,7 +112,7 @@ from graphopt.ir.torch_internals import pytree
     "aten::zero",
     counts=True,
 )
-def pointwise(step: Step) -> Any:
+def pointwise(step: MaskedStep) -> Any:
     dead, counted = joined(step.values())
     if step.target._schema.is_mutable:
         step.first().counted = counted  # what is written over need no longer be equal all along
@@ -129,32 +129,32 @@ def pointwise(step: Step) -> Any:
     "aten::randn_like",
     "aten::zeros_like",
 )
-def like_first(step: Step) -> Value:
+def like_first(step: MaskedStep) -> Value:
     """Follow the first operand; another gives no more than its dtype."""
     return Value(tensor_result(step.run()), step.first().dead)
 
 
 @masked_rule("aten::new_zeros", "aten::new_ones", "aten::new_full", "aten::new_empty")
-def new_tensor(step: Step) -> torch.Tensor:
+def new_tensor(step: MaskedStep) -> torch.Tensor:
     """Make a tensor of given size; the operand gives its dtype alone."""
     return tensor_result(step.run())
 
 
 @masked_rule("aten::sym_size", "aten::sym_numel", "aten::sym_stride", "aten::size", "aten::numel")
-def sizes(step: Step) -> Any:
+def sizes(step: MaskedStep) -> Any:
     """Return numbers: those of the original, whose literals keep their meaning."""
     return step.run()
 
 
 @masked_rule("aten::copy")
-def copy(step: Step) -> Value:
+def copy(step: MaskedStep) -> Value:
     """Write one tensor over another: the places are those of both."""
     target, source = step.values()
     return Value(tensor_result(step.run()), broadcast([target.dead, source.dead]))
 
 
 @masked_rule("aten::prelu")
-def prelu(step: Step) -> Value:
+def prelu(step: MaskedStep) -> Value:
     x, weight = step.values()
     dead = list(x.dead)
     if weight.tensor.numel() > 1 and len(dead) > 1:
@@ -163,7 +163,7 @@ def prelu(step: Step) -> Value:
 
 
 @masked_rule("aten::glu")
-def glu(step: Step) -> Value:
+def glu(step: MaskedStep) -> Value:
     """Multiply the first half of a dimension by the sigmoid of the second."""
     x = step.first()
     dim = step.dim("dim", x.tensor.dim())
@@ -175,7 +175,7 @@ def glu(step: Step) -> Value:
 
 
 @masked_rule("aten::isin", "aten::bucketize")
-def among(step: Step) -> Value:
+def among(step: MaskedStep) -> Value:
     """Look up every element in a list by itself."""
     x, *lists = step.values()
     step.require_whole([flags for value in lists for flags in value.dead], "the list")
@@ -195,7 +195,7 @@ def among(step: Step) -> Value:
     "aten::smooth_l1_loss",
     "aten::soft_margin_loss",
 )
-def loss(step: Step) -> Value:
+def loss(step: MaskedStep) -> Value:
     """Compare element by element and, but for reduction 0, take the sum or the mean over survivors."""
     dead = broadcast(value.dead for value in step.values())
     if not step["reduction"]:
@@ -215,12 +215,12 @@ def _of_own(value: Value, dead: Dead) -> Dead:
 
 
 @masked_rule("aten::view_as_real")
-def view_as_real(step: Step) -> Value:
+def view_as_real(step: MaskedStep) -> Value:
     return Value(tensor_result(step.run()), (*step.first().dead, None))
 
 
 @masked_rule("aten::view_as_complex")
-def view_as_complex(step: Step) -> Value:
+def view_as_complex(step: MaskedStep) -> Value:
     x = step.first()
     step.require_whole(x.dead[-1:], "a pair of real and imaginary part")
     return Value(tensor_result(step.run()), x.dead[:-1])

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphopt.axes.proof.step import Step, masked_rule, tensor_result
+from graphopt.axes.proof.step import MaskedStep, masked_rule, tensor_result
 from graphopt.axes.proof.value import Dead, Value, Vector, broadcast, from_mask, to_mask, union, whole
 
 
 @masked_rule("aten::embedding", "aten::embedding_bag", "aten::_embedding_bag")
-def embedding(step: Step) -> Any:
+def embedding(step: MaskedStep) -> Any:
     """Look up rows; a bag sums them and returns where bags begin, how long they are and where the largest is too."""
     weight, indices = step["weight"], step["indices"]
     step.require_whole([weight.dead[0]], "the rows of the table")
@@ -27,7 +27,7 @@ def embedding(step: Step) -> Any:
 
 
 @masked_rule("aten::index", "aten::_unsafe_index")
-def look_up(step: Step) -> Value:
+def look_up(step: MaskedStep) -> Value:
     """Fetch by constant or computed positions: the same fetch is made of the mask."""
     x, indices = step["self"], step["indices"]
     given = [index for index in indices if index is not None]
@@ -47,7 +47,7 @@ def look_up(step: Step) -> Value:
 
 
 @masked_rule("aten::index_select")
-def select_positions(step: Step) -> Value:
+def select_positions(step: MaskedStep) -> Value:
     x, index = step["self"], step["index"]
     dead, dim = list(x.dead), step.dim("dim", x.tensor.dim())
     step.require_whole(dead[dim : dim + 1], "the dimension that is looked up in")
@@ -57,7 +57,7 @@ def select_positions(step: Step) -> Value:
 
 
 @masked_rule("aten::gather", "aten::take_along_dim")
-def gather(step: Step) -> Value:
+def gather(step: MaskedStep) -> Value:
     """Dimensions other than the one looked up in have the same positions in both operands."""
     x = step["self"]
     index = step["index"] if "index" in step.arguments else step["indices"]
@@ -79,7 +79,7 @@ def gather(step: Step) -> Value:
     "aten::scatter_add",
     "aten::scatter_reduce",
 )
-def scatter(step: Step) -> Value:
+def scatter(step: MaskedStep) -> Value:
     """Write along one dimension: the others have the same positions in both tensors."""
     x = step["self"]
     dim = step.dim("dim", x.tensor.dim())
@@ -98,7 +98,7 @@ def scatter(step: Step) -> Value:
 
 
 @masked_rule("aten::index_put", "aten::_unsafe_index_put")
-def index_put(step: Step) -> Value:
+def index_put(step: MaskedStep) -> Value:
     """Write `values` at positions of the leading dimensions."""
     x, values = step["self"], step["values"]
     indices = [index for index in step["indices"] if index is not None]

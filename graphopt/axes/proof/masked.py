@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.axes.proof.randomise import randomise
-from graphopt.axes.proof.run import Kept, MaskedRun, PlainRun, branching_depth, names
+from graphopt.axes.proof.run import KeptByName, MaskedRun, PlainRun, branching_depth, names
 from graphopt.axes.proof.value import Value, compact, known_or_counted
 from graphopt.errors import VerifyError
 from graphopt.ir.graph import tensor_attribute
@@ -51,7 +51,7 @@ class _Findings:
     other_shape: str = ""
 
 
-def masked_outputs(gm: fx.GraphModule, removed: Kept, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
+def masked_outputs(gm: fx.GraphModule, removed: KeptByName, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
     """Run a program in float64 with removed positions masked; return its flat tensor outputs.
 
     Of branches (`torch.cond`) the first is taken, whatever the data say.
@@ -74,7 +74,7 @@ def masked_outputs(gm: fx.GraphModule, removed: Kept, inputs: Sequence[Any]) -> 
 def check_masked_equivalence(
     original: fx.GraphModule,
     pruned: fx.GraphModule,
-    kept: Kept,
+    kept: KeptByName,
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None = None,
     *,
@@ -120,7 +120,7 @@ def check_masked_equivalence(
     return findings.error
 
 
-def check_slices(original: fx.GraphModule, pruned: fx.GraphModule, kept: Kept) -> None:
+def check_slices(original: fx.GraphModule, pruned: fx.GraphModule, kept: KeptByName) -> None:
     """Check that every tensor of `pruned` is the kept part of that of `original`, bit for bit.
 
     Raises:
@@ -134,7 +134,7 @@ def check_slices(original: fx.GraphModule, pruned: fx.GraphModule, kept: Kept) -
             raise VerifyError(f"`{name}` ({_kind(found)}) does not hold the kept elements of the original in order.")
 
 
-def _check_kinds(original: fx.GraphModule, pruned: fx.GraphModule, kept: Kept) -> None:
+def _check_kinds(original: fx.GraphModule, pruned: fx.GraphModule, kept: KeptByName) -> None:
     """Check names, shapes and dtypes; the elements may have been refitted since the removal."""
     known = frozenset(_tensor_names(original))
     for name in _tensor_names(pruned):
@@ -281,7 +281,7 @@ def _check_informative(output: Tensor) -> None:
 class _Reader:
     """Reads tensors of the randomised original, cut to what is kept where asked to."""
 
-    def __init__(self, gm: fx.GraphModule, kept: Kept | None = None) -> None:
+    def __init__(self, gm: fx.GraphModule, kept: KeptByName | None = None) -> None:
         self._gm = gm
         self._kept = kept or {}
         self._own: dict[str, Tensor] = {}

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from graphopt.axes.proof.step import Step, masked_rule, tensor_result
+from graphopt.axes.proof.step import MaskedStep, masked_rule, tensor_result
 from graphopt.axes.proof.value import Dead, Value, broadcast, compact, spread
 from graphopt.ir.torch_internals import pytree
 
@@ -16,7 +16,7 @@ _TRANSFORMS = [
 
 
 @masked_rule(*_TRANSFORMS, "aten::fft_fftshift", "aten::fft_ifftshift")
-def fourier(step: Step) -> Value:
+def fourier(step: MaskedStep) -> Value:
     x = step.first()
     rank = x.tensor.dim()
     dims = step.dims("dim", rank)
@@ -27,7 +27,7 @@ def fourier(step: Step) -> Value:
 
 
 @masked_rule("aten::stft", "aten::istft")
-def short_time_fourier(step: Step) -> Value:
+def short_time_fourier(step: MaskedStep) -> Value:
     x = step.first()
     step.require_whole([flags for value in step.values() for flags in value.dead[value is x :]], "time")
     result = tensor_result(step.run())
@@ -35,7 +35,7 @@ def short_time_fourier(step: Step) -> Value:
 
 
 @masked_rule("aten::diff", "aten::trapezoid", "aten::trapz", "aten::cumulative_trapezoid")
-def along_one(step: Step) -> Value:
+def along_one(step: MaskedStep) -> Value:
     x, *others = step.values()
     dim = step.dim("dim", x.tensor.dim())
     step.require_whole([x.dead[dim], *(flags for value in others for flags in value.dead)], "an ordered dimension")
@@ -44,14 +44,14 @@ def along_one(step: Step) -> Value:
 
 
 @masked_rule("aten::msort")
-def sort_first(step: Step) -> Value:
+def sort_first(step: MaskedStep) -> Value:
     x = step.first()
     step.require_whole(x.dead[:1], "an ordered dimension")
     return Value(tensor_result(step.run()), x.dead)
 
 
 @masked_rule("aten::cross", "aten::linalg_cross")
-def cross(step: Step) -> Value:
+def cross(step: MaskedStep) -> Value:
     dead = broadcast(value.dead for value in step.values())
     step.require_whole(dead if step["dim"] is None else [dead[step.dim("dim", len(dead))]], "the three coordinates")
     return Value(tensor_result(step.run()), dead)
@@ -73,7 +73,7 @@ _OF_MATRICES = [
 
 
 @masked_rule(*_OF_MATRICES)
-def of_matrices(step: Step) -> Any:
+def of_matrices(step: MaskedStep) -> Any:
     """Treat each matrix of a batch by itself."""
     values = step.values()
     step.require_whole([flags for value in values for flags in value.dead[-2:]], "rows and columns of a matrix")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from graphopt.axes.layout import operator_name
-from graphopt.axes.proof.step import Step, masked_rule, raw, tensor_result
+from graphopt.axes.proof.step import MaskedStep, masked_rule, raw, tensor_result
 from graphopt.axes.proof.value import (
     CannotProveError,
     Dead,
@@ -92,7 +92,7 @@ from graphopt.ir.torch_internals import pytree
     "aten::vstack",
     counts=True,
 )
-def move(step: Step) -> Any:
+def move(step: MaskedStep) -> Any:
     """Make the same move with the mask of every operand that moves."""
     names = ["tensors"] if "tensors" in step.arguments else [step.first_name()]
     values = [value for name in names for value in pytree.tree_leaves(step[name])]
@@ -106,7 +106,7 @@ def move(step: Step) -> Any:
     return pytree.tree_unflatten(found, structure)
 
 
-def _countable(step: Step, value: Value) -> Dead:
+def _countable(step: MaskedStep, value: Value) -> Dead:
     """Return what is removed or counted, but of a dimension that is cut into parts: how many fall into each is open."""
     flags = list(known_or_counted(value))
     if operator_name(step.target).removesuffix("_copy") in _CUTS:
@@ -115,7 +115,7 @@ def _countable(step: Step, value: Value) -> Dead:
     return tuple(flags)
 
 
-def _moved(step: Step, name: str, dead: Sequence[Dead]) -> list[Dead]:
+def _moved(step: MaskedStep, name: str, dead: Sequence[Dead]) -> list[Dead]:
     given, structure = pytree.tree_flatten(step[name])
     masks = [to_mask(value.tensor.shape, flags) for value, flags in zip(given, dead, strict=True)]
     moved = step.run(**{name: pytree.tree_unflatten(masks, structure)})
@@ -138,13 +138,13 @@ _CUTS = frozenset(
 
 
 @masked_rule("aten::broadcast_tensors")
-def broadcast_tensors(step: Step) -> list[Value]:
+def broadcast_tensors(step: MaskedStep) -> list[Value]:
     dead = broadcast(value.dead for value in step["tensors"])
     return [Value(result, dead) for result in step.run()]
 
 
 @masked_rule("aten::meshgrid")
-def meshgrid(step: Step) -> list[Value]:
+def meshgrid(step: MaskedStep) -> list[Value]:
     """Every result has one dimension per operand; `xy` swaps the first two."""
     dead = [value.dead[0] if value.dead else None for value in step["tensors"]]
     if step.arguments.get("indexing") == "xy" and len(dead) > 1:
@@ -153,7 +153,7 @@ def meshgrid(step: Step) -> list[Value]:
 
 
 @masked_rule("aten::block_diag")
-def block_diagonal(step: Step) -> Value:
+def block_diagonal(step: MaskedStep) -> Value:
     """Rows beside rows, columns beside columns."""
     shapes = [((1, 1, *v.tensor.shape)[-2:], (None, None, *v.dead)[-2:]) for v in step["tensors"]]
     dead = (vector(torch.cat([_flags(flags[d], size[d]) for size, flags in shapes])) for d in (0, 1))
@@ -161,14 +161,14 @@ def block_diagonal(step: Step) -> Value:
 
 
 @masked_rule("aten::kron")
-def kronecker(step: Step) -> Value:
+def kronecker(step: MaskedStep) -> Value:
     """A product survives where both factors do."""
     alive = {n: (~to_mask(v.tensor.shape, v.dead)).byte() for n, v in step.arguments.items() if isinstance(v, Value)}
     return Value(tensor_result(step.run()), from_mask(tensor_result(step.run(**alive)) == 0))
 
 
 @masked_rule("aten::cat", "aten::concat", "aten::concatenate")
-def cat(step: Step) -> Value:
+def cat(step: MaskedStep) -> Value:
     """Put tensors side by side: along the other dimensions they have the same positions."""
     parts: list[Value] = [v for v in step["tensors"] if v.tensor.dim() > 1 or v.tensor.numel() or v.masked]
     rank = parts[0].tensor.dim()
@@ -179,7 +179,7 @@ def cat(step: Step) -> Value:
 
 
 @masked_rule("aten::stack")
-def stack(step: Step) -> Value:
+def stack(step: MaskedStep) -> Value:
     parts: list[Value] = list(step["tensors"])
     rank = parts[0].tensor.dim()
     dead = [union(*(part.dead[d] for part in parts)) for d in range(rank)]
@@ -192,7 +192,7 @@ def _flags(flags: Vector, length: int) -> Tensor:
 
 
 @masked_rule("aten::slice_scatter", "aten::select_scatter")
-def scatter_slice(step: Step) -> Value:
+def scatter_slice(step: MaskedStep) -> Value:
     """Write over a slice: along the other dimensions both tensors have the same positions."""
     x, source = step["self"], step["src"]
     rank = x.tensor.dim()
@@ -212,7 +212,7 @@ def scatter_slice(step: Step) -> Value:
 
 
 @masked_rule("aten::constant_pad_nd", "aten::pad", "aten::zero_pad2d")
-def pad(step: Step) -> Value:
+def pad(step: MaskedStep) -> Value:
     """Add positions at the ends of dimensions, or take some away. New ones are not removed."""
     x = step.first()
     amounts: Sequence[int] = raw(step["pad"])
@@ -237,7 +237,7 @@ def pad(step: Step) -> Value:
     "aten::replication_pad2d",
     "aten::replication_pad3d",
 )
-def pad_with_content(step: Step) -> Value:
+def pad_with_content(step: MaskedStep) -> Value:
     x = step.first()
     step.require_whole(x.dead[x.tensor.dim() - len(step["padding"]) // 2 :], "a padded dimension")
     return Value(tensor_result(step.run()), x.dead)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from graphopt.axes.proof.step import Step, masked_rule
+from graphopt.axes.proof.step import MaskedStep, masked_rule
 from graphopt.axes.proof.value import Value, Vector, same_flags, union, zeroed
 
 
 @masked_rule("aten::lstm.input", "aten::gru.input", "aten::rnn_tanh.input", "aten::rnn_relu.input")
-def recurrent(step: Step) -> Any:
+def recurrent(step: MaskedStep) -> Any:
     """Zero every removed slice; a gate of zeros keeps a state of zero at zero (for LSTM, GRU, tanh and ReLU)."""
     x, parameters = step["input"], list(step["params"])
     step.require_whole(x.dead[:-1], "time or batch")
@@ -26,7 +26,7 @@ def recurrent(step: Step) -> Any:
     return [Value(result[0], (None, None, output)), *(Value(t, d) for t, d in zip(result[1:], dead, strict=False))]
 
 
-def _survivors(step: Step, parameters: list[Value]) -> tuple[Vector, tuple[Vector, Vector]]:
+def _survivors(step: MaskedStep, parameters: list[Value]) -> tuple[Vector, tuple[Vector, Vector]]:
     """Return what is removed of the output, and of the last dimension of the state and of the cell state.
 
     The state is read off the recurrent weights, (gates x hidden, state), the cell state off the projection, (state,
@@ -41,14 +41,14 @@ def _survivors(step: Step, parameters: list[Value]) -> tuple[Vector, tuple[Vecto
     return output, (state, hidden)
 
 
-def _common(step: Step, every: list[Vector]) -> Vector:
+def _common(step: MaskedStep, every: list[Vector]) -> Vector:
     if any(not same_flags(flags, every[0]) for flags in every):
         step.require_whole(every, "layers of which different units are removed")
     return every[0]
 
 
 @masked_rule("aten::gru_cell", "aten::rnn_tanh_cell", "aten::rnn_relu_cell", "aten::lstm_cell")
-def cell(step: Step) -> Any:
+def cell(step: MaskedStep) -> Any:
     """One step: as for a layer, a unit whose rows and columns are zero stays at zero."""
     clean = {n: zeroed(v.tensor, v.dead) for n, v in step.arguments.items() if isinstance(v, Value)}
     several = isinstance(step["hx"], list | tuple)

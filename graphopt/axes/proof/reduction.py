@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
-from graphopt.axes.proof.step import Step, masked_rule, tensor_result
+from graphopt.axes.proof.step import MaskedStep, masked_rule, tensor_result
 from graphopt.axes.proof.value import (
     Dead,
     Value,
@@ -60,7 +60,7 @@ def _along(dead: Sequence[Vector], dims: Sequence[int]) -> Dead:
     "aten::special_logsumexp",
     counts=True,
 )
-def reduce(step: Step) -> Any:
+def reduce(step: MaskedStep) -> Any:
     """Reduce what survives along the reduced dimensions; the others stay as they are."""
     x = step.first()
     rank = x.tensor.dim()
@@ -74,7 +74,7 @@ def reduce(step: Step) -> Any:
 
 
 @masked_rule("aten::sum_to_size")
-def sum_to_size(step: Step) -> Value:
+def sum_to_size(step: MaskedStep) -> Value:
     """Sum dimensions in front and those that shall have size 1."""
     x, wanted = step.first(), list(step["size"])
     front = x.tensor.dim() - len(wanted)
@@ -93,7 +93,7 @@ def sum_to_size(step: Step) -> Value:
     "aten::nanmedian.dim",
     "aten::mode",
 )
-def reduce_to_position(step: Step) -> Any:
+def reduce_to_position(step: MaskedStep) -> Any:
     """Return positions too: they would not be the same after a removal along the dimension."""
     x = step.first()
     dims = step.dims("dim", x.tensor.dim())
@@ -102,7 +102,7 @@ def reduce_to_position(step: Step) -> Any:
 
 
 @masked_rule("aten::max.other", "aten::min.other")
-def larger(step: Step) -> Value:
+def larger(step: MaskedStep) -> Value:
     a, b = step.values()
     return Value(
         tensor_result(step.run()), from_mask(to_mask(a.tensor.shape, a.dead) | to_mask(b.tensor.shape, b.dead))
@@ -123,7 +123,7 @@ def larger(step: Step) -> Value:
     "aten::special_softmax",
     counts=True,
 )
-def keep_shape(step: Step) -> Value:
+def keep_shape(step: MaskedStep) -> Value:
     """Run along what survives of the dimension and put the results back at their places."""
     x = step.first()
     dead = _along(known_or_counted(x), step.dims("dim", x.tensor.dim()))
@@ -144,7 +144,7 @@ def _refilled(result: Tensor, shape: Sequence[int], dead: Dead, x: Value) -> Ten
 
 
 @masked_rule("aten::sort", "aten::argsort", "aten::topk", "aten::kthvalue", "aten::cummax", "aten::cummin")
-def along_whole(step: Step) -> Any:
+def along_whole(step: MaskedStep) -> Any:
     x = step.first()
     dim = step.dim("dim", x.tensor.dim())
     step.require_whole([x.dead[dim]], "the dimension that is ordered")
@@ -158,7 +158,7 @@ def along_whole(step: Step) -> Any:
 
 
 @masked_rule("aten::layer_norm", "aten::rms_norm", "aten::native_layer_norm")
-def layer_norm(step: Step) -> Value:
+def layer_norm(step: MaskedStep) -> Value:
     x, weight, bias = step["input"], step.get("weight"), step.get("bias")
     count = len(step["normalized_shape"])
     lead: Dead = (None,) * (x.tensor.dim() - count)
@@ -179,7 +179,7 @@ def layer_norm(step: Step) -> Value:
 
 
 @masked_rule("aten::group_norm")
-def group_norm(step: Step) -> Value:
+def group_norm(step: MaskedStep) -> Value:
     """Normalise (channels / groups, space) of each group, then scale per channel."""
     x, weight, bias = step["input"], step.get("weight"), step.get("bias")
     groups = int(step["num_groups"])
@@ -210,7 +210,7 @@ def group_norm(step: Step) -> Value:
     "aten::_native_batch_norm_legit",
     "aten::_native_batch_norm_legit_no_training",
 )
-def per_channel_norm(step: Step) -> Any:
+def per_channel_norm(step: MaskedStep) -> Any:
     """Statistics of each channel are its own: nothing crosses channels. They are given, or taken over survivors."""
     x, *others = step.values()
     dead: Dead = (x.dead[0], union(x.dead[1], *(v.dead[0] for v in others)), *x.dead[2:])
@@ -223,7 +223,7 @@ def per_channel_norm(step: Step) -> Any:
 
 
 @masked_rule("aten::cosine_similarity", "aten::pairwise_distance")
-def compare_vectors(step: Step) -> Value:
+def compare_vectors(step: MaskedStep) -> Value:
     a, b = step.values()
     joined = broadcast([a.dead, b.dead])
     dim = step.dim("dim", len(joined)) if "dim" in step.arguments else len(joined) - 1

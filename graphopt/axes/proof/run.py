@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx
 
-from graphopt.axes.proof.step import Step, counts, find_rule, raw
+from graphopt.axes.proof.step import MaskedStep, counts, find_rule, raw
 from graphopt.axes.proof.value import CannotProveError, Dead, Value, broadcast, joined, union, vector, whole
 from graphopt.ir.provenance import user_line
 from graphopt.ir.regions import Region, region, regions
@@ -22,7 +22,7 @@ from graphopt.ir.torch_internals import OpOverload, pytree
 
 Read = Callable[[str], Any]
 _Steps: TypeAlias = Generator[tuple[str, fx.Node, Any], None, list[Any]]
-Kept = Mapping[str, Mapping[int, Sequence[int]]]
+KeptByName = Mapping[str, Mapping[int, Sequence[int]]]
 
 # Half and single precision are computed in double: a proof is not to depend on rounding.
 _DOUBLE = {
@@ -198,7 +198,7 @@ class MaskedRun(PlainRun):
     def __init__(
         self,
         gm: fx.GraphModule,
-        kept: Kept,
+        kept: KeptByName,
         inputs: Sequence[Any],
         read: Read,
         branches: Sequence[int] = (),
@@ -247,7 +247,7 @@ class MaskedRun(PlainRun):
         if rule is None:
             raise _cannot_prove(node, "no rule says what masking means for it")
         try:
-            return rule(Step(node, args, kwargs))
+            return rule(MaskedStep(node, args, kwargs))
         except CannotProveError as err:
             raise _cannot_prove(node, str(err)) from err
         except Exception as err:  # rules are plugins: whatever one raises is about this call

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from graphopt.axes.proof.step import Step, masked_rule, tensor_result
+from graphopt.axes.proof.step import MaskedStep, masked_rule, tensor_result
 from graphopt.axes.proof.value import Value, broadcast, compact, from_mask, union
 from graphopt.ir.torch_internals import pytree
 
@@ -39,14 +39,14 @@ _RESIZES = [
     "aten::max_pool2d_with_indices",
     "aten::max_pool3d_with_indices",
 )
-def over_space(step: Step) -> Any:
+def over_space(step: MaskedStep) -> Any:
     x = step.first()
     space = _space(step)
     step.require_whole([x.dead[d] for d in space], "space")
     return pytree.tree_map_only(Tensor, lambda t: Value(t, x.dead), step.run())
 
 
-def _space(step: Step) -> range:
+def _space(step: MaskedStep) -> range:
     found = re.search(r"(\d)d", step.target._schema.name)
     assert found is not None  # each of the names asked for says its number of dimensions
     rank = step.first().tensor.dim()
@@ -54,7 +54,7 @@ def _space(step: Step) -> range:
 
 
 @masked_rule("aten::adaptive_avg_pool1d", "aten::adaptive_avg_pool2d", "aten::adaptive_avg_pool3d")
-def adaptive_average(step: Step) -> Value:
+def adaptive_average(step: MaskedStep) -> Value:
     """Averaging a dimension to size 1 is a mean over what survives of it."""
     x, space = step.first(), _space(step)
     sizes = step["output_size"]
@@ -66,7 +66,7 @@ def adaptive_average(step: Step) -> Value:
 
 
 @masked_rule("aten::max_unpool2d", "aten::max_unpool3d")
-def unpool(step: Step) -> Value:
+def unpool(step: MaskedStep) -> Value:
     """Put values back where pooling found them, in each channel by itself."""
     x, places = step.values()
     space = _space(step)
@@ -76,7 +76,7 @@ def unpool(step: Step) -> Value:
 
 
 @masked_rule("aten::affine_grid_generator")
-def affine_grid(step: Step) -> Value:
+def affine_grid(step: MaskedStep) -> Value:
     theta = step.first()
     step.require_whole(theta.dead[1:], "coordinates")
     result = tensor_result(step.run())
@@ -84,7 +84,7 @@ def affine_grid(step: Step) -> Value:
 
 
 @masked_rule("aten::grid_sampler", "aten::grid_sampler_2d", "aten::grid_sampler_3d")
-def grid_sampler(step: Step) -> Value:
+def grid_sampler(step: MaskedStep) -> Value:
     x, grid = step.values()
     step.require_whole([*x.dead[2:], *grid.dead[1:]], "space")
     result = tensor_result(step.run())
@@ -92,7 +92,7 @@ def grid_sampler(step: Step) -> Value:
 
 
 @masked_rule("aten::im2col")
-def im2col(step: Step) -> Value:
+def im2col(step: MaskedStep) -> Value:
     """(batch, channels, height, width) to (batch, channels * kernel, places)."""
     x = step.first()
     step.require_whole(x.dead[-2:], "space")
@@ -105,7 +105,7 @@ def im2col(step: Step) -> Value:
 
 
 @masked_rule("aten::col2im")
-def col2im(step: Step) -> Value:
+def col2im(step: MaskedStep) -> Value:
     """(batch, channels * kernel, places) to (batch, channels, height, width): overlaps are summed."""
     x = step.first()
     step.require_whole(x.dead[-1:], "places")

@@ -11,7 +11,7 @@ from graphopt.axes.proof.value import CannotProveError, Value, Vector
 from graphopt.axes.registry import is_pointwise, twins
 from graphopt.ir.torch_internals import OpOverload, pytree
 
-Rule: TypeAlias = "Callable[[Step], Any]"
+Rule: TypeAlias = "Callable[[MaskedStep], Any]"
 
 _RULES: dict[str, Rule] = {}
 _COUNTING: dict[Rule, None] = {}
@@ -53,7 +53,7 @@ def counts(rule: Rule | None) -> bool:
     return rule in _COUNTING
 
 
-class Step:
+class MaskedStep:
     """One call of an operator of which some operand has removed positions."""
 
     def __init__(self, node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from graphopt.axes.groups import Group
 from graphopt.axes.infer import Axes, infer
 from graphopt.axes.layout import Dims, describe, leaves
 from graphopt.axes.proof.masked import check_masked_equivalence
-from graphopt.axes.proof.step import Step, masked_rule, tensor_result
+from graphopt.axes.proof.step import MaskedStep, masked_rule, tensor_result
 from graphopt.axes.proof.value import CannotProveError, Value
 from graphopt.axes.registry import ENTRY_POINTS, Rule, _load, built_in_rules
 from graphopt.axes.rewrite import remove, slices
@@ -339,5 +339,5 @@ def test_a_rule_for_a_custom_operator_frees_what_it_touches() -> None:
     assert check_masked_equivalence(gm, pruned, slices(axes, kept), (VECTOR,)) < 1e-12  # rounding in float64
 
 
-def like_the_first(step: Step) -> Value:
+def like_the_first(step: MaskedStep) -> Value:
     return Value(tensor_result(step.run()), step.first().dead)

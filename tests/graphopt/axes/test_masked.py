@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from graphopt.axes.infer import infer
 from graphopt.axes.proof.masked import TOLERANCE, check_masked_equivalence, check_slices, masked_outputs
 from graphopt.axes.proof.randomise import randomise
-from graphopt.axes.proof.step import Step, masked_rule, tensor_result
+from graphopt.axes.proof.step import MaskedStep, masked_rule, tensor_result
 from graphopt.axes.proof.value import CannotProveError, Value, from_mask, to_mask
 from graphopt.axes.rewrite import remove, slices
 from graphopt.capturing.capture import capture
@@ -486,7 +486,7 @@ def test_a_rule_for_a_custom_operator_is_a_few_lines() -> None:
         error_of(body, body, LINEARS, LINEARS_KEPT, ROWS)
 
     @masked_rule("masked_test::halve")
-    def rule(step: Step) -> Value:
+    def rule(step: MaskedStep) -> Value:
         return Value(tensor_result(step.run()), step.first().dead)
 
     assert error_of(body, body, LINEARS, LINEARS_KEPT, ROWS) < _EXACT
@@ -520,7 +520,7 @@ def test_a_failing_rule_names_the_node() -> None:
     third.register_fake(torch.empty_like)
 
     @masked_rule("masked_test::third")
-    def rule(step: Step) -> Value:
+    def rule(step: MaskedStep) -> Value:
         raise KeyError("no such thing")
 
     body = between(lambda p, h: torch.ops.masked_test.third(h))

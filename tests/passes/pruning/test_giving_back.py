@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graphopt.axes.groups import Group
 from graphopt.axes.infer import infer
-from graphopt.axes.rewrite import remove
+from graphopt.axes.rewrite import Kept, remove
 from graphopt.capturing.capture import capture
 from graphopt.ir.program import Program
 from graphopt.measure.bench import Spread
@@ -21,7 +21,6 @@ from graphopt.passes.prune import Prune, PruneOptions, PruningPlan
 from graphopt.passes.pruning import search
 from graphopt.passes.pruning.allocation import Allocation
 from graphopt.passes.pruning.giving_back import give_back
-from graphopt.passes.pruning.operations import Kept
 from graphopt.passes.pruning.ranking import Ranking
 from graphopt.passes.pruning.sizes import Sizes
 from graphopt.pipeline.context import Context
