@@ -12,7 +12,8 @@ from typing import Any
 from graphopt.data import Samples
 from graphopt.data.batches import Batch, SampleSource, whole_batches
 from graphopt.data.split import Split, split
-from graphopt.errors import UsageError
+from graphopt.errors import CaptureError, UsageError
+from graphopt.ir.finite import all_finite
 from graphopt.ir.program import Program
 from graphopt.ir.regions import compiled_for_their_shapes
 from graphopt.job.deliver import Delivery, deliver
@@ -79,8 +80,13 @@ class Job:
     name: str = "program"
 
     def __post_init__(self) -> None:
-        """Open the evaluation data, so that what is wrong with them is said before anything expensive runs."""
+        """Look at the weights and open the evaluation data: what is wrong is said before anything expensive runs.
+
+        Raises:
+            CaptureError: a weight of the model is not finite.
+        """
         self.original = self.original.evaluated()
+        _check_weights(self.original)
         self.metric = None if self.evaluation is None else _evaluator(self.evaluation, self.original)
 
     @compiled_for_their_shapes()
@@ -198,6 +204,29 @@ class Job:
     @functools.cache  # noqa: B019 - a job lives as long as what it measures with
     def _stopwatch(self, item: Backend) -> Stopwatch:
         return Stopwatch(item)
+
+
+def _check_weights(program: Program) -> None:
+    """Refuse a model with a weight that is not finite, which later would look like a fault of the data.
+
+    Infinity in what is not trained is how models mask what does not count.
+
+    Raises:
+        CaptureError: NaN anywhere, or infinity in a trained weight.
+    """
+    gm = program.graph_module
+    for name, tensor in (*gm.named_parameters(), *gm.named_buffers()):
+        if all_finite(tensor):
+            continue
+        nan = bool(tensor.isnan().any())
+        if not nan and not tensor.requires_grad:
+            continue
+        kind = "NaN" if nan else "infinite values"
+        bad = int((~tensor.isfinite()).sum())
+        raise CaptureError(
+            f"`{name}` of the model holds {kind} ({bad} of {tensor.numel()} values), so what it computes means "
+            "nothing. Load weights from before training diverged, or of a type that holds their values."
+        )
 
 
 def _evaluator(spec: Any, program: Program) -> Evaluator | FunctionEvaluator:

@@ -1,0 +1,52 @@
+"""A weight that is not finite is named, whatever the passes; the data are not blamed for it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import graphopt
+from graphopt.errors import CaptureError
+
+PASSES = ("", "fold", "prune", "prune:criterion=taylor", "svd", "drop_blocks", "sparsity24", "int8", "recover")
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, 32), nn.BatchNorm1d(32), nn.Linear(32, 2)
+        self.register_buffer("mask", torch.tensor([0.0, -math.inf]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.norm(self.first(x))) + self.mask
+
+
+def optimize(model: nn.Module, passes: str = "") -> graphopt.Result:
+    return graphopt.optimize(model.eval(), data=torch.randn(32, 4), passes=passes, target=None)
+
+
+@pytest.mark.parametrize("passes", PASSES)
+def test_the_weight_is_named(passes: str) -> None:
+    model = Net()
+    model.first.weight.data[1, 2] = math.nan
+    with pytest.raises(CaptureError, match=r"`first\.weight` of the model holds NaN \(1 of 128 values\)") as info:
+        optimize(model, passes)
+    assert info.value.exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [("norm.running_var", math.nan, "NaN"), ("last.bias", math.inf, "infinite values"), ("mask", math.nan, "NaN")],
+)
+def test_so_is_any_other_tensor(name: str, value: float, kind: str) -> None:
+    model = Net()
+    model.state_dict()[name][0] = value
+    with pytest.raises(CaptureError, match=rf"`{name}` of the model holds {kind} \(\d of \d+ values\)"):
+        optimize(model)
+
+
+def test_a_mask_of_infinities_is_no_fault() -> None:
+    assert optimize(Net()).report.rows
