@@ -81,6 +81,8 @@ class Svd(Pass[SvdOptions, SvdPlan]):
     2. a weight that is shared, computed or quantized, or named by `skip`;
     3. a convolution that is grouped or padded;
     4. a layer that is a factor already.
+
+    Where alignment and `min_rank` leave no rank that does what `rank` or `ratio` ask, the plan says what was possible.
     """
 
     name = "svd"
@@ -95,6 +97,7 @@ class Svd(Pass[SvdOptions, SvdPlan]):
         layers: dict[str, dict[str, Json]] = {}
         tensors: dict[str, torch.Tensor] = {}
         too_small: list[Refusal] = []
+        otherwise: list[Refusal] = []
         for call, covariance in self._with_covariances(program, calls, ctx):
             parts = decompose(_matrix(gm, call), covariance, has_bias=call.bias is not None)
             rank = self._rank(call, parts, ctx)
@@ -104,10 +107,11 @@ class Svd(Pass[SvdOptions, SvdPlan]):
                 continue
             layers[call.weight_name] = _entry(call, parts, rank, covariance is not None)
             tensors.update(_payload(gm, call, parts, rank))
+            otherwise += self._not_as_asked(call, rank, ctx, with_data=covariance is not None)
         order = [call.weight_name for call in calls if call.weight_name in layers]
         plan = self.new_plan(
             sites=order,
-            refusals=[*refusals, *hopeless, *too_small],
+            refusals=[*refusals, *hopeless, *too_small, *otherwise],
             layers={name: layers[name] for name in order},
             tensors=tensors,
         )
@@ -165,6 +169,23 @@ class Svd(Pass[SvdOptions, SvdPlan]):
         else:
             wanted = parts.rank_for(DEFAULT_ENERGY if options.energy is None else options.energy)
         return _rounded_up(max(wanted, options.min_rank), multiple)
+
+    def _not_as_asked(self, call: WeightedCall, rank: int, ctx: Context, *, with_data: bool) -> list[Refusal]:
+        """Say where a layer that is factorised is not factorised as the options say."""
+        found = []
+        outputs, inputs = call.out_features, call.in_features
+        least = f"ranks are multiples of {self._multiple(ctx)}, {self.options.min_rank} at least"
+        saved = 1 - rank * (outputs + inputs) / (outputs * inputs)
+        if self.options.ratio is not None and saved < self.options.ratio:
+            text = f"rank {rank} removes {saved:.1%} of its parameters, not {self.options.ratio:.1%}: {least}"
+            found.append(Refusal(call.weight_name, text, "removes less than asked"))
+        if self.options.rank is not None and rank != self.options.rank:
+            text = f"rank {rank}, not {self.options.rank}: {least}"
+            found.append(Refusal(call.weight_name, text, "another rank than asked"))
+        if ctx.samples is not None and not with_data:
+            text = f"factorised without regard to the data: {inputs} inputs, more than {WIDEST}"
+            found.append(Refusal(call.weight_name, text, "factorised without regard to the data"))
+        return found
 
     def _why_not(self, call: WeightedCall, rank: int) -> str:
         """Return why `rank` is not worth it, "" if it is."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -230,6 +231,38 @@ def test_skipped_weights_are_named() -> None:
 def test_a_convolution_with_a_window_is_no_site() -> None:
     plan = plan_of(SvdOptions(rank=4), capture(nn.Conv2d(16, 16, 3), noise(2, 16, 6, 6)))
     assert plan.summary() == "matched 0, rewrote 0"
+
+
+LEAST = "ranks are multiples of {}, 4 at least"
+
+
+@pytest.mark.parametrize(
+    ("options", "multiple", "said"),
+    [
+        (
+            {"ratio": 0.9},
+            16,
+            f"rank 16 removes 50.0% of its parameters, not 90.0%: {LEAST.format(16)}",
+        ),
+        ({"ratio": 0.9}, 1, f"rank 4 removes 87.5% of its parameters, not 90.0%: {LEAST.format(1)}"),
+        ({"ratio": 0.9, "min_rank": 1}, 1, None),
+        ({"ratio": 0.5}, 16, None),
+        ({"rank": 10}, 16, "rank 16, not 10: ranks are multiples of 16, 4 at least"),
+        ({"rank": 2}, 1, "rank 4, not 2: ranks are multiples of 1, 4 at least"),
+        ({"rank": 16}, 16, None),
+        ({"energy": 0.3}, 8, None),
+    ],
+)
+def test_what_could_not_be_done_as_asked_is_said(options: dict[str, Any], multiple: int, said: str | None) -> None:
+    plan = plan_of(SvdOptions(**options), capture(seeded(nn.Linear(64, 64)), noise(2, 64)), multiple=multiple)
+    assert plan.sites == ("weight",)
+    assert reasons(plan).get("weight") == said
+
+
+def test_a_layer_too_wide_for_its_covariance_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphopt.passes.svd.WIDEST", 32)
+    plan = plan_of(SvdOptions(rank=16), capture(seeded(nn.Linear(64, 64)), noise(2, 64)), noise(64, 64))
+    assert reasons(plan) == {"weight": "factorised without regard to the data: 64 inputs, more than 32"}
 
 
 def test_two_ways_to_choose_a_rank_are_a_usage_error() -> None:
