@@ -26,6 +26,7 @@ from graphopt.capturing.model_calls import (
     spelled_out,
     uncompiled,
     without_compiling,
+    without_fast_paths,
     without_idle_conversions,
 )
 from graphopt.capturing.normal_form import normalise
@@ -86,6 +87,7 @@ def capture(
     with (
         in_eval_mode(model),
         without_compiling(model),
+        without_fast_paths(),
         spelled_out(model, kwargs),
         torch.no_grad(),
         warnings.catch_warnings(),

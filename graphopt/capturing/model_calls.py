@@ -54,6 +54,21 @@ def without_compiling(model: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def without_fast_paths() -> Iterator[None]:
+    """Let attention of torch.nn run as its layers define it, as it is traced and trained.
+
+    The kernels it takes for inference leave zeros where a padding mask hides a position, and shorten what they return
+    to the longest sample.
+    """
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
 def _is_wrapper(module: nn.Module) -> bool:
     return type(module).__name__ == "OptimizedModule"  # importing torch._dynamo for its class would cost a second
 
