@@ -72,6 +72,11 @@ class Probe:
         with torch.no_grad():
             self._wanted = self._reference.call_flat(batch)
 
+    @property
+    def undefined(self) -> bool:
+        """Whether an output of the reference holds NaN, which no candidate can be held against."""
+        return any(bool(tensor.isnan().any()) for tensor in self._wanted)
+
     def measure(self, candidate: FlatCallable, *, shared: bool = False) -> Equivalence:
         """Run a candidate and compare it with the reference.
 

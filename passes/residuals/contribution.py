@@ -44,13 +44,14 @@ class OutputError:
         """Return the power of the error over that of the outputs, mean of the batches; infinite if not finite.
 
         Raises:
-            DataError: the outputs of the reference are not finite, so that nothing can be told.
+            DataError: the outputs of the reference hold NaN, so that nothing can be told.
         """
         try:
             ratios = [probe.measure(candidate.call_flat).sqnr for probe in self._probes]
         except VerifyError:  # NaN or infinite where the reference is not
             return math.inf
-        error = sum(10 ** min(-ratio / 10, _LARGEST) for ratio in ratios) / len(ratios)
+        known = not any(probe.undefined for probe in self._probes)
+        error = sum(10 ** min(-ratio / 10, _LARGEST) for ratio in ratios) / len(ratios) if known else math.nan
         return _known(error, "an output of the program")
 
 
