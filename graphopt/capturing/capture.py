@@ -30,7 +30,7 @@ from graphopt.capturing.model_calls import (
     without_idle_conversions,
 )
 from graphopt.capturing.normal_form import normalise
-from graphopt.errors import CaptureError, ExampleError
+from graphopt.errors import CaptureError, ExampleError, UsageError
 from graphopt.ir.dynamic_axes import LeafShapes, arranged
 from graphopt.ir.graph import copy_graph_module
 from graphopt.ir.names import Names
@@ -191,20 +191,26 @@ def _requested_axes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         )
     found: LeafShapes = []
     for name, value in combined.items():
-        _collect_axes(value, requested.get(name), found)
+        _collect_axes(name, value, requested.get(name), found)
     return found
 
 
-def _collect_axes(value: Any, asked: Any, found: LeafShapes) -> None:
+def _collect_axes(name: str, value: Any, asked: Any, found: LeafShapes) -> None:
     if isinstance(value, torch.Tensor):
         axes = dict(enumerate(asked)) if isinstance(asked, list | tuple) else dict(asked or {})
+        unknown = [axis for axis in axes if not 0 <= axis < value.dim()]
+        if unknown:
+            raise UsageError(
+                f"Axis {unknown[0]} of input `{name}` cannot be dynamic: its example has the shape "
+                f"{tuple(value.shape)}, whose axes are {', '.join(map(str, range(value.dim()))) or 'none'}."
+            )
         found.append({axis: Dim.DYNAMIC if isinstance(dim, str) else dim for axis, dim in axes.items()})
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            _collect_axes(item, asked.get(key) if isinstance(asked, Mapping) else None, found)
+            _collect_axes(f"{name}_{key}", item, asked.get(key) if isinstance(asked, Mapping) else None, found)
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
-            _collect_axes(item, asked[index] if isinstance(asked, list | tuple) else None, found)
+            _collect_axes(f"{name}_{index}", item, asked[index] if isinstance(asked, list | tuple) else None, found)
 
 
 def _capture(

@@ -69,6 +69,8 @@ def affine(node: fx.Node, gm: fx.GraphModule) -> Affine | str | None:
 
 def _batch_norm(node: fx.Node, gm: fx.GraphModule) -> Affine | str:
     given = arguments(node, ())
+    if given["running_mean"] is None:
+        return "it keeps no running statistics, so that it normalises by the batch in evaluation too"
     if given.get("training"):
         return "it is in training mode and normalises by the batch; call `program.eval()` first"
     names = ("weight", "bias", "running_mean", "running_var")
