@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import fx
 
-from graphopt.axes.layout import ONE, Axis, Concat, Dims, Layout, Product, Size, leaves, operator_name, shape_of, size
+from graphopt.axes.layout import ONE, Axis, Concat, Dims, Layout, Product, Size, leaves, shape_of, size
 from graphopt.axes.roles import Roles
 from graphopt.axes.solver import Solver, equal
 from graphopt.ir.graph import arguments
+from graphopt.ir.operators import schema_name
 from graphopt.ir.torch_internals import OpOverload, pytree
 
 
@@ -25,7 +26,7 @@ class Call:
         known: dict[fx.Node, Any],
     ) -> None:
         self.node = node
-        self.where = f"{operator_name(node.target)} (`{node.name}`)"
+        self.where = f"{schema_name(node.target)} (`{node.name}`)"
         self.notes: dict[str, Layout] = {}
         self._solver = solver
         self._roles = roles

@@ -14,7 +14,8 @@ from graphopt.axes.layout import Dims, Layout, Size, size, surviving_size, touch
 from graphopt.axes.layouts import Layouts
 from graphopt.errors import PassError
 from graphopt.ir.graph import arguments
-from graphopt.ir.provenance import Origin, op_name, origin, record
+from graphopt.ir.operators import short_name
+from graphopt.ir.provenance import Origin, origin, record
 from graphopt.ir.torch_internals import OpOverload
 
 
@@ -159,7 +160,7 @@ class Edit:
         for key in ("nn_module_stack", "stack_trace"):
             if key in self.node.meta:
                 node.meta[key] = self.node.meta[key]
-        base = origin(self._old) or Origin(self._old.name, "", op_name(self._old))
+        base = origin(self._old) or Origin(self._old.name, "", short_name(self._old))
         record(node, Origin(base.node, base.module, base.op, self._made_by, self._old.name))
         self.inserted.append(node)
         return node

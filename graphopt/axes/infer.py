@@ -16,15 +16,7 @@ from torch import fx
 
 from graphopt.axes.call import Call
 from graphopt.axes.groups import Group, Unremovable, collect
-from graphopt.axes.layout import (
-    Dims,
-    Layout,
-    leaves,
-    operator_name,
-    shape_of,
-    size,
-    to_size,
-)
+from graphopt.axes.layout import Dims, Layout, leaves, shape_of, size, to_size
 from graphopt.axes.layouts import Annotated, Layouts
 from graphopt.axes.registry import Result, Rule, Rules, built_in_rules, find
 from graphopt.axes.roles import Roles
@@ -32,6 +24,7 @@ from graphopt.axes.sharing import Sharing
 from graphopt.axes.solver import Solver, equal
 from graphopt.errors import PassError
 from graphopt.ir.graph import constant
+from graphopt.ir.operators import schema_name
 from graphopt.ir.provenance import user_line
 from graphopt.ir.regions import Region, inputs, inside, region, results
 from graphopt.ir.torch_internals import HigherOrderOperator
@@ -178,7 +171,7 @@ class _Inference:
         """State that two values that flow to the same place are alike."""
         if one is not None and other is not None and len(one) == len(other):
             for a, b in zip(one, other, strict=True):
-                self.solver.unify(a, b, f"{operator_name(found.node.target)} (`{found.node.name}`)")
+                self.solver.unify(a, b, f"{schema_name(found.node.target)} (`{found.node.name}`)")
 
     def _call(self, node: fx.Node) -> Result:
         if "val" not in node.meta:
@@ -198,10 +191,10 @@ class _Inference:
         try:
             result = rule.infer(call)
         except Exception as err:  # a rule is a plugin; whatever it raises is about this call alone
-            logger.warning("The axis rule of %s failed at `%s`: %s", operator_name(node.target), node.name, err)
+            logger.warning("The axis rule of %s failed at `%s`: %s", schema_name(node.target), node.name, err)
             return self._refuse(node, f"failing rule ({type(err).__name__}: {err}) of operator")
         if not _fits(node.meta["val"], result):
-            logger.warning("The axis rule of %s does not fit `%s`", operator_name(node.target), node.name)
+            logger.warning("The axis rule of %s does not fit `%s`", schema_name(node.target), node.name)
             return self._refuse(node, "ill-fitting rule of operator")
         self.rules_of[node] = rule
         if call.notes:
@@ -214,7 +207,7 @@ class _Inference:
         tensors = [argument for argument in node.all_input_nodes if self.known.get(argument) is not None]
         if not tensors and not _has_tensor(value):
             return None  # arithmetic on sizes
-        self.unknown.setdefault(operator_name(node.target), []).append(node)
+        self.unknown.setdefault(schema_name(node.target), []).append(node)
         reason = self._why(node, why)
         self._freeze(tensors, reason)
         return self._fresh(value, reason)
@@ -222,7 +215,7 @@ class _Inference:
     def _why(self, node: fx.Node, why: str) -> str:
         """Return a freezing reason that names a call and where it stands in the user's code."""
         line = user_line(node)
-        return f"{why} {operator_name(node.target)} at `{node.name}`" + (f" ({line})" if line else "")
+        return f"{why} {schema_name(node.target)} at `{node.name}`" + (f" ({line})" if line else "")
 
     def _freeze(self, nodes: Iterable[fx.Node], reason: str) -> None:
         for node in nodes:
@@ -258,7 +251,7 @@ class _Inference:
             source = node.args[0] if node.args else None
             if isinstance(source, fx.Node) and isinstance(self.known.get(source), tuple):
                 dims: Dims = self.known[source]
-                if operator_name(node.target) == "aten::sym_size":
+                if schema_name(node.target) == "aten::sym_size":
                     dims = (dims[int(str(node.args[1]))],)
                 factors[node].extend(layout for layout in dims if _can_shrink(self.solver.resolve(layout)))
 

@@ -17,12 +17,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import sympy  # type: ignore[import-untyped]
 import torch
-
-from graphopt.ir.torch_internals import OpOverload
 
 Size: TypeAlias = int | sympy.Expr
 
@@ -171,10 +169,3 @@ def to_size(length: int | torch.SymInt) -> Size:
         return length
     expression = length.node.expr
     return int(expression) if expression.is_Integer else expression
-
-
-def operator_name(target: Any) -> str:
-    """Return the name by which a call target is known: `aten::linear`, `getitem`."""
-    if isinstance(target, OpOverload):
-        return str(target._schema.name)
-    return str(getattr(target, "__name__", target))

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from graphopt.axes.layout import Dims, operator_name
+from graphopt.axes.layout import Dims
+from graphopt.ir.operators import schema_name, twins
 from graphopt.ir.torch_internals import OpOverload
 
 if TYPE_CHECKING:
@@ -116,19 +117,12 @@ def _load() -> None:
 def find(rules: Rules, target: Any) -> Rule | None:
     """Return the rule of an operator: its overload's, its own, its twin's, or the pointwise one."""
     if not isinstance(target, OpOverload):
-        return rules.get(operator_name(target))
+        return rules.get(schema_name(target))
     for candidate in twins(target):
         found = rules.get(f"{candidate}.{target._overloadname}") or rules.get(candidate)
         if found is not None:
             return found
     return rules.get("pointwise") if is_pointwise(target) else None
-
-
-def twins(target: OpOverload) -> list[str]:
-    """Return the schema name of an operator and those of the ones that compute the same: `relu_`, `relu`."""
-    name = str(target._schema.name)
-    shared = (name.removesuffix("_"), name.removesuffix("_copy"))
-    return [name, *(twin for twin in shared if twin != name and not twin.endswith("_"))]
 
 
 def is_pointwise(target: OpOverload) -> bool:

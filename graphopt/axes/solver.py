@@ -20,19 +20,7 @@ from collections.abc import Sequence
 
 import sympy  # type: ignore[import-untyped]
 
-from graphopt.axes.layout import (
-    ONE,
-    Axis,
-    Concat,
-    Layout,
-    Product,
-    Size,
-    concat,
-    describe,
-    leaves,
-    product,
-    size,
-)
+from graphopt.axes.layout import ONE, Axis, Concat, Layout, Product, Size, concat, describe, leaves, product, size
 
 
 class Solver:

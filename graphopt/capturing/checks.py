@@ -11,8 +11,9 @@ from graphopt.capturing.model_calls import with_its_buffers
 from graphopt.errors import CaptureError, ExampleError, first_line
 from graphopt.ir.aliasing import Storages
 from graphopt.ir.graph import arguments
+from graphopt.ir.operators import short_name
 from graphopt.ir.program import Program
-from graphopt.ir.provenance import op_name, user_line
+from graphopt.ir.provenance import user_line
 from graphopt.ir.torch_internals import pytree
 
 # Captured and original outputs come from the same kernels in the same order; what differs is inlining.
@@ -91,7 +92,7 @@ def _check_random(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any
     if worst:
         line = user_line(draws[0])
         raise CaptureError(
-            f"The model draws random numbers in eval mode, by `{op_name(draws[0])}`{f' at {line}' if line else ''}: "
+            f"The model draws random numbers in eval mode, by `{short_name(draws[0])}`{f' at {line}' if line else ''}: "
             f"the same input gives another output ({worst}), so that nothing made of it could be checked. Let it "
             "take them as an input, or draw them in training mode only (`training=self.training`)."
         )

@@ -7,7 +7,7 @@ from torch.export import ExportedProgram
 
 from graphopt.ir.provenance import module_path
 from graphopt.ir.signature import Note
-from graphopt.ir.training import TRAINING_FLAG
+from graphopt.ir.training import training_flag
 
 # Attributes by which stock and common third-party modules state a rate of training-time dropping.
 _RATES = ("p", "dropout", "dropout_p", "dropout_prob", "attention_dropout", "attn_dropout", "drop_prob")
@@ -16,7 +16,7 @@ _RATE_CLASSES = ("Dropout", "DropPath", "StochasticDepth")
 
 def lost_in_eval(model: nn.Module, exported: ExportedProgram) -> list[Note]:
     """List modules that drop values in training and left no switchable node in the graph."""
-    kept = {module_path(node) for node in exported.graph.nodes if node.target in TRAINING_FLAG}
+    kept = {module_path(node) for node in exported.graph.nodes if training_flag(node) is not None}
     lost: dict[str, list[str]] = {}
     for path, module in model.named_modules():
         rate = _rate(module)

@@ -9,6 +9,7 @@ from typing import Any
 
 from graphopt.cli import arguments
 from graphopt.cli.arguments import Data, Dynamic, Factory, Format, Input, ModelPath, Seed, Trust, Weights
+from graphopt.ir.operators import short_name
 
 
 def command(
@@ -27,11 +28,10 @@ def command(
     program = arguments.load_program(
         model, data=data, inputs=inputs, dynamic=dynamic, factory=factory, weights=weights, trust=trust, seed=seed
     )
-    from graphopt.ir.provenance import op_name
     from graphopt.measure.cost import cost
 
     found = cost(program)
-    operators = Counter(op_name(node) for node in program.graph.nodes if node.op == "call_function")
+    operators = Counter(short_name(node) for node in program.graph.nodes if node.op == "call_function")
     facts: dict[str, Any] = {
         "model": str(model or factory),
         "inputs": [str(spec) for spec in program.inputs],

@@ -20,8 +20,9 @@ from torch import fx
 
 from graphopt.errors import UsageError
 from graphopt.ir.aliasing import Storages
+from graphopt.ir.operators import short_name
 from graphopt.ir.program import Program
-from graphopt.ir.provenance import module_path, op_name
+from graphopt.ir.provenance import module_path
 from graphopt.pipeline.plan import Refusal
 
 _SHOWN = 6  # alternatives listed in a message
@@ -43,7 +44,7 @@ def addresses(program: Program) -> dict[str, str]:
     groups: dict[str, list[str]] = {}
     for node in program.graph.nodes:
         if node.op == "call_function":
-            groups.setdefault(f"{module_path(node)}:{op_name(node)}", []).append(node.name)
+            groups.setdefault(f"{module_path(node)}:{short_name(node)}", []).append(node.name)
     named = {
         name: key if len(names) == 1 else f"{key}#{index}"
         for key, names in groups.items()

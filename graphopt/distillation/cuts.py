@@ -19,26 +19,25 @@ from torch import fx
 from graphopt.distillation.addresses import Tap, Tappable, addresses
 from graphopt.distillation.taps import output_values
 from graphopt.ir.graph import constant
+from graphopt.ir.operators import (
+    ALL_CONVOLUTIONS,
+    CARRYING,
+    DRAWN_LIKE,
+    EMBEDDINGS,
+    FILLED_LIKE,
+    PRODUCTS,
+    RECURRENT,
+    SIZES,
+    UNINITIALISED,
+)
 from graphopt.ir.program import Program
-from graphopt.ir.provenance import op_name
 from graphopt.ir.torch_internals import pytree
 
-# Operators whose result depends on the size of their input only.
-_SIZE_ONLY = frozenset(f"{stem}_like" for stem in ("zeros", "ones", "full", "empty", "rand", "randn")) | {
-    "new_zeros",
-    "new_ones",
-    "new_full",
-    "new_empty",
-    "sym_size",
-}
+# The result depends on the size of the input only.
+_SIZE_ONLY = FILLED_LIKE | DRAWN_LIKE | UNINITIALISED | SIZES
 
-# Operators in which a weight meets an activation: the start of a layer.
-WEIGHTED = frozenset({"linear", "addmm", "matmul", "mm", "bmm", "einsum", "lstm", "gru", "embedding"}) | {
-    f"conv{transposed}{rank}d" for transposed in ("", "_transpose") for rank in (1, 2, 3)
-}
-
-# Operators that carry a value on: a tap is named after the operator that computed it.
-_CARRYING = frozenset({"to", "slice", "view", "reshape", "dropout", "contiguous", "clone", "alias", "detach"})
+# A weight meets an activation: the start of a layer.
+WEIGHTED = PRODUCTS | ALL_CONVOLUTIONS | RECURRENT | EMBEDDINGS
 
 _SOURCE = "source"  # stands before the first learned operators
 
@@ -119,7 +118,7 @@ def _learned(program: Program) -> nx.DiGraph[fx.Node | str]:
             from_input.add(node)
         elif node.op == "get_attr" and isinstance(constant(node, program.graph_module), torch.nn.Parameter):
             from_weight.add(node)
-        elif node.op == "call_function" and _holds_tensors(node) and op_name(node) not in _SIZE_ONLY:
+        elif node.op == "call_function" and _holds_tensors(node) and node not in _SIZE_ONLY:
             sources = node.all_input_nodes
             from_input.update([node] if any(source in from_input for source in sources) else [])
             from_weight.update([node] if any(source in from_weight for source in sources) else [])
@@ -141,14 +140,15 @@ def _joins(graph: nx.DiGraph[fx.Node | str], chain: Sequence[fx.Node], outputs: 
             points.append(node)
             open_run = True
         elif open_run and node not in outputs and _same_shape(node, points[-1]):
-            points[-1] = points[-1] if op_name(node) in _CARRYING else node
+            # a tap is named after the operator that computed it
+            points[-1] = points[-1] if node in CARRYING else node
         else:
             open_run = False
     return points
 
 
 def _layer_inputs(chain: Sequence[fx.Node]) -> list[fx.Node]:
-    return [before for before, node in pairwise(chain) if op_name(node) in WEIGHTED]
+    return [before for before, node in pairwise(chain) if node in WEIGHTED]
 
 
 def _same_shape(one: fx.Node, other: fx.Node) -> bool:

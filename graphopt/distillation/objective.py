@@ -13,18 +13,13 @@ from graphopt.distillation.losses import relative_error, soft_labels, tap_loss
 from graphopt.distillation.pairing import Pair
 from graphopt.distillation.taps import output_values, own_outputs
 from graphopt.ir.graph import arguments
+from graphopt.ir.operators import ALL_CONVOLUTIONS, CARRYING, LOG_SOFTMAXES, PRODUCTS, SOFTMAXES
 from graphopt.ir.program import Program
-from graphopt.ir.provenance import op_name
 from graphopt.pipeline.plan import Refusal
 
 OutputKind = Literal["logits", "probabilities", "values"]
 
-# Operators that only carry a value on: logits stay logits.
-_CARRYING = frozenset(
-    {"view", "reshape", "flatten", "squeeze", "unsqueeze", "slice", "select", "getitem", "permute", "transpose"}
-    | {"contiguous", "to", "dropout", "clone", "alias", "detach"}
-)
-_WEIGHTED = frozenset({"linear", "addmm", "matmul", "mm", "conv1d", "conv2d", "conv3d", "log_softmax"})
+_MAKING_LOGITS = PRODUCTS | ALL_CONVOLUTIONS | LOG_SOFTMAXES
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +112,9 @@ def _kind(node: fx.Node) -> OutputKind:
     shape = node.meta["val"].shape
     if len(shape) not in (2, 3) or (isinstance(shape[-1], int) and shape[-1] < 2):
         return "values"
-    while op_name(node) in _CARRYING and isinstance(node.args[0], fx.Node):
+    while node in CARRYING and isinstance(node.args[0], fx.Node):
         node = node.args[0]
-    if op_name(node) in ("softmax", "_softmax"):
+    if node in SOFTMAXES:
         axis = arguments(node, ("dim",))["dim"]
         return "probabilities" if axis in (-1, node.meta["val"].dim() - 1) else "values"
-    return "logits" if op_name(node) in _WEIGHTED else "values"
+    return "logits" if node in _MAKING_LOGITS else "values"

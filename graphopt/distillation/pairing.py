@@ -22,18 +22,14 @@ from torch import fx
 
 from graphopt.distillation.addresses import Tap, Tappable, addresses
 from graphopt.distillation.cuts import WEIGHTED, residual_points, stage_ends
+from graphopt.ir.operators import COPIES, DROPOUTS, REORDERS, RESHAPES, Family
 from graphopt.ir.program import Program
-from graphopt.ir.provenance import op_name, origin
+from graphopt.ir.provenance import origin
 from graphopt.ir.torch_internals import pytree
 from graphopt.pipeline.plan import Refusal
 
-# Operators that show the same numbers in another shape.
-_CARRYING = frozenset(
-    {"view", "reshape", "flatten", "unflatten", "permute", "transpose", "squeeze", "unsqueeze", "contiguous"}
-)
-
-# Operators that pass their input on unchanged when nothing is trained.
-_IDENTITIES = frozenset({"dropout", "alpha_dropout", "feature_dropout", "alias", "detach", "contiguous", "clone"})
+_SHOWING = RESHAPES | REORDERS | Family("contiguous")  # the same numbers in another shape or order
+_IDENTITIES = COPIES | DROPOUTS  # what passes its input on unchanged when nothing is trained
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +128,7 @@ def _meaning(node: fx.Node, produced: fx.Node | None, used: Sequence[fx.Node]) -
     # A scale between the two went into a weight: the one before it, or, if there is none, the one after, which now
     # takes the plain value.
     scaled = _only_scales(used[0], produced)
-    weighted = op_name(_carried(node)[-1]) in WEIGHTED
+    weighted = _carried(node)[-1] in WEIGHTED
     return produced if scaled and not weighted else used[0]
 
 
@@ -150,7 +146,7 @@ def _activation_inputs(node: fx.Node) -> list[fx.Node]:
 
 
 def _carries(node: fx.Node) -> bool:
-    return op_name(node) in _CARRYING and isinstance(node.args[0], fx.Node)
+    return node in _SHOWING and isinstance(node.args[0], fx.Node)
 
 
 def _carried(node: fx.Node) -> list[fx.Node]:
@@ -223,6 +219,6 @@ def _results(program: Program) -> Sequence[object]:
 
 
 def _behind_identities(node: fx.Node) -> fx.Node:
-    while op_name(node) in _IDENTITIES and isinstance(node.args[0], fx.Node):
+    while node in _IDENTITIES and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
+from graphopt.ir.operators import short_name
 from graphopt.ir.program import Program
-from graphopt.ir.provenance import op_name
 
 
 def trainable(program: Program) -> list[str]:
@@ -24,7 +24,7 @@ def integer_weights(program: Program) -> list[str]:
     return [
         str(source.target)
         for node in program.graph.nodes
-        if node.op == "call_function" and op_name(node) == "dequantize"
+        if node.op == "call_function" and short_name(node) == "dequantize"
         for source in node.all_input_nodes[:1]
         if source.op == "get_attr"
     ]

@@ -12,28 +12,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphopt.ir.operators import SILENT_VIEWS
 from graphopt.ir.regions import inputs, region
 from graphopt.ir.torch_internals import OpOverload, pytree
-
-# Composite operators whose schema does not say that they may return (a view of) their input.
-_MAYBE_VIEWS = frozenset(
-    {
-        "broadcast_tensors",
-        "contiguous",
-        "dropout",
-        "einsum",
-        "flatten",
-        "matrix_H",
-        "meshgrid",
-        "movedim",
-        "native_dropout",
-        "reshape",
-        "reshape_as",
-        "to",
-        "type_as",
-        "unflatten",
-    }
-)
 
 
 def shared_inputs(node: fx.Node) -> list[fx.Node]:
@@ -44,10 +25,9 @@ def shared_inputs(node: fx.Node) -> list[fx.Node]:
         return node.all_input_nodes[:1]
     if not isinstance(node.target, OpOverload):
         return node.all_input_nodes  # a higher-order region may hand its operands through
-    name = node.target._schema.name.split("::")[-1]
     found: list[fx.Node] = []
     for argument, value in _bound(node):
-        if argument.alias_info is not None or name in _MAYBE_VIEWS:
+        if argument.alias_info is not None or node in SILENT_VIEWS:
             found += [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, fx.Node) and not _is_number(leaf)]
     return found
 

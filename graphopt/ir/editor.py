@@ -15,7 +15,8 @@ from torch import fx
 from graphopt.errors import PassError
 from graphopt.ir.graph import assemble, erase_dead, fake_mode_of, readers, tensor_attribute
 from graphopt.ir.names import unused
-from graphopt.ir.provenance import Origin, op_name, origin, record, user_line
+from graphopt.ir.operators import short_name
+from graphopt.ir.provenance import Origin, origin, record, user_line
 from graphopt.ir.regions import Region, inputs, region, results
 from graphopt.ir.torch_internals import FakeTensor, FakeTensorMode, enable_python_dispatcher, free_symbols, pytree
 
@@ -172,7 +173,7 @@ class Editor:
         for key in ("nn_module_stack", "stack_trace"):
             if key in like.meta:
                 node.meta[key] = like.meta[key]
-        base = origin(like) or Origin(like.name, "", op_name(like))
+        base = origin(like) or Origin(like.name, "", short_name(like))
         record(node, Origin(base.node, base.module, base.op, self._made_by, site or like.name))
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from graphopt.ir.operators import short_name
+
 _KEY = "graphopt"
 
 
@@ -48,7 +50,7 @@ def record_capture(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.op == "output" or origin(node) is not None:
             continue
-        record(node, Origin(node.name, module_path(node), op_name(node)))
+        record(node, Origin(node.name, module_path(node), short_name(node)))
 
 
 def drop_process_traces(graph: fx.Graph) -> None:
@@ -68,14 +70,6 @@ def module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     path = next(reversed(stack.values()))[0] if stack else ""
     return path.removeprefix("L['self'].").removeprefix("L['self']")
-
-
-def op_name(node: fx.Node) -> str:
-    """Return the short name of the operator `node` calls: "conv2d" for `aten.conv2d.default`."""
-    if node.op != "call_function":
-        return ""
-    packet = getattr(node.target, "_overloadpacket", None)
-    return str(getattr(packet or node.target, "__name__", node.target))
 
 
 def user_line(node: fx.Node) -> str:

@@ -10,16 +10,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-# operator -> position of its training flag
-TRAINING_FLAG = {
-    torch.ops.aten.batch_norm.default: 5,
-    torch.ops.aten.dropout.default: 2,
-    torch.ops.aten.dropout_.default: 2,
-    torch.ops.aten.alpha_dropout.default: 2,
-    torch.ops.aten.feature_dropout.default: 2,
-    torch.ops.aten.feature_alpha_dropout.default: 2,
-    torch.ops.aten.rrelu.default: 3,
-}
+from graphopt.ir.operators import DROPOUTS, Family
+
+_SWITCHABLE = DROPOUTS | Family("batch_norm", "rrelu")
+_FLAGS = ("train", "training")  # what their schemas call it
 
 _SWITCHED = "graphopt_training"  # in meta["custom"]: this module switched the call to training
 
@@ -28,7 +22,7 @@ def set_training(gm: fx.GraphModule, mode: bool) -> None:
     """Set the training flag of every BatchNorm and Dropout call that eval capture switched off, in place."""
     changed = False
     for node in gm.graph.nodes:
-        position = TRAINING_FLAG.get(node.target)
+        position = training_flag(node)
         if position is None or node.args[position] is mode:
             continue
         custom = dict(node.meta.get("custom", {}))
@@ -58,7 +52,7 @@ def leave_training(gm: fx.GraphModule) -> list[str]:
         gm.graph.erase_node(guards)
     for body in [module for module in gm.modules() if isinstance(module, fx.GraphModule)]:
         for node in list(body.graph.nodes):
-            position = TRAINING_FLAG.get(node.target)
+            position = training_flag(node)
             if position is not None and node.args[position] is True and not _lacks_statistics(node):
                 node.update_arg(position, False)
                 switched[str(node.target).split(".")[1].removesuffix("_")] = None
@@ -80,3 +74,11 @@ def _counts_batches(node: fx.Node) -> bool:
         and counter.op == "get_attr"
         and str(counter.target).rpartition(".")[2] == "num_batches_tracked"
     )
+
+
+def training_flag(node: fx.Node) -> int | None:
+    """Return the position of the argument that switches a call to training, None where it has none."""
+    if node not in _SWITCHABLE:
+        return None
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    return next(position for position, name in enumerate(names) if name in _FLAGS)

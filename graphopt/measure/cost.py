@@ -14,6 +14,8 @@ from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from graphopt.axes.sharing import memory_key, storage_key
+from graphopt.ir.graph import arguments
+from graphopt.ir.operators import ATTENTION, RECURRENT_LAYERS
 from graphopt.ir.program import Program
 from graphopt.ir.regions import Region, region
 from graphopt.ir.torch_internals import FakeTensorMode, OperatorBase, OpOverload, optimization_hint, pytree
@@ -109,9 +111,9 @@ def node_flops(node: fx.Node) -> int:
         return _region_flops(found)
     if isinstance(node.target, OpOverload) and (node.target.is_view or _FREE.intersection(node.target.tags)):
         return 0
-    if node.target in _RECURRENT:
+    if node in RECURRENT_LAYERS:  # torch's counter does not know their kernels
         return _recurrent_flops(node)
-    if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+    if node in ATTENTION:
         return _attention_flops(node)
     if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(node.meta.get("val"))):
         return 0
@@ -129,17 +131,9 @@ def _region_flops(found: Region) -> int:
     return rounds * sum(bodies)
 
 
-# kernels that torch's counter does not know; {operator: position of the weights}
-_RECURRENT = {
-    getattr(getattr(torch.ops.aten, kind), overload): position
-    for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu")
-    for overload, position in (("input", 2), ("data", 3))
-}
-
-
 def _recurrent_flops(node: fx.Node) -> int:
     """Count every weight matrix once for each step of each sample."""
-    weights = _described(node.args[_RECURRENT[node.target]])
+    weights = _described(arguments(node, ("params",))["params"])
     rows = _described(node.args[0]).shape[:-1]
     return sum(2 * math.prod((*rows, *weight.shape)) for weight in weights if len(weight.shape) == 2)
 

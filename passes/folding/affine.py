@@ -10,7 +10,6 @@ with c a literal or a stored tensor that varies along one axis of x at most. Eve
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +17,10 @@ import torch
 from torch import fx
 
 from graphopt.ir.graph import arguments, constant
+from graphopt.ir.operators import ADDITIONS, DIVISIONS, MULTIPLICATIONS, SUBTRACTIONS, writes_in_place
 
 aten = torch.ops.aten
 _BATCH_NORMS = (aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default)
-_SIGNS: Mapping[Any, float] = {aten.add.Tensor: 1.0, aten.add.Scalar: 1.0, aten.sub.Tensor: -1.0, aten.sub.Scalar: -1.0}
-_PRODUCTS = (aten.mul.Tensor, aten.mul.Scalar)
-_QUOTIENTS = (aten.div.Tensor, aten.div.Scalar)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,9 +101,9 @@ def _only_result(node: fx.Node) -> fx.Node | None:
 
 
 def _arithmetic(node: fx.Node, gm: fx.GraphModule) -> Affine | None:
-    sign = _SIGNS.get(node.target)
-    product, quotient = node.target in _PRODUCTS, node.target in _QUOTIENTS
-    if sign is None and not product and not quotient:
+    sign = 1.0 if node in ADDITIONS else -1.0 if node in SUBTRACTIONS else None
+    product, quotient = node in MULTIPLICATIONS, node in DIVISIONS
+    if writes_in_place(node) or (sign is None and not product and not quotient):
         return None
     given = arguments(node, ())
     source, operand = given["self"], given["other"]

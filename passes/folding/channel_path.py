@@ -6,29 +6,14 @@ import itertools
 import math
 from typing import Any
 
-import torch
 from torch import fx
 
-from graphopt.ir.graph import arguments
+from graphopt.ir.operators import COPIES, REORDERS, RESHAPES, SIZES, Family, writes_in_place
+from graphopt.passes.folding.reordering import axes_before
 from graphopt.passes.layers.weighted_call import WeightedCall, weighted_call
 
-aten = torch.ops.aten
-_RESHAPES = frozenset(
-    {
-        aten.view.default,
-        aten.reshape.default,
-        aten.flatten.using_ints,
-        aten.unflatten.int,
-        aten.squeeze.dim,
-        aten.squeeze.dims,
-        aten.squeeze.default,
-        aten.unsqueeze.default,
-        aten.contiguous.default,
-        aten.view_as.default,
-        aten.reshape_as.default,
-    }
-)
-_LIKE_ANOTHER = (aten.view_as.default, aten.reshape_as.default, aten.expand_as.default)
+_RESHAPES = RESHAPES | COPIES
+_LIKE_ANOTHER = Family("view_as", "reshape_as", "expand_as")
 
 
 def path_to_layer(
@@ -72,19 +57,17 @@ def _obstacle(path: list[fx.Node], call: WeightedCall, axis: int | None) -> str:
 
 def _reads_only_shape(user: fx.Node, node: fx.Node) -> bool:
     """Whether `user` would return the same for any other values in `node`."""
-    if user.target in (aten.sym_size.int, aten.sym_numel.default):
-        return True
-    return user.target in _LIKE_ANOTHER and user.args[0] is not node
+    return user in SIZES or (user in _LIKE_ANOTHER and user.args[0] is not node)
 
 
 def _step(node: fx.Node, axis: int | None) -> tuple[fx.Node, int | None] | None:
     """Return the input of a view-like `node` and where `axis` lies in it."""
-    if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
+    if writes_in_place(node) or not node.args or not isinstance(node.args[0], fx.Node):
         return None
     source = node.args[0]
-    if node.target is aten.permute.default or node.target in (aten.transpose.int, aten.t.default):
-        return source, None if axis is None else _permutation(node)[axis]
-    if node.target not in _RESHAPES:
+    if node in REORDERS:
+        return source, None if axis is None else axes_before(node, source)[axis]
+    if node not in _RESHAPES:
         return None
     if axis is None:
         return source, None
@@ -95,21 +78,6 @@ def _step(node: fx.Node, axis: int | None) -> tuple[fx.Node, int | None] | None:
         ):
             return source, candidate
     return None
-
-
-def _permutation(node: fx.Node) -> list[int]:
-    """Return, for every axis of the result, the axis of the input it comes from."""
-    rank = node.meta["val"].dim()
-    given = arguments(node, ())
-    if node.target is aten.permute.default:
-        return [axis % rank for axis in given["dims"]]
-    order = list(range(rank))
-    if node.target is aten.transpose.int:
-        first, second = given["dim0"] % rank, given["dim1"] % rank
-    else:
-        first, second = (0, 1) if rank == 2 else (0, 0)
-    order[first], order[second] = order[second], order[first]
-    return order
 
 
 def _equal(one: Any, other: Any) -> bool:

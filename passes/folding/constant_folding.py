@@ -27,6 +27,7 @@ from torch import fx
 from graphopt.ir.aliasing import Storages, written_inputs
 from graphopt.ir.editor import Editor
 from graphopt.ir.graph import constant, erase_dead, tensor_attribute
+from graphopt.ir.operators import FILLED_LIKE, UNINITIALISED, writes_in_place
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import module_path
 from graphopt.ir.torch_internals import OpOverload
@@ -36,12 +37,6 @@ from graphopt.pipeline.plan import Refusal
 
 aten = torch.ops.aten
 Values = dict[fx.Node, Any]  # a tensor, or several of them, by the node that computes it
-
-# Of these, the first input only tells dtype and device: (and shape, which is a number where it matters)
-_LIKE = frozenset(
-    {"new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like", "fill", "zero", "scalar_tensor"}
-)
-_UNINITIALISED = frozenset({"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +117,11 @@ def _is_constant_call(node: fx.Node, known: set[fx.Node]) -> bool:
         return node.args[0] in known
     if not isinstance(node.target, OpOverload) or node.target.namespace not in ("aten", "prims"):
         return False
-    name = node.target._schema.name.partition("::")[2]
-    if name in _UNINITIALISED or torch.Tag.nondeterministic_seeded in node.target.tags or not _is_static(node):
+    if node in UNINITIALISED or torch.Tag.nondeterministic_seeded in node.target.tags or not _is_static(node):
         return False
     inputs = node.all_input_nodes
-    if name in _LIKE and inputs and inputs[0] is node.args[0]:
+    # the first input only tells dtype and device (and shape, which is a number where it matters)
+    if node in FILLED_LIKE and not writes_in_place(node) and inputs and inputs[0] is node.args[0]:
         inputs = [source for source in inputs if source is not node.args[0] or source in _beyond_first(node)]
     return all(source in known for source in inputs)
 

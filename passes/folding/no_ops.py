@@ -20,9 +20,26 @@ from torch import fx
 from graphopt.ir.aliasing import Storages
 from graphopt.ir.editor import Editor
 from graphopt.ir.graph import arguments
+from graphopt.ir.operators import (
+    ADAPTIVE_AVERAGE_POOLS,
+    AVERAGE_POOLS,
+    CASTS,
+    COPIES,
+    DIVISIONS,
+    DROPOUTS,
+    EXPANSIONS,
+    MAX_POOLS,
+    MULTIPLICATIONS,
+    REORDERS,
+    RESHAPES,
+    SUMS,
+    VIEWS,
+    Family,
+    writes_in_place,
+)
 from graphopt.ir.program import Program
-from graphopt.ir.torch_internals import OpOverload
 from graphopt.passes.folding.likeness import indistinguishable
+from graphopt.passes.folding.reordering import axes_before
 from graphopt.pipeline.plan import Refusal
 
 aten = torch.ops.aten
@@ -37,15 +54,6 @@ def _always(given: Given, value: torch.Tensor) -> bool:
 
 def _not_training(given: Given, value: torch.Tensor) -> bool:
     return not given.get("train", given.get("training", False)) or given.get("p") == 0
-
-
-def _identity_order(given: Given, value: torch.Tensor) -> bool:
-    return [axis % value.dim() for axis in given["dims"]] == list(range(value.dim()))
-
-
-def _same_axis(given: Given, value: torch.Tensor) -> bool:
-    first, second = given.get("dim0", given.get("axis0", 0)), given.get("dim1", given.get("axis1", 0))
-    return value.dim() == 0 or first % value.dim() == second % value.dim()
 
 
 def _whole_axis(given: Given, value: torch.Tensor) -> bool:
@@ -88,32 +96,28 @@ def _unit_window(given: Given, value: torch.Tensor) -> bool:
     def all_are(name: str, wanted: int) -> bool:
         return all(size == wanted for size in given.get(name) or [wanted])
 
-    return all_are("kernel_size", 1) and all_are("stride", 1) and all_are("padding", 0)
+    return (
+        all_are("kernel_size", 1)
+        and all_are("stride", 1)
+        and all_are("padding", 0)
+        and given.get("divisor_override") in (None, 1)
+    )
 
 
-# operator -> when it returns its input, given that shape, dtype, strides and device are those of the input
-_TESTS: Mapping[str, Test] = {
-    **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"), _not_training),
-    **dict.fromkeys(("contiguous", "clone", "alias", "detach", "lift_fresh", "lift_fresh_copy", "positive"), _always),
-    **dict.fromkeys(("to", "type_as", "_to_copy", "view", "reshape", "view_as", "reshape_as", "flatten"), _always),
-    **dict.fromkeys(("unflatten", "expand", "expand_as", "squeeze", "repeat", "tile", "_unsafe_view"), _always),
-    **dict.fromkeys(("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"), _always),
-    **dict.fromkeys(("avg_pool1d", "avg_pool2d", "avg_pool3d"), _unit_window),
-    **dict.fromkeys(("max_pool1d", "max_pool2d", "max_pool3d"), _unit_window),
-    **dict.fromkeys(("add", "sub"), _adds_zero),
-    **dict.fromkeys(("mul", "div"), _times_one),
-    **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _same_axis),
-    "permute": _identity_order,
-    "slice": _whole_axis,
-    "pad": _no_padding,
-    "constant_pad_nd": _no_padding,
-    "roll": _no_shift,
-    "flip": _no_axes,
-    "pow": _to_the_first,
-    "cat": _alone,
-}
-# of these the result never has memory of its own
-_VIEWS = frozenset({"alias", "detach", "view", "view_as", "expand", "expand_as", "slice", "permute", "transpose"})
+# operators -> when they return their input, given that shape, dtype, strides and device are those of the input
+_TESTS: Sequence[tuple[Family, Test]] = (
+    (DROPOUTS, _not_training),
+    (COPIES | CASTS | RESHAPES | EXPANSIONS | ADAPTIVE_AVERAGE_POOLS | Family("view.dtype", "narrow"), _always),
+    (AVERAGE_POOLS | MAX_POOLS, _unit_window),
+    (SUMS, _adds_zero),
+    (MULTIPLICATIONS | DIVISIONS, _times_one),
+    (Family("slice"), _whole_axis),
+    (Family("pad", "constant_pad_nd"), _no_padding),
+    (Family("roll"), _no_shift),
+    (Family("flip"), _no_axes),
+    (Family("pow"), _to_the_first),
+    (Family("cat"), _alone),
+)
 
 
 def find_no_ops(program: Program) -> tuple[list[str], list[Refusal]]:
@@ -152,14 +156,13 @@ def drop_no_ops(program: Program, names: Sequence[str]) -> Program:
 
 def _returned_input(node: fx.Node) -> fx.Node | None:
     """Return the input that `node` returns unchanged."""
-    overload = node.target if node.op == "call_function" else None
-    if not isinstance(overload, OpOverload) or overload.namespace != "aten":
+    source = None if writes_in_place(node) else _first_tensor(node)
+    if source is None or not indistinguishable(source, node):
         return None
-    test = _TESTS.get(overload._schema.name.removeprefix("aten::"))
-    source = _first_tensor(node) if test is not None else None
-    if test is None or source is None:
-        return None
-    if not indistinguishable(source, node):
+    if node in REORDERS:
+        return source if axes_before(node, source) == list(range(source.meta["val"].dim())) else None
+    test = next((test for family, test in _TESTS if node in family), None)
+    if test is None:
         return None
     return source if test(arguments(node, ()), source.meta["val"]) else None
 
@@ -172,7 +175,7 @@ def _first_tensor(node: fx.Node) -> Any:
 
 
 def _why_it_stays(node: fx.Node, source: fx.Node, storages: Storages, gone: set[fx.Node]) -> str:
-    if node.target._schema.name.removeprefix("aten::") not in _VIEWS:  # type: ignore[union-attr]
+    if node not in VIEWS or not node.target.is_view:  # type: ignore[union-attr]  # a copying twin is none
         writes = [*storages.writes(source), *storages.writes(node)]
         if writes:
             return f"it may be a copy, and `{writes[0].name}` writes to one side of it"

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from graphopt.ir.provenance import op_name
+from graphopt.ir.operators import PRODUCTS, RECURRENT
 from graphopt.ir.regions import inside, regions
 from graphopt.passes.layers.weighted_call import WeightedCall, is_layer, weighted_call
 
-RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-_PRODUCTS = ("mm", "matmul", "bmm", "baddbmm", "addbmm", "einsum", "bilinear", *RECURRENT)
+_WITH_WEIGHTS = PRODUCTS | RECURRENT  # where one operand is stored
 
 
 class Layers:
@@ -42,7 +41,7 @@ class Layers:
             return True
         if any(is_layer(inner) for inner in self._regions.get(node, ())):
             return True
-        return op_name(node) in _PRODUCTS and not self._stored.isdisjoint(node.all_input_nodes)
+        return node in _WITH_WEIGHTS and not self._stored.isdisjoint(node.all_input_nodes)
 
 
 def computed_weight(call: WeightedCall | None, gm: fx.GraphModule) -> str:

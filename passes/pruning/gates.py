@@ -21,11 +21,11 @@ from graphopt.axes.layout import Layout, leaves
 from graphopt.axes.rules.contraction import parse_equation
 from graphopt.ir.graph import arguments, copy_graph_module
 from graphopt.passes.pruning.index_rows import by_index
-from graphopt.passes.pruning.operations import PRODUCTS
+from graphopt.passes.pruning.operations import FACTORS
 from graphopt.passes.pruning.standing import Standing
 
 aten = torch.ops.aten
-_PRODUCTS = {**PRODUCTS, aten.scaled_dot_product_attention: ("query", "key")}
+_PRODUCTS = {**FACTORS, aten.scaled_dot_product_attention: ("query", "key")}
 
 
 @dataclass(frozen=True)

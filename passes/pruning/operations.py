@@ -21,13 +21,12 @@ from graphopt.axes.layout import ONE, Layout, size, surviving_size, touches
 from graphopt.axes.rewrite import Kept
 from graphopt.axes.rules.contraction import parse_equation
 from graphopt.ir.graph import arguments
+from graphopt.ir.operators import CONVOLUTIONS, RECURRENT_LAYERS, TRANSPOSED_CONVOLUTIONS
 from graphopt.ir.torch_internals import optimization_hint
 
 aten = torch.ops.aten
-_CONVOLUTIONS = (aten.conv1d, aten.conv2d, aten.conv3d)
-_TRANSPOSED = (aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d)
 # operator: the two operands; the first one's last dimension is summed over
-PRODUCTS = {
+FACTORS = {
     aten.linear: ("input", "weight"),
     aten.mm: ("self", "mat2"),
     aten.bmm: ("self", "mat2"),
@@ -35,7 +34,6 @@ PRODUCTS = {
     aten.addmm: ("mat1", "mat2"),
     aten.baddbmm: ("batch1", "batch2"),
 }
-_RECURRENT = (aten.lstm, aten.gru, aten.rnn_tanh, aten.rnn_relu)
 
 _Labelled = dict[str, tuple[Layout, int]]  # an operand of an einsum, with sizes in the example
 
@@ -77,17 +75,17 @@ def parts_of(node: fx.Node, axes: Axes, flops: int) -> list[SizeProduct] | None:
     if packet is None:
         return None
     given = arguments(node, ())
-    if packet in _RECURRENT:
+    if node in RECURRENT_LAYERS:
         return _recurrent(given, axes, flops)
     if node not in axes.layouts:
         return None
     result = axes.layouts[node]
-    if packet in _CONVOLUTIONS:
+    if node in CONVOLUTIONS:
         return [SizeProduct(flops, (*result, *axes.layouts[given["weight"]][1:]))]
-    if packet in _TRANSPOSED:
+    if node in TRANSPOSED_CONVOLUTIONS:
         return [SizeProduct(flops, (*axes.layouts[given["input"]], *axes.layouts[given["weight"]][1:]))]
-    if packet in PRODUCTS:
-        return [SizeProduct(flops, (*result, axes.layouts[given[PRODUCTS[packet][0]]][-1]))]
+    if packet in FACTORS:
+        return [SizeProduct(flops, (*result, axes.layouts[given[FACTORS[packet][0]]][-1]))]
     if packet is aten.scaled_dot_product_attention:
         return _attention(given, axes, flops)
     return _einsum(given, axes, flops) if packet is aten.einsum else None

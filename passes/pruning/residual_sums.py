@@ -11,12 +11,11 @@ import torch
 from torch import fx
 
 from graphopt.ir.graph import arguments, constant
+from graphopt.ir.operators import ADDITIONS, COPIES, DROPOUTS, MULTIPLICATIONS
 from graphopt.passes.layers.weighted_call import WeightedCall, uses
 
 aten = torch.ops.aten
-_SUMS = (aten.add.Tensor, aten.add_.Tensor)
-_PRODUCTS = (aten.mul.Tensor, aten.mul_.Tensor)
-_COPIES = (aten.dropout.default, aten.dropout_.default, aten.clone.default, aten.contiguous.default)
+_COPIES = COPIES | DROPOUTS
 # A feature whose gain is a thousandth of the largest hardly reaches the sum: it would take huge weights to mend it.
 _LEAST_GAIN = 1e-3
 
@@ -41,7 +40,7 @@ def addend_of(call: WeightedCall, gm: fx.GraphModule) -> Addend | None:
     node = call.node
     while len(node.users) == 1:
         reader = next(iter(node.users))
-        if reader.target in _SUMS:
+        if reader in ADDITIONS:
             return _branch(node, reader, gain)
         step = _gain(node, reader, call, gm)
         if step is None:
@@ -79,7 +78,7 @@ def _gain(node: fx.Node, reader: fx.Node, call: WeightedCall, gm: fx.GraphModule
     """Return what each feature is multiplied with on the way from `node` to `reader`, None if it is no such step."""
     ones = torch.ones(call.out_features, dtype=torch.float64)
     given = arguments(reader, ()) if reader.op == "call_function" and hasattr(reader.target, "_schema") else {}
-    if reader.target in _COPIES:
+    if reader in _COPIES:
         return None if given.get("train") else ones
     if reader.target is aten.batch_norm.default and given["input"] is node and not given["training"]:
         variance, weight = constant(given["running_var"], gm), constant(given["weight"], gm)
@@ -87,7 +86,7 @@ def _gain(node: fx.Node, reader: fx.Node, call: WeightedCall, gm: fx.GraphModule
             return None
         scale: torch.Tensor = (variance.detach().double() + given["eps"]).rsqrt()
         return scale if weight is None else scale * weight.detach().double()
-    if reader.target in _PRODUCTS and given["self"] is node:
+    if reader in MULTIPLICATIONS and given["self"] is node:
         factor = constant(given["other"], gm)
         from_end = node.meta["val"].dim() - call.output_axis
         if factor is None or factor.dim() < from_end or factor.numel() != factor.shape[-from_end]:

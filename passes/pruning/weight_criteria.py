@@ -15,11 +15,11 @@ from torch import fx
 
 from graphopt.axes.groups import Group, Member
 from graphopt.ir.graph import arguments, constant
+from graphopt.ir.operators import MULTIPLICATIONS, NORMALISATIONS
 from graphopt.passes.pruning.standing import Standing, Worths
 
 OfWeight = Callable[[Standing, Member, int], torch.Tensor]  # of one weight and the id of the axis: (indices left,)
 _AT_ONCE = 1024  # rows that distances are taken to at once
-_SCALES = (torch.ops.aten.mul.Tensor, torch.ops.aten.mul_.Tensor)
 
 
 def l1(standing: Standing, member: Member, axis: int) -> torch.Tensor:
@@ -120,10 +120,10 @@ def scales(gm: fx.GraphModule) -> set[str]:
         if node.op != "call_function" or not hasattr(node.target, "_schema"):
             continue
         given = arguments(node, ())
-        if "norm" in node.target._schema.name:
+        if node in NORMALISATIONS:
             factors = [given.get("weight")]
         else:
-            factors = [given["self"], given["other"]] if node.target in _SCALES else []
+            factors = [given["self"], given["other"]] if node in MULTIPLICATIONS else []
         for factor in factors:
             tensor = constant(factor, gm)
             if factor is None or not isinstance(tensor, torch.nn.Parameter):

@@ -17,29 +17,27 @@ import torch
 from torch import fx
 
 from graphopt.ir.graph import arguments
-from graphopt.ir.provenance import op_name
+from graphopt.ir.operators import (
+    ACTIVATIONS,
+    ALL_CONVOLUTIONS,
+    ATTENTION,
+    AVERAGE_POOLS,
+    MAX_POOLS,
+    MOVES,
+    PRODUCTS,
+    RECURRENT,
+    SOFTMAXES,
+    UPSAMPLES,
+    plain_name,
+)
 from graphopt.ir.torch_internals import OpOverload
 from graphopt.passes.layers.weighted_call import WeightedCall, layer_call
 
 # Work that would pay for integers: reported when a target has no kernel for it.
-HEAVY = frozenset(
-    {f"conv{kind}{rank}d" for kind in ("", "_transpose") for rank in (1, 2, 3)}
-    | {"gemm", "matmul", "batched_matmul", "scaled_dot_product_attention", "einsum"}
-    | {"bmm", "baddbmm", "bilinear", "lstm", "gru", "rnn_tanh", "rnn_relu", "multi_head_attention_forward"}
-)
+HEAVY = PRODUCTS | ALL_CONVOLUTIONS | ATTENTION | RECURRENT
 
-# Operators that only move values around; the first argument is what they move.
-_MOVES = frozenset(
-    {"slice", "view", "reshape", "flatten", "unflatten", "permute", "transpose", "unsqueeze", "squeeze", "expand"}
-    | {"select", "narrow", "chunk", "split", "split_with_sizes", "unbind", "contiguous", "t", "roll", "flip"}
-    | {"pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "repeat", "movedim", "swapaxes"}
-)
-
-_ONE_OPERAND = frozenset(
-    {"sigmoid", "leaky_relu", "softmax", "tanh"}
-    | {f"{kind}_pool{rank}d" for kind in ("avg", "max") for rank in (1, 2, 3)}
-    | {f"upsample_nearest{rank}d" for rank in (1, 2, 3)}
-)
+# The first argument is what they compute on, or move.
+_ONE_OPERAND = MOVES | ACTIVATIONS | SOFTMAXES | AVERAGE_POOLS | MAX_POOLS | UPSAMPLES
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +66,7 @@ def kernel_of(node: fx.Node, gm: fx.GraphModule) -> Kernel | None:
         return Kernel("getitem", (source,)) if isinstance(source, fx.Node) else None
     if not isinstance(node.target, OpOverload):
         return None
-    name = op_name(node)
+    name = plain_name(node)
     layer = layer_call(node, gm)
     if layer is not None:
         return _convolution(layer) if "conv" in layer.kind else _product(layer)
@@ -76,20 +74,18 @@ def kernel_of(node: fx.Node, gm: fx.GraphModule) -> Kernel | None:
         return Kernel("batched_matmul", tuple(node.all_input_nodes))
     if name in ("add", "mul", "cat"):
         return _elementwise(node, name)
-    if name in _MOVES:
-        return Kernel(name, _nodes(node.args[:1]))
     if name == "pad":
         return _pad(node)
     if name == "mean" or name.startswith("adaptive_avg_pool"):
         return _mean(node, name)
-    return Kernel(name, _nodes(node.args[:1]) if name in _ONE_OPERAND else tuple(node.all_input_nodes))
+    return Kernel(name, _nodes(node.args[:1]) if node in _ONE_OPERAND else tuple(node.all_input_nodes))
 
 
 def clamp_range(node: fx.Node) -> tuple[float, float] | None:
     """Return the range an activation clamps to, None if it is not a plain clamp to constants."""
     if node.op != "call_function":
         return None
-    name = op_name(node)
+    name = plain_name(node)
     if name == "relu":
         return 0.0, math.inf
     if name == "relu6":

@@ -23,7 +23,8 @@ from torch import fx
 from graphopt.ir.aliasing import Storages
 from graphopt.ir.finite import all_finite
 from graphopt.ir.graph import constant
-from graphopt.ir.provenance import module_path, op_name
+from graphopt.ir.operators import plain_name, short_name
+from graphopt.ir.provenance import module_path
 from graphopt.passes.layers.weighted_call import IN_A_REGION, regions_with_layers
 from graphopt.passes.quantization.kernels import HEAVY, Kernel, clamp_range, kernel_of
 from graphopt.pipeline.globs import check_glob
@@ -181,8 +182,8 @@ class _Placer:
             return
         chained = any(operand in self._result.integers for operand in kernel.operands)
         absorbed = node in self._result.integers
-        if kernel.name in HEAVY or (chained and not absorbed):
-            reason = f"`{op_name(node)}` has no integer kernel on {self._target.name}"
+        if node in HEAVY or (chained and not absorbed):
+            reason = f"`{short_name(node)}` has no integer kernel on {self._target.name}"
             self._result.refusals.append(Refusal(node.name, reason, reason.replace("`", "")))
 
     def _end(self, node: fx.Node, rule: OperatorRule) -> fx.Node:
@@ -190,7 +191,7 @@ class _Placer:
         if len(node.users) != 1:
             return node
         activation = next(iter(node.users))
-        if op_name(activation) not in rule.absorbs or self._problem(activation) is not None:
+        if plain_name(activation) not in rule.absorbs or self._problem(activation) is not None:
             return node
         if self._target.activation.symmetric:
             return activation

@@ -13,7 +13,7 @@ from torch import fx
 
 from graphopt.ir.editor import Editor
 from graphopt.ir.graph import arguments
-from graphopt.ir.provenance import op_name
+from graphopt.ir.operators import short_name
 from graphopt.passes.quantization.kernels import rank, spatial_mean
 from graphopt.targets.description import TargetDescription
 
@@ -32,7 +32,7 @@ def spellings(graph: fx.Graph, target: TargetDescription) -> dict[str, str]:
     for node in graph.nodes:
         if node.op != "call_function":
             continue
-        name = op_name(node)
+        name = short_name(node)
         if name == "silu" and {"sigmoid", "mul"} <= known and "silu" not in known:
             found[node.name] = "mul_sigmoid"
         elif name == "mean" and "global_average_pool" in known and spatial_mean(node):

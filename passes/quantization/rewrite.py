@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from graphopt.ir.editor import Editor
 from graphopt.ir.graph import constant
-from graphopt.ir.provenance import op_name
+from graphopt.ir.operators import short_name
 from graphopt.passes.layers.weighted_call import WeightedCall, layer_call, set_argument
 from graphopt.passes.quantization.plan import Int8Plan, LayerRecord, ValueRecord, stored_name
 from graphopt.quantization.ops import DEQUANTIZE, QUANTIZE, storage_dtype
@@ -129,7 +129,7 @@ class Rewriter:
     def _integers(self, node: fx.Node, record: ValueRecord) -> fx.Node:
         """Return the node that holds the integers of a value."""
         if record["form"] == "move":
-            if op_name(node) == "pad":  # what is padded is 0, which is stored as the zero point
+            if short_name(node) == "pad":  # what is padded is 0, which is stored as the zero point
                 node.args = (node.args[0], node.args[1], "constant", float(record["zero_point"]))
                 node.kwargs = {}
             self._editor.propagate(node)

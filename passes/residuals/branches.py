@@ -23,6 +23,7 @@ from torch import fx
 from graphopt.ir.aliasing import Storages, written_inputs
 from graphopt.ir.graph import arguments, constant
 from graphopt.ir.names import Names
+from graphopt.ir.operators import SCALED_DROPOUTS, SUBTRACTIONS, SUMS
 from graphopt.ir.provenance import module_path
 from graphopt.ir.torch_internals import statically_known_true
 from graphopt.passes.layers.recognition import Layers
@@ -30,10 +31,7 @@ from graphopt.passes.residuals.kind import BranchKind, describe
 from graphopt.pipeline.plan import Refusal
 
 aten = torch.ops.aten
-SUMS = (aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor, aten.sub_.Tensor)
 _INPUTS = "inputs"  # root of the dominator tree
-_DROPOUTS = (aten.dropout.default, aten.feature_dropout.default)  # of a sum are the sum of its terms', in the mean
-_DIFFERENCES = (aten.sub.Tensor, aten.sub_.Tensor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,7 +215,7 @@ def _dominators(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
 
 def _operands(total: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
     """Yield (what may go, what stays) of a sum of two computed tensors."""
-    if total.op != "call_function" or total.target not in SUMS or len(total.args) < 2:
+    if total not in SUMS or len(total.args) < 2:
         return
     one, other = total.args[:2]
     if not (isinstance(one, fx.Node) and isinstance(other, fx.Node)) or one is other:
@@ -233,9 +231,9 @@ def _whole_sum(total: fx.Node) -> fx.Node:
     current = whole = total
     while len(current.users) == 1:
         current = next(iter(current.users))
-        if current.target in SUMS:
+        if current in SUMS:
             whole = current
-        elif current.target not in _DROPOUTS:
+        elif current not in SCALED_DROPOUTS:
             break
     return whole
 
@@ -247,7 +245,7 @@ def _terms(value: fx.Node, *, top: bool = True) -> dict[fx.Node, None]:
     while pending:
         term = pending.pop()
         summed = _through_dropouts(term)
-        if summed.target in SUMS and ((top and summed is value) or _alone_leads_to(summed, term)):
+        if summed in SUMS and ((top and summed is value) or _alone_leads_to(summed, term)):
             pending += [operand for operand in reversed(summed.args[:2]) if isinstance(operand, fx.Node)]
         else:
             found[term] = None
@@ -256,7 +254,7 @@ def _terms(value: fx.Node, *, top: bool = True) -> dict[fx.Node, None]:
 
 def _through_dropouts(value: fx.Node) -> fx.Node:
     """Return what a dropout, or several, drop elements of."""
-    while value.target in _DROPOUTS:
+    while value in SCALED_DROPOUTS:
         source = value.args[0]
         assert isinstance(source, fx.Node)  # by its schema
         value = source
@@ -272,7 +270,7 @@ def _alone_leads_to(value: fx.Node, end: fx.Node) -> bool:
 
 def _is_sum_of(value: fx.Node, results: set[fx.Node]) -> bool:
     """Whether `value` is a sum of nothing but branches that can go one by one."""
-    return _through_dropouts(value).target in SUMS and results.issuperset(_terms(value))
+    return _through_dropouts(value) in SUMS and results.issuperset(_terms(value))
 
 
 def _why_not(branch: Branch, graph: _Graph) -> tuple[str, str]:
@@ -287,7 +285,7 @@ def _why_not(branch: Branch, graph: _Graph) -> tuple[str, str]:
             "the shortcut changes the shape"
         )
     if stays is total.args[1]:
-        if total.target in _DIFFERENCES:
+        if total in SUBTRACTIONS:
             return "the shortcut is subtracted", ""
         if arguments(total, ("alpha",))["alpha"] != 1:
             return f"the shortcut is scaled by alpha={arguments(total, ('alpha',))['alpha']}", "the shortcut is scaled"

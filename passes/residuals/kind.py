@@ -7,12 +7,11 @@ from typing import Literal
 
 from torch import fx
 
-from graphopt.ir.provenance import module_path, op_name
-from graphopt.passes.layers.recognition import RECURRENT, Layers
+from graphopt.ir.operators import ALL_CONVOLUTIONS, ATTENTION, PRODUCTS, RECURRENT, SOFTMAXES
+from graphopt.ir.provenance import module_path
+from graphopt.passes.layers.recognition import Layers
 
 BranchKind = Literal["attention", "convolution", "recurrent", "mlp", "mixer"]
-
-_MIXING = ("matmul", "bmm", "baddbmm", "einsum")
 
 
 def describe(nodes: Sequence[fx.Node], known: Layers) -> tuple[BranchKind, str]:
@@ -24,15 +23,15 @@ def describe(nodes: Sequence[fx.Node], known: Layers) -> tuple[BranchKind, str]:
 
 
 def _kind(nodes: Sequence[fx.Node], layers: Sequence[fx.Node]) -> BranchKind:
-    names = {op_name(node) for node in nodes}
-    products = [node for node in nodes if op_name(node) in _MIXING and node not in layers]
-    if "scaled_dot_product_attention" in names or ({"softmax", "_softmax"} & names and len(products) >= 2):
+    mixing = [node for node in nodes if node in PRODUCTS and node not in layers]  # values with values
+    by_hand = len(mixing) >= 2 and any(node in SOFTMAXES for node in nodes)
+    if by_hand or any(node in ATTENTION for node in nodes):
         return "attention"
-    if any(name in RECURRENT for name in names):
+    if any(node in RECURRENT for node in nodes):
         return "recurrent"
-    if any("conv" in op_name(node) for node in layers):
+    if any(node in ALL_CONVOLUTIONS for node in layers):
         return "convolution"
-    return "mixer" if products else "mlp"
+    return "mixer" if mixing else "mlp"
 
 
 def _common(paths: Sequence[str]) -> str:

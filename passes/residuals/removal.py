@@ -12,8 +12,9 @@ from torch import fx
 
 from graphopt.errors import PassError
 from graphopt.ir.editor import Editor
+from graphopt.ir.operators import SUMS
 from graphopt.ir.program import Program
-from graphopt.passes.residuals.branches import SUMS, Branch, idle, only_for, same_form, same_layout
+from graphopt.passes.residuals.branches import Branch, idle, only_for, same_form, same_layout
 
 
 def without(program: Program, results: Iterable[str], made_by: str) -> Program:
@@ -84,7 +85,7 @@ def _sum_of(result: fx.Node | None) -> fx.Node | None:
     if len(readers) != 1:
         return None
     total = readers[0]
-    if total.target not in SUMS or not all(isinstance(operand, fx.Node) for operand in total.args[:2]):
+    if total not in SUMS or not all(isinstance(operand, fx.Node) for operand in total.args[:2]):
         return None
     one, other = total.args[:2]
     stays = other if one is result else one

@@ -14,8 +14,8 @@ from graphopt.backends.onnxruntime import OnnxRuntimeBackend
 from graphopt.backends.onnxruntime.description import DESCRIPTION as ONNXRUNTIME
 from graphopt.backends.onnxruntime.fusion import kernel_counts
 from graphopt.capturing.capture import capture
+from graphopt.ir.operators import short_name
 from graphopt.ir.program import Program
-from graphopt.ir.provenance import op_name
 from graphopt.passes.fold import Fold
 from graphopt.passes.int8 import Int8, Int8Options
 from graphopt.passes.quantization.plan import Int8Plan
@@ -71,7 +71,7 @@ def kernels(program: Program, path: Path, *data: Tensor) -> Counter[str]:
 
 
 def operators(program: Program) -> Counter[str]:
-    return Counter(op_name(node) for node in program.graph.nodes if node.op == "call_function")
+    return Counter(short_name(node) for node in program.graph.nodes if node.op == "call_function")
 
 
 def reasons(plan: Int8Plan) -> dict[str, str]:

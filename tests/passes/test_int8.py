@@ -14,8 +14,8 @@ from graphopt.backends.onnxruntime.description import DESCRIPTION as ONNXRUNTIME
 from graphopt.backends.tensorrt.description import DESCRIPTION as TENSORRT
 from graphopt.capturing.capture import capture
 from graphopt.errors import DataError, PassError, UsageError
+from graphopt.ir.operators import short_name
 from graphopt.ir.program import Program
-from graphopt.ir.provenance import op_name
 from graphopt.measure.equivalence import measure
 from graphopt.passes.int8 import Int8, Int8Options
 from graphopt.pipeline.context import Context
@@ -123,8 +123,8 @@ def test_symmetric_target() -> None:
     given, plan = quantized(TwoConvs(), images(), target=TENSORRT)
     assert {record["zero_point"] for record in plan.values} == {0}
     assert plan.dropped == ()
-    add = next(node for node in given.graph.nodes if op_name(node) == "add")
-    assert [op_name(operand) for operand in add.all_input_nodes] == ["conv2d", "dequantize"]
+    add = next(node for node in given.graph.nodes if short_name(node) == "add")
+    assert [short_name(operand) for operand in add.all_input_nodes] == ["conv2d", "dequantize"]
     assert operators(given)["relu"] == 1
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphopt.axes.layout import operator_name
 from graphopt.axes.proof.step import MaskedStep, masked_rule, raw, tensor_result
 from graphopt.axes.proof.value import (
     CannotProveError,
@@ -22,6 +21,7 @@ from graphopt.axes.proof.value import (
     union,
     vector,
 )
+from graphopt.ir.operators import schema_name
 from graphopt.ir.torch_internals import pytree
 
 
@@ -109,7 +109,7 @@ def move(step: MaskedStep) -> Any:
 def _countable(step: MaskedStep, value: Value) -> Dead:
     """Return what is removed or counted, but of a dimension that is cut into parts: how many fall into each is open."""
     flags = list(known_or_counted(value))
-    if operator_name(step.target).removesuffix("_copy") in _CUTS:
+    if schema_name(step.target).removesuffix("_copy") in _CUTS:
         dim = step.dim("dim", len(flags))
         flags[dim] = value.dead[dim]
     return tuple(flags)

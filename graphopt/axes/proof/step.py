@@ -8,7 +8,8 @@ from typing import Any, TypeAlias
 from torch import Tensor, fx
 
 from graphopt.axes.proof.value import CannotProveError, Value, Vector
-from graphopt.axes.registry import is_pointwise, twins
+from graphopt.axes.registry import is_pointwise
+from graphopt.ir.operators import twins
 from graphopt.ir.torch_internals import OpOverload, pytree
 
 Rule: TypeAlias = "Callable[[MaskedStep], Any]"

@@ -14,8 +14,8 @@ from graphopt.capturing.capture import capture
 from graphopt.data.batches import Batch
 from graphopt.errors import DataError, PassError
 from graphopt.ir.invariants import check_invariants
+from graphopt.ir.operators import short_name
 from graphopt.ir.program import Program
-from graphopt.ir.provenance import op_name
 from graphopt.pipeline.context import Context
 from graphopt.quantization.histogram import ChannelMean, Histogram
 from graphopt.statistics.calibration import Calibration, insert_observers
@@ -78,7 +78,7 @@ def test_observers_are_nodes() -> None:
     before = program()
     observed = insert_observers(before, ["x", "relu", "linear_1"])
     check_invariants(before, observed, "calibration")
-    assert [op_name(node) for node in observed.graph.nodes].count("observe") == 3
+    assert [short_name(node) for node in observed.graph.nodes].count("observe") == 3
     torch.testing.assert_close(observed(data()), before(data()), rtol=0, atol=0)
 
 
