@@ -26,6 +26,7 @@ from graphopt.passes.quantization.kernels import clamp_range, kernel_of
 from graphopt.passes.quantization.placement import place
 from graphopt.passes.residuals.branches import find_branches
 from graphopt.pipeline.context import Context
+from tests.passes.int8_models import images, operators, quantized, reasons
 
 X = torch.linspace(-2, 2, 32).reshape(4, 8)
 MAPS = torch.linspace(-2, 2, 4 * 3 * 6 * 6).reshape(4, 3, 6, 6)
@@ -149,15 +150,6 @@ def test_int8_reports_heavy_work_without_a_kernel(function: object, name: str) -
     assert f"`{name}` has no integer kernel on onnxruntime" in reasons
 
 
-def test_int8_reports_a_convolution_under_its_general_name() -> None:
-    def run(model: Calls, x: Tensor) -> Tensor:
-        return torch.convolution(x, model.weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
-
-    program = captured(run, MAPS, weight=nn.Parameter(torch.rand(3, 3, 1, 1)))
-    reasons = [refusal.reason for refusal in place(program.graph_module, ONNXRUNTIME).refusals]
-    assert reasons == ["`convolution` has no integer kernel on onnxruntime"]
-
-
 @pytest.mark.parametrize(
     "function",
     [
@@ -214,3 +206,28 @@ def test_another_librarys_operator_of_the_same_name_is_none_of_the_family() -> N
 def test_recurrent_layers_are_counted_whatever_way_they_are_called() -> None:
     program = captured(lambda m, x: m.gru(x[:, None])[0], gru=nn.GRU(8, 4))
     assert cost(program).flops == 2 * 3 * 4 * (8 + 4)
+
+
+class Spelled(nn.Module):
+    """A small network, in the usual words or in others."""
+
+    def __init__(self, *, usual: bool) -> None:
+        super().__init__()
+        self.usual = usual
+        self.one, self.two, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, two = self.one(x), self.two(x)
+        if self.usual:
+            return self.last(torch.cat([torch.clamp(one, 0, 6), two * torch.sigmoid(two)], 1))
+        return self.last(torch.concat([torch.clip(one, 0, 6), torch.multiply(two, torch.sigmoid(two))], 1))
+
+
+def test_int8_makes_the_same_of_other_words() -> None:
+    x = images(size=8)
+    usual, other = (quantized(Spelled(usual=usual), x) for usual in (True, False))
+    counts = operators(other[0])
+    assert operators(usual[0])["quantize"] == counts["quantize"]
+    assert counts["clip"] == 0, "the range of the integers carries it out"
+    torch.testing.assert_close(other[0](x), usual[0](x), rtol=0, atol=0)
+    assert reasons(other[1]) == reasons(usual[1]) == {}
