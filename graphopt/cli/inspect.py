@@ -9,7 +9,6 @@ from typing import Any
 
 from graphopt.cli import arguments
 from graphopt.cli.arguments import Data, Dynamic, Factory, Format, Input, ModelPath, Seed, Trust, Weights
-from graphopt.ir.operators import short_name
 
 
 def command(
@@ -28,6 +27,7 @@ def command(
     program = arguments.load_program(
         model, data=data, inputs=inputs, dynamic=dynamic, factory=factory, weights=weights, trust=trust, seed=seed
     )
+    from graphopt.ir.operators import short_name
     from graphopt.measure.cost import cost
 
     found = cost(program)

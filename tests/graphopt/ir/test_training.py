@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.capturing.capture import capture
-from graphopt.ir.training import TRAINING_FLAG, set_training
+from graphopt.ir.training import set_training, training_flag
 
 
 class Mixed(nn.Module):
@@ -22,7 +22,9 @@ class Mixed(nn.Module):
 
 
 def flags(gm: torch.fx.GraphModule) -> list[object]:
-    return [node.args[5 if "batch_norm" in node.name else 2] for node in gm.graph.nodes if node.target in TRAINING_FLAG]
+    return [
+        node.args[5 if "batch_norm" in node.name else 2] for node in gm.graph.nodes if training_flag(node) is not None
+    ]
 
 
 def test_training_switches_on_what_capture_switched_off_and_back() -> None:
