@@ -20,7 +20,7 @@ from graphopt.passes.fold import Fold
 from graphopt.passes.folding.no_ops import find_no_ops
 from graphopt.passes.layers.recognition import Layers
 from graphopt.passes.layers.weighted_call import weighted_call
-from graphopt.passes.pruning.residual_sums import branch_of
+from graphopt.passes.pruning.residual_sums import addend_of
 from graphopt.passes.pruning.weight_criteria import scales
 from graphopt.passes.quantization.kernels import clamp_range, kernel_of
 from graphopt.passes.quantization.placement import place
@@ -177,7 +177,7 @@ def test_prune_follows_a_layer_to_its_sum_past_any_dropout(drop: object) -> None
     program = captured(lambda m, x: x + drop(m.linear(x), 0.5, False).detach(), linear=nn.Linear(8, 8))
     call = weighted_call(node_of(program, "linear"), program.graph_module)
     assert call is not None
-    found = branch_of(call, program.graph_module)
+    found = addend_of(call, program.graph_module)
     assert found is not None
     torch.testing.assert_close(found.factor, torch.ones(8, dtype=torch.float64))
 
