@@ -27,12 +27,23 @@ def whole_batches(samples: SampleSource, size: int, limit: int | None, *, fixed:
     Args:
         samples: what is read.
         size: samples per batch, where any number fits.
-        limit: samples read in all.
+        limit: samples read in all; where the program takes more at once, as many as it takes.
         fixed: how many samples the program takes, None where any number fits.
     """
-    for batch in samples.batches(fixed or size, limit):
-        if fixed in (None, len(batch[0])):
-            yield batch
+    batches = samples.batches(fixed or size, _limit(limit, fixed))
+    return (batch for batch in batches if fixed in (None, len(batch[0])))
+
+
+def whole_labelled_batches(
+    samples: SampleSource, size: int, limit: int | None, *, fixed: int | None
+) -> Iterator[Labelled]:
+    """Yield pairs of inputs and labels as `whole_batches` does; labels are None where the data has none."""
+    pairs = samples.labelled_batches(fixed or size, _limit(limit, fixed))
+    return (pair for pair in pairs if fixed in (None, len(pair[0][0])))
+
+
+def _limit(limit: int | None, fixed: int | None) -> int | None:
+    return None if limit is None else max(limit, fixed or 0)
 
 
 def rebatched(pieces: Iterable[Labelled], size: int) -> Iterator[Labelled]:

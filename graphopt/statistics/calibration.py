@@ -121,16 +121,16 @@ def read_batches(program: Program, samples: SampleSource, *, limit: int, batch_s
     return batches
 
 
-def no_batch(program: Program, among: str = "") -> DataError:
+def no_batch(program: Program, purpose: str = "") -> DataError:
     """Return the error of data that hold no batch that `program` takes.
 
     Args:
         program: what takes them.
-        among: where none was found and what for, with a space in front.
+        purpose: what for, with a space in front.
     """
     fixed = program.batch_size
     need = "one sample" if fixed is None else f"{fixed} samples, the program's fixed batch size"
-    return DataError(f"The calibration data holds no batch{among}. Give at least {need}.")
+    return DataError(f"The calibration data holds no batch{purpose}. Give at least {need}.")
 
 
 def insert_observers(program: Program, names: Iterable[str]) -> Program:

@@ -30,7 +30,7 @@ import torch
 from torch import fx
 
 from graphopt.axes.groups import Group
-from graphopt.data.batches import whole_batches
+from graphopt.data.batches import whole_batches, whole_labelled_batches
 from graphopt.errors import DataError, PassError
 from graphopt.ir.graph import tensor_attribute
 from graphopt.ir.torch_internals import pytree
@@ -169,10 +169,8 @@ def _directions(
     samples = ctx.need_samples("prune", f"for criterion={criterion}")
     limit = min(standing.samples, _GRADIENT_SAMPLES)
     generator = ctx.generator("output directions")
-    batches = samples.labelled_batches(program.batch_size or _BATCH_OF_GRADIENT, limit)
+    batches = whole_labelled_batches(samples, _BATCH_OF_GRADIENT, limit, fixed=program.batch_size)
     for batch, labels in ctx.progress.track(batches, "following gradients"):
-        if program.batch_size not in (None, len(batch[0])):
-            continue
         weights = _tracked(gm, names)
         args, kwargs = program.unflatten([tensor.clone() for tensor in batch])  # a program may write to its inputs
         with torch.enable_grad():
@@ -225,4 +223,4 @@ def _checked(loss: Callable[[Any, torch.Tensor | None], torch.Tensor], output: A
 
 
 def _too_few(standing: Standing, criterion: str) -> DataError:
-    return no_batch(standing.program, f" for criterion={criterion} among its first {standing.samples} samples")
+    return no_batch(standing.program, f" for criterion={criterion}")

@@ -338,6 +338,12 @@ def test_a_fixed_batch_is_respected() -> None:
     assert plan.compensated
 
 
+def test_a_batch_larger_than_the_limits_is_fitted_and_judged_by() -> None:
+    program = capture(Redundant("linear").double(), (randn(160, 5),), dynamic_shapes={"x": {0: None}})
+    pass_, samples = prune(samples=16), TensorSamples((randn(640, 5),))
+    assert pass_.plan(program, Context(original=program).with_data(samples)).compensated
+
+
 def _fixed(program: Program, batch: int) -> tuple[Any, ...]:
     return tuple(dataclasses.replace(spec, shape=(batch, *spec.shape[1:])) for spec in program.inputs)
 

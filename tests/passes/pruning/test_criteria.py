@@ -451,10 +451,19 @@ def test_weights_that_are_not_finite_leave_the_group_whole(criterion: Criterion)
     assert f"its {criterion} is not finite" in [refusal.reason for refusal in plan.refusals]
 
 
+def of_batch_32(criterion: Criterion, samples: Tensor) -> PruningPlan:
+    """Plan for a program that takes 32 samples at once, with a limit below that."""
+    program = capture(mlp(), (torch.randn(32, 2),), dynamic_shapes={"x": {0: None}})
+    pass_ = Prune(build("prune", PruneOptions, {"criterion": criterion, "samples": 16, "compensate": False}))
+    return pass_.plan(program, Context(original=program, samples=TensorSamples((samples,))))
+
+
 @pytest.mark.parametrize("criterion", NEED_DATA)
 def test_samples_that_make_no_batch_of_a_static_program_are_named(criterion: Criterion) -> None:
-    program = capture(mlp(), (torch.randn(32, 2),), dynamic_shapes={"x": {0: None}})
-    pass_ = Prune(build("prune", PruneOptions, {"criterion": criterion, "samples": 16}))
-    context = Context(original=program, samples=TensorSamples((ALONE,)))
-    with pytest.raises(DataError, match=f"no batch for criterion={criterion} among its first 16 .* at least 32 "):
-        pass_.plan(program, context)
+    with pytest.raises(DataError, match=f"no batch for criterion={criterion}. Give at least 32 samples"):
+        of_batch_32(criterion, ALONE[:31])
+
+
+@pytest.mark.parametrize("criterion", NEED_DATA)
+def test_a_static_program_gets_a_batch_whatever_the_limit(criterion: Criterion) -> None:
+    assert of_batch_32(criterion, ALONE).sites
