@@ -1,14 +1,15 @@
-"""One split of a run's samples: those that passes may fit, and those that judge and are never fitted.
+"""One split of a run's samples: those that passes may fit, those they choose by, and those that no pass sees.
 
 A sample's place in the data alone says which part it is in, whoever asks and however it is read: of every `period`
-samples in a row one judges, each time at another place among them, so that data in a regular order is no trap.
+samples in a row one judges, each time at another place among them, and of two that judge one is for reports alone, now
+the first and now the second, so that data in a regular order is no trap.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
@@ -19,19 +20,30 @@ FEWEST = 16  # samples; of fewer, what judges would say nothing and what is left
 _PERIOD = 10  # one in so many judges
 _ENOUGH = 32  # judges; where a tenth of the samples is fewer, up to a quarter of them judges
 _SHORTEST_PERIOD = 4
+_FEWEST_OF_THREE = 2 * FEWEST  # samples; of fewer, half of what judges would say nothing
 _MOST = 1024  # judges; all samples behind them may be fitted
 _GOLDEN = 0x9E3779B1  # 2^32 over the golden ratio: multiples of it spread evenly (Knuth, TAOCP 3, section 6.4)
 
 
+Role = Literal["fitted", "held out", "unseen"]
+
+
 class Split(NamedTuple):
-    """The two parts; `held_out` is None where there are too few samples to hold some out."""
+    """The parts of a run's samples.
+
+    Attributes:
+        fitted: what passes may fit.
+        held_out: what passes choose by, and never fit; None where there are too few samples to hold some out.
+        unseen: what only reports are made of; None where there are too few samples for three parts.
+    """
 
     fitted: SampleSource
     held_out: SampleSource | None
+    unseen: SampleSource | None
 
 
 def split(source: SampleSource, program: Program) -> Split:
-    """Split samples in two.
+    """Split samples in three, in two where there are few.
 
     Args:
         source: All of them; at most a few hundred are read, to see how many there are.
@@ -43,8 +55,11 @@ def split(source: SampleSource, program: Program) -> Split:
     units = count // unit
     period = min(units, max(_SHORTEST_PERIOD, min(_PERIOD, count // _ENOUGH)))
     if count < FEWEST or period < 2:
-        return Split(source, None)
-    return Split(Part(source, unit, period, held_out=False), Part(source, unit, period, held_out=True))
+        return Split(source, None, None)
+    if count < _FEWEST_OF_THREE or units < 2 * _SHORTEST_PERIOD:
+        return Split(Part(source, unit, period, ("fitted",)), Part(source, unit, period, ("held out", "unseen")), None)
+    period = min(period, units // 2)
+    return Split(*(Part(source, unit, period, (role,)) for role in get_args(Role)))
 
 
 @dataclass(frozen=True)
@@ -54,14 +69,14 @@ class Part:
     Attributes:
         source: All samples.
         unit: So many samples in a row are in the same part.
-        period: Of so many units in a row one is held out.
-        held_out: Whether this is the part that judges.
+        period: Of so many units in a row one judges: it is held out or unseen.
+        roles: What this part holds.
     """
 
     source: SampleSource
     unit: int
     period: int
-    held_out: bool
+    roles: tuple[Role, ...]
 
     def batches(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
         """Yield batches of at most `batch_size` samples, `limit` samples in all."""
@@ -89,22 +104,29 @@ class Part:
             if len(rows):
                 yield tuple(tensor[rows] for tensor in inputs), None if labels is None else labels[rows]
             left = None if left is None else left - len(rows)
-            if left == 0 or (self.held_out and first >= self._last):
+            if left == 0 or ("fitted" not in self.roles and first >= self._last):
                 return
 
     @property
     def _last(self) -> int:
-        """The number of the first sample behind which none is held out."""
-        return max(1, _MOST // self.unit) * self.period * self.unit
+        """The number of the first sample behind which all may be fitted."""
+        return max(2, _MOST // self.unit) * self.period * self.unit
 
     def _rows(self, first: int, count: int) -> torch.Tensor:
         """Return which of `count` samples from number `first` on are in this part, counted from `first`."""
         numbers = torch.arange(first, first + count)
         units = numbers // self.unit
         block = units // self.period
-        judges = units % self.period == (block * _GOLDEN % (1 << 32)) * self.period >> 32
+        judges = units % self.period == _golden(block, self.period)
         judges &= numbers < self._last
-        return (judges == self.held_out).nonzero().flatten()
+        second = (block + _golden(block // 2, 2)) % 2 == 1  # of two blocks in a row one
+        parts: dict[Role, torch.Tensor] = {"fitted": ~judges, "held out": judges & ~second, "unseen": judges & second}
+        return torch.stack([parts[role] for role in self.roles]).any(0).nonzero().flatten()
+
+
+def _golden(numbers: torch.Tensor, count: int) -> torch.Tensor:
+    """Draw one of `count` for each number, evenly and in no period."""
+    return (numbers * _GOLDEN % (1 << 32)) * count >> 32
 
 
 def place(source: SampleSource, index: int) -> int:

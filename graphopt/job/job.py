@@ -120,10 +120,9 @@ class Job:
             progress=self.progress,
         )
         lossy = any(step.instance.tolerance is None for step in pipeline.steps)
-        if self._split and not self._split.held_out and lossy:
-            report.notes.append(
-                "data: too few samples to hold some out: passes may have fitted what errors are taken on"
-            )
+        if self._split and not self._split.unseen and lossy:
+            seen = "chose by" if self._split.held_out else "may have fitted"
+            report.notes.append(f"data: too few samples to keep some unseen: errors are taken on what passes {seen}")
         checks = [FullCheck()] if check == "full" else []
         recorder = Recorder(report, self.original, self._probe, self.metric)
         made = runner.run(pipeline, self.original, ctx, [recorder, *checks, *hooks])
@@ -193,12 +192,12 @@ class Job:
 
     @functools.cached_property
     def _probe(self) -> Probe:
-        judging = self._split and (self._split.held_out or self._split.fitted)
+        judging = self._split and (self._split.unseen or self._split.held_out or self._split.fitted)
         return Probe(self.original, _probe_inputs(self.original, judging))
 
     @functools.cached_property
     def _split(self) -> Split | None:
-        """What passes may fit, and what judges: one split for whatever runs."""
+        """What passes may fit, what they choose by, and what reports are made of: one split for whatever runs."""
         return None if self.samples is None else split(self.samples, self.original)
 
     @functools.cache  # noqa: B019 - a job lives as long as what it measures with

@@ -46,7 +46,8 @@ class Context:
         targets: descriptions of all targets of this run, for alignments. May be empty.
         target: the one target this pass plans for; None before the pipeline forks.
         samples: calibration data that passes may fit, None when the user gave none.
-        held_out: the samples that judge what passes made, and that no pass fits; None where there are none to spare.
+        held_out: the samples that passes choose by, and that no pass fits; None where there are none to spare. What
+            is reported is taken on others, which no pass gets.
         loss: what the model was trained for; None when the user gave none.
         timers: by target name, what measures latency in that runtime, where it executes on this machine.
         seed: every random draw descends from it.
@@ -65,8 +66,8 @@ class Context:
     cache: dict[tuple[object, ...], object] = field(default_factory=dict, repr=False)
 
     def with_data(self, source: SampleSource) -> Context:
-        """Return this context with the samples of `source`, of which some are held out."""
-        fitted, held_out = split(source, self.original)
+        """Return this context with the samples of `source`, of which some are held out and some left for reports."""
+        fitted, held_out, _ = split(source, self.original)
         return dataclasses.replace(self, samples=fitted, held_out=held_out)
 
     @property
