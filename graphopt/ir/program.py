@@ -156,6 +156,10 @@ class Program:
             self._write(Path(folder) / _PICKLED)
             return _unpickled, ((Path(folder) / _PICKLED).read_bytes(),)
 
+    def __copy__(self) -> Program:
+        """Copy the graph and share the tensors."""
+        return self.copy()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
         """Copy graph and tensors."""
         return self.copy(share_tensors=False)

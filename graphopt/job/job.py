@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from graphopt.capturing.model_calls import random_state_kept
 from graphopt.data import Samples
 from graphopt.data.batches import Batch, SampleSource, whole_batches
 from graphopt.data.split import Split, split
@@ -29,7 +30,7 @@ from graphopt.pipeline.context import Context, Loss, NoProgress, Progress
 from graphopt.pipeline.hooks import FullCheck, Hook
 from graphopt.pipeline.pipeline import Pipeline
 from graphopt.pipeline.plan import Plan
-from graphopt.pipeline.registry import backend
+from graphopt.pipeline.registry import backend, backends_named
 from graphopt.targets.backend import Backend
 
 # Samples that every row's output error is measured on: as many as cost this many operations, within bounds.
@@ -68,6 +69,7 @@ class Job:
         seed: every random draw descends from it.
         progress: shows long loops.
         name: what reports call the model.
+        metric: what `evaluation` says of a model, None without it.
     """
 
     original: Program
@@ -78,17 +80,21 @@ class Job:
     seed: int = 0
     progress: Progress = field(default_factory=NoProgress)
     name: str = "program"
+    metric: Evaluator | FunctionEvaluator | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         """Look at the weights and open the evaluation data: what is wrong is said before anything expensive runs.
 
         Raises:
             CaptureError: a weight of the model is not finite.
+            UsageError: a backend has no name of its own that files can bear.
         """
+        self.backends = backends_named(self.backends)
         self.original = self.original.evaluated()
         _check_weights(self.original)
         self.metric = None if self.evaluation is None else _evaluator(self.evaluation, self.original)
 
+    @random_state_kept()
     @compiled_for_their_shapes()
     def run(self, pipeline: Pipeline, *, hooks: Sequence[Hook] = (), check: str = "fast") -> Outcome:
         """Run a pipeline on the original program.
@@ -115,7 +121,11 @@ class Job:
             samples=self._split.fitted if self._split else None,
             held_out=self._split.held_out if self._split else None,
             loss=self.loss,
-            timers={item.name: self._stopwatch(item) for item in deciding if item.times_here},
+            timers={
+                item.name: self._stopwatches.setdefault(item.name, Stopwatch(item))
+                for item in deciding
+                if item.times_here
+            },
             seed=self.seed,
             progress=self.progress,
         )
@@ -128,6 +138,7 @@ class Job:
         made = runner.run(pipeline, self.original, ctx, [recorder, *checks, *hooks])
         return Outcome(pipeline, made.programs, made.plans, report)
 
+    @random_state_kept()
     @compiled_for_their_shapes()
     def deliver(self, outcome: Outcome, *, bench: bool = True) -> Result:
         """Lower the programs of an outcome, verify and time what came of it.
@@ -200,9 +211,9 @@ class Job:
         """What passes may fit, what they choose by, and what reports are made of: one split for whatever runs."""
         return None if self.samples is None else split(self.samples, self.original)
 
-    @functools.cache  # noqa: B019 - a job lives as long as what it measures with
-    def _stopwatch(self, item: Backend) -> Stopwatch:
-        return Stopwatch(item)
+    @functools.cached_property
+    def _stopwatches(self) -> dict[str, Stopwatch]:
+        return {}
 
 
 def _check_weights(program: Program) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import platform
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -21,8 +20,7 @@ from graphopt.files import replacing, sha256
 from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
 from graphopt.pipeline.plan import Plan
-
-logger = logging.getLogger(__name__)
+from graphopt.targets.backend import TARGET_NAME
 
 SCHEMA = 2
 NAME = "manifest.json"
@@ -31,7 +29,7 @@ _LIBRARIES = ("graphopt", "torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime
 
 # Names come from a file: they stay within its directory.
 _FileName = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$")]
-_Target = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9_-]*$")]
+_Target = Annotated[str, pydantic.Field(pattern=f"^({TARGET_NAME})?$")]
 _Digest = Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -49,6 +47,11 @@ class StoredPlan(pydantic.BaseModel, extra="allow", strict=True, frozen=True):
     target: _Target
     pass_name: str
     options: dict[str, Json]
+
+    @classmethod
+    def of(cls, target: str, plan: Plan) -> StoredPlan:
+        """Describe a plan."""
+        return cls.model_validate({"target": target, **plan.to_json()})
 
     def fields(self) -> dict[str, Any]:
         """Return what `Plan.from_json` reads."""
@@ -68,7 +71,7 @@ class Manifest(pydantic.BaseModel, extra="forbid", strict=True, frozen=True):
         plans: every plan, in the order they were made.
         programs: file of the optimised program of each target; "" where no pass asked for one.
         artifacts: the lowered program of each target.
-        sha256: digest of every other file, by its name.
+        sha256: digest of every other file, by its name; not of the report, which holds times and would bring them here.
     """
 
     model: str
@@ -81,6 +84,13 @@ class Manifest(pydantic.BaseModel, extra="forbid", strict=True, frozen=True):
     programs: dict[_Target, _FileName]
     artifacts: dict[_Target, StoredArtifact]
     sha256: dict[_FileName, _Digest]
+
+    def write(self, directory: Path) -> Path:
+        """Write `manifest.json`."""
+        data = {"schema": SCHEMA, **self.model_dump(mode="json")}
+        with replacing(directory / NAME) as temporary:
+            temporary.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
+        return directory / NAME
 
     def check_files(self, directory: Path, names: Iterable[str] | None = None) -> None:
         """Compare files with the digests they were written with; all of them, or those of the given names.
@@ -158,37 +168,18 @@ def fingerprint(program: Program) -> str:
     return digest.hexdigest()
 
 
-def write(directory: Path, files: Iterable[Path], plans: Iterable[tuple[str, Plan]], **fields: Any) -> list[Path]:
-    """Write `manifest.json` and, when plans carry tensors, `plans.safetensors`; return the paths.
-
-    Args:
-        directory: where.
-        files: what else was written, to be digested.
-        plans: (target, plan) in order.
-        fields: the remaining fields of `Manifest`.
-    """
-    plans = list(plans)
+def write_payload(directory: Path, plans: Iterable[Plan]) -> list[Path]:
+    """Write what plans carry besides JSON to `plans.safetensors`; return its path, nothing where they carry nothing."""
     payload = {
         f"{index}/{name}": tensor.detach().contiguous()
-        for index, (_, plan) in enumerate(plans)
+        for index, plan in enumerate(plans)
         for name, tensor in plan.tensors.items()
     }
-    written = []
-    if payload:
-        with replacing(directory / PAYLOAD) as temporary:
-            temporary.write_bytes(save(dict(sorted(payload.items()))))
-        written.append(directory / PAYLOAD)
-    manifest = Manifest(
-        libraries=library_versions(),
-        cpu=cpu_features(),
-        plans=[StoredPlan.model_validate({"target": target, **plan.to_json()}) for target, plan in plans],
-        sha256={file.name: sha256(file) for file in [*files, *written]},
-        **fields,
-    )
-    data = {"schema": SCHEMA, **manifest.model_dump(mode="json")}
-    with replacing(directory / NAME) as temporary:
-        temporary.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
-    return [directory / NAME, *written]
+    if not payload:
+        return []
+    with replacing(directory / PAYLOAD) as temporary:
+        temporary.write_bytes(save(dict(sorted(payload.items()))))
+    return [directory / PAYLOAD]
 
 
 def read(path: Path) -> Manifest:
@@ -206,9 +197,9 @@ def read(path: Path) -> Manifest:
         raise UsageError(f"{path} is not a manifest: it has no schema. {advice}")
     schema = data["schema"]
     fields = {name: value for name, value in data.items() if name != "schema"}
-    if schema == 1:
+    if type(schema) is int and schema == 1:
         fields["programs"] = _programs_of_schema_1(fields)
-    elif schema != SCHEMA:
+    elif type(schema) is not int or schema != SCHEMA:
         raise UsageError(f"{path} has manifest schema {schema!r}; this version reads 1 and {SCHEMA}. Optimise again.")
     try:
         return Manifest.model_validate(fields)
@@ -220,9 +211,10 @@ def read(path: Path) -> Manifest:
 
 def _programs_of_schema_1(fields: Mapping[str, Any]) -> dict[str, str]:
     """Name the programs, which schema 1 did not list: a file each, and a target wherever a plan or artifact has one."""
-    files = [name for name in fields.get("sha256", {}) if name.endswith(".pt2")]
+    digests, artifacts, plans = (fields.get(name) for name in ("sha256", "artifacts", "plans"))
+    files = [name for name in digests if name.endswith(".pt2")] if isinstance(digests, dict) else []
     if len(files) != 1:
         return {name.removeprefix("program.").removesuffix(".pt2"): name for name in files}
-    plans = fields.get("plans", ())
-    targets = [*fields.get("artifacts", {}), *(plan.get("target", "") for plan in plans if isinstance(plan, Mapping))]
+    made_for = [plan.get("target", "") for plan in plans if isinstance(plan, dict)] if isinstance(plans, list) else []
+    targets = [*(artifacts if isinstance(artifacts, dict) else ()), *made_for]
     return {next((target for target in targets if target), ""): files[0]}

@@ -81,6 +81,7 @@ class Report:
         metric: name of the metric, "" without `eval`.
         rows: the original first, then each pass, then each artifact. Size and latency of the original are those for
             the first target.
+        facts: what each backend found out while lowering.
         baselines: the original, lowered as it is for each target; what that target's artifact is compared with.
         refusals: (pass, refusal) of every site left alone.
         notes: what a user should know.
@@ -159,7 +160,14 @@ class Report:
         Raises:
             ValueError: it is of another form.
         """
-        fields = {name: _with_infinite_errors(value) for name, value in data.items() if name != "schema"}
+        if data.get("schema", SCHEMA) != SCHEMA:
+            raise ValueError(f"it has schema {data['schema']!r}, this version reads {SCHEMA}")
+        fields = {name: value for name, value in data.items() if name != "schema"}
+        rows, baselines = fields.get("rows"), fields.get("baselines")
+        if isinstance(rows, list):
+            fields["rows"] = [_with_its_infinities(row) for row in rows]
+        if isinstance(baselines, dict):
+            fields["baselines"] = {target: _with_its_infinities(row) for target, row in baselines.items()}
         report: Report = pydantic.TypeAdapter(cls).validate_json(json.dumps(fields), strict=True)
         return report
 
@@ -180,10 +188,13 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _with_infinite_errors(value: Any) -> Any:
-    """Undo `_finite` where a number is never missing: in what is known of an error."""
-    if isinstance(value, Mapping):
-        if "sqnr" in value:
-            return {key: math.inf if item is None and key != "agreement" else item for key, item in value.items()}
-        return {key: _with_infinite_errors(item) for key, item in value.items()}
-    return [_with_infinite_errors(item) for item in value] if isinstance(value, list) else value
+def _with_its_infinities(row: Any) -> Any:
+    """Undo `_finite` in a row's error: what is no number is infinite, and the ratio to no error at all is too."""
+    error = row.get("error") if isinstance(row, dict) else None
+    if not isinstance(error, dict):
+        return row
+    known = {name: math.inf if error.get(name) is None else error[name] for name in ("max_error", "relative")}
+    ratio = error.get("sqnr")
+    if ratio is None:
+        ratio = math.inf if known["relative"] == 0 else -math.inf
+    return {**row, "error": {**error, **known, "sqnr": ratio}}

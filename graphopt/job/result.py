@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graphopt.errors import UsageError
-from graphopt.files import replacing_directory
+from graphopt.errors import LoadError, UsageError
+from graphopt.files import replacing_directory, sha256
 from graphopt.ir.program import Program
 from graphopt.job import manifest
 from graphopt.job.report import Report
@@ -67,8 +67,17 @@ class Result:
 
         Returns:
             The files written, artifacts first.
+
+        Raises:
+            LoadError: a file of an artifact is gone.
+            UsageError: the directory cannot be written to.
         """
         directory = Path(directory)
+        lost = [file for found in self.artifacts.values() for file in found.files if not file.is_file()]
+        if lost:
+            raise LoadError(
+                f"{lost[0]}, which belongs to this result, is gone. Optimise again, or open what was saved."
+            )
         with replacing_directory(directory) as temporary:
             names = self._write(temporary)
         self.artifacts = {target: found.moved(directory) for target, found in self.artifacts.items()}
@@ -87,14 +96,15 @@ class Result:
             script = directory / self._named("run", target, "py")
             script.write_text(found.backend.run_script(found))
             written.append(script)
-        written += manifest.write(
-            directory,
-            written,
-            zip(self.plan_targets, self.plans, strict=True),
+        written += manifest.write_payload(directory, self.plans)
+        stored = manifest.Manifest(
             model=self.report.model,
             original=self._fingerprint(),
             pipeline=self.pipeline,
             seed=self.seed,
+            libraries=manifest.library_versions(),
+            cpu=manifest.cpu_features(),
+            plans=[manifest.StoredPlan.of(*pair) for pair in zip(self.plan_targets, self.plans, strict=True)],
             programs=programs,
             artifacts={
                 name: manifest.StoredArtifact(
@@ -102,7 +112,9 @@ class Result:
                 )
                 for name, found in copied.items()
             },
+            sha256={file.name: sha256(file) for file in written},
         )
+        written.append(stored.write(directory))
         self.report.files = [*(file.name for file in written), "report.json"]
         self.report.save(directory / "report.json")
         return self.report.files

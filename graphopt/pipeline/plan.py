@@ -7,6 +7,7 @@ alone, so a stored plan replays byte for byte on any machine.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import re
 import typing
@@ -60,6 +61,12 @@ class Plan:
     refusals: tuple[Refusal, ...] = ()
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
     measured: Mapping[str, Json] = field(default_factory=dict)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a field that manifests use themselves."""
+        super().__init_subclass__(**kwargs)
+        if "target" in inspect.get_annotations(cls):
+            raise TypeError(f"{cls.__name__} has a field `target`, which manifests keep beside a plan. Rename it.")
 
     def summary(self) -> str:
         """Return "matched 12, rewrote 9, left 3 (2 x shared weight, 1 x too small)"."""

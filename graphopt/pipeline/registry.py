@@ -153,8 +153,11 @@ def backends_named(target: str | Backend | Sequence[str | Backend] | None) -> tu
     """Return the backends that a target argument names: text with commas, backends, or a sequence of both.
 
     Raises:
-        UsageError: there is no such backend, two have one name, or one a name that files cannot bear.
+        UsageError: there is no such backend, two have one name, or one a name that files cannot bear
+            or that is not its description's.
     """
+    from graphopt.targets.backend import TARGET_NAME
+
     if target is None:
         return ()
     listed = [target] if not isinstance(target, Sequence) or isinstance(target, str) else list(target)
@@ -165,12 +168,18 @@ def backends_named(target: str | Backend | Sequence[str | Backend] | None) -> tu
         else:
             found.append(item)
     names = [item.name for item in found]
-    odd = [name for name in names if not re.fullmatch(r"[A-Za-z0-9_-]+", name)]
+    odd = [name for name in names if not re.fullmatch(TARGET_NAME, name)]
     if odd:
         raise UsageError(f"A backend is called {odd[0]!r}. Files bear its name: use letters, digits, `_` and `-` only.")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UsageError(f"Target `{twice[0]}` is given twice. Give each target once.")
+    for item in found:
+        if item.description.name != item.name:
+            raise UsageError(
+                f"The backend `{item.name}` describes a target called `{item.description.name}`. Programs are made for "
+                "a target by its name: let both be one."
+            )
     return tuple(found)
 
 

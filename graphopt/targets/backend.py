@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from graphopt.ir.signature import TensorSpec
 from graphopt.targets.description import TargetDescription
 
 Array = np.ndarray
+TARGET_NAME = "[A-Za-z0-9_-]+"  # files bear the names of targets
 
 
 class Session(Protocol):
@@ -67,7 +68,15 @@ class Artifact:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the files' contents: where it is unpickled, their paths mean nothing."""
         contents = {file.name: file.read_bytes() for file in self.files}
-        return _unpickled, (dataclasses.replace(self, home=None).__dict__, contents)
+        return _unpickled, (type(self), dataclasses.replace(self, home=None).__dict__, contents)
+
+    def __copy__(self) -> Self:
+        """Return the artifact itself: it is a value."""
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return the artifact itself: it is a value."""
+        return self
 
     def moved(self, directory: Path, home: tempfile.TemporaryDirectory[str] | None = None) -> Artifact:
         """Describe the same files in another directory."""
@@ -92,11 +101,11 @@ class Artifact:
         return self.backend.session(self, **options)
 
 
-def _unpickled(fields: Mapping[str, Any], contents: Mapping[str, bytes]) -> Artifact:
+def _unpickled(kind: type[Artifact], fields: Mapping[str, Any], contents: Mapping[str, bytes]) -> Artifact:
     home = tempfile.TemporaryDirectory(prefix="graphopt-")
     for name, content in contents.items():
         (Path(home.name) / name).write_bytes(content)
-    return Artifact(**fields).moved(Path(home.name), home)
+    return kind(**fields).moved(Path(home.name), home)
 
 
 class Backend(ABC):

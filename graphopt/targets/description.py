@@ -71,7 +71,7 @@ class TargetDescription:
     """What passes need to know about a runtime.
 
     Attributes:
-        name: the backend's name, for messages only.
+        name: the backend's name.
         opset: ONNX opset that lowering emits.
         activation: integer format of activations.
         weight: integer format of weights.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,6 +86,31 @@ def test_a_backend_has_a_name_that_files_can_bear() -> None:
 
     with pytest.raises(UsageError, match=r"A backend is called 'x/\.\./\.\./escaped'"):
         graphopt.optimize(model(), X, "", Escaping())
+
+
+def test_a_backend_and_its_description_have_one_name() -> None:
+    class Renamed(type(backends_named("onnxruntime")[0])):  # type: ignore[misc]
+        name = "mine"
+
+    with pytest.raises(UsageError, match="`mine` describes a target called `onnxruntime`"):
+        graphopt.optimize(model(), X, "int8", Renamed())
+
+
+def test_nothing_pins_a_job() -> None:
+    job = Job(*with_data(model(), X), backends=backends_named("onnxruntime"))
+    job.run(Pipeline.parse("int8"))
+    program, known = weakref.ref(job.original), weakref.ref(job)
+    del job
+    gc.collect()
+    assert known() is None
+    assert program() is None
+
+
+def test_the_callers_random_state_is_kept() -> None:
+    job = Job(*with_data(model(), X), evaluation=lambda _: float(torch.rand(())))
+    before = torch.get_rng_state()
+    job.deliver(job.run(Pipeline.parse("fold")), bench=False)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_each_target_has_its_own_bytes_and_its_own_original() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import math
 import pickle
 import shutil
 from collections.abc import Callable
@@ -20,6 +21,8 @@ import graphopt
 from graphopt.errors import LoadError, UsageError
 from graphopt.ir.invariants import check_invariants
 from graphopt.job import manifest
+from graphopt.job.report import Report, Row
+from graphopt.measure.equivalence import Equivalence
 from graphopt.testing import fingerprint
 from tests.models import GroupedQuery, Residual, example
 
@@ -178,6 +181,10 @@ def _edit(change: Callable[[dict[str, Any]], None], folder: Path, tmp_path: Path
         (lambda d: d["plans"][0].update(target="../x"), "`plans.0.target`"),
         (lambda d: d["artifacts"]["tensorrt"].update(file="a/b.onnx"), "`artifacts.tensorrt.file`"),
         (lambda d: d["sha256"].update({"a": "b"}), "`sha256.a`"),
+        (lambda d: d.update(schema=True), "has manifest schema True"),
+        (lambda d: d.update(schema=1, sha256=None), "`sha256`"),
+        (lambda d: d.update(schema=1, plans=3), "`plans`"),
+        (lambda d: d.update(schema=1, artifacts=[]), "`artifacts`"),
         (lambda d: d["plans"].insert(0, 3), "`plans.0`"),
         (lambda d: d.update(original="x"), "`original`"),
     ],
@@ -214,6 +221,39 @@ def test_a_manifest_of_the_version_before_is_read(folder: Path, result: graphopt
         name: fingerprint(found) for name, found in result.programs.items()
     }
     assert list(graphopt.open(there).artifacts) == ["onnxruntime", "tensorrt"]
+
+
+def test_a_report_of_another_version_is_refused(folder: Path, tmp_path: Path) -> None:
+    there = Path(shutil.copytree(folder, tmp_path / "copy"))
+    data = json.loads((there / "report.json").read_text())
+    (there / "report.json").write_text(json.dumps({**data, "schema": 99}))
+    with pytest.raises(UsageError, match="has schema 99, this version reads 1"):
+        graphopt.open(there)
+
+
+@pytest.mark.parametrize("error", [(0.0, 0.0, math.inf), (math.inf, math.inf, -math.inf), (0.5, 0.1, 20.0)])
+def test_a_report_reads_infinities_as_what_they_were(error: tuple[float, float, float]) -> None:
+    row = Row("fold", error=Equivalence(*error, None))
+    report = Report("m", "p", rows=[row], baselines={"t": row}, facts={"t": {"sqnr": None}})
+    again = Report.from_json(json.loads(json.dumps(report.to_json())))
+    assert again.rows == [row]
+    assert again.baselines == {"t": row}
+    assert again.facts == {"t": {"sqnr": None}}
+
+
+def test_a_result_whose_file_is_gone_says_so(tmp_path: Path) -> None:
+    found = graphopt.optimize(nn.Linear(4, 3).eval(), torch.randn(8, 4), "", bench=False)
+    found.artifact.path.unlink()
+    with pytest.raises(LoadError, match=r"onnxruntime.onnx, which belongs to this result, is gone"):
+        found.save(tmp_path / "build")
+    assert not (tmp_path / "build").exists()
+
+
+def test_copies_of_values_cost_nothing(result: graphopt.Result) -> None:
+    assert copy.copy(result.artifact) is copy.deepcopy(result.artifact) is result.artifact
+    twin = copy.copy(result.program)
+    assert twin.graph_module is not result.program.graph_module
+    assert all(one is other for one, other in zip(twin.parameters(), result.program.parameters(), strict=True))
 
 
 def test_a_directory_without_results_says_so(tmp_path: Path) -> None:

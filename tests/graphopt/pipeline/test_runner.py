@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,14 @@ def test_plans_are_data_and_replay(program: Program) -> None:
 def test_a_stored_plan_of_another_form_is_refused(change: dict[str, Any], said: str) -> None:
     with pytest.raises(PassError, match=f"does not fit this version of the pass: {re.escape(said)}"):
         Plan.from_json({"pass_name": "scale", **change}, {})
+
+
+def test_a_plan_has_no_field_that_manifests_use() -> None:
+    with pytest.raises(TypeError, match="has a field `target`, which manifests keep beside a plan"):
+
+        @dataclass(frozen=True, kw_only=True)
+        class Targeted(Plan):
+            target: str = ""
 
 
 def test_a_plan_holds_plain_data_only() -> None:
