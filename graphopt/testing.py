@@ -119,7 +119,7 @@ def check_pass(
     _check_replay(pass_, plan, pass_.plan(before, context()), before, after)
     if pass_.tolerance is not None:
         examples = before.flat_examples()
-        error = measure(before, after.call_flat, examples, shared=pass_.changes_outputs, settled=True).relative
+        error = measure(before, after.call_flat, examples, declared=after.outputs, settled=True).relative
         _demand(error <= pass_.tolerance, pass_, f"claims {pass_.tolerance:g} and moved an output by {error:.3g}")
     if idempotent:
         again = pass_.plan(after, context())

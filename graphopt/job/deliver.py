@@ -70,7 +70,7 @@ def deliver(
         target=item.name,
         cost=cost(program),
         size=artifact.size,
-        error=probe.measure(flat(session), shared=True),
+        error=probe.measure(flat(session), declared=program.outputs),
         metric=metric(as_model(session, original)) if metric else None,
         seconds=seconds,
         summary=item.summary(artifact),

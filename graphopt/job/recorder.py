@@ -47,6 +47,6 @@ class Recorder(Hook):
         self.report.rows.append(self._row(label, target, after, seconds, plan.summary()))
 
     def _row(self, label: str, target: str, program: Program, seconds: float | None, summary: str) -> Row:
-        error = None if program is self.original else self.probe.measure(program.call_flat, shared=True)
+        error = None if program is self.original else self.probe.measure(program.call_flat, declared=program.outputs)
         value = self.metric(program) if self.metric else None
         return Row(label, target, cost(program), None, error, value, None, None, seconds, summary)

@@ -44,7 +44,12 @@ FlatCallable = Callable[[Batch], Batch]
 
 
 def measure(
-    reference: Program, candidate: FlatCallable, batch: Batch, *, shared: bool = False, settled: bool = False
+    reference: Program,
+    candidate: FlatCallable,
+    batch: Batch,
+    *,
+    declared: Sequence[TensorSpec] | None = None,
+    settled: bool = False,
 ) -> Equivalence:
     """Run a program and a candidate on the same flat inputs and compare their outputs, in order.
 
@@ -52,15 +57,16 @@ def measure(
         reference: what the candidate should compute.
         candidate: takes flat inputs and returns flat outputs: `Program.call_flat`, or a session.
         batch: flat inputs.
-        shared: whether either may return more behind what both do, as after a pass that declares `changes_outputs`.
-        settled: whether to pass over integers that the reference itself changes when its inputs move in their last
+        declared: the outputs of the candidate's own program, of which passes may have added or removed the last; what
+            both programs declare is compared. None: those of the reference.
+        settled: whether to pass over integers that the reference itself gives when its inputs move in their last
             digits: rounding decides which of two equal values is the larger.
 
     Raises:
         VerifyError: an output is not finite where the reference is.
     """
     probe = Probe(reference, batch)
-    return probe.measure(probe.settling(candidate) if settled else candidate, shared=shared)
+    return probe.measure(probe.settling(candidate) if settled else candidate, declared=declared)
 
 
 class Probe:
@@ -77,33 +83,39 @@ class Probe:
         """Whether an output of the reference holds NaN, which no candidate can be held against."""
         return any(bool(tensor.isnan().any()) for tensor in self._wanted)
 
-    def measure(self, candidate: FlatCallable, *, shared: bool = False) -> Equivalence:
-        """Run a candidate and compare it with the reference.
+    def measure(self, candidate: FlatCallable, *, declared: Sequence[TensorSpec] | None = None) -> Equivalence:
+        """Run a candidate and compare it with the reference, in what both declare (see `measure`).
 
         Raises:
             VerifyError: an output is not finite where the reference is.
         """
         with torch.no_grad():
             found = candidate(self.batch)
-            count = min(len(self._wanted), len(found)) if shared else None
-            return compare_outputs(self._reference.outputs[:count], self._wanted[:count], found[:count])
+            specs = self._reference.outputs
+            if declared is not None and len(found) == len(declared):
+                found = found[: len(specs)]
+            count = len(specs) if declared is None else min(len(specs), len(declared))
+            return compare_outputs(specs[:count], self._wanted[:count], found)
 
     def settling(self, candidate: FlatCallable) -> FlatCallable:
-        """Return a candidate that agrees with the reference on every integer which that does not settle."""
+        """Return a candidate that agrees with the reference on every integer which that gives as well, when nudged."""
 
         def call(batch: Batch) -> Batch:
             found = list(candidate(batch))
             places = [
                 index
                 for index, (want, got) in enumerate(zip(self._wanted, found, strict=False))
-                if not _is_number(want) and want.shape == got.shape and not torch.equal(want, got)
+                if not _is_number(want) and want.shape == got.shape
             ]
-            for seed in range(_NUDGES if places else 0):
+            for seed in range(_NUDGES):
+                places = [index for index in places if not torch.equal(self._wanted[index], found[index])]
+                if not places:
+                    break
                 moved = self._reference.call_flat(_nudged(batch, seed))
                 for index in places:
-                    want = self._wanted[index]
+                    want, got = self._wanted[index], found[index]
                     if moved[index].shape == want.shape:
-                        found[index] = torch.where(moved[index] == want, found[index], want)
+                        found[index] = torch.where(moved[index] == got, want.to(got.dtype), got)
             return tuple(found)
 
         return call

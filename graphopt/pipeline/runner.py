@@ -102,7 +102,7 @@ def apply(instance: Any, program: Program, plan: Plan) -> Program:
 
 
 def _check_exact(instance: Any, before: Program, after: Program) -> None:
-    found = measure(before, after.call_flat, before.flat_examples(), shared=instance.changes_outputs, settled=True)
+    found = measure(before, after.call_flat, before.flat_examples(), declared=after.outputs, settled=True)
     tolerance = instance.tolerance * _coarseness(before)
     if found.relative > tolerance:
         raise VerifyError(

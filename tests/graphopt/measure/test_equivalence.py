@@ -11,6 +11,7 @@ from torch import nn
 from graphopt import capture
 from graphopt.errors import VerifyError
 from graphopt.ir.signature import TensorSpec
+from graphopt.measure import equivalence
 from graphopt.measure.equivalence import Equivalence, compare_outputs, measure
 
 SPEC = (TensorSpec("logits", ("batch", 3), torch.float32),)
@@ -163,6 +164,21 @@ def test_integers_that_rounding_decides_are_passed_over_on_request() -> None:
 
     assert flipped(0).relative == 0.0
     assert flipped(1).relative == 1.0
+    assert measure(program, lambda _: (near * 0 + 7, far), (x,), settled=True).relative == 1.0  # no answer of the tie
+    narrow = measure(program, lambda _: ((1 - near).int(), far), (x,), settled=True)
+    assert narrow.relative == 0.0
+    assert narrow.differs  # its type is told all the same
+
+
+def test_no_more_answers_are_asked_for_than_there_are_open_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.tensor([[1.1, 1.1, 1.0, 2.0]])
+    program = capture(Ties(), (x,))
+    near, far = program.call_flat((x,))
+    seeds: list[int] = []
+    nudged = equivalence._nudged
+    monkeypatch.setattr(equivalence, "_nudged", lambda batch, seed: (seeds.append(seed), nudged(batch, seed))[1])
+    assert measure(program, lambda _: (1 - near, far), (x,), settled=True).relative == 0.0
+    assert 0 < len(seeds) < 16
     assert measure(program, lambda _: (1 - near, far), (x,)).relative == 1.0
 
 
@@ -171,8 +187,22 @@ def test_outputs_that_only_one_returns_are_passed_over_on_request() -> None:
     program = capture(nn.Linear(3, 2).eval(), (x,))
     more = program.call_flat((x,)) * 2
     assert measure(program, lambda _: more, (x,)).relative == math.inf
-    assert measure(program, lambda _: more, (x,), shared=True).relative == 0.0
+    assert measure(program, lambda _: more, (x,), declared=program.outputs * 2).relative == 0.0
     assert measure(program, lambda _: (), (x,)).relative == math.inf
+    twice = capture(Ties(), (torch.randn(4, 4),))
+    first = twice.call_flat(twice.flat_examples())[:1]
+    assert measure(twice, lambda _: first, twice.flat_examples(), declared=twice.outputs[:1]).relative == 0.0
+
+
+@pytest.mark.parametrize(("declared", "returned"), [(2, 0), (2, 1), (1, 0), (1, 2), (3, 1), (2, 3)])
+def test_outputs_that_are_declared_and_missing_or_not_declared_are_told(declared: int, returned: int) -> None:
+    program = capture(Ties(), (torch.randn(4, 4),))
+    batch = program.flat_examples()
+    outputs = (*program.call_flat(batch), torch.ones(1))[:returned]
+    specs = (*program.outputs, SPEC[0])[:declared]
+    found = measure(program, lambda _: outputs, batch, declared=specs)
+    assert found.differs
+    assert (found.relative, found.sqnr) == (math.inf, -math.inf)
 
 
 def test_an_infinity_that_is_missing_is_an_error_without_bound() -> None:
