@@ -1,8 +1,8 @@
 """Running a program node by node: what everyone who looks at the values inside it is built on.
 
-A walk goes through the graph once, for several batches at once, and forgets each value after its last use. Two
-programs can so be walked side by side, and a tensor of one replaced by what the values so far say it should be. How a
-call is run, and what a read of a tensor gives, is for a subclass to change. A region is one call.
+A walk goes through the graph once, for several batches at once, and forgets each value after its last use; what nobody
+uses at once. Two programs can so be walked side by side, and a tensor of one replaced by what the values so far say it
+should be. How a call is run, and what a read of a tensor gives, is for a subclass to change. A region is one call.
 """
 
 from __future__ import annotations
@@ -69,6 +69,8 @@ class Walker:
         self.values[node] = self._results(node)
         for argument in self._read_last(node):
             del self.values[argument]
+        if not node.users and node.op != "output":
+            del self.values[node]
         return node
 
     def replace(self, name: str, tensor: Tensor) -> None:

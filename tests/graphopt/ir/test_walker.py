@@ -45,6 +45,20 @@ def test_a_value_is_forgotten_after_its_last_reader() -> None:
     assert [node.op for node in walker.values] == ["output"]
 
 
+def test_a_value_that_nobody_reads_is_forgotten_at_once() -> None:
+    class Writes(nn.Module):
+        def forward(self, x: Tensor, unread: Tensor) -> Tensor:
+            y = x * 2
+            y[0].add_(1)
+            return y + 1
+
+    x = torch.ones(2, 3)
+    program = capture(Writes(), (x, x))
+    walker = finished(program, (x, x))
+    assert [node.op for node in walker.values] == ["output"]
+    assert torch.equal(finished_values(walker, (x, x))[0][0], program(x, x))
+
+
 def test_a_replaced_tensor_is_seen_by_later_nodes_and_the_program_keeps_its_own() -> None:
     program = capture(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)), (torch.randn(2, 3),))
     first, second = [node for node in program.graph.nodes if "linear" in node.name]
