@@ -55,7 +55,7 @@ class Moments:
             one, other = _factors(shift, scatter)
             self.scatter.add_(scatter).addcmul_(one, other, value=self.rows * rows / total)
         else:
-            self.scatter = scatter.double()
+            self.scatter = scatter.to(torch.float64, copy=True)  # it is added to
         self.mean = self.mean + shift * (rows / total)
         self.rows = total
 

@@ -48,7 +48,7 @@ class Sums(Moments):
         total = Sums(self._inputs)
         for part in (self, other):
             if part.rows:
-                total.pool(part.rows, part.mean, part.scatter.clone())
+                total.pool(part.rows, part.mean, part.scatter)
         total.squares, total.target = self.squares + other.squares, self.target + other.target
         return total
 

@@ -55,6 +55,14 @@ def test_squares_alone() -> None:
     torch.testing.assert_close(found.about_zero(), x.square().mean(0))
 
 
+def test_what_is_pooled_is_not_written_to() -> None:
+    found, scatter = Moments(), torch.ones(3, dtype=torch.float64)
+    for _ in range(2):
+        found.pool(4, torch.zeros(3), scatter)
+    assert torch.equal(scatter, torch.ones(3, dtype=torch.float64))
+    assert torch.equal(found.scatter, 2 * scatter)
+
+
 @pytest.mark.parametrize(
     ("value", "place"), [(torch.nan, 0), (torch.inf, 0), (1e30, 0), (torch.nan, 1), (torch.inf, 1)]
 )
