@@ -18,7 +18,6 @@ from graphopt.data.input_spec import Spec
 from graphopt.data.samples import Samples
 from graphopt.errors import DataError
 from graphopt.ir.program import Program
-from graphopt.ir.training import is_training
 from graphopt.loading.functions import is_function_name, resolve_function
 from graphopt.measure.metrics import METRICS, Metric, find_metric
 
@@ -50,12 +49,12 @@ class Evaluator:
     def __call__(self, model: Model) -> float:
         """Return the metric of `model`, a callable that takes the inputs' tensors in order."""
         rows = []
-        with _evaluated(model), torch.no_grad():
+        with _evaluated(model) as judged, torch.no_grad():
             for inputs, labels in self._samples.labelled_batches(self._batch_size, self._limit):
                 if labels is None:
                     raise DataError(f"The data for `{self.name}` has no labels (`labels`, `label` or `y`).")
                 count = labels.shape[0]
-                outputs = main_output(model(*(_padded(inputs, self._fixed_batch) if self._fixed_batch else inputs)))
+                outputs = main_output(judged(*(_padded(inputs, self._fixed_batch) if self._fixed_batch else inputs)))
                 if outputs.shape[:1] != (self._fixed_batch or count,):
                     raise DataError(
                         f"The model returned {outputs.shape} for {count} samples; `{self.name}` needs one output "
@@ -85,8 +84,8 @@ class FunctionEvaluator:
     def __call__(self, model: Model) -> float:
         """Return what the function says about `model`."""
         try:
-            with _evaluated(model):
-                value = self._function(model)
+            with _evaluated(model) as judged:
+                value = self._function(judged)
         except Exception as err:  # the user's own code may raise anything
             raise DataError(f"The evaluation function `{self.name}` raised {type(err).__name__}: {err}.") from err
         if isinstance(value, torch.Tensor | np.ndarray) and np.prod(value.shape) == 1:
@@ -153,21 +152,11 @@ def evaluator(
 
 
 @contextlib.contextmanager
-def _evaluated(model: Model) -> Iterator[None]:
-    """Evaluate a model in evaluation mode, and leave it in the mode that each part of it was in."""
-    if isinstance(model, Program):
-        was_training = is_training(model.graph_module)
-        try:
-            model.eval()
-            yield
-        finally:
-            model.train(was_training)
-        return
-    if isinstance(model, nn.Module) and not isinstance(model, fx.GraphModule):  # exported ones refuse eval()
-        with in_eval_mode(model):
-            yield
-    else:
-        yield
+def _evaluated(model: Model) -> Iterator[Model]:
+    """Give a model in evaluation mode, and leave each part of the user's in the mode it was in."""
+    exported = isinstance(model, fx.GraphModule)  # which refuse eval()
+    with in_eval_mode(model) if isinstance(model, nn.Module) and not exported else contextlib.nullcontext():
+        yield model.evaluated() if isinstance(model, Program) else model
 
 
 def main_output(outputs: Any) -> Array:

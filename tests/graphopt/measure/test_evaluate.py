@@ -12,8 +12,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from graphopt.capturing.capture import capture
 from graphopt.data import InputSpec
 from graphopt.errors import DataError, UsageError
+from graphopt.ir.program import Program
+from graphopt.ir.training import is_training
 from graphopt.measure.evaluate import evaluator
 from graphopt.measure.metrics import METRICS, find_metric
 
@@ -199,6 +202,16 @@ def test_what_cannot_be_scored(data: Any, model: Any, reason: str) -> None:
 def test_every_metric_is_found_by_name() -> None:
     for name in METRICS:
         assert find_metric(name).name == name
+
+
+def test_a_program_in_training_is_judged_on_a_copy() -> None:
+    program = capture(nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)), (torch.eye(3),)).train()
+
+    def modes(model: Program) -> float:
+        return 1.0 * is_training(model.graph_module) + 2.0 * is_training(program.graph_module)
+
+    assert evaluator(modes)(program) == 2.0
+    assert is_training(program.graph_module)
 
 
 @pytest.mark.parametrize("spec", [(torch.eye(3), torch.tensor([0, 1, 2])), lambda model: float(model.training)])
