@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,26 +56,36 @@ def cost(program: Program) -> Cost:
 def _measure(program: Program) -> Cost:
     gm = program.graph_module
     named = dict([*gm.named_parameters(), *gm.named_buffers()])
-    weights = {memory_key(tensor): tensor for name, tensor in _weights(program, named)}
     return Cost(
-        parameters=sum(tensor.numel() for tensor in weights.values()),
+        parameters=sum(tensor.numel() for tensor in weights(program).values()),
         flops=_flops(program),
         bytes=_bytes(named.values()),
     )
 
 
-def _weights(program: Program, named: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield what is learned: parameters, and buffers of small integers that are not scales or zero points."""
+def weights(program: Program) -> dict[tuple[Any, ...], torch.Tensor]:
+    """Return what is learned, by memory key: parameters, and buffers of small integers that are none of the others."""
+    gm = program.graph_module
     integers, scaling = set(), set()
     for node in program.graph.nodes:
         if node.target in (QUANTIZE, DEQUANTIZE):
             first, *others = (argument.target for argument in node.args[:3] if isinstance(argument, fx.Node))
             integers.add(first)
             scaling.update(others)
-    for name, tensor in named.items():
-        by_hand = tensor.dtype in (torch.int8, torch.uint8) and tensor.dim() > 0 and name not in scaling
-        if isinstance(tensor, torch.nn.Parameter) or name in integers or by_hand:
-            yield name, tensor
+
+    def is_weight(name: str, tensor: torch.Tensor) -> bool:
+        if isinstance(tensor, torch.nn.Parameter) or name in integers:
+            return True
+        small = tensor.dtype in (torch.int8, torch.uint8) and tensor.dim() > 0
+        return small and name not in scaling and not _is_mask(tensor)
+
+    named = (*gm.named_parameters(), *gm.named_buffers())
+    return {memory_key(tensor): tensor for name, tensor in named if is_weight(name, tensor)}
+
+
+def _is_mask(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor holds what models stored of truth values before torch had a type for them."""
+    return tensor.dtype == torch.uint8 and not bool((tensor > 1).any())
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:

@@ -9,15 +9,17 @@ Removing and measuring gives the same and takes a second on a large model; a sea
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import fx
 
 from graphopt.axes.infer import Axes
 from graphopt.axes.layout import leaves
 from graphopt.axes.rewrite import Kept
+from graphopt.axes.sharing import memory_key
 from graphopt.ir.graph import tensor_attribute
 from graphopt.ir.program import Program
-from graphopt.measure.cost import Cost, cost, node_flops
+from graphopt.measure.cost import Cost, cost, node_flops, weights
 from graphopt.passes.pruning.operations import SizeProduct, parts_of
 
 
@@ -33,7 +35,7 @@ class Sizes:
         """
         self._whole = cost(program)
         free = {group.axis for group in axes.groups()}
-        self._tensors = [part for part in _tensors(axes) if _concerned(part[0], free)]
+        self._tensors = [part for part in _tensors(program, axes) if _concerned(part[0], free)]
         self._calls: list[SizeProduct] = []
         self._operations = 0  # of all calls, for all samples of the example
         self.complete = True
@@ -46,22 +48,23 @@ class Sizes:
 
     def cost(self, kept: Kept) -> Cost:
         """Return the cost of the program when each axis keeps so many indices; an axis that is absent keeps all."""
-        lost = [(part.amount - part.left(kept), trained, width) for part, trained, width in self._tensors]
+        lost = [(part.amount - part.left(kept), is_weight, width) for part, is_weight, width in self._tensors]
         gone = sum(part.amount - part.left(kept) for part in self._calls) / max(self._operations, 1)
         return Cost(
-            parameters=self._whole.parameters - round(sum(count for count, trained, _ in lost if trained)),
+            parameters=self._whole.parameters - round(sum(count for count, is_weight, _ in lost if is_weight)),
             flops=round(self._whole.flops * (1 - gone)),
             bytes=self._whole.bytes - round(sum(count * width for count, _, width in lost)),
         )
 
 
-def _tensors(axes: Axes) -> list[tuple[SizeProduct, bool, int]]:
-    """Return each distinct tensor with whether it is trained and the bytes of an element."""
-    found: dict[int, tuple[SizeProduct, bool, int]] = {}
+def _tensors(program: Program, axes: Axes) -> list[tuple[SizeProduct, bool, int]]:
+    """Return each distinct tensor with whether it is a weight and the bytes of an element."""
+    found: dict[tuple[Any, ...], tuple[SizeProduct, bool, int]] = {}
+    learned = weights(program)
     for name, dims in axes.parameters.items():
         tensor = tensor_attribute(axes.gm, name)
-        trained = isinstance(tensor, torch.nn.Parameter)
-        found.setdefault(id(tensor), (SizeProduct(tensor.numel(), dims), trained, tensor.element_size()))
+        key = memory_key(tensor)
+        found.setdefault(key, (SizeProduct(tensor.numel(), dims), key in learned, tensor.element_size()))
     return list(found.values())
 
 

@@ -49,17 +49,18 @@ class Kinds(nn.Module):
         self.narrow = nn.Parameter(torch.randn(3, 4, dtype=torch.float16))
         self.register_buffer("stored", torch.ones(4, 5, dtype=torch.int8))
         self.register_buffer("mask", torch.ones(4, dtype=torch.bool))
+        self.register_buffer("old_mask", torch.tensor([0, 1, 1, 0], dtype=torch.uint8))
         self.register_buffer("scale", torch.ones(5))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = (x.to(torch.complex64) @ self.spectrum).real.half() @ self.narrow
-        return (y.float() * self.mask) @ (self.stored * self.scale)
+        return (y.float() * self.mask * self.old_mask) @ (self.stored * self.scale)
 
 
 def test_every_kind_of_weight_counts_and_nothing_else() -> None:
     found = cost(capture(Kinds(), torch.randn(2, 8)))
     assert found.parameters == 8 * 3 + 3 * 4 + 4 * 5
-    assert found.bytes == 8 * 8 * 3 + 2 * 3 * 4 + 4 * 5 + 4 + 4 * 5
+    assert found.bytes == 8 * 8 * 3 + 2 * 3 * 4 + 4 * 5 + 4 + 4 + 4 * 5
 
 
 def test_a_complex_weight_that_a_pass_stores_still_counts() -> None:

@@ -59,7 +59,21 @@ class Einsums(nn.Module):
         return self.head(torch.einsum("...i,i->...i", torch.einsum("...c,ci", x, self.up), self.gain).relu())
 
 
-ALSO: list[type[nn.Module]] = [Gru, Projected, Einsums]
+class Stored(nn.Module):
+    """Weights kept as integers by hand, and a mask that is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(7, 12), nn.Linear(12, 5)
+        self.register_buffer("stored", torch.arange(144).view(12, 12).to(torch.int8))
+        self.register_buffer("mask", (torch.arange(12) % 3 > 0).to(torch.uint8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x).relu() * self.mask
+        return self.head(y @ self.stored.to(y.dtype))
+
+
+ALSO: list[type[nn.Module]] = [Gru, Projected, Einsums, Stored]
 
 
 @pytest.mark.parametrize(
