@@ -88,13 +88,19 @@ class Part:
         return rebatched(self._chosen(self.source.labelled_batches(batch_size), limit), batch_size)
 
     def place(self, index: int) -> int:
-        """Return the number in the source of the sample that is number `index` of this part."""
+        """Return the number in the source of the sample that is number `index` of this part.
+
+        Raises:
+            IndexError: the part holds fewer samples.
+        """
         first, known = 0, 0
         while True:
             rows = self._rows(first, self.period * self.unit)
             if index < known + len(rows):
                 return first + int(rows[index - known])
             first, known = first + self.period * self.unit, known + len(rows)
+            if "fitted" not in self.roles and first >= self._last:
+                raise IndexError(f"This part of the samples holds at most {known}; none is number {index}.")
 
     def _chosen(self, pieces: Iterator[Labelled], limit: int | None) -> Iterator[Labelled]:
         first, left = 0, limit

@@ -115,3 +115,12 @@ def test_of_a_long_stream_only_the_start_is_counted_and_judges(any_batch: Progra
     parts = split(Samples.open(Stream(), ["x"]), any_batch)
     assert len(drawn) < 100
     assert [len(read(part, 64)) for part in parts[1:]] == [512, 512]
+
+
+@pytest.mark.parametrize(("count", "held"), [(16, 1024), (64, 512)])
+def test_a_sample_behind_the_last_that_judges_has_no_place(any_batch: Program, count: int, held: int) -> None:
+    held_out = split(numbered(count), any_batch).held_out
+    assert held_out is not None
+    assert place(held_out, held - 1) < 1024 * 10
+    with pytest.raises(IndexError, match=f"holds at most {held}; none is number {held}"):
+        place(held_out, held)
