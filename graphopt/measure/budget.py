@@ -55,6 +55,17 @@ class Budget:
             for unit, limit in self.limits.items()
         }
 
+    def limit(self, unit: str) -> str:
+        """Return a limit as it was written, as in `flops=0.5` or `bytes=250000`."""
+        limit = self.limits[unit]
+        return f"{unit}={limit if limit < 1 else int(limit)}"
+
+    def amount(self, unit: str, share: float, original: Program) -> str:
+        """Say how much a share is, in the way the limit is given: as a share or as an amount."""
+        if self.limits[unit] < 1:
+            return f"{share:.1%} of the {UNITS[unit]}"
+        return f"{round(share * getattr(cost(original), unit))} {UNITS[unit]}"
+
 
 @dataclass
 class Meter:
@@ -93,7 +104,7 @@ def exceeded(left: Shares, wanted: Shares) -> list[str]:
 
 @dataclass
 class Guard:
-    """Not slower than before: tells whether what a pass does pays in the runtime.
+    """Faster than before: tells whether what a pass does pays in the runtime, by more than times vary.
 
     Attributes:
         timer: measures in it.
@@ -104,7 +115,7 @@ class Guard:
     measured: dict[str, tuple[float, float, float]] = field(default_factory=dict)
 
     def objects(self, name: str, program: Program, reference: Program) -> str:
-        """Return "" if a program is faster than a reference, else how much of its time it takes."""
+        """Return "" if a program is faster than a reference in three rounds of four, else the share of its time."""
         found = self.timer(program, reference)
         self.measured[name] = (found.lower, found.median, found.upper)
-        return "" if found.median < 1 else f"{found.median:.3f} ({found.lower:.3f}-{found.upper:.3f})"
+        return "" if found.upper < 1 else f"{found.median:.3f} ({found.lower:.3f}-{found.upper:.3f})"

@@ -1,4 +1,4 @@
-"""The never-slower guard: times in the runtime what each class of groups gains, and leaves whole what gains nothing.
+"""The guard: times in the runtime what each class of groups gains, and leaves whole what gains no more than times vary.
 
 Groups of one class (same kind, counts and shapes around them) run the same kernels, so they are timed together: the
 pruned program against the pruned program with that class whole, in turn. What is left is then timed against the
@@ -23,7 +23,7 @@ from graphopt.pipeline.context import Progress
 def unpaying(
     program: Program, axes: Axes, groups: Sequence[Group], counts: Counts, guard: Guard, progress: Progress
 ) -> dict[int, str]:
-    """Find the groups whose removal does not make the program faster in the target's runtime.
+    """Find the groups whose removal does not make the program surely faster in the target's runtime.
 
     Args:
         program: before the removal.

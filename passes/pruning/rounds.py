@@ -18,7 +18,7 @@ from graphopt.axes.infer import Axes
 from graphopt.axes.rewrite import remove
 from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
-from graphopt.measure.budget import UNITS, Guard, Meter
+from graphopt.measure.budget import Guard, Meter
 from graphopt.passes.pruning.alignment import multiples
 from graphopt.passes.pruning.allocation import Allocation, Counts
 from graphopt.passes.pruning.choice import Choice
@@ -75,6 +75,8 @@ class _Rounds:
         self._options, self._ctx = options, ctx
         self._groups: Sequence[Group] = choice.groups
         self._wanted = options.budget.shares(ctx.original)
+        self._meter = Meter(ctx.original, ctx.need_timer("prune") if "latency" in self._wanted else None)
+        self._left: dict[str, float] = {}  # of the original, by unit that is limited
         self._found = Decision()
         self._reasons: dict[int, tuple[str, str]] = {}  # by axis: why it is left whole, and how that is counted
 
@@ -91,6 +93,9 @@ class _Rounds:
             self._found.kept = ranking.kept(counts)
             self._found.fitted, quality = self._fit()
         assert ranking is not None
+        self._found.measured.update({f"{name} left": share for name, share in self._left.items()})
+        if self._meter.timed:
+            self._found.measured["latencies tried"] = list(self._meter.timed)
         self._found.measured.update(quality)
         self._say_what_is_left_whole(ranking.scores, counts)
         self._say_what_overrides_leave(counts)
@@ -115,12 +120,9 @@ class _Rounds:
         shares = dict(self._wanted)
         if part < 1:
             shares = {name: float(1 - (1 - exact(share)) * part) for name, share in shares.items()}
-        meter = Meter(self._ctx.original, self._ctx.need_timer("prune") if "latency" in shares else None)
-        trials = Trials(self._program, self._axes, shares, meter, self._ctx.progress)
+        trials = Trials(self._program, self._axes, self._options.budget, shares, self._meter, self._ctx.progress)
         counts = least_removal(allocation, ranking, trials, part)
-        self._found.measured.update({f"{name} left": share for name, share in trials.left(counts).items()})
-        if meter.timed:
-            self._found.measured["latencies tried"] = list(meter.timed)
+        self._left = trials.left(counts)
         return counts
 
     def _allocation(self) -> Allocation:
@@ -183,12 +185,12 @@ class _Rounds:
     def _say_what_overrides_leave(self, counts: Counts) -> None:
         """Say so where groups with a ratio of their own take the program below the target without any other."""
         lose = [group.axis for group in self._groups if counts.get(group.axis, group.size) < group.size]
-        left = {name: float(str(self._found.measured[f"{name} left"])) for name in self._wanted}
-        below = [name for name, share in self._wanted.items() if left[name] < share]
+        below = [name for name, share in self._wanted.items() if self._left[name] < share]
         if not lose or not below or any(axis not in self._choice.ratios for axis in lose):
             return
-        shares = (f"{left[name]:.1%} of the {UNITS[name]} ({self._wanted[name]:.1%} asked)" for name in below)
-        text = f"the overrides alone leave {' and '.join(shares)}; nothing else is removed"
+        budget, original = self._options.budget, self._ctx.original
+        said = (f"{budget.amount(name, self._left[name], original)} ({budget.limit(name)} asked)" for name in below)
+        text = f"the overrides alone leave {' and '.join(said)}; nothing else is removed"
         self._found.refusals.append(Refusal("ratios", text, "overrides alone go below the target"))
 
     def _left_whole(self, group: Group, multiple: int) -> Refusal:

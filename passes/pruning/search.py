@@ -21,7 +21,7 @@ from graphopt.axes.infer import Axes
 from graphopt.axes.rewrite import remove
 from graphopt.errors import PassError
 from graphopt.ir.program import Program
-from graphopt.measure.budget import UNITS, Meter, Shares, exceeded
+from graphopt.measure.budget import Budget, Meter, Shares, exceeded
 from graphopt.passes.pruning.allocation import Allocation, Counts
 from graphopt.passes.pruning.giving_back import give_back
 from graphopt.passes.pruning.ranking import Ranking
@@ -41,7 +41,8 @@ class Trials:
     Attributes:
         program: the program that is pruned.
         axes: of it.
-        wanted: the shares not to exceed.
+        budget: what the user asked for, for messages.
+        wanted: the shares not to exceed by now.
         meter: measures programs.
         progress: shows how far a search has come.
         sizes: predicts costs while searching; None measures each.
@@ -49,6 +50,7 @@ class Trials:
 
     program: Program
     axes: Axes
+    budget: Budget
     wanted: Shares
     meter: Meter
     progress: Progress
@@ -159,17 +161,18 @@ def _kept(counts: Counts) -> dict[int, Sequence[int]]:
 
 
 def _unmet(trials: Trials, counts: Counts, allocation: Allocation) -> str:
-    left = trials.left(counts)
-    name = exceeded(left, trials.wanted)[0]
+    shares = trials.left(counts)
+    name = exceeded(shares, trials.wanted)[0]
+    limit, left = trials.budget.limit(name), trials.budget.amount(name, shares[name], trials.meter.original)
     groups = len(allocation.groups)
     if not groups:
         return (
-            f"Pass `prune` cannot bring the {UNITS[name]} to {trials.wanted[name]:.1%} of the original's: no group of "
-            f"this model may lose an index, which leaves {left[name]:.1%}. The plan of `prune:ratio=0` says why."
+            f"Pass `prune` cannot meet `{limit}`: no group of this model may lose an index, which leaves {left}. "
+            "The plan of `prune:ratio=0` says why."
         )
     raised = max(allocation.multiples.values(), default=1)
     return (
-        f"Pass `prune` cannot bring the {UNITS[name]} to {trials.wanted[name]:.1%} of the original's: with as much "
-        f"removed of {groups} groups as min_channels={allocation.least} and multiples of up to {raised} allow, "
-        f"{left[name]:.1%} are left. Ask for no less than that, or lower round_to or min_channels."
+        f"Pass `prune` cannot meet `{limit}`: with as much removed of {groups} groups as "
+        f"min_channels={allocation.least} and multiples of up to {raised} allow, {left} are left. Ask for no less than "
+        "that, or lower round_to or min_channels."
     )

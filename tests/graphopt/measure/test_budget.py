@@ -86,3 +86,16 @@ def test_only_what_is_faster_pays(share: float, said: str) -> None:
     guard = Guard(lambda program, reference: Spread(share, share, share, share, share))
     assert guard.objects("all", NARROW, WIDE) == said
     assert list(guard.measured) == ["all"]
+
+
+@pytest.mark.parametrize(("upper", "pays"), [(0.99, True), (1.0, False), (1.02, False)])
+def test_a_gain_within_the_noise_does_not_pay(upper: float, pays: bool) -> None:
+    guard = Guard(lambda program, reference: Spread(0.9, 0.95, 0.97, upper, 1.1))
+    assert guard.objects("all", NARROW, WIDE) == ("" if pays else f"0.970 (0.950-{upper:.3f})")
+
+
+def test_limits_and_amounts_are_told_as_they_were_given() -> None:
+    budget = Budget({"bytes": 2_500_000.0, "flops": 0.35, "parameters": 74})
+    assert [budget.limit(unit) for unit in budget.limits] == ["bytes=2500000", "flops=0.35", "parameters=74"]
+    said = [budget.amount(unit, 0.5, WIDE) for unit in budget.limits]
+    assert said == ["296 bytes", "50.0% of the FLOPs", "74 parameters"]

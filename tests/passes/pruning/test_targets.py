@@ -123,7 +123,7 @@ def test_limits_that_are_none(text: str, message: str) -> None:
 def test_no_target_is_exceeded_and_the_last_step_was_needed(share: float, round_to: int, scope: str) -> None:
     pass_ = prune(flops=share, round_to=round_to, scope=scope)
     if left(plan_of(prune(ratio=0.999, round_to=round_to)))["flops"] > share:
-        with pytest.raises(PassError, match="cannot bring the FLOPs to"):
+        with pytest.raises(PassError, match="cannot meet `flops="):
             plan_of(pass_)
         return
     plan = plan_of(pass_)
@@ -168,9 +168,22 @@ def test_a_target_that_cannot_be_met_says_what_can() -> None:
     with pytest.raises(PassError) as info:
         plan_of(prune(flops=0.3, round_to=16))
     text = str(info.value)
-    assert text.startswith("Pass `prune` cannot bring the FLOPs to 30.0% of the original's: with as much removed of 3 ")
+    assert text.startswith("Pass `prune` cannot meet `flops=0.3`: with as much removed of 3 groups ")
     possible = float(text.split("allow, ")[1].split("%")[0]) / 100
     assert left(plan_of(prune(flops=possible + 0.001, round_to=16)))["flops"] <= possible + 0.001
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_target_given_as_an_amount_is_answered_in_amounts(steps: int) -> None:
+    with pytest.raises(PassError) as info:
+        plan_of(prune(bytes=2500, round_to=16, steps=steps))
+    text = str(info.value)
+    assert text.startswith("Pass `prune` cannot meet `bytes=2500`: with as much removed of 3 groups ")
+    assert "%" not in text
+    possible = int(text.split("allow, ")[1].split(" bytes are left")[0])
+    plan_of(prune(bytes=possible, round_to=16))
+    with pytest.raises(PassError):
+        plan_of(prune(bytes=possible - 1, round_to=16))
 
 
 def test_a_target_on_a_model_with_nothing_to_remove_says_so() -> None:
@@ -209,6 +222,20 @@ def test_a_latency_target_is_met_as_measured_and_replays_without_measuring() -> 
     assert plan.measured["latency left"] in plan.measured["latencies tried"]  # type: ignore[operator]
     stored = PruningPlan.from_json(json.loads(json.dumps(plan.to_json())), plan.tensors)
     assert fingerprint(pass_.apply(stack(), stored)) == fingerprint(pass_.apply(stack(), plan))
+
+
+@pytest.mark.parametrize("options", [{"steps": 2}, {"guard": "measure"}])
+def test_the_latencies_of_every_search_are_recorded(options: dict[str, Any]) -> None:
+    taken: list[float] = []
+
+    def slow_unless_whole(program: Program) -> float:
+        taken.append(_slow_unless_whole(program))
+        return taken[-1]
+
+    plan = plan_of(prune(latency=0.6, **options), **timer(slow_unless_whole))
+    compared = [time / whole for time, whole in zip(taken[::2], taken[1::2], strict=True)]
+    guarded = [times[1] for times in plan.measured.get("time of all", {}).values()]  # type: ignore[union-attr, index]
+    assert sorted([*plan.measured["latencies tried"], *guarded]) == sorted(compared)  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("options", [{"latency": 0.5}, {"guard": "measure"}])
@@ -302,8 +329,8 @@ def test_overrides_that_alone_go_below_the_target_are_named(steps: int) -> None:
     shares = left(plan)
     assert counts(plan) == {**SIZES, "b:channels": 6}
     assert reasons(plan)["ratios"] == (
-        f"the overrides alone leave {shares['parameters']:.1%} of the parameters (99.0% asked) and "
-        f"{shares['flops']:.1%} of the FLOPs (90.0% asked); nothing else is removed"
+        f"the overrides alone leave {shares['parameters']:.1%} of the parameters (parameters=0.99 asked) and "
+        f"{shares['flops']:.1%} of the FLOPs (flops=0.9 asked); nothing else is removed"
     )
     assert "overrides alone go below the target" in plan.summary()
 
