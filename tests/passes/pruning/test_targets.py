@@ -435,7 +435,7 @@ def test_rounds_make_one_plan_about_the_original(options: dict[str, Any]) -> Non
 def test_the_proof_looks_at_what_is_stored(compensate: bool) -> None:
     data = torch.randn(64, 3, 12, 12, generator=torch.Generator().manual_seed(1))
     pass_ = prune(ratio=0.5, compensate=compensate)
-    plan = plan_of(pass_, samples=TensorSamples((data,)))
+    plan = pass_.plan(stack(), Context(original=stack()).with_data(TensorSamples((data,))))
     assert bool(plan.tensors) == compensate
     pass_.prove(stack(), pass_.apply(stack(), plan), plan)
     for name in ("a.bias", "head.weight"):  # the one is never refitted, the other is with data
