@@ -15,7 +15,6 @@ from graphopt.backends.onnx_execution.verification import verify
 from graphopt.backends.onnx_lowering.artifacts import files_of, read_model, specs
 from graphopt.backends.onnx_lowering.lowering import Style, lower
 from graphopt.backends.onnx_lowering.saving import EXTERNAL_DATA_ABOVE, save
-from graphopt.errors import LoweringError
 from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
 from graphopt.targets.backend import Array, Artifact, Backend
@@ -75,7 +74,7 @@ class OnnxBackend(Backend):
         files = save(model, path, external_data_above=self._external_data_above)
         try:
             facts.update(self.accept(path, model, program))
-        except LoweringError:
+        except BaseException:  # what was not accepted, ^C or not, does not stay under the name of what was
             for file in files:
                 file.unlink(missing_ok=True)
             raise

@@ -87,6 +87,21 @@ def test_a_refused_file_goes(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, RuntimeError])
+def test_a_file_that_was_not_accepted_goes(
+    tmp_path: Path, raised: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def accept(self: OnnxBackend, path: Path, *rest: object) -> dict[str, Json]:
+        assert path.exists()
+        raise raised
+
+    monkeypatch.setattr(Third, "accept", accept)
+    backend = Third(external_data_above=100)
+    with pytest.raises(raised):
+        backend.lower(capture(Residual().eval(), example(Residual, 2).float()), backend.path_in(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_ending_of_a_file_says_whose_it_is(result: graphopt.Result, monkeypatch: pytest.MonkeyPatch) -> None:
     points = [
         EntryPoint("first", f"{__name__}:Third", registry.BACKENDS),
