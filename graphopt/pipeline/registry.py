@@ -61,6 +61,7 @@ class Registry:
 
     def __init__(self, group: str, extra: Iterable[Entry] = ()) -> None:
         self._entries: dict[str, Entry] = {}
+        self._broken: set[str] = set()
         for point in sorted(entry_points(group=group), key=lambda point: (point.name, point.value)):
             source = f"distribution `{point.dist.name}`" if point.dist else "an unknown distribution"
             self._add(Entry(point.name, source, point))
@@ -99,12 +100,15 @@ class Registry:
         return self._entries[name].source
 
     def working(self, base: type[Any]) -> dict[str, type[Any]]:
-        """Import every class that can be; a broken one is a warning."""
+        """Import every class that can be; a broken one is tried once, and is one warning."""
         found = {}
         for name in self.names():
+            if name in self._broken:
+                continue
             try:
                 found[name] = self._entries[name].load(base)
             except UsageError as err:
+                self._broken.add(name)
                 logger.warning("%s", err)
         return found
 

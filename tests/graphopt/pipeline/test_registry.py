@@ -116,7 +116,9 @@ def test_a_broken_entry_point_breaks_nothing(monkeypatch: pytest.MonkeyPatch, ca
     found = PassRegistry([Scale])
     with caplog.at_level(logging.WARNING):
         assert found.working(Pass) == {"scale": Scale}
-    assert "`broken` from an unknown distribution cannot be imported" in caplog.text
+        assert found.producer_of("what nobody makes") is None
+        assert found.working(Pass) == {"scale": Scale}
+    assert caplog.text.count("`broken` from an unknown distribution cannot be imported") == 1
     with pytest.raises(UsageError, match="No module named 'no_such_module'"):
         found.pass_class("broken")
 
