@@ -19,7 +19,7 @@ from graphopt.capturing.capture import capture, exported_in_training, from_expor
 from graphopt.capturing.checks import check_repeatable
 from graphopt.capturing.model_calls import check_module, random_state_kept, uncompiled
 from graphopt.data import InputSpec, Samples
-from graphopt.errors import CaptureError, DataError, ExampleError, LoadError
+from graphopt.errors import CaptureError, DataError, ExampleError, LoadError, UsageError
 from graphopt.ir.program import Program
 from graphopt.ir.signature import Note, TensorSpec
 from graphopt.ir.training import leave_training
@@ -45,7 +45,7 @@ def load(
     Args:
         path: an exported program (`.pt2`), a pickled module, or with `factory` the weights.
         data: example inputs come from its first samples, where the file brings none.
-        inputs: names, shapes and dtypes to make random example inputs of, where there is no data.
+        inputs: names, shapes and dtypes to make random example inputs of, for a module without data.
         trust: let the file run code (a pickle of classes other than torch.nn's own, an unchecked `.pt2`).
         factory: `package.module:function` that builds the module.
         weights: `.safetensors` or weights-only `.pt` for `factory`.
@@ -54,6 +54,7 @@ def load(
 
     Raises:
         LoadError: missing, damaged, of another kind, or not trusted.
+        UsageError: `inputs` or `dynamic_shapes` for what brings its own.
         CaptureError: not traceable, or no example inputs to trace it with.
     """
     return load_with_data(
@@ -86,6 +87,12 @@ def load_with_data(
         factory=factory,
         weights=Path(weights) if weights is not None else None,
     )
+    if inputs and (data is not None or isinstance(loaded.model, ExportedProgram)):
+        brought = f"`{loaded.source}`" if isinstance(loaded.model, ExportedProgram) else "the data"
+        raise UsageError(
+            f"Shapes of inputs are given (--input, or inputs=...), and {brought} brings inputs of its own. "
+            "Leave the shapes out."
+        )
     if isinstance(loaded.model, ExportedProgram):
         return with_data(_from_file(loaded, loaded.model, dynamic_shapes), data)
     if data is not None:
@@ -103,6 +110,7 @@ def _from_file(loaded: LoadedModel, exported: ExportedProgram, dynamic_shapes: M
     args, kwargs = loaded.example_inputs.args, loaded.example_inputs.kwargs
     signature = loaded.extra_files.get(_SIGNATURE)
     if signature is not None:
+        _check_no_shapes(dynamic_shapes, f"`{loaded.source}`")
         return _with_signature(from_exported(exported, args, kwargs).eval(), signature, loaded.source)
     if exported.range_constraints and dynamic_shapes is None:
         program = from_exported(exported, args, kwargs).eval()
@@ -111,6 +119,14 @@ def _from_file(loaded: LoadedModel, exported: ExportedProgram, dynamic_shapes: M
         return program
     # A static program is captured again: many only became static because nobody asked for a dynamic batch.
     return capture(exported.module(check_guards=False), args, kwargs, dynamic_shapes, share_tensors=True)
+
+
+def _check_no_shapes(dynamic_shapes: Any, program: str) -> None:
+    if dynamic_shapes is not None:
+        raise UsageError(
+            f"Dynamic axes are given (--dynamic, or dynamic_shapes=...), and {program} is a program of graphopt's, "
+            "whose axes are settled. Leave them out, or give them where the module is captured."
+        )
 
 
 def _with_signature(program: Program, text: str, source: str) -> Program:
@@ -151,11 +167,12 @@ def with_data(
     """Open data once: capture a module on its first samples, unless it is a program, and bind it to the inputs.
 
     Raises:
-        UsageError: the model is no module.
+        UsageError: the model is no module, or a program and dynamic axes are given.
         DataError: there is none for a module, it cannot be read, does not fit, or the model fails on it.
         CaptureError: the model cannot be captured.
     """
     if isinstance(model, Program):
+        _check_no_shapes(dynamic_shapes, "the model")
         program, samples = model, data
     else:
         check_module(model)

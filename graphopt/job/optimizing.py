@@ -56,7 +56,7 @@ def optimize(
         seed: every random draw descends from it.
         loss: what the model was trained for, called with its output and the labels of the same samples (None where
             `data` has none); returns a scalar. Criteria that follow gradients use it, and do without it.
-        dynamic_shapes: further dynamic axes, as `capture` takes them.
+        dynamic_shapes: further dynamic axes of a module, as `capture` takes them.
         plugins: files or classes of passes that the pipeline may name.
         hooks: called around every pass.
         check: "fast", or "full" to export again and run each pass's own proof after it.
