@@ -41,8 +41,9 @@ class PruningPlan(Plan):
     Attributes:
         kept: {parameter or buffer: {dimension: sorted kept indices of the original}}, for what shrinks.
         groups: {group: sorted kept indices of its axis}; what `apply` reads.
-        compensated: {weight: {"before": relative squared error of its output on held-out samples, "after": the same
-            with the refitted weight, "ridge": strength of the pull to the old one}}.
+        compensated: {weight: {"before": relative squared error of its output on every eighth sample, "after": the
+            same with a weight fitted to the others, "ridge": strength of the pull to the old one}}; the weight that
+            is stored is fitted to all of them by that ridge.
     """
 
     kept: Mapping[str, Mapping[int, Sequence[int]]] = field(default_factory=dict)
@@ -61,7 +62,8 @@ class Prune(Pass[PruneOptions, PruningPlan]):
     4. Refused: a group named in `skip`, or of a kind that is not in `kinds`.
     5. Refused: with guard=measure, a group whose removal does not make the runtime faster.
     6. With data, every layer whose input changed is refitted by least squares; refused: one whose weight is shared or
-       computed, and one that the held-out samples show to be no better for it.
+       computed, one whose samples cannot be told apart, and one that is no better for it on samples it was not fitted
+       to.
     """
 
     name = "prune"

@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from graphopt.axes.infer import Axes
-from graphopt.axes.layout import size, surviving, touches
+from graphopt.axes.layout import Axis, Dims, Layout, Product, size, surviving, surviving_size, touches
 from graphopt.data.batches import Batch
 from graphopt.ir.finite import all_finite
 from graphopt.ir.graph import tensor_attribute
@@ -58,7 +58,8 @@ class Compensation:
 
     Attributes:
         tensors: new weights, biases and running means by name.
-        layers: per weight the relative squared error of its output on held-out samples before and after, and the ridge.
+        layers: per weight the relative squared error of its output on the samples that judge, before and with the
+            weight fitted to the others alone, and the ridge; the weight that is kept is fitted to all.
         refusals: layers left as they are.
     """
 
@@ -101,6 +102,8 @@ class _Walk:
         self._gm = pruned.graph_module
         self._sizes = [len(batch[0]) for batch in batches]
         self._axes, self._kept = axes, kept
+        inputs = [axes.dims(node) for node in original.graph.nodes if node.op == "placeholder"]
+        self._batch = [dims[0] for dims in inputs if dims and isinstance(dims[0], Axis)]
         self._before, self._after = (Walker(program).start(batches) for program in (original, pruned))
         self._twins = {node.name: node for node in original.graph.nodes}
         self._generator = ctx.generator("compensation")
@@ -135,11 +138,14 @@ class _Walk:
             self._leave(call.weight_name, "its values are not finite on the samples")
             return
         fit, held_out = sums
+        if not held_out.rows:
+            self._leave(call.weight_name, f"too few samples: every {_HELD_OUT}th judges, and there are fewer")
+            return
         if fit.squares + held_out.squares <= _UNCHANGED * (fit.target + held_out.target):
             return
         correction, before, after = solve(fit, held_out, with_bias=layer.bias_name is not None)
         if not after < before:
-            self._leave(call.weight_name, "no correction lowers its error on held-out samples")
+            self._leave(call.weight_name, "no correction lowers its error on samples it was not fitted to")
             return
         corrected = layer.corrected(correction)
         if not all(map(all_finite, corrected.values())):
@@ -163,6 +169,8 @@ class _Walk:
         dims = self._axes.dims(twin)
         if any(touches(layout, self._kept) and not isinstance(size(layout), int) for layout in dims):
             return "an axis of dynamic size of its output lost positions"
+        if max(self._sizes) > 1 and self._batch_place(dims, call.output_axis) is None:
+            return "no one axis of its output is known to hold the samples, which have to be told apart"
         return f"{call.fan_in} inputs, more than {WIDEST}" if call.fan_in > WIDEST else ""
 
     def _sums(self, layer: _Layer, twin: fx.Node) -> tuple[Sums, Sums] | None:
@@ -172,12 +180,12 @@ class _Walk:
         first = 0
         for index, samples in enumerate(self._sizes):
             y = self._at_positions_left(twin, index, layer.call.output_axis)
-            total = positions(layer.call, y)
-            for part in self._parts(total, groups * inputs, inputs):
+            behind = self._rows_behind(layer.call, twin, y.shape)
+            for part in self._parts(positions(layer.call, y), groups * inputs, inputs):
                 x = input_rows(layer.call, self._after.values[layer.call.input][index], part, y.shape).flatten(2)
                 target = self._target(layer, twin, index, part).view(len(part), groups, outputs)
                 residual = target - layer.given(x)
-                judge = (first + part * samples // total) % _HELD_OUT == _HELD_OUT - 1
+                judge = (first + part // behind % samples) % _HELD_OUT == _HELD_OUT - 1
                 for sums, rows in ((fit, ~judge), (held_out, judge)):
                     try:
                         sums.see(x[rows], residual[rows], target[rows])
@@ -185,6 +193,28 @@ class _Walk:
                         return None
             first += samples
         return fit, held_out
+
+    def _batch_place(self, dims: Dims, features: int) -> tuple[int, int] | None:
+        """Return along which axis of a value its samples lie, and as which factor of it, None if that is not clear."""
+        ids = {axis.id for axis in self._batch}
+        sizes = {axis.size for axis in self._batch if not isinstance(axis.size, int)}  # behind operators without a rule
+        places = [
+            (d, place)
+            for d, layout in enumerate(dims)
+            for place, factor in enumerate(_factors(layout))
+            if d != features and isinstance(factor, Axis) and (factor.id in ids or factor.size in sizes)
+        ]
+        return places[0] if len(places) == 1 else None
+
+    def _rows_behind(self, call: WeightedCall, twin: fx.Node, shape: torch.Size) -> int:
+        """Return how many rows in a row are of one sample; with one sample it does not matter."""
+        dims = self._axes.dims(twin)
+        found = self._batch_place(dims, call.output_axis)
+        if found is None:
+            return 1
+        axis, place = found
+        inner = math.prod(surviving_size(factor, self._kept) for factor in _factors(dims[axis])[place + 1 :])
+        return inner * math.prod(length for d, length in enumerate(shape) if d > axis and d != call.output_axis)
 
     def _parts(self, total: int, width: int, inputs: int) -> Iterator[torch.Tensor]:
         """Draw positions of one batch, in pieces whose rows fit in memory."""
@@ -222,6 +252,10 @@ class _Walk:
             if d != features and touches(layout, self._kept):
                 value = value.index_select(d, torch.as_tensor(list(surviving(layout, self._kept))))
         return value
+
+
+def _factors(layout: Layout) -> tuple[Layout, ...]:
+    return layout.factors if isinstance(layout, Product) else (layout,)
 
 
 @dataclass(eq=False)

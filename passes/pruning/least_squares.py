@@ -89,7 +89,7 @@ class Correction:
 
 
 def solve(fit: Sums, held_out: Sums, *, with_bias: bool) -> tuple[Correction, float, float]:
-    """Find the correction that leaves least on the held-out rows, and fit it to all rows.
+    """Find the ridge that leaves least on the held-out rows, and fit a correction with it to all rows.
 
     Args:
         fit: sums over the rows to fit.
@@ -97,8 +97,8 @@ def solve(fit: Sums, held_out: Sums, *, with_bias: bool) -> tuple[Correction, fl
         with_bias: whether the bias may change.
 
     Returns:
-        The correction, and the relative error of the held-out rows before and with it; the correction judged is the
-        one fitted without them.
+        The correction, and the relative error of the held-out rows before and with what the same ridge gives without
+        them: an estimate for the correction, which has seen them.
     """
     scale = held_out.target or 1.0
     candidates = _corrections(fit, RIDGES, with_bias)

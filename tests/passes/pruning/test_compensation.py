@@ -19,6 +19,7 @@ from graphopt.errors import DataError
 from graphopt.ir.program import Program
 from graphopt.measure.equivalence import measure
 from graphopt.passes.prune import Prune, PruneOptions, PruningPlan
+from graphopt.passes.pruning import compensation
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.options import build
 from graphopt.testing import TensorSamples, check_pass, fingerprint
@@ -146,6 +147,33 @@ def _value(program: Program, name: str, data: Tensor) -> Tensor:
     return value
 
 
+class Sequence(nn.Module):
+    """A layer along a sequence, whose samples lie along the first axis, along the second, or inside of one."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.form = nn.Linear(4, 8), nn.Linear(8, 3), form
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.form == "first":
+            return self.second(self.first(x).tanh())
+        x = x.transpose(0, 1)
+        if self.form == "second":
+            return self.second(self.first(x).tanh()).transpose(0, 1)
+        return self.second(self.first(x.flatten(0, 1)).tanh()).unflatten(0, (5, -1)).transpose(0, 1)
+
+
+@pytest.mark.parametrize("form", ["second", "inside"])
+def test_a_sample_judges_or_is_fitted_wherever_the_batch_lies(form: str) -> None:
+    data = randn(31, 5, 4)
+    wanted, found = (
+        plan_of(prune(), capture(Sequence(kind).double(), (data[:2],)), data).compensated["second.weight"]
+        for kind in ("first", form)
+    )
+    assert found == pytest.approx(wanted)  # type: ignore[comparison-overlap]
+
+
 # -- refusals --------------------------------------------------------------------------------------------
 
 
@@ -170,6 +198,24 @@ def test_switched_off_means_plain_and_silent() -> None:
     plan = plan_of(prune(compensate=False), capture(Redundant("linear").double(), (data[:2],)), data)
     assert not plan.tensors
     assert "compensation" not in reasons(plan)
+
+
+def test_a_layer_whose_samples_cannot_be_told_apart_is_left_alone() -> None:
+    class Divided(Redundant):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x).reshape(2, 4, 6)).reshape(8, 4)
+
+    data = data_for("linear")
+    plan = plan_of(prune(), capture(Divided("linear").double(), (data[:8],)), data)
+    reason = "not compensated: no one axis of its output is known to hold the samples, which have to be told apart"
+    assert reasons(plan)["second.weight"] == reason
+
+
+def test_too_few_samples_for_one_to_judge_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compensation, "_HELD_OUT", 50)
+    data = data_for("linear")
+    plan = plan_of(prune(), capture(Redundant("linear").double(), (data[:2],)), data)
+    assert reasons(plan)["second.weight"] == "not compensated: too few samples: every 50th judges, and there are fewer"
 
 
 class Shared(Redundant):
