@@ -205,3 +205,17 @@ class TestAgreement:
         want = torch.zeros(2, 3)
         (wrong,) = disagreements(reference(want), (torch.zeros(2, 3, dtype=torch.float64),))
         assert wrong.text == "is float64 of shape 2x3, expected float32 of shape 2x3"
+
+
+def test_an_exact_run_passes_assertions_of_the_traces_dtypes() -> None:
+    class Halved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4).half()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x.half()).float()
+
+    program = capture(Halved().eval(), torch.randn(2, 4))
+    (exact,) = Replay(program, exact=True).outputs(program.flat_examples())
+    torch.testing.assert_close(exact.float(), program(*program.flat_examples()), rtol=1e-2, atol=1e-2)
