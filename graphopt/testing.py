@@ -21,7 +21,7 @@ from safetensors.torch import load, save
 from torch import fx, nn
 
 from graphopt.capturing.capture import capture
-from graphopt.data.batches import Batch
+from graphopt.data.batches import Batch, batch_count, taken
 from graphopt.errors import VerifyError
 from graphopt.ir.canonical import canonical_form
 from graphopt.ir.invariants import check_invariants
@@ -45,9 +45,10 @@ class TensorSamples:
 
     def batches(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
         """Yield batches of at most `batch_size` samples, `limit` samples in all."""
-        count = len(self.tensors[0]) if limit is None else min(limit, len(self.tensors[0]))
+        count = batch_count(self.tensors)
+        count = count if limit is None else min(limit, count)
         for start in range(0, count, batch_size):
-            yield tuple(tensor[start : min(start + batch_size, count)] for tensor in self.tensors)
+            yield taken(self.tensors, slice(start, min(start + batch_size, count)))
 
     def labelled_batches(
         self, batch_size: int, limit: int | None = None
@@ -55,7 +56,7 @@ class TensorSamples:
         """Yield pairs of inputs and labels as `batches` does; labels are None where there are none."""
         start = 0
         for batch in self.batches(batch_size, limit):
-            end = start + len(batch[0])
+            end = start + batch_count(batch)
             yield batch, None if self.labels is None else self.labels[start:end]
             start = end
 

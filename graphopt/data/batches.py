@@ -7,7 +7,8 @@ from typing import Protocol
 
 import torch
 
-Batch = tuple[torch.Tensor, ...]  # one tensor per program input, first axis: samples
+# One tensor per program input, first axis: samples. A tensor without axes holds for every sample.
+Batch = tuple[torch.Tensor, ...]
 Labelled = tuple[Batch, torch.Tensor | None]
 
 
@@ -31,7 +32,7 @@ def whole_batches(samples: SampleSource, size: int, limit: int | None, *, fixed:
         fixed: how many samples the program takes, None where any number fits.
     """
     batches = samples.batches(fixed or size, _limit(limit, fixed))
-    return (batch for batch in batches if fixed in (None, len(batch[0])))
+    return (batch for batch in batches if fixed in (None, batch_count(batch)))
 
 
 def whole_labelled_batches(
@@ -39,11 +40,31 @@ def whole_labelled_batches(
 ) -> Iterator[Labelled]:
     """Yield pairs of inputs and labels as `whole_batches` does; labels are None where the data has none."""
     pairs = samples.labelled_batches(fixed or size, _limit(limit, fixed))
-    return (pair for pair in pairs if fixed in (None, len(pair[0][0])))
+    return (pair for pair in pairs if fixed in (None, batch_count(pair[0])))
 
 
 def _limit(limit: int | None, fixed: int | None) -> int | None:
     return None if limit is None else max(limit, fixed or 0)
+
+
+def batch_count(batch: Sequence[torch.Tensor]) -> int:
+    """Return how many samples a batch holds: one where no tensor has an axis."""
+    return next((len(tensor) for tensor in batch if tensor.dim()), 1)
+
+
+def taken(batch: Batch, samples: slice | torch.Tensor) -> Batch:
+    """Return some samples of a batch."""
+    return tuple(tensor[samples] if tensor.dim() else tensor for tensor in batch)
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """Join batches to one; what has no axes is the same in all."""
+    return tuple(torch.cat(parts) if parts[0].dim() else parts[0] for parts in zip(*batches, strict=True))
+
+
+def kind(batch: Batch) -> object:
+    """Return what batches that can be joined share: dtypes, shapes but for the count, values that hold for all."""
+    return tuple((tensor.dtype, tensor.shape[1:] if tensor.dim() else tensor.item()) for tensor in batch)
 
 
 def rebatched(pieces: Iterable[Labelled], size: int) -> Iterator[Labelled]:
@@ -51,14 +72,14 @@ def rebatched(pieces: Iterable[Labelled], size: int) -> Iterator[Labelled]:
     held: list[Labelled] = []
     count = 0
     for inputs, labels in pieces:
-        while inputs[0].shape[0]:
-            if held and not _joinable(held[-1], (inputs, labels)):
+        while left := batch_count(inputs):
+            if held and _kinds(held[-1]) != _kinds((inputs, labels)):
                 yield _join(held)
                 held, count = [], 0
-            take = min(size - count, inputs[0].shape[0])
-            held.append((tuple(t[:take] for t in inputs), None if labels is None else labels[:take]))
+            take = min(size - count, left)
+            held.append((taken(inputs, slice(take)), None if labels is None else labels[:take]))
             count += take
-            inputs, labels = tuple(t[take:] for t in inputs), None if labels is None else labels[take:]
+            inputs, labels = taken(inputs, slice(take, None)), None if labels is None else labels[take:]
             if count == size:
                 yield _join(held)
                 held, count = [], 0
@@ -66,19 +87,12 @@ def rebatched(pieces: Iterable[Labelled], size: int) -> Iterator[Labelled]:
         yield _join(held)
 
 
-def _joinable(one: Labelled, other: Labelled) -> bool:
-    """Tell whether two pieces can be one batch: same shapes but for the number of samples."""
-    tensors, others = [*one[0], one[1]], [*other[0], other[1]]
-    return all(
-        (a is None and b is None)
-        or (a is not None and b is not None and a.shape[1:] == b.shape[1:] and a.dtype == b.dtype)
-        for a, b in zip(tensors, others, strict=True)
-    )
+def _kinds(piece: Labelled) -> tuple[object, object]:
+    return kind(piece[0]), None if piece[1] is None else kind((piece[1],))
 
 
 def _join(pieces: Sequence[Labelled]) -> Labelled:
     if len(pieces) == 1:
         return pieces[0]
-    inputs = tuple(torch.cat(parts) for parts in zip(*(piece[0] for piece in pieces), strict=True))
     labels = [piece[1] for piece in pieces if piece[1] is not None]
-    return inputs, torch.cat(labels) if labels else None
+    return joined([piece[0] for piece in pieces]), torch.cat(labels) if labels else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from graphopt.data.columns import Column
@@ -49,7 +49,7 @@ def bind(chunk: Chunk, names: Sequence[str] | None, required: int | None) -> Bou
         if missing:
             raise DataError(f"{_capital(chunk.where)} lacks the model's input {_list(missing)}; it has {_has(chunk)}.")
     inputs = tuple(chosen.values())
-    count = _common_length(chunk, [*chosen.items(), *([("labels", labels)] if labels is not None else [])])
+    count = _common_length(chunk, chosen, labels)
     return Bound(tuple(chosen), inputs, labels, count, chunk.where, note)
 
 
@@ -103,13 +103,14 @@ def _looks_like_labels(columns: Sequence[Column]) -> bool:
     return len(last.shape) == 1 and last.dtype_name.startswith(("int", "uint")) and len(columns[0].shape) > 1
 
 
-def _common_length(chunk: Chunk, columns: Sequence[tuple[str, Column]]) -> int:
+def _common_length(chunk: Chunk, inputs: Mapping[str, Column], labels: Column | None) -> int:
+    columns = [*inputs.items(), *([("labels", labels)] if labels is not None else [])]
     if not columns:
         raise DataError(f"{_capital(chunk.where)} holds no arrays.")
-    flat = [name for name, column in columns if not column.shape]
-    if flat:
+    lengths = {name: column.shape[0] for name, column in columns if column.shape}
+    if not lengths or (labels is not None and not labels.shape):
+        flat = [name for name, column in columns if not column.shape]
         raise DataError(f"{_list(flat)} of {chunk.where} is a single number; the first axis must count samples.")
-    lengths = {name: column.shape[0] for name, column in columns}
     if len(set(lengths.values())) > 1:
         listed = ", ".join(f"`{name}` {length}" for name, length in lengths.items())
         raise DataError(f"The arrays of {chunk.where} hold different numbers of samples: {listed}.")

@@ -34,7 +34,7 @@ _READ_ERRORS = (
 
 
 class Column(Protocol):
-    """An array whose first axis counts samples."""
+    """An array whose first axis counts samples; one without axes holds for every sample."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -66,7 +66,7 @@ class TensorColumn:
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Return a view of the samples, detached and on the CPU."""
-        return self.tensor[start:stop].detach().cpu()
+        return _part(self.tensor, start, stop).detach().cpu()
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class ArrayColumn:
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Return the samples as a tensor."""
-        return to_tensor(self.array[start:stop], self.where)
+        return to_tensor(self.array[start:stop] if self.array.shape else self.array, self.where)
 
 
 @dataclass
@@ -107,7 +107,7 @@ class NpzColumn:
             where = f"`{self.key}` of `{self.path}`"
             with readable(where), np.load(self.path, allow_pickle=False) as archive:
                 self._loaded = to_tensor(archive[self.key], where)
-        return self._loaded[start:stop]
+        return _part(self._loaded, start, stop)
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,13 @@ class SafetensorsColumn:
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Return the samples."""
         with readable(f"`{self.key}` of `{self.path}`"), safe_open(self.path, "pt") as file:
+            if not self.shape:
+                return file.get_tensor(self.key)  # type: ignore[no-any-return]
             return file.get_slice(self.key)[start:stop]  # type: ignore[no-any-return]
+
+
+def _part(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    return tensor[start:stop] if tensor.dim() else tensor
 
 
 def to_tensor(array: NDArray[Any], where: str) -> torch.Tensor:

@@ -40,7 +40,9 @@ def describe(spec: Spec) -> str:
 def _check_shape(tensor: torch.Tensor, spec: Spec, where: str) -> None:
     found, expected = tuple(tensor.shape), tuple(spec.shape)
     if len(found) != len(expected):
-        if len(found) == len(expected) - 1:
+        if not expected:
+            advice = "Give one value for all samples, without axes; where they differ, give batches with one value each"
+        elif len(found) == len(expected) - 1:
             advice = "The first axis must count samples: add one, as in `x[None]`"
         else:
             advice = f"Reshape the data to {len(expected)} axes, the first counting samples"
@@ -50,7 +52,7 @@ def _check_shape(tensor: torch.Tensor, spec: Spec, where: str) -> None:
             advice = "The channels come last; move them with `x.transpose(0, 3, 1, 2)`"
     else:
         return
-    shape = "x".join(["N", *map(str, found[1:])])
+    shape = "x".join(["N", *map(str, found[1:])]) if found else "a single number"
     raise DataError(
         f"Input `{spec.name}` takes {describe(spec)}, but {where} has {shape} {_name(tensor.dtype)}. {advice}."
     )
@@ -82,7 +84,7 @@ def _check_finite(original: torch.Tensor, converted: torch.Tensor, spec: Spec, w
     finite = torch.isfinite(converted)
     if bool(finite.all()):
         return
-    bad = ~finite.flatten(1).all(1) if converted.dim() > 1 else ~finite
+    bad = ~finite.flatten(1).all(1) if converted.dim() > 1 else ~finite.flatten()
     first = start + int(bad.nonzero()[0])
     what = "NaN" if bool(torch.isnan(original).any()) else "an infinite value"
     if bool(torch.isfinite(original).all()):

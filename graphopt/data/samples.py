@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from graphopt.data.batches import Batch, Labelled, rebatched
+from graphopt.data.batches import Batch, Labelled, batch_count, rebatched
 from graphopt.data.binding import Bound, bind
 from graphopt.data.fitting import describe, fit
 from graphopt.data.input_spec import Spec
@@ -111,7 +111,7 @@ class Samples:
     def first_batch(self) -> Batch:
         """Return the first batch in the size it comes in; of an array all samples, of a long one the first."""
         pieces = self._pieces(READ_SIZE, READ_SIZE, with_labels=False)
-        return next(inputs for inputs, _ in pieces if inputs[0].shape[0])
+        return next(inputs for inputs, _ in pieces if batch_count(inputs))
 
     def check(self, specs: Sequence[Spec], limit: int | None = READ_SIZE) -> Samples:
         """Check the data against a model's inputs, and from now on every batch as it is read.

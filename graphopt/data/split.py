@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
-from graphopt.data.batches import Batch, Labelled, SampleSource, rebatched
+from graphopt.data.batches import Batch, Labelled, SampleSource, batch_count, rebatched, taken
 from graphopt.ir.program import Program
 
 FEWEST = 16  # samples; of fewer, what judges would say nothing and what is left to fit not much more
@@ -51,7 +51,7 @@ def split(source: SampleSource, program: Program) -> Split:
     """
     unit = program.batch_size or 1
     wanted = _PERIOD * max(_ENOUGH, unit)
-    count = sum(len(batch[0]) for batch in source.batches(max(_ENOUGH, unit), wanted))
+    count = sum(batch_count(batch) for batch in source.batches(max(_ENOUGH, unit), wanted))
     units = count // unit
     period = min(units, max(_SHORTEST_PERIOD, min(_PERIOD, count // _ENOUGH)))
     if count < FEWEST or period < 2:
@@ -105,10 +105,11 @@ class Part:
     def _chosen(self, pieces: Iterator[Labelled], limit: int | None) -> Iterator[Labelled]:
         first, left = 0, limit
         for inputs, labels in pieces:
-            rows = self._rows(first, len(inputs[0]))[:left]
-            first += len(inputs[0])
+            count = batch_count(inputs)
+            rows = self._rows(first, count)[:left]
+            first += count
             if len(rows):
-                yield tuple(tensor[rows] for tensor in inputs), None if labels is None else labels[rows]
+                yield taken(inputs, rows), None if labels is None else labels[rows]
             left = None if left is None else left - len(rows)
             if left == 0 or ("fitted" not in self.roles and first >= self._last):
                 return

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from graphopt.data.batches import Batch
+from graphopt.data.batches import Batch, batch_count
 from graphopt.distillation.objective import Objective
 from graphopt.distillation.pool import Index, Pool
 from graphopt.distillation.statistics import estimate_statistics
@@ -84,10 +84,10 @@ class Trainer:
         with torch.no_grad():
             self._expected = self._expected or [self._teacher.call_flat(chunk) for chunk in chunks]
             losses = [
-                self._objective.of_outputs(self._student.call_flat(chunk), wanted) * len(chunk[0])
+                self._objective.of_outputs(self._student.call_flat(chunk), wanted) * batch_count(chunk)
                 for chunk, wanted in zip(chunks, self._expected, strict=True)
             ]
-        mean = torch.stack(losses).sum() / sum(len(chunk[0]) for chunk in chunks)
+        mean = torch.stack(losses).sum() / sum(batch_count(chunk) for chunk in chunks)
         # Statistics of BatchNorm differ between processes while training: all must decide alike.
         return float(self._accelerator.reduce(mean, "mean"))
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from graphopt.data.batches import Batch, SampleSource
+from graphopt.data.batches import Batch, SampleSource, batch_count, joined, kind, taken
 
 Index = tuple[int, torch.Tensor]  # bucket, and which of its samples
 
@@ -23,7 +23,7 @@ class Pool:
     """Samples in memory.
 
     Attributes:
-        buckets: one tensor per program input, first axis samples, for every combination of shapes.
+        buckets: one tensor per program input, first axis samples, for every `kind` of batch.
     """
 
     buckets: tuple[Batch, ...]
@@ -31,15 +31,15 @@ class Pool:
     @classmethod
     def read(cls, samples: SampleSource, limit: int | None) -> Pool:
         """Read at most `limit` samples."""
-        found: dict[tuple[object, ...], list[Batch]] = {}
+        found: dict[object, list[Batch]] = {}
         for batch in samples.batches(_READ_SIZE, limit):
-            found.setdefault(tuple((part.shape[1:], part.dtype) for part in batch), []).append(batch)
-        return cls(tuple(tuple(map(torch.cat, zip(*batches, strict=True))) for batches in found.values()))
+            found.setdefault(kind(batch), []).append(batch)
+        return cls(tuple(joined(batches) for batches in found.values()))
 
     @property
     def count(self) -> int:
         """How many samples there are."""
-        return sum(len(bucket[0]) for bucket in self.buckets)
+        return sum(batch_count(bucket) for bucket in self.buckets)
 
     def batches(self, size: int, generator: torch.Generator | None = None, *, fixed: bool = False) -> list[Index]:
         """Divide the samples into batches of at most `size`, as even as they can be, each within one bucket.
@@ -51,7 +51,7 @@ class Pool:
         """
         drawn: list[Index] = []
         for bucket, parts in enumerate(self.buckets):
-            count = len(parts[0])
+            count = batch_count(parts)
             order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
             pieces = torch.split(order, size) if fixed else order.tensor_split(math.ceil(count / size))
             drawn += [(bucket, piece) for piece in pieces if len(piece) == size or not fixed]
@@ -62,4 +62,4 @@ class Pool:
     def take(self, index: Index) -> Batch:
         """Return one batch."""
         bucket, samples = index
-        return tuple(part[samples] for part in self.buckets[bucket])
+        return taken(self.buckets[bucket], samples)

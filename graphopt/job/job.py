@@ -11,7 +11,7 @@ from typing import Any
 
 from graphopt.capturing.model_calls import random_state_kept
 from graphopt.data import Samples
-from graphopt.data.batches import Batch, SampleSource, whole_batches
+from graphopt.data.batches import Batch, SampleSource, batch_count, whole_batches
 from graphopt.data.split import Split, split
 from graphopt.errors import CaptureError, UsageError
 from graphopt.ir.finite import all_finite
@@ -252,4 +252,4 @@ def _probe_inputs(program: Program, samples: SampleSource | None) -> Batch:
         return next(batches, program.flat_examples())
     affordable = int(_PROBE_FLOPS // max(cost(program).flops, 1))
     count = min(max(affordable, _FEWEST_PROBES), _MOST_PROBES)
-    return max(samples.batches(count, count), key=lambda batch: len(batch[0]))  # the first, but for unlike shapes
+    return max(samples.batches(count, count), key=batch_count)  # the first, but for unlike shapes

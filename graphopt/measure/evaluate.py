@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import fx, nn
 
 from graphopt.capturing.model_calls import in_eval_mode
-from graphopt.data.batches import Batch
+from graphopt.data.batches import Batch, batch_count
 from graphopt.data.input_spec import Spec
 from graphopt.data.samples import Samples
 from graphopt.errors import DataError
@@ -210,5 +210,5 @@ def _is_array(value: Any) -> bool:
 
 
 def _padded(inputs: Batch, size: int) -> Batch:
-    missing = size - inputs[0].shape[0]
-    return tuple(torch.cat([x, x[-1:].expand(missing, *x.shape[1:])]) if missing else x for x in inputs)
+    missing = size - batch_count(inputs)
+    return tuple(torch.cat([x, x[-1:].expand(missing, *x.shape[1:])]) if missing and x.dim() else x for x in inputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from graphopt.data.batches import batch_count
 from graphopt.ir.program import Program
 from graphopt.ir.torch_internals import pytree
 from graphopt.ir.walker import Walker
@@ -17,7 +18,7 @@ def peak_bytes_per_sample(program: Program) -> int:
     for _ in program.graph.nodes:
         walker.step()
         peak = max(peak, _live_bytes(walker))
-    return peak // (program.batch_size or len(examples[0]))
+    return peak // (program.batch_size or batch_count(examples))
 
 
 def _live_bytes(walker: Walker) -> int:

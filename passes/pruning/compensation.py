@@ -19,7 +19,7 @@ from torch import fx
 
 from graphopt.axes.infer import Axes
 from graphopt.axes.layout import Axis, Dims, Layout, Product, size, surviving, surviving_size, touches
-from graphopt.data.batches import Batch
+from graphopt.data.batches import Batch, batch_count
 from graphopt.ir.finite import all_finite
 from graphopt.ir.graph import tensor_attribute
 from graphopt.ir.plain_data import Json
@@ -100,7 +100,7 @@ class _Walk:
         ctx: Context,
     ) -> None:
         self._gm = pruned.graph_module
-        self._sizes = [len(batch[0]) for batch in batches]
+        self._sizes = [batch_count(batch) for batch in batches]
         self._axes, self._kept = axes, kept
         inputs = [axes.dims(node) for node in original.graph.nodes if node.op == "placeholder"]
         self._batch = [dims[0] for dims in inputs if dims and isinstance(dims[0], Axis)]

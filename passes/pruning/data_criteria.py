@@ -30,7 +30,7 @@ import torch
 from torch import fx
 
 from graphopt.axes.groups import Group
-from graphopt.data.batches import whole_batches, whole_labelled_batches
+from graphopt.data.batches import batch_count, whole_batches, whole_labelled_batches
 from graphopt.errors import DataError, PassError
 from graphopt.ir.graph import tensor_attribute
 from graphopt.ir.torch_internals import pytree
@@ -178,7 +178,7 @@ def _directions(
             if ctx.loss is None:
                 value = _along_random(output, generator)
             else:
-                value = _checked(ctx.loss, output, labels) * len(batch[0])
+                value = _checked(ctx.loss, output, labels) * batch_count(batch)
         if not value.requires_grad:
             raise PassError(
                 f"Pass `prune` cannot use criterion={criterion}: no gradient reaches the weights from the outputs"

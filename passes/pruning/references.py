@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from graphopt.data.batches import Batch, SampleSource
+from graphopt.data.batches import Batch, SampleSource, batch_count, taken
 from graphopt.data.split import place
 from graphopt.errors import DataError
 from graphopt.ir.program import Program
@@ -29,18 +29,18 @@ def usable(original: Program, samples: SampleSource, batches: Sequence[Batch]) -
     finite: list[torch.Tensor] = []  # by batch, (samples,)
     first = 0
     for batch in batches:
-        _refuse_nan(original.inputs, batch, samples, first, len(batch[0]), "holds NaN in input")
+        _refuse_nan(original.inputs, batch, samples, first, batch_count(batch), "holds NaN in input")
         with torch.no_grad():
             outputs = original.call_flat([tensor.clone() for tensor in batch])  # a program may write to its inputs
         does = "makes the unpruned program give NaN in output"
-        _refuse_nan(original.outputs, outputs, samples, first, len(batch[0]), does)
-        finite.append(~_samples_with(torch.isinf, outputs, len(batch[0])))
-        first += len(batch[0])
+        _refuse_nan(original.outputs, outputs, samples, first, batch_count(batch), does)
+        finite.append(~_samples_with(torch.isinf, outputs, batch_count(batch)))
+        first += batch_count(batch)
     overflown = (~torch.cat(finite)).nonzero().flatten().tolist() if finite else []
     if not overflown or len(overflown) > _FEW * first:
         return list(batches), []
     chosen = _without(original, batches, finite)
-    lost = first - sum(len(batch[0]) for batch in chosen)
+    lost = first - sum(batch_count(batch) for batch in chosen)
     text = f"left out {lost} of {first} samples: number {place(samples, overflown[0])} makes an output infinite"
     return chosen, [Refusal("compensation", text, "samples with infinite outputs left out")]
 
@@ -49,8 +49,8 @@ def _without(original: Program, batches: Sequence[Batch], finite: Sequence[torch
     """Leave out samples; of a program with a fixed batch size whole batches."""
     if original.batch_size is not None:
         return [batch for batch, rows in zip(batches, finite, strict=True) if bool(rows.all())]
-    chosen = [tuple(tensor[rows] for tensor in batch) for batch, rows in zip(batches, finite, strict=True)]
-    return [batch for batch in chosen if len(batch[0])]
+    chosen = [taken(batch, rows) for batch, rows in zip(batches, finite, strict=True)]
+    return [batch for batch in chosen if batch_count(batch)]
 
 
 def _refuse_nan(

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import fx
 
-from graphopt.data.batches import Batch
+from graphopt.data.batches import Batch, batch_count
 from graphopt.errors import DataError, VerifyError
 from graphopt.ir.program import Program
 from graphopt.ir.walker import Walker
@@ -77,8 +77,8 @@ def influences(program: Program, branches: Sequence[Branch], batches: Sequence[B
             shortcuts = [walker.values[branches[index].stays][0] for index in here]
             walker.step()
             for index, shortcut in zip(here, shortcuts, strict=True):
-                totals[index] += _turned(shortcut, walker.values[node][0], len(batch[0]))
-    samples = sum(len(batch[0]) for batch in batches)
+                totals[index] += _turned(shortcut, walker.values[node][0], batch_count(batch))
+    samples = sum(batch_count(batch) for batch in batches)
     return [
         _known(total / samples, f"what `{branch.name}` is added to")
         for branch, total in zip(branches, totals, strict=True)

@@ -436,3 +436,42 @@ def test_bad_input_specs(text: str, reason: str) -> None:
     assert reason in str(caught.value)
     assert text in str(caught.value)
     assert "1x3x224x224" in str(caught.value) or "Known:" in str(caught.value)
+
+
+SCALED = [InputSpec("t", ()), InputSpec("x", (1, 3))]
+
+
+@pytest.mark.parametrize("form", ["dict", "tuple", "arrays", "npz", "safetensors"])
+def test_a_value_without_axes_is_in_every_batch_as_it_is(form: str, tmp_path: Path) -> None:
+    t, x = torch.tensor(2.0), torch.arange(15.0).view(5, 3)
+    np.savez(tmp_path / "data.npz", t=t.numpy(), x=x.numpy())
+    safetensors.torch.save_file({"t": t, "x": x}, tmp_path / "data.safetensors")
+    forms = {
+        "dict": {"t": t, "x": x},
+        "tuple": (t, x),
+        "arrays": {"t": np.array(2.0, np.float32), "x": x.numpy()},
+        "npz": tmp_path / "data.npz",
+        "safetensors": tmp_path / "data.safetensors",
+    }
+    samples = Samples.open(forms[form], ["t", "x"]).check(SCALED)
+    assert samples.count == 5
+    found = list(samples.batches(2))
+    assert [tuple(batch[1].shape) for batch in found] == [(2, 3), (2, 3), (1, 3)]
+    assert all(torch.equal(batch[0], t) for batch in found)
+
+
+def test_batches_with_other_values_without_axes_are_not_joined() -> None:
+    data = [(torch.tensor(value), torch.ones(2, 3)) for value in (1.0, 1.0, 2.0)]
+    found = list(Samples.open(data, ["t", "x"]).batches(8))
+    assert [(float(t), len(x)) for t, x in found] == [(1.0, 4), (2.0, 2)]
+
+
+def test_one_value_per_sample_for_an_input_without_axes() -> None:
+    reason = "takes a single number float32, but the data has N float32. Give one value for all samples, without axes"
+    with pytest.raises(DataError, match=reason):
+        Samples.open({"t": torch.ones(5), "x": torch.ones(5, 3)}, ["t", "x"]).check(SCALED)
+
+
+def test_a_single_number_for_an_input_with_axes() -> None:
+    with pytest.raises(DataError, match="takes Nx3 float32, but the data has a single number float32"):
+        Samples.open({"t": torch.ones(5), "x": torch.tensor(1.0)}, ["t", "x"]).check([InputSpec("t", (1,)), SCALED[1]])

@@ -1,0 +1,110 @@
+"""Models that no one would draw but some export: mixed dtypes, outputs that are inputs, equal or constant."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graphopt
+
+X = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
+PASSES = ("", "prune:ratio=0.5:round_to=1", "svd:ratio=0.5", "int8")
+
+
+class Mixed(nn.Module):
+    """A float16 layer between float32 ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(16, 32), nn.Linear(32, 32).half(), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.middle(self.first(x).relu().half()).relu().float())
+
+
+class Input(nn.Module):
+    """Returns its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class InputTwice(nn.Module):
+    """Returns its input twice."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
+
+
+class Odd(nn.Module):
+    """Returns its input, one result twice, and a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 32), nn.Linear(32, 4)
+        self.register_buffer("constant", torch.tensor([1.0, 2.0]))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        y = self.last(self.first(x).relu())
+        return x, y, y, self.constant
+
+
+@pytest.mark.parametrize("target", [None, "onnxruntime", "tensorrt"])
+@pytest.mark.parametrize("model", [Input, InputTwice])
+def test_int8_finds_nothing_in_a_model_that_returns_its_input(model: type[nn.Module], target: str | None) -> None:
+    result = graphopt.optimize(model().eval(), X, "int8", target, bench=False)
+    assert not any(plan.sites for plan in result.plans)
+    for found in outputs(result.program, X):
+        assert torch.equal(found, X)
+
+
+@pytest.mark.parametrize("passes", PASSES)
+@pytest.mark.parametrize("target", [None, "onnxruntime"])
+def test_a_layer_in_half_precision_between_others(passes: str, target: str | None) -> None:
+    torch.manual_seed(0)
+    model = Mixed().eval()
+    result = graphopt.optimize(model, X, passes, target, bench=False)
+    (found,) = outputs(result.program, X)
+    assert found.dtype is torch.float32
+    if not passes:
+        torch.testing.assert_close(found, model(X))
+
+
+@pytest.mark.parametrize("passes", PASSES)
+@pytest.mark.parametrize("target", [None, "onnxruntime"])
+def test_outputs_that_are_inputs_equal_or_constant(passes: str, target: str | None) -> None:
+    torch.manual_seed(0)
+    model = Odd().eval()
+    result = graphopt.optimize(model, X, passes, target, bench=False)
+    same, one, other, constant = outputs(result.program, X)
+    assert torch.equal(same, X)
+    assert torch.equal(one, other)
+    assert torch.equal(constant, model.constant)
+    if not passes:
+        torch.testing.assert_close(one, model(X)[1])
+
+
+def outputs(program: graphopt.Program, x: Tensor) -> tuple[Tensor, ...]:
+    found = program(x)
+    return found if isinstance(found, tuple) else (found,)
+
+
+class Scaled(nn.Module):
+    """Takes a number without axes for all samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 32), nn.Linear(32, 4)
+
+    def forward(self, scale: Tensor, x: Tensor) -> Tensor:
+        return self.last((self.first(x) * scale).relu())
+
+
+@pytest.mark.parametrize("passes", ["int8", "prune:ratio=0.5:round_to=1", "recover:epochs=1"])
+def test_an_input_without_axes(passes: str) -> None:
+    torch.manual_seed(0)
+    program = graphopt.capture(Scaled().eval(), (torch.tensor(2.0), X[:4]))
+    data = {"scale": torch.tensor(2.0), "x": X}
+    result = graphopt.optimize(program, data, passes, "onnxruntime", bench=False)
+    assert result.program(torch.tensor(2.0), X).shape == (32, 4)
