@@ -41,7 +41,14 @@ def run_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             "dtypes (`--input name=1x3x224x224:float32`).",
             reason,
         ) from err
-    if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(result)):
+    leaves = pytree.tree_leaves(result)
+    cache = next((type(leaf).__name__ for leaf in leaves if type(leaf).__name__.endswith("Cache")), None)
+    if cache:  # a registered class would have been taken apart
+        raise CaptureError(
+            f"The model returns a {cache}, which no program can return. Set `model.config.use_cache = False` (a "
+            "transformers model: use_cache=False), or wrap the model so that its forward returns tensors only."
+        )
+    if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
         raise CaptureError(
             f"The model returns no tensor, but a {type(result).__name__}. Let its forward return a tensor, or a tuple, "
             "list or dict of them; another class is registered with torch.export.register_dataclass."

@@ -8,7 +8,7 @@ from torch import nn
 from torch.export import Dim
 
 import graphopt
-from graphopt.errors import UsageError
+from graphopt.errors import CaptureError, UsageError
 
 X = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -37,3 +37,15 @@ def test_a_dynamic_axis_that_the_input_lacks_is_a_usage_error(axis: int) -> None
     shapes = {"input": {axis: Dim.DYNAMIC}}
     with pytest.raises(UsageError, match=rf"Axis {axis} of input `input` cannot be dynamic: .* \(4, 8\)"):
         graphopt.capture(nn.Linear(8, 4), torch.randn(4, 8), dynamic_shapes=shapes)
+
+
+def test_a_cache_beside_the_outputs_is_named_with_the_option_that_leaves_it_out() -> None:
+    class DynamicCache:
+        pass
+
+    class Decoder(nn.Module):
+        def forward(self, x: torch.Tensor) -> dict[str, object]:
+            return {"logits": x * 2, "past_key_values": DynamicCache()}
+
+    with pytest.raises(CaptureError, match=r"returns a DynamicCache, .*`model\.config\.use_cache = False`"):
+        graphopt.capture(Decoder().eval(), X)
