@@ -15,7 +15,7 @@ from graphopt.ir.editor import Editor
 from graphopt.ir.graph import arguments, tensor_attribute
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import origin
-from graphopt.passes.layers.recognition import computed_weight
+from graphopt.passes.layers.recognition import why_not_weighted
 from graphopt.passes.layers.weighted_call import (
     IN_A_REGION,
     WeightedCall,
@@ -69,15 +69,12 @@ def factorisable(gm: fx.GraphModule, skip: Sequence[str]) -> tuple[list[Weighted
         if call.kind == "transposed conv" or any(size != 1 for size in call.kernel):
             others.append(call.weight_name)  # neither linear nor 1x1
             continue
-        reason = computed_weight(call, gm)
+        unweighted = why_not_weighted(call, gm)
+        reason = unweighted or _why_not(gm, call, skip)
         if reason:
-            refusals.append(Refusal(node.name, reason))
-        elif weighted_call(node, gm) is not None:
-            reason = _why_not(gm, call, skip)
-            if reason:
-                refusals.append(Refusal(call.weight_name, reason))
-            else:
-                found.append(call)
+            refusals.append(Refusal(node.name if unweighted else call.weight_name, reason))
+        else:
+            found.append(call)
     others += [refusal.site for refusal in refusals]
     for glob in skip:
         check_glob(f"skip={glob}", glob, [call.weight_name for call in found], kind="weight", others=others)

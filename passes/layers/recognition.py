@@ -44,16 +44,24 @@ class Layers:
         return node in _WITH_WEIGHTS and not self._stored.isdisjoint(node.all_input_nodes)
 
 
-def computed_weight(call: WeightedCall | None, gm: fx.GraphModule) -> str:
-    """Return why a layer (`layer_call`) has no stored floating-point weight, "" if it has one."""
-    if call is None or call.weight.op != "call_function":
+def why_not_weighted(call: WeightedCall | None, gm: fx.GraphModule) -> str:
+    """Return why a layer (`layer_call`) is no `weighted_call`, "" if it is one."""
+    if call is None:
+        return "it is no product with a stored matrix"
+    if weighted_call(call.node, gm) is not None:
         return ""
-    weight = call.weight
+    weight, bias = call.weight, call.bias
     if getattr(weight.target, "namespace", "") == "graphopt":
         return f"its weight is stored as integers (`{weight.name}`): int8 comes last"
-    if weight in _stored(gm.graph):
-        return f"its weight is computed from stored tensors by `{weight.name}`: put `fold` before, which stores it"
-    return f"its weight is computed at run time by `{weight.name}`"
+    for what, read in (("weight", weight), ("bias", bias)):
+        if read is None or read.op == "get_attr":
+            continue
+        if read in _stored(gm.graph):
+            return f"its {what} is computed from stored tensors by `{read.name}`: put `fold` before, which stores it"
+        return f"its {what} is computed at run time by `{read.name}`"
+    if call.scaled:
+        return "its product or its bias is multiplied by a factor (alpha, beta)"
+    return "its input is stored" if call.input.op == "get_attr" else "it is no product with a stored matrix"
 
 
 def _stored(graph: fx.Graph) -> set[fx.Node]:

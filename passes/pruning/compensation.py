@@ -25,7 +25,7 @@ from graphopt.ir.graph import tensor_attribute
 from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
 from graphopt.ir.walker import Walker
-from graphopt.passes.layers.recognition import computed_weight
+from graphopt.passes.layers.recognition import why_not_weighted
 from graphopt.passes.layers.rows import input_rows, output_rows, positions
 from graphopt.passes.layers.weighted_call import (
     IN_A_REGION,
@@ -120,8 +120,7 @@ class _Walk:
                 if call is not None:
                     self._layer(call, twin)
                 elif is_layer(node):
-                    reason = computed_weight(layer_call(node, self._gm), self._gm)
-                    self._leave(node.name, reason or "it is no product with a stored matrix")
+                    self._leave(node.name, why_not_weighted(layer_call(node, self._gm), self._gm))
             self._after.step()
         for node in regions_with_layers(self._gm):
             self._leave(node.name, IN_A_REGION)

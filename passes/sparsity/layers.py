@@ -18,7 +18,7 @@ from torch import fx
 
 from graphopt.ir.finite import all_finite
 from graphopt.ir.graph import constant, tensor_attribute
-from graphopt.passes.layers.recognition import Layers, computed_weight
+from graphopt.passes.layers.recognition import Layers, why_not_weighted
 from graphopt.passes.layers.weighted_call import (
     IN_A_REGION,
     WeightedCall,
@@ -57,8 +57,7 @@ def find_sites(gm: fx.GraphModule) -> tuple[list[SparseSite], list[Refusal]]:
         if call is not None:
             by_weight.setdefault(id(constant(call.weight, gm)), []).append(call)
         elif is_layer(node):
-            reason = computed_weight(layer_call(node, gm), gm) or "it is no product with a stored matrix"
-            refusals.append(Refusal(node.name, reason))
+            refusals.append(Refusal(node.name, why_not_weighted(layer_call(node, gm), gm)))
         elif node in layers and node not in closed:
             refusals.append(Refusal(node.name, "its weight is no stored matrix of a plain product (fold stores some)"))
     sites = []

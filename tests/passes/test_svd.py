@@ -200,6 +200,32 @@ def test_only_layers_that_could_be_factorised_are_refused_for_a_computed_weight(
     }
 
 
+@pytest.mark.parametrize(
+    ("form", "site", "reason"),
+    [
+        ("bias", "linear", "its bias is computed at run time by `mean`"),
+        ("alpha", "addmm", "its product or its bias is multiplied by a factor (alpha, beta)"),
+        ("input", "linear", "its input is stored"),
+    ],
+)
+def test_no_layer_goes_missing_without_a_line(form: str, site: str, reason: str) -> None:
+    class Form(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.input = nn.Parameter(torch.randn(16, 16)), nn.Parameter(torch.randn(2, 16))
+            self.bias = nn.Parameter(torch.randn(16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if form == "bias":
+                return nn.functional.linear(x, self.weight, x.mean(0))
+            if form == "alpha":
+                return torch.addmm(self.bias, x, self.weight, alpha=2)
+            return nn.functional.linear(self.input, self.weight).sum() + x
+
+    plan = plan_of(SvdOptions(rank=2), capture(Form(), noise(4, 16)))
+    assert reasons(plan) == {site: reason}
+
+
 def test_a_rank_that_saves_nothing_is_refused() -> None:
     plan = plan_of(SvdOptions(rank=10), capture(seeded(Wide()), noise(2, 24)))
     assert not plan.sites
