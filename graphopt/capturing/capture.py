@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -241,14 +241,54 @@ def _capture(
         reason = explain(err, lambda: attempt(shapes))
     static = [{axis: dim for axis, dim in axes.items() if axis != 0} for axes in shapes]
     if static == shapes:
+        reason = (error and _partners(_leaf_names(model, args, kwargs), args, kwargs, shapes, attempt)) or reason
         raise CaptureError(f"The model cannot be captured: {reason}") from error
     try:
         exported = attempt(static)
     except Exception as err:
-        raise CaptureError(f"The model cannot be captured: {explain(err, lambda: attempt(static))}") from err
+        reason = _partners(_leaf_names(model, args, kwargs), args, kwargs, shapes, attempt)
+        reason = reason or explain(err, lambda: attempt(static))
+        raise CaptureError(f"The model cannot be captured: {reason}") from err
     text = f"The batch size is fixed: {reason}"
     logger.warning("%s", text)
     return program(exported, static, [Note("batch", text)])
+
+
+def _leaf_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    paths = pytree.tree_flatten_with_path(arguments_by_name(model, args, kwargs))[0]
+    return [_joined(path) for path, leaf in paths if isinstance(leaf, torch.Tensor)]
+
+
+def _partners(
+    names: Sequence[str],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    shapes: LeafShapes,
+    attempt: Callable[[LeafShapes], object],
+) -> str:
+    """Say which axes of other inputs must be dynamic too, "" where no axis of the same size helps; found by trying."""
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    for asked, axis, dim in ((i, axis, dim) for i, axes in enumerate(shapes) for axis, dim in axes.items() if axis):
+        same = [
+            (other, at)
+            for other, tensor in enumerate(tensors)
+            for at, size in enumerate(tensor.shape)
+            if at and other != asked and at not in shapes[other] and size == tensors[asked].shape[axis]
+        ]
+        for chosen in [*([one] for one in same), *([same] if len(same) > 1 else [])]:
+            wanted = [{**axes, **{at: dim for i, at in chosen if i == leaf}} for leaf, axes in enumerate(shapes)]
+            try:
+                attempt(wanted)
+            except Exception as err:  # tracing runs the user's code, which may raise anything
+                logger.debug("not with %s: %s", chosen, err)
+                continue
+            options = " ".join(f"--dynamic {names[leaf]}:{at}" for leaf, at in chosen)
+            others = ", ".join(f"axis {at} of `{names[leaf]}`" for leaf, at in chosen)
+            return (
+                f"axis {axis} of input `{names[asked]}` has the size of {others}, which is not dynamic. Add {options}, "
+                "or name it in dynamic_shapes, too."
+            )
+    return ""
 
 
 class _UnfinishedTraceError(CaptureError):

@@ -49,3 +49,17 @@ def test_a_cache_beside_the_outputs_is_named_with_the_option_that_leaves_it_out(
 
     with pytest.raises(CaptureError, match=r"returns a DynamicCache, .*`model\.config\.use_cache = False`"):
         graphopt.capture(Decoder().eval(), X)
+
+
+@pytest.mark.parametrize("dim", [Dim.DYNAMIC, Dim("length")])
+def test_an_axis_that_another_input_shares_is_named(dim: object) -> None:
+    class Masked(nn.Module):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return (x * mask).sum(1)
+
+    pair = (torch.randn(4, 9), torch.ones(4, 9))
+    with pytest.raises(CaptureError, match=r"axis 1 of `mask`, which is not dynamic\. Add --dynamic mask:1"):
+        graphopt.capture(Masked().eval(), pair, dynamic_shapes={"x": {1: dim}})
+    with pytest.raises(CaptureError, match=r"Add --dynamic mask:1"):
+        graphopt.capture(Masked().eval(), pair, dynamic_shapes={"x": {0: None, 1: dim}, "mask": {0: None}})
+    graphopt.capture(Masked().eval(), pair, dynamic_shapes={"x": {1: dim}, "mask": {1: dim}})
