@@ -27,7 +27,7 @@ from graphopt.passes.residuals.kind import BranchKind
 from graphopt.passes.residuals.removal import without
 from graphopt.passes.residuals.search import Limits, Search
 from graphopt.pipeline.context import Context
-from graphopt.pipeline.globs import check_glob
+from graphopt.pipeline.globs import check_globs
 from graphopt.pipeline.options import exact
 from graphopt.pipeline.pass_base import Pass
 from graphopt.pipeline.plan import Plan, Refusal
@@ -124,11 +124,9 @@ class DropBlocks(Pass[DropBlocksOptions, DropBlocksPlan]):
         """
         found, refused = find_branches(program.graph_module)
         can_go = [branch.name for branch in found]
-        for glob in self.options.only:
-            check_glob(f"only={glob}", glob, can_go, kind="branch that can go")
-        for glob in self.options.skip:
-            others = [refusal.site for refusal in refused]
-            check_glob(f"skip={glob}", glob, can_go, kind="branch that can go", others=others)
+        check_globs("only", self.options.only, can_go, kind="branch that can go")
+        others = [refusal.site for refusal in refused]
+        check_globs("skip", self.options.skip, can_go, kind="branch that can go", others=others)
         allowed, kept = self._allowed(found)
         asked = self._asked(len(allowed))
         options = self.options

@@ -36,7 +36,7 @@ from graphopt.passes.sparsity.layers import (
 from graphopt.passes.sparsity.moments import InputMoments, gather
 from graphopt.passes.sparsity.selection import fit, sparsify
 from graphopt.pipeline.context import Context
-from graphopt.pipeline.globs import check_glob
+from graphopt.pipeline.globs import check_globs
 from graphopt.pipeline.pass_base import Pass
 from graphopt.pipeline.plan import Plan, Refusal
 from graphopt.statistics.calibration import read_batches
@@ -124,9 +124,8 @@ class Sparsity24(Pass[Sparsity24Options, Sparsity24Plan]):
         form = self._form(ctx)
         gm = program.graph_module
         found, refusals = find_sites(gm)
-        for glob in self.options.skip:
-            others = [refusal.site for refusal in refusals]
-            check_glob(f"skip={glob}", glob, [site.weight_name for site in found], kind="weight", others=others)
+        others = [refusal.site for refusal in refusals]
+        check_globs("skip", self.options.skip, [site.weight_name for site in found], kind="weight", others=others)
         sites, dense = self._divide(found, form, ctx, gm)
         layers: dict[str, dict[str, Json]] = {}
         tensors: dict[str, torch.Tensor] = {}

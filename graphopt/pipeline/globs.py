@@ -11,6 +11,21 @@ from graphopt.errors import UsageError
 _LISTED = 5  # names that a message shows
 
 
+def check_globs(
+    option: str,
+    globs: Iterable[str],
+    names: Iterable[str],
+    *,
+    kind: str,
+    others: Iterable[str] = (),
+    matches: Callable[[str, str], bool] = fnmatchcase,
+) -> None:
+    """Check that every glob of an option names something; arguments and errors are those of `check_glob`."""
+    names, others = list(names), list(others)
+    for glob in globs:
+        check_glob(f"{option}={glob}", glob, names, kind=kind, others=others, matches=matches)
+
+
 def check_glob(
     written: str,
     glob: str,

@@ -26,7 +26,7 @@ from graphopt.passes.layers.weighted_call import (
     weighted_call,
 )
 from graphopt.passes.layers.weights import from_taps
-from graphopt.pipeline.globs import check_glob
+from graphopt.pipeline.globs import check_globs
 from graphopt.pipeline.plan import Refusal
 
 aten = torch.ops.aten
@@ -76,8 +76,7 @@ def factorisable(gm: fx.GraphModule, skip: Sequence[str]) -> tuple[list[Weighted
         else:
             found.append(call)
     others += [refusal.site for refusal in refusals]
-    for glob in skip:
-        check_glob(f"skip={glob}", glob, [call.weight_name for call in found], kind="weight", others=others)
+    check_globs("skip", skip, [call.weight_name for call in found], kind="weight", others=others)
     return found, refusals
 
 

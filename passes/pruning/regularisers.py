@@ -26,7 +26,7 @@ from graphopt.ir.program import Program
 from graphopt.passes.pruning.choice import matches
 from graphopt.passes.pruning.index_rows import places
 from graphopt.passes.pruning.weight_criteria import scales
-from graphopt.pipeline.globs import check_glob
+from graphopt.pipeline.globs import check_globs
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +109,5 @@ class ScaleL1:
 
 def _chosen(program: Program, only: Sequence[str]) -> list[Group]:
     groups = infer(program.graph_module).groups()
-    for glob in only:
-        check_glob(f"only={glob}", glob, [group.name for group in groups], kind="group", matches=matches)
+    check_globs("only", only, [group.name for group in groups], kind="group", matches=matches)
     return [group for group in groups if any(matches(group.name, glob) for glob in only)]

@@ -27,7 +27,7 @@ from graphopt.ir.operators import plain_name, short_name
 from graphopt.ir.provenance import module_path
 from graphopt.passes.layers.weighted_call import IN_A_REGION, regions_with_layers
 from graphopt.passes.quantization.kernels import HEAVY, Kernel, clamp_range, kernel_of
-from graphopt.pipeline.globs import check_glob
+from graphopt.pipeline.globs import check_globs
 from graphopt.pipeline.plan import Refusal
 from graphopt.quantization.ops import DEQUANTIZE
 from graphopt.targets.description import OperatorRule, TargetDescription
@@ -122,8 +122,7 @@ class _Placer:
         nodes = [node for node in self._gm.graph.nodes if node.op == "call_function"]
         layers = [module_path(node) or node.name for node, kernel in self._kernels.items() if kernel.layer is not None]
         others = [name for node in nodes for name in (module_path(node), node.name)]
-        for pattern in self._skip:
-            check_glob(f"skip={pattern}", pattern, layers, kind="module or operator", others=others)
+        check_globs("skip", self._skip, layers, kind="module or operator", others=others)
 
     def _place_compute(self, node: fx.Node, kernel: Kernel, rule: OperatorRule) -> None:
         problem = self._problem(node)
