@@ -61,7 +61,7 @@ def run_script(file: str, inputs: Sequence[TensorSpec], options: Mapping[str, Js
     return _TEMPLATE.format(
         file=file,
         version=version("onnxruntime"),
-        inputs="; ".join(map(str, inputs)),
+        inputs=_quoted("; ".join(map(str, inputs))),
         options="\n".join(lines),
         disabled=disabled,
         zeros="\n".join(
@@ -69,6 +69,11 @@ def run_script(file: str, inputs: Sequence[TensorSpec], options: Mapping[str, Js
         ),
         remark=f"\n{remark}" if remark else "",
     )
+
+
+def _quoted(text: str) -> str:
+    """Return text as it may stand in a docstring: names come from files, and must not end it."""
+    return text.encode("unicode_escape").decode().replace('"', "'")
 
 
 def _shape(spec: TensorSpec) -> str:

@@ -26,10 +26,20 @@ def read_model(path: Path) -> ir.Model:
 
 
 def files_of(path: Path, model: ir.Model) -> tuple[Path, ...]:
-    """List the files of an artifact, `path` first."""
+    """List the files of an artifact, `path` first.
+
+    Raises:
+        LoweringError: it reads weights from what is no file of its own directory.
+    """
     tensors = (value.const_value for graph in model.graphs() for value in graph.initializers.values())
-    beside = dict.fromkeys(path.parent / tensor.location for tensor in tensors if isinstance(tensor, ir.ExternalTensor))
-    return path, *beside
+    names = dict.fromkeys(str(tensor.location) for tensor in tensors if isinstance(tensor, ir.ExternalTensor))
+    for name in names:
+        file = path.parent / name
+        if Path(name).name != name or file.is_symlink() or not file.is_file():
+            raise LoweringError(
+                f"{path} keeps weights in {name!r}, which is no file beside it. Give an artifact whole."
+            )
+    return path, *(path.parent / name for name in names)
 
 
 def specs(values: list[ir.Value], path: Path) -> tuple[TensorSpec, ...]:

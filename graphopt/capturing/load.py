@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,7 @@ def _with_signature(program: Program, text: str, source: str) -> Program:
             program,
             inputs=specs("inputs", program.inputs),
             outputs=specs("outputs", program.outputs),
-            notes=tuple(Note(str(note["subject"]), str(note["text"])) for note in stored["notes"]),
+            notes=tuple(Note(_printable(note["subject"]), _printable(note["text"])) for note in stored["notes"]),
         )
     except (KeyError, TypeError, ValueError) as err:
         raise LoadError(
@@ -155,7 +156,17 @@ def _with_signature(program: Program, text: str, source: str) -> Program:
         ) from err
 
 
+def _printable(text: Any) -> str:
+    """Return text of a file without what a terminal would obey."""
+    return "".join(character if character.isprintable() else " " for character in str(text))
+
+
 def _renamed(spec: TensorSpec, name: str, shape: Sequence[Any]) -> TensorSpec:
+    if not re.fullmatch(r"\w+", name):
+        raise ValueError(f"{name!r} is no name")
+    odd = [size for size in shape if isinstance(size, str) and not re.fullmatch(r"[\w+*/() -]+", size)]
+    if odd:
+        raise ValueError(f"{odd[0]!r} is no name of an axis")
     if [isinstance(size, str) for size in shape] != [isinstance(size, str) for size in spec.shape]:
         raise ValueError(f"`{name}` is {shape}, the program's is {spec.shape}")
     return TensorSpec(name, tuple(size if isinstance(size, str) else int(size) for size in shape), spec.dtype)

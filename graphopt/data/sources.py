@@ -6,6 +6,8 @@ A chunk is a few columns of equal length, by name (a dict, an `.npz`) or by posi
 from __future__ import annotations
 
 import difflib
+import hashlib
+import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -85,7 +87,11 @@ class FolderSource:
 
 
 class IterableSource:
-    """Batches of the user's own making. A one-shot iterator is replayed from what was drawn of it."""
+    """Batches of the user's own making, in the same order each time they are gone through.
+
+    Whatever draws random numbers for them (shuffling, augmenting) draws the same ones each time: which samples judge
+    is a matter of their place.
+    """
 
     sized = False
 
@@ -93,11 +99,57 @@ class IterableSource:
         """Take a function that starts the batches anew."""
         self._batches = batches
         self._where = where
+        self._first: str | None = None
 
     def chunks(self) -> Iterator[Chunk]:
-        """Yield one chunk per batch."""
-        for number, batch in enumerate(self._batches()):
-            yield to_chunk(batch, f"batch {number} of {self._where}")
+        """Yield one chunk per batch.
+
+        Raises:
+            DataError: the first batch is another than before.
+        """
+        for number, batch in enumerate(_drawn_alike(self._batches)):
+            chunk = to_chunk(batch, f"batch {number} of {self._where}")
+            if number == 0:
+                self._compare(chunk)
+            yield chunk
+
+    def _compare(self, chunk: Chunk) -> None:
+        digest = hashlib.sha256()
+        for name, column in chunk.columns.items():
+            content = column.read(0, column.shape[0] if column.shape else 1).detach().cpu().contiguous()
+            digest.update(f"{name} {content.dtype} {tuple(content.shape)}".encode())
+            digest.update(content.flatten().view(torch.uint8).numpy().tobytes())
+        if self._first not in (None, digest.hexdigest()):
+            raise DataError(
+                f"The batches of {self._where} come in another order, or as other numbers, each time they are gone "
+                "through, so that what judges could be what was fitted. Give them in a fixed order (shuffle=False)."
+            )
+        self._first = digest.hexdigest()
+
+
+def _drawn_alike(batches: Callable[[], Iterable[Any]]) -> Iterator[Any]:
+    """Go through batches with generators of their own, which start alike each time; the caller's are left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        own = torch.get_rng_state()
+    numbers, python = np.random.RandomState(0).get_state(), random.Random(0).getstate()
+    iterator: Iterator[Any] | None = None
+    while True:
+        outer = torch.get_rng_state(), np.random.get_state(), random.getstate()
+        torch.set_rng_state(own)
+        np.random.set_state(numbers)
+        random.setstate(python)
+        try:
+            iterator = iter(batches()) if iterator is None else iterator
+            batch = next(iterator)
+        except StopIteration:
+            return
+        finally:
+            own, numbers, python = torch.get_rng_state(), np.random.get_state(), random.getstate()
+            torch.set_rng_state(outer[0])
+            np.random.set_state(outer[1])
+            random.setstate(outer[2])
+        yield batch
 
 
 class _Replay:
@@ -136,8 +188,8 @@ def open_source(source: Any, names: Iterable[str] = ()) -> Source:
         return FixedSource((to_chunk(source, "the data"),))
     if callable(source) and not isinstance(source, Iterable):
         return _from_function(source, getattr(source, "__name__", "the data function"))
-    if isinstance(source, Iterator):
-        replay = _Replay(source)
+    if isinstance(source, Iterator) or _is_spent_once_read(source):
+        replay = _Replay(iter(source))
         return IterableSource(lambda: replay, "the data")
     if isinstance(source, Iterable):
         return IterableSource(lambda: source, "the data")
@@ -145,6 +197,13 @@ def open_source(source: Any, names: Iterable[str] = ()) -> Source:
         f"Data of type {type(source).__name__} is not understood. Give a tensor or array, a tuple or dict of them, "
         f"an iterable of batches, or a path: {_FORMS}."
     )
+
+
+def _is_spent_once_read(source: Any) -> bool:
+    """Whether an iterable hands out the same iterator each time. A data loader, which starts workers, never does."""
+    if not isinstance(source, Iterable) or isinstance(source, torch.utils.data.DataLoader):
+        return False
+    return iter(source) is iter(source)
 
 
 def to_chunk(value: Any, where: str) -> Chunk:

@@ -475,3 +475,40 @@ def test_one_value_per_sample_for_an_input_without_axes() -> None:
 def test_a_single_number_for_an_input_with_axes() -> None:
     with pytest.raises(DataError, match="takes Nx3 float32, but the data has a single number float32"):
         Samples.open({"t": torch.ones(5), "x": torch.tensor(1.0)}, ["t", "x"]).check([InputSpec("t", (1,)), SCALED[1]])
+
+
+def shuffled(**options: Any) -> torch.utils.data.DataLoader[Any]:
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X), batch_size=3, shuffle=True, **options)
+
+
+def test_shuffled_batches_come_in_one_order() -> None:
+    """Which samples judge is a matter of their place; the caller's generators are left alone."""
+    samples = Samples.open(shuffled(), ["x"])
+    before = torch.get_rng_state()
+    one, two = gathered(samples), gathered(samples)
+    torch.testing.assert_close(one, two, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(one[0], X)
+    torch.testing.assert_close(one[0].sort(0).values, X.sort(0).values)
+
+
+def test_batches_in_another_order_each_time_are_refused() -> None:
+    samples = Samples.open(shuffled(generator=torch.Generator().manual_seed(3)), ["x"])
+    with pytest.raises(DataError, match="come in another order, or as other numbers, each time"):
+        [gathered(samples) for _ in range(4)]
+
+
+class Disguised:
+    """One-shot, though no iterator itself."""
+
+    def __init__(self) -> None:
+        self.batches = iter([X[:4], X[4:]])
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.batches
+
+
+def test_an_iterable_that_is_spent_once_read_is_kept() -> None:
+    samples = Samples.open(Disguised(), ["x"])
+    same(samples, X)
+    same(samples, X)

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import json
 import math
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
 
 import graphopt
-from graphopt.errors import LoadError, UsageError
+from graphopt.backends.onnx_lowering.artifacts import files_of
+from graphopt.capturing.load import _with_signature
+from graphopt.errors import LoadError, LoweringError, UsageError
 from graphopt.ir.invariants import check_invariants
 from graphopt.job import manifest
 from graphopt.job.report import Report, Row
@@ -259,3 +265,43 @@ def test_copies_of_values_cost_nothing(result: graphopt.Result) -> None:
 def test_a_directory_without_results_says_so(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"manifest.json is not a manifest: .*No such file"):
         graphopt.open(tmp_path)
+
+
+def test_names_of_a_file_reach_no_code(tmp_path: Path) -> None:
+    """An input of an ONNX file may be called anything; what is written for people to run must not run it."""
+    marker = tmp_path / "ran"
+    evil = f'x"""\nimport pathlib; pathlib.Path({str(marker)!r}).touch()\n"""'
+    found = graphopt.optimize(nn.Linear(4, 3).eval(), torch.randn(8, 4), "", bench=False)
+    spec = dataclasses.replace(found.artifact.inputs[0], name=evil)
+    script = found.artifact.backend.run_script(dataclasses.replace(found.artifact, inputs=(spec,)))
+    (tmp_path / "run.py").write_text(script)
+    subprocess.run([sys.executable, "run.py"], cwd=tmp_path, capture_output=True, check=False)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("change", [{"name": 'x"""'}, {"shape": ["a\nb", 4]}])
+def test_a_saved_signature_holds_names_only(tmp_path: Path, change: dict[str, Any]) -> None:
+    program = graphopt.capture(nn.Linear(4, 3).eval(), (torch.randn(2, 4),))
+    signature = program._signature()
+    signature["inputs"][0].update(change)
+    with pytest.raises(LoadError, match="is no name"):
+        _with_signature(program, json.dumps(signature), "file.pt2")
+
+
+def test_notes_of_a_file_hold_nothing_that_a_terminal_obeys() -> None:
+    program = graphopt.capture(nn.Linear(4, 3).eval(), (torch.randn(2, 4),))
+    signature = {**program._signature(), "notes": [{"subject": "a", "text": "b\x1b[2Jc"}]}
+    assert _with_signature(program, json.dumps(signature), "file.pt2").notes[0].text == "b [2Jc"
+
+
+@pytest.mark.parametrize("location", ["/etc/hostname", "../secret", "/dev/zero", "link"])
+def test_weights_lie_beside_their_artifact(tmp_path: Path, location: str) -> None:
+    (tmp_path / "secret").write_bytes(bytes(64))
+    folder = tmp_path / "build"
+    folder.mkdir()
+    (folder / "link").symlink_to(tmp_path / "secret")
+    tensor = ir.ExternalTensor(location, 0, 48, ir.DataType.FLOAT, shape=ir.Shape((3, 4)), name="w", base_dir=folder)
+    value = ir.Value(name="w", const_value=tensor)
+    model = ir.Model(ir.Graph([], [], nodes=[], initializers=[value], opset_imports={"": 20}), ir_version=10)
+    with pytest.raises(LoweringError, match="which is no file beside it"):
+        files_of(folder / "model.onnx", model)
