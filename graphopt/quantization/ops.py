@@ -141,7 +141,6 @@ observe.register_autograd(_observe_backward)
 # The operators as they stand in graphs.
 QUANTIZE = torch.ops.graphopt.quantize.default
 DEQUANTIZE = torch.ops.graphopt.dequantize.default
-FAKE_QUANTIZE = torch.ops.graphopt.fake_quantize.default
 OBSERVE = torch.ops.graphopt.observe.default
 
 

@@ -24,7 +24,6 @@ from graphopt.quantization.histogram import NotFiniteError, Statistic
 from graphopt.quantization.ops import OBSERVE
 
 StatisticT = TypeVar("StatisticT", bound=Statistic)
-Request = tuple[str, Statistic]  # node name, an empty statistic of the wanted kind
 
 
 class Calibration:
