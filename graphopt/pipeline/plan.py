@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import math
 import re
 import typing
 from collections import Counter
@@ -77,7 +78,7 @@ class Plan:
         return f"matched {matched}, rewrote {len(self.sites)}{left}"
 
     def to_json(self) -> dict[str, Json]:
-        """Return everything but the tensors as JSON data."""
+        """Return everything but the tensors as JSON data; what is not finite is null."""
         data = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "tensors"}
         return typing.cast("dict[str, Json]", _plain(data))
 
@@ -110,6 +111,8 @@ def _plain(value: Any) -> Json:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None  # JSON has no such number
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise PassError(f"A plan holds {type(value).__name__}, which is not JSON data. This is a bug in the pass.")
