@@ -56,8 +56,8 @@ def why_not_weighted(call: WeightedCall | None, gm: fx.GraphModule) -> str:
     for what, read in (("weight", weight), ("bias", bias)):
         if read is None or read.op == "get_attr":
             continue
-        if read in _stored(gm.graph):
-            return f"its {what} is computed from stored tensors by `{read.name}`: put `fold` before, which stores it"
+        if read in _stored(gm.graph):  # no backticks: counting refusals leaves names in them out
+            return f"its {what} is computed from stored tensors by `{read.name}`: put fold before, which stores it"
         return f"its {what} is computed at run time by `{read.name}`"
     if call.scaled:
         return "its product or its bias is multiplied by a factor (alpha, beta)"

@@ -179,7 +179,7 @@ def test_a_computed_weight_is_refused_until_it_is_folded() -> None:
     program = capture(model, noise(2, 24))
     plan = plan_of(SvdOptions(rank=4), program)
     assert reasons(plan) == {
-        "linear": "its weight is computed from stored tensors by `_weight_norm`: put `fold` before, which stores it"
+        "linear": "its weight is computed from stored tensors by `_weight_norm`: put fold before, which stores it"
     }
     assert plan_of(SvdOptions(rank=4), run_pass(Fold(), program, ())).sites == ("weight",)
 
@@ -196,7 +196,7 @@ def test_only_layers_that_could_be_factorised_are_refused_for_a_computed_weight(
 
     plan = plan_of(SvdOptions(rank=2), capture(Computed(), noise(2, 3, 6, 6)))
     assert reasons(plan) == {
-        "addmm": "its weight is computed from stored tensors by `mul`: put `fold` before, which stores it"
+        "addmm": "its weight is computed from stored tensors by `mul`: put fold before, which stores it"
     }
 
 

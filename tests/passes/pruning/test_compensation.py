@@ -233,7 +233,7 @@ def test_a_shared_weight_is_left_alone() -> None:
 def test_a_computed_weight_is_left_alone() -> None:
     data = example(models.WeightNormed, 64)
     plan = plan_of(prune(), capture(models.WeightNormed().double(), (data[:2],)), data)
-    reason = "its weight is computed from stored tensors by `_weight_norm`: put `fold` before, which stores it"
+    reason = "its weight is computed from stored tensors by `_weight_norm`: put fold before, which stores it"
     assert reasons(plan)["conv1d"] == f"not compensated: {reason}"
 
 
@@ -251,7 +251,7 @@ def test_a_weight_that_fold_stores_says_so_and_one_that_it_cannot_does_not(norme
     torch.manual_seed(0)
     data = torch.randn(64, 8)
     said = set(reasons(plan_of(prune(), capture(Net().eval(), (data[:2],)), data)).values())
-    assert any("put `fold` before, which stores it" in reason for reason in said)
+    assert any("put fold before, which stores it" in reason for reason in said)
     assert any(reason.startswith("not compensated: its weight is computed at run time by") for reason in said)
 
 
