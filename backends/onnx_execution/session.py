@@ -131,7 +131,7 @@ class OnnxSession:
         return dict(zip(outputs, self._run(list(outputs), inputs), strict=True))
 
     def _run(self, outputs: list[str] | None, inputs: Sequence[Array]) -> list[Array]:
-        feed = {name: np.ascontiguousarray(array) for name, array in zip(self.inputs, inputs, strict=True)}
+        feed = {name: np.asarray(array, order="C") for name, array in zip(self.inputs, inputs, strict=True)}
         try:
             return list(self._session.run(outputs, feed))
         except Exception as err:  # onnxruntime's exceptions have no common base
