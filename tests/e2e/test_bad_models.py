@@ -108,3 +108,24 @@ def test_an_input_without_axes(passes: str) -> None:
     data = {"scale": torch.tensor(2.0), "x": X}
     result = graphopt.optimize(program, data, passes, "onnxruntime", bench=False)
     assert result.program(torch.tensor(2.0), X).shape == (32, 4)
+
+
+class ScaledMaps(nn.Module):
+    """Takes a number without axes between two convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return self.last((self.first(x) * scale).relu())
+
+
+def test_an_input_without_axes_between_convolutions() -> None:
+    """ONNX Runtime is handed it without axes: with one, its layout optimizer's Transpose fails."""
+    torch.manual_seed(0)
+    x = torch.randn(32, 3, 8, 8)
+    program = graphopt.capture(ScaledMaps().eval(), (x[:4], torch.tensor(2.0)))
+    result = graphopt.optimize(program, (x, torch.tensor(2.0)), "int8", "onnxruntime", bench=False)
+    (found,) = result.artifact.session()(x.numpy(), torch.tensor(2.0).numpy())
+    assert found.shape == (32, 4, 8, 8)
