@@ -60,8 +60,8 @@ def deliver(
         LoweringError: the backend cannot lower it, or the artifact computes something else.
     """
     started = time.perf_counter()
+    artifact = item.lower(program, item.path_in(home))  # which says what types the runtime lacks
     inputs = tuple(tensor.numpy() for tensor in probe.batch)
-    artifact = item.lower(program, item.path_in(home))
     item.verify(artifact, program, inputs)
     seconds = time.perf_counter() - started
     session = artifact.session()

@@ -156,7 +156,7 @@ def _evaluated(model: Model) -> Iterator[Model]:
     """Give a model in evaluation mode, and leave each part of the user's in the mode it was in."""
     exported = isinstance(model, fx.GraphModule)  # which refuse eval()
     with in_eval_mode(model) if isinstance(model, nn.Module) and not exported else contextlib.nullcontext():
-        yield model.evaluated() if isinstance(model, Program) else model
+        yield model.evaluated().copy() if isinstance(model, Program) else model  # a function may do as it likes
 
 
 def main_output(outputs: Any) -> Array:

@@ -26,7 +26,7 @@ SMALL = RecoverOptions(epochs=3, batch_size=32)
 
 @pytest.fixture(scope="module")
 def samples() -> Tensor:
-    return torch.randn(192, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    return torch.randn(384, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="module")
