@@ -115,7 +115,7 @@ def test_training_with_scale_l1_makes_scales_small() -> None:
 
 def test_what_names_nothing_is_refused() -> None:
     program = capture(mlp(), (randn(2, 4),))
-    with pytest.raises(UsageError, match=r"`9\.\*` names no group of this model. Its groups are 0:hidden"):
+    with pytest.raises(UsageError, match=r"`only=9\.\*` matches no group of this model. There are: 0:hidden"):
         GroupLasso(program, only=["9.*"])
     with pytest.raises(UsageError, match="No norm of this model scales an axis that could be removed; use GroupLasso"):
         ScaleL1(program)
