@@ -1,11 +1,13 @@
-"""Writing files so that a killed run leaves nothing half-written."""
+"""Reading files that are files, and writing them so that a killed run leaves nothing half-written."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,6 +63,34 @@ def replacing_directory(path: Path) -> Iterator[Path]:
         ) from err
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+_KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
+
+
+def read_file(path: Path, *, most: int | None = None) -> bytes:
+    """Return the bytes of a regular file; never wait for a FIFO, never read a device.
+
+    Args:
+        path: the file, or a link to it.
+        most: bytes that it may have; as many as the machine has memory where it is None.
+
+    Raises:
+        OSError: there is no such file, it is no regular file, too large, or cannot be read; `strerror` says so.
+    """
+    kind = stat.S_IFMT(path.stat().st_mode)  # before it is opened, which some devices answer with a deed
+    if kind in _KINDS:
+        raise OSError(errno.EINVAL, f"it is {_KINDS[kind]}, not a regular file", str(path))
+    if most is None:
+        most, said = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "of this machine's memory"
+    else:
+        said = "that such a file may have"
+    with path.open("rb") as stream:
+        small = os.fstat(stream.fileno()).st_size <= most
+        content = stream.read() if small else b""
+    if not small or len(content) > most:  # the size of a file in /proc is said to be 0
+        raise OSError(errno.EFBIG, f"it has more than the {most:,} bytes {said}", str(path))
+    return content
 
 
 def sha256(path: Path) -> str:
