@@ -76,3 +76,8 @@ class DataError(GraphOptError):
 def first_line(err: BaseException) -> str:
     """Return the first line of an error's text, without a full stop."""
     return next((line.strip() for line in str(err).splitlines() if line.strip()), type(err).__name__).rstrip(".")
+
+
+def printable(text: str) -> str:
+    """Return text of a stranger with what a terminal would obey, and what no file could be named, spelled out."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

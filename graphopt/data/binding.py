@@ -10,6 +10,8 @@ from graphopt.data.columns import Column
 from graphopt.data.sources import LABELS, Chunk
 from graphopt.errors import DataError
 
+_MOST_HOLLOW = 1 << 20  # samples that hold no value
+
 
 @dataclass(frozen=True)
 class Bound:
@@ -111,6 +113,11 @@ def _common_length(chunk: Chunk, inputs: Mapping[str, Column], labels: Column | 
     if not lengths or (labels is not None and not labels.shape):
         flat = [name for name, column in columns if not column.shape]
         raise DataError(f"{_list(flat)} of {chunk.where} is a single number; the first axis must count samples.")
+    hollow = [name for name, column in columns if column.shape[:1] > (_MOST_HOLLOW,) and 0 in column.shape]
+    if hollow:  # nothing in the file bounds how many there are
+        raise DataError(
+            f"{_list(hollow)} of {chunk.where} claims {lengths[hollow[0]]:,} samples without a single value."
+        )
     if len(set(lengths.values())) > 1:
         listed = ", ".join(f"`{name}` {length}" for name, length in lengths.items())
         raise DataError(f"The arrays of {chunk.where} hold different numbers of samples: {listed}.")

@@ -16,15 +16,14 @@ def fit(tensor: torch.Tensor, spec: Spec, where: str, start: int) -> tuple[torch
     """Return samples as an input takes them, and a note where they were converted.
 
     Args:
-        tensor: Samples along the first axis.
-        spec: What the model takes; its first axis counts samples and is not compared.
+        tensor: Samples along the first axis, of a shape that fits.
+        spec: What the model takes.
         where: The origin of the samples, for messages.
         start: The number of the first sample within `where`.
 
     Raises:
-        DataError: Rank, a size or the dtype does not fit, or a value is NaN or infinite.
+        DataError: The dtype does not fit, or a value is NaN or infinite.
     """
-    _check_shape(tensor, spec, where)
     converted, note = _convert(tensor, spec, where)
     if converted.is_floating_point() or converted.is_complex():
         _check_finite(tensor, converted, spec, where, start)
@@ -37,8 +36,19 @@ def describe(spec: Spec) -> str:
     return f"{'x'.join(sizes) if spec.shape else 'a single number'} {_name(spec.dtype)}"
 
 
-def _check_shape(tensor: torch.Tensor, spec: Spec, where: str) -> None:
-    found, expected = tuple(tensor.shape), tuple(spec.shape)
+def check_shape(found: tuple[int, ...], dtype_name: str, spec: Spec, where: str) -> None:
+    """Compare the shape of data, known before any of it is read, with what an input takes.
+
+    Args:
+        found: The data's shape, samples along the first axis.
+        dtype_name: Its element type, for messages.
+        spec: What the model takes; its first axis counts samples and is not compared.
+        where: The origin of the data, for messages.
+
+    Raises:
+        DataError: Rank or a size does not fit.
+    """
+    expected = tuple(spec.shape)
     if len(found) != len(expected):
         if not expected:
             advice = "Give one value for all samples, without axes; where they differ, give batches with one value each"
@@ -53,9 +63,7 @@ def _check_shape(tensor: torch.Tensor, spec: Spec, where: str) -> None:
     else:
         return
     shape = "x".join(["N", *map(str, found[1:])]) if found else "a single number"
-    raise DataError(
-        f"Input `{spec.name}` takes {describe(spec)}, but {where} has {shape} {_name(tensor.dtype)}. {advice}."
-    )
+    raise DataError(f"Input `{spec.name}` takes {describe(spec)}, but {where} has {shape} {dtype_name}. {advice}.")
 
 
 def _convert(tensor: torch.Tensor, spec: Spec, where: str) -> tuple[torch.Tensor, str | None]:

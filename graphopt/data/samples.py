@@ -10,7 +10,7 @@ import torch
 
 from graphopt.data.batches import Batch, Labelled, batch_count, rebatched
 from graphopt.data.binding import Bound, bind
-from graphopt.data.fitting import describe, fit
+from graphopt.data.fitting import check_shape, describe, fit
 from graphopt.data.input_spec import Spec
 from graphopt.data.sources import Source, open_source
 from graphopt.errors import DataError
@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 # Samples read at once where the caller asks for no particular size.
 READ_SIZE = 256
+_CHECKED_AT_ONCE = 32
 
 
 class Samples:
@@ -134,7 +135,7 @@ class Samples:
         self._wanted = tuple(spec.name for spec in specs)
         self._specs = tuple(specs)
         self.names = self._wanted
-        for _ in self._pieces(READ_SIZE, limit, with_labels=False):
+        for _ in self._pieces(_CHECKED_AT_ONCE, limit, with_labels=False):
             pass
         return self
 
@@ -155,6 +156,8 @@ class Samples:
             raise DataError(f"A batch of {size} samples is empty; ask for at least 1.")
         left = limit
         for bound in self._bound():
+            for column, spec in zip(bound.inputs, self._specs or (), strict=self._specs is not None):
+                check_shape(column.shape, column.dtype_name, spec, bound.where)
             stop = bound.count if left is None else min(bound.count, left)
             for start in range(0, stop, size):
                 end = min(start + size, stop)

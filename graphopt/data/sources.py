@@ -17,15 +17,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from graphopt.data.columns import (
-    ArrayColumn,
-    Column,
-    TensorColumn,
-    open_npy,
-    open_npz,
-    open_safetensors,
-)
-from graphopt.errors import DataError
+from graphopt.data.columns import ArrayColumn, Column, TensorColumn, open_safetensors
+from graphopt.data.numpy_files import open_npy, open_npz
+from graphopt.errors import DataError, first_line, printable
 from graphopt.loading.functions import is_function_name, resolve_function
 
 SUFFIXES = (".npz", ".npy", ".safetensors")
@@ -223,6 +217,8 @@ def open_file(path: Path) -> Chunk:
     """Return the columns of a data file, told apart by its contents; raises `DataError`."""
     where = f"`{path}`"
     try:
+        if not path.is_file():
+            raise DataError(f"{where} is no regular file, but a FIFO, a device or a broken link. Give {_FORMS}.")
         with path.open("rb") as file:
             head = file.read(16)
     except OSError as err:
@@ -244,20 +240,26 @@ def open_file(path: Path) -> Chunk:
 
 def _open_path_or_function(source: str | Path, names: tuple[str, ...]) -> Source:
     path = Path(source)
-    if path.is_dir():
-        return _open_folder(path, names)
-    if path.exists():
-        return FixedSource((open_file(path),))
+    try:
+        if path.is_dir():
+            return _open_folder(path, names)
+        if path.exists():
+            return FixedSource((open_file(path),))
+        entries = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    except (OSError, ValueError) as err:  # a name too long or with a null byte, a folder that may not be read
+        raise DataError(f"Cannot read `{printable(str(path))[:200]}`: {first_line(err)}.") from err
     if isinstance(source, str) and is_function_name(source):
         return _from_function(resolve_function(source, "--data"), source)
-    entries = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, entries, 1)
     hint = f" Did you mean `{path.parent / near[0]}`?" if near else ""
     raise DataError(f"There is no data file `{source}`.{hint}")
 
 
 def _open_folder(folder: Path, names: tuple[str, ...]) -> Source:
-    paths = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
+    paths = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
+    odd = [path for path in paths if not path.is_file()]
+    if odd:
+        raise DataError(f"`{odd[0]}` is no regular file, though its name is that of data. Move it out of the folder.")
     if not paths:
         raise DataError(f"The folder `{folder}` holds no {', '.join(SUFFIXES)} file.")
     arrays = {path.stem: path for path in paths if path.suffix == ".npy"}

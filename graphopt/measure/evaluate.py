@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -186,9 +187,9 @@ def _labelled(samples: Samples) -> bool:
 
 def _from_text(text: str) -> FunctionEvaluator | tuple[str, str]:
     path, colon, last = text.rpartition(":")
-    if Path(text).exists() or not colon:
+    if os.path.exists(text) or not colon:  # unlike Path.exists, it takes any text
         return text, DEFAULT_METRIC
-    if Path(path).exists() or last in METRICS:
+    if os.path.exists(path) or last in METRICS:
         return path, find_metric(last).name
     if is_function_name(text):
         return FunctionEvaluator(resolve_function(text, "--eval"), text)

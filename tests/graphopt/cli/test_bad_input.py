@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import subprocess
@@ -97,6 +98,14 @@ def test_missing_data_says_what_it_is_for(files: Files, fails: Fails) -> None:
 
 def test_data_that_is_not_there(files: Files, fails: Fails) -> None:
     fails(6, "optimize", "model.pt", "--passes", "int8", "--data", "nothing.npz")
+
+
+@pytest.mark.parametrize("option", ["--data", "--eval"])
+def test_data_that_is_no_file(files: Files, fails: Fails, option: str) -> None:
+    os.mkfifo(files.folder / "bad")
+    said = fails(6, "optimize", "model.pt", "--passes", "", option, "bad")
+    assert said.startswith("`bad` is no regular file, but a FIFO, a device or a broken link.")
+    assert leftovers(files.folder) == []
 
 
 @pytest.mark.parametrize(

@@ -128,10 +128,10 @@ def test_folder_of_chunks_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert samples.labels is not None
     assert torch.equal(samples.labels, Y)
     opened: list[str] = []
-    real = np.load
-    monkeypatch.setattr(np, "load", lambda path, **options: opened.append(Path(path).name) or real(path, **options))
+    real = zipfile.ZipFile
+    monkeypatch.setattr(zipfile, "ZipFile", lambda path: opened.append(Path(path).name) or real(path))
     samples.first(2)
-    assert opened == ["part0.npz"]
+    assert set(opened) == {"part0.npz"}
 
 
 def test_folder_with_one_array_per_input(tmp_path: Path) -> None:
@@ -392,7 +392,7 @@ def test_header_that_lies_about_its_size(tmp_path: Path) -> None:
 def test_truncated_npy(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", X.numpy())
     (tmp_path / "x.npy").write_bytes((tmp_path / "x.npy").read_bytes()[:200])
-    with pytest.raises(DataError, match="Cannot read"):
+    with pytest.raises(DataError, match="its size says otherwise"):
         Samples.open(tmp_path / "x.npy", ["x"])
 
 
