@@ -92,8 +92,8 @@ class NpzColumn:
         size = (stop - start) * self.header.row
         if size > max(_READ_BYTES, _READ_EXPANSION * self.packed):
             raise DataError(
-                f"{stop - start} samples of {self._where} unpack to {size:,} bytes, all of it to {self.packed:,} in the "
-                "file. Save it with `numpy.savez`, which packs nothing, if it is meant so."
+                f"{stop - start} samples of {self._where} unpack to {size:,} bytes, all of it to {self.packed:,} in "
+                "the file. Save it with `numpy.savez`, which packs nothing, if it is meant so."
             )
         shape = (stop - start, *self.shape[1:]) if self.shape else ()
         order: Any = "F" if self.header.column_major else "C"
