@@ -2,7 +2,7 @@
 
 `torch.export.load` unpickles sample inputs and any payload that says so, evaluates text, imports modules and
 loads shared libraries. So torch never gets the stranger's file: its program is rebuilt from a schema
-(`program_schema`), its tensors are raw bytes, its sample inputs are loaded weights-only and saved again, and
+(`program_schema`), its tensors are raw bytes, its sample inputs are read without an unpickler and saved again, and
 torch loads the fresh archive made of these. Two readings of one zip file cannot differ, and what was not
 copied cannot run.
 
@@ -23,6 +23,7 @@ from torch.export import ExportedProgram
 
 from graphopt.ir.torch_internals import load_pt2
 from graphopt.loading.archive import Archive
+from graphopt.loading.pickles import load_plain_pickle
 from graphopt.loading.program_schema import clean_payloads, clean_program
 from graphopt.loading.refusal import DamagedError, HostileError
 
@@ -148,15 +149,13 @@ def _check_sizes(archive: Archive, folder: str, config: dict[str, Any]) -> None:
 
 
 def _sample_inputs(data: bytes) -> bytes:
-    """Load sample inputs weights-only and save them again: torch never meets the stranger's pickle."""
+    """Read sample inputs and save them again: torch never meets the stranger's pickle."""
     if not data:
         return b""
-    if data.startswith(b"PK"):
-        Archive(data)
     try:
-        value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as err:  # the restricted unpickler raises many types on a crafted pickle
-        raise HostileError("its sample inputs are a pickle that holds more than tensors") from err
+        value = load_plain_pickle(data)
+    except HostileError as err:
+        raise HostileError(f"its sample inputs are a pickle that holds more than tensors: {err}") from err
     if not isinstance(value, tuple | dict) or not _is_plain(value):
         raise HostileError("its sample inputs hold more than tensors and numbers")
     buffer = io.BytesIO()

@@ -1,49 +1,49 @@
-"""Whole modules and state dicts saved by `torch.save`, unpickled under torch's restricted unpickler."""
+"""Files of `torch.save`: whole modules of torch.nn, state dicts, plain data and tensors.
+
+Without trust no unpickler is run, torch's restricted one included: a file of allowed names alone could make that one
+call anything. The pickle is read as records (`pickle_records`), the tables here and in `stock_modules` say what each
+may become, and the rest is refused.
+"""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
+from graphopt.loading.pickle_records import Global, Made, Stored
 from graphopt.loading.refusal import DamagedError, HostileError
-from graphopt.loading.stock_modules import CLASSES, FUNCTIONALS, check_modules
+from graphopt.loading.stock_modules import CLASS_OF, FUNCTIONAL_OF, make_module
+from graphopt.loading.stored_tensors import StoredTensors, read_torch_file
 
-# What torch.serialization.safe_globals takes.
-SafeGlobal = Callable[..., Any] | tuple[Callable[..., Any], str]
+MAX_DEPTH = 150  # records inside one another; a layer inside a layer is two
+MAX_SIZE = 4_000_000  # values in all, those that are shared counted wherever they stand
+_SCALARS = (bool, int, float, complex, str, bytes, type(None))
+_DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+_LAYOUTS = {str(value): value for value in vars(torch).values() if isinstance(value, torch.layout)}
+_DEVICE = re.compile(r"[a-z]{2,12}(:\d{1,3})?", re.ASCII)
 
 
 def load_stock_pickle(data: bytes) -> Any:
-    """Unpickle a `torch.save` file that may hold stock torch.nn modules.
+    """Read a `torch.save` file that may hold modules of torch.nn.
 
     Returns:
-        A checked module, or whatever else the file holds (of plain data and tensors).
+        A module, or whatever else the file holds (of plain data and tensors).
 
     Raises:
         HostileError: It needs a class or function beyond the allow-list, or a module in it is not as stock.
-        DamagedError: It cannot be unpickled at all.
+        DamagedError: It is cut off, or contradicts itself.
     """
-    known = set(torch.serialization.get_safe_globals())
-    # Leaving the context takes away what it was given, so what the process had allowed before stays out.
-    stock = [item for item in _stock() if item not in known]
-    with torch.serialization.safe_globals(stock):
-        value = _load_restricted(data)
-    if isinstance(value, nn.Module):
-        check_modules(value)
-    return value
-
-
-def _stock() -> list[SafeGlobal]:
-    return [*CLASSES, *FUNCTIONALS]
+    return _load(data, modules=True)
 
 
 def load_plain_pickle(data: bytes) -> Any:
-    """Unpickle a `torch.save` file of tensors and plain data alone; raises as `load_stock_pickle`."""
-    return _load_restricted(data)
+    """Read a `torch.save` file of tensors and plain data alone; raises as `load_stock_pickle`."""
+    return _load(data, modules=False)
 
 
 def load_trusted_pickle(data: bytes) -> Any:
@@ -60,25 +60,226 @@ def load_trusted_pickle(data: bytes) -> Any:
             "saved it, or use `--factory package.module:function`"
         ) from err
     except Exception as err:  # unpickling runs the file's own code, which may raise anything
-        raise DamagedError(f"it cannot be unpickled ({type(err).__name__}: {_first_line(err)})") from err
+        lines = str(err).strip().splitlines() or ["no reason given"]
+        raise DamagedError(f"it cannot be unpickled ({type(err).__name__}: {lines[0][:200]})") from err
 
 
-def _load_restricted(data: bytes) -> Any:
-    try:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as err:  # on a crafted pickle the restricted unpickler raises many types
-        if "persistent_load of storage" in str(err):
-            raise HostileError(
-                "it is in the format of torch 1.5 and older, in which a module brings its source code along"
-            ) from err
-        found = re.search(r"GLOBAL (\S+)", str(err))
-        if found:
-            raise HostileError(f"it needs `{found[1]}`, which is not one of torch.nn's own classes") from err
-        if "reduce" in str(err) or "Can only" in str(err) or "Unsupported operand" in str(err):
-            raise HostileError("it asks its reader to call or change what a plain model never does") from err
-        raise DamagedError(f"it cannot be unpickled ({type(err).__name__}: {_first_line(err)})") from err
+def _load(data: bytes, *, modules: bool) -> Any:
+    record, stored = read_torch_file(data)
+    return _Builder(stored, modules=modules).value(record, "")
 
 
-def _first_line(err: BaseException) -> str:
-    lines = str(err).strip().splitlines()
-    return (lines[0] if lines else "no reason given")[:200]
+class _Builder:
+    """Makes values of records, each once."""
+
+    def __init__(self, stored: StoredTensors, *, modules: bool) -> None:
+        self._stored = stored
+        self._modules = modules
+        self._made: dict[int, Any] = {}
+        self._sizes: dict[int, int] = {}
+        self._size = 0
+        self._open: set[int] = set()
+
+    def value(self, record: Any, path: str) -> Any:
+        """Return what a record stands for; `path` says in which module it lies."""
+        key = id(record)
+        self._size += self._sizes.get(key, 1)
+        if self._size > MAX_SIZE:  # little by sharing, and without end where it is walked
+            raise HostileError(f"it holds more than {MAX_SIZE} values")
+        if type(record) in _SCALARS:
+            return record
+        if key in self._made:
+            return self._made[key]
+        if key in self._open:
+            raise HostileError("something in it contains itself")
+        if len(self._open) > MAX_DEPTH:
+            raise HostileError(f"it is nested deeper than {MAX_DEPTH} levels")
+        before = self._size
+        self._open.add(key)
+        self._made[key] = made = self._make(record, path)
+        self._open.remove(key)
+        self._sizes[key] = self._size - before + 1
+        return made
+
+    def _make(self, record: Any, path: str) -> Any:
+        if isinstance(record, tuple | list):
+            return type(record)(self.value(item, path) for item in record)
+        if isinstance(record, dict):
+            return {key: self.value(item, path) for key, item in record.items()}
+        if isinstance(record, Global):
+            return self._named(record)
+        if isinstance(record, Stored):
+            raise DamagedError("it holds bytes without saying which tensor they are")
+        assert isinstance(record, Made)  # nothing else is read
+        if record.instance:
+            return self._module(record, path)
+        make = _CALLS.get(record.maker.name)
+        if make is None:
+            raise _unknown(record.maker)
+        if record.items and record.maker.name != _ORDERED:
+            raise HostileError(f"it puts items into what `{record.maker.name}` returns")
+        if record.state is not None and not _is_version_data(record):
+            raise HostileError(f"it keeps attributes in what `{record.maker.name}` returns, which is no plain data")
+        try:
+            return make(self, record, path)
+        except (TypeError, ValueError, RuntimeError, OverflowError, KeyError) as err:
+            raise DamagedError(f"it calls `{record.maker.name}` with the wrong arguments") from err
+
+    def _named(self, record: Global) -> Any:
+        for table in (_DTYPES, FUNCTIONAL_OF if self._modules else {}):
+            if record.name in table:
+                return table[record.name]
+        raise _unknown(record)
+
+    def _module(self, record: Made, path: str) -> torch.nn.Module:
+        cls = CLASS_OF.get(record.maker.name) if self._modules else None
+        if cls is None:
+            raise _unknown(record.maker)
+        if record.arguments or record.items or type(record.state) is not dict:
+            raise HostileError(f"it makes a `{record.maker.name}` as torch.save never does")
+        state = {key: self._attribute(key, item, path) for key, item in record.state.items()}
+        return make_module(cls, state, path)
+
+    def _attribute(self, key: Any, record: Any, path: str) -> Any:
+        if key != "_modules":
+            return self.value(record, path)
+        children = _table(record)
+        if children is None:
+            return self.value(record, path)  # `make_module` says what is wrong with it
+        return {name: self.value(child, f"{path}.{name}".lstrip(".")) for name, child in children.items()}
+
+    def ordered(self, record: Made, path: str) -> OrderedDict[Any, Any]:
+        (pairs,) = record.arguments or ([],)
+        return OrderedDict((key, self.value(item, path)) for key, item in (*pairs, *record.items))
+
+    def tensor(self, record: Made, path: str) -> torch.Tensor:
+        stored, offset, size, stride, requires_grad, hooks, *rest = record.arguments
+        if not isinstance(stored, Stored):
+            raise DamagedError("it holds a tensor without its bytes")
+        dtype = None
+        if record.maker.name.endswith("_v3"):
+            dtype = self.value(rest.pop(0), path)
+        metadata = self.value(rest[0], path) if rest else None
+        _check_no_hooks(hooks, path)
+        tensor = self._stored.tensor(stored.key, dtype, int(offset), tuple(size), tuple(stride))
+        if metadata:
+            if metadata != {"conj": True}:
+                raise HostileError(f"it holds a tensor with the marks {sorted(map(str, metadata))}")
+            tensor = tensor.conj()
+        return tensor.requires_grad_(requires_grad is True)
+
+    def parameter(self, record: Made, path: str) -> torch.nn.Parameter:
+        data, requires_grad, hooks = record.arguments
+        _check_no_hooks(hooks, path)
+        return torch.nn.Parameter(self._only_tensor(data, path), requires_grad=requires_grad is True)
+
+    def parameter_with_state(self, record: Made, path: str) -> torch.nn.Parameter:
+        raise HostileError(
+            f"the tensor of {f'its module `{path}`' if path else 'the model itself'} has an attribute "
+            f"{', '.join(f'`{str(name)[:40]}`' for name in _names(record.arguments[-1]))} of its own"
+        )
+
+    def with_attributes(self, record: Made, path: str) -> torch.Tensor:
+        """Make a tensor that was saved with attributes of its own, without them: torch.export leaves marks there."""
+        function, kind, arguments, state = record.arguments
+        attributes = self.value(state, path)
+        plain = isinstance(attributes, dict) and not any(map(callable, attributes.values()))
+        if function not in _TENSORS or kind not in _TENSOR_CLASSES or not isinstance(arguments, tuple) or not plain:
+            raise HostileError("it holds a tensor of a class of its own, or with methods of its own")
+        return self.tensor(Made(function, arguments, instance=False), path)
+
+    def _only_tensor(self, record: Any, path: str) -> torch.Tensor:
+        value = self.value(record, path)
+        if not isinstance(value, torch.Tensor):
+            raise DamagedError("it holds a parameter that is no tensor")
+        return value.detach()
+
+    def refused_tensor(self, record: Made, path: str) -> Any:
+        kind = record.maker.name.rpartition("_rebuild_")[2].replace("_", " ")
+        raise HostileError(f"it holds a {kind}, which graphopt does not read from files that are not trusted")
+
+    def collection(self, record: Made, path: str) -> Any:
+        (items,) = record.arguments
+        kind = {"set": set, "frozenset": frozenset}[record.maker.name.rpartition(".")[2]]
+        if type(items) is not list or not all(type(item) in _SCALARS for item in items):
+            raise HostileError("it holds a set of something other than text and numbers")
+        return kind(items)
+
+
+def _encoded(_: _Builder, record: Made, __: str) -> bytes:
+    text, encoding = record.arguments
+    if encoding != "latin1" or type(text) is not str:
+        raise HostileError("it encodes text otherwise than bytes are stored")
+    return text.encode("latin1")
+
+
+def _device(_: _Builder, record: Made, __: str) -> torch.device:
+    name = ":".join(map(str, record.arguments))
+    if not _DEVICE.fullmatch(name):
+        raise DamagedError("it names a device that there is not")
+    return torch.device(name)
+
+
+def _size(_: _Builder, record: Made, __: str) -> torch.Size:
+    (sizes,) = record.arguments
+    if not all(type(size) is int for size in sizes):
+        raise DamagedError("it holds a shape of something other than numbers")
+    return torch.Size(sizes)
+
+
+def _complex(_: _Builder, record: Made, __: str) -> complex:
+    real, imaginary = record.arguments
+    if type(real) is not float or type(imaginary) is not float:
+        raise DamagedError("it holds a complex number of something other than numbers")
+    return complex(real, imaginary)
+
+
+_ORDERED = "collections.OrderedDict"
+_TENSORS = (Global("torch._utils._rebuild_tensor_v2"), Global("torch._utils._rebuild_tensor_v3"))
+_TENSOR_CLASSES = (Global("torch.Tensor"), Global("torch._tensor.Tensor"))
+_CALLS: dict[str, Callable[[_Builder, Made, str], Any]] = {
+    _ORDERED: _Builder.ordered,
+    **{known.name: _Builder.tensor for known in _TENSORS},
+    "torch._tensor._rebuild_from_type_v2": _Builder.with_attributes,
+    "torch._utils._rebuild_parameter": _Builder.parameter,
+    "torch._utils._rebuild_parameter_with_state": _Builder.parameter_with_state,
+    "torch._utils._rebuild_sparse_tensor": _Builder.refused_tensor,
+    "torch._utils._rebuild_qtensor": _Builder.refused_tensor,
+    "torch._utils._rebuild_meta_tensor_no_storage": _Builder.refused_tensor,
+    "__builtin__.set": _Builder.collection,
+    "__builtin__.frozenset": _Builder.collection,
+    "__builtin__.complex": _complex,
+    "_codecs.encode": _encoded,
+    "torch.Size": _size,
+    "torch.device": _device,
+    "torch.serialization._get_layout": lambda _, record, __: _LAYOUTS[record.arguments[0]],
+}
+
+
+def _table(record: Any) -> Mapping[Any, Any] | None:
+    """Return the records of a plain or ordered dictionary, None for anything else."""
+    if isinstance(record, dict):
+        return record
+    if isinstance(record, Made) and record.maker.name == _ORDERED and not record.instance and record.state is None:
+        pairs = record.arguments[0] if record.arguments else []
+        return dict((*pairs, *record.items)) if isinstance(pairs, list) else None
+    return None
+
+
+def _is_version_data(record: Made) -> bool:
+    """Whether the attributes are those that `Module.state_dict` gives its dictionary: versions of modules."""
+    return record.maker.name == _ORDERED and isinstance(record.state, dict) and set(record.state) == {"_metadata"}
+
+
+def _check_no_hooks(hooks: Any, path: str) -> None:
+    found = _table(hooks)
+    if hooks is not None and (found is None or found):
+        raise HostileError(f"a tensor of {f'its module `{path}`' if path else 'the model itself'} carries hooks")
+
+
+def _names(record: Any) -> list[str]:
+    return [str(name) for name in record] if isinstance(record, dict) else ["__dict__"]
+
+
+def _unknown(record: Global) -> HostileError:
+    return HostileError(f"it needs `{record.name[:120]}`, which is not one of torch.nn's own classes")

@@ -1,18 +1,18 @@
-"""Which modules a pickle may hold without trust: torch.nn's own classes, used as torch.nn made them.
+"""Which modules a file may hold without trust: torch.nn's own classes, with the attributes torch.nn gives them.
 
-The restricted unpickler of `torch.load(weights_only=True)` creates only allow-listed classes, but it lets the
-file set any attribute of them. A `forward` in a module's `__dict__` shadows the method, a hook runs whenever
-the module does, and an `OrderedDict` may carry an `items` of its own. So after loading every module is
-checked: exactly a stock class, no attribute that shadows one of the class, no hooks, and as values only
-tensors, plain data, and functionals of the allow-list.
+A module in a file is a dictionary of attributes, and Python lets an attribute stand in for a method: a `forward` among
+them would run in place of the class's, a hook whenever the module does. So a module is made of what was read only if
+its class is stock, none of its attributes shadows one of the class, it has no hooks, every attribute that its class
+gives a new instance is there, and the values are tensors, plain data, and functionals of torch.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
-import weakref
+import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,11 +25,17 @@ _FUNCTIONAL_NAMES = """
     relu relu6 leaky_relu gelu silu mish elu selu celu sigmoid tanh hardtanh hardswish hardsigmoid logsigmoid
     softplus softsign softmin softmax log_softmax glu tanhshrink softshrink
 """
-FUNCTIONALS: tuple[Callable[..., Any], ...] = tuple(getattr(functional, name) for name in _FUNCTIONAL_NAMES.split())
+# Some have another home of their own in this version of torch, and in the next.
+FUNCTIONAL_OF: dict[str, Callable[..., Any]] = {
+    f"{module}.{name}": getattr(functional, name)
+    for name in _FUNCTIONAL_NAMES.split()
+    for module in ("torch.nn.functional", getattr(functional, name).__module__)
+}
 _PLAIN_TYPES = (
     *(bool, int, float, complex, str, bytes, type(None)),
     *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
 )
+_TABLES = ("_parameters", "_buffers", "_modules")
 
 
 def _stock_classes() -> tuple[type[nn.Module], ...]:
@@ -49,52 +55,135 @@ def _stock_classes() -> tuple[type[nn.Module], ...]:
 
 
 CLASSES = _stock_classes()
+CLASS_OF = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in CLASSES}
 
 
-def check_modules(root: nn.Module) -> None:
-    """Check every module below `root`; raises `HostileError` with the path of the first that is not stock."""
-    pending: list[tuple[str, Any]] = [("", root)]
-    seen: set[int] = set()
-    while pending:
-        path, module = pending.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        if type(module) not in CLASSES:
-            raise HostileError(f"{_where(path)} is a `{_name(module)}`, which is not one of torch.nn's own classes")
-        for key, value in vars(module).items():
-            _check_attribute(path, module, key, value)
-        children = _table(path, module, "_modules")
-        pending += [(f"{path}.{key}".lstrip("."), child) for key, child in children.items() if child is not None]
+def make_module(cls: type[nn.Module], state: Mapping[Any, Any], path: str) -> nn.Module:
+    """Make a module of its attributes, without its constructor.
+
+    Args:
+        cls: one of `CLASSES`.
+        state: attributes by name, the three tables among them; values are plain data, tensors and modules.
+        path: where it lies, for messages.
+
+    Raises:
+        HostileError: an attribute is not what a stock module has.
+        DamagedError: one is missing.
+    """
+    for key, value in state.items():
+        _check_attribute(path, cls, key, value)
+    tables = {key: _table(path, state, key) for key in _TABLES}
+    _check_names(path, cls, state, tables["_parameters"])
+    module = cls.__new__(cls)
+    nn.Module.__init__(module)
+    own = {key: value for key, value in state.items() if key not in vars(module)}
+    own |= {key: dict(table) for key, table in tables.items()}
+    own["training"] = state.get("training", False) is True
+    own["_non_persistent_buffers_set"] = set(state.get("_non_persistent_buffers_set") or ())
+    try:
+        module.__setstate__(own)  # type: ignore[no-untyped-call] # fills in what files of older versions of torch lack
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as err:
+        raise DamagedError(f"{_where(path)} is no complete `{cls.__name__}` ({err})") from err
+    _check_complete(path, module)
+    return module
 
 
-def _check_attribute(path: str, module: nn.Module, key: object, value: object) -> None:
+def _check_attribute(path: str, cls: type[nn.Module], key: object, value: object) -> None:
     if not isinstance(key, str):
-        raise HostileError(f"{_where(path)} has an attribute called {key!r}")
+        raise HostileError(f"{_where(path)} has an attribute called {str(key)[:40]!r}")
     if key in ("_parameters", "_buffers"):
-        for name, tensor in _table(path, module, key).items():
+        for name, tensor in _dictionary(path, key, value).items():
             if tensor is not None and not isinstance(tensor, torch.Tensor):
                 raise HostileError(f"{_where(path)} has a `{_name(tensor)}` as its tensor `{name}`")
-            _check_value(path, str(name), tensor)
     elif key == "_modules":
-        _table(path, module, key)
+        for name, child in _dictionary(path, key, value).items():
+            if child is not None and not isinstance(child, nn.Module):
+                raise HostileError(
+                    f"its module `{f'{path}.{name}'.lstrip('.')}` is a `{_name(child)}`, which is not one of "
+                    "torch.nn's own classes"
+                )
     elif "hooks" in key:
-        if value is not None and (type(value) not in (dict, OrderedDict) or len(value) or _own(value)):  # type: ignore[arg-type]
+        if value is not None and (type(value) not in (dict, OrderedDict) or value):
             raise HostileError(f"{_where(path)} carries hooks (`{key}`), code that would run with it")
-    elif _shadows(type(module), key) or (hasattr(type(module), key) and callable(value)):
-        raise HostileError(f"{_where(path)} has its own `{key}` in place of `{type(module).__name__}.{key}`")
+    elif key == "_compiled_call_impl" or _shadows(cls, key) or (hasattr(cls, key) and callable(value)):
+        raise HostileError(f"{_where(path)} has its own `{key}` in place of `{cls.__name__}.{key}`")
     else:
         _check_value(path, key, value)
 
 
-def _table(path: str, module: nn.Module, key: str) -> dict[str, Any]:
-    """Return one of a module's three dictionaries, checked to be a plain one."""
-    table = vars(module).get(key)
-    if not isinstance(table, dict):
+def _table(path: str, state: Mapping[Any, Any], key: str) -> Mapping[str, Any]:
+    if key not in state:
         raise DamagedError(f"{_where(path)} has no `{key}`")
-    if type(table) not in (dict, OrderedDict) or _own(table) or not all(type(name) is str for name in table):
+    return _dictionary(path, key, state[key])
+
+
+def _dictionary(path: str, key: str, value: object) -> Mapping[str, Any]:
+    if type(value) not in (dict, OrderedDict) or not all(type(name) is str for name in value):  # type: ignore[attr-defined]
         raise HostileError(f"{_where(path)} keeps its `{key}` in something other than a plain dictionary")
-    return table
+    return value  # type: ignore[return-value]
+
+
+def _check_names(path: str, cls: type[nn.Module], state: Mapping[str, Any], parameters: Mapping[str, Any]) -> None:
+    """Check what names attributes: torch looks them up on the module."""
+    names: list[Any] = list(state.get("_keys") or ()) if issubclass(cls, nn.ParameterDict) else []
+    if issubclass(cls, nn.RNNBase):
+        rows = state.get("_all_weights", state.get("all_weights"))
+        if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
+            raise DamagedError(f"{_where(path)} does not say which weights belong to which layer")
+        names = [*state.get("_flat_weights_names", ()), *(name for row in rows for name in row)]
+    held = {*parameters, *(key for key, value in state.items() if isinstance(value, torch.Tensor))}
+    unknown = [name for name in names if not isinstance(name, str) or name not in held]
+    if unknown:
+        raise DamagedError(f"{_where(path)} has no tensor `{str(unknown[0])[:40]}`, which it says it has")
+
+
+def _check_complete(path: str, module: nn.Module) -> None:
+    """Check that a module has the attributes of a new instance of its class: it would fail while it runs."""
+    new = _new(type(module))  # type: ignore[arg-type] # torch declares the hash of an instance
+    held = {*vars(module), *(name for table in _TABLES for name in vars(module)[table])}
+    expected = list(vars(new))
+    if not isinstance(module, nn.RNNBase):  # its tensors depend on how many layers it has, and were checked
+        expected += [name for table in _TABLES for name in vars(new)[table]]
+    missing = [name for name in expected if name not in held]
+    if missing:
+        raise DamagedError(
+            f"{_where(path)} has no `{missing[0]}`, which every `{type(module).__name__}` of torch {torch.__version__} "
+            "has; save it again with that, or give its weights to a --factory"
+        )
+
+
+@functools.cache
+def _new(cls: type[nn.Module]) -> nn.Module:
+    """Return an instance of a class, the smallest, without memory for its tensors."""
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of classes that are no longer recommended
+        return cls(*smallest_arguments(cls))
+
+
+def smallest_arguments(cls: type[nn.Module]) -> tuple[Any, ...]:
+    """Return arguments that make the smallest instance of a stock class."""
+    if cls in _ARGUMENTS:
+        return _ARGUMENTS[cls]()
+    parameters = inspect.signature(cls).parameters.values()
+    return tuple(1 for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD)
+
+
+def _layer(cls: type[nn.Module]) -> Callable[[], tuple[Any, ...]]:
+    return lambda: (cls(1, 1), 1)
+
+
+_ARGUMENTS: dict[type[nn.Module], Callable[[], tuple[Any, ...]]] = {
+    nn.RNNBase: lambda: ("LSTM", 1, 1),
+    **dict.fromkeys((nn.RNN, nn.LSTM, nn.GRU), lambda: (1, 1)),
+    nn.TransformerEncoder: _layer(nn.TransformerEncoderLayer),
+    nn.TransformerDecoder: _layer(nn.TransformerDecoderLayer),
+    nn.Transformer: lambda: (1, 1, 1, 1, 1),
+    nn.AdaptiveLogSoftmaxWithLoss: lambda: (2, 2, [1]),
+    nn.Unflatten: lambda: (1, (1,)),
+    nn.Threshold: lambda: (1, 1),
+    nn.FractionalMaxPool2d: lambda: (1, 1),
+    nn.FractionalMaxPool3d: lambda: (1, 1),
+}
 
 
 def _shadows(cls: type, key: str) -> bool:
@@ -105,35 +194,16 @@ def _shadows(cls: type, key: str) -> bool:
 
 def _check_value(path: str, key: str, value: Any) -> None:
     kind = type(value)
-    if kind in _PLAIN_TYPES:
+    if kind in _PLAIN_TYPES or kind in (torch.Tensor, nn.Parameter):
         return
-    if kind in (torch.Tensor, nn.Parameter):
-        _check_tensor(path, key, value)
-    elif kind is weakref.ReferenceType and value.__callback__ is None:
-        # Recurrent layers make these of their own weights when they are unpickled; no pickle can bring one.
-        _check_value(path, key, value())
-    elif kind in (list, tuple, set, frozenset):
+    if kind in (list, tuple, set, frozenset):
         for item in value:
             _check_value(path, key, item)
-    elif kind in (dict, OrderedDict) and not _own(value):
-        for name, item in value.items():
-            _check_value(path, key, name)
+    elif kind in (dict, OrderedDict):
+        for item in value.values():
             _check_value(path, key, item)
-    elif not any(value is function for function in FUNCTIONALS):
+    elif not any(value is function for function in FUNCTIONAL_OF.values()):
         raise HostileError(f"{_where(path)} holds a `{_name(value)}` as `{key}`, which is neither data nor stock")
-
-
-def _check_tensor(path: str, key: str, tensor: torch.Tensor) -> None:
-    if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
-        raise HostileError(f"the tensor `{key}` of {_where(path)} carries hooks")
-    for name, value in vars(tensor).items():
-        if _shadows(type(tensor), name) or type(value) not in _PLAIN_TYPES:
-            raise HostileError(f"the tensor `{key}` of {_where(path)} has an attribute `{name}` of its own")
-
-
-def _own(value: object) -> bool:
-    """Tell whether a dictionary has attributes of its own, which could stand in for its methods."""
-    return bool(getattr(value, "__dict__", None))
 
 
 def _name(value: object) -> str:

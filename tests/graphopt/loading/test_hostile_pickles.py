@@ -1,0 +1,191 @@
+"""Pickles whose every name is one that torch.save writes, and that attack what reads them."""
+
+from __future__ import annotations
+
+import codecs
+import pickle
+import sys
+import tracemalloc
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from graphopt.errors import LoadError
+from graphopt.loading import load_model
+from graphopt.loading.stock_modules import CLASSES
+
+PROTOCOL = b"\x80\x02"
+
+
+def named(name: str) -> bytes:
+    module, _, attribute = name.rpartition(".")
+    return f"c{module}\n{attribute}\n".encode()
+
+
+def text(value: str) -> bytes:
+    return b"X" + len(value.encode()).to_bytes(4, "little") + value.encode()
+
+
+def row(*items: bytes) -> bytes:
+    return b"(" + b"".join(items) + b"t"
+
+
+def called(name: str, *arguments: bytes) -> bytes:
+    return named(name) + row(*arguments) + b"R"
+
+
+def plain(value: Any) -> bytes:
+    return pickle.dumps(value, protocol=2)[2:-1]
+
+
+def with_state(made: bytes, **state: bytes) -> bytes:
+    return made + b"}(" + b"".join(text(key) + value for key, value in state.items()) + b"ub"
+
+
+def instance(name: str) -> bytes:
+    return named(name) + b")\x81"
+
+
+LINEAR = "torch.nn.modules.linear.Linear"
+IDENTITY = "torch.nn.modules.linear.Identity"
+EMPTY_MODULE = {"training": b"\x89", "_parameters": b"}", "_buffers": b"}", "_modules": b"}"}
+
+
+def identity(**attributes: bytes) -> bytes:
+    return with_state(instance(IDENTITY), **EMPTY_MODULE, **attributes)
+
+
+DOUBLED = b")" + b"".join(b"q" + bytes([n]) + b"h" + bytes([n]) + b"\x86" for n in range(60))
+ATTACKS: dict[str, bytes] = {
+    # setattr on any object: what torch calls `as_subclass` of is a module with such an attribute
+    "setattr": called(
+        "torch._tensor._rebuild_from_type_v2",
+        named(IDENTITY),
+        named("torch._tensor.Tensor"),
+        row(identity(as_subclass=named("torch.nn.functional.relu"))),
+        b"}",
+    ),
+    "getitem": called("torch.serialization._get_layout.cache", text("torch.strided")),
+    "getattr": called("torch.nn.modules.container.ParameterDict", plain({"a": 1})),
+    "deepcopy": called("torch.nn.modules.transformer.TransformerEncoder", identity(), plain(2)),
+    "the class itself": with_state(named(LINEAR), forward=named("torch.nn.functional.relu")),
+    "a method of a class": with_state(called("collections.OrderedDict"), forward=named("torch.nn.functional.relu")),
+    "a module called": called(LINEAR, plain(1), plain(2)),
+    "memory": called("__builtin__.bytearray", plain(2**31 - 1)),
+    "memory of a tensor": called(
+        "torch._utils._rebuild_tensor_v2",
+        row(text("storage"), named("torch.FloatStorage"), text("0"), text("cpu"), plain(2**40)) + b"Q",
+        *(plain(0), plain((2**40,)), plain((1,)), b"\x89", called("collections.OrderedDict")),
+    ),
+    "memory of an expanded tensor": called(
+        "torch._utils._rebuild_tensor_v2",
+        row(text("storage"), named("torch.FloatStorage"), text("0"), text("cpu"), plain(1)) + b"Q",
+        *(plain(0), plain((2**40,)), plain((0,)), b"\x89", called("collections.OrderedDict")),
+    ),
+    "a tensor beyond its bytes": called(
+        "torch._utils._rebuild_tensor_v2",
+        row(text("storage"), named("torch.FloatStorage"), text("0"), text("cpu"), plain(1)) + b"Q",
+        *(plain(0), plain((2,)), plain((1,)), b"\x89", called("collections.OrderedDict")),
+    ),
+    "a member outside": called(
+        "torch._utils._rebuild_tensor_v2",
+        row(text("storage"), named("torch.FloatStorage"), text("../version"), text("cpu"), plain(1)) + b"Q",
+        *(plain(0), plain((1,)), plain((1,)), b"\x89", called("collections.OrderedDict")),
+    ),
+    "a long text": b"X\xff\xff\xff\x7f" + b"a",
+    "doubled tuples": DOUBLED,
+    "doubled tuples as a key": b"}(" + DOUBLED + b"K\x01u",
+    "doubled tuples in a module": identity(extra=DOUBLED),
+    "a list in itself": b"]q\x00h\x00a",
+    "a module in itself": instance(IDENTITY)
+    + b"q\x01}("
+    + b"".join(text(key) + value for key, value in EMPTY_MODULE.items() if key != "_modules")
+    + text("_modules")
+    + b"}"
+    + text("a")
+    + b"h\x01sub",
+    "nesting": b"]" * 5000 + b"a" * 4999,
+    "another protocol": b"\x80\x04\x95" + (20).to_bytes(8, "little") + b"\x8c\x02os\x8c\x06system\x93.",
+    "an opcode of text": b"cos\nsystem\n(S'true'\ntR",
+    "an instance of old classes": b"(ios\nsystem\n",
+    "an extension": b"\x82\x01",
+    "hooks": identity(_forward_hooks=plain({0: 1})),
+    "hooks that are none": identity(_forward_hooks=text("x")),
+    "a layer that is half made": with_state(instance(LINEAR), **EMPTY_MODULE, in_features=plain(1)),
+    "recurrent weights without end": with_state(
+        instance("torch.nn.modules.rnn.LSTM"),
+        **EMPTY_MODULE,
+        num_layers=plain(2**31 - 1),
+        bidirectional=b"\x88",
+        _all_weights=plain([[1]]),
+    ),
+    "a name of something else": with_state(
+        instance("torch.nn.modules.rnn.LSTM"),
+        **EMPTY_MODULE,
+        _flat_weights_names=plain(["__class__"]),
+        _all_weights=plain([["__class__"]]),
+    ),
+}  # fmt: skip
+
+
+def snapshot(folder: Path) -> dict[str, Any]:
+    """Everything that an attack could have changed."""
+    classes = {cls: dict(vars(cls)) for cls in (*CLASSES, nn.Module, torch.Tensor, nn.Parameter)}
+    return {"modules": set(sys.modules), "classes": classes, "files": sorted(folder.rglob("*"))}
+
+
+@pytest.fixture
+def unchanged(tmp_path: Path) -> Iterator[dict[str, Any]]:
+    load_all_of(tmp_path)
+    codecs.lookup("cp437")  # zipfile reads names of members by it
+    before = snapshot(tmp_path)
+    yield before
+    after = snapshot(tmp_path)
+    assert after.pop("modules") - before.pop("modules") == set()
+    assert after == before
+
+
+def load_all_of(folder: Path) -> None:
+    """Write the attacks; load a good file first, so that what loading imports is there."""
+    torch.save(nn.Sequential(nn.Linear(1, 1)), folder / "good.pt")
+    load_model(folder / "good.pt")
+    (folder / "good.pt").unlink()
+    for name, attack in ATTACKS.items():
+        pickled = attack if attack.startswith(b"\x80") else PROTOCOL + attack + b"."
+        for suffix, content in (("", pickled), (" inside", PROTOCOL + b"}" + text("a") + pickled[2:-1] + b"s.")):
+            with zipfile.ZipFile(folder / f"{name}{suffix}.pt", "w") as archive:
+                archive.writestr("archive/data.pkl", content)
+                archive.writestr("archive/version", "3\n")
+                archive.writestr("archive/byteorder", "little")
+                archive.writestr("archive/data/0", bytes(4))
+
+
+def test_each_attack_is_refused_and_changes_nothing(tmp_path: Path, unchanged: dict[str, Any]) -> None:
+    refused = {}
+    tracemalloc.start()
+    for path in sorted(tmp_path.glob("*.pt")):
+        with pytest.raises(LoadError) as caught:
+            load_model(path)
+        refused[path] = str(caught.value)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(refused) == 2 * len(ATTACKS)
+    for path, message in refused.items():
+        assert message.startswith((f"Refused to load `{path}`", f"Cannot load `{path}`"))
+        assert "\n" not in message
+    assert peak < 2**24
+
+
+@pytest.mark.parametrize("attack", ["setattr", "memory", "deepcopy"])
+def test_weights_are_read_the_same_way(attack: str, tmp_path: Path, unchanged: dict[str, Any]) -> None:
+    with pytest.raises(LoadError, match="not weights alone"):
+        load_model(tmp_path / f"{attack} inside.pt", factory=f"{__name__}:linear")
+
+
+def linear() -> nn.Module:
+    return nn.Linear(1, 1)

@@ -1,0 +1,109 @@
+"""Tensors of `torch.save` files, held against torch's own reader."""
+
+from __future__ import annotations
+
+import io
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from graphopt.loading.pickles import load_plain_pickle
+from graphopt.loading.refusal import DamagedError, HostileError
+
+OLD = (
+    *(torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+)
+NEW = (torch.float8_e4m3fn, torch.uint16)  # torch writes them into archives only
+
+
+def written(value: Any, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer, **options)
+    return buffer.getvalue()
+
+
+def theirs(data: bytes) -> Any:
+    return torch.load(io.BytesIO(data), weights_only=True)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "zipped"), [*((t, zipped) for t in OLD for zipped in (True, False)), *((t, True) for t in NEW)], ids=str
+)
+def test_each_type_in_both_formats(dtype: torch.dtype, zipped: bool) -> None:
+    base = (torch.rand(4, 6) * 4).to(dtype)
+    value = {
+        "whole": base,
+        "view": base[1:, ::2].T,
+        "again": base,
+        "empty": base[:0],
+        "one": base[0, 0],
+        "expanded": base[0].expand(3, 6),
+        "parameter": nn.Parameter(base, requires_grad=False),
+    }
+    data = written(value, _use_new_zipfile_serialization=zipped)
+    found, wanted = load_plain_pickle(data), theirs(data)
+    assert list(found) == list(wanted)
+    for name, tensor in wanted.items():
+        bits = found[name].contiguous().reshape(-1).view(torch.uint8), tensor.contiguous().reshape(-1).view(torch.uint8)
+        assert torch.equal(*bits), name
+        assert (found[name].dtype, found[name].shape, found[name].stride()) == (
+            tensor.dtype,
+            tensor.shape,
+            tensor.stride(),
+        )
+    assert found["whole"] is found["again"]
+    assert found["view"].untyped_storage().data_ptr() == found["whole"].untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_plain_data_beside_tensors(zipped: bool) -> None:
+    value = {
+        "epoch": 3,
+        "best": 0.5,
+        "name": "m\u00fcller",
+        "none": None,
+        "bytes": b"\xff\x00",
+        "large": 2**70,
+        "complex": 1 + 2j,
+        "shape": torch.Size([1, 2]),
+        "type": torch.float16,
+        "set": {1, 2},
+        "row": (1, [2, {3: "a"}]),
+        "ordered": OrderedDict(b=1, a=2),
+        "conjugate": torch.randn(3, dtype=torch.complex64).conj(),
+        "state": nn.BatchNorm1d(3).state_dict(),
+    }
+    found, wanted = load_plain_pickle(data := written(value, _use_new_zipfile_serialization=zipped)), theirs(data)
+    assert torch.equal(found.pop("conjugate"), wanted.pop("conjugate"))
+    state, expected = found.pop("state"), wanted.pop("state")
+    assert list(state) == list(expected)
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    assert found == wanted
+    assert list(map(type, found.values())) == list(map(type, wanted.values()))
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (torch.eye(2).to_sparse(), "sparse tensor"),
+        (torch.empty(2, device="meta"), "meta tensor"),
+        (nn.Linear(1, 1), "torch.nn.modules.linear.Linear"),
+        (Path("a"), "pathlib"),
+    ],
+)
+def test_what_is_no_plain_data_is_named(value: object, reason: str) -> None:
+    with pytest.raises(HostileError, match=reason):
+        load_plain_pickle(written({"a": value}))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_that_is_cut_off_anywhere(zipped: bool) -> None:
+    data = written({"a": torch.ones(3), "b": torch.ones(2).long()}, _use_new_zipfile_serialization=zipped)
+    for length in range(20, len(data) - 1, 37):
+        with pytest.raises((DamagedError, HostileError)):
+            load_plain_pickle(data[:length])
