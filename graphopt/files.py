@@ -1,71 +1,276 @@
-"""Reading files that are files, and writing them so that a killed run leaves nothing half-written."""
+"""Reading files that are files, and writing them so that a killed run leaves nothing half-written.
+
+What is written lies in a scratch directory first, inside the directory it is for. A process that is killed leaves that
+behind, and the next one to write there clears it away: a lock, which ends with the process, tells whether it is in use.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
+import io
+import json
 import os
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Any
 
-from graphopt.errors import UsageError
+from graphopt.errors import LoadError, UsageError
+
+MANIFEST = "manifest.json"  # holds the digests of the files beside it, by name: with it they are a result
+MOST_OF_A_MANIFEST = 2**28  # bytes
+WRITING = ".writing."  # what the names of scratch directories start with where results are written
+_LOCK = ".lock"
+_PATIENCE = 60.0  # seconds; what is done under the lock of a directory takes milliseconds
+_WITHOUT_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # as some network file systems are
+_LONG_AGO = (1, 1)  # seconds since 1970, of the last access and change
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+class ScratchDirectory(tempfile.TemporaryDirectory[str]):
+    """A temporary directory that the next one made beside it clears away where this process is killed."""
+
+    def __init__(self, parent: Path | None = None, prefix: str = "graphopt-") -> None:
+        """Make it in `parent`, or where temporary files go.
+
+        Raises:
+            UsageError: nothing can be written there.
+        """
+        try:
+            parent = parent or Path(tempfile.gettempdir())
+            _clear(parent, prefix)
+            super().__init__(prefix=prefix, dir=parent, ignore_cleanup_errors=True)
+            self._lock = _lock_file(Path(self.name))
+        except OSError as err:
+            raise _unwritable(parent or Path("$TMPDIR"), err) from err
+
+    def cleanup(self) -> None:
+        """Remove it."""
+        _empty(Path(self.name))
+        self._lock.close()  # network file systems keep what is open
+        super().cleanup()
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` and rename it over `path` when the block ends well.
+    """Yield the path of a file to write, and rename it over `path` when the block ends well.
 
     Raises:
-        UsageError: the directory cannot be written to, or the disk is full; `path` is as it was.
+        UsageError: the directory cannot be written to, the disk is full, or `path` is something else than a file;
+            it is as it was.
     """
-    temporary: Path | None = None
     try:
+        _check_in_the_way(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        os.chmod(temporary, 0o666 & ~_umask())
-        yield temporary
-        os.replace(temporary, path)
+        with ScratchDirectory(path.parent, WRITING) as scratch:
+            yield Path(scratch) / path.name
+            os.replace(Path(scratch) / path.name, path)
     except OSError as err:
-        raise UsageError(
-            f"Could not write {path}: {err.strerror or err}. Nothing was left half-written. "
-            "Free some space or choose another place with -o."
-        ) from err
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        raise _unwritable(path, err) from err
 
 
 @contextlib.contextmanager
 def replacing_directory(path: Path) -> Iterator[Path]:
-    """Yield a temporary directory beside `path`; when the block ends well its files replace those in `path`.
+    """Yield a directory to write files to; when the block ends well they replace those of `path`, all or none.
 
-    Files of `path` that the block did not write are left alone.
+    A killed process leaves the old files, or the new ones, or some of either without their manifest; never both kinds.
+    Files of `path` stay that the block does not write, but for those that only the manifest it replaces is about.
+
+    Raises:
+        UsageError: the directory cannot be written to, the disk is full, a folder is in the way of a file, or `path`
+            holds a result that these files would make another and do not replace; it is as it was.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".writing.", dir=path))
+        with ScratchDirectory(path, WRITING) as scratch:
+            new, old = (Path(scratch) / name for name in ("new", "old"))
+            new.mkdir()
+            old.mkdir()
+            yield new
+            with _locked(path):
+                _publish(new, old, path)
     except OSError as err:
-        raise UsageError(f"Could not write to {path}: {err.strerror or err}. Choose another place with -o.") from err
+        raise _unwritable(path, err) from err
+
+
+def _unwritable(path: Path, err: OSError) -> UsageError:
+    return UsageError(
+        f"Could not write to {path}: {err.strerror or err}. Nothing was left half-written. Free some space or choose "
+        "another place with -o, for temporary files with the environment variable TMPDIR."
+    )
+
+
+def _publish(new: Path, old: Path, path: Path) -> None:
+    """Move the files of `new` to `path`, and those they replace from there to `old`.
+
+    The old manifest goes first and the new one comes last. New files are older than whatever they were made from until
+    it is there: a build that was killed in between starts again.
+    """
+    names = sorted((file.name for file in new.iterdir()), key=lambda name: (name == MANIFEST, name))
+    _check_in_the_way(*(path / name for name in names))
+    before = _digests(path / MANIFEST)
+    if MANIFEST in names:
+        coming, gone = names, [name for name in before if name not in names and _has(path / name, before[name])]
+    else:
+        changed = next((name for name in names if name in before and not _has(new / name, before[name])), None)
+        if changed is not None:
+            raise UsageError(
+                f"{path} holds the result of another run, and its {MANIFEST} would no longer be true: {changed} is "
+                "another file there. Choose another place with -o."
+            )
+        coming, gone = [name for name in names if not _has(path / name, before.get(name))], []
+    going = [name for name in reversed(coming) if os.path.lexists(path / name)] + gone
+    with contextlib.ExitStack() as undo:
+        for name in coming:
+            os.utime(new / name, _LONG_AGO)
+        for source, target, moved in ((path, old, going), (new, path, coming)):
+            for name in moved:
+                os.rename(source / name, target / name)
+                undo.callback(os.rename, target / name, source / name)
+        for name in names:
+            os.utime(path / name)
+        undo.pop_all()
+
+
+def _check_in_the_way(*paths: Path) -> None:
+    """Raise an OSError if there is something else than a file where a file is to be."""
+    for path in paths:
+        kind = stat.S_IFMT(path.stat().st_mode) if path.exists() else None
+        if kind in _KINDS:
+            raise OSError(errno.EEXIST, f"{path.name} is {_KINDS[kind]} there, not a file")
+
+
+def _digests(manifest: Path) -> dict[str, str]:
+    """Return the digests that a manifest holds by the name of the file: none if it is missing, damaged, or foreign."""
     try:
-        yield temporary
-        for file in sorted(temporary.iterdir()):
-            os.replace(file, path / file.name)
-    except OSError as err:
-        raise UsageError(
-            f"Could not write to {path}: {err.strerror or err}. Nothing was left half-written. "
-            "Free some space or choose another place with -o."
-        ) from err
+        found: Any = json.loads(read_file(manifest, most=MOST_OF_A_MANIFEST))
+        return {name: str(digest) for name, digest in found["sha256"].items() if PurePath(name).name == name}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return {}
+
+
+def _has(path: Path, digest: str | None) -> bool:
+    return digest is not None and path.is_file() and sha256(path) == digest
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keep others from changing the files of a directory.
+
+    Raises:
+        OSError: somebody else has done so for a minute.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        until = time.monotonic() + _PATIENCE
+        while not _try_to_lock(handle):
+            if time.monotonic() > until:
+                raise OSError(errno.EBUSY, "another process holds a lock on it, as `flock` puts on a directory")
+            time.sleep(0.01)
+        yield
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(handle)
 
 
-_KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
+def _try_to_lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as err:
+        if err.errno not in _WITHOUT_LOCKS:
+            raise
+    return True
+
+
+def _lock_file(folder: Path) -> io.BufferedWriter:
+    """Say that a folder is in use until the file is closed; nobody finds the lock before it is held."""
+    stream = (folder / f"{_LOCK}.new").open("wb")
+    with contextlib.suppress(OSError):  # without locks nobody can tell whether it is in use: it is never cleared away
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        os.rename(stream.name, folder / _LOCK)
+    return stream
+
+
+def _clear(parent: Path, prefix: str) -> None:
+    """Remove the scratch directories of processes that were killed."""
+    for folder in sorted(parent.glob(f"{prefix}*")):
+        try:
+            found = folder.lstat()
+            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+                continue
+            if os.listdir(folder) in ([], [f"{_LOCK}.new"]) and time.time() - found.st_mtime > _PATIENCE:
+                shutil.rmtree(folder)  # killed before it had a lock
+                continue
+            with (folder / _LOCK).open("rb") as stream:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _withdraw(folder, parent)
+                _empty(folder)
+                shutil.rmtree(folder)
+        except OSError:  # in use, not one of these, or not to be removed: nothing that is done here needs it gone
+            continue
+
+
+def _empty(folder: Path) -> None:
+    """Remove all but the lock, without which nobody could tell later what the rest is."""
+    for part in folder.iterdir():
+        if part.is_dir() and not part.is_symlink():
+            shutil.rmtree(part, ignore_errors=True)
+        elif part.name != _LOCK:
+            part.unlink(missing_ok=True)
+
+
+def _withdraw(scratch: Path, path: Path) -> None:
+    """Remove what a process that was killed in `_publish` left of the old files and had brought of the new ones."""
+    folders = [scratch / "old", scratch / "new"]
+    listed = {folder: found for folder in folders if (found := _digests(folder / MANIFEST))}
+    if listed:
+        with _locked(path):
+            named = _digests(path / MANIFEST)
+            for folder, digests in listed.items():
+                for name, digest in digests.items():
+                    if name not in named and not (folder / name).exists() and _has(path / name, digest):
+                        (path / name).unlink()
+
+
+class _LateErrors(io.BufferedWriter):
+    """A file that keeps its first failure to itself until it is closed."""
+
+    failure: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        """Write, or pretend to."""
+        if self.failure is None:
+            try:
+                return super().write(content)
+            except OSError as err:
+                self.failure = err
+        return memoryview(content).nbytes
+
+
+@contextlib.contextmanager
+def failing_late(path: Path) -> Iterator[io.BufferedWriter]:
+    """Open a file for a writer that must not see an error: torch's zip writer ends the process if it does.
+
+    Raises:
+        OSError: the disk was full, said when the block has ended.
+    """
+    with _LateErrors(io.FileIO(path, "w")) as stream:
+        yield stream
+        if stream.failure is not None:
+            raise stream.failure
 
 
 def read_file(path: Path, *, most: int | None = None) -> bytes:
@@ -79,7 +284,7 @@ def read_file(path: Path, *, most: int | None = None) -> bytes:
         OSError: there is no such file, it is no regular file, too large, or cannot be read; `strerror` says so.
     """
     kind = stat.S_IFMT(path.stat().st_mode)  # before it is opened, which some devices answer with a deed
-    if kind in _KINDS:
+    if kind in _KINDS and kind != stat.S_IFDIR:  # which opening it says
         raise OSError(errno.EINVAL, f"it is {_KINDS[kind]}, not a regular file", str(path))
     if most is None:
         most, said = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "of this machine's memory"
@@ -99,7 +304,16 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def check_against_manifest(path: Path) -> None:
+    """Compare a file, and external data that belongs to it, with the manifest beside it, if that names it.
+
+    Raises:
+        LoadError: it has changed since.
+    """
+    digests = _digests(path.parent / MANIFEST)
+    for file in (path, path.with_name(f"{path.name}.data")):
+        if file.name in digests and not _has(file, digests[file.name]):
+            raise LoadError(
+                f"{file} is not the file that {MANIFEST} beside it was written with: its SHA-256 differs, or it is "
+                "gone. Optimise again, or use a copy elsewhere if it is meant to differ."
+            )

@@ -8,7 +8,6 @@ the reason where it is known.
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import onnx
 import onnx_ir as ir
 
 from graphopt.backends.onnx_execution.session import OnnxSession, SessionSettings
+from graphopt.files import ScratchDirectory
 
 # Operators that pay for quantizing: those whose float form is a loss worth reporting.
 _LAYERS = ("Conv", "Gemm", "MatMul")
@@ -70,7 +70,7 @@ def optimized_graph(path: Path, settings: SessionSettings) -> onnx.GraphProto:
     Raises:
         LoweringError: the runtime refuses the artifact.
     """
-    with tempfile.TemporaryDirectory(prefix="graphopt.") as folder:
+    with ScratchDirectory() as folder:
         target = Path(folder) / "optimized.onnx"
         config = {**(settings.config or {}), "session.optimized_model_external_initializers_file_name": "weights"}
         config["session.optimized_model_external_initializers_min_size_in_bytes"] = "1024"

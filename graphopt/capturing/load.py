@@ -21,6 +21,7 @@ from graphopt.capturing.checks import check_repeatable
 from graphopt.capturing.model_calls import check_module, random_state_kept, uncompiled
 from graphopt.data import InputSpec, Samples
 from graphopt.errors import CaptureError, DataError, ExampleError, LoadError, UsageError
+from graphopt.files import check_against_manifest
 from graphopt.ir.program import Program
 from graphopt.ir.signature import Note, TensorSpec
 from graphopt.ir.training import leave_training
@@ -82,6 +83,8 @@ def load_with_data(
     seed: int = 0,
 ) -> tuple[Program, Samples | None]:
     """Load a model file as a program, and open its data, once for both. Arguments and errors are those of `load`."""
+    if path is not None:
+        check_against_manifest(Path(path))
     loaded = load_model(
         Path(path) if path is not None else None,
         trust=trust,

@@ -32,12 +32,11 @@ def command(
     format: Format = "text",
 ) -> None:
     """Time one artifact, or two in turn, on recorded and on plain session options."""
-    import tempfile
-
+    from graphopt.files import ScratchDirectory
     from graphopt.measure.bench import compare
 
     arguments.check_format(format)
-    with tempfile.TemporaryDirectory(prefix="graphopt-") as home:
+    with ScratchDirectory() as home:
 
         def opened(path: Path, name: str) -> Artifact:
             return _artifact(path, Path(home), name, target, data, inputs, trust, seed)
@@ -56,10 +55,12 @@ def command(
 def _artifact(
     path: Path, home: Path, name: str, target: str, data: str | None, inputs: list[str] | None, trust: bool, seed: int
 ) -> Artifact:
+    from graphopt.files import check_against_manifest
     from graphopt.pipeline.registry import backend
 
     chosen = backend(target)
     if path.suffix == chosen.suffix:
+        check_against_manifest(path)
         return chosen.open(path)
     program = arguments.load_program(
         path, data=data, inputs=inputs, dynamic=None, factory=None, weights=None, trust=trust, seed=seed

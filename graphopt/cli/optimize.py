@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,9 @@ import typer
 
 from graphopt.cli import arguments
 from graphopt.cli.arguments import Data, Dynamic, Factory, Format, Input, ModelPath, Seed, Trust, Weights
+from graphopt.cli.depfile import rules as depfile_rules
 from graphopt.errors import GateError, UsageError
+from graphopt.files import MANIFEST, WRITING, replacing
 
 if TYPE_CHECKING:
     from graphopt.job.result import Result
@@ -66,10 +67,14 @@ def command(
     directory = output or _default_directory(model, factory)
     if directory.exists() and not directory.is_dir():
         raise UsageError(f"{directory} is a file. Give -o a directory.")
+    if depfile is not None and depfile.exists() and not depfile.is_file():
+        raise UsageError(f"{depfile} is no file. Give --depfile the name of one.")
     backends = backends_named(target or ["onnxruntime"])
     times = bench and any(item.times_here for item in backends)
     check_measured(gates, evaluates=evaluation is not None, lowers=bool(backends) and not plan, times=times)
     failed = _directory_of_failure(directory, expected=bool(gates) and not plan)
+    used = [model, weights, *_paths(data, evaluation, passes), *(plugin or ())]
+    rules = depfile_rules([item.path_in(directory) for item in backends], used) if depfile is not None else b""
     result = _optimize(
         model, pipeline, data, evaluation, backends, inputs, dynamic, factory, weights, trust, check, bench, dump, seed,
         not plan,
@@ -82,14 +87,12 @@ def command(
     try:
         check_gates(gates, result.report)
     except (GateError, UsageError) as err:
-        if failed.exists():
-            shutil.rmtree(failed)
         result.save(failed)
         _print(result, failed, format)
         raise type(err)(f"{err} The results are in {failed}; {directory} is as it was.") from err
     if depfile is not None:  # before the results: with them stands what they depend on
-        used = [model, weights, *_paths(data, evaluation, passes), *(plugin or ())]
-        _write_depfile(depfile, [directory / found.path.name for found in result.artifacts.values()], used)
+        with replacing(depfile) as temporary:
+            temporary.write_bytes(rules)
     result.save(directory)
     _print(result, directory, format)
 
@@ -120,8 +123,9 @@ def _directory_of_failure(directory: Path, *, expected: bool) -> Path:
     """
     named = directory if directory.name not in ("", "..") else directory.resolve()
     failed = Path(f"{named}.failed")
-    written = (failed / "report.json").is_file() and not failed.is_symlink()
-    if expected and (failed.exists() or failed.is_symlink()) and not written:
+    names = {path.name for path in failed.iterdir()} if failed.is_dir() else set()
+    written = {MANIFEST, "report.json"} & names or any(name.startswith(WRITING) for name in names)
+    if expected and (failed.is_symlink() or (failed.exists() and not written)):
         raise UsageError(f"{failed} is where results go if a gate fails, and holds something else. Move it away.")
     return failed
 
@@ -188,21 +192,3 @@ def _paths(*arguments: str | None) -> list[Path]:
                 found.append(Path(text))
                 break
     return found
-
-
-def _write_depfile(path: Path, artifacts: Sequence[Path], inputs: Sequence[Path | None]) -> None:
-    """Write `artifacts: inputs` as Make and Ninja read it, spaces escaped.
-
-    Ninja takes no other output than a build statement declares, so the files beside the artifacts are not named. Each
-    input has a rule without a recipe, so that one that is gone means building again and not that Make cannot.
-    """
-    from graphopt.files import replacing
-
-    def name(file: Path) -> str:
-        return str(file).replace("$", "$$").replace("#", r"\#").replace(" ", r"\ ")
-
-    given = [item for item in inputs if item is not None]
-    files = [file for item in given for file in (item, *(sorted(item.rglob("*")) if item.is_dir() else ()))]
-    rules = [f"{' '.join(map(name, artifacts))}: {' '.join(map(name, files))}", *(f"{name(file)}:" for file in files)]
-    with replacing(path) as temporary:
-        temporary.write_text("\n".join(rules) + "\n")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ import torch
 from torch import fx
 
 from graphopt.errors import UsageError
+from graphopt.files import ScratchDirectory, failing_late, replacing
 from graphopt.ir.graph import assemble, copy_graph_module
 from graphopt.ir.signature import Note, TensorSpec, batch_size
 from graphopt.ir.torch_internals import pytree, tree_flatten_spec
@@ -144,15 +144,13 @@ class Program:
 
         What is written is in evaluation mode.
         """
-        from graphopt.files import replacing
-
         with replacing(Path(path)) as temporary:
             self._write(temporary)
         return Path(path)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle what `save` writes: what pickle makes of a graph by itself has no shapes and cannot be optimised."""
-        with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
+        with ScratchDirectory() as folder:
             self._write(Path(folder) / _PICKLED)
             return _unpickled, ((Path(folder) / _PICKLED).read_bytes(),)
 
@@ -169,7 +167,7 @@ class Program:
 
         extra = {"graphopt.json": json.dumps(self._signature(), indent=1)}
         program = exported(self).program
-        with path.open("wb") as stream, warnings.catch_warnings():
+        with failing_late(path) as stream, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about tensors that share memory, which load as they were saved
             torch.export.save(program, stream, extra_files=extra)
 
@@ -191,7 +189,7 @@ _PICKLED = "program.pt2"
 def _unpickled(content: bytes) -> Program:
     import graphopt  # reading files is a room above
 
-    with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
+    with ScratchDirectory() as folder:
         path = Path(folder) / _PICKLED
         path.write_bytes(content)
         return graphopt.load(path)

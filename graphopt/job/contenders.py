@@ -13,6 +13,7 @@ from graphopt.capturing.load import load
 from graphopt.data import Samples
 from graphopt.data.batches import Batch
 from graphopt.errors import UsageError
+from graphopt.files import check_against_manifest
 from graphopt.ir.program import Program
 from graphopt.ir.signature import TensorSpec
 from graphopt.job.deliver import flat
@@ -47,6 +48,7 @@ def open_contender(path: Path, *, data: Any, trust: bool, seed: int) -> Contende
     """Open a model file or an artifact, run by the default target's backend where several have such files."""
     owner = backend_of(path, preferred=DEFAULT_TARGET)
     if owner is not None:
+        check_against_manifest(path)
         artifact = owner.open(path)
         return Contender(path, artifact.inputs, artifact.outputs, flat(artifact.session()), artifact)
     program = load(path, data=data, trust=trust, seed=seed)

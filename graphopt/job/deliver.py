@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from graphopt.data.batches import Batch
+from graphopt.files import ScratchDirectory
 from graphopt.ir.program import Program
 from graphopt.ir.torch_internals import output_structure, pytree
 from graphopt.job.recorder import Score
@@ -39,7 +39,7 @@ class Delivery:
     baseline: Row
     notes: tuple[str, ...]
 
-    def kept_by(self, home: tempfile.TemporaryDirectory[str]) -> Delivery:
+    def kept_by(self, home: ScratchDirectory) -> Delivery:
         """Let the artifact keep the directory alive that its files are in."""
         return dataclasses.replace(self, artifact=dataclasses.replace(self.artifact, home=home))
 
@@ -75,7 +75,7 @@ def deliver(
         seconds=seconds,
         summary=item.summary(artifact),
     )
-    with tempfile.TemporaryDirectory(prefix="graphopt-") as place:
+    with ScratchDirectory() as place:
         plain = item.lower(original, item.path_in(Path(place), f"original.{item.name}"))
         baseline = Row("original", target=item.name, cost=cost(original), size=plain.size)
         if bench and item.times_here:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from graphopt.data import Samples
 from graphopt.data.batches import Batch, SampleSource, batch_count, whole_batches
 from graphopt.data.split import Split, split
 from graphopt.errors import CaptureError, UsageError
+from graphopt.files import ScratchDirectory
 from graphopt.ir.finite import all_finite
 from graphopt.ir.program import Program
 from graphopt.ir.regions import compiled_for_their_shapes
@@ -154,7 +154,7 @@ class Job:
         Raises:
             LoweringError: a program cannot be lowered, or its artifact computes something else.
         """
-        home = tempfile.TemporaryDirectory(prefix="graphopt-")
+        home = ScratchDirectory()
         deliveries = [
             deliver(
                 item,

@@ -16,14 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from graphopt.errors import LoadError, UsageError, first_line
-from graphopt.files import replacing, sha256
+from graphopt.files import MANIFEST, MOST_OF_A_MANIFEST, read_file, sha256
 from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
 from graphopt.pipeline.plan import Plan
 from graphopt.targets.backend import TARGET_NAME
 
 SCHEMA = 2
-NAME = "manifest.json"
 PAYLOAD = "plans.safetensors"
 _LIBRARIES = ("graphopt", "torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "numpy")
 
@@ -88,9 +87,8 @@ class Manifest(pydantic.BaseModel, extra="forbid", strict=True, frozen=True):
     def write(self, directory: Path) -> Path:
         """Write `manifest.json`."""
         data = {"schema": SCHEMA, **self.model_dump(mode="json")}
-        with replacing(directory / NAME) as temporary:
-            temporary.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
-        return directory / NAME
+        (directory / MANIFEST).write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
+        return directory / MANIFEST
 
     def check_files(self, directory: Path, names: Iterable[str] | None = None) -> None:
         """Compare files with the digests they were written with; all of them, or those of the given names.
@@ -101,10 +99,10 @@ class Manifest(pydantic.BaseModel, extra="forbid", strict=True, frozen=True):
         for name in sorted(self.sha256 if names is None else names):
             file = directory / name
             if not file.is_file():
-                raise LoadError(f"{file} is missing; {NAME} lists it. Optimise again, or copy the whole directory.")
+                raise LoadError(f"{file} is missing; {MANIFEST} lists it. Optimise again, or copy the whole directory.")
             if sha256(file) != self.sha256.get(name):
                 raise LoadError(
-                    f"{file} is not the file that {NAME} was written with: its SHA-256 differs. Optimise again, or "
+                    f"{file} is not the file that {MANIFEST} was written with: its SHA-256 differs. Optimise again, or "
                     "copy it anew."
                 )
 
@@ -177,8 +175,7 @@ def write_payload(directory: Path, plans: Iterable[Plan]) -> list[Path]:
     }
     if not payload:
         return []
-    with replacing(directory / PAYLOAD) as temporary:
-        temporary.write_bytes(save(dict(sorted(payload.items()))))
+    (directory / PAYLOAD).write_bytes(save(dict(sorted(payload.items()))))
     return [directory / PAYLOAD]
 
 
@@ -188,10 +185,16 @@ def read(path: Path) -> Manifest:
     Raises:
         UsageError: it is missing, no manifest, damaged, or of a version that is not known.
     """
-    advice = "Give the manifest.json that `graphopt optimize` wrote."
+    advice = "Optimise again, or give what a whole run wrote."
     try:
-        data: Any = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as err:
+        data: Any = json.loads(read_file(path, most=MOST_OF_A_MANIFEST))
+    except FileNotFoundError as err:
+        raise UsageError(
+            f"There is no {path}: the run that wrote there was interrupted, or graphopt did not write there. {advice}"
+        ) from err
+    except OSError as err:
+        raise UsageError(f"{path} is not a manifest: {err.strerror or err}. {advice}") from err
+    except (ValueError, RecursionError) as err:
         raise UsageError(f"{path} is not a manifest: {first_line(err)}. {advice}") from err
     if not isinstance(data, Mapping) or "schema" not in data:
         raise UsageError(f"{path} is not a manifest: it has no schema. {advice}")

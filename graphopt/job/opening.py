@@ -13,6 +13,7 @@ import pydantic
 
 from graphopt.capturing.load import load
 from graphopt.errors import UsageError, first_line
+from graphopt.files import MANIFEST, MOST_OF_A_MANIFEST, read_file
 from graphopt.job import manifest
 from graphopt.job.replaying import read_plans
 from graphopt.job.report import Report
@@ -38,7 +39,7 @@ def open(directory: str | Path, *, plugins: Sequence[Path | str | type[Pass[Any,
         LoadError: a file is missing or is not the one that was saved.
     """
     directory = Path(directory)
-    stored = manifest.read(directory / manifest.NAME)
+    stored = manifest.read(directory / MANIFEST)
     stored.check_files(directory)
     for text in stored.other_libraries():
         logger.warning("%s was made with another version: %s.", directory, text)
@@ -64,9 +65,11 @@ def open(directory: str | Path, *, plugins: Sequence[Path | str | type[Pass[Any,
 
 def _report(path: Path) -> Report:
     try:
-        data: Any = json.loads(path.read_text())
+        data: Any = json.loads(read_file(path, most=MOST_OF_A_MANIFEST))
         if not isinstance(data, Mapping):
             raise TypeError("it is no object")
         return Report.from_json(data)
-    except (OSError, ValueError, TypeError, RecursionError, pydantic.ValidationError) as err:
+    except OSError as err:
+        raise UsageError(f"{path} is not a report: {err.strerror or err}. Optimise again.") from err
+    except (ValueError, TypeError, RecursionError, pydantic.ValidationError) as err:
         raise UsageError(f"{path} is not a report: {first_line(err)}. Optimise again.") from err

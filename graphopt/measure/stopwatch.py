@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from graphopt.files import ScratchDirectory
 from graphopt.ir.program import Program
 from graphopt.measure.bench import Spread, batch_of, time_in_turn
 from graphopt.targets.backend import Backend
@@ -16,7 +16,7 @@ from graphopt.targets.backend import Backend
 @dataclass(frozen=True)
 class _Loaded:
     call: Callable[[], object]
-    home: tempfile.TemporaryDirectory[str]  # the runtime may map the file; it goes when this does
+    home: ScratchDirectory  # the runtime may map the file; it goes when this does
 
 
 class Stopwatch:
@@ -47,7 +47,7 @@ class Stopwatch:
 
     def _load(self, program: Program) -> Callable[[], object]:
         if program not in self._loaded:
-            home = tempfile.TemporaryDirectory(prefix="graphopt-")
+            home = ScratchDirectory()
             artifact = self._backend.lower(program, self._backend.path_in(Path(home.name), "timed"))
             session = artifact.session(threads=1)
             feed = batch_of(artifact.inputs, [tensor.numpy() for tensor in program.flat_examples()], 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 
+from graphopt.files import ScratchDirectory
 from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
 from graphopt.ir.signature import TensorSpec
@@ -63,7 +63,7 @@ class Artifact:
     outputs: tuple[TensorSpec, ...]
     session_options: Mapping[str, Json] = field(default_factory=dict)
     facts: Mapping[str, Json] = field(default_factory=dict)
-    home: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
+    home: ScratchDirectory | None = field(default=None, repr=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the files' contents: where it is unpickled, their paths mean nothing."""
@@ -78,7 +78,7 @@ class Artifact:
         """Return the artifact itself: it is a value."""
         return self
 
-    def moved(self, directory: Path, home: tempfile.TemporaryDirectory[str] | None = None) -> Artifact:
+    def moved(self, directory: Path, home: ScratchDirectory | None = None) -> Artifact:
         """Describe the same files in another directory."""
         files = tuple(directory / file.name for file in self.files)
         return dataclasses.replace(self, path=directory / self.path.name, files=files, home=home)
@@ -102,7 +102,7 @@ class Artifact:
 
 
 def _unpickled(kind: type[Artifact], fields: Mapping[str, Any], contents: Mapping[str, bytes]) -> Artifact:
-    home = tempfile.TemporaryDirectory(prefix="graphopt-")
+    home = ScratchDirectory()
     for name, content in contents.items():
         (Path(home.name) / name).write_bytes(content)
     return kind(**fields).moved(Path(home.name), home)

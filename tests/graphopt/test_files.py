@@ -1,14 +1,34 @@
-"""Files: what is read is a regular file of a bounded size."""
+"""Files: what is read is a regular file of a bounded size; what is written is there whole or not at all."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import json
 import os
+import resource
+import signal
 import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from graphopt.files import read_file
+from graphopt import files
+from graphopt.errors import LoadError, UsageError
+from graphopt.files import (
+    MANIFEST,
+    ScratchDirectory,
+    check_against_manifest,
+    failing_late,
+    read_file,
+    replacing,
+    replacing_directory,
+    sha256,
+)
 
 
 def test_a_regular_file_is_read_up_to_its_bound(tmp_path: Path) -> None:
@@ -52,3 +72,271 @@ def test_what_is_no_file_is_neither_waited_for_nor_read(tmp_path: Path) -> None:
         with pytest.raises(OSError, match=said) as caught:
             read_file(tmp_path / name)
         assert caught.value.strerror == said
+
+
+# Writing. Killing is done in a process of its own, which is told at which step to end.
+
+
+def _write(path: Path, **files: str) -> None:
+    with replacing_directory(path) as folder:
+        for name, text in files.items():
+            (folder / name.replace("_", ".")).write_text(text)
+        digests = {file.name: sha256(file) for file in folder.iterdir()}
+        (folder / MANIFEST).write_text(json.dumps({"sha256": digests}))
+
+
+def _state(path: Path) -> dict[str, str]:
+    return {file.name: file.read_text() for file in path.iterdir() if file.is_file()}
+
+
+def _read(path: Path) -> dict[str, str] | None:
+    """Return what a reader that looks at the manifest finds: everything that it names, or nothing without it."""
+    if not (path / MANIFEST).exists():
+        return None
+    for name, digest in json.loads((path / MANIFEST).read_text())["sha256"].items():
+        assert sha256(path / name) == digest, f"{name} is not what the manifest says"
+    return {name: text for name, text in _state(path).items() if name != MANIFEST}
+
+
+OLD = {"a_onnx": "old", "b_onnx": "old", "run_py": "old"}
+NEW = {"a_onnx": "new", "c_onnx": "new", "run_py": "new"}
+STEPS = ("rename", "replace", "unlink", "remove", "rmdir", "utime", "mkdir")
+
+
+def _killed_at(step: int, path: Path) -> bool:
+    """Write `NEW` in a process that is killed before its call number `step` that changes the folder; say if it was."""
+    child = os.fork()
+    if child == 0:
+        left = iter(range(step, -1, -1))
+
+        def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+            def wrapper(*args: Any, **kwargs: Any) -> Any:
+                if next(left) == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return call(*args, **kwargs)
+
+            return wrapper
+
+        for name in STEPS:
+            setattr(os, name, counted(getattr(os, name)))
+        try:
+            _write(path, **NEW)
+        finally:
+            os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def test_killed_anywhere_a_folder_is_old_or_new_or_has_no_manifest(tmp_path: Path) -> None:
+    """Files of the one and of the other are never there together, manifest or not."""
+    old, new = ({name.replace("_", "."): text for name, text in one.items()} for one in (OLD, NEW))
+    seen = set()
+    for step in range(100):
+        path = tmp_path / str(step)
+        _write(path, **OLD)
+        (path / "notes.txt").write_text("mine")
+        killed = _killed_at(step, path)
+        left = _state(path)
+        assert left.pop("notes.txt") == "mine"
+        found = _read(path)
+        assert found in (None, {**old, "notes.txt": "mine"}, {**new, "notes.txt": "mine"})
+        assert len({*left.values()} & {"old", "new"}) <= 1
+        seen.add("old" if found and "b.onnx" in found else "new" if found else "none")
+        for scratch in path.glob(".writing.*"):
+            os.utime(scratch, (1, 1))  # one that has no lock yet is spared for a minute
+        _write(path, a_onnx="other")
+        assert _read(path) == {"a.onnx": "other", "notes.txt": "mine"}
+        assert sorted(os.listdir(path)) == ["a.onnx", MANIFEST, "notes.txt"]
+        if not killed:
+            break
+    assert not killed
+    assert step > 15
+    assert seen == {"old", "new", "none"}
+
+
+def test_a_build_starts_again_after_a_kill_before_the_manifest(tmp_path: Path) -> None:
+    source = tmp_path / "model.pt"
+    source.touch()
+    older_artifacts = set()
+    for step in range(100):
+        path = tmp_path / str(step)
+        if not _killed_at(step, path):
+            break
+        artifact = path / "c.onnx"
+        if artifact.exists() and not (path / MANIFEST).exists():
+            older_artifacts.add(artifact.stat().st_mtime < source.stat().st_mtime)
+    assert older_artifacts == {True}
+    assert artifact.stat().st_mtime >= source.stat().st_mtime
+
+
+def test_a_step_that_fails_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _write(tmp_path, **OLD)
+    before = {name: (tmp_path / name).stat() for name in sorted(os.listdir(tmp_path))}
+    rename = os.rename
+    for failing in range(10):
+        calls = iter(range(100))
+
+        def sometimes(source: Path, target: Path, calls: Iterator[int] = calls, failing: int = failing) -> None:
+            if next(calls) == failing + 1:  # the first puts the lock in place
+                raise OSError(errno.EIO, "Input/output error")
+            rename(source, target)
+
+        monkeypatch.setattr(os, "rename", sometimes)
+        if failing == 8:  # four of the old go, four of the new come
+            break
+        with pytest.raises(UsageError, match=r"Input/output error\. Nothing was left half-written"):
+            _write(tmp_path, **NEW)
+        assert {name: (tmp_path / name).stat() for name in sorted(os.listdir(tmp_path))} == before
+    _write(tmp_path, **NEW)
+    assert _read(tmp_path) == {"a.onnx": "new", "c.onnx": "new", "run.py": "new"}
+
+
+@pytest.mark.parametrize("kind", ["folder", "FIFO"])
+def test_what_is_in_the_way_of_a_file_is_said_before_anything_changes(tmp_path: Path, kind: str) -> None:
+    _write(tmp_path, **OLD)
+    (tmp_path / "c.onnx").mkdir() if kind == "folder" else os.mkfifo(tmp_path / "c.onnx")
+    before = _state(tmp_path)
+    with pytest.raises(UsageError, match=f"c.onnx is a {kind} there, not a file. Nothing was left half-written"):
+        _write(tmp_path, **NEW)
+    assert _state(tmp_path) == before
+    assert not list(tmp_path.glob(".writing.*"))
+    with pytest.raises(UsageError, match=f"c.onnx is a {kind} there"), replacing(tmp_path / "c.onnx"):
+        raise AssertionError("nothing is computed that could not be written")
+
+
+def test_devices_are_not_replaced() -> None:
+    with pytest.raises(UsageError, match="null is a device there"), replacing(Path("/dev/null")):
+        raise AssertionError("nothing is computed that could not be written")
+
+
+def test_what_only_the_old_manifest_names_goes_if_it_is_what_that_names(tmp_path: Path) -> None:
+    _write(tmp_path, **OLD)
+    (tmp_path / "b.onnx").write_text("of somebody else since")
+    _write(tmp_path, **NEW)
+    assert (tmp_path / "b.onnx").read_text() == "of somebody else since"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"sha256": 3}', '{"sha256": {"../victim": "x", "a": 1}}'])
+def test_a_manifest_that_is_none_names_nothing(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "out"
+    path.mkdir()
+    (tmp_path / "victim").write_text("x")
+    (path / MANIFEST).write_text(content)
+    (path / "a").write_text("1")
+    _write(path, **NEW)
+    assert _read(path) == {"a": "1", "a.onnx": "new", "c.onnx": "new", "run.py": "new"}
+    assert (tmp_path / "victim").exists()
+
+
+def test_files_alone_do_not_make_a_manifest_untrue(tmp_path: Path) -> None:
+    _write(tmp_path, **OLD)
+    before = _state(tmp_path)
+
+    def write(text: str) -> None:
+        with replacing_directory(tmp_path) as folder:
+            (folder / "a.onnx").write_text(text)
+            (folder / "z.onnx").write_text("new")
+
+    with pytest.raises(UsageError, match=r"its manifest.json would no longer be true: a.onnx is another file"):
+        write("new")
+    assert _state(tmp_path) == before
+    write("old")
+    assert _state(tmp_path) == {**before, "z.onnx": "new"}
+
+
+def test_a_file_that_its_manifest_does_not_know_is_refused(tmp_path: Path) -> None:
+    _write(tmp_path, **OLD, c_onnx_data="old")
+    for name in ("a.onnx", "c.onnx", "notes.txt"):
+        check_against_manifest(tmp_path / name)
+    (tmp_path / "c.onnx.data").write_text("new")
+    with pytest.raises(LoadError, match=r"c.onnx.data is not the file that manifest.json beside it was written with"):
+        check_against_manifest(tmp_path / "c.onnx")
+
+
+_WRITER = """
+import sys, pathlib
+sys.path[:0] = {paths!r}
+from tests.graphopt.test_files import _write
+while not pathlib.Path({go!r}).exists(): pass
+for _ in range(30):
+    _write(pathlib.Path({path!r}), **{{name: {text!r} for name in {names!r}}})
+"""
+
+
+def test_two_at_once_end_with_one_of_them_whole(tmp_path: Path) -> None:
+    go, path = tmp_path / "go", tmp_path / "out"
+    names = {"one": ["a_onnx", "b_onnx"], "two": ["b_onnx", "c_onnx"]}
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", _WRITER.format(paths=sys.path, go=str(go), path=str(path), text=text, names=files)],
+            stderr=subprocess.PIPE,
+        )
+        for text, files in names.items()
+    ]
+    go.touch()
+    for writer in writers:
+        assert writer.communicate()[1] == b""
+        assert writer.returncode == 0
+    found = _read(path)
+    assert found in ({"a.onnx": "one", "b.onnx": "one"}, {"b.onnx": "two", "c.onnx": "two"})
+    assert len(os.listdir(path)) == 3
+
+
+def test_somebody_else_who_locks_the_folder_is_waited_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_PATIENCE", 0.05)
+    handle = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with pytest.raises(UsageError, match="another process holds a lock on it"):
+        _write(tmp_path, **NEW)
+    assert os.listdir(tmp_path) == []
+    os.close(handle)
+    _write(tmp_path, **NEW)
+
+
+def test_without_locks_files_are_written_and_nothing_is_cleared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with ScratchDirectory(tmp_path) as first, ScratchDirectory(tmp_path) as second:
+        assert Path(first).exists()
+        assert Path(second).exists()
+    _write(tmp_path, **NEW)
+    assert _read(tmp_path) is not None
+
+
+def test_the_next_run_clears_what_a_killed_one_left(tmp_path: Path) -> None:
+    mine = tmp_path / "graphopt-notes"
+    mine.mkdir()
+    (tmp_path / "graphopt-file").touch()
+    child = os.fork()
+    if child == 0:
+        kept = [ScratchDirectory(tmp_path), ScratchDirectory(tmp_path)]
+        assert len(kept) == 2
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert len(os.listdir(tmp_path)) == 4
+    with ScratchDirectory(tmp_path) as one, ScratchDirectory(tmp_path) as other:
+        inside = {"graphopt-notes", "graphopt-file", Path(one).name, Path(other).name}
+        assert {*os.listdir(tmp_path)} == inside
+    assert sorted(os.listdir(tmp_path)) == ["graphopt-file", "graphopt-notes"]
+
+
+def test_a_failure_to_write_is_said_when_the_writer_has_ended(tmp_path: Path) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
+
+    def write() -> None:
+        with failing_late(tmp_path / "file") as stream:
+            assert [stream.write(bytes(10_000)) for _ in range(40)] == [10_000] * 40
+
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, ignored)

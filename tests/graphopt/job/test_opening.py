@@ -263,7 +263,7 @@ def test_copies_of_values_cost_nothing(result: graphopt.Result) -> None:
 
 
 def test_a_directory_without_results_says_so(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"manifest.json is not a manifest: .*No such file"):
+    with pytest.raises(UsageError, match=r"There is no .*manifest.json: the run that wrote there was interrupted"):
         graphopt.open(tmp_path)
 
 
