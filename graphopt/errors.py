@@ -6,6 +6,9 @@ found, and what to try. Anything else that reaches the user is a bug in graphopt
 
 from __future__ import annotations
 
+import contextlib
+import traceback
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 
@@ -81,3 +84,31 @@ def first_line(err: BaseException) -> str:
 def printable(text: str) -> str:
     """Return text of a stranger with what a terminal would obey, and what no file could be named, spelled out."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+@contextlib.contextmanager
+def foreign_code(failed: Callable[[str, BaseException], GraphOptError]) -> Iterator[None]:
+    """Turn whatever a stranger's code raises, `SystemExit` too, into one of our errors.
+
+    Our own errors, ^C and a lack of memory pass as they are.
+
+    Args:
+        failed: makes the error of what was raised, `ValueError: its first line`, and of the exception itself.
+    """
+    try:
+        yield
+    except BaseException as err:
+        if isinstance(err, GraphOptError | MemoryError | BrokenPipeError) or type(err) is KeyboardInterrupt:
+            raise
+        said = first_line(err)
+        raise failed(printable(f"{type(err).__name__}: {said}" if str(err) else said), err) from err
+
+
+def line_of(err: BaseException, module: str) -> str:
+    """Return `file:line` of the innermost call in a module that led to an error, "" where none did."""
+    found = [
+        f"{frame.f_code.co_filename}:{number}"
+        for frame, number in traceback.walk_tb(err.__traceback__)
+        if frame.f_globals.get("__name__") == module
+    ]
+    return found[-1] if found else ""

@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from graphopt.capturing.model_calls import with_its_buffers
-from graphopt.errors import CaptureError, ExampleError, first_line
+from graphopt.errors import CaptureError, ExampleError, first_line, foreign_code
 from graphopt.ir.aliasing import Storages
 from graphopt.ir.graph import arguments
 from graphopt.ir.operators import short_name
@@ -29,18 +29,18 @@ def run_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         CaptureError: it returns no tensor.
     """
     args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
-    try:
-        with torch.random.fork_rng(devices=[]), with_its_buffers(model):
-            torch.manual_seed(0)
-            result = pytree.tree_map_only(torch.Tensor, torch.clone, model(*args, **kwargs))
-    except Exception as err:  # the user's own code may raise anything
+
+    def failed(reason: str, _: BaseException) -> ExampleError:
         shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        reason = f"{type(err).__name__}: {first_line(err)}"
-        raise ExampleError(
+        return ExampleError(
             f"The model itself fails on the example inputs (shapes {shapes}): {reason}. Check the input shapes and "
             "dtypes (`--input name=1x3x224x224:float32`).",
             reason,
-        ) from err
+        )
+
+    with foreign_code(failed), torch.random.fork_rng(devices=[]), with_its_buffers(model):
+        torch.manual_seed(0)
+        result = pytree.tree_map_only(torch.Tensor, torch.clone, model(*args, **kwargs))
     leaves = pytree.tree_leaves(result)
     cache = next((type(leaf).__name__ for leaf in leaves if type(leaf).__name__.endswith("Cache")), None)
     if cache:  # a registered class would have been taken apart

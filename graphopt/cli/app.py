@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 
 import typer
 from typer.exceptions import TyperException
 
 from graphopt.cli import bench, inspect, optimize, passes, replay, verify
-from graphopt.errors import GraphOptError
+from graphopt.errors import GraphOptError, first_line, printable
 
 EXIT_CODES = (
     "Exit codes: 0 done, 1 a gate failed, 2 usage, 3 capture, 4 pass or verification, 5 lowering or runtime, "
@@ -79,8 +80,17 @@ def run(arguments: list[str]) -> int:
     except OSError as err:
         _say(f"{err.strerror or err}{f': {err.filename}' if err.filename else ''}. Nothing was left half-written.")
         return 2
+    except Exception as err:  # which would end with 1, as a gate that failed does
+        logging.getLogger("graphopt").debug("traceback", exc_info=True)
+        frame = traceback.extract_tb(err.__traceback__)[-1]
+        _say(
+            f"This is a bug in graphopt: {type(err).__name__}: {first_line(err)} ({frame.filename}:{frame.lineno}). "
+            "Report it with what `graphopt --verbose` prints of the same command."
+        )
+        return 4
     return code if isinstance(code, int) else 0
 
 
 def _say(message: str) -> None:
-    print(f"graphopt: {message}", file=sys.stderr)
+    text = "\n".join(printable(line) for line in message.split("\n"))
+    print(f"graphopt: {text}", file=sys.stderr)

@@ -19,11 +19,12 @@ import torch
 
 from graphopt.data.columns import ArrayColumn, Column, TensorColumn, open_safetensors
 from graphopt.data.numpy_files import open_npy, open_npz
-from graphopt.errors import DataError, first_line, printable
+from graphopt.errors import DataError, first_line, foreign_code, printable
 from graphopt.loading.functions import is_function_name, resolve_function
 
 SUFFIXES = (".npz", ".npy", ".safetensors")
 LABELS = ("labels", "label", "y", "targets", "target")
+_END = object()  # of batches
 _FORMS = "`.npz`, `.npy`, `.safetensors`, a folder of these, or `package.module:function`"
 
 
@@ -101,7 +102,7 @@ class IterableSource:
         Raises:
             DataError: the first batch is another than before.
         """
-        for number, batch in enumerate(_drawn_alike(self._batches)):
+        for number, batch in enumerate(_drawn_alike(self._batches, self._where)):
             chunk = to_chunk(batch, f"batch {number} of {self._where}")
             if number == 0:
                 self._compare(chunk)
@@ -121,7 +122,7 @@ class IterableSource:
         self._first = digest.hexdigest()
 
 
-def _drawn_alike(batches: Callable[[], Iterable[Any]]) -> Iterator[Any]:
+def _drawn_alike(batches: Callable[[], Iterable[Any]], where: str) -> Iterator[Any]:
     """Go through batches with generators of their own, which start alike each time; the caller's are left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -134,15 +135,16 @@ def _drawn_alike(batches: Callable[[], Iterable[Any]]) -> Iterator[Any]:
         np.random.set_state(numbers)
         random.setstate(python)
         try:
-            iterator = iter(batches()) if iterator is None else iterator
-            batch = next(iterator)
-        except StopIteration:
-            return
+            with foreign_code(lambda said, _: DataError(f"Drawing the next batch of {where} raised {said}.")):
+                iterator = iter(batches()) if iterator is None else iterator
+                batch = next(iterator, _END)
         finally:
             own, numbers, python = torch.get_rng_state(), np.random.get_state(), random.getstate()
             torch.set_rng_state(outer[0])
             np.random.set_state(outer[1])
             random.setstate(outer[2])
+        if batch is _END:
+            return
         yield batch
 
 
@@ -284,13 +286,12 @@ def _from_function(function: Callable[[], Any], where: str) -> Source:
 
 
 def _call(function: Callable[[], Any], where: str) -> Any:
-    try:
+    with foreign_code(
+        lambda said, _: DataError(
+            f"The data function `{where}` raised {said}. It is called without arguments and must yield batches."
+        )
+    ):
         return function()
-    except Exception as err:  # the user's own code may raise anything
-        raise DataError(
-            f"The data function `{where}` raised {type(err).__name__}: {err}. It is called without arguments and must "
-            "yield batches."
-        ) from err
 
 
 def _is_array(value: Any) -> bool:

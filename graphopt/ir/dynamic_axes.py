@@ -7,16 +7,28 @@ from typing import Any
 import torch
 from torch import nn
 
+from graphopt.errors import CaptureError
 from graphopt.ir.torch_internals import arguments_by_name, pytree
 
 LeafShapes = list[dict[int, Any]]  # per tensor leaf: {axis: Dim}
 
 
 def arranged(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: LeafShapes) -> Any:
-    """Arrange per-leaf dynamic axes like the arguments."""
+    """Arrange per-leaf dynamic axes like the arguments.
+
+    Raises:
+        CaptureError: the arguments hold more or fewer tensors than that.
+    """
+    named = arguments_by_name(model, args, kwargs)
+    found = sum(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(named))
+    if found != len(shapes):
+        raise CaptureError(
+            f"The example inputs hold {found} tensors, and the program takes {len(shapes)}. Give the inputs it was "
+            "captured or exported with."
+        )
     remaining = iter(shapes)
 
     def axes(leaf: Any) -> Any:
         return (next(remaining) or None) if isinstance(leaf, torch.Tensor) else None
 
-    return pytree.tree_map(axes, arguments_by_name(model, args, kwargs))
+    return pytree.tree_map(axes, named)

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from graphopt.errors import LoadError
+from graphopt.errors import LoadError, foreign_code
 from graphopt.loading.contents import FileKind, identify
 from graphopt.loading.functions import importable, resolve_function
 from graphopt.loading.pickles import load_plain_pickle
@@ -30,14 +30,13 @@ def build_model(factory: str) -> nn.Module:
         LoadError: It raised, or returned something other than a module.
     """
     function = resolve_function(factory, "--factory")
-    with importable(Path.cwd()):
-        try:
-            model = function()
-        except Exception as err:  # the user's own code may raise anything
-            raise LoadError(
-                f"The factory `{factory}` raised {type(err).__name__}: {err}. It is called without arguments and "
-                "must return a torch.nn.Module."
-            ) from err
+    failed = foreign_code(
+        lambda said, _: LoadError(
+            f"The factory `{factory}` raised {said}. It is called without arguments and must return a torch.nn.Module."
+        )
+    )
+    with importable(Path.cwd()), failed:
+        model = function()
     if not isinstance(model, nn.Module):
         raise LoadError(f"The factory `{factory}` returned a {type(model).__name__}, not a torch.nn.Module.")
     return model

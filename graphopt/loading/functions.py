@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import difflib
 import importlib
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from graphopt.errors import UsageError
+from graphopt.errors import UsageError, foreign_code
 
 _FORM = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
@@ -36,15 +37,15 @@ def resolve_function(text: str, option: str) -> Callable[..., Any]:
         raise UsageError(f"{option} {text!r} is not of the form `package.module:function`.{hint}")
     module_name, _, attribute = text.partition(":")
     directory = Path.cwd()
-    with importable(directory):
-        try:
-            found: Any = importlib.import_module(module_name)
-        except Exception as err:  # importing runs the user's module, which may raise anything
-            raise UsageError(
-                f"{option} {text!r}: importing `{module_name}` failed ({type(err).__name__}: {err}); the current "
-                f"directory, {directory}, and the installed packages were searched."
-            ) from err
-    check_origin(module_name, directory)
+    failed = foreign_code(
+        lambda said, _: UsageError(
+            f"{option} {text!r}: importing `{module_name}` failed ({said}); the current directory, {directory}, and "
+            "the installed packages were searched."
+        )
+    )
+    with importable(directory), failed:
+        found: Any = importlib.import_module(module_name)
+    check_origins([module_name], directory)
     for part in attribute.split("."):
         if not hasattr(found, part):
             near = difflib.get_close_matches(part, [name for name in dir(found) if not name.startswith("_")], 1)
@@ -69,6 +70,31 @@ def importable(directory: Path) -> Iterator[None]:
             sys.path.remove(str(directory))
 
 
+def check_origins(names: Iterable[str], directory: Path) -> None:
+    """Check modules and, of those that lie in a directory, what they import themselves; see `check_origin`."""
+    waiting, seen = list(names), set[str]()
+    while waiting:
+        name = waiting.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        check_origin(name, directory)
+        file = _file_in(directory, name)
+        if file is not None and name in sys.modules:
+            waiting += imports_of(file.read_bytes())
+
+
+def imports_of(source: bytes) -> Iterator[str]:
+    """Yield what a file imports by absolute names, inside functions too; nothing of the standard library."""
+    for node in ast.walk(ast.parse(source)):
+        found: list[str] = []
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        yield from (name for name in found if name.partition(".")[0] not in sys.stdlib_module_names)
+
+
 def check_origin(name: str, directory: Path) -> None:
     """Refuse a module that was imported from elsewhere, where a directory has one of that name too.
 
@@ -77,8 +103,7 @@ def check_origin(name: str, directory: Path) -> None:
     Raises:
         UsageError: it is another file; both are named.
     """
-    stem = directory.joinpath(*name.split("."))
-    own = next((file for file in (stem / "__init__.py", stem.with_name(f"{stem.name}.py")) if file.is_file()), None)
+    own = _file_in(directory, name)
     if own is None or name not in sys.modules:
         return
     found = getattr(sys.modules[name], "__file__", None)
@@ -87,3 +112,9 @@ def check_origin(name: str, directory: Path) -> None:
             f"`{name}` is {found or 'a part of Python'} in this process, and {own} would be it too: a name is imported "
             "once. Rename one of them."
         )
+
+
+def _file_in(directory: Path, name: str) -> Path | None:
+    """Return the file that a directory has for a module of this name."""
+    stem = directory.joinpath(*name.split("."))
+    return next((file for file in (stem / "__init__.py", stem.with_name(f"{stem.name}.py")) if file.is_file()), None)

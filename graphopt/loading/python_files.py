@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import importlib.util
 import os
 import re
 import sys
-from collections.abc import Iterator
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 
-from graphopt.errors import UsageError
-from graphopt.loading.functions import check_origin, importable
+from graphopt.errors import UsageError, foreign_code, line_of
+from graphopt.loading.functions import check_origins, importable, imports_of
 
 
 def import_file(path: Path) -> ModuleType:
@@ -49,22 +47,12 @@ def import_file(path: Path) -> ModuleType:
 
 def _execute(module: ModuleType, loader: SourceFileLoader, source: bytes, path: Path) -> None:
     place = path.resolve()
-    try:
-        with importable(place.parent):
-            # not `exec_module`: a compiled file tells an edit by its second and size alone
-            exec(loader.source_to_code(source, place), module.__dict__)
-    except Exception as err:  # the user's file may raise anything
-        raise UsageError(f"The plugin {path} cannot be imported: {type(err).__name__}: {err}.") from err
-    for imported in _imports(source):
-        if imported.partition(".")[0] not in sys.stdlib_module_names:
-            check_origin(imported, place.parent)
 
+    def failed(said: str, err: BaseException) -> UsageError:
+        line = line_of(err, module.__name__)
+        return UsageError(f"The plugin {path} cannot be imported: {said}{f' ({line})' if line else ''}.")
 
-def _imports(source: bytes) -> Iterator[str]:
-    """Yield what a file imports, inside functions too."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+    with foreign_code(failed), importable(place.parent):
+        # not `exec_module`: a compiled file tells an edit by its second and size alone
+        exec(loader.source_to_code(source, place), module.__dict__)
+    check_origins(imports_of(source), place.parent)

@@ -17,7 +17,7 @@ from graphopt.capturing.model_calls import in_eval_mode
 from graphopt.data.batches import Batch, batch_count
 from graphopt.data.input_spec import Spec
 from graphopt.data.samples import Samples
-from graphopt.errors import DataError
+from graphopt.errors import DataError, foreign_code
 from graphopt.ir.program import Program
 from graphopt.loading.functions import is_function_name, resolve_function
 from graphopt.measure.metrics import METRICS, Metric, find_metric
@@ -84,11 +84,9 @@ class FunctionEvaluator:
 
     def __call__(self, model: Model) -> float:
         """Return what the function says about `model`."""
-        try:
-            with _evaluated(model) as judged:
-                value = self._function(judged)
-        except Exception as err:  # the user's own code may raise anything
-            raise DataError(f"The evaluation function `{self.name}` raised {type(err).__name__}: {err}.") from err
+        failed = foreign_code(lambda said, _: DataError(f"The evaluation function `{self.name}` raised {said}."))
+        with failed, _evaluated(model) as judged:
+            value = self._function(judged)
         if isinstance(value, torch.Tensor | np.ndarray) and np.prod(value.shape) == 1:
             value = value.item()
         if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):

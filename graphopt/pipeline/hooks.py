@@ -50,5 +50,8 @@ class FullCheck(Hook):
 
     def after(self, step: Step, before: Program, after: Program, plan: Plan, target: str) -> None:
         """Export the result; run the pass's own proof where it ships one."""
+        from graphopt.pipeline.contract import called
+
         after.export()
-        step.instance.prove(before, after, plan)
+        with called(step.instance, "prove what it did"):
+            step.instance.prove(before, after, plan)

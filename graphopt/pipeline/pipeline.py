@@ -14,12 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from graphopt.errors import UsageError
+from graphopt.errors import UsageError, first_line, printable
+from graphopt.files import read_file
 from graphopt.ir.plain_data import Json
+from graphopt.pipeline.contract import called
 from graphopt.pipeline.options import build, changed
 from graphopt.pipeline.order import AnyPass, Step, check_order, complete
 from graphopt.pipeline.pass_base import Pass
 from graphopt.pipeline.registry import PassRegistry
+
+_LARGEST_FILE = 1 << 20  # bytes
+_FORM = "Expected one [[pass]] table per pass, with `name` and its options."
 
 
 @dataclass(frozen=True)
@@ -47,16 +52,10 @@ class Pipeline:
     def from_toml(cls, path: Path, registry: PassRegistry | None = None) -> Self:
         """Read the TOML form: one `[[pass]]` table each, `name` and options as keys."""
         registry = registry or PassRegistry()
-        try:
-            tables = tomllib.loads(path.read_text())["pass"]
-        except (OSError, tomllib.TOMLDecodeError, KeyError) as err:
-            raise UsageError(
-                f"{path} is not a pipeline: {err}. Expected one [[pass]] table per pass, with `name` and its options."
-            ) from err
         instances = []
-        for table in tables:
+        for table in _tables(path):
             options = {key: tuple(v) if isinstance(v, list) else v for key, v in table.items() if key != "name"}
-            instances.append(_build(str(table.get("name", "")), options, registry))
+            instances.append(_build(table["name"], options, registry))
         return cls._checked(instances, registry)
 
     @classmethod
@@ -87,6 +86,25 @@ class Pipeline:
     def fork(self) -> int:
         """Return the index of the first step that reads a target description; their number if none does."""
         return next((i for i, step in enumerate(self.steps) if step.instance.reads_target), len(self.steps))
+
+
+def _tables(path: Path) -> list[dict[str, Any]]:
+    """Return the tables of a pipeline file, one a pass, each with a `name`."""
+    try:
+        content = tomllib.loads(read_file(path, most=_LARGEST_FILE).decode())
+    except (OSError, ValueError, RecursionError) as err:  # what is not UTF-8, and integers too long to read, too
+        said = getattr(err, "strerror", None) or printable(first_line(err))
+        raise UsageError(f"{path} is not a pipeline: {said}. {_FORM}") from err
+    tables = content.get("pass")
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise UsageError(f"{path} is not a pipeline: `pass` is missing, or no list of tables. {_FORM}")
+    others = sorted(content.keys() - {"pass"})
+    if others:
+        raise UsageError(f"{path} holds `{printable(others[0])}` beside its passes. {_FORM}")
+    nameless = [number for number, table in enumerate(tables, start=1) if not isinstance(table.get("name"), str)]
+    if nameless:
+        raise UsageError(f"Pass {nameless[0]} of {path} has no `name`. {_FORM}")
+    return tables
 
 
 def _split(text: str) -> list[str]:
@@ -120,7 +138,8 @@ def _instance(item: AnyPass | type[AnyPass] | str, registry: PassRegistry) -> An
 
 def _build(name: str, options: Mapping[str, Any], registry: PassRegistry) -> AnyPass:
     found = registry.pass_class(name)
-    return found(build(name, found.options_type, options))
+    with called(found, "take its options"):
+        return found(build(name, found.options_type, options))
 
 
 def _toml(value: Json) -> str:

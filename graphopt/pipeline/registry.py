@@ -15,7 +15,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graphopt.errors import UsageError
+from graphopt.errors import UsageError, foreign_code
 
 if TYPE_CHECKING:
     from graphopt.pipeline.pass_base import Pass
@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 PASSES = "graphopt.passes"
 BACKENDS = "graphopt.backends"
+_PASS_NAME = r"[A-Za-z_][A-Za-z0-9_-]*"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +43,12 @@ class Entry:
             UsageError: it cannot be imported or is not a subclass of `base`.
         """
         if isinstance(self.loader, EntryPoint):
-            try:
+            with foreign_code(
+                lambda said, _: UsageError(
+                    f"`{self.name}` from {self.source} cannot be imported: {said}. Repair or uninstall it."
+                )
+            ):
                 loaded = self.loader.load()
-            except Exception as err:  # a stranger's module may raise anything on import
-                raise UsageError(
-                    f"`{self.name}` from {self.source} cannot be imported: {type(err).__name__}: {err}. "
-                    "Repair or uninstall it."
-                ) from err
         else:
             loaded = self.loader
         if not (inspect.isclass(loaded) and issubclass(loaded, base)):
@@ -220,4 +220,11 @@ def _passes_of_file(path: Path) -> list[Entry]:
     ]
     if not found and not any(rule.infer.__module__ == module.__name__ for rule in built_in_rules().values()):
         raise UsageError(f"The plugin {path} defines no pass. Define a subclass of graphopt.Pass in it.")
+    for value in found:
+        name = getattr(value, "name", None)
+        if not isinstance(name, str) or not re.fullmatch(_PASS_NAME, name):
+            raise UsageError(
+                f"The pass `{value.__name__}` of the plugin {path} is called {name!r}. Give the class a `name` of "
+                "letters, digits, `_` and `-`, by which pipelines name it."
+            )
     return [Entry(value.name, f"file {path}", value) for value in found]

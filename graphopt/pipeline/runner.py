@@ -14,6 +14,7 @@ from graphopt.ir.invariants import check_invariants
 from graphopt.ir.program import Program
 from graphopt.measure.equivalence import measure
 from graphopt.pipeline.context import Context
+from graphopt.pipeline.contract import called, checked_plan, checked_program
 from graphopt.pipeline.hooks import Hook
 from graphopt.pipeline.order import Step
 from graphopt.pipeline.pipeline import Pipeline
@@ -76,7 +77,8 @@ def run_step(step: Step, program: Program, ctx: Context, hooks: Sequence[Hook] =
     target = ctx.target.name if ctx.target else ""
     for hook in hooks:
         hook.before(step, program, target)
-    plan = step.instance.plan(program, ctx)
+    with called(step.instance, "plan"):
+        plan = checked_plan(step.instance, step.instance.plan(program, ctx))
     if not plan.sites and not plan.refusals and not step.inserted_for:
         plan = dataclasses.replace(plan, refusals=(_NOTHING_FOUND,))
     for hook in hooks:
@@ -91,7 +93,8 @@ def apply(instance: Any, program: Program, plan: Plan) -> Program:
     """Carry out a plan and check what every pass must keep. A plan without sites returns `program` itself."""
     if not plan.sites:
         return program
-    result: Program = instance.apply(program, plan)
+    with called(instance, "apply its plan"):
+        result = checked_program(instance, instance.apply(program, plan))
     if result.graph_module is program.graph_module:
         raise VerifyError(f"Pass `{instance.name}` returned the program it was given. Work on `program.copy()`.")
     exact = instance.tolerance is not None

@@ -81,6 +81,7 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Fails:
         assert found == code, streams.err
         assert streams.err.count("graphopt: ") == 1
         assert "Traceback" not in streams.err + streams.out
+        assert "This is a bug" not in streams.err
         said = streams.err.partition("graphopt: ")[2].strip()
         assert len(said.splitlines()) == 1
         return said

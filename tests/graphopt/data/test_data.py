@@ -508,6 +508,25 @@ class Disguised:
         return self.batches
 
 
+@pytest.mark.parametrize("raised", [ValueError("boom"), SystemExit(0), GeneratorExit(), StopIteration(3)])
+def test_batches_and_functions_that_raise(raised: BaseException) -> None:
+    class Batches:
+        def __iter__(self) -> Iterator[torch.Tensor]:
+            return self
+
+        def __next__(self) -> torch.Tensor:
+            raise raised
+
+    def function() -> torch.Tensor:
+        raise raised
+
+    if not isinstance(raised, StopIteration):  # which ends the batches
+        with pytest.raises(DataError, match=f"Drawing the next batch of the data raised {type(raised).__name__}"):
+            Samples.open(Batches(), ["x"])
+    with pytest.raises(DataError, match=f"The data function `function` raised {type(raised).__name__}"):
+        Samples.open(function, ["x"])
+
+
 def test_an_iterable_that_is_spent_once_read_is_kept() -> None:
     samples = Samples.open(Disguised(), ["x"])
     same(samples, X)

@@ -123,6 +123,47 @@ def test_two_modules_of_one_name_beside_two_files(text: str, tmp_path: Path) -> 
     assert len([name for name in sys.modules if name.startswith("graphopt_plugin_mine")]) == 1
 
 
+def test_two_modules_of_one_name_beside_two_helpers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = two(tmp_path, "sibling.py", "word = VALUE")
+    for folder in "ab":
+        (tmp_path / folder / f"sibling_{folder}.py").write_text("import sibling")
+        (tmp_path / folder / f"mine_{folder}.py").write_text(f"import sibling_{folder}\ndef data():\n    return 1\n")
+    import_file(tmp_path / "a" / "mine_a.py")
+    monkeypatch.chdir(tmp_path / "b")
+    refusals = (lambda: import_file(Path("mine_b.py")), lambda: resolve_function("mine_b:data", "--data"))
+    for refused in refusals:
+        with pytest.raises(UsageError, match=f"`sibling` is {one} in this process, and {other} would be it too"):
+            refused()
+
+
+def test_files_that_import_each_other(tmp_path: Path) -> None:
+    (tmp_path / "sibling.py").write_text("import sibling_two\nword = 1")
+    (tmp_path / "sibling_two.py").write_text("import sibling")
+    (tmp_path / "mine.py").write_text("from sibling import word")
+    assert import_file(tmp_path / "mine.py").word == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("raise SystemExit(0)", "SystemExit: 0"),
+        ("class Stop(BaseException): pass\nraise Stop", "Stop"),
+        ("class Stop(KeyboardInterrupt): pass\nraise Stop", "Stop"),
+        ("raise ValueError('one\\ntwo\\x1b[2J')", "ValueError: one"),
+    ],
+)
+def test_a_file_that_ends_the_process(text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(f"x = 1\n{text}")
+    line = len(text.splitlines()) + 1
+    with pytest.raises(UsageError) as caught:
+        import_file(tmp_path / "mine.py")
+    place = tmp_path / "mine.py"
+    assert str(caught.value) == f"The plugin {place} cannot be imported: {said} ({place}:{line})."
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=f"importing `mine` failed .{said}.; the current directory"):
+        resolve_function("mine:build", "--factory")
+
+
 def test_a_module_of_the_standard_library_is_that_whatever_lies_beside(tmp_path: Path) -> None:
     (tmp_path / "dataclasses.py").write_text("raise ValueError")
     (tmp_path / "mine.py").write_text("import dataclasses, json\nasdict = dataclasses.asdict")

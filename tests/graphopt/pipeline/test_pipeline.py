@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -94,11 +96,48 @@ def test_fork_is_at_the_first_pass_that_reads_the_target() -> None:
     assert parse("scale,random").fork() == 2
 
 
-def test_not_a_pipeline_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"[tool]\n", "`pass` is missing"),
+        (b"", "`pass` is missing"),
+        (b"[pass]\nname = 'scale'\n", "`pass` is missing, or no list of tables"),
+        (b"pass = 3\n", "no list of tables"),
+        (b"pass = [3]\n", "no list of tables"),
+        (b"[[pass]]\nfactor = 0.5\n", "Pass 1 of .* has no `name`"),
+        (b"[[pass]]\nname = 3\n", "Pass 1 of .* has no `name`"),
+        (b"[[pass]]\nname = 'scale'\n[[pas]]\nname = 'random'\n", "holds `pas` beside its passes"),
+        (b"[[pass]]\nname = 'scale'\nfactor = {a = 1}\n", "`scale` cannot take `factor=.*`"),
+        (b"[[pass]]\nname = 'scale'\nlimit = 1979-05-27\n", "`scale` cannot take `limit=.*`"),
+        (b"[[pass]]\nname = 'scale'\nfactor = nan\n", "`scale` cannot take `factor=nan`"),
+        (b"[[pass]]\nname = 'scale'\nskip = [[['a']]]\n", "`scale` cannot take `skip=.*`"),
+        (b"[[pass]]\nname = 'scale'\ntimes = " + b"9" * 5000, "is not a pipeline: "),
+        (b"pass = " + b"[" * 5000, "is not a pipeline: "),
+        ("[[pass]]\nname = 'é'\n".encode("latin1"), "is not a pipeline: .*utf-8"),
+        (bytes(range(256)), "is not a pipeline: "),
+        (b" " * (1 << 21), "is not a pipeline: it has more than the 1,048,576 bytes"),
+    ],
+)
+def test_not_a_pipeline_file(tmp_path: Path, content: bytes, reason: str) -> None:
     file = tmp_path / "x.toml"
-    file.write_text("[tool]\n")
-    with pytest.raises(UsageError, match=r"is not a pipeline.*one \[\[pass\]\] table per pass"):
+    file.write_bytes(content)
+    with pytest.raises(UsageError, match=reason):
         Pipeline.from_toml(file, REGISTRY)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (os.mkfifo, "it is a FIFO, not a regular file"),
+        (lambda path: path.symlink_to("/dev/zero"), "it is a device, not a regular file"),
+        (Path.mkdir, "Is a directory"),
+        (lambda path: None, "No such file"),
+    ],
+)
+def test_not_even_a_file(tmp_path: Path, make: Callable[[Path], object], reason: str) -> None:
+    make(tmp_path / "x.toml")
+    with pytest.raises(UsageError, match=reason):
+        Pipeline.from_toml(tmp_path / "x.toml", REGISTRY)
 
 
 def test_help_comes_from_the_options_alone() -> None:

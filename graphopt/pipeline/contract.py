@@ -1,0 +1,78 @@
+"""What a pass raises or returns against its contract, as one sentence that names the pass, its file and the line."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from graphopt.errors import PassError, foreign_code, line_of
+from graphopt.ir.program import Program
+from graphopt.pipeline.plan import Plan, Refusal
+
+AnyPass = Any  # an instance or class of `Pass`, which imports the plan that this module checks
+
+
+def called(pass_: AnyPass, deed: str) -> contextlib.AbstractContextManager[None]:
+    """Turn what a method of a pass raises, unless it is one of our errors, into a `PassError`.
+
+    Args:
+        pass_: the pass, or its class where there is no instance yet.
+        deed: what it was called for: "plan", "apply", ...
+    """
+    kind = pass_ if isinstance(pass_, type) else type(pass_)
+
+    def failed(said: str, err: BaseException) -> PassError:
+        line = line_of(err, kind.__module__)
+        where = f" ({line})" if line else ""
+        return PassError(
+            f"Pass `{kind.name}` from {_file(kind)} failed to {deed}: {said}{where}. Repair the pass, or leave it out."
+        )
+
+    return foreign_code(failed)
+
+
+def checked_plan(pass_: AnyPass, plan: Any) -> Plan:
+    """Return what `plan` returned.
+
+    Raises:
+        PassError: it is no plan of the type that the pass declares, or its fields are not what they must be.
+    """
+    if not isinstance(plan, pass_.plan_type):
+        raise _returned(pass_, "plan", plan, pass_.plan_type)
+    tensors = plan.tensors.values() if isinstance(plan.tensors, Mapping) else [plan.tensors]
+    fields: tuple[tuple[str, Iterable[object], type], ...] = (
+        ("sites", plan.sites, str),
+        ("refusals", plan.refusals, Refusal),
+        ("tensors", tensors, torch.Tensor),
+    )
+    for name, values, wanted in fields:
+        odd = next((value for value in values if not isinstance(value, wanted)), None)
+        if odd is not None:
+            raise PassError(
+                f"Pass `{pass_.name}` from {_file(type(pass_))} planned with a {type(odd).__name__} in `{name}`, "
+                f"where each is a {wanted.__name__}. Repair the pass."
+            )
+    return plan
+
+
+def checked_program(pass_: AnyPass, program: Any) -> Program:
+    """Return what `apply` returned; raises `PassError` where it is no program."""
+    if not isinstance(program, Program):
+        raise _returned(pass_, "apply", program, Program)
+    return program
+
+
+def _returned(pass_: AnyPass, method: str, value: object, wanted: type) -> PassError:
+    code = inspect.unwrap(getattr(type(pass_), method)).__code__
+    return PassError(
+        f"Pass `{pass_.name}` from {_file(type(pass_))} returned a {type(value).__name__} from `{method}` "
+        f"({code.co_filename}:{code.co_firstlineno}), not a {wanted.__name__}. Repair the pass, or leave it out."
+    )
+
+
+def _file(kind: type) -> str:
+    return str(inspect.getsourcefile(kind) or kind.__module__)
