@@ -21,6 +21,7 @@ from graphopt.capturing.lost import lost_in_eval
 from graphopt.capturing.model_calls import (
     check_module,
     check_names,
+    gradients_recorded,
     in_eval_mode,
     random_state_kept,
     spelled_out,
@@ -28,6 +29,7 @@ from graphopt.capturing.model_calls import (
     without_compiling,
     without_fast_paths,
     without_idle_conversions,
+    without_inference_tensors,
 )
 from graphopt.capturing.normal_form import normalise
 from graphopt.errors import CaptureError, ExampleError, UsageError
@@ -48,6 +50,7 @@ _SMALLEST_DYNAMIC_BATCH = 2  # torch.export specialises an axis of size 1
 
 @compiled_for_their_shapes()
 @random_state_kept()
+@gradients_recorded()
 def capture(
     model: nn.Module,
     args: Sequence[Any] | torch.Tensor,
@@ -78,7 +81,8 @@ def capture(
     model = uncompiled(model)
     check_names(model)
     args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
-    kwargs = dict(kwargs or {})
+    args = tuple(pytree.tree_map_only(torch.Tensor, _fit_for_training, args))
+    kwargs = dict(pytree.tree_map_only(torch.Tensor, _fit_for_training, dict(kwargs or {})))
     left: list[str] = []
     if isinstance(model, fx.GraphModule):  # what torch.export made refuses eval()
         model = copy_graph_module(model)
@@ -88,6 +92,7 @@ def capture(
         in_eval_mode(model),
         without_compiling(model),
         without_fast_paths(),
+        without_inference_tensors(model),
         spelled_out(model, kwargs),
         torch.no_grad(),
         warnings.catch_warnings(),
@@ -98,6 +103,10 @@ def capture(
         check_equal(program, expected, args, kwargs)
         check_repeatable(program, args, kwargs)
     return program if share_tensors else program.copy(share_tensors=False)
+
+
+def _fit_for_training(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def exported_in_training(switched: Sequence[str]) -> list[Note]:

@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 
 from graphopt.capturing.capture import capture, exported_in_training, from_exported
 from graphopt.capturing.checks import check_repeatable
-from graphopt.capturing.model_calls import check_module, random_state_kept, uncompiled
+from graphopt.capturing.model_calls import check_module, gradients_recorded, random_state_kept, uncompiled
 from graphopt.data import InputSpec, Samples
 from graphopt.errors import CaptureError, DataError, ExampleError, LoadError, UsageError
 from graphopt.files import check_against_manifest
@@ -31,6 +31,7 @@ _SIGNATURE = "graphopt.json"
 
 
 @random_state_kept()
+@gradients_recorded()
 def load(
     path: str | Path | None = None,
     *,

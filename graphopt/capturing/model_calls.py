@@ -122,6 +122,36 @@ def random_state_kept() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def gradients_recorded() -> Iterator[None]:
+    """Record gradients, and make tensors that can be trained, where the caller has switched both off."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+@contextlib.contextmanager
+def without_inference_tensors(model: nn.Module) -> Iterator[None]:
+    """Put copies in the place of what was made in inference mode, which is neither exported nor trained outside it."""
+    tables = [table for module in model.modules() for table in (module._parameters, module._buffers)]
+    held = [(table, name, tensor) for table in tables for name, tensor in table.items() if tensor is not None]
+    held = [entry for entry in held if entry[2].is_inference()]
+    copies: dict[torch.Tensor, Any] = {}  # of tied ones one
+    for _, _, tensor in held:
+        copies.setdefault(tensor, _trainable_copy(tensor))
+    try:
+        for table, name, tensor in held:
+            table[name] = copies[tensor]
+        yield
+    finally:
+        for table, name, tensor in held:
+            table[name] = tensor  # type: ignore[assignment]
+
+
+def _trainable_copy(tensor: torch.Tensor) -> torch.Tensor:
+    copy = tensor.detach().clone()
+    return nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
+
+
+@contextlib.contextmanager
 def with_its_buffers(model: nn.Module) -> Iterator[None]:
     """Give buffers back the tensors and values they had: a forward may write to them."""
     held = [(table, name, tensor) for table, name, tensor in _buffers(model)]

@@ -58,8 +58,9 @@ class TensorColumn:
         return str(self.tensor.dtype).removeprefix("torch.")
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Return a view of the samples, detached and on the CPU."""
-        return part(self.tensor, start, stop).detach().cpu()
+        """Return a view of the samples, detached and on the CPU; a copy where it could not be trained with."""
+        found = part(self.tensor, start, stop).detach().cpu()
+        return found.clone() if found.is_inference() else found
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from graphopt.capturing.model_calls import random_state_kept
+from graphopt.capturing.model_calls import gradients_recorded, random_state_kept
 from graphopt.data import Samples
 from graphopt.data.batches import Batch, SampleSource, batch_count, whole_batches
 from graphopt.data.split import Split, split
@@ -95,6 +95,7 @@ class Job:
         self.metric = None if self.evaluation is None else _evaluator(self.evaluation, self.original)
 
     @random_state_kept()
+    @gradients_recorded()
     @compiled_for_their_shapes()
     def run(self, pipeline: Pipeline, *, hooks: Sequence[Hook] = (), check: str = "fast") -> Outcome:
         """Run a pipeline on the original program.
@@ -139,6 +140,7 @@ class Job:
         return Outcome(pipeline, made.programs, made.plans, report)
 
     @random_state_kept()
+    @gradients_recorded()
     @compiled_for_their_shapes()
     def deliver(self, outcome: Outcome, *, bench: bool = True) -> Result:
         """Lower the programs of an outcome, verify and time what came of it.

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from graphopt.capturing.load import with_data
-from graphopt.capturing.model_calls import random_state_kept
+from graphopt.capturing.model_calls import gradients_recorded, random_state_kept
 from graphopt.ir.program import Program
 from graphopt.job.job import DEFAULT_TARGET, Job
 from graphopt.job.result import Result
@@ -24,6 +24,7 @@ DEFAULT_PASSES = "prune,svd,int8"
 
 
 @random_state_kept()
+@gradients_recorded()
 def optimize(
     model: nn.Module | Program,
     data: Any = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from graphopt.capturing.model_calls import gradients_recorded
 from graphopt.errors import PassError
 from graphopt.ir.program import Program
 from graphopt.job import manifest
@@ -16,6 +17,7 @@ from graphopt.pipeline.runner import apply
 logger = logging.getLogger(__name__)
 
 
+@gradients_recorded()
 def replay(program: Program, manifest_path: str | Path, registry: PassRegistry | None = None) -> dict[str, Program]:
     """Apply every plan of a manifest to the program they were made for.
 

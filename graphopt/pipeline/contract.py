@@ -23,7 +23,7 @@ def called(pass_: AnyPass, deed: str) -> contextlib.AbstractContextManager[None]
         pass_: the pass, or its class where there is no instance yet.
         deed: what it was called for: "plan", "apply", ...
     """
-    kind = pass_ if isinstance(pass_, type) else type(pass_)
+    kind: Any = pass_ if isinstance(pass_, type) else type(pass_)
 
     def failed(said: str, err: BaseException) -> PassError:
         line = line_of(err, kind.__module__)
@@ -35,13 +35,13 @@ def called(pass_: AnyPass, deed: str) -> contextlib.AbstractContextManager[None]
     return foreign_code(failed)
 
 
-def checked_plan(pass_: AnyPass, plan: Any) -> Plan:
+def checked_plan(pass_: AnyPass, plan: object) -> Plan:
     """Return what `plan` returned.
 
     Raises:
         PassError: it is no plan of the type that the pass declares, or its fields are not what they must be.
     """
-    if not isinstance(plan, pass_.plan_type):
+    if not isinstance(plan, Plan) or not isinstance(plan, pass_.plan_type):
         raise _returned(pass_, "plan", plan, pass_.plan_type)
     tensors = plan.tensors.values() if isinstance(plan.tensors, Mapping) else [plan.tensors]
     fields: tuple[tuple[str, Iterable[object], type], ...] = (
@@ -59,7 +59,7 @@ def checked_plan(pass_: AnyPass, plan: Any) -> Plan:
     return plan
 
 
-def checked_program(pass_: AnyPass, program: Any) -> Program:
+def checked_program(pass_: AnyPass, program: object) -> Program:
     """Return what `apply` returned; raises `PassError` where it is no program."""
     if not isinstance(program, Program):
         raise _returned(pass_, "apply", program, Program)

@@ -31,7 +31,7 @@ from torch import fx
 
 from graphopt.axes.groups import Group
 from graphopt.data.batches import batch_count, whole_batches, whole_labelled_batches
-from graphopt.errors import DataError, PassError
+from graphopt.errors import DataError, PassError, foreign_code
 from graphopt.ir.graph import tensor_attribute
 from graphopt.ir.torch_internals import pytree
 from graphopt.ir.walker import Walker
@@ -210,12 +210,10 @@ def _along_random(output: Any, generator: torch.Generator) -> torch.Tensor:
 
 def _checked(loss: Callable[[Any, torch.Tensor | None], torch.Tensor], output: Any, labels: Any) -> torch.Tensor:
     given = "no labels, for the data has none" if labels is None else f"labels of shape {tuple(labels.shape)}"
-    try:
+    with foreign_code(
+        lambda said, _: DataError(f"The loss failed with {said}. It was called with the model's output and {given}.")
+    ):
         value = loss(output, labels)
-    except Exception as err:  # the user's function may raise anything
-        raise DataError(
-            f"The loss failed with {type(err).__name__}: {err}. It was called with the model's output and {given}."
-        ) from err
     if not isinstance(value, torch.Tensor) or value.numel() != 1:
         found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
         raise DataError(f"The loss returned {found}; expected a scalar tensor. It was called with {given}.")
