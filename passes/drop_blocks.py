@@ -43,7 +43,8 @@ class DropBlocksOptions:
 
     blocks: number of branches to drop.
     ratio: share of the branches that could go, rounded down, one at least.
-    sqnr: drop while the outputs stay within so many dB of the original's on the calibration data.
+    sqnr: drop while the outputs stay within so many dB of the original's, on samples that are not chosen by where
+        there are enough to spare some.
     criterion: the error of the outputs without the branch; how far it turns the stream it is added to; at random, as
         a control; from the last one on. The last two need no data.
     rescore: measure again after each drop what the others contribute now.
@@ -84,10 +85,6 @@ class DropBlocksPlan(Plan):
     asked: int | None = None
     dropped: tuple[str, ...] = ()
     blocks: Mapping[str, Mapping[str, Json]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Turn stored JSON back into a tuple."""
-        object.__setattr__(self, "dropped", tuple(self.dropped))
 
     def summary(self) -> str:
         """Return "asked for 3, dropped 2; matched 12, ..."."""

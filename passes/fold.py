@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -56,10 +55,6 @@ class FoldPlan(Plan):
     """
 
     rounds: tuple[FoldRound, ...] = ()
-
-    def __post_init__(self) -> None:
-        """Turn stored JSON back into records."""
-        object.__setattr__(self, "rounds", tuple(_round(item) for item in self.rounds))
 
 
 class Fold(Pass[NoOptions, FoldPlan]):
@@ -137,17 +132,3 @@ def _apply_constants(program: Program, found: FoldRound, tensors: Mapping[str, t
 
 def _apply_affines(program: Program, found: FoldRound) -> Program:
     return apply_affine_folds(program, found.affines) if found.affines else program
-
-
-def _round(item: FoldRound | Mapping[str, Any]) -> FoldRound:
-    """Return a round that may have come from JSON."""
-    if isinstance(item, FoldRound):
-        return item
-    return FoldRound(
-        dropped=tuple(item["dropped"]),
-        constants=tuple(ConstantFold(**fold) for fold in item["constants"]),
-        affines=tuple(
-            AffineFold(tuple(f["affines"]), tuple(f["calls"]), f["side"], f["weight"], f["bias"])
-            for f in item["affines"]
-        ),
-    )

@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from graphopt.errors import CaptureError, UsageError
-from graphopt.ir.torch_internals import target_of_conversion
+from graphopt.ir.torch_internals import compiled_module, is_compiled, target_of_conversion
 
 
 def check_module(model: object) -> None:
@@ -40,14 +40,13 @@ def check_names(model: nn.Module) -> None:
 
 def uncompiled(model: nn.Module) -> nn.Module:
     """Return the module that `torch.compile` wrapped, whose forward has the user's argument names."""
-    original = getattr(model, "_orig_mod", None)
-    return original if _is_wrapper(model) and isinstance(original, nn.Module) else model
+    return compiled_module(model) or model
 
 
 @contextlib.contextmanager
 def without_compiling(model: nn.Module) -> Iterator[None]:
     """Run the parts of a model that `torch.compile` was put on as they are: compiling them would take minutes."""
-    if not any(_is_wrapper(module) or module._compiled_call_impl is not None for module in model.modules()):
+    if not any(map(is_compiled, model.modules())):
         yield
         return
     with torch.compiler.set_stance("force_eager"):
@@ -67,10 +66,6 @@ def without_fast_paths() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
-
-
-def _is_wrapper(module: nn.Module) -> bool:
-    return type(module).__name__ == "OptimizedModule"  # importing torch._dynamo for its class would cost a second
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,36 +42,39 @@ Format = Annotated[str, typer.Option("--format", help="What to print on stdout: 
 _DYNAMIC = re.compile(r"(?P<input>[^:=]+):(?P<axis>\d+)(=\w+)?$")
 
 
-def load_program(model: Path | None, **named: Any) -> Program:
-    """Load what the arguments name as a program; they are those of `load_program_and_data`."""
-    return load_program_and_data(model, **named)[0]
+@dataclass(frozen=True, kw_only=True)
+class ModelArguments:
+    """Which model, and on which data: what the arguments of a command say."""
 
+    model: Path | None
+    data: str | None = None
+    inputs: Sequence[str] | None = None
+    dynamic: Sequence[str] | None = None
+    factory: str | None = None
+    weights: Path | None = None
+    trust: bool = False
+    seed: int = 0
 
-def load_program_and_data(
-    model: Path | None,
-    *,
-    data: str | None,
-    inputs: Sequence[str] | None,
-    dynamic: Sequence[str] | None,
-    factory: str | None,
-    weights: Path | None,
-    trust: bool,
-    seed: int,
-) -> tuple[Program, Samples | None]:
-    """Load what the arguments name as a program, and open its data."""
-    from graphopt.capturing.load import load_with_data
-    from graphopt.data import parse_input_spec
+    @property
+    def name(self) -> str:
+        """What reports call the model."""
+        return self.model.name if self.model is not None else str(self.factory)
 
-    return load_with_data(
-        model,
-        data=data,
-        inputs=[parse_input_spec(text) for text in inputs or ()],
-        trust=trust,
-        factory=factory,
-        weights=weights,
-        dynamic_shapes=_dynamic_shapes(dynamic),
-        seed=seed,
-    )
+    def load(self) -> tuple[Program, Samples | None]:
+        """Load the model as a program, and open the data, once for both."""
+        from graphopt.capturing.load import load_with_data
+        from graphopt.data import parse_input_spec
+
+        return load_with_data(
+            self.model,
+            data=self.data,
+            inputs=[parse_input_spec(text) for text in self.inputs or ()],
+            trust=self.trust,
+            factory=self.factory,
+            weights=self.weights,
+            dynamic_shapes=_dynamic_shapes(self.dynamic),
+            seed=self.seed,
+        )
 
 
 def _dynamic_shapes(texts: Sequence[str] | None) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from graphopt.cli import arguments
-from graphopt.cli.arguments import Data, Format, Input, Seed, Trust
+from graphopt.cli.arguments import Data, Format, Input, ModelArguments, Seed, Trust
 
 if TYPE_CHECKING:
     from graphopt.measure.bench import Comparison, TimedPair
@@ -39,7 +39,8 @@ def command(
     with ScratchDirectory() as home:
 
         def opened(path: Path, name: str) -> Artifact:
-            return _artifact(path, Path(home), name, target, data, inputs, trust, seed)
+            source = ModelArguments(model=path, data=data, inputs=inputs, trust=trust, seed=seed)
+            return _artifact(path, Path(home), name, target, source)
 
         first = opened(one, "a")
         second = opened(other, "b") if other is not None else first
@@ -52,9 +53,7 @@ def command(
         _print(found, str(one), str(other) if other is not None else None)
 
 
-def _artifact(
-    path: Path, home: Path, name: str, target: str, data: str | None, inputs: list[str] | None, trust: bool, seed: int
-) -> Artifact:
+def _artifact(path: Path, home: Path, name: str, target: str, source: ModelArguments) -> Artifact:
     from graphopt.files import check_against_manifest
     from graphopt.pipeline.registry import backend
 
@@ -62,9 +61,7 @@ def _artifact(
     if path.suffix == chosen.suffix:
         check_against_manifest(path)
         return chosen.open(path)
-    program = arguments.load_program(
-        path, data=data, inputs=inputs, dynamic=None, factory=None, weights=None, trust=trust, seed=seed
-    )
+    program, _ = source.load()
     return chosen.lower(program, chosen.path_in(home, name))
 
 

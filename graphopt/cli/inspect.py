@@ -8,7 +8,18 @@ from collections import Counter
 from typing import Any
 
 from graphopt.cli import arguments
-from graphopt.cli.arguments import Data, Dynamic, Factory, Format, Input, ModelPath, Seed, Trust, Weights
+from graphopt.cli.arguments import (
+    Data,
+    Dynamic,
+    Factory,
+    Format,
+    Input,
+    ModelArguments,
+    ModelPath,
+    Seed,
+    Trust,
+    Weights,
+)
 
 
 def command(
@@ -24,9 +35,10 @@ def command(
 ) -> None:
     """Show inputs, outputs, operators and cost of a model."""
     arguments.check_format(format)
-    program = arguments.load_program(
-        model, data=data, inputs=inputs, dynamic=dynamic, factory=factory, weights=weights, trust=trust, seed=seed
+    source = ModelArguments(
+        model=model, data=data, inputs=inputs, dynamic=dynamic, factory=factory, weights=weights, trust=trust, seed=seed
     )
+    program, _ = source.load()
     from graphopt.ir.operators import short_name
     from graphopt.measure.cost import cost
 

@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from graphopt.cli import arguments
-from graphopt.cli.arguments import Data, Dynamic, Factory, Format, Input, ModelPath, Seed, Trust, Weights
+from graphopt.cli.arguments import (
+    Data,
+    Dynamic,
+    Factory,
+    Format,
+    Input,
+    ModelArguments,
+    ModelPath,
+    Seed,
+    Trust,
+    Weights,
+)
 from graphopt.cli.depfile import rules as depfile_rules
 from graphopt.errors import GateError, UsageError
 from graphopt.files import MANIFEST, WRITING, replacing
@@ -19,7 +30,6 @@ from graphopt.files import MANIFEST, WRITING, replacing
 if TYPE_CHECKING:
     from graphopt.job.result import Result
     from graphopt.pipeline.pipeline import Pipeline
-    from graphopt.targets.backend import Backend
 
 DEFAULT_PASSES = "prune,svd,int8"
 
@@ -59,12 +69,18 @@ def command(
     """Prune, factorise, quantize and lower a model; verify and time the result."""
     from graphopt.cli.gates import Gate, check_measured
     from graphopt.cli.gates import check as check_gates
+    from graphopt.cli.progress import TerminalProgress
+    from graphopt.job.job import Job
+    from graphopt.pipeline.hooks import Dump
     from graphopt.pipeline.registry import backends_named
 
     arguments.check_format(format)
+    source = ModelArguments(
+        model=model, data=data, inputs=inputs, dynamic=dynamic, factory=factory, weights=weights, trust=trust, seed=seed
+    )
     gates = [Gate.parse(text) for text in fail_if or ()]
     pipeline = _pipeline(passes, plugin or ())
-    directory = output or _default_directory(model, factory)
+    directory = output or _default_directory(source)
     if directory.exists() and not directory.is_dir():
         raise UsageError(f"{directory} is a file. Give -o a directory.")
     if depfile is not None and depfile.exists() and not depfile.is_file():
@@ -75,15 +91,25 @@ def command(
     failed = _directory_of_failure(directory, expected=bool(gates) and not plan)
     used = [model, weights, *_paths(data, evaluation, passes), *(plugin or ())]
     rules = depfile_rules([item.path_in(directory) for item in backends], used) if depfile is not None else b""
-    result = _optimize(
-        model, pipeline, data, evaluation, backends, inputs, dynamic, factory, weights, trust, check, bench, dump, seed,
-        not plan,
-    )  # fmt: skip
+
+    program, samples = source.load()
+    job = Job(
+        program,
+        samples,
+        evaluation=evaluation,
+        backends=backends,
+        seed=seed,
+        progress=TerminalProgress(),
+        name=source.name,
+    )
+    outcome = job.run(pipeline, hooks=[Dump(dump)] if dump else [], check=check)
     if plan:
+        result = job.undelivered(outcome)
         json.dump([found.to_json() for found in result.plans], sys.stdout, indent=1)
         print()
         check_gates(gates, result.report)
         return
+    result = job.deliver(outcome, bench=bench)
     try:
         check_gates(gates, result.report)
     except (GateError, UsageError) as err:
@@ -107,11 +133,11 @@ def _pipeline(passes: str, plugins: Sequence[Path]) -> Pipeline:
     return Pipeline.parse(passes, registry)
 
 
-def _default_directory(model: Path | None, factory: str | None) -> Path:
-    if model is not None:
-        return model.with_name(f"{model.stem}.graphopt")
-    if factory is not None:
-        return Path(f"{factory.partition(':')[2] or factory}.graphopt")
+def _default_directory(source: ModelArguments) -> Path:
+    if source.model is not None:
+        return source.model.with_name(f"{source.model.stem}.graphopt")
+    if source.factory is not None:
+        return Path(f"{source.factory.partition(':')[2] or source.factory}.graphopt")
     raise UsageError("Give the path of a model file, or --factory package.module:function.")
 
 
@@ -128,43 +154,6 @@ def _directory_of_failure(directory: Path, *, expected: bool) -> Path:
     if expected and (failed.is_symlink() or (failed.exists() and not written)):
         raise UsageError(f"{failed} is where results go if a gate fails, and holds something else. Move it away.")
     return failed
-
-
-def _optimize(
-    model: Path | None,
-    pipeline: Pipeline,
-    data: str | None,
-    evaluation: str | None,
-    backends: Sequence[Backend],
-    inputs: list[str] | None,
-    dynamic: list[str] | None,
-    factory: str | None,
-    weights: Path | None,
-    trust: bool,
-    check: str,
-    bench: bool,
-    dump: Path | None,
-    seed: int,
-    lower: bool,
-) -> Result:
-    from graphopt.cli.progress import TerminalProgress
-    from graphopt.job.job import Job
-    from graphopt.pipeline.hooks import Dump
-
-    program, samples = arguments.load_program_and_data(
-        model, data=data, inputs=inputs, dynamic=dynamic, factory=factory, weights=weights, trust=trust, seed=seed
-    )
-    job = Job(
-        program,
-        samples,
-        evaluation=evaluation,
-        backends=tuple(backends),
-        seed=seed,
-        progress=TerminalProgress(),
-        name=model.name if model is not None else str(factory),
-    )
-    outcome = job.run(pipeline, hooks=[Dump(dump)] if dump else [], check=check)
-    return job.deliver(outcome, bench=bench) if lower else job.undelivered(outcome)
 
 
 def _print(result: Result, directory: Path, format: str) -> None:

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from graphopt.cli import arguments
-from graphopt.cli.arguments import Data, Dynamic, Factory, Input, ModelPath, Seed, Trust, Weights
+from graphopt.cli.arguments import Data, Dynamic, Factory, Input, ModelArguments, ModelPath, Seed, Trust, Weights
 
 
 def command(
@@ -29,9 +28,10 @@ def command(
     from graphopt.job.replaying import replay
     from graphopt.pipeline.registry import PassRegistry, backend
 
-    program = arguments.load_program(
-        model, data=data, inputs=inputs, dynamic=dynamic, factory=factory, weights=weights, trust=trust, seed=seed
+    source = ModelArguments(
+        model=model, data=data, inputs=inputs, dynamic=dynamic, factory=factory, weights=weights, trust=trust, seed=seed
     )
+    program, _ = source.load()
     programs = replay(program, manifest, PassRegistry(plugin or ()))
     with replacing_directory(output) as directory:
         for target, result in programs.items():

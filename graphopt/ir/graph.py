@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,15 @@ from torch import fx
 
 from graphopt.errors import PassError
 from graphopt.ir.aliasing import written_inputs
-from graphopt.ir.torch_internals import FakeTensorMode, ShapeEnv, detect_fake_mode, pytree
+from graphopt.ir.torch_internals import (
+    FakeTensorMode,
+    ShapeEnv,
+    copy_code_generator,
+    copy_structures,
+    detect_fake_mode,
+    pytree,
+    set_output_structure,
+)
 
 
 def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
@@ -25,7 +32,7 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     result = graph.graph_copy(gm.graph, memo)
     source = next(node for node in gm.graph.nodes if node.op == "output")
     graph.output(result).meta.update(source.meta)
-    graph.set_codegen(gm.graph._codegen)
+    copy_code_generator(gm, graph)
     for old, new in memo.items():
         new.meta = dict(old.meta)
     copied = assemble(gm, graph)
@@ -46,23 +53,14 @@ def assemble(gm: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
     attributes = {name: _attribute(gm, name) for name in named}
     result = fx.GraphModule(attributes, graph)
     result.meta.update(gm.meta)
-    for name in ("_in_spec", "_out_spec"):
-        if hasattr(gm, name):
-            setattr(result, name, getattr(gm, name))
+    copy_structures(gm, result)
     return result
 
 
 def restructure(gm: fx.GraphModule, structure: pytree.TreeSpec) -> fx.GraphModule:
-    """Return a module of the graph of `gm` whose results are arranged in another structure.
-
-    The generated code reads it from the module, the interpreter from the code generator (torch 2.13).
-    """
-    generator: Any = copy.copy(gm.graph._codegen)
-    generator.pytree_info = generator.pytree_info._replace(out_spec=structure)
-    gm.graph.set_codegen(generator)
-    result = assemble(gm, gm.graph)
-    result._out_spec = structure
-    return result
+    """Return a module of the graph of `gm` whose results are arranged in another structure."""
+    set_output_structure(gm, structure)
+    return assemble(gm, gm.graph)
 
 
 def tensor_attribute(gm: fx.GraphModule, name: str) -> torch.Tensor:

@@ -22,7 +22,7 @@ from graphopt.errors import UsageError
 from graphopt.files import ScratchDirectory, failing_late, replacing
 from graphopt.ir.graph import assemble, copy_graph_module
 from graphopt.ir.signature import Note, TensorSpec, batch_size
-from graphopt.ir.torch_internals import pytree, tree_flatten_spec
+from graphopt.ir.torch_internals import flat_arguments, pytree
 from graphopt.ir.training import is_training, set_training
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ class Program:
 
     def flat_arguments(self, tensors: Sequence[torch.Tensor]) -> list[Any]:
         """Return what each placeholder of the graph takes, for flat inputs in the order of `inputs`."""
-        return list(tree_flatten_spec(self.unflatten(tensors), self.graph_module._in_spec))
+        return flat_arguments(self.graph_module, *self.unflatten(tensors))
 
     def export(self) -> ExportedProgram:
         """Export the graph again with the same signature and dynamic axes."""

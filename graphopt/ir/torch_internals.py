@@ -7,6 +7,7 @@ something else. Where versions differ, the difference is settled here.
 from __future__ import annotations
 
 import contextlib
+import copy
 from typing import IO, Any
 
 import torch
@@ -33,10 +34,15 @@ __all__ = [
     "OperatorBase",
     "ShapeEnv",
     "arguments_by_name",
+    "compiled_module",
     "compiler_settings",
+    "copy_code_generator",
+    "copy_structures",
     "detect_fake_mode",
     "enable_python_dispatcher",
+    "flat_arguments",
     "free_symbols",
+    "is_compiled",
     "is_composite",
     "is_function_transform",
     "load_pt2",
@@ -44,9 +50,9 @@ __all__ = [
     "optimization_hint",
     "output_structure",
     "pytree",
+    "set_output_structure",
     "statically_known_true",
     "target_of_conversion",
-    "tree_flatten_spec",
 ]
 
 SHAPES_LOGGER = symbolic_shapes.__name__  # where torch logs which line of a model guarded on a size
@@ -65,11 +71,52 @@ def arguments_by_name(module: torch.nn.Module, args: tuple[Any, ...], kwargs: di
     return combined
 
 
+def flat_arguments(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Return what each placeholder of a graph takes when its module is called with these arguments."""
+    structure = getattr(gm, "_in_spec", None)  # a graph that was not exported takes its arguments as they stand
+    return [*args, *kwargs.values()] if structure is None else list(tree_flatten_spec((args, kwargs), structure))
+
+
 def output_structure(gm: fx.GraphModule) -> pytree.TreeSpec:
     """Return how the results of an exported graph are arranged."""
     structure = gm._out_spec
     assert isinstance(structure, pytree.TreeSpec)  # torch.export always sets it
     return structure
+
+
+def copy_structures(source: fx.GraphModule, target: fx.GraphModule) -> None:
+    """Let a module be called as `source` is: with the same arguments, for results arranged alike."""
+    for name in ("_in_spec", "_out_spec"):
+        if hasattr(source, name):
+            setattr(target, name, getattr(source, name))
+
+
+def copy_code_generator(source: fx.GraphModule, target: fx.Graph) -> None:
+    """Let a graph generate the code that the graph of `source` does: names of arguments, structures."""
+    target.set_codegen(source.graph._codegen)
+
+
+def set_output_structure(gm: fx.GraphModule, structure: pytree.TreeSpec) -> None:
+    """Arrange the results of a graph in another structure.
+
+    Generated code reads it from the module, the interpreter from the code generator (torch 2.13).
+    """
+    generator: Any = copy.copy(gm.graph._codegen)
+    generator.pytree_info = generator.pytree_info._replace(out_spec=structure)
+    gm.graph.set_codegen(generator)
+    gm._out_spec = structure
+
+
+def compiled_module(module: torch.nn.Module) -> torch.nn.Module | None:
+    """Return the module that `torch.compile` wrapped in `module`; None if that is no such wrapper."""
+    wraps = type(module).__name__ == "OptimizedModule"  # importing torch._dynamo for its class would cost a second
+    original = getattr(module, "_orig_mod", None)
+    return original if wraps and isinstance(original, torch.nn.Module) else None
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether `torch.compile` wraps a module, or the module was told to compile itself."""
+    return compiled_module(module) is not None or module._compiled_call_impl is not None
 
 
 def target_of_conversion(*args: Any, **kwargs: Any) -> tuple[torch.device | None, torch.dtype | None, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from graphopt.data.batches import Batch
+from graphopt.data.batches import Batch, SampleSource
 from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
 from graphopt.passes.residuals.branches import Branch, find_branches, stored_parameters
@@ -65,6 +65,7 @@ class Search:
         self._gone: set[str] = set()
         self._batches: list[Batch] = []
         self._error: OutputError | None = None
+        self._judge: OutputError | None = None
 
     def run(self) -> None:
         """Drop branches until a limit is met or none is left.
@@ -75,8 +76,10 @@ class Search:
         if self._limits.most and (self._criterion in ("output", "influence") or self._limits.sqnr is not None):
             purpose = "to measure what each branch contributes (criterion=last with blocks or ratio needs none)"
             samples = self._ctx.need_samples(self._by, purpose)
-            self._batches = read_batches(self._program, samples, limit=self._limits.samples, batch_size=_BATCH)
-            self._error = OutputError(self._program, self._batches)
+            self._batches = self._read(samples)
+            self._error = self._judge = OutputError(self._program, self._batches)
+            if self._ctx.held_out is not None:  # what is chosen by some samples looks better on them than on others
+                self._judge = OutputError(self._program, self._read(self._ctx.held_out))
         current = self._program
         eligible = self._eligible(current)
         while eligible and len(self.dropped) < self._limits.most:
@@ -88,6 +91,9 @@ class Search:
             current = following
             eligible = self._eligible(current)
         self.left = {branch.key for branch in eligible}
+
+    def _read(self, samples: SampleSource) -> list[Batch]:
+        return read_batches(self._program, samples, limit=self._limits.samples, batch_size=_BATCH)
 
     def took(self, branch: Branch) -> bool:
         """Whether `branch`, of the program before, went with a block around it."""
@@ -125,8 +131,8 @@ class Search:
         return [-float(order[branch.sum]) for branch in branches]
 
     def _beyond(self, following: Program, limit: float) -> bool:
-        assert self._error is not None  # `run` has made it
-        error = self._error.of(following)
+        assert self._judge is not None  # `run` has made it
+        error = self._judge.of(following)
         found = math.inf if error == 0 else -10 * math.log10(error)
         if found < limit:
             self.over_limit = found

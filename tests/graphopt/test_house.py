@@ -140,6 +140,7 @@ def test_no_circle_of_imports() -> None:
 
 # What of torch is private, or said to be experimental. Of `torch.ops` any name is an operator's.
 _PRIVATE = re.compile(r"torch\.(?!ops\.)([a-z]\w*\.)*(_(?!_)\w+|experimental)")
+_PRIVATE_ATTRIBUTES = {"_codegen", "_compiled_call_impl", "_in_spec", "_orig_mod", "_out_spec"}
 _DOOR = "graphopt/ir/torch_internals.py"
 _NAMES_OF_FILES = "graphopt/loading/"  # what files of torch call their operators, as text
 
@@ -152,10 +153,11 @@ def _chain(node: ast.AST) -> str:
 
 def _private_torch(file: Path) -> set[str]:
     tree = ast.parse(file.read_text())
-    named = _imports(file) | {_chain(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    named = _imports(file) | {_chain(node) for node in attributes} | {node.attr for node in attributes}
     if not file.is_relative_to(ROOT / _NAMES_OF_FILES):
         named |= {str(node.value) for node in ast.walk(tree) if isinstance(node, ast.Constant)}
-    return {name for name in named if _PRIVATE.match(name)}
+    return {name for name in named if _PRIVATE.match(name) or name in _PRIVATE_ATTRIBUTES}
 
 
 @pytest.mark.parametrize("folder", ["graphopt", "passes", "backends"])

@@ -274,6 +274,33 @@ def test_outputs_stay_within_the_sqnr_asked_for() -> None:
     assert all("dB from the original's" in reason for reason in reasons(plan).values())
 
 
+def test_the_sqnr_asked_for_holds_on_samples_that_nothing_was_chosen_by() -> None:
+    class Rare(nn.Module):
+        """A branch that answers to large inputs only."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4, bias=False)
+            nn.init.constant_(self.up.weight, 1.0)
+            nn.init.constant_(self.up.bias, -16.0)
+            nn.init.constant_(self.down.weight, 1.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = 2 * x
+            return x + self.down(torch.relu(self.up(x)))
+
+    small, large = torch.rand(16, 4), 3 + torch.rand(16, 4)
+    program = capture(Rare().eval(), (small[:2],))
+
+    def plan(held_out: Tensor) -> DropBlocksPlan:
+        ctx = Context(original=program, samples=TensorSamples((small,)), held_out=TensorSamples((held_out,)))
+        return DropBlocks(DropBlocksOptions(sqnr=20)).plan(program, ctx)
+
+    assert len(plan(small).sites) == 1
+    assert plan(large).sites == ()
+    assert "dB from the original's" in plan(large).refusals[0].reason
+
+
 def test_rescoring_sees_what_a_drop_changes() -> None:
     """Two branches that cancel: each matters while the other is there."""
 

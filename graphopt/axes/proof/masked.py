@@ -30,7 +30,7 @@ from graphopt.errors import VerifyError
 from graphopt.ir.graph import tensor_attribute
 from graphopt.ir.provenance import user_line
 from graphopt.ir.regions import graph_modules
-from graphopt.ir.torch_internals import pytree, tree_flatten_spec
+from graphopt.ir.torch_internals import flat_arguments, pytree
 
 logger = logging.getLogger(__name__)
 
@@ -325,12 +325,11 @@ def _tensor_names(gm: fx.GraphModule) -> list[str]:
 
 def _flat_inputs(gm: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
     """Arrange inputs as the placeholders stand."""
-    spec = getattr(gm, "_in_spec", None)
-    leaves = [*args, *kwargs.values()] if spec is None else tree_flatten_spec((tuple(args), dict(kwargs)), spec)
+    leaves = flat_arguments(gm, tuple(args), dict(kwargs))
     count = sum(node.op == "placeholder" for node in gm.graph.nodes)
     if len(leaves) != count:
         raise VerifyError(f"The program has {count} inputs, {len(leaves)} examples were given.")
-    return list(leaves)
+    return leaves
 
 
 def _copies(inputs: Sequence[Any]) -> list[Any]:

@@ -17,10 +17,13 @@ from graphopt.ir.torch_internals import (
     OpOverload,
     OpOverloadPacket,
     arguments_by_name,
+    compiled_module,
     compiler_settings,
     detect_fake_mode,
     enable_python_dispatcher,
+    flat_arguments,
     free_symbols,
+    is_compiled,
     is_composite,
     is_function_transform,
     make_fx,
@@ -29,7 +32,6 @@ from graphopt.ir.torch_internals import (
     pytree,
     statically_known_true,
     target_of_conversion,
-    tree_flatten_spec,
 )
 
 aten = torch.ops.aten
@@ -95,7 +97,7 @@ def test_the_hint_of_torch_2_11(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_arrangement_of_arguments_and_results(exported: Any) -> None:
     x, y = torch.ones(2, 4), torch.zeros(2, 4)
     assert list(arguments_by_name(Doubled(), (x,), {"y": y})) == ["x", "y"]
-    leaves = tree_flatten_spec(((x,), {"y": y}), exported._in_spec)
+    leaves = flat_arguments(exported, (x,), {"y": y})
     assert [leaf is given for leaf, given in zip(leaves, (x, y), strict=True)] == [True, True]
     structure = output_structure(exported)
     assert structure.context == ["sum", "twice"]
@@ -125,3 +127,11 @@ def test_settings_of_the_compiler_are_put_back() -> None:
     with compiler_settings(recompile_limit=before + 1, automatic_dynamic_shapes=False, accumulated_recompile_limit=9):
         assert torch._dynamo.config.recompile_limit == before + 1
     assert torch._dynamo.config.recompile_limit == before
+
+
+def test_a_module_that_compiles_is_recognised() -> None:
+    plain, told, wrapped = nn.Linear(2, 2), nn.Linear(2, 2), torch.compile(nn.Linear(2, 2))
+    told.compile()
+    assert [is_compiled(module) for module in (plain, told, wrapped)] == [False, True, True]
+    assert compiled_module(wrapped) is not None
+    assert compiled_module(told) is None
