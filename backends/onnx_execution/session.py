@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import onnxruntime  # type: ignore[import-untyped]
+import pydantic
 
-from graphopt.errors import LoweringError, UsageError
+from graphopt.errors import LoweringError, UsageError, printable
 from graphopt.ir.plain_data import Json
 from graphopt.targets.backend import Array
 
@@ -24,6 +26,33 @@ _ERRORS_ONLY = 3
 # On x86 without VNNI, products of uint8 and int8 saturate in 16 bits (off by up to 90 of 255 steps on small models,
 # AVX2, 1.31.1). Asked to be precise, the runtime turns the weights to uint8 there; elsewhere this changes nothing.
 PRECISE = {"session.x64quantprecision": "1"}
+
+# Options may come from a file. The runtime takes more entries: some name files that it reads or writes.
+_MOST_THREADS = 1024
+_Entry = Literal[
+    "mlas.enable_gemm_fastmath_arm64_bfloat16",
+    "session.disable_prepacking",
+    "session.disable_quant_qdq",
+    "session.dynamic_block_base",
+    "session.enable_quant_qdq_cleanup",
+    "session.force_spinning_stop",
+    "session.inter_op.allow_spinning",
+    "session.intra_op.allow_spinning",
+    "session.qdqisint8allowed",
+    "session.set_denormal_as_zero",
+    "session.x64quantprecision",
+]
+_Word = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9_]{1,64}$")]
+
+
+class _Recorded(pydantic.BaseModel, extra="forbid", strict=True, frozen=True):
+    """The options as a file may have them, see `SessionSettings`."""
+
+    threads: Annotated[int, pydantic.Field(ge=0, le=_MOST_THREADS)] = 0
+    optimization: Literal["disabled", "basic", "extended", "all"] = "all"
+    spinning: bool = True
+    disabled_optimizers: tuple[_Word, ...] = ()
+    config: dict[_Entry, _Word] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,17 +78,20 @@ class SessionSettings:
         """Read recorded options.
 
         Raises:
-            UsageError: an option is unknown or its value is of the wrong kind.
+            UsageError: an option is unknown, or its value is of the wrong kind or out of bounds.
         """
-        known = [item.name for item in fields(cls)]
-        for name, value in options.items():
-            if name not in known:
-                raise UsageError(f"There is no session option `{name}`. Known: {', '.join(known)}.")
-            _check(name, value)
-        values = dict(options)
-        if "disabled_optimizers" in values:
-            values["disabled_optimizers"] = tuple(values["disabled_optimizers"])  # type: ignore[arg-type]
-        return cls(**values)  # type: ignore[arg-type]
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+        try:
+            return cls(**_Recorded.model_validate(values).model_dump())
+        except pydantic.ValidationError as err:
+            first = err.errors()[0]
+            name = str(first["loc"][0])
+            if name not in _Recorded.model_fields:
+                known = ", ".join(_Recorded.model_fields)
+                raise UsageError(f"There is no session option `{printable(name)}`. Known: {known}.") from err
+            raise UsageError(
+                f"Session option `{name}` cannot be {repr(options[name])[:80]}: {first['msg'].lower()}."
+            ) from err
 
     def native(self) -> onnxruntime.SessionOptions:
         """Return them as the runtime takes them."""
@@ -137,18 +169,6 @@ class OnnxSession:
         except Exception as err:  # onnxruntime's exceptions have no common base
             shapes = ", ".join(f"{name}: {'x'.join(map(str, array.shape))}" for name, array in feed.items())
             raise LoweringError(f"ONNX Runtime fails on inputs {shapes}: {_reason(err)}") from err
-
-
-def _check(name: str, value: Json) -> None:
-    fits = {
-        "threads": isinstance(value, int) and not isinstance(value, bool) and value >= 0,
-        "optimization": value in _LEVELS if isinstance(value, str) else False,
-        "spinning": isinstance(value, bool),
-        "disabled_optimizers": isinstance(value, list | tuple),
-        "config": value is None or isinstance(value, Mapping),
-    }
-    if not fits[name]:
-        raise UsageError(f"Session option `{name}` cannot be {value!r}.")
 
 
 def _reason(err: Exception) -> str:

@@ -15,7 +15,7 @@ from torch.export import Dim, ExportedProgram
 from graphopt.errors import CaptureError, first_line
 from graphopt.ir.dynamic_axes import LeafShapes, arranged
 from graphopt.ir.graph import copy_graph_module
-from graphopt.ir.provenance import drop_process_traces
+from graphopt.ir.provenance import custom_notes, drop_process_traces
 from graphopt.ir.signature import TensorSpec
 from graphopt.ir.training import set_training
 
@@ -105,9 +105,10 @@ def _export(program: Exportable, gm: fx.GraphModule) -> Exported:
             ) from err
     sources = {}
     for node in again.graph.nodes:
-        source = node.meta.get("custom", {}).pop(_SOURCE, None)
-        if source is not None:
-            sources[node.name] = source
+        notes = custom_notes(node)
+        if _SOURCE in notes:
+            sources[node.name] = notes.pop(_SOURCE)
+            node.meta["custom"] = notes
     drop_process_traces(again.graph)
     return Exported(again, sources)
 
@@ -119,5 +120,5 @@ def _named(gm: fx.GraphModule, *, evaluated: bool = False) -> fx.GraphModule:
         set_training(named, False)
     for node in named.graph.nodes:
         if node.op == "call_function":
-            node.meta["custom"] = {**node.meta.get("custom", {}), _SOURCE: node.name}
+            node.meta["custom"] = {**custom_notes(node), _SOURCE: node.name}
     return named

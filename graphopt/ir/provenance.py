@@ -6,7 +6,9 @@ Kept under one key of `node.meta["custom"]`, the only metadata that survives bot
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
 
 from torch import fx
 
@@ -26,22 +28,34 @@ class Origin:
     site: str = ""  # the plan's name for the rewrite that created it
 
 
+_KNOWN = {item.name for item in fields(Origin)}
+_REQUIRED = {item.name for item in fields(Origin) if item.default is MISSING}
+
+
+def custom_notes(node: fx.Node) -> dict[str, Any]:
+    """Return what is kept under "custom", a copy: nothing where a stranger's file or pass left what is no object."""
+    found = node.meta.get("custom")
+    return {key: value for key, value in found.items() if isinstance(key, str)} if isinstance(found, Mapping) else {}
+
+
 def origin(node: fx.Node) -> Origin | None:
-    """Return the origin of `node`, or None if nothing recorded one."""
-    stored = node.meta.get("custom", {}).get(_KEY)
-    return Origin(**stored) if stored else None
+    """Return the origin of `node`, or None if nothing recorded one in the form that `record` writes."""
+    stored = custom_notes(node).get(_KEY)
+    if not isinstance(stored, Mapping) or not _KNOWN >= stored.keys() >= _REQUIRED:
+        return None
+    return Origin(**stored) if all(isinstance(value, str) for value in stored.values()) else None
 
 
 def record(node: fx.Node, value: Origin) -> None:
     """Write `value` on `node`, leaving other owners of the metadata key alone."""
-    fields = {
+    stored = {
         "node": value.node,
         "module": value.module,
         "op": value.op,
         "made_by": value.made_by,
         "site": value.site,
     }
-    node.meta["custom"] = {**node.meta.get("custom", {}), _KEY: fields}
+    node.meta["custom"] = {**custom_notes(node), _KEY: stored}
 
 
 def record_capture(graph: fx.Graph) -> None:
@@ -57,9 +71,9 @@ def drop_process_traces(graph: fx.Graph) -> None:
     """Remove what torch's exporter notes about this run of it: the same program must give the same bytes."""
     for node in graph.nodes:
         node.meta.pop("from_node", None)  # holds addresses
-        custom = node.meta.get("custom")
-        if custom:
-            node.meta["custom"] = {k: v for k, v in custom.items() if not k.startswith("_torchdynamo")}
+        if node.meta.get("custom"):
+            notes = custom_notes(node)
+            node.meta["custom"] = {key: note for key, note in notes.items() if not key.startswith("_torchdynamo")}
 
 
 def module_path(node: fx.Node) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from graphopt.ir.operators import DROPOUTS, Family
+from graphopt.ir.provenance import custom_notes
 
 _SWITCHABLE = DROPOUTS | Family("batch_norm", "rrelu")
 _FLAGS = ("train", "training")  # what their schemas call it
@@ -25,7 +26,7 @@ def set_training(gm: fx.GraphModule, mode: bool) -> None:
         position = training_flag(node)
         if position is None or node.args[position] is mode:
             continue
-        custom = dict(node.meta.get("custom", {}))
+        custom = custom_notes(node)
         if not mode and custom.pop(_SWITCHED, None) is None:
             continue
         node.meta["custom"] = {**custom, _SWITCHED: "on"} if mode else custom
@@ -38,7 +39,7 @@ def set_training(gm: fx.GraphModule, mode: bool) -> None:
 
 def is_training(gm: fx.GraphModule) -> bool:
     """Whether `set_training` has switched a call on."""
-    return any(_SWITCHED in node.meta.get("custom", {}) for node in gm.graph.nodes)
+    return any(_SWITCHED in custom_notes(node) for node in gm.graph.nodes)
 
 
 def leave_training(gm: fx.GraphModule) -> list[str]:

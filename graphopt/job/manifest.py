@@ -24,6 +24,7 @@ from graphopt.targets.backend import TARGET_NAME
 
 SCHEMA = 2
 PAYLOAD = "plans.safetensors"
+LARGEST_FILE = 1 << 28  # bytes of JSON, which takes ten times as many once it is read
 _LIBRARIES = ("graphopt", "torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "numpy")
 
 # Names come from a file: they stay within its directory.

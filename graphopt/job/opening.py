@@ -72,4 +72,5 @@ def _report(path: Path) -> Report:
     except OSError as err:
         raise UsageError(f"{path} is not a report: {err.strerror or err}. Optimise again.") from err
     except (ValueError, TypeError, RecursionError, pydantic.ValidationError) as err:
-        raise UsageError(f"{path} is not a report: {first_line(err)}. Optimise again.") from err
+        said = getattr(err, "strerror", None) or first_line(err)
+        raise UsageError(f"{path} is not a report: {said}. Optimise again.") from err

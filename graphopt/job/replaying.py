@@ -9,6 +9,7 @@ from graphopt.capturing.model_calls import gradients_recorded
 from graphopt.errors import PassError
 from graphopt.ir.program import Program
 from graphopt.job import manifest
+from graphopt.pipeline.contract import called
 from graphopt.pipeline.options import build
 from graphopt.pipeline.plan import Plan
 from graphopt.pipeline.registry import PassRegistry
@@ -50,7 +51,10 @@ def replay(program: Program, manifest_path: str | Path, registry: PassRegistry |
     for (target, plan), entry in zip(read_plans(stored, path.parent, registry), stored.plans, strict=True):
         kind = registry.pass_class(entry.pass_name)
         instance = kind(build(kind.name, kind.options_type, entry.options))
-        programs[target] = apply(instance, programs.get(target, programs[""]), plan)
+        made = apply(instance, programs.get(target, programs[""]), plan)
+        with called(instance, "apply its stored plan: the program it makes does not run"):
+            made.call_flat(made.flat_examples())  # what is stored may be of any type and shape
+        programs[target] = made
     return {target: programs.get(target, programs[""]) for target in stored.programs}
 
 

@@ -193,8 +193,25 @@ class TestSession:
         ("options", "message"),
         [
             ({"thread": 1}, "There is no session option `thread`. Known: threads"),
-            ({"threads": -1}, "Session option `threads` cannot be -1."),
-            ({"optimization": "most"}, "Session option `optimization` cannot be 'most'."),
+            ({"threads": -1}, "Session option `threads` cannot be -1: "),
+            ({"threads": 10**6}, "Session option `threads` cannot be 1000000: .* less than or equal to 1024"),
+            ({"threads": 10**30}, "Session option `threads` cannot be 1000"),
+            ({"threads": True}, "Session option `threads` cannot be True: "),
+            ({"threads": "2"}, "Session option `threads` cannot be '2': "),
+            ({"threads": None}, "Session option `threads` cannot be None: "),
+            ({"optimization": "most"}, "Session option `optimization` cannot be 'most': "),
+            ({"optimization": ["all"]}, "Session option `optimization` cannot be .'all'.: "),
+            ({"spinning": 1}, "Session option `spinning` cannot be 1: "),
+            ({"disabled_optimizers": [3]}, "Session option `disabled_optimizers` cannot be .3.: "),
+            ({"disabled_optimizers": "abc"}, "Session option `disabled_optimizers` cannot be 'abc': "),
+            ({"disabled_optimizers": ["a'b"]}, "Session option `disabled_optimizers` cannot be "),
+            ({"config": [1]}, "Session option `config` cannot be .1.: "),
+            ({"config": {"session.x64quantprecision": 1}}, "Session option `config` cannot be "),
+            ({"config": {"session.x64quantprecision": "1\0"}}, "Session option `config` cannot be "),
+            (
+                {"config": {"session.model_external_initializers_file_folder_path": "x"}},
+                "Session option `config` cannot be ",
+            ),
         ],
     )
     def test_unknown_options(self, resnet: tuple[Program, Artifact], options: dict[str, object], message: str) -> None:
