@@ -17,6 +17,7 @@ from torch.export import Dim, ExportedProgram
 
 from graphopt.capturing.checks import check_equal, check_repeatable, run_model, wrong_batch
 from graphopt.capturing.explain import explain
+from graphopt.capturing.leaving_training import leave_training
 from graphopt.capturing.lost import lost_in_eval
 from graphopt.capturing.model_calls import (
     check_module,
@@ -41,7 +42,7 @@ from graphopt.ir.provenance import record_capture, user_line
 from graphopt.ir.regions import compiled_for_their_shapes
 from graphopt.ir.signature import Dimension, Note, TensorSpec
 from graphopt.ir.torch_internals import arguments_by_name, is_function_transform, output_structure, pytree
-from graphopt.ir.training import leave_training, set_training
+from graphopt.ir.training import set_training
 
 logger = logging.getLogger(__name__)
 

@@ -101,7 +101,8 @@ def _check_random(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any
         raise CaptureError(
             f"The model draws random numbers in eval mode, by `{short_name(draws[0])}`{f' at {line}' if line else ''}: "
             f"the same input gives another output ({worst}), so that nothing made of it could be checked. Let it "
-            "take them as an input, or draw them in training mode only (`training=self.training`)."
+            "take them as an input, or draw them in training mode only (`training=self.training`); a model that was "
+            "exported in training mode is exported after `model.eval()`."
         )
 
 

@@ -18,13 +18,13 @@ from torch.export import ExportedProgram
 
 from graphopt.capturing.capture import capture, exported_in_training, from_exported
 from graphopt.capturing.checks import check_repeatable
+from graphopt.capturing.leaving_training import leave_training
 from graphopt.capturing.model_calls import check_module, gradients_recorded, random_state_kept, uncompiled
 from graphopt.data import InputSpec, Samples
 from graphopt.errors import CaptureError, DataError, ExampleError, LoadError, UsageError
 from graphopt.files import check_against_manifest
 from graphopt.ir.program import Program
 from graphopt.ir.signature import Note, TensorSpec
-from graphopt.ir.training import leave_training
 from graphopt.loading import LoadedModel, load_model
 
 _SIGNATURE = "graphopt.json"

@@ -139,7 +139,8 @@ MULTIPLICATIONS = Family("mul.Tensor", "mul.Scalar")
 DIVISIONS = Family("div.Tensor", "div.Scalar")  # without those that round
 
 NORMALISATIONS = Family(
-    *("batch_norm", "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
+    *("batch_norm", "native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "_batch_norm_impl_index"),
+    *("_native_batch_norm_legit", "_native_batch_norm_legit_functional", "_native_batch_norm_legit_no_training"),
     *("instance_norm", "group_norm", "native_group_norm", "layer_norm", "native_layer_norm", "rms_norm"),
 )
 SOFTMAXES = Family("softmax", "_softmax")
