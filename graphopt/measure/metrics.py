@@ -47,6 +47,21 @@ def find_metric(name: str) -> Metric:
     raise UsageError(f"There is no metric `{name}`.{hint} Known: {', '.join(METRICS)}.")
 
 
+_OTHERWISE = "for a regression use the metric mse, mae or spearman, else give a function of the model"
+
+
+def _classes_last(outputs: Array, labels: Array) -> tuple[Array, Array]:
+    """Return outputs with the classes last, and the class numbers of one-hot labels: where a row has its only 1."""
+    binary = bool(((labels == 0) | (labels == 1)).all())
+    for axis in (-1, 1):
+        if binary and bool((labels.sum(axis) == 1).all()):
+            return np.moveaxis(outputs, axis, -1), labels.argmax(axis)
+    raise DataError(
+        f"The labels have the shape of the outputs, {labels.shape}, and are not one-hot (zeros and exactly one 1 per "
+        f"row), so they say no classes; {_OTHERWISE}."
+    )
+
+
 def _scores_and_classes(outputs: Array, labels: Array) -> tuple[Array, Array]:
     """Return scores of shape (predictions, classes) and classes of shape (predictions,), ignored ones left out.
 
@@ -54,7 +69,7 @@ def _scores_and_classes(outputs: Array, labels: Array) -> tuple[Array, Array]:
     (images: N, C, H, W). Labels may be one-hot.
     """
     if labels.shape == outputs.shape and outputs.ndim > 1:
-        labels = labels.argmax(-1)
+        outputs, labels = _classes_last(outputs, labels)
     if labels.ndim == outputs.ndim and labels.shape[-1] == 1:
         labels = labels[..., 0]
     if outputs.ndim > 1 and outputs.shape[:-1] == labels.shape:
@@ -64,7 +79,9 @@ def _scores_and_classes(outputs: Array, labels: Array) -> tuple[Array, Array]:
     else:
         raise DataError(f"Outputs of shape {outputs.shape} are not scores of classes for labels {labels.shape}.")
     if not np.issubdtype(labels.dtype, np.integer) and not np.array_equal(labels, np.floor(labels)):
-        raise DataError("The labels are not class numbers; for a regression use the metric mse, mae or spearman.")
+        raise DataError(f"The labels are not class numbers; {_OTHERWISE}.")
+    if scores.shape[-1] == 1:
+        raise DataError(f"The model gives one number per label, which is right for every class; {_OTHERWISE}.")
     scores, labels = scores.reshape(-1, scores.shape[-1]), labels.reshape(-1).astype(np.int64)
     counted = labels != IGNORED_LABEL
     if labels[counted].size and (labels[counted].min() < 0 or labels[counted].max() >= scores.shape[-1]):
@@ -75,6 +92,8 @@ def _scores_and_classes(outputs: Array, labels: Array) -> tuple[Array, Array]:
 def _in_top(k: int) -> Callable[[Array, Array], Array]:
     def reduce(outputs: Array, labels: Array) -> Array:
         scores, classes = _scores_and_classes(outputs, labels)
+        if scores.shape[1] <= k:
+            raise DataError(f"One of {scores.shape[1]} classes is always among the best {k}; use the metric top1.")
         own = np.take_along_axis(scores, classes[:, None], 1)
         # Ties are decided by the class number, as argmax does; a score of NaN is never right.
         earlier = np.arange(scores.shape[1])[None] < classes[:, None]
@@ -92,7 +111,7 @@ def _predicted_and_true(outputs: Array, labels: Array) -> Array:
 
 
 def _values_and_targets(outputs: Array, labels: Array) -> Array:
-    if outputs.size != labels.size:
+    if [size for size in outputs.shape if size != 1] != [size for size in labels.shape if size != 1]:
         raise DataError(f"Outputs of shape {outputs.shape} and labels of shape {labels.shape} cannot be compared.")
     return np.stack([outputs.reshape(-1).astype(np.float64), labels.reshape(-1).astype(np.float64)], 1)
 

@@ -94,6 +94,8 @@ def test_outputs_of_any_form(wrap: Any) -> None:
         (SCORES.numpy(), CLASSES.numpy()),
         (SCORES, CLASSES[:, None]),
         (SCORES, nn.functional.one_hot(CLASSES, 7)),
+        (SCORES, nn.functional.one_hot(CLASSES, 7).bool()),
+        (SCORES, nn.functional.one_hot(CLASSES, 7).double()),
         ((SCORES,), CLASSES),
         ({"x": SCORES}, CLASSES),
         {"x": SCORES, "labels": CLASSES},
@@ -119,6 +121,12 @@ def test_classes_per_pixel_and_per_token() -> None:
     by_token = nn.functional.one_hot(labels.clamp(0), 4).float()  # (N, T, C), all counted ones right
     assert evaluator((by_token, labels))(identity) == 100.0
     assert evaluator((by_token.transpose(1, 2).contiguous(), labels))(identity) == 100.0  # (N, C, T)
+    one_hot = nn.functional.one_hot(torch.tensor([[0, 1, 3], [2, 2, 2]]), 4)
+    assert evaluator((by_token, one_hot))(identity) == pytest.approx(100 * 5 / 6)
+    channels_first = (by_token.transpose(1, 2).contiguous(), one_hot.transpose(1, 2).contiguous())
+    assert evaluator(channels_first)(identity) == pytest.approx(100 * 5 / 6)
+    square = torch.tensor([[[1.0, 1, 0], [0, 0, 0], [0, 0, 1]]])  # as many tokens as classes, which lie along axis 1
+    assert evaluator((square, square.long()))(identity) == 100.0
     by_token[1, 0] = torch.tensor([9.0, 0, 0, 0])
     assert evaluator((by_token, labels))(identity) == 80.0
 
@@ -191,6 +199,17 @@ def test_data_is_checked_against_the_model() -> None:
         ((SCORES, CLASSES), lambda x: None, "returned a NoneType"),
         ((SCORES, CLASSES, "mse"), identity, "cannot be compared"),
         ((SCORES, torch.full((4,), -100)), identity, "nothing to score"),
+        ((SCORES, SCORES + 100), identity, "are not one-hot (zeros and exactly one 1 per row), so they say no classes"),
+        ((SCORES, SCORES + 100, "top5"), identity, "for a regression use the metric mse, mae or spearman"),
+        ((SCORES, SCORES + 100, "f1"), identity, "else give a function of the model"),
+        ((SCORES, SCORES.softmax(1)), identity, "are not one-hot"),
+        ((SCORES, torch.zeros(4, 7)), identity, "are not one-hot"),
+        ((SCORES, torch.ones(4, 7, dtype=torch.bool)), identity, "are not one-hot"),
+        ((SCORES[:, :1], SCORES[:, :1] + 100), identity, "are not one-hot"),
+        ((SCORES[:, :1], torch.ones(4, 1)), identity, "one number per label, which is right for every class"),
+        ((SCORES[:, :1], torch.zeros(4, dtype=torch.long)), identity, "one number per label"),
+        ((SCORES[:, :5], CLASSES.clamp(max=4), "top5"), identity, "One of 5 classes is always among the best 5"),
+        ((SCORES[..., None], SCORES[:, None], "mae"), lambda x: x.expand(4, 7, 2), "cannot be compared"),
     ],
 )
 def test_what_cannot_be_scored(data: Any, model: Any, reason: str) -> None:
