@@ -208,6 +208,7 @@ def group_norm(step: MaskedStep) -> Value:
     "aten::cudnn_batch_norm",
     "aten::native_batch_norm",
     "aten::_native_batch_norm_legit",
+    "aten::_native_batch_norm_legit_functional",
     "aten::_native_batch_norm_legit_no_training",
 )
 def per_channel_norm(step: MaskedStep) -> Any:

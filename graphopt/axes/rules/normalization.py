@@ -23,6 +23,7 @@ def channel_statistics(call: Call) -> Dims:
 
 @rule(
     "aten::_native_batch_norm_legit",
+    "aten::_native_batch_norm_legit_functional",
     "aten::_native_batch_norm_legit_no_training",
     "aten::native_batch_norm",
     "aten::cudnn_batch_norm",
@@ -31,8 +32,10 @@ def native_batch_norm(call: Call) -> list[Dims | None]:
     dims = call.dims("input")
     _per_channel(call, dims, 1)
     results: list[Dims | None] = [dims]
-    for value in call.node.meta["val"][1:]:
-        results.append((dims[1],) if tuple(value.shape) == (value.numel(),) and value.numel() else call.axes(()))
+    for index in range(1, len(call.node.meta["val"])):  # statistics of the channels, or none: of shape (0,)
+        shape = call.shape(index)
+        per_channel = len(shape) == 1 and call.sized(dims[1], shape[0])
+        results.append((dims[1],) if per_channel else call.axes(shape))
     return results
 
 

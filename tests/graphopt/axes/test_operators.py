@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from graphopt.axes.infer import Axes, infer
 from graphopt.axes.proof.masked import check_masked_equivalence
 from graphopt.axes.rewrite import remove, slices
 from graphopt.capturing.normal_form import normalise
+from graphopt.ir.torch_internals import FakeTensorMode
 
 _EXACT = 1e-10  # float64 rounding of a few dozen sums
 
@@ -114,6 +117,50 @@ LAYERS: dict[str, tuple[Callable[..., Tensor], dict[str, nn.Module], int, list[i
     "one step": (lambda m, x: m.cell(x[:, 0])[0], {"cell": nn.LSTMCell(8, 6)}, 6, [8, 6]),
     "one gated step": (lambda m, x: m.cell(x[:, 1], m.cell(x[:, 0])), {"cell": nn.GRUCell(8, 6)}, 6, [8, 6]),
 }
+
+
+aten = torch.ops.aten
+STATISTICS = (torch.rand(8), torch.rand(8), torch.rand(8), torch.rand(8) + 0.5)
+# Name: operator, arguments after weight, bias, mean and variance. What they return beside the result is of shape (0,).
+NORMS: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "core ATen": (aten._native_batch_norm_legit_no_training.default, (0.1, 1e-5)),
+    "functional": (aten._native_batch_norm_legit_functional.default, (False, 0.1, 1e-5)),
+    "legit": (aten._native_batch_norm_legit.default, (False, 0.1, 1e-5)),
+    "native": (aten.native_batch_norm.default, (False, 0.1, 1e-5)),
+    "by the batch": (aten._native_batch_norm_legit_functional.default, (True, 0.1, 1e-5)),
+}
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("name", NORMS)
+def test_a_normalisation_that_returns_its_statistics_keeps_channels_free(name: str, affine: bool) -> None:
+    """A graph by hand: `torch.export` writes what a module calls."""
+    target, rest = NORMS[name]
+    graph, root = fx.Graph(), nn.Module()
+    tensors = dict(zip("abcdefg", (torch.randn(8, 5), *STATISTICS, torch.randn(3, 8)), strict=False))
+    for key, tensor in tensors.items():
+        root.register_parameter(key, nn.Parameter(tensor.clone()))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        x = made(graph.placeholder("x"), mode.from_tensor(torch.randn(6, 5)))
+        read = [made(graph.get_attr(key), mode.from_tensor(tensor)) for key, tensor in tensors.items()]
+        factors = read[1:3] if affine else [None, None]
+        norm = called(graph, target, called(graph, aten.linear.default, x, read[0]), *factors, *read[3:5], *rest)
+        graph.output(called(graph, aten.linear.default, called(graph, operator.getitem, norm, 0), read[5]))
+    gm = fx.GraphModule(root, graph)
+    axes = infer(gm)
+    assert not axes.unknown
+    assert [group.size for group in axes.groups()] == [8]
+    with torch.no_grad():
+        assert prove(gm.double(), axes, torch.randn(6, 5, dtype=torch.float64)) < _EXACT
+
+
+def made(node: fx.Node, value: Any) -> fx.Node:
+    node.meta["val"] = value
+    return node
+
+
+def called(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
+    return made(graph.call_function(target, args), target(*fx.map_arg(args, lambda node: node.meta["val"])))
 
 
 @pytest.mark.parametrize("name", LAYERS)
