@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from graphopt.ir.finite import all_finite
@@ -40,9 +42,11 @@ class Moments:
         """
         if not len(x):
             return
-        means = [part.mean(0, dtype=torch.float64) for part in (x, *further)]
-        centred = [(part - mean.to(part.dtype)).movedim(0, -2) for part, mean in zip((x, *further), means, strict=True)]
-        products = torch.cat([centred[0].mT @ part for part in centred], -1)
+        parts = (x, *further)
+        means = [part.mean(0, dtype=torch.float64) for part in parts]
+        products = _products(parts, means)
+        if not all_finite(products):  # values of 1e20 square to more than single precision holds
+            products = _products([part.double() for part in parts], means)
         if not all_finite(products):
             raise NotFiniteError
         self.pool(len(x), torch.cat(means, -1), products)
@@ -66,6 +70,12 @@ class Moments:
     def about_zero(self) -> torch.Tensor:
         """Return the second moments themselves."""
         return torch.addcmul(self.about_mean(), *_factors(self.mean, self.scatter))
+
+
+def _products(parts: Sequence[torch.Tensor], means: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the products of the first part with every one, each about its mean, in the precision of the parts."""
+    centred = [(part - mean.to(part.dtype)).movedim(0, -2) for part, mean in zip(parts, means, strict=True)]
+    return torch.cat([centred[0].mT @ part for part in centred], -1)
 
 
 def _factors(mean: torch.Tensor, scatter: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

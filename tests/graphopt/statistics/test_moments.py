@@ -63,9 +63,14 @@ def test_what_is_pooled_is_not_written_to() -> None:
     assert torch.equal(found.scatter, 2 * scatter)
 
 
-@pytest.mark.parametrize(
-    ("value", "place"), [(torch.nan, 0), (torch.inf, 0), (1e30, 0), (torch.nan, 1), (torch.inf, 1)]
-)
+def test_values_whose_squares_single_precision_does_not_hold() -> None:
+    x = torch.randn(50, 3, generator=GENERATOR) * 1e20
+    found = Moments()
+    found.add(x)
+    torch.testing.assert_close(found.about_mean(), torch.cov(x.double().T, correction=0), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("value", "place"), [(torch.nan, 0), (torch.inf, 0), (torch.nan, 1), (torch.inf, 1)])
 def test_what_is_not_finite_is_refused_and_leaves_nothing_behind(value: float, place: int) -> None:
     found = Moments()
     parts = [rows(20, 3), rows(20, 2)]
