@@ -10,6 +10,7 @@ from torch import fx, nn
 from graphopt.capturing.model_calls import with_its_buffers
 from graphopt.errors import CaptureError, ExampleError, first_line, foreign_code
 from graphopt.ir.aliasing import Storages
+from graphopt.ir.finite import computable
 from graphopt.ir.graph import arguments
 from graphopt.ir.operators import short_name
 from graphopt.ir.program import Program
@@ -148,6 +149,7 @@ def _disagreement(program: Program, expected: Any, args: tuple[Any, ...], kwargs
     pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(found), strict=True)
     tensors = [pair for pair in pairs if isinstance(pair[0], torch.Tensor)]
     for spec, (want, got) in zip(program.outputs, tensors, strict=True):
+        want, got = computable(want), computable(got)
         if want.shape != got.shape:
             return f"output `{spec.name}` is {tuple(got.shape)} instead of {tuple(want.shape)}"
         scale = _largest(want) if want.is_floating_point() else 1.0

@@ -14,7 +14,7 @@ from graphopt.data.batches import Batch, SampleSource, batch_count, whole_batche
 from graphopt.data.split import Split, split
 from graphopt.errors import CaptureError, UsageError
 from graphopt.files import ScratchDirectory
-from graphopt.ir.finite import all_finite
+from graphopt.ir.finite import all_finite, computable
 from graphopt.ir.program import Program
 from graphopt.ir.regions import compiled_for_their_shapes
 from graphopt.job.deliver import Delivery, deliver
@@ -230,11 +230,12 @@ def _check_weights(program: Program) -> None:
     for name, tensor in (*gm.named_parameters(), *gm.named_buffers()):
         if all_finite(tensor):
             continue
-        nan = bool(tensor.isnan().any())
+        values = computable(tensor)
+        nan = bool(values.isnan().any())
         if not nan and not tensor.requires_grad:
             continue
         kind = "NaN" if nan else "infinite values"
-        bad = int((~tensor.isfinite()).sum())
+        bad = int((~values.isfinite()).sum())
         raise CaptureError(
             f"`{name}` of the model holds {kind} ({bad} of {tensor.numel()} values), so what it computes means "
             "nothing. Load weights from before training diverged, or of a type that holds their values."

@@ -10,6 +10,7 @@ import torch
 
 from graphopt.data.batches import Batch
 from graphopt.errors import VerifyError
+from graphopt.ir.finite import computable
 from graphopt.ir.program import Program
 from graphopt.ir.signature import TensorSpec
 
@@ -171,7 +172,7 @@ def _described(tensor: torch.Tensor) -> str:
 def _agreement(want: torch.Tensor, got: torch.Tensor) -> float | None:
     if not want.is_floating_point() or want.shape != got.shape or want.dim() < 2 or want.shape[-1] < 2:
         return None
-    same = want.argmax(-1) == got.argmax(-1)
+    same = computable(want).argmax(-1) == computable(got).argmax(-1)
     return float(same.double().mean()) if same.numel() else None
 
 

@@ -12,6 +12,7 @@ from torch import fx
 
 from graphopt.errors import PassError
 from graphopt.ir.editor import Editor
+from graphopt.ir.finite import all_finite
 from graphopt.ir.graph import arguments, tensor_attribute
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import origin
@@ -188,7 +189,7 @@ def _why_not(gm: fx.GraphModule, call: WeightedCall, skip: Sequence[str]) -> str
         return f"the convolution has {call.groups} groups"
     if call.zero_padded:
         return "the convolution pads its input"
-    if not bool(torch.isfinite(tensor_attribute(gm, call.weight_name)).all()):
+    if not all_finite(tensor_attribute(gm, call.weight_name)):
         return "its weight holds NaN or infinite values"
     if not bool(tensor_attribute(gm, call.weight_name).any()):
         return "its weight is zero"

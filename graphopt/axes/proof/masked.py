@@ -27,6 +27,7 @@ from graphopt.axes.proof.randomise import randomise
 from graphopt.axes.proof.run import KeptByName, MaskedRun, PlainRun, branching_depth, names
 from graphopt.axes.proof.value import Value, compact, known_or_counted
 from graphopt.errors import VerifyError
+from graphopt.ir.finite import computable
 from graphopt.ir.graph import tensor_attribute
 from graphopt.ir.provenance import user_line
 from graphopt.ir.regions import graph_modules
@@ -244,6 +245,7 @@ def _relative_error(want: Tensor, got: Tensor) -> float:
         return 0.0
     if not (want.is_floating_point() or want.is_complex()):
         return 0.0 if torch.equal(want, got) else 1.0
+    want, got = computable(want), computable(got)
     finite = torch.isfinite(want)
     if not bool(finite.all()):
         if not _same_with_nan(want.masked_fill(finite, 0), got.masked_fill(finite, 0)):
@@ -257,6 +259,7 @@ def _relative_error(want: Tensor, got: Tensor) -> float:
 
 
 def _same_with_nan(a: Tensor, b: Tensor) -> bool:
+    a, b = computable(a), computable(b)
     return a.shape == b.shape and bool(torch.isclose(a, b, rtol=0, atol=0, equal_nan=True).all())
 
 
@@ -271,6 +274,7 @@ def _whole_output(value: Value) -> Tensor:
 
 
 def _check_informative(output: Tensor) -> None:
+    output = computable(output)
     if output.is_floating_point() and (bool(output.isnan().any()) or not bool(output.isfinite().any())):
         raise VerifyError(
             f"With random parameters an output of shape {tuple(output.shape)} is not a number, so comparing it proves "

@@ -48,5 +48,29 @@ def test_so_is_any_other_tensor(name: str, value: float, kind: str) -> None:
         optimize(model)
 
 
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
+
+
+class Stored(nn.Module):
+    """A weight that is stored as float8."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.randn(32, 4).to(dtype))
+        self.last = nn.Linear(32, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(nn.functional.linear(x, self.weight.float()))
+
+
+@pytest.mark.parametrize("dtype", FLOAT8)
+def test_float8_is_looked_at_too(dtype: torch.dtype) -> None:
+    model = Stored(dtype)
+    assert optimize(model, "fold").report.rows
+    model.weight[1, 2] = math.nan
+    with pytest.raises(CaptureError, match=r"`weight` of the model holds NaN \(1 of 128 values\)"):
+        optimize(model)
+
+
 def test_a_mask_of_infinities_is_no_fault() -> None:
     assert optimize(Net()).report.rows
