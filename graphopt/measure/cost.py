@@ -9,16 +9,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from graphopt.axes.sharing import memory_key, storage_key
 from graphopt.ir.graph import arguments
-from graphopt.ir.operators import ATTENTION, RECURRENT_LAYERS
+from graphopt.ir.operators import ATTENTION, RECURRENT_LAYERS, Family
 from graphopt.ir.program import Program
 from graphopt.ir.regions import Region, region
 from graphopt.ir.torch_internals import FakeTensorMode, OperatorBase, OpOverload, optimization_hint, pytree
+from graphopt.measure.flop_formulas import FORMULAS
 from graphopt.quantization.ops import DEQUANTIZE, QUANTIZE
 
 
@@ -31,7 +33,7 @@ class Cost:
             is stored as: floating, half precision or complex (one element, as torch counts it) in a parameter, integers
             that are dequantized, and int8 or uint8 buffers, packed ones by the elements they are packed in. Not
             statistics, scales, zero points and masks.
-        flops: floating-point (or integer) operations of convolutions and matrix products for one sample, a
+        flops: floating-point (or integer) operations of convolutions, matrix products and distances for one sample, a
             multiply-add counted as two. A size that depends on data counts as 1; of branches the dearer one counts,
             and one round of a loop that data end.
         bytes: bytes of all parameters, buffers and constants, each storage once.
@@ -108,6 +110,7 @@ def _flops(program: Program) -> int:
     return total // (sizes[0] if sizes else program.batch_size or 1)
 
 
+_VECTOR_PRODUCTS = Family("linalg_vecdot")
 _FREE = {torch.Tag.pointwise, torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 
 
@@ -125,6 +128,8 @@ def node_flops(node: fx.Node) -> int:
         return _recurrent_flops(node)
     if node in ATTENTION:
         return _attention_flops(node)
+    if node in _VECTOR_PRODUCTS:  # which torch writes as a product and a sum
+        return 2 * math.prod(np.broadcast_shapes(*(_described(value).shape for value in node.args[:2])))
     if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(node.meta.get("val"))):
         return 0
     args, kwargs = _described(node.args), tuple((name, _described(value)) for name, value in node.kwargs.items())
@@ -191,7 +196,7 @@ def _counted(target: Any, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], 
             return torch.empty(value.shape, dtype=value.dtype)
         return [made(item) for item in value] if isinstance(value, tuple) else value
 
-    with mode, FlopCounterMode(display=False) as counter, torch.no_grad():
+    with mode, FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter, torch.no_grad():
         target(*(made(value) for value in args), **{name: made(value) for name, value in kwargs})
     return int(counter.get_total_flops())
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch._higher_order_ops.scan import scan
 from torch._higher_order_ops.while_loop import while_loop
 
 import graphopt
 from graphopt.capturing.capture import capture
-from graphopt.measure.cost import cost
+from graphopt.ir.operators import PRODUCTS
+from graphopt.ir.torch_internals import FakeTensorMode
+from graphopt.measure.cost import cost, node_flops
 from graphopt.passes.fold import Fold
 from graphopt.testing import run_pass
 
@@ -227,3 +232,57 @@ def test_fused_attention_is_counted_whatever_kernel_runs_it() -> None:
     for width in (8, 6):  # the CPU's fused kernel wants query and value equally wide
         inputs = tuple(torch.zeros(2, 3, tokens, d) for tokens, d in ((5, 8), (7, 8), (7, width)))
         assert cost(capture(Attention(), inputs)).flops == 2 * 3 * 5 * 7 * (8 + width)
+
+
+aten = torch.ops.aten
+# Call, shapes of its tensors and other arguments, how many multiply-adds there are.
+PRODUCTS_BY_HAND: dict[str, tuple[Any, tuple[Any, ...], int]] = {
+    "mm": (aten.mm.default, ((8, 16), (16, 4)), 8 * 16 * 4),
+    "bmm": (aten.bmm.default, ((3, 8, 16), (3, 16, 4)), 3 * 8 * 16 * 4),
+    "addmm": (aten.addmm.default, ((4,), (8, 16), (16, 4)), 8 * 16 * 4),
+    "baddbmm": (aten.baddbmm.default, ((4,), (3, 8, 16), (3, 16, 4)), 3 * 8 * 16 * 4),
+    "addbmm": (aten.addbmm.default, ((8, 4), (3, 8, 16), (3, 16, 4)), 3 * 8 * 16 * 4),
+    "linear": (aten.linear.default, ((8, 16), (4, 16)), 8 * 16 * 4),
+    "matmul": (aten.matmul.default, ((8, 16), (16,)), 8 * 16),
+    "mv": (aten.mv.default, ((8, 16), (16,)), 8 * 16),
+    "addmv": (aten.addmv.default, ((8,), (8, 16), (16,)), 8 * 16),
+    "dot": (aten.dot.default, ((16,), (16,)), 16),
+    "vdot": (aten.vdot.default, ((16,), (16,)), 16),
+    "inner": (aten.inner.default, ((8, 16), (4, 16)), 8 * 16 * 4),
+    "einsum": (aten.einsum.default, ("bi,bi->b", [(8, 16), (8, 16)]), 8 * 16),
+    "tensordot": (aten.tensordot.default, ((8, 16), (16, 4), [1], [0]), 8 * 16 * 4),
+    "bilinear": (aten.bilinear.default, ((8, 16), (8, 5), (3, 16, 5), (3,)), 8 * 3 * 16 * 5),
+    "linalg_multi_dot": (aten.linalg_multi_dot.default, ([(8, 16), (16, 4), (4, 2)],), 2 * 16 * (4 + 8)),  # from behind
+    "chain_matmul": (aten.chain_matmul.default, ([(8, 16), (16, 4)],), 8 * 16 * 4),
+    "linalg_vecdot": (aten.linalg_vecdot.default, ((8, 1, 16), (3, 16)), 8 * 3 * 16),
+    "linalg_vecdot of vectors": (aten.linalg_vecdot.default, ((16,), (16,)), 16),
+    "cdist": (aten.cdist.default, ((2, 8, 16), (2, 4, 16), 2.0), 2 * 8 * 4 * 16),
+    "cdist by other means": (aten.cdist.default, ((30, 16), (40, 16), 2.0, 1), 30 * 40 * 16),
+    "cdist of one": (aten.cdist.default, ((8, 16), (4, 16), 1.0), 8 * 4 * 16),
+    "lstm_cell": (aten.lstm_cell.default, ((8, 16), [(8, 4), (8, 4)], (16, 16), (16, 4)), 8 * 4 * 4 * (16 + 4)),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS_BY_HAND)
+def test_every_product_counts_twice_its_multiply_adds(name: str) -> None:
+    target, arguments, multiply_adds = PRODUCTS_BY_HAND[name]
+    graph = fx.Graph()
+
+    def made(argument: Any, mode: FakeTensorMode) -> Any:
+        if isinstance(argument, list) and argument and isinstance(argument[0], tuple):
+            return [made(item, mode) for item in argument]
+        if not isinstance(argument, tuple):
+            return argument
+        node = graph.placeholder(f"x{len(graph.nodes)}")
+        node.meta["val"] = mode.from_tensor(torch.empty(argument))
+        return node
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        args = tuple(made(argument, mode) for argument in arguments)
+        call = graph.call_function(target, args)
+        call.meta["val"] = target(*fx.map_arg(args, lambda node: node.meta["val"]))
+    assert node_flops(call) == 2 * multiply_adds
+
+
+def test_every_product_of_the_family_is_counted_by_hand() -> None:
+    assert set(PRODUCTS_BY_HAND) >= PRODUCTS.names
