@@ -104,8 +104,7 @@ class Recover(Pass[RecoverOptions, RecoverPlan]):
        or, with a refusal, what came in. The result is never further from the unoptimised program than before.
     3. Refused: a program with int8 weights (they are frozen: recover stands before int8), one without any floating
        parameter, one whose outputs already agree, outputs and taps that have no gradient or no counterpart.
-    4. Weights of half precision are trained in float32 and cast where they are read, and stored as they were.
-    5. Taps of `distill_hooks` in the program stay outputs and are not changed.
+    4. Taps of `distill_hooks` in the program stay outputs and are not changed.
     """
 
     name = "recover"

@@ -15,6 +15,7 @@ from graphopt.backends.onnx_lowering.saving import EXTERNAL_DATA_ABOVE
 from graphopt.backends.onnx_lowering.simplification import simplify_where_smaller
 from graphopt.backends.onnxruntime.description import DESCRIPTION
 from graphopt.backends.onnxruntime.fusion import Layer, quantized_layers
+from graphopt.backends.onnxruntime.integer_biases import has_float_layer_between_integers, store_integer_biases
 from graphopt.backends.onnxruntime.options import recorded_options
 from graphopt.errors import LoweringError
 from graphopt.ir.plain_data import Json
@@ -50,7 +51,9 @@ class OnnxRuntimeBackend(OnnxBackend):
         return recorded_options(model)
 
     def prepare(self, model: ir.Model, program: Program) -> tuple[ir.Model, dict[str, Json]]:
-        """Clean up where that was asked for."""
+        """Store biases as integers where the runtime must not, and clean up where that was asked for."""
+        if has_float_layer_between_integers(model):
+            store_integer_biases(model)
         if not self._simplify:
             return model, {}
         model, said = simplify_where_smaller(model, program)

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from graphopt.capturing.model_calls import with_its_buffers
 from graphopt.errors import CaptureError, ExampleError, first_line, foreign_code
 from graphopt.ir.aliasing import Storages
+from graphopt.ir.buffers import with_its_buffers
 from graphopt.ir.finite import computable
 from graphopt.ir.graph import arguments
 from graphopt.ir.operators import short_name

@@ -21,8 +21,9 @@ from graphopt.capturing.checks import check_repeatable
 from graphopt.capturing.leaving_training import leave_training
 from graphopt.capturing.model_calls import check_module, gradients_recorded, random_state_kept, uncompiled
 from graphopt.data import InputSpec, Samples
-from graphopt.errors import CaptureError, DataError, ExampleError, LoadError, UsageError
+from graphopt.errors import CaptureError, DataError, ExampleError, LoadError, UsageError, first_line
 from graphopt.files import check_against_manifest
+from graphopt.ir.buffers import with_its_buffers
 from graphopt.ir.program import Program
 from graphopt.ir.signature import Note, TensorSpec
 from graphopt.loading import LoadedModel, load_model
@@ -116,14 +117,32 @@ def _from_file(loaded: LoadedModel, exported: ExportedProgram, dynamic_shapes: M
     signature = loaded.extra_files.get(_SIGNATURE)
     if signature is not None:
         _check_no_shapes(dynamic_shapes, f"`{loaded.source}`")
-        return _with_signature(from_exported(exported, args, kwargs).eval(), signature, loaded.source)
+        return _with_signature(_that_runs(exported, args, kwargs, loaded.source), signature, loaded.source)
     if exported.range_constraints and dynamic_shapes is None:
-        program = from_exported(exported, args, kwargs).eval()
+        program = _that_runs(exported, args, kwargs, loaded.source)
         program = dataclasses.replace(program, notes=tuple(exported_in_training(leave_training(program.graph_module))))
         check_repeatable(program, args, kwargs)
         return program
     # A static program is captured again: many only became static because nobody asked for a dynamic batch.
     return capture(exported.module(check_guards=False), args, kwargs, dynamic_shapes, share_tensors=True)
+
+
+def _that_runs(exported: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any], source: str) -> Program:
+    """Return the program of a file in evaluation mode, after running it once on the inputs that the file brings.
+
+    Raises:
+        LoadError: it does not run on them.
+    """
+    try:
+        program = from_exported(exported, args, kwargs).eval()
+        with torch.no_grad(), with_its_buffers(program.graph_module):
+            program(*args, **kwargs)
+    except Exception as err:  # a file's graph and inputs may be of any kind, and kernels raise anything
+        raise LoadError(
+            f"`{source}` holds a program that does not run on the example inputs stored with it: {first_line(err)}. "
+            "Export it again."
+        ) from err
+    return program
 
 
 def _check_no_shapes(dynamic_shapes: Any, program: str) -> None:
@@ -280,7 +299,8 @@ def _first(samples: Samples, model: nn.Module, whole: bool) -> dict[str, torch.T
     found = samples.first_batch() if whole else samples.first(2)
     known = {tensor.dtype for tensor in model.state_dict().values()}
     single = torch.float32 in known and torch.float64 not in known
-    batch = (t.float() if single and t.dtype is torch.float64 else t for t in found)
+    # copies: a program that keeps views of the first samples keeps all of them
+    batch = (t.float() if single and t.dtype is torch.float64 else t.clone() for t in found)
     return dict(zip(samples.names, batch, strict=True))
 
 

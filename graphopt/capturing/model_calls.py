@@ -147,28 +147,6 @@ def _trainable_copy(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def with_its_buffers(model: nn.Module) -> Iterator[None]:
-    """Give buffers back the tensors and values they had: a forward may write to them."""
-    held = [(table, name, tensor) for table, name, tensor in _buffers(model)]
-    values = [tensor.detach().clone() for _, _, tensor in held]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for (table, name, tensor), value in zip(held, values, strict=True):
-                table[name] = tensor
-                if not torch.equal(tensor, value):
-                    tensor.copy_(value)
-
-
-def _buffers(model: nn.Module) -> Iterator[tuple[dict[str, torch.Tensor | None], str, torch.Tensor]]:
-    for module in model.modules():
-        for name, tensor in module._buffers.items():
-            if tensor is not None:
-                yield module._buffers, name, tensor
-
-
-@contextlib.contextmanager
 def spelled_out(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None]:
     """Let `forward(**inputs)` look as if it named each of `kwargs`.
 

@@ -3,46 +3,63 @@
 from __future__ import annotations
 
 import math
+import re
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from graphopt.job.report import Latency, Report, Row
 
+_COLUMNS = ("step", "parameters", "FLOPs", "bytes on disk", "latency (quartiles)", "speed-up", "error", "")
+_BRIEF_COLUMNS = ("step", "params", "FLOPs", "bytes", "latency", "speed-up", "error", "")
+_PARENTHESES = re.compile(r" \([^)]*\)")
+_WIDEST_STEP = 24
+_UNBOUNDED = 1000
+
 
 def print_report(report: Report, console: Console) -> None:
     """Print the before/after table, the sites left alone, notes, and the files written."""
-    console.print(before_after(report))
+    table = before_after(report)
+    unbounded = console.options.update(width=_UNBOUNDED)
+    if console.measure(table, options=unbounded).maximum > console.width:
+        table = before_after(report, brief=True)
+    console.print(table)
     if report.refusals:
         console.print(left_alone(report))
     for note in dict.fromkeys(report.notes):
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
 
 
-def before_after(report: Report) -> Table:
-    """Build the table: a row for the original, each pass, and each artifact."""
-    table = new_table(f"{report.model}: {report.pipeline}")
-    table.add_column("step", overflow="fold", min_width=12)
-    timed = [row for row in report.rows if row.latency is not None]
-    columns = ["parameters", "FLOPs", "bytes on disk", "speed-up", "error", report.metric or "agreement"]
-    if timed:
-        columns.insert(3, "latency (quartiles)")
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
+def before_after(report: Report, *, brief: bool = False) -> Table:
+    """Build the table: a row for the original, each pass, and each artifact; columns that someone has an entry in.
+
+    Args:
+        report: what is shown.
+        brief: leave out what stands in parentheses, for a narrow terminal.
+    """
     others = list(report.baselines.values())[1:]  # the first is in the first row
-    for row in (report.original, *others, *report.rows[1:]):
-        cells = _cells(row, report)
-        if not timed:
-            del cells[4]
-        original = row.label == report.original.label
-        artifact = row.size is not None and not original
-        last = row is [report.original, *others][-1] or row is report.rows[-1]
-        table.add_row(*cells, end_section=last, style="bold" if artifact else "")
-    if timed:
-        latency = timed[-1].latency
-        assert latency is not None
+    rows = [report.original, *others, *report.rows[1:]]
+    cells = [_cells(row, report) for row in rows]
+    names = _BRIEF_COLUMNS if brief else _COLUMNS
+    table = new_table(f"{report.model}: {report.pipeline}")
+    table.add_column("step", overflow="fold", width=min(max(cell_len(row[0]) for row in cells), _WIDEST_STEP))
+    shown = [0, *(place for place in range(1, len(names)) if any(row[place] for row in cells))]
+    for place in shown[1:]:
+        name = names[place] or report.metric or "agreement"
+        table.add_column(name, justify="right", no_wrap=True)
+    if brief:
+        table.collapse_padding = True
+        table.pad_edge = False
+    for row, entries in zip(rows, cells, strict=True):
+        given = [_PARENTHESES.sub("", entries[place]) if brief and place else entries[place] for place in shown]
+        artifact = row.size is not None and row.label != report.original.label
+        last = row is [report.original, *others][-1] or row is rows[-1]
+        table.add_row(*given, end_section=last, style="bold" if artifact else "")
+    latency = next((row.latency for row in reversed(rows) if row.latency is not None), None)
+    if latency is not None:
         table.caption = f"latency and speed-up: {latency.session}, batch {latency.batch}, median of paired calls"
         table.caption_justify = "left"
     return table

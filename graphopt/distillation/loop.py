@@ -31,7 +31,6 @@ View = Callable[[Batch, torch.Generator], Batch]  # a new view of the same input
 
 # Floor of a tensor's root mean square, for biases that start at 0 (Adafactor: Shazeer and Stern 2018, section 8).
 _SMALLEST_RMS = 1e-3
-_FIRST_SCALE = 2.0**12  # of the loss of a float16 program; it is halved until gradients fit, and grows again
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +75,6 @@ class Trainer:
         self._names = [name for name, tensor in student.state_dict().items() if tensor.is_floating_point()]
         for program in (student, teacher):
             place(program, self._accelerator.device)
-        half = any(tensor.dtype is torch.float16 for tensor in teacher.state_dict().values())
-        # gradients in float16 would underflow: the loss is scaled, the gradients are scaled back in float32
-        self._scaler = torch.amp.GradScaler(self._accelerator.device.type, _FIRST_SCALE, enabled=half)
         self._expected: list[tuple[torch.Tensor, ...]] = []
 
     def held_out_loss(self) -> float:
@@ -147,8 +143,8 @@ class Trainer:
         module, prepared = self._accelerator.prepare(_Module(self._student), optimizer)
 
         def step(batch: Batch) -> None:
-            if self._step(module, prepared, batch):
-                rates.step()
+            self._step(module, prepared, batch)
+            rates.step()
 
         try:
             yield step
@@ -156,8 +152,7 @@ class Trainer:
             self._student.eval()
             self._accelerator.free_memory()  # hooks of a wrapped module would fire again in the next training
 
-    def _step(self, module: nn.Module, optimizer: Any, batch: Batch) -> bool:
-        """Take a step; tell whether it was one: gradients beyond float16 lower the scale instead."""
+    def _step(self, module: nn.Module, optimizer: Any, batch: Batch) -> None:
         with torch.no_grad(), self._accelerator.autocast():
             wanted = self._teacher.call_flat(batch)
         loss = self._objective(module(batch), wanted)
@@ -168,11 +163,8 @@ class Trainer:
                 "look for samples that are not finite."
             )
         optimizer.zero_grad()
-        self._accelerator.backward(self._scaler.scale(loss))
-        self._scaler.step(optimizer)
-        scale = self._scaler.get_scale()
-        self._scaler.update()
-        return self._scaler.get_scale() >= scale
+        self._accelerator.backward(loss)
+        optimizer.step()
 
     def _keep(self, history: History) -> None:
         """Note the held-out loss of an epoch; copy the tensors if it is the lowest so far."""

@@ -14,7 +14,7 @@ from graphopt.distillation.objective import Objective
 from graphopt.distillation.pool import Pool
 from graphopt.distillation.statistics import batch_norms
 from graphopt.distillation.taps import insert_taps
-from graphopt.distillation.weights import held_in_single_precision, overwrite, snapshot
+from graphopt.distillation.weights import overwrite, snapshot
 from graphopt.errors import PassError
 from graphopt.ir.program import Program
 from graphopt.pipeline.context import Context
@@ -66,8 +66,7 @@ def recover(
     Raises:
         PassError: the loss is not finite, before training or at the last rate.
     """
-    taps = [Tap(pair.teacher.address, pair.student.node) for pair in objective.pairs]
-    own = held_in_single_precision(_tapped(student, taps))
+    own = _tapped(student, [Tap(pair.teacher.address, pair.student.node) for pair in objective.pairs])
     trainer = Trainer(own, _tapped(teacher, [pair.teacher for pair in objective.pairs]), objective, held, batch_size)
     lowest = trainer.held_out_loss()
     found = Recovery(losses={"before": lowest})
@@ -94,8 +93,6 @@ def recover(
             overwrite(own, history.best)
             found.tensors = history.best
             lowest = _estimated(trainer, own, training, found, "after", min(history.losses))
-    stored = student.state_dict()
-    found.tensors = {name: tensor.to(stored[name].dtype) for name, tensor in found.tensors.items()}
     if not found.tensors:
         found.refusal = f"nothing tried is better: the loss on {held.count} held-out samples stays {lowest:.4g}"
     return found

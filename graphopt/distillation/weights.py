@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import torch
 
-from graphopt.ir.graph import constant
 from graphopt.ir.operators import short_name
 from graphopt.ir.program import Program
 
@@ -29,30 +28,6 @@ def integer_weights(program: Program) -> list[str]:
         for source in node.all_input_nodes[:1]
         if source.op == "get_attr"
     ]
-
-
-def held_in_single_precision(program: Program) -> Program:
-    """Store the trainable parameters of half precision in float32 and cast them where they are read, in place.
-
-    The program computes what it did. In half precision itself the epsilon of Adam is 0 and most steps are less than
-    the spacing of the weights (Micikevicius et al. 2018, section 3.1). The program must own its tensors.
-    """
-    gm = program.graph_module
-    read = [(node, constant(node, gm)) for node in gm.graph.nodes]
-    masters: dict[int, torch.nn.Parameter] = {}
-    for node, tensor in read:
-        half = isinstance(tensor, torch.nn.Parameter) and tensor.dtype in (torch.float16, torch.bfloat16)
-        if tensor is None or not half or not tensor.requires_grad:
-            continue
-        master = masters.setdefault(id(tensor), torch.nn.Parameter(tensor.detach().float()))
-        path, _, leaf = str(node.target).rpartition(".")
-        setattr(gm.get_submodule(path), leaf, master)
-        with gm.graph.inserting_after(node):
-            cast = gm.graph.call_function(torch.ops.aten._to_copy.default, (node,), {"dtype": tensor.dtype})
-        cast.meta = dict(node.meta)
-        node.replace_all_uses_with(cast, delete_user_cb=lambda user, cast=cast: user is not cast)
-    gm.recompile()
-    return program
 
 
 def overwrite(program: Program, tensors: Mapping[str, torch.Tensor]) -> None:

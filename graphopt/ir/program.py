@@ -7,6 +7,7 @@ stay as they are and returns a new program. Shared tensors are frozen; whoever t
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import warnings
@@ -20,6 +21,8 @@ from torch import fx
 
 from graphopt.errors import UsageError
 from graphopt.files import ScratchDirectory, failing_late, replacing
+from graphopt.ir.buffers import with_its_buffers
+from graphopt.ir.examples import made_up_inputs
 from graphopt.ir.graph import assemble, copy_graph_module
 from graphopt.ir.signature import Note, TensorSpec, batch_size
 from graphopt.ir.torch_internals import flat_arguments, pytree
@@ -112,6 +115,20 @@ class Program:
         leaves = pytree.tree_leaves((self.example_args, dict(self.example_kwargs)))
         return tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
 
+    def made_up_examples(self) -> tuple[torch.Tensor, ...]:
+        """Make up inputs that the program runs on, in the order of `inputs`: two rows where any number fits.
+
+        Raises:
+            CaptureError: it runs on nothing that was made up.
+        """
+        program = self.evaluated()
+
+        def run(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+            with torch.no_grad(), with_its_buffers(program.graph_module):
+                return program.call_flat(tensors)
+
+        return made_up_inputs(self.inputs, self.flat_examples(), run)
+
     def call_flat(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Run on flat inputs in the order of `inputs`; return the flat tensor outputs in order of `outputs`."""
         if len(tensors) != len(self.inputs):
@@ -142,7 +159,11 @@ class Program:
     def save(self, path: str | Path) -> Path:
         """Write the program as a `.pt2` file; `graphopt.load` gives it back. Written whole or not at all.
 
-        What is written is in evaluation mode.
+        What is written is in evaluation mode, and its example inputs are made up.
+
+        Raises:
+            CaptureError: the program cannot be exported, or runs on no inputs that are made up.
+            UsageError: the file cannot be written.
         """
         with replacing(Path(path)) as temporary:
             self._write(temporary)
@@ -166,7 +187,8 @@ class Program:
         from graphopt.ir.exporting import exported
 
         extra = {"graphopt.json": json.dumps(self._signature(), indent=1)}
-        program = exported(self).program
+        program = copy.copy(exported(self).program)
+        program.example_inputs = self.unflatten(self.made_up_examples())
         with failing_late(path) as stream, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about tensors that share memory, which load as they were saved
             torch.export.save(program, stream, extra_files=extra)

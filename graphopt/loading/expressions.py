@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import ast
 import functools
+import math
 import re
+from collections.abc import Iterable, Sequence
 
 from graphopt.loading.refusal import HostileError
 
@@ -23,6 +25,12 @@ MAX_LENGTH = 20_000
 MAX_EXPONENT = 64
 MAX_DIGITS = 20
 MAX_PRECISION = 4096
+# sympy multiplies powers of sums out, and compares each part of a maximum or a condition with each other one.
+MAX_TERMS = 100
+MAX_COMPARED = 12
+# Of one file's expressions those of more than a few terms, together: a large one takes sympy 50 ms.
+MAX_TERMS_OF_FILE = 20_000
+_FEW_TERMS = 16
 
 _SYMBOL = re.compile(r"[a-z]{1,8}\d{1,9}")
 _DIGITS = re.compile(r"-?\d{1,20}(\.\d{0,60})?([eE][+-]?\d{1,3})?")
@@ -38,6 +46,7 @@ _FUNCTIONS = frozenset(_FUNCTION_NAMES.split())
 _NAMES = frozenset({"oo", "int_oo", "true", "false"})
 _POWERS = frozenset({"Pow", "PowByNatural", "FloatPow", "LShift"})
 _OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow, ast.BitAnd, ast.BitOr)
+_COMPARING = frozenset(["And", "ExprCondPair", "Max", "Min", "Not", "Or", "Piecewise", "Where"])
 _COMPARISONS = (ast.Lt, ast.LtE, ast.Eq, ast.NotEq, ast.GtE, ast.Gt)
 
 
@@ -49,8 +58,68 @@ def check_expression(text: str) -> None:
     try:
         tree = ast.parse(text, mode="eval")
         _check(tree.body, text)
+        compared = sum(map(_compared, ast.walk(tree.body)))
+        if compared > MAX_COMPARED or _terms(tree.body) > MAX_TERMS:
+            raise _refused(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as err:
         raise _refused(text) from err
+
+
+def check_expressions(texts: Iterable[str]) -> None:
+    """Raise `HostileError` if the expressions of a file, each of which was checked, are together too many.
+
+    Args:
+        texts: each expression once.
+    """
+    terms = (_terms(ast.parse(text, mode="eval").body) for text in texts)
+    total = sum(count for count in terms if count > _FEW_TERMS)
+    if total > MAX_TERMS_OF_FILE:
+        raise HostileError(f"its size expressions have {total} terms together, more than any model's")
+
+
+def _terms(node: ast.expr) -> int:
+    """Return how many terms an expression has at most once it is multiplied out; at most somewhat over the limit."""
+    match node:
+        case ast.UnaryOp(operand=operand):
+            return _terms(operand)
+        case ast.BinOp(left=left, op=ast.Pow(), right=right):
+            return _power(left, right)
+        case ast.BinOp(left=left, op=operator, right=right):
+            return _terms(left) + _terms(right) if isinstance(operator, ast.Add | ast.Sub) else _product((left, right))
+        case ast.Compare(left=left, comparators=others):
+            return sum(map(_terms, (left, *others)))
+        case ast.Call(func=ast.Name(id=name), args=[base, exponent]) if name in _POWERS:
+            return _power(base, exponent)
+        case ast.Call(func=ast.Name(id="Mul"), args=args):
+            return _product(args)
+        case ast.Call(func=ast.Name(id=name), args=args) if name not in _NUMBERS:
+            return max(1, sum(map(_terms, args)))
+    return 1
+
+
+def _product(factors: Sequence[ast.expr]) -> int:
+    result = 1
+    for factor in factors:
+        result = min(result * _terms(factor), MAX_TERMS + 1)
+    return result
+
+
+def _power(base: ast.expr, exponent: ast.expr) -> int:
+    """Return how many terms a power has, whose exponent is a number."""
+    numbers = [float(str(node.value)) for node in ast.walk(exponent) if isinstance(node, ast.Constant)]
+    terms, times = _terms(base), math.ceil(max(numbers, default=1))
+    return 1 if terms == 1 else MAX_TERMS + 1 if times > MAX_TERMS else min(int(terms**times), MAX_TERMS + 1)
+
+
+def _compared(node: ast.AST) -> int:
+    match node:
+        case ast.Call(func=ast.Name(id=name), args=args) if name in _COMPARING:
+            return len(args)
+        case ast.Compare(comparators=others):
+            return len(others)
+        case ast.BinOp(op=ast.BitAnd() | ast.BitOr()):
+            return 1
+    return 0
 
 
 def is_symbol(text: str) -> bool:

@@ -18,8 +18,10 @@ order (torch/_export/serde/schema.py).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+from graphopt.loading.expressions import check_expressions
 from graphopt.loading.json_fields import (
     Clean,
     array,
@@ -49,9 +51,23 @@ from graphopt.loading.treespecs import check_treespec
 def clean_program(value: Any) -> dict[str, Any]:
     """Return a harmless copy of an exported program's JSON; raises `HostileError` or `DamagedError`."""
     try:
-        return {**_program(value), "guards_code": []}
+        program = _program(value)
+        check_expressions(set(_expressions(program)))
+        return {**program, "guards_code": []}
     except RecursionError as err:
         raise DamagedError("its program is nested deeper than any model's") from err
+
+
+def _expressions(value: Any) -> Iterator[str]:
+    """Yield the size expressions of a program."""
+    if isinstance(value, dict):
+        if isinstance(value.get("expr_str"), str):
+            yield value["expr_str"]
+        for item in value.values():
+            yield from _expressions(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _expressions(item)
 
 
 def clean_payloads(value: Any, prefix: str) -> dict[str, Any]:

@@ -109,6 +109,27 @@ def test_a_fusion_that_would_lose_the_integers_is_turned_off(tmp_path: Path) -> 
     ]
 
 
+def test_a_weight_left_float_between_integers_stays_float(tmp_path: Path) -> None:
+    class Upsampling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.input, self.middle, self.output = Rounded(0.03, 128), Rounded(0.05, 128), Rounded(0.03, 128)
+            self.conv, self.up = Conv(3, 3), nn.ConvTranspose2d(3, 4, 2, 2)
+            self.up.weight.data[0, 0, 0, 0] = 100.0  # one scale for the whole weight would leave nothing of the rest
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.output(self.up(self.middle(self.conv(self.input(x)))))
+
+    program = program_of(Upsampling(), 2, 3, 4, 4)
+    artifact = BACKEND.lower(program, tmp_path / "up.onnx")
+    assert artifact.session_options["disabled_optimizers"] == ["WeightBiasQuantization"]
+    x = torch.randn(2, 3, 4, 4)
+    (found,) = artifact.session()(x.numpy())
+    steps = (torch.from_numpy(found) - program(x)).abs() / 0.03
+    assert steps.max() < 1.01
+    assert [layer.kernel for layer in BACKEND.integer_operators(artifact)] == ["QLinearConv"]
+
+
 class ReluBetween(nn.Module):
     def __init__(self) -> None:
         super().__init__()

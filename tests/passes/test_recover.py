@@ -64,27 +64,6 @@ def test_it_brings_the_outputs_closer_by_a_margin(teacher: Program, pruned: Prog
     assert plan.views == ()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_trained_in_single_and_stored_as_it_was(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16)).to(dtype)
-    data = torch.randn(384, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
-    teacher = capture(model, data[:2])
-    pipeline = Pipeline.parse("prune:ratio=0.5:round_to=1:compensate=no")
-    pruned = run(pipeline, teacher, Context(original=teacher)).programs[""]
-    before = fingerprint(pruned)
-    result, plan = recovered(pruned, teacher, data, options=dataclasses.replace(SMALL, epochs=8, lr=0.03))
-    assert plan.measured["before"] > 1.5 * min(plan.measured["epochs"])  # type: ignore[operator, arg-type, type-var]
-    assert {tensor.dtype for tensor in result.state_dict().values()} == {dtype}
-    assert {tensor.dtype for tensor in plan.tensors.values()} == {dtype}
-    assert fingerprint(pruned) == before
-    fresh = torch.randn(256, 16, generator=torch.Generator().manual_seed(2)).to(dtype)
-    with torch.no_grad():
-        wanted = teacher(fresh)
-        was, now = (float((one(fresh).float() - wanted.float()).square().mean()) for one in (pruned, result))
-    assert now < 0.7 * was
-
-
 def test_the_original_and_the_program_are_untouched_to_the_bit(
     teacher: Program, pruned: Program, samples: Tensor
 ) -> None:

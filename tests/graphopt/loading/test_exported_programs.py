@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+import graphopt
 from graphopt.errors import LoadError
 from graphopt.loading import load_model
 
@@ -423,3 +425,34 @@ def test_any_field_may_be_wrong(write_exported: Write, exported_members: dict[st
         except LoadError:
             outcomes["refused"] += 1
     assert outcomes["refused"] > 75, outcomes
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The members of a program that graphopt saved."""
+    path = tmp_path_factory.mktemp("saved") / "p.pt2"
+    graphopt.capture(nn.Linear(4, 2), (torch.ones(2, 4),)).save(path)
+    with zipfile.ZipFile(path) as archive:
+        return {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        ((torch.ones(2, 5),), {}),
+        ((torch.ones(2, 4, dtype=torch.int64),), {}),
+        ((torch.ones(2, 4), torch.ones(2, 4)), {}),
+        ((), {"self": torch.ones(2, 4)}),
+        (([torch.ones(2, 4)],), {}),
+        ((3,), {}),
+    ],
+)
+def test_a_program_that_does_not_run_on_its_inputs(inputs: Any, saved: dict[str, bytes], tmp_path: Path) -> None:
+    content = io.BytesIO()
+    torch.save(inputs, content)
+    path = tmp_path / "p.pt2"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in saved.items():
+            archive.writestr(f"p/{name}", content.getvalue() if name.startswith("data/sample_inputs/") else data)
+    with pytest.raises(LoadError, match=r"p\.pt2"):
+        graphopt.load(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from graphopt.loading.expressions import check_expression
+from graphopt.loading.expressions import check_expression, check_expressions
 from graphopt.loading.refusal import HostileError
 
 
@@ -24,6 +24,20 @@ def test_sizes_pass(text: str) -> None:
     check_expression(text)
 
 
+SYMBOLS = ", ".join(f"s{n}" for n in range(30))
+SUM = SYMBOLS.replace(",", " +")
+
+
+def test_a_long_sum_passes() -> None:
+    check_expression(SUM)
+
+
+def test_expressions_are_bounded_together() -> None:
+    check_expressions([f"{SUM} + {n}" for n in range(100)])
+    with pytest.raises(HostileError, match="terms together"):
+        check_expressions([f"{SUM} + {n}" for n in range(1000)])
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -32,7 +46,9 @@ def test_sizes_pass(text: str) -> None:
         "Symbol('s0', **{})", "Max(*s0)", "(yield)", "s0 if s1 else s2", "f'{s0}'", "'text'", "os", "E1x",
         "9**9**9", "Pow(Pow(s0, 64), 64)", "2**s0", "LShift(1, 10000000000)", "Float('0.5', precision=1000000000)",
         "Integer('__import__')", "1" * 50, "s0 + 1\n", "s0 # comment", "s0 := 1", "", "s0 +", "(" * 5000 + ")" * 5000,
-        "s0 + " * 10000 + "s0", "ſ0",
+        "s0 + " * 10000 + "s0", "ſ0", f"Max({SYMBOLS})", f"And({SYMBOLS})", f"(({SUM}) ** 64) % 7",
+        f"Mod(Pow(Add({SYMBOLS}), Integer(64)), Integer(7))", f"({SUM}) * ({SUM})", f"({SUM}) ** 2",
+        "(s0 + s1) ** 7", " < ".join(f"s{n}" for n in range(20)),
     ],
 )  # fmt: skip
 def test_everything_else_is_refused(text: str) -> None:

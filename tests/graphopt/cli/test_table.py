@@ -1,0 +1,58 @@
+"""The tables on terminals of any width."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from graphopt.cli.table import print_report
+from graphopt.job.report import Latency, Report, Row
+from graphopt.measure.cost import Cost
+from graphopt.measure.equivalence import Equivalence
+from graphopt.pipeline.plan import Refusal
+
+LABELS = ["prune:flops=0.55", "svd", "int8", "onnxruntime.onnx"]
+
+
+def report(*, timed: bool) -> Report:
+    latency = Latency("recorded", 1, 0.412, (0.401, 0.433))
+    faster = Latency("recorded", 1, 0.178, (0.171, 0.189), 2.31, (2.18, 2.44))
+    error = Equivalence(0.1, 1.2e-2, 34.0, 0.991)
+    slower = latency if timed else None
+    original = Row("original", cost=Cost(865_000, 34_500_000, 3_460_000), size=3_330_000, metric=99.44, latency=slower)
+    rows = [Row(label, cost=Cost(412_000, 15_100_000, 1_650_000), error=error, metric=99.3) for label in LABELS[:3]]
+    artifact = Row(LABELS[3], "onnxruntime", size=492_000, error=error, metric=100.0, latency=faster if timed else None)
+    made = Report("model.pt", "prune:flops=0.55,svd,fold,int8", "top1", [original, *rows, artifact])
+    made.baselines["onnxruntime"] = Row("original", size=3_330_000, latency=latency if timed else None)
+    made.rows[0] = Row(
+        "original", cost=original.cost, size=original.size, metric=99.44, latency=made.baselines["onnxruntime"].latency
+    )
+    made.refusals = [("prune", Refusal("conv1", "3 channels left, minimum is 8", "too few channels"))]
+    return made
+
+
+def printed(width: int, *, timed: bool) -> list[str]:
+    console = Console(width=width, file=io.StringIO(), force_terminal=False)
+    print_report(report(timed=timed), console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("timed", [True, False])
+@pytest.mark.parametrize("width", [80, 100, 120, 150])
+def test_every_row_keeps_its_name_and_its_metric(width: int, timed: bool) -> None:
+    lines = printed(width, timed=timed)
+    assert max(map(len, lines)) <= width
+    for label in LABELS:
+        (line,) = [line for line in lines if line.strip().startswith(label)]
+        assert line.rstrip().endswith("100.00" if label == LABELS[3] else "99.30")
+    assert "…" not in "\n".join(lines)
+
+
+def test_a_wide_terminal_shows_the_spread_and_a_narrow_one_does_not() -> None:
+    assert any("2.31x (2.18-2.44)" in line for line in printed(150, timed=True))
+    narrow = printed(80, timed=True)
+    assert any("2.31x" in line for line in narrow)
+    assert not any("(2.18" in line for line in narrow)
