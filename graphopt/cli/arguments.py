@@ -89,6 +89,14 @@ def _dynamic_shapes(texts: Sequence[str] | None) -> dict[str, Any] | None:
     return shapes
 
 
+def check_output(directory: Path, depfile: Path | None = None) -> None:
+    """Say what cannot be written to before anything runs."""
+    if directory.exists() and not directory.is_dir():
+        raise UsageError(f"{directory} is a file. Give -o a directory.")
+    if depfile is not None and depfile.exists() and not depfile.is_file():
+        raise UsageError(f"{depfile} is no file. Give --depfile the name of one.")
+
+
 def check_format(value: str) -> str:
     """Return the output format, or say which there are."""
     if value not in ("text", "json"):

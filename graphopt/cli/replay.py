@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from graphopt.cli.arguments import Data, Dynamic, Factory, Input, ModelArguments, ModelPath, Seed, Trust, Weights
+from graphopt.cli.arguments import (
+    Data,
+    Dynamic,
+    Factory,
+    Input,
+    ModelArguments,
+    ModelPath,
+    Seed,
+    Trust,
+    Weights,
+    check_output,
+)
 
 
 def command(
@@ -28,6 +39,7 @@ def command(
     from graphopt.job.replaying import replay
     from graphopt.pipeline.registry import PassRegistry, backend
 
+    check_output(output)
     source = ModelArguments(
         model=model, data=data, inputs=inputs, dynamic=dynamic, factory=factory, weights=weights, trust=trust, seed=seed
     )

@@ -15,6 +15,8 @@ from torch import nn
 
 import graphopt
 from graphopt.cli.app import run
+from graphopt.cli.optimize import _directory_of_failure
+from graphopt.errors import UsageError
 from tests.graphopt.cli.conftest import Fails, Files
 
 ROOT = Path(__file__).parents[3]
@@ -91,6 +93,33 @@ def test_what_no_run_wrote_is_not_replaced(files: Files, fails: Fails) -> None:
     command = ("optimize", "model.pt", "--passes", "fold", "--no-bench", "-o", "build", "--fail-if")
     assert fails(2, *command, "error>=0").startswith("build.failed is where results go if a gate fails")
     assert Path("build.failed/diary.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("left", ["", ".writing.abcdefgh/new", "report.json"])
+def test_a_run_that_was_killed_where_failures_go_keeps_no_other_from_going_there(files: Files, left: str) -> None:
+    Path("build.failed", left).mkdir(parents=True)
+    assert _directory_of_failure(Path("build"), expected=True) == Path("build.failed")
+    Path("build.failed/diary.txt").write_text("mine")
+    if not left:
+        with pytest.raises(UsageError, match="holds something else"):
+            _directory_of_failure(Path("build"), expected=True)
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (("--depfile", "/dev/null"), "/dev/null is no file. Give --depfile the name of one."),
+        (("--depfile", "."), ". is no file. Give --depfile the name of one."),
+        (("-o", "/dev/null"), "/dev/null is a file. Give -o a directory."),
+        (("--depfile", "model.d", "--data", "it's"), """--depfile cannot name "it's": no way of writing "'" there"""),
+    ],
+)
+def test_where_nothing_can_be_written_is_said_before_anything_runs(
+    files: Files, fails: Fails, option: tuple[str, ...], said: str
+) -> None:
+    Path("model.pt").unlink()
+    Path("it's").mkdir()
+    assert fails(2, "optimize", "model.pt", *option).startswith(said)
 
 
 @pytest.mark.parametrize("output", [".", "sub/.."])

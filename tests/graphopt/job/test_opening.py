@@ -22,8 +22,10 @@ import torch
 from torch import nn
 
 import graphopt
+from graphopt import files
 from graphopt.backends.onnx_lowering.artifacts import files_of
 from graphopt.capturing.load import _with_signature
+from graphopt.cli.app import run
 from graphopt.errors import LoadError, LoweringError, UsageError
 from graphopt.ir.invariants import check_invariants
 from graphopt.job import manifest
@@ -92,6 +94,23 @@ def test_a_file_that_is_not_what_was_saved_is_refused(folder: Path, tmp_path: Pa
         (there / name).write_bytes(content)
     with pytest.raises(LoadError, match=f"{name} is {'missing' if change == 'missing' else 'not the file'}"):
         graphopt.open(there)
+
+
+def test_whoever_reads_a_file_of_a_result_looks_at_its_digest(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Alone it is read as any other: nothing says then what it should be."""
+    there = Path(shutil.copytree(folder, tmp_path / "copy"))
+    model, artifact = there / "program.tensorrt.pt2", there / "onnxruntime.onnx"
+    for file in (model, artifact):
+        file.write_bytes(file.read_bytes() + b"\0")
+    with pytest.raises(LoadError, match=r"program.tensorrt.pt2 is not the file that manifest.json beside it"):
+        graphopt.load(model)
+    for command in (["verify", artifact, artifact], ["bench", artifact], ["inspect", model], ["optimize", model]):
+        assert run([str(word) for word in command]) == 3
+        assert "is not the file that manifest.json beside it was written with" in capsys.readouterr().err
+    (there / "manifest.json").unlink()
+    files.check_against_manifest(artifact)
 
 
 def test_replay_checks_what_the_plans_carry(folder: Path, result: graphopt.Result, tmp_path: Path) -> None:
