@@ -77,8 +77,14 @@ class DataError(GraphOptError):
 
 
 def first_line(err: BaseException) -> str:
-    """Return the first line of an error's text, without a full stop."""
-    return next((line.strip() for line in str(err).splitlines() if line.strip()), type(err).__name__).rstrip(".")
+    """Return the first line of an error's text, without a full stop; as much of it as a sentence can hold."""
+    line = next((line.strip() for line in str(err).splitlines() if line.strip()), type(err).__name__)
+    return cut(line.rstrip("."))
+
+
+def cut(text: str, most: int = 300) -> str:
+    """Return the start of a text, `...` in the place of what is longer than `most` characters."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def printable(text: str) -> str:

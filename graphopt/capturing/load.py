@@ -174,7 +174,7 @@ def _with_signature(program: Program, text: str, source: str) -> Program:
         )
     except (KeyError, TypeError, ValueError) as err:
         raise LoadError(
-            f"`{source}` does not agree with the signature stored in it ({type(err).__name__}: {err}). "
+            f"`{source}` does not agree with the signature stored in it ({type(err).__name__}: {first_line(err)}). "
             "Save the program again."
         ) from err
 

@@ -18,7 +18,7 @@ import torch
 from numpy.lib import format as npy_format
 
 from graphopt.data.columns import ArrayColumn, Column, part, pickled, readable, to_tensor
-from graphopt.errors import DataError, first_line, printable
+from graphopt.errors import DataError, cut, first_line, printable
 
 _LONGEST_HEADER = 10_000  # bytes; NumPy evaluates no longer one either
 _MOST_AXES = 64  # of an array of NumPy's
@@ -168,17 +168,17 @@ def _read_header(file: IO[bytes], where: str) -> Header:
     except DataError:
         raise
     except Exception as err:  # it evaluates text of the file and makes a type of it
-        raise DataError(f"{where} is damaged: its header cannot be read ({first_line(err)[:200]}).") from err
+        raise DataError(f"{where} is damaged: its header cannot be read ({first_line(err)}).") from err
     if dtype.hasobject:
         raise pickled(where)
     odd = len(shape) > _MOST_AXES or any(type(size) is not int or size < 0 for size in shape)
     if odd or dtype.subdtype is not None:
-        raise DataError(f"{where} is damaged: its header says it is {str(shape)[:80]} of {str(dtype)[:80]}.")
+        raise DataError(f"{where} is damaged: its header says it is {cut(str(shape), 80)} of {cut(str(dtype), 80)}.")
     return Header(shape, dtype, column_major, head.tell())
 
 
 def _contradiction(where: str, found: Header) -> DataError:
-    said = f"{str(found.shape)[:80]} of {str(found.dtype)[:80]}"
+    said = f"{cut(str(found.shape), 80)} of {cut(str(found.dtype), 80)}"
     return DataError(f"{where} is damaged: its header says {said}, its size says otherwise.")
 
 

@@ -15,16 +15,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from graphopt.errors import LoadError, UsageError, first_line
+from graphopt.errors import LoadError, UsageError, cut, first_line
 from graphopt.files import MANIFEST, MOST_OF_A_MANIFEST, read_file, sha256
-from graphopt.ir.plain_data import Json
+from graphopt.ir.plain_data import Json, first_problem
 from graphopt.ir.program import Program
 from graphopt.pipeline.plan import Plan
 from graphopt.targets.backend import TARGET_NAME
 
 SCHEMA = 2
 PAYLOAD = "plans.safetensors"
-LARGEST_FILE = 1 << 28  # bytes of JSON, which takes ten times as many once it is read
 _LIBRARIES = ("graphopt", "torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "numpy")
 
 # Names come from a file: they stay within its directory.
@@ -204,13 +203,13 @@ def read(path: Path) -> Manifest:
     if type(schema) is int and schema == 1:
         fields["programs"] = _programs_of_schema_1(fields)
     elif type(schema) is not int or schema != SCHEMA:
-        raise UsageError(f"{path} has manifest schema {schema!r}; this version reads 1 and {SCHEMA}. Optimise again.")
+        raise UsageError(
+            f"{path} has manifest schema {cut(repr(schema), 80)}; this version reads 1 and {SCHEMA}. Optimise again."
+        )
     try:
         return Manifest.model_validate(fields)
     except pydantic.ValidationError as err:
-        first = err.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "it"
-        raise UsageError(f"{path} is damaged: `{where}`: {first['msg'].lower()}. Optimise again.") from err
+        raise UsageError(f"{path} is damaged: {first_problem(err)}. Optimise again.") from err
 
 
 def _programs_of_schema_1(fields: Mapping[str, Any]) -> dict[str, str]:

@@ -14,6 +14,7 @@ import pydantic
 from graphopt.capturing.load import load
 from graphopt.errors import UsageError, first_line
 from graphopt.files import MANIFEST, MOST_OF_A_MANIFEST, read_file
+from graphopt.ir.plain_data import first_problem
 from graphopt.job import manifest
 from graphopt.job.replaying import read_plans
 from graphopt.job.report import Report
@@ -71,6 +72,7 @@ def _report(path: Path) -> Report:
         return Report.from_json(data)
     except OSError as err:
         raise UsageError(f"{path} is not a report: {err.strerror or err}. Optimise again.") from err
-    except (ValueError, TypeError, RecursionError, pydantic.ValidationError) as err:
-        said = getattr(err, "strerror", None) or first_line(err)
-        raise UsageError(f"{path} is not a report: {said}. Optimise again.") from err
+    except pydantic.ValidationError as err:
+        raise UsageError(f"{path} is not a report: {first_problem(err)}. Optimise again.") from err
+    except (ValueError, TypeError, RecursionError) as err:
+        raise UsageError(f"{path} is not a report: {first_line(err)}. Optimise again.") from err

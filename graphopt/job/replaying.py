@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import torch
+
 from graphopt.capturing.model_calls import gradients_recorded
 from graphopt.errors import PassError
 from graphopt.ir.program import Program
@@ -52,7 +54,7 @@ def replay(program: Program, manifest_path: str | Path, registry: PassRegistry |
         kind = registry.pass_class(entry.pass_name)
         instance = kind(build(kind.name, kind.options_type, entry.options))
         made = apply(instance, programs.get(target, programs[""]), plan)
-        with called(instance, "apply its stored plan: the program it makes does not run"):
+        with called(instance, "apply its stored plan: the program it makes does not run"), torch.no_grad():
             made.call_flat(made.flat_examples())  # what is stored may be of any type and shape
         programs[target] = made
     return {target: programs.get(target, programs[""]) for target in stored.programs}

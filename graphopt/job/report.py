@@ -13,6 +13,7 @@ from typing import Any
 
 import pydantic
 
+from graphopt.errors import cut
 from graphopt.files import replacing
 from graphopt.measure.cost import Cost
 from graphopt.measure.equivalence import Equivalence
@@ -161,7 +162,7 @@ class Report:
             ValueError: it is of another form.
         """
         if data.get("schema", SCHEMA) != SCHEMA:
-            raise ValueError(f"it has schema {data['schema']!r}, this version reads {SCHEMA}")
+            raise ValueError(f"it has schema {cut(repr(data['schema']), 80)}, this version reads {SCHEMA}")
         fields = {name: value for name, value in data.items() if name != "schema"}
         rows, baselines = fields.get("rows"), fields.get("baselines")
         if isinstance(rows, list):

@@ -16,7 +16,7 @@ from typing import Any
 
 import pydantic
 
-from graphopt.errors import UsageError
+from graphopt.errors import UsageError, cut, printable
 from graphopt.ir.plain_data import Json
 
 _FINEST = 10**9  # denominator of a share
@@ -38,7 +38,7 @@ def build(pass_name: str, options_type: type[Any], given: Mapping[str, Any]) -> 
     for name in given:
         if name not in known:
             raise UsageError(
-                f"Pass `{pass_name}` has no option `{name}`{nearest(name, known)} "
+                f"Pass `{pass_name}` has no option `{cut(printable(name), 80)}`{nearest(name, known)} "
                 f"Its options: {', '.join(known) or 'none'}. See `graphopt passes show {pass_name}`."
             )
     values = {name: _from_text(value, hints[name]) for name, value in given.items()}
@@ -48,7 +48,7 @@ def build(pass_name: str, options_type: type[Any], given: Mapping[str, Any]) -> 
         first = err.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else ""
         what = f"`{name}={given.get(name)}`" if name else ", ".join(f"`{k}={v}`" for k, v in given.items())
-        reason = first["msg"].removeprefix("Value error, ").rstrip(".")
+        what, reason = cut(printable(what)), cut(first["msg"].removeprefix("Value error, ").rstrip("."))
         raise UsageError(
             f"Pass `{pass_name}` cannot take {what}: {reason}. See `graphopt passes show {pass_name}`."
         ) from err

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from graphopt.errors import UsageError, first_line, printable
+from graphopt.errors import UsageError, cut, first_line, printable
 from graphopt.files import read_file
 from graphopt.ir.plain_data import Json
 from graphopt.pipeline.contract import called
@@ -100,7 +100,7 @@ def _tables(path: Path) -> list[dict[str, Any]]:
         raise UsageError(f"{path} is not a pipeline: `pass` is missing, or no list of tables. {_FORM}")
     others = sorted(content.keys() - {"pass"})
     if others:
-        raise UsageError(f"{path} holds `{printable(others[0])}` beside its passes. {_FORM}")
+        raise UsageError(f"{path} holds `{cut(printable(others[0]), 80)}` beside its passes. {_FORM}")
     nameless = [number for number, table in enumerate(tables, start=1) if not isinstance(table.get("name"), str)]
     if nameless:
         raise UsageError(f"Pass {nameless[0]} of {path} has no `name`. {_FORM}")

@@ -21,7 +21,7 @@ import pydantic
 import torch
 
 from graphopt.errors import PassError
-from graphopt.ir.plain_data import Json
+from graphopt.ir.plain_data import Json, first_problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,16 +92,11 @@ class Plan:
         try:
             plan: Self = pydantic.TypeAdapter(cls).validate_json(json.dumps(data), strict=True)
         except pydantic.ValidationError as err:
-            first = err.errors()[0]
             raise PassError(
                 f"The stored plan of `{data.get('pass_name')}` does not fit this version of the pass: "
-                f"`{'.'.join(map(str, first['loc']))}`: {_said(first)}. Make the plan again."
+                f"{first_problem(err)}. Make the plan again."
             ) from err
         return dataclasses.replace(plan, tensors=dict(tensors))
-
-
-def _said(error: Any) -> str:
-    return "a field it does not know" if error["type"] == "unexpected_keyword_argument" else error["msg"].lower()
 
 
 def _plain(value: Any) -> Json:

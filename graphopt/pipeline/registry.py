@@ -15,7 +15,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graphopt.errors import UsageError, foreign_code
+from graphopt.errors import UsageError, cut, foreign_code, printable
 
 if TYPE_CHECKING:
     from graphopt.pipeline.pass_base import Pass
@@ -90,8 +90,9 @@ class Registry:
         if name not in self._entries:
             from graphopt.pipeline.options import nearest
 
+            known = ", ".join(self.names())
             raise UsageError(
-                f"There is no {what} `{name}`{nearest(name, self.names())} Known: {', '.join(self.names())}."
+                f"There is no {what} `{cut(printable(name), 80)}`{nearest(name, self.names())} Known: {known}."
             )
         return self._entries[name].load(base)
 
