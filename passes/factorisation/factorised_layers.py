@@ -16,7 +16,7 @@ from graphopt.ir.finite import all_finite
 from graphopt.ir.graph import arguments, tensor_attribute
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import origin
-from graphopt.passes.layers.recognition import why_not_weighted
+from graphopt.passes.layers.recognition import Unweighted
 from graphopt.passes.layers.weighted_call import (
     IN_A_REGION,
     WeightedCall,
@@ -63,17 +63,20 @@ def factorisable(gm: fx.GraphModule, skip: Sequence[str]) -> tuple[list[Weighted
     found: list[WeightedCall] = []
     others: list[str] = []
     refusals = [Refusal(node.name, IN_A_REGION) for node in regions_with_layers(gm)]
+    unweighted = Unweighted(gm)
     for node in gm.graph.nodes:
         call = layer_call(node, gm)
         if call is None:
+            if reason := unweighted.why_of_product(node):
+                refusals.append(Refusal(node.name, reason))
             continue
         if call.kind == "transposed conv" or any(size != 1 for size in call.kernel):
             others.append(call.weight_name)  # neither linear nor 1x1
             continue
-        unweighted = why_not_weighted(call, gm)
-        reason = unweighted or _why_not(gm, call, skip)
+        missing = unweighted.why(call)
+        reason = missing or _why_not(gm, call, skip)
         if reason:
-            refusals.append(Refusal(node.name if unweighted else call.weight_name, reason))
+            refusals.append(Refusal(node.name if missing else call.weight_name, reason))
         else:
             found.append(call)
     others += [refusal.site for refusal in refusals]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 from torch import fx
 
+from graphopt.ir.aliasing import Storages
 from graphopt.ir.operators import PRODUCTS, RECURRENT
 from graphopt.ir.regions import inside, regions
-from graphopt.passes.layers.weighted_call import WeightedCall, is_layer, weighted_call
+from graphopt.passes.layers.constants import ancestors, find_all_constants, sources, worth_storing
+from graphopt.passes.layers.weighted_call import WeightedCall, is_layer, uses, weighted_call
 
 _WITH_WEIGHTS = PRODUCTS | RECURRENT  # where one operand is stored
 
@@ -44,24 +47,60 @@ class Layers:
         return node in _WITH_WEIGHTS and not self._stored.isdisjoint(node.all_input_nodes)
 
 
-def why_not_weighted(call: WeightedCall | None, gm: fx.GraphModule) -> str:
-    """Return why a layer (`layer_call`) is no `weighted_call`, "" if it is one."""
-    if call is None:
-        return "it is no product with a stored matrix"
-    if weighted_call(call.node, gm) is not None:
-        return ""
-    weight, bias = call.weight, call.bias
-    if getattr(weight.target, "namespace", "") == "graphopt":
-        return f"its weight is stored as integers (`{weight.name}`): int8 comes last"
-    for what, read in (("weight", weight), ("bias", bias)):
-        if read is None or read.op == "get_attr":
-            continue
-        if read in _stored(gm.graph):  # no backticks: counting refusals leaves names in them out
-            return f"its {what} is computed from stored tensors by `{read.name}`: put fold before, which stores it"
-        return f"its {what} is computed at run time by `{read.name}`"
-    if call.scaled:
-        return "its product or its bias is multiplied by a factor (alpha, beta)"
-    return "its input is stored" if call.input.op == "get_attr" else "it is no product with a stored matrix"
+class Unweighted:
+    """Says why a layer of a graph has no stored weight that a pass could change."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self._gm = gm
+
+    def why(self, call: WeightedCall | None) -> str:
+        """Return why a layer (`layer_call`) is no `weighted_call`, "" if it is one."""
+        if call is None:
+            return "it is no product with a stored matrix"
+        if weighted_call(call.node, self._gm) is not None:
+            return ""
+        if getattr(call.weight.target, "namespace", "") == "graphopt":
+            return f"its weight is stored as integers (`{call.weight.name}`): int8 comes last"
+        for what, read in (("weight", call.weight), ("bias", call.bias)):
+            if read is not None and read.op != "get_attr":
+                return self.why_computed(what, read)
+        if call.scaled:
+            return "its product or its bias is multiplied by a factor (alpha, beta)"
+        return "its input is stored" if call.input.op == "get_attr" else "it is no product with a stored matrix"
+
+    def why_of_product(self, node: fx.Node) -> str:
+        """Return why a product of a value and what is computed from stored tensors is no layer; "" where it is none."""
+        if node not in PRODUCTS:
+            return ""
+        operands = [value for value in node.all_input_nodes if value in self._constants and value.op != "get_attr"]
+        return self.why_computed("weight", operands[-1]) if operands else ""
+
+    def why_computed(self, what: str, read: fx.Node) -> str:
+        """Say what a weight that is computed depends on, and that `fold` stores it where it does."""
+        if read not in self._constants:
+            return f"its {what} is computed at run time by `{read.name}`"
+        chosen, refused = self._storable
+        made = f"its {what} is computed from stored tensors by `{read.name}`"
+        if read in chosen:  # no backticks: counting refusals leaves names in them out
+            return f"{made}: put fold before, which stores it"
+        if read.name in refused:
+            return f"{made}, and {refused[read.name]}"
+        path = ancestors([read])
+        others = [user for source in sources([read]) for user in uses(self._gm, str(source.target)) if user not in path]
+        return f"{made}, and what it is computed from is shared with `{others[0].name}`" if others else made
+
+    @functools.cached_property
+    def _storages(self) -> Storages:
+        return Storages(self._gm.graph)
+
+    @functools.cached_property
+    def _constants(self) -> set[fx.Node]:
+        return find_all_constants(self._gm, self._storages)
+
+    @functools.cached_property
+    def _storable(self) -> tuple[set[fx.Node], dict[str, str]]:
+        chosen, refusals = worth_storing(self._gm, self._constants, self._storages)
+        return set(chosen), {refusal.site: refusal.reason for refusal in refusals}
 
 
 def _stored(graph: fx.Graph) -> set[fx.Node]:

@@ -25,7 +25,7 @@ from graphopt.ir.graph import tensor_attribute
 from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
 from graphopt.ir.walker import Walker
-from graphopt.passes.layers.recognition import why_not_weighted
+from graphopt.passes.layers.recognition import Unweighted
 from graphopt.passes.layers.rows import input_rows, output_rows, positions
 from graphopt.passes.layers.weighted_call import (
     IN_A_REGION,
@@ -100,6 +100,7 @@ class _Walk:
         ctx: Context,
     ) -> None:
         self._gm = pruned.graph_module
+        self._unweighted = Unweighted(self._gm)
         self._sizes = [batch_count(batch) for batch in batches]
         self._axes, self._kept = axes, kept
         inputs = [axes.dims(node) for node in original.graph.nodes if node.op == "placeholder"]
@@ -120,7 +121,7 @@ class _Walk:
                 if call is not None:
                     self._layer(call, twin)
                 elif is_layer(node):
-                    self._leave(node.name, why_not_weighted(layer_call(node, self._gm), self._gm))
+                    self._leave(node.name, self._unweighted.why(layer_call(node, self._gm)))
             self._after.step()
         for node in regions_with_layers(self._gm):
             self._leave(node.name, IN_A_REGION)

@@ -25,6 +25,7 @@ from graphopt.ir.finite import all_finite
 from graphopt.ir.graph import constant
 from graphopt.ir.operators import plain_name, short_name
 from graphopt.ir.provenance import module_path
+from graphopt.passes.layers.recognition import Unweighted
 from graphopt.passes.layers.weighted_call import IN_A_REGION, regions_with_layers
 from graphopt.passes.quantization.kernels import HEAVY, Kernel, clamp_range, kernel_of
 from graphopt.pipeline.globs import check_globs
@@ -99,6 +100,7 @@ class _Placer:
         self._kernels = {node: kernel for node in gm.graph.nodes if (kernel := kernel_of(node, gm)) is not None}
         self._problems: dict[fx.Node, Refusal | None] = {}
         self._storages = Storages(gm.graph)
+        self._unweighted = Unweighted(gm)
         self._only_integers: dict[fx.Node, bool] = {}
         self._result = Placement()
 
@@ -237,10 +239,7 @@ class _Placer:
             if parameter.target is DEQUANTIZE:
                 return "it is quantized already", ""
             if constant(parameter, self._gm) is None:
-                return (
-                    f"its {role} is computed at run time by `{parameter.name}`",
-                    f"its {role} is computed at run time",
-                )
+                return self._unweighted.why_computed(role, parameter), ""
             if not _is_float(parameter):
                 return f"its {role} is {_dtype(parameter)}, not float32", f"its {role} is not float32"
             if reason := self._written(parameter):

@@ -18,7 +18,7 @@ from torch import fx
 
 from graphopt.ir.finite import all_finite
 from graphopt.ir.graph import constant, tensor_attribute
-from graphopt.passes.layers.recognition import Layers, why_not_weighted
+from graphopt.passes.layers.recognition import Layers, Unweighted
 from graphopt.passes.layers.weighted_call import (
     IN_A_REGION,
     WeightedCall,
@@ -51,15 +51,16 @@ def find_sites(gm: fx.GraphModule) -> tuple[list[SparseSite], list[Refusal]]:
     by_weight: dict[int, list[WeightedCall]] = {}
     closed = regions_with_layers(gm)
     refusals = [Refusal(node.name, IN_A_REGION) for node in closed]
-    layers = Layers(gm)
+    layers, unweighted = Layers(gm), Unweighted(gm)
     for node in gm.graph.nodes:
         call = weighted_call(node, gm)
         if call is not None:
             by_weight.setdefault(id(constant(call.weight, gm)), []).append(call)
         elif is_layer(node):
-            refusals.append(Refusal(node.name, why_not_weighted(layer_call(node, gm), gm)))
+            refusals.append(Refusal(node.name, unweighted.why(layer_call(node, gm))))
         elif node in layers and node not in closed:
-            refusals.append(Refusal(node.name, "its weight is no stored matrix of a plain product (fold stores some)"))
+            reason = unweighted.why_of_product(node) or "its weight is no stored matrix of a plain product"
+            refusals.append(Refusal(node.name, reason))
     sites = []
     for calls in by_weight.values():
         name = calls[0].weight_name

@@ -328,7 +328,9 @@ def test_a_weight_that_is_transposed_first_is_named_and_sparse_once_folded(tmp_p
 
     program = capture(Transposed(), torch.randn(2, 5, 16))
     found = reasons(plan_of(program))
-    assert found["matmul"] == "its weight is no stored matrix of a plain product (fold stores some)"
+    assert (
+        found["matmul"] == "its weight is computed from stored tensors by `numpy_t`: put fold before, which stores it"
+    )
     ctx = Context(original=program, targets=(TENSORRT,), samples=TensorSamples((torch.randn(64, 5, 16),)))
     for passes in ("fold,sparsity24", "fold,sparsity24,int8"):
         result = run(Pipeline.parse(passes), program, ctx).programs["tensorrt"]
