@@ -24,7 +24,7 @@ from typing import Any
 from graphopt.errors import LoadError, UsageError
 
 MANIFEST = "manifest.json"  # holds the digests of the files beside it, by name: with it they are a result
-MOST_OF_A_MANIFEST = 2**28  # bytes
+MOST_OF_A_MANIFEST = 2**26  # bytes; plans list what they keep, one index a line
 WRITING = ".writing."  # what the names of scratch directories start with where results are written
 _LOCK = ".lock"
 _PATIENCE = 60.0  # seconds; what is done under the lock of a directory takes milliseconds
@@ -106,8 +106,9 @@ def replacing_directory(path: Path) -> Iterator[Path]:
 
 
 def _unwritable(path: Path, err: OSError) -> UsageError:
+    reason = err.strerror or f"the disk may be full ({err})"  # as NumPy says it, which drops the reason
     return UsageError(
-        f"Could not write to {path}: {err.strerror or err}. Nothing was left half-written. Free some space or choose "
+        f"Could not write to {path}: {reason}. Nothing was left half-written. Free some space or choose "
         "another place with -o, for temporary files with the environment variable TMPDIR."
     )
 
@@ -214,13 +215,17 @@ def _clear(parent: Path, prefix: str) -> None:
             if os.listdir(folder) in ([], [f"{_LOCK}.new"]) and time.time() - found.st_mtime > _PATIENCE:
                 shutil.rmtree(folder)  # killed before it had a lock
                 continue
-            with (folder / _LOCK).open("rb") as stream:
+            with open(folder / _LOCK, "rb", opener=_without_waiting) as stream:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 _withdraw(folder, parent)
                 _empty(folder)
                 shutil.rmtree(folder)
         except OSError:  # in use, not one of these, or not to be removed: nothing that is done here needs it gone
             continue
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW)
 
 
 def _empty(folder: Path) -> None:

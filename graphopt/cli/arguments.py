@@ -89,10 +89,11 @@ def _dynamic_shapes(texts: Sequence[str] | None) -> dict[str, Any] | None:
     return shapes
 
 
-def check_output(directory: Path, depfile: Path | None = None) -> None:
+def check_output(directory: Path, *, dump: Path | None = None, depfile: Path | None = None) -> None:
     """Say what cannot be written to before anything runs."""
-    if directory.exists() and not directory.is_dir():
-        raise UsageError(f"{directory} is a file. Give -o a directory.")
+    for option, folder in (("-o", directory), ("--dump", dump)):
+        if folder is not None and folder.exists() and not folder.is_dir():
+            raise UsageError(f"{folder} is a file. Give {option} a directory.")
     if depfile is not None and depfile.exists() and not depfile.is_file():
         raise UsageError(f"{depfile} is no file. Give --depfile the name of one.")
 

@@ -81,7 +81,7 @@ def command(
     gates = [Gate.parse(text) for text in fail_if or ()]
     pipeline = _pipeline(passes, plugin or ())
     directory = output or _default_directory(source)
-    arguments.check_output(directory, depfile)
+    arguments.check_output(directory, dump=dump, depfile=depfile)
     backends = backends_named(target or ["onnxruntime"])
     times = bench and any(item.times_here for item in backends)
     check_measured(gates, evaluates=evaluation is not None, lowers=bool(backends) and not plan, times=times)

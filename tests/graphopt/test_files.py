@@ -325,6 +325,30 @@ def test_the_next_run_clears_what_a_killed_one_left(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["graphopt-file", "graphopt-notes"]
 
 
+def test_left_overs_of_another_kind_are_neither_waited_for_nor_followed(tmp_path: Path) -> None:
+    """They may come with an archive that somebody unpacked."""
+    (tmp_path / "victim").write_text("mine")
+    digest = sha256(tmp_path / "victim")
+    for name in ("fifo", "link", "outside"):
+        (tmp_path / f"out/.writing.{name}/new").mkdir(parents=True)
+    os.mkfifo(tmp_path / "out/.writing.fifo/.lock")
+    (tmp_path / "out/.writing.link/.lock").symlink_to(tmp_path / "victim")
+    (tmp_path / "out/.writing.outside/.lock").touch()
+    (tmp_path / "out/.writing.outside/deep").symlink_to(tmp_path)
+    (tmp_path / "out/.writing.outside/new" / MANIFEST).write_text(json.dumps({"sha256": {"../victim": digest}}))
+    (tmp_path / "out/.writing.folder").symlink_to(tmp_path)
+    _write(tmp_path / "out", **NEW)
+    assert (tmp_path / "victim").read_text() == "mine"
+    assert _read(tmp_path / "out") == {"a.onnx": "new", "c.onnx": "new", "run.py": "new"}
+    assert {path.name for path in (tmp_path / "out").glob(".*")} == {".writing.link", ".writing.folder"}
+
+
+def test_a_failure_that_numpy_says_without_its_reason(tmp_path: Path) -> None:
+    said = r"the disk may be full \(16 requested and 0 written\)\. Nothing was left"
+    with pytest.raises(UsageError, match=said), replacing(tmp_path / "file"):
+        raise OSError("16 requested and 0 written")
+
+
 def test_a_failure_to_write_is_said_when_the_writer_has_ended(tmp_path: Path) -> None:
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

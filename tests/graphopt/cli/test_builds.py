@@ -111,6 +111,7 @@ def test_a_run_that_was_killed_where_failures_go_keeps_no_other_from_going_there
         (("--depfile", "/dev/null"), "/dev/null is no file. Give --depfile the name of one."),
         (("--depfile", "."), ". is no file. Give --depfile the name of one."),
         (("-o", "/dev/null"), "/dev/null is a file. Give -o a directory."),
+        (("--dump", "data.npz"), "data.npz is a file. Give --dump a directory."),
         (("--depfile", "model.d", "--data", "it's"), """--depfile cannot name "it's": no way of writing "'" there"""),
     ],
 )
