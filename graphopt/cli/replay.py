@@ -35,21 +35,18 @@ def command(
     seed: Seed = 0,
 ) -> None:
     """Carry out stored plans on the model they were made for, and lower the result."""
-    from graphopt.files import replacing_directory
-    from graphopt.job.replaying import replay
-    from graphopt.pipeline.registry import PassRegistry, backend
+    from graphopt.job.job import Job
+    from graphopt.job.manifest import read
+    from graphopt.pipeline.registry import PassRegistry, backends_named
 
     check_output(output)
     source = ModelArguments(
         model=model, data=data, inputs=inputs, dynamic=dynamic, factory=factory, weights=weights, trust=trust, seed=seed
     )
-    program, _ = source.load()
-    programs = replay(program, manifest, PassRegistry(plugin or ()))
-    with replacing_directory(output) as directory:
-        for target, result in programs.items():
-            result.save(directory / ("program.pt2" if len(programs) == 1 else f"program.{target}.pt2"))
-            if target:
-                lowering = backend(target)
-                lowering.verify(lowering.lower(result, lowering.path_in(directory)), result)
-    for path in sorted(output.iterdir()):
+    stored = read(manifest)
+    program, samples = source.load()
+    backends = backends_named([target for target in stored.programs if target])
+    job = Job(program, samples, backends=backends, seed=stored.seed, name=stored.model)
+    outcome = job.replay(manifest, PassRegistry(plugin or ()))
+    for path in sorted(job.deliver(outcome, bench=False).save(output)):
         print(path)

@@ -17,8 +17,10 @@ from graphopt.files import ScratchDirectory
 from graphopt.ir.finite import all_finite, computable
 from graphopt.ir.program import Program
 from graphopt.ir.regions import compiled_for_their_shapes
+from graphopt.job import manifest
 from graphopt.job.deliver import Delivery, deliver
 from graphopt.job.recorder import Recorder
+from graphopt.job.replaying import read_plans, replay
 from graphopt.job.report import Report, Row
 from graphopt.job.result import Result
 from graphopt.measure.cost import cost
@@ -30,7 +32,7 @@ from graphopt.pipeline.context import Context, Loss, NoProgress, Progress
 from graphopt.pipeline.hooks import FullCheck, Hook
 from graphopt.pipeline.pipeline import Pipeline
 from graphopt.pipeline.plan import Plan
-from graphopt.pipeline.registry import backend, backends_named
+from graphopt.pipeline.registry import PassRegistry, backend, backends_named
 from graphopt.targets.backend import Backend
 
 # Samples that every row's output error is measured on: as many as cost this many operations, within bounds.
@@ -170,6 +172,24 @@ class Job:
             for item in self.backends
         ]
         return self._result(outcome, [found.kept_by(home) for found in deliveries])
+
+    def replay(self, manifest_path: str | Path, registry: PassRegistry | None = None) -> Outcome:
+        """Carry out stored plans on the original program instead of making them.
+
+        Args:
+            manifest_path: a `manifest.json`, its `plans.safetensors` beside it.
+            registry: where passes are found; plugins that made plans must be in it.
+
+        Raises:
+            GraphOptError: as `replaying.replay` does.
+        """
+        path, registry = Path(manifest_path), registry or PassRegistry()
+        programs = replay(self.original, path, registry)
+        stored = manifest.read(path)
+        pipeline = Pipeline.parse(stored.pipeline, registry)
+        report = self._new_report(pipeline)
+        report.notes.append(f"plans: they are those of {path}; what each step costs was measured when they were made")
+        return Outcome(pipeline, programs, tuple(read_plans(stored, path.parent, registry)), report)
 
     def undelivered(self, outcome: Outcome) -> Result:
         """Return an outcome as a result without artifacts."""

@@ -10,6 +10,7 @@ from typing import Any
 from graphopt.errors import LoadError, UsageError
 from graphopt.files import replacing_directory, sha256
 from graphopt.ir.program import Program
+from graphopt.ir.torch_internals import times_written
 from graphopt.job import manifest
 from graphopt.job.report import Report
 from graphopt.pipeline.plan import Plan
@@ -42,6 +43,10 @@ class Result:
     plan_targets: list[str]
     fingerprint: str = ""
 
+    def __post_init__(self) -> None:
+        """Note what was lowered."""
+        self._lowered = {target: _state(self.programs[target]) for target in self.artifacts}
+
     def __repr__(self) -> str:
         targets = ", ".join(self.artifacts) or "no target"
         return f"<Result of {self.report.pipeline!r} on {self.report.model} for {targets}>"
@@ -70,9 +75,10 @@ class Result:
 
         Raises:
             LoadError: a file of an artifact is gone.
-            UsageError: the directory cannot be written to.
+            UsageError: the directory cannot be written to, or a program was changed after it was lowered.
         """
         directory = Path(directory)
+        self._check_unchanged()
         lost = [file for found in self.artifacts.values() for file in found.files if not file.is_file()]
         if lost:
             raise LoadError(
@@ -119,15 +125,35 @@ class Result:
         self.report.save(directory / "report.json")
         return self.report.files
 
+    def _check_unchanged(self) -> None:
+        changed = [target for target in self.artifacts if _state(self.programs[target]) != self._lowered[target]]
+        if changed:
+            raise UsageError(
+                f"The program for {changed[0]} was changed after it was lowered, trained perhaps, and its artifact is "
+                'still the one before. Lower it again, graphopt.optimize(result.program, passes=""), and save that.'
+            )
+
     def _fingerprint(self) -> str:
         if self.fingerprint or self.original is None:
             return self.fingerprint
         return manifest.fingerprint(self.original)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what was pickled."""
+        self.__dict__.update(state)
+        self.__post_init__()
+
     def __getstate__(self) -> dict[str, Any]:
         """Pickle the fingerprint too: names in an unpickled graph are others, and plans are for the one captured."""
+        self._check_unchanged()
         return {**self.__dict__, "fingerprint": self._fingerprint()}
 
     def _named(self, stem: str, target: str, ending: str) -> str:
         """One target: `run.py`. Several: `run.onnxruntime.py`."""
         return f"{stem}.{ending}" if len(self.programs) == 1 else f"{stem}.{target}.{ending}"
+
+
+def _state(program: Program) -> list[tuple[str, int, int]]:
+    """Return what tells whether a program's tensors were written to or replaced."""
+    gm = program.graph_module
+    return [(name, id(held), times_written(held)) for name, held in (*gm.named_parameters(), *gm.named_buffers())]

@@ -49,11 +49,15 @@ def test_the_artifact_runs_without_graphopt(files: Files) -> None:
 def test_same_input_same_bytes_and_replay(files: Files) -> None:
     for folder in ("one", "two"):
         assert run([*FULL, "--no-bench", "-o", folder]) == 0
-    for name in ("onnxruntime.onnx", "program.pt2", "plans.safetensors", "manifest.json", "run.py"):
+    written = ("onnxruntime.onnx", "program.pt2", "plans.safetensors", "manifest.json", "run.py")
+    for name in written:
         assert (files.folder / "one" / name).read_bytes() == (files.folder / "two" / name).read_bytes(), name
     assert run(["apply", "model.pt", "one/manifest.json", "-o", "again"]) == 0
-    for name in ("onnxruntime.onnx", "program.pt2"):
+    for name in written:
         assert (files.folder / "again" / name).read_bytes() == (files.folder / "one" / name).read_bytes(), name
+    opened = graphopt.open("again")
+    assert opened.artifact.session_options
+    assert any("one/manifest.json" in note for note in opened.report.notes)
 
 
 def test_replay_on_another_model_is_refused(files: Files, fails: Fails) -> None:

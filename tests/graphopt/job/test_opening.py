@@ -274,6 +274,22 @@ def test_a_result_whose_file_is_gone_says_so(tmp_path: Path) -> None:
     assert not (tmp_path / "build").exists()
 
 
+def test_a_program_trained_after_it_was_lowered_is_not_saved_beside_its_artifact(tmp_path: Path) -> None:
+    result = graphopt.optimize(nn.Linear(4, 2), torch.randn(8, 4), passes="", bench=False)
+    result.save(tmp_path / "before")
+    opened = graphopt.open(tmp_path / "before")
+    for made in (result, opened):
+        with torch.no_grad():
+            next(made.program.parameters()).add_(1.0)
+        with pytest.raises(UsageError, match="changed after it was lowered"):
+            made.save(tmp_path / "after")
+        with pytest.raises(UsageError, match="changed after it was lowered"):
+            pickle.dumps(made)
+    assert not (tmp_path / "after").exists()
+    again = graphopt.optimize(result.program, torch.randn(8, 4), passes="", bench=False)
+    again.save(tmp_path / "after")
+
+
 def test_copies_of_values_cost_nothing(result: graphopt.Result) -> None:
     assert copy.copy(result.artifact) is copy.deepcopy(result.artifact) is result.artifact
     twin = copy.copy(result.program)
