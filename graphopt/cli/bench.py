@@ -76,9 +76,8 @@ def _feed(artifact: Artifact, data: str | None, batch: int) -> tuple[Any, ...] |
 
 
 def _print(found: Comparison, one: str, other: str | None) -> None:
-    from rich.console import Console
 
-    from graphopt.cli.table import new_table
+    from graphopt.cli.table import new_table, terminal
 
     title = f"batch {found.batch}, {found.threads or 'all'} thread{'s' if found.threads != 1 else ''}"
     table = new_table(title)
@@ -96,4 +95,4 @@ def _print(found: Comparison, one: str, other: str | None) -> None:
             wall = f"{timing.wall.median:.3g} ({timing.wall.lower:.3g}-{timing.wall.upper:.3g})"
             cells = [name, kind, wall, f"{timing.cpu.median:.3g}"]
             table.add_row(*cells, *([text] if other is not None else []))
-    Console().print(table)
+    terminal().print(table)

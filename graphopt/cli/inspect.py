@@ -62,11 +62,9 @@ def command(
 
 
 def _print(facts: dict[str, Any]) -> None:
-    from rich.console import Console
+    from graphopt.cli.table import count, new_table, terminal
 
-    from graphopt.cli.table import count, new_table
-
-    console = Console(highlight=False)
+    console = terminal()
     table = new_table(facts["model"])
     table.show_header = False
     table.add_column(style="bold")

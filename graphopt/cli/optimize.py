@@ -155,19 +155,17 @@ def _directory_of_failure(directory: Path, *, expected: bool) -> Path:
 
 
 def _print(result: Result, directory: Path, format: str) -> None:
-    from rich.console import Console
-
-    from graphopt.cli.table import count, print_report
+    from graphopt.cli.table import count, print_report, terminal
 
     if format == "json":
         json.dump(result.report.to_json(), sys.stdout, indent=1)
         print()
         return
-    console = Console() if sys.stdout.isatty() else Console(width=150)
+    console = terminal(width=None if sys.stdout.isatty() else 150)
     print_report(result.report, console)
     for name in result.report.files:
         size = (directory / name).stat().st_size
-        console.print(f"{count(size) + 'B':>8}  {directory / name}", highlight=False, soft_wrap=True)
+        console.print(f"{count(size) + 'B':>8}  {directory / name}", soft_wrap=True)
 
 
 def _paths(*arguments: str | None) -> list[Path]:

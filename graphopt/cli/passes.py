@@ -18,9 +18,7 @@ def list_passes(context: typer.Context, plugin: Plugins = None) -> None:
     """List the passes, or show one."""
     if context.invoked_subcommand is not None:
         return
-    from rich.console import Console
-
-    from graphopt.cli.table import new_table
+    from graphopt.cli.table import new_table, terminal
     from graphopt.pipeline.pass_base import Pass
     from graphopt.pipeline.registry import PassRegistry
 
@@ -31,26 +29,24 @@ def list_passes(context: typer.Context, plugin: Plugins = None) -> None:
     for name, found in registry.working(Pass).items():
         kind = "lossy" if found.tolerance is None else f"exact to {found.tolerance:g}"
         table.add_row(name, kind, _first_line(found), registry.source(name))
-    Console().print(table)
+    terminal().print(table)
 
 
 @app.command("show")
 def show(name: str, plugin: Plugins = None) -> None:
     """Show what a pass does, refuses and takes."""
-    from rich.console import Console
-
-    from graphopt.cli.table import new_table
+    from graphopt.cli.table import new_table, terminal
     from graphopt.pipeline.options import describe
     from graphopt.pipeline.registry import PassRegistry
 
     registry = PassRegistry(plugin or ())
     found = registry.pass_class(name)
-    console = Console(highlight=False)
+    console = terminal()
     console.print(f"{found.name}, from {registry.source(name)}", style="bold")
-    console.print(_unwrapped(found), markup=False)
+    console.print(_unwrapped(found))
     for word in ("needs", "produces", "invalidates", "after", "before", "conflicts"):
         if values := getattr(found, word):
-            console.print(f"{word}: {', '.join(values)}", markup=False)
+            console.print(f"{word}: {', '.join(values)}")
     rows = describe(found.options_type)
     if not rows:
         console.print("It has no options.")
@@ -61,7 +57,7 @@ def show(name: str, plugin: Plugins = None) -> None:
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    console.print(_unwrapped(found.options_type), markup=False)
+    console.print(_unwrapped(found.options_type))
 
 
 def _unwrapped(documented: type) -> str:

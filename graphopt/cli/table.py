@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+from typing import IO
 
 from rich import box
 from rich.cells import cell_len
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from graphopt.job.report import Latency, Report, Row
@@ -18,6 +18,11 @@ _BRIEF_COLUMNS = ("step", "params", "FLOPs", "bytes", "latency", "speed-up", "er
 _PARENTHESES = re.compile(r" \([^)]*\)")
 _WIDEST_STEP = 24
 _UNBOUNDED = 1000
+
+
+def terminal(*, width: int | None = None, file: IO[str] | None = None) -> Console:
+    """Return a console that prints text as it is: names and notes hold what rich would take for markup and emoji."""
+    return Console(width=width, file=file, markup=False, emoji=False, highlight=False)
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -30,7 +35,7 @@ def print_report(report: Report, console: Console) -> None:
     if report.refusals:
         console.print(left_alone(report))
     for note in dict.fromkeys(report.notes):
-        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+        console.print(f"note: {note}", soft_wrap=True)
 
 
 def before_after(report: Report, *, brief: bool = False) -> Table:
@@ -68,7 +73,7 @@ def before_after(report: Report, *, brief: bool = False) -> Table:
 def new_table(title: str = "") -> Table:
     """Return an empty table in the one look that all of graphopt's have."""
     return Table(
-        title=escape(title) or None, title_justify="left", title_style="bold", header_style="bold", box=box.SIMPLE_HEAD
+        title=title or None, title_justify="left", title_style="bold", header_style="bold", box=box.SIMPLE_HEAD
     )
 
 
@@ -92,7 +97,7 @@ def _cells(row: Row, report: Report) -> list[str]:
     parameters = _ratio(row.cost.parameters, before.cost.parameters) if row.cost and before.cost else ""
     flops = _ratio(row.cost.flops, before.cost.flops) if row.cost and before.cost else ""
     return [
-        escape(label),
+        label,
         parameters,
         flops,
         _size(row, report),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
+from graphopt.cli.app import run
 from tests.graphopt.cli.conftest import Fails, Files, small_net
 
 LOWER = ("optimize", "model.pt", "--passes", "int8", "--data", "data.npz")
@@ -162,6 +164,55 @@ def test_a_full_disk_leaves_nothing(files: Files) -> None:
     assert "File too large" in done.stderr
     out = files.folder / "out"
     assert not out.exists() or list(out.iterdir()) == []
+
+
+PLUGIN = """
+from graphopt import NoOptions, Pass, Plan
+class Odd(Pass[NoOptions, Plan]):
+    name = 'odd'
+    def plan(self, program, ctx): DOES
+    def apply(self, program, plan): return program.copy()
+"""
+
+
+@pytest.mark.parametrize(
+    ("does", "said"),
+    [
+        ("raise ValueError('boom')", "failed to plan: ValueError: boom (PLUGIN:5). Repair the pass, or leave it out."),
+        ("raise SystemExit(0)", "failed to plan: SystemExit: 0 (PLUGIN:5). Repair the pass, or leave it out."),
+        ("pass", "returned a NoneType from `plan` (PLUGIN:5), not a Plan. Repair the pass, or leave it out."),
+    ],
+)
+def test_a_plugin_that_fails(files: Files, fails: Fails, does: str, said: str) -> None:
+    """Not as a gate that failed does, whose code is 1."""
+    plugin = files.folder / "odd.py"
+    plugin.write_text(PLUGIN.replace("DOES", does))
+    found = fails(4, "optimize", "model.pt", "--passes", "odd", "--plugin", plugin)
+    assert found == f"Pass `odd` from {plugin} {said.replace('PLUGIN', str(plugin))}"
+    plugin.unlink()
+    assert leftovers(files.folder) == []
+
+
+@pytest.mark.parametrize("raised", ["ValueError('boom')", "SystemExit(0)"])
+def test_an_evaluation_that_fails(files: Files, fails: Fails, raised: str) -> None:
+    name = f"fails_{raised[:5].lower()}"
+    (files.folder / f"{name}.py").write_text(f"def score(model):\n    raise {raised}\n")
+    said = fails(6, "optimize", "model.pt", "--passes", "", "--eval", f"{name}:score")
+    assert said.startswith(f"The evaluation function `{name}:score` raised {raised[:5]}")
+
+
+def test_a_bug_of_our_own_is_no_failed_gate(
+    files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def bug(*_: object, **__: object) -> None:
+        raise KeyError("one\x1b[2J\ntwo")
+
+    monkeypatch.setattr("graphopt.capturing.load.load_with_data", bug)
+    assert run(["inspect", "model.pt"]) == 4
+    said = capsys.readouterr().err
+    assert re.match(r"graphopt: This is a bug in graphopt: KeyError: .* \(.*test_bad_input.py:\d+\)\. Report it", said)
+    assert len(said.splitlines()) == 1
+    assert "\x1b" not in said
 
 
 def test_an_interrupt_leaves_nothing(files: Files, fails: Fails) -> None:

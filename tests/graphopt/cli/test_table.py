@@ -5,9 +5,8 @@ from __future__ import annotations
 import io
 
 import pytest
-from rich.console import Console
 
-from graphopt.cli.table import print_report
+from graphopt.cli.table import print_report, terminal
 from graphopt.job.report import Latency, Report, Row
 from graphopt.measure.cost import Cost
 from graphopt.measure.equivalence import Equivalence
@@ -34,10 +33,24 @@ def report(*, timed: bool) -> Report:
 
 
 def printed(width: int, *, timed: bool) -> list[str]:
-    console = Console(width=width, file=io.StringIO(), force_terminal=False)
-    print_report(report(timed=timed), console)
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue().splitlines()
+    return shown(report(timed=timed), width)
+
+
+def shown(made: Report, width: int) -> list[str]:
+    stream = io.StringIO()
+    print_report(made, terminal(width=width, file=stream))
+    return stream.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("text", ["[red]", "[/x]", "[link=http://x]y[/link]", ":fire:", "\\[x]", "[", "a[0]"])
+def test_text_is_printed_as_it_is(text: str) -> None:
+    """A name with what rich takes for a closing tag once ended in a traceback, and `:fire:` in a flame."""
+    made = report(timed=False)
+    made.model = made.pipeline = made.metric = text
+    made.notes = [text]
+    made.refusals = [(text, Refusal(text, text, text))]
+    made.rows.append(Row(text, summary=text))
+    assert "\n".join(shown(made, 400)).count(text) >= 8
 
 
 @pytest.mark.parametrize("timed", [True, False])
