@@ -56,7 +56,8 @@ def verify(path: Path, program: Program, inputs: Sequence[Array] | None, setting
         for wrong in disagreements(reference, got):
             raise LoweringError(
                 f"{path.name} computes something else than the program: output `{program.outputs[wrong.output].name}` "
-                f"{wrong.text}, {where}. Please report the model; it may work without int8, or for another target."
+                f"{wrong.text}, {where}. Please report the model; it may work "
+                f"{'without int8, or ' if probe else ''}for another target."
             )
         if not codes or not index:
             plain = replay.outputs(feed) if codes else reference.wanted

@@ -18,6 +18,7 @@ from torch.onnx import OnnxExporterError
 
 from graphopt.backends.onnx_lowering.decomposition import Decomposed
 from graphopt.backends.onnx_lowering.fixed_bags import reduce_fixed_bags
+from graphopt.backends.onnx_lowering.restated import restate
 from graphopt.backends.onnx_lowering.tensor_results import only_tensors
 from graphopt.backends.onnx_lowering.translations import table
 from graphopt.errors import LoweringError
@@ -49,6 +50,7 @@ def export(program: Program, opset: int) -> ir.Model:
     own = Decomposed.on_demand(found.program)
     _forget_strides(own.graph_module)
     reduce_fixed_bags(own.graph_module)
+    restate(own.graph_module)
     with warnings.catch_warnings(), _quiet("torch.onnx"), _quiet("onnxscript"), _quiet("onnx_ir"):
         warnings.simplefilter("ignore")
         try:

@@ -60,7 +60,8 @@ def _check_kinds(specs: Iterable[TensorSpec]) -> None:
         if spec.dtype not in _NUMPY_HOLDS:
             raise LoweringError(
                 f"`{spec.name}` is {str(spec.dtype).removeprefix('torch.')}, which numpy arrays cannot hold. Convert "
-                "the model with `model.float()`, or let it take and return float32 and convert inside."
+                "the model with `model.float()`; where the runtime computes in that type, which ONNX Runtime does not, "
+                "it is enough that the model takes and returns float32 and converts inside."
             )
 
 

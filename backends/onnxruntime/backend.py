@@ -20,6 +20,8 @@ from graphopt.backends.onnxruntime.options import recorded_options
 from graphopt.errors import LoweringError
 from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
+from graphopt.ir.regions import graph_modules
+from graphopt.ir.torch_internals import pytree
 from graphopt.targets.backend import Artifact, Finding
 from graphopt.targets.description import TargetDescription
 
@@ -71,10 +73,10 @@ class OnnxRuntimeBackend(OnnxBackend):
             if not layers:
                 OnnxSession(path, settings)
         except LoweringError as err:
-            if any(tensor.dtype is torch.bfloat16 for tensor in program.state_dict().values()):
+            if _computes_in_bfloat16(program):
                 raise LoweringError(
                     "ONNX Runtime has no bfloat16 kernels for some operators of the model. Convert it with "
-                    f"`model.float()` first. The runtime says: {err}"
+                    f"`model.float()`, and leave out torch.autocast. The runtime says: {err}"
                 ) from err
             raise
         return {"quantized": len(layers), "integer": sum(layer.integer for layer in layers)}
@@ -97,6 +99,12 @@ class OnnxRuntimeBackend(OnnxBackend):
         if not quantized:
             return f"{artifact.facts.get('operators', 0)} operators, float"
         return f"{artifact.facts['integer']} of {quantized} quantized operators on integer kernels"
+
+
+def _computes_in_bfloat16(program: Program) -> bool:
+    """Whether a value is bfloat16, in the regions of autocast too."""
+    values = [node.meta.get("val") for body in graph_modules(program.graph_module) for node in body.graph.nodes]
+    return any(isinstance(leaf, torch.Tensor) and leaf.dtype is torch.bfloat16 for leaf in pytree.tree_leaves(values))
 
 
 def _complaint(layer: Layer) -> str:

@@ -385,6 +385,21 @@ def test_bfloat16_weights_are_refused_with_the_way_out(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_bfloat16_under_autocast_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    class Cast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                y: torch.Tensor = self.fc(x)
+            return y.float()
+
+    with pytest.raises(LoweringError, match=r"no bfloat16 kernels.*leave out torch\.autocast"):
+        OnnxRuntimeBackend().lower(capture(Cast(), torch.randn(2, 4)), tmp_path / "cast.onnx")
+
+
 def test_constants_of_the_exporters_own_functions(tmp_path: Path) -> None:
     class Bag(nn.Module):
         """One bag of all words, which is of no fixed size."""

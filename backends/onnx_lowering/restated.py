@@ -1,0 +1,84 @@
+"""Calls that the exporter leaves something of out, in other words (torch 2.13).
+
+avg_pool2d(x, k, .., divisor_override=d)     avg_pool2d(x, k, ..) * (|k| / d)       it ignores the divisor
+rrelu(x, lower, upper)                       leaky_relu(x, (lower + upper) / 2)     it knows neither
+lstm with projections                        refused: the LSTM of ONNX has none
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import fx
+
+from graphopt.errors import LoweringError
+from graphopt.ir.editor import Editor
+from graphopt.ir.graph import arguments
+from graphopt.ir.provenance import user_line
+from graphopt.ir.regions import graph_modules
+
+aten = torch.ops.aten
+_POOLS = {aten.avg_pool2d.default: 2, aten.avg_pool3d.default: 3}  # with how many spatial axes
+
+
+def restate(gm: fx.GraphModule) -> None:
+    """Rewrite the calls in place; results keep their names, which the signature of an exported program holds.
+
+    Raises:
+        LoweringError: a call has no ONNX form.
+    """
+    for body in graph_modules(gm):
+        editor = Editor(body, "lowering")
+        for node in list(body.graph.nodes):
+            with body.graph.inserting_before(node):
+                other = _other_words(node, editor)
+            if other is not None:
+                name = node.name
+                editor.replace(node, other)
+                other.name = name
+        body.recompile()
+
+
+def _other_words(node: fx.Node, editor: Editor) -> fx.Node | None:
+    if node.target in _POOLS:
+        return _pool(node, editor)
+    if node.target is aten.rrelu.default:
+        given = arguments(node, ("self", "lower", "upper"))
+        slope = (given["lower"] + given["upper"]) / 2
+        return editor.call(aten.leaky_relu.default, given["self"], slope, like=node)
+    if node.target is aten.lstm.input and _projects(node):
+        raise LoweringError(
+            f"The LSTM{_where(node)} projects its state (proj_size), which the LSTM of ONNX does not. Make it without "
+            "proj_size, or keep it out of the model that is lowered."
+        )
+    return None
+
+
+def _pool(node: fx.Node, editor: Editor) -> fx.Node | None:
+    """Multiply what is divided by the size of the window; padding counts as zeros whatever the divisor is."""
+    given = arguments(node, ())
+    divisor = given["divisor_override"]
+    if divisor is None:
+        return None
+    if given["ceil_mode"]:
+        raise LoweringError(
+            f"The pooling{_where(node)} divides by divisor_override in windows that reach beyond its input "
+            "(ceil_mode), which has no ONNX form. Leave out one of the two."
+        )
+    kernel = given["kernel_size"]
+    size = math.prod(kernel) if len(kernel) > 1 else kernel[0] ** _POOLS[node.target]  # type: ignore[index]
+    without = {**given, "count_include_pad": True, "divisor_override": None}
+    pooled = editor.call(node.target, *without.values(), like=node)  # type: ignore[arg-type]
+    return editor.call(aten.mul.Tensor, pooled, size / divisor, like=node)
+
+
+def _projects(node: fx.Node) -> bool:
+    """Whether the state that a recurrent weight takes is narrower than the cell."""
+    recurrent = arguments(node, ("params",))["params"][1].meta["val"]
+    return bool(recurrent.shape[0] != 4 * recurrent.shape[1])
+
+
+def _where(node: fx.Node) -> str:
+    line = user_line(node)
+    return f" at {line}" if line else ""

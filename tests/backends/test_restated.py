@@ -1,0 +1,51 @@
+"""What the exporter leaves something of out is said in other words, or refused by its name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from graphopt import capture
+from graphopt.backends.onnx_lowering.lowering import Style, lower
+from graphopt.backends.onnxruntime import OnnxRuntimeBackend
+from graphopt.errors import LoweringError
+
+STYLE = Style(opset=20)
+
+SERVED = {
+    "2d": (
+        nn.Sequential(
+            nn.AvgPool2d(2, divisor_override=3),
+            nn.RReLU(0.1, 0.5),
+            nn.AvgPool2d((2, 3), 1, padding=1, count_include_pad=False, divisor_override=1),
+            nn.Conv2d(3, 3, 1),
+            nn.AvgPool2d(2, divisor_override=8),
+        ),
+        (2, 3, 9, 9),
+    ),
+    "3d": (nn.AvgPool3d(2, divisor_override=5), (2, 3, 4, 4, 5)),
+}
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_a_pool_with_its_own_divisor_and_a_random_slope_compute_what_torch_does(name: str, tmp_path: Path) -> None:
+    model, shape = SERVED[name]
+    backend = OnnxRuntimeBackend()
+    program = capture(model, torch.randn(shape))
+    assert backend.verify(backend.lower(program, tmp_path / "model.onnx"), program) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "reason"),
+    [
+        (nn.LSTM(4, 6, proj_size=3), (5, 2, 4), r"The LSTM at .*\.py:\d+ projects its state \(proj_size\)"),
+        (nn.LSTM(4, 6, 2, proj_size=3, bidirectional=True), (5, 2, 4), "projects its state"),
+        (nn.AvgPool2d(2, ceil_mode=True, divisor_override=3), (2, 3, 5, 5), "divides by divisor_override in windows"),
+    ],
+)
+def test_what_onnx_has_no_form_of_is_named(model: nn.Module, shape: tuple[int, ...], reason: str) -> None:
+    with pytest.raises(LoweringError, match=reason):
+        lower(capture(model, torch.randn(shape)), STYLE)
