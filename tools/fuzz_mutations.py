@@ -69,7 +69,7 @@ def json_mutated(content: bytes, rng: random.Random) -> bytes:
         holder, key = _place(root, rng)
         deed = rng.random()
         if deed < 0.6:
-            holder[key] = rng.choice(_ODD)
+            holder[key] = copy.deepcopy(rng.choice(_ODD))
         elif deed < 0.7:
             other, there = _place(root, rng)
             holder[key] = copy.deepcopy(other[there])

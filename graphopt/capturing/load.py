@@ -172,7 +172,7 @@ def _with_signature(program: Program, text: str, source: str) -> Program:
             outputs=specs("outputs", program.outputs),
             notes=tuple(Note(_printable(note["subject"]), _printable(note["text"])) for note in stored["notes"]),
         )
-    except (KeyError, TypeError, ValueError) as err:
+    except (KeyError, TypeError, ValueError, RecursionError) as err:
         raise LoadError(
             f"`{source}` does not agree with the signature stored in it ({type(err).__name__}: {first_line(err)}). "
             "Save the program again."

@@ -24,7 +24,7 @@ class Archive:
             self._zip = zipfile.ZipFile(io.BytesIO(data))
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as err:
             raise DamagedError(f"it starts like a zip archive but has no readable directory ({err})") from err
-        members = [info for info in self._zip.infolist() if not info.is_dir()]
+        members = [info for info in self._zip.infolist() if not info.filename.endswith("/")]
         _check_members(members, len(data))
         # Files of torch 2.7 and older have members at the top, without a root folder.
         roots = {info.filename.partition("/")[0] for info in members}
@@ -63,6 +63,8 @@ def _check_members(members: list[zipfile.ZipInfo], length: int) -> None:
     seen: set[str] = set()
     total = 0
     for info in members:
+        if not info.filename:
+            raise DamagedError("it holds a member without a name")
         # Readers that ignore case would find another member than this one did.
         key = info.filename.lower()
         if key in seen:

@@ -323,6 +323,13 @@ def test_a_saved_signature_holds_names_only(tmp_path: Path, change: dict[str, An
         _with_signature(program, json.dumps(signature), "file.pt2")
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", "3", '{"inputs": 3}', '{"inputs": [], "outputs": []}'])
+def test_a_signature_of_another_form(text: str) -> None:
+    program = graphopt.capture(nn.Linear(4, 3).eval(), (torch.randn(2, 4),))
+    with pytest.raises(LoadError, match="does not agree with the signature stored in it"):
+        _with_signature(program, text, "file.pt2")
+
+
 def test_notes_of_a_file_hold_nothing_that_a_terminal_obeys() -> None:
     program = graphopt.capture(nn.Linear(4, 3).eval(), (torch.randn(2, 4),))
     signature = {**program._signature(), "notes": [{"subject": "a", "text": "b\x1b[2Jc"}]}

@@ -238,3 +238,11 @@ def test_arguments_that_contradict(tmp_path: Path) -> None:
         load_model(weights=tmp_path / "b")
     with pytest.raises(UsageError, match="Give the path"):
         load_model()
+
+
+def test_a_member_without_a_name(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+        for name in ("archive/data.pkl", ""):
+            archive.writestr(zipfile.ZipInfo(name), b"")
+    with pytest.raises(LoadError, match="a member without a name"):
+        load_model(tmp_path / "x.pt")
