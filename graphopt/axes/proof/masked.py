@@ -274,11 +274,22 @@ def _whole_output(value: Value) -> Tensor:
 
 
 def _check_informative(output: Tensor) -> None:
+    """Refuse outputs that say nothing. Rows that are NaN as a whole, in both, take nothing from what others say.
+
+    Raises:
+        VerifyError: no value is finite, or NaN lies among the values of a row.
+    """
     output = computable(output)
-    if output.is_floating_point() and (bool(output.isnan().any()) or not bool(output.isfinite().any())):
+    if not output.is_floating_point():
+        return
+    nan = output.isnan()
+    rows = nan.any(-1) if nan.dim() else nan
+    mixed = bool((nan != rows[..., None]).any()) if nan.dim() else False
+    if mixed or not bool(output.isfinite().any()):
         raise VerifyError(
             f"With random parameters an output of shape {tuple(output.shape)} is not a number, so comparing it proves "
-            "nothing. Try another seed; if it stays so, the model takes roots or logarithms of what may be negative."
+            "nothing. Try another seed; if it stays so, the model takes roots or logarithms of what may be negative, "
+            "or a softmax over what is masked as a whole in every sample."
         )
 
 

@@ -512,6 +512,24 @@ def test_outputs_that_are_not_numbers_prove_nothing() -> None:
         error_of(body, body, LINEARS, LINEARS_KEPT, ROWS)
 
 
+MASKED = torch.tensor([False, True, False, False])[:, None]  # one row of each sample, as padding is
+
+
+def test_a_softmax_over_nothing_is_alike_in_both_and_the_other_rows_are_proved() -> None:
+    body = between(lambda p, h: h.masked_fill(MASKED, -math.inf).softmax(-1))
+    assert error_of(body, body, LINEARS, LINEARS_KEPT, ROWS) < _EXACT
+    wrong = between(lambda p, h: (1.001 * h).masked_fill(MASKED, -math.inf).softmax(-1))
+    with pytest.raises(VerifyError, match="differs from the masked original"):
+        error_of(body, wrong, LINEARS, LINEARS_KEPT, ROWS)
+
+
+@pytest.mark.parametrize("hidden", [torch.tensor([0.0, 0.0, math.nan, 0.0, 0.0]), torch.full((4, 1), math.nan)])
+def test_values_among_others_that_are_no_numbers_prove_nothing(hidden: Tensor) -> None:
+    plain = between(lambda p, h: h.tanh())
+    with pytest.raises(VerifyError, match="a softmax over what is masked as a whole in every sample"):
+        error_of(lambda p, x: plain(p, x) + hidden, lambda p, x: plain(p, x) + hidden, LINEARS, LINEARS_KEPT, ROWS)
+
+
 def test_a_failing_rule_names_the_node() -> None:
     @torch.library.custom_op("masked_test::third", mutates_args=())
     def third(x: Tensor) -> Tensor:
