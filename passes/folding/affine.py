@@ -1,6 +1,7 @@
 """Operators that multiply every channel by a stored factor and add a stored number, as one description.
 
     batch_norm(x), eval     scale = weight / sqrt(running_var + eps), shift = bias - running_mean * scale
+    instance_norm(x)        likewise, where it takes stored statistics and not those of its input
     x * c, x / c            scale = c or 1 / c
     x + c, x - c            shift = c or -c
 
@@ -47,7 +48,9 @@ class Affine:
 
 
 def is_batch_norm(node: fx.Node) -> bool:
-    """Whether `node` calls a BatchNorm operator."""
+    """Whether `node` calls a BatchNorm operator, or one of InstanceNorm that computes the same."""
+    if node.op == "call_function" and node.target is aten.instance_norm.default:
+        return not arguments(node, ("use_input_stats",))["use_input_stats"]
     return node.op == "call_function" and node.target in _BATCH_NORMS
 
 
@@ -93,7 +96,7 @@ def _batch_norm(node: fx.Node, gm: fx.GraphModule) -> Affine | str:
 
 def _only_result(node: fx.Node) -> fx.Node | None:
     """Return the node with the normalised value: the call itself, or item 0 of one that also returns statistics."""
-    if node.target is aten.batch_norm.default:
+    if node.target in (aten.batch_norm.default, aten.instance_norm.default):
         return node
     items = list(node.users)
     first = [item for item in items if item.target is operator.getitem and item.args[1] == 0]

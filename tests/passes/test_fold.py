@@ -124,13 +124,15 @@ LAYERS: list[tuple[nn.Module, nn.Module, tuple[int, ...]]] = [
     (nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2, output_padding=1), nn.BatchNorm2d(6), (2, 4, 5, 5)),
     (nn.ConvTranspose3d(2, 4, 2, bias=False), nn.BatchNorm3d(4), (2, 2, 3, 3, 3)),
     (nn.Linear(5, 6, bias=False), nn.BatchNorm1d(6), (2, 5)),
+    (nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4, affine=True, track_running_stats=True), (2, 3, 5, 5)),
+    (nn.Conv1d(3, 4, 3), nn.InstanceNorm1d(4, track_running_stats=True), (2, 3, 5)),
 ]
 
 
 @pytest.mark.parametrize(("layer", "norm", "shape"), LAYERS)
 def test_a_norm_folds_into_every_layer_before_it(layer: nn.Module, norm: nn.Module, shape: tuple[int, ...]) -> None:
     checked = fold_exactly(ConvNorm(layer, norm), noise(*shape))
-    assert "batch_norm" not in operators(checked.after)
+    assert not {"batch_norm", "instance_norm"}.intersection(operators(checked.after))
     assert not checked.plan.refusals
 
 
@@ -271,6 +273,11 @@ def test_a_norm_without_statistics_stays() -> None:
     plan = Fold().plan(program, Context(original=program))
     assert not plan.sites
     assert "normalises by the batch" in plan.refusals[0].reason
+
+
+def test_a_norm_by_the_statistics_of_each_sample_stays() -> None:
+    program = capture(seeded(ConvNorm(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4, affine=True))), noise(2, 3, 5, 5))
+    assert not Fold().plan(program, Context(original=program)).sites
 
 
 def test_a_weight_that_would_overflow_is_refused() -> None:
