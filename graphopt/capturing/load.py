@@ -17,15 +17,22 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from graphopt.capturing.capture import capture, exported_in_training, from_exported
-from graphopt.capturing.checks import check_repeatable
+from graphopt.capturing.checks import check_repeatable, run_model
 from graphopt.capturing.leaving_training import leave_training
-from graphopt.capturing.model_calls import check_module, gradients_recorded, random_state_kept, uncompiled
+from graphopt.capturing.model_calls import (
+    check_module,
+    gradients_recorded,
+    in_eval_mode,
+    random_state_kept,
+    uncompiled,
+)
 from graphopt.data import InputSpec, Samples
 from graphopt.errors import CaptureError, DataError, ExampleError, LoadError, UsageError, first_line
 from graphopt.files import check_against_manifest
 from graphopt.ir.buffers import with_its_buffers
 from graphopt.ir.program import Program
 from graphopt.ir.signature import Note, TensorSpec
+from graphopt.ir.torch_internals import pytree
 from graphopt.loading import LoadedModel, load_model
 
 _SIGNATURE = "graphopt.json"
@@ -217,9 +224,39 @@ def with_data(
             )
         samples = open_for(model, data)
         program = capture_on(model, samples, dynamic_shapes, share_tensors=share_tensors)
+        if program.batch_size is not None:
+            _check_not_single(model, data)
     if data is None:
         return program, None
     return program, Samples.open(samples, [spec.name for spec in program.inputs]).check(program.inputs)
+
+
+def _check_not_single(model: nn.Module, data: Any) -> None:
+    """Refuse a list of single samples, of which each would be taken for a batch.
+
+    Raises:
+        DataError: the model takes two of them stacked, and makes of each what it makes of it alone.
+    """
+    if not isinstance(data, list) or len(data) < 2:
+        return
+    if not all(isinstance(one, torch.Tensor) and one.shape == data[0].shape for one in data[:2]):
+        return
+    try:
+        with in_eval_mode(model), torch.no_grad():
+            together = run_model(model, (torch.stack(data[:2]),), {})
+            alone = [run_model(model, (one,), {}) for one in data[:2]]
+    except CaptureError:
+        return
+    if all(
+        whole.shape == (2, *part.shape) and torch.allclose(whole[index], part, rtol=1e-3, atol=1e-4)
+        for index, one in enumerate(alone)
+        for whole, part in zip(pytree.tree_leaves(together), pytree.tree_leaves(one), strict=True)
+        if isinstance(part, torch.Tensor)
+    ):
+        raise DataError(
+            f"The data is a list of {len(data)} single samples of shape {tuple(data[0].shape)}, and what is gone "
+            "through is taken for batches. Give one tensor, data=torch.stack(data), or batches of several samples."
+        )
 
 
 def capture_on(model: nn.Module, data: Any, dynamic_shapes: Any = None, *, share_tensors: bool = False) -> Program:

@@ -52,6 +52,8 @@ def check_shape(found: tuple[int, ...], dtype_name: str, spec: Spec, where: str)
     if len(found) != len(expected):
         if not expected:
             advice = "Give one value for all samples, without axes; where they differ, give batches with one value each"
+        elif len(found) == len(expected) - 1 and where.startswith("batch "):
+            advice = "What is gone through gives batches, not samples: put samples together, as in `torch.stack(data)`"
         elif len(found) == len(expected) - 1:
             advice = "The first axis must count samples: add one, as in `x[None]`"
         else:
