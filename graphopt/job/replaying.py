@@ -52,7 +52,8 @@ def replay(program: Program, manifest_path: str | Path, registry: PassRegistry |
     programs = {"": program}
     for (target, plan), entry in zip(read_plans(stored, path.parent, registry), stored.plans, strict=True):
         kind = registry.pass_class(entry.pass_name)
-        instance = kind(build(kind.name, kind.options_type, entry.options))
+        with called(kind, "take its options"):
+            instance = kind(build(kind.name, kind.options_type, entry.options))
         made = apply(instance, programs.get(target, programs[""]), plan)
         with called(instance, "apply its stored plan: the program it makes does not run"), torch.no_grad():
             made.call_flat(made.flat_examples())  # what is stored may be of any type and shape
@@ -69,7 +70,9 @@ def read_plans(stored: manifest.Manifest, directory: Path, registry: PassRegistr
         PassError: a plan was made by another version of its pass.
     """
     tensors = stored.tensors_of(directory)
-    return [
-        (entry.target, registry.pass_class(entry.pass_name).plan_type.from_json(entry.fields(), tensors[index]))
-        for index, entry in enumerate(stored.plans)
-    ]
+    plans = []
+    for index, entry in enumerate(stored.plans):
+        kind = registry.pass_class(entry.pass_name)
+        with called(kind, "read its stored plan"):
+            plans.append((entry.target, kind.plan_type.from_json(entry.fields(), tensors[index])))
+    return plans

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -67,12 +68,14 @@ def checked_program(pass_: AnyPass, program: object) -> Program:
 
 
 def _returned(pass_: AnyPass, method: str, value: object, wanted: type) -> PassError:
-    code = inspect.unwrap(getattr(type(pass_), method)).__code__
+    code = getattr(inspect.unwrap(getattr(type(pass_), method)), "__code__", None)
+    place = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
     return PassError(
-        f"Pass `{pass_.name}` from {_file(type(pass_))} returned a {type(value).__name__} from `{method}` "
-        f"({code.co_filename}:{code.co_firstlineno}), not a {wanted.__name__}. Repair the pass, or leave it out."
+        f"Pass `{pass_.name}` from {_file(type(pass_))} returned a {type(value).__name__} from `{method}`{place}, "
+        f"not a {wanted.__name__}. Repair the pass, or leave it out."
     )
 
 
 def _file(kind: type) -> str:
-    return str(inspect.getsourcefile(kind) or kind.__module__)
+    """Return the file of a class; the name of its module where it has none, as in a notebook."""
+    return str(getattr(sys.modules.get(kind.__module__), "__file__", None) or kind.__module__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -146,6 +147,22 @@ def test_a_plan_of_places_that_are_not_there(sites: list[str], folder: Path, res
         return
     with pytest.raises(GraphOptError, match=r"`random`"):
         replay(original(result), folder / MANIFEST, REGISTRY)
+
+
+@pytest.mark.parametrize("depth", [100, 480, 900, 2000])
+@pytest.mark.parametrize("field", ["measured", "options"])
+def test_a_plan_of_any_depth(field: str, depth: int, folder: Path, result: graphopt.Result) -> None:
+    text = (
+        (folder / MANIFEST)
+        .read_text()
+        .replace(f'"{field}": {{}}', f'"{field}": {{"x": {"[" * depth}{"]" * depth}}}', 1)
+    )
+    assert "[[[" in text
+    (folder / MANIFEST).write_text(text)
+    with contextlib.suppress(GraphOptError):
+        replay(original(result), folder / MANIFEST, REGISTRY)
+    with contextlib.suppress(GraphOptError):
+        graphopt.open(folder, plugins=[Random])
 
 
 def test_session_options_out_of_bounds(folder: Path) -> None:
