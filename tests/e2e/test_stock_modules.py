@@ -177,21 +177,51 @@ def test_every_public_class_has_a_case() -> None:
     assert public - _NONE == CASES.keys()
 
 
-@pytest.mark.parametrize(("name", "number"), [(name, i) for name in sorted(CASES) for i in range(len(CASES[name]))])
-def test_a_stock_module_is_captured_as_it_computes(name: str, number: int) -> None:
-    build, args = CASES[name][number]
-    torch.manual_seed(0)
-    model = build().eval()
+class SideBySide(nn.Module):
+    """Modules of the same inputs, captured at once: tracing is what takes time."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(modules)
+
+    def forward(self, *args: Any) -> tuple[Any, ...]:
+        return tuple(part(*args) for part in self.parts)
+
+
+def _refusal(name: str, args: tuple[Any, ...]) -> str | None:
     looks = name == "TransformerEncoder" and len(args) > 1 and args[1] is CAUSAL  # whether its mask is the causal one
-    reason = BRANCHES if looks else REFUSED.get(name)
-    if reason is not None:
-        with pytest.raises(CaptureError, match=reason):
-            graphopt.capture(model, args)
-        return
+    return BRANCHES if looks else REFUSED.get(name)
+
+
+def _groups() -> list[list[tuple[str, int]]]:
+    """Group the cases that can be captured by the inputs they share."""
+    found: dict[object, list[tuple[str, int]]] = {}
+    for name in sorted(CASES):
+        for number, (_, args) in enumerate(CASES[name]):
+            if _refusal(name, args) is None:
+                found.setdefault(tuple(map(id, args)), []).append((name, number))
+    return list(found.values())
+
+
+@pytest.mark.parametrize("cases", _groups(), ids=lambda cases: f"{cases[0][0]}-{len(cases)}")
+def test_stock_modules_are_captured_as_they_compute(cases: list[tuple[str, int]]) -> None:
+    torch.manual_seed(0)
+    model = SideBySide([CASES[name][number][0]() for name, number in cases]).eval()
+    args = CASES[cases[0][0]][cases[0][1]][1]
     program = graphopt.capture(model, args)
     # with gradients on, modules take the path that is defined by their layers, none fused for inference
-    found, wanted = program(*args), model(*args)
-    torch.testing.assert_close(found, wanted)
+    for case, found, wanted in zip(cases, program(*args), model(*args), strict=True):
+        torch.testing.assert_close(found, wanted, msg=lambda text, case=case: f"{case}: {text}")
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [(name, i) for name in sorted(CASES) for i, (_, args) in enumerate(CASES[name]) if _refusal(name, args)],
+)
+def test_what_cannot_be_captured_says_why(name: str, number: int) -> None:
+    build, args = CASES[name][number]
+    with pytest.raises(CaptureError, match=_refusal(name, args)):
+        graphopt.capture(build().eval(), args)
 
 
 def test_the_fast_path_is_switched_on_again_for_the_caller() -> None:
