@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from graphopt.ir.editor import Editor
     from graphopt.ir.program import Program
     from graphopt.ir.signature import TensorSpec
+    from graphopt.job.job import Job
     from graphopt.job.opening import open
     from graphopt.job.optimizing import optimize
     from graphopt.job.replaying import replay
@@ -61,6 +62,7 @@ _HOMES = {
     "graphopt.ir.editor": ("Editor",),
     "graphopt.pipeline.hooks": ("Hook",),
     "graphopt.capturing.load": ("load",),
+    "graphopt.job.job": ("Job",),
     "graphopt.job.opening": ("open",),
     "graphopt.job.optimizing": ("optimize",),
     "graphopt.pipeline.pass_base": ("NoOptions", "Pass"),
@@ -77,7 +79,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     *("capture", "load", "open", "optimize", "replay"),
     *("Program", "TensorSpec", "Pipeline", "Pass", "NoOptions", "Plan", "Refusal", "Context", "Editor", "Hook"),
-    *("Result", "Report", "Artifact", "Backend", "Finding", "Session", "TargetDescription"),
+    *("Job", "Result", "Report", "Artifact", "Backend", "Finding", "Session", "TargetDescription"),
     *_HOMES["graphopt.errors"],
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import os
 import sys
@@ -37,9 +38,16 @@ app.command("verify")(verify.command)
 app.command("apply")(replay.command)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(importlib.metadata.version("graphopt"))
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     verbose: bool = typer.Option(False, "--verbose", "-v", help="Say more: one line per decision, and tracebacks."),
+    version: bool = typer.Option(False, "--version", help="Print the version.", is_eager=True, callback=_print_version),
 ) -> None:
     """Make a trained PyTorch model small and fast enough to deploy."""
     logging.basicConfig(

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from graphopt.job.result import Result
     from graphopt.pipeline.pipeline import Pipeline
 
+_FAIL_IF = (
+    'End with exit code 1 if this holds: "drop>0.5" (points of --eval), "drop%>1", "size>0.5", "speedup<1", '
+    '"error>0.1", "agreement<0.99".'
+)
 DEFAULT_PASSES = "prune,svd,int8"
 
 
@@ -55,9 +59,7 @@ def command(
     weights: Weights = None,
     trust: Trust = False,
     plugin: Annotated[list[Path] | None, typer.Option(help="A Python file with passes of your own.")] = None,
-    fail_if: Annotated[
-        list[str] | None, typer.Option("--fail-if", help='End with exit code 1 if this holds, such as "drop>0.5".')
-    ] = None,
+    fail_if: Annotated[list[str] | None, typer.Option("--fail-if", help=_FAIL_IF)] = None,
     check: Annotated[str, typer.Option(help="fast, or full: prove every rewrite, export after every pass.")] = "fast",
     plan: Annotated[bool, typer.Option("--plan", help="Print what each pass decides as JSON; write nothing.")] = False,
     bench: Annotated[bool, typer.Option(help="Time the result against the original.")] = True,

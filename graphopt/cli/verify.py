@@ -51,7 +51,10 @@ def command(
         print()
     else:
         rows = "" if found.agreement is None else f", largest entry at the same place in {found.agreement:.2%} of rows"
-        print(f"largest error {found.max_error:.3g} ({found.relative:.3g} of the largest output){rows}")
+        if found.max_error == 0 and found.relative > 0:  # numbers are equal, classes are not
+            print(f"of an output of integers {found.relative:.2%} of the elements differ{rows}")
+        else:
+            print(f"largest error {found.max_error:.3g} ({found.relative:.3g} of the largest output){rows}")
     if differs:
         raise VerifyError(f"{other} does not return what {one} does: {'; '.join(differs)}.")
     if not equal:

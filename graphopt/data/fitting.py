@@ -58,8 +58,13 @@ def check_shape(found: tuple[int, ...], dtype_name: str, spec: Spec, where: str)
             advice = "The first axis must count samples: add one, as in `x[None]`"
         else:
             advice = f"Reshape the data to {len(expected)} axes, the first counting samples"
-    elif any(isinstance(want, int) and want != size for size, want in zip(found[1:], expected[1:], strict=True)):
+    elif other := [n for n, want in enumerate(expected) if n and isinstance(want, int) and want != found[n]]:
         advice = "Resize or transpose the data"
+        if len(other) == 1:
+            advice += (
+                f", or let that axis vary where the model is captured: --dynamic {spec.name}:{other[0]}, or "
+                f'dynamic_shapes={{"{spec.name}": {{{other[0]}: "length"}}}}'
+            )
         if len(found) == 4 and found[1:] == (*expected[2:], expected[1]):
             advice = "The channels come last; move them with `x.transpose(0, 3, 1, 2)`"
     else:

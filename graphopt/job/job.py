@@ -6,8 +6,11 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from torch import nn
+
+from graphopt.capturing.load import with_data
 from graphopt.capturing.model_calls import gradients_recorded, random_state_kept
 from graphopt.data import Samples
 from graphopt.data.batches import Batch, SampleSource, batch_count, whole_batches
@@ -83,6 +86,30 @@ class Job:
     progress: Progress = field(default_factory=NoProgress)
     name: str = "program"
     metric: Evaluator | FunctionEvaluator | None = field(default=None, init=False)
+
+    @classmethod
+    def open(
+        cls,
+        model: nn.Module | Program,
+        data: Any = None,
+        *,
+        target: str | Backend | Sequence[str | Backend] | None = DEFAULT_TARGET,
+        eval: Any = None,
+        loss: Loss | None = None,
+        seed: int = 0,
+        dynamic_shapes: Any = None,
+        progress: Progress | None = None,
+        name: str | None = None,
+    ) -> Self:
+        """Open a model and its data, once for every pipeline that runs on them; arguments are those of `optimize`.
+
+        Raises:
+            GraphOptError: a target is not known, the data do not fit, or the model cannot be captured.
+        """
+        backends = backends_named(target)
+        program, samples = with_data(model, data, dynamic_shapes)
+        name = name or ("program" if isinstance(model, Program) else type(model).__name__)
+        return cls(program, samples, eval, backends, loss, seed, progress or NoProgress(), name)
 
     def __post_init__(self) -> None:
         """Look at the weights and open the evaluation data: what is wrong is said before anything expensive runs.

@@ -8,16 +8,15 @@ from typing import Any
 
 from torch import nn
 
-from graphopt.capturing.load import with_data
 from graphopt.capturing.model_calls import gradients_recorded, random_state_kept
 from graphopt.ir.program import Program
 from graphopt.job.job import DEFAULT_TARGET, Job
 from graphopt.job.result import Result
-from graphopt.pipeline.context import Loss, NoProgress, Progress
+from graphopt.pipeline.context import Loss, Progress
 from graphopt.pipeline.hooks import Hook
 from graphopt.pipeline.pass_base import Pass
 from graphopt.pipeline.pipeline import Pipeline
-from graphopt.pipeline.registry import PassRegistry, backends_named
+from graphopt.pipeline.registry import PassRegistry
 from graphopt.targets.backend import Backend
 
 DEFAULT_PASSES = "prune,svd,int8"
@@ -74,17 +73,16 @@ def optimize(
         GraphOptError: see its subclasses; nothing is left behind.
     """
     pipeline = Pipeline.parse(passes, PassRegistry(plugins))
-    wanted = backends_named(target)
-    program, samples = with_data(model, data, dynamic_shapes)
-    job = Job(
-        program,
-        samples,
-        evaluation=eval,
-        backends=wanted,
+    job = Job.open(
+        model,
+        data,
+        target=target,
+        eval=eval,
         loss=loss,
         seed=seed,
-        progress=progress or NoProgress(),
-        name=name or ("program" if isinstance(model, Program) else type(model).__name__),
+        dynamic_shapes=dynamic_shapes,
+        progress=progress,
+        name=name,
     )
     outcome = job.run(pipeline, hooks=hooks, check=check)
     return job.deliver(outcome, bench=bench) if lower else job.undelivered(outcome)

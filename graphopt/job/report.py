@@ -71,6 +71,20 @@ class Row:
     seconds: float | None = None
     summary: str = ""
 
+    def __str__(self) -> str:
+        """Return what is known of it in one line."""
+        facts = {
+            "parameters": self.cost and self.cost.parameters,
+            "FLOPs": self.cost and self.cost.flops,
+            "bytes on disk": self.size,
+            "ms": self.latency and round(self.latency.milliseconds, 3),
+            "x speed-up": self.latency and self.latency.speedup and round(self.latency.speedup, 2),
+            "relative error": self.error and float(f"{self.error.relative:.1e}"),
+            "metric": self.metric and round(self.metric, 2),
+        }
+        known = ", ".join(f"{value} {name}" for name, value in facts.items() if value is not None)
+        return f"{self.label}{f' for {self.target}' if self.target else ''}: {known}"
+
 
 @dataclass
 class Report:
@@ -98,6 +112,10 @@ class Report:
     files: list[str] = field(default_factory=list)
     facts: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     baselines: dict[str, Row] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """Return a line for each row; the command line draws them as a table."""
+        return "\n".join([f"{self.model}: {self.pipeline}", *map(str, self.rows)])
 
     @property
     def original(self) -> Row:

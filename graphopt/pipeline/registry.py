@@ -56,6 +56,9 @@ class Entry:
         return loaded
 
 
+_PLUGINS = " Those of a file are known where it is given: --plugin FILE, or plugins=[FILE]."
+
+
 class Registry:
     """Names of one kind, resolved lazily: listing them imports nothing."""
 
@@ -93,6 +96,7 @@ class Registry:
             known = ", ".join(self.names())
             raise UsageError(
                 f"There is no {what} `{cut(printable(name), 80)}`{nearest(name, self.names())} Known: {known}."
+                f"{_PLUGINS if what == 'pass' else ''}"
             )
         return self._entries[name].load(base)
 

@@ -52,7 +52,7 @@ def test_a_one_shot_iterator_of_labelled_batches_evaluates_every_model() -> None
 
 
 def test_pipelines_run_any_number_of_times() -> None:
-    job = Job(*with_data(model(), X), backends=backends_named("onnxruntime"))
+    job = graphopt.Job.open(model(), X)
     before = fingerprint(job.original)
     pruned, again = (job.run(Pipeline.parse(PRUNE)) for _ in range(2))
     other = job.run(Pipeline.parse("svd:ratio=0.5"))
@@ -68,6 +68,15 @@ def test_pipelines_run_any_number_of_times() -> None:
 def test_an_unknown_check_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="check='slow' is not known"):
         Job(*with_data(model(), X)).run(Pipeline.parse(""), check="slow")
+
+
+def test_a_report_is_read_in_a_notebook() -> None:
+    report = graphopt.optimize(model(), X, "prune:ratio=0.5", eval=(X, model()(X).argmax(1)), bench=False).report
+    lines = str(report).splitlines()
+    assert len(lines) == 1 + len(report.rows)
+    assert lines[1].startswith("original: ")
+    assert "100.0 metric" in lines[1]
+    assert "bytes on disk" in lines[-1]
 
 
 def test_a_module_needs_data() -> None:
@@ -97,7 +106,7 @@ def test_a_backend_and_its_description_have_one_name() -> None:
 
 
 def test_nothing_pins_a_job() -> None:
-    job = Job(*with_data(model(), X), backends=backends_named("onnxruntime"))
+    job = graphopt.Job.open(model(), X)
     job.run(Pipeline.parse("int8"))
     program, known = weakref.ref(job.original), weakref.ref(job)
     del job

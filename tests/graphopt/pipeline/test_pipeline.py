@@ -56,7 +56,7 @@ def test_toml_round_trip(text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("scal", r"There is no pass `scal`; did you mean `scale`\?"),
+        ("scal", r"There is no pass `scal`; did you mean `scale`\?.*--plugin FILE"),
         ("scale:facto=1", r"has no option `facto`; did you mean `factor`\? Its options: factor, times"),
         ("scale:factor=3", r"cannot take `factor=3`: Input should be less than or equal to 2"),
         ("scale:factor=big", r"cannot take `factor=big`: Input should be a valid number"),
