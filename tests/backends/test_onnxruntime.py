@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -33,6 +34,21 @@ BACKEND = OnnxRuntimeBackend()
 def program_of(model: nn.Module, *shape: int) -> Program:
     torch.manual_seed(0)
     return capture(model.eval(), torch.randn(shape))
+
+
+def test_onnx_runtime_reports_to_nobody(tmp_path: Path) -> None:
+    """Its telemetry leaves a file `.ses` with the number of the session where temporary files go."""
+    (tmp_path / "temporary").mkdir()
+    text = '<ir_version: 10, opset_import: ["": 20]> copy (float[1] x) => (float[1] y) { y = Identity(x) }'
+    ir.save(ir.from_onnx_text(text), tmp_path / "model.onnx")
+    code = (
+        "import graphopt.backends.onnx_execution, onnxruntime\n"
+        "onnxruntime.InferenceSession('model.onnx', providers=['CPUExecutionProvider'])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    places = {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(tmp_path / "temporary")}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**environment, **places}, check=True)
+    assert list((tmp_path / "temporary").iterdir()) == []
 
 
 @pytest.fixture(scope="module")
