@@ -188,6 +188,8 @@ class Report:
         if isinstance(baselines, dict):
             fields["baselines"] = {target: _with_its_infinities(row) for target, row in baselines.items()}
         report: Report = pydantic.TypeAdapter(cls).validate_json(json.dumps(fields), strict=True)
+        if not report.rows:
+            raise ValueError("it has no row of the original")
         return report
 
     def save(self, path: Path) -> Path:

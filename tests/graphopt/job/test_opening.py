@@ -248,11 +248,19 @@ def test_a_manifest_of_the_version_before_is_read(folder: Path, result: graphopt
     assert list(graphopt.open(there).artifacts) == ["onnxruntime", "tensorrt"]
 
 
-def test_a_report_of_another_version_is_refused(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"schema": 99}, "has schema 99, this version reads 1"),
+        ({"rows": []}, "has no row of the original"),
+        ({"rows": [{"label": 3}]}, "`rows.0.label`: input should be a valid string"),
+    ],
+)
+def test_a_report_of_another_form_is_refused(change: dict[str, Any], said: str, folder: Path, tmp_path: Path) -> None:
     there = Path(shutil.copytree(folder, tmp_path / "copy"))
     data = json.loads((there / "report.json").read_text())
-    (there / "report.json").write_text(json.dumps({**data, "schema": 99}))
-    with pytest.raises(UsageError, match="has schema 99, this version reads 1"):
+    (there / "report.json").write_text(json.dumps({**data, **change}))
+    with pytest.raises(UsageError, match=said):
         graphopt.open(there)
 
 
