@@ -1,6 +1,7 @@
 """Putting what a stranger exported in training mode in evaluation mode.
 
 native_dropout(x, 0.5, True)                                    dropout(x, 0.5, False)
+_native_batch_norm_legit_no_training(x, .., mean, var)          batch_norm(x, .., mean, var, False)
 _native_batch_norm_legit_functional(x, .., mean, var, True)     batch_norm(x, .., mean, var, False)
 copy_(running_mean, getitem(.., 3))                             nothing
 scaled_dot_product_attention(q, k, v, None, 0.1)                scaled_dot_product_attention(q, k, v, None, 0.0)
@@ -22,7 +23,7 @@ from graphopt.ir.training import first_argument, set_argument, training_flag
 
 _RATE = "dropout_p"  # attention has a rate in place of a flag
 
-# What core ATen writes for a module in training: results besides the first, statistics returned instead of written.
+# What core ATen writes for a module: results besides the first, in training statistics returned instead of written.
 _PLAIN = {
     "native_dropout": torch.ops.aten.dropout.default,
     "rrelu_with_noise": torch.ops.aten.rrelu.default,
@@ -30,6 +31,7 @@ _PLAIN = {
     "native_batch_norm": torch.ops.aten.batch_norm.default,
     "_native_batch_norm_legit": torch.ops.aten.batch_norm.default,
     "_native_batch_norm_legit_functional": torch.ops.aten.batch_norm.default,
+    "_native_batch_norm_legit_no_training": torch.ops.aten.batch_norm.default,
     "_batch_norm_with_update": torch.ops.aten.batch_norm.default,
     "_batch_norm_with_update_functional": torch.ops.aten.batch_norm.default,
 }
@@ -65,6 +67,8 @@ def leave_training(gm: fx.GraphModule) -> list[str]:
             if _trains(node):
                 statistics |= _statistics(node)
                 switched[_switch_off(node)] = None
+            elif plain_name(node) == "_native_batch_norm_legit_no_training":  # as modules are captured
+                _switch_off(node)
         for node in list(body.graph.nodes):
             written = _written(node)
             if written in statistics or written.rpartition(".")[2] == "num_batches_tracked":

@@ -143,6 +143,13 @@ def test_statistics_of_the_batch_stay_where_there_are_no_others() -> None:
     assert leave_training(gm) == leave_training(other) == []
 
 
+def test_core_aten_of_evaluation_is_written_as_modules_are_captured_and_no_news() -> None:
+    gm = module(aten._native_batch_norm_legit_no_training.default, *NORM, 0.1, 1e-5, picked=0)
+    assert leave_training(gm) == []
+    assert [node.target for node in gm.graph.nodes if node.op == "call_function"] == [aten.batch_norm.default]
+    torch.testing.assert_close(gm(X), EVALUATED)
+
+
 def test_what_says_nothing_of_evaluation_is_refused() -> None:
     with pytest.raises(CaptureError, match=r"`_fused_dropout` does not say .* Export it after `model.eval\(\)`"):
         leave_training(module(aten._fused_dropout.default, "x", 0.5, picked=0))
