@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import io
 import itertools
 import json
 import re
@@ -142,7 +143,8 @@ def _that_runs(exported: ExportedProgram, args: tuple[Any, ...], kwargs: dict[st
     """
     try:
         program = from_exported(exported, args, kwargs).eval()
-        with torch.no_grad(), with_its_buffers(program.graph_module):
+        # torch writes the traceback of what a graph raises by itself
+        with torch.no_grad(), with_its_buffers(program.graph_module), contextlib.redirect_stderr(io.StringIO()):
             program(*args, **kwargs)
     except Exception as err:  # a file's graph and inputs may be of any kind, and kernels raise anything
         raise LoadError(
@@ -192,7 +194,7 @@ def _printable(text: Any) -> str:
 
 
 def _renamed(spec: TensorSpec, name: str, shape: Sequence[Any]) -> TensorSpec:
-    if not re.fullmatch(r"\w+", name):
+    if not name.isidentifier():
         raise ValueError(f"{name!r} is no name")
     odd = [size for size in shape if isinstance(size, str) and not re.fullmatch(r"[\w+*/() -]+", size)]
     if odd:

@@ -25,9 +25,13 @@ def text(value: Any) -> str:
     return value
 
 
+# What the source of a graph module means by these names.
+_TAKEN = frozenset({"self", "torch", "device", "inf", "nan", "NoneType", "pytree", "fx_pytree"})
+
+
 def name(value: Any) -> str:
     """Return the name of a value: an identifier, because it is pasted into Python source."""
-    if not isinstance(value, str) or not value.isidentifier() or keyword.iskeyword(value):
+    if not isinstance(value, str) or not value.isidentifier() or keyword.iskeyword(value) or value in _TAKEN:
         raise HostileError(f"a value in it is called {shown(value)}, which could be run as source")
     return value
 

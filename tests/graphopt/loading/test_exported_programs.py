@@ -447,7 +447,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
         ((3,), {}),
     ],
 )
-def test_a_program_that_does_not_run_on_its_inputs(inputs: Any, saved: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_program_that_does_not_run_on_its_inputs(
+    inputs: Any, saved: dict[str, bytes], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     content = io.BytesIO()
     torch.save(inputs, content)
     path = tmp_path / "p.pt2"
@@ -455,4 +457,16 @@ def test_a_program_that_does_not_run_on_its_inputs(inputs: Any, saved: dict[str,
         for name, data in saved.items():
             archive.writestr(f"p/{name}", content.getvalue() if name.startswith("data/sample_inputs/") else data)
     with pytest.raises(LoadError, match=r"p\.pt2"):
+        graphopt.load(path)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["self", "torch", "class", "a b", "inf"])
+def test_names_that_source_means_something_else_by(name: str, saved: dict[str, bytes], tmp_path: Path) -> None:
+    path = tmp_path / "p.pt2"
+    with zipfile.ZipFile(path, "w") as archive:
+        for member, data in saved.items():
+            named = data.replace(b'"input"', f'"{name}"'.encode()) if member.startswith("models/") else data
+            archive.writestr(f"p/{member}", named)
+    with pytest.raises(LoadError, match=f"a value in it is called '{name}'"):
         graphopt.load(path)
