@@ -31,14 +31,24 @@ _TAKEN = frozenset({"self", "torch", "device", "inf", "nan", "NoneType", "pytree
 
 def name(value: Any) -> str:
     """Return the name of a value: an identifier, because it is pasted into Python source."""
-    if not isinstance(value, str) or not value.isidentifier() or keyword.iskeyword(value) or value in _TAKEN:
-        raise HostileError(f"a value in it is called {shown(value)}, which could be run as source")
-    return value
+    if _identifier(value) in _TAKEN:
+        raise _no_name(value)
+    return str(value)
 
 
 def optional_name(value: Any) -> str:
-    """Return a name, or the empty text that torch writes for none."""
-    return "" if value == "" else name(value)
+    """Return the name of an operator's argument, or the empty text that torch writes for none."""
+    return "" if value == "" else _identifier(value)
+
+
+def _identifier(value: Any) -> str:
+    if not isinstance(value, str) or not value.isidentifier() or keyword.iskeyword(value):
+        raise _no_name(value)
+    return value
+
+
+def _no_name(value: Any) -> HostileError:
+    return HostileError(f"a value in it is called {shown(value)}, which could be run as source")
 
 
 def path(value: Any) -> str:
