@@ -31,7 +31,7 @@ from tests.models import FusedAttention, Residual, example
 
 ROOT = Path(__file__).parents[1]
 
-_PASSES = ("prune:ratio=0.4:round_to=1,svd:energy=0.9,int8", "fold,sparsity24,recover:epochs=1:samples=16,int8")
+_PASSES = ("prune:ratio=0.4:round_to=1,svd:energy=0.9,int8", "fold,recover:epochs=1:samples=16,sparsity24,int8")
 _TARGETS = ("onnxruntime", "tensorrt")
 
 
