@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from graphopt.capturing.load import capture_on, example_inputs
+from graphopt.capturing.example_inputs import example_inputs
+from graphopt.capturing.load import capture_on
 from graphopt.errors import DataError
 
 A, B = torch.zeros(3, 4), torch.ones(3, 5)

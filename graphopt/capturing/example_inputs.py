@@ -1,0 +1,111 @@
+"""Example inputs that a module is captured with: of its data, or made up of shapes."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphopt.capturing.model_calls import uncompiled
+from graphopt.data import InputSpec, Samples
+from graphopt.errors import CaptureError
+
+
+def random_examples(
+    model: nn.Module, inputs: Sequence[InputSpec], *, seed: int, source: str
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Make example inputs of the shapes the user gave.
+
+    Raises:
+        CaptureError: none are given, or for inputs that the model does not have; `source` is what the model is of.
+    """
+    names = [name for name, _ in _parameters(model)]
+    if not inputs:
+        wanted = ", ".join(names) or "its inputs"
+        raise CaptureError(
+            f"`{source}` does not say what its inputs look like ({wanted}). Give samples "
+            f"(--data samples.npz) or shapes (--input {names[0] if names else 'x'}=1x3x224x224:float32)."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    made = {spec.name: _random(spec, generator) for spec in inputs}
+    if len(made) == 1 and not set(made) & set(names):
+        return tuple(made.values()), {}
+    unknown = [name for name in made if name not in names]
+    if unknown:
+        raise CaptureError(f"The model has no input {unknown}; its inputs are {names}. Use those names with --input.")
+    return _arrange(made, model)
+
+
+def open_for(model: nn.Module, data: Any) -> Samples:
+    """Open data with the names of a module's inputs; samples that are open already stay as they are.
+
+    Raises:
+        DataError: the data cannot be read, or has other names than the module's inputs.
+    """
+    if isinstance(data, Samples):
+        return data
+    model = uncompiled(model)
+    if _takes_any_number(model):
+        return Samples.open(data)
+    parameters = _parameters(model)
+    required = sum(1 for _, optional in parameters if not optional)
+    return Samples.open(data, [name for name, _ in parameters], required=required)
+
+
+def example_inputs(model: nn.Module, data: Any, *, whole: bool = False) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the first two samples of `data`, or its `whole` first batch, as the arguments of a module.
+
+    Raises:
+        DataError: the data cannot be read, or has other names than the module's inputs.
+    """
+    samples = open_for(model, data)
+    first = _first(samples, model, whole)
+    if _takes_any_number(model) and samples.names[0].isdigit():  # arrays without names are numbered
+        return tuple(first.values()), {}
+    return _arrange(first, model)
+
+
+def _first(samples: Samples, model: nn.Module, whole: bool) -> dict[str, torch.Tensor]:
+    """Return the first samples by name; numpy's double precision becomes single where the model knows no double."""
+    found = samples.first_batch() if whole else samples.first(2)
+    known = {tensor.dtype for tensor in model.state_dict().values()}
+    single = torch.float32 in known and torch.float64 not in known
+    # copies: a program that keeps views of the first samples keeps all of them
+    batch = (t.float() if single and t.dtype is torch.float64 else t.clone() for t in found)
+    return dict(zip(samples.names, batch, strict=True))
+
+
+def _arrange(values: Mapping[str, torch.Tensor], model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Give inputs by position as far as no optional one is left out before them, the rest by keyword."""
+    signature = inspect.signature(model.forward).parameters
+    positional = list(
+        itertools.takewhile(lambda name: name in values and signature[name].kind in _BY_POSITION, signature)
+    )
+    return tuple(values[name] for name in positional), {k: values[k] for k in values if k not in positional}
+
+
+def _random(spec: InputSpec, generator: torch.Generator) -> torch.Tensor:
+    if spec.dtype.is_floating_point:
+        return torch.randn(spec.shape, generator=generator, dtype=torch.float32).to(spec.dtype)
+    # 0 and 1 are valid token ids, masks and labels of any model
+    return torch.randint(0, 2, spec.shape, generator=generator).to(spec.dtype)
+
+
+_BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def _parameters(model: nn.Module) -> list[tuple[str, bool]]:
+    """List a module's inputs that have a name: (name, whether it may be left out)."""
+    kinds = (*_BY_POSITION, inspect.Parameter.KEYWORD_ONLY)
+    signature = inspect.signature(model.forward).parameters
+    return [(name, p.default is not inspect.Parameter.empty) for name, p in signature.items() if p.kind in kinds]
+
+
+def _takes_any_number(model: nn.Module) -> bool:
+    """Tell whether inputs have no names of their own: `forward(*inputs)`."""
+    signature = inspect.signature(model.forward).parameters.values()
+    return any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in signature)
