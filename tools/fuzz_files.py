@@ -11,6 +11,7 @@ file outside its folder. The exit code is 1 where one does; what did it is print
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -163,13 +164,14 @@ def main() -> int:
     parser.add_argument("--show", action="store_true", help="print every outcome")
     options = parser.parse_args()
     totals: dict[str, Counter[str]] = {}
-    for name in options.kind or NAMES:
-        totals[name] = Counter()
-        seeds = range(options.seed, options.seed + options.count)
-        for seed, (word, said) in outcomes(name, seeds, options.seconds):
-            totals[name][word] += 1
-            if options.show or word in _BAD:
-                print(f"{name} seed {seed}: {word}: {said}", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):  # the totals so far
+        for name in options.kind or NAMES:
+            totals[name] = Counter()
+            seeds = range(options.seed, options.seed + options.count)
+            for seed, (word, said) in outcomes(name, seeds, options.seconds):
+                totals[name][word] += 1
+                if options.show or word in _BAD:
+                    print(f"{name} seed {seed}: {word}: {said}", flush=True)
     words = [*_GOOD, *_BAD]
     print(f"{'kind':12}" + "".join(f"{word:>10}" for word in words))
     for name, counts in totals.items():
