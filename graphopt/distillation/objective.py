@@ -39,7 +39,7 @@ def targets_of(teacher: Program) -> tuple[list[Target], list[Refusal]]:
     """
     targets, refusals = [], []
     for index, (spec, node) in enumerate(zip(own_outputs(teacher), output_values(teacher), strict=True)):
-        if spec.dtype.is_floating_point:
+        if _has_gradients(spec.dtype):
             targets.append(Target(index, spec.name, _kind(node)))
         else:
             reason = f"output is {str(spec.dtype).removeprefix('torch.')}: it has no gradient to learn from"
@@ -93,8 +93,8 @@ def comparable(teacher: Program, student: Program, pairs: Sequence[Pair]) -> tup
     kept, refusals = [], []
     for pair in pairs:
         wanted, found = values[0][pair.teacher.node], values[1][pair.student.node]
-        if not (wanted.is_floating_point() and found.is_floating_point()):
-            reason = "its value is not floating: there is no gradient to learn from"
+        if not (_has_gradients(wanted.dtype) and _has_gradients(found.dtype)):
+            reason = "its value is of a type that has no gradient to learn from"
         elif not (wanted.dim() and found.dim() and str(wanted.shape[0]) == str(found.shape[0])):
             reason = f"teacher and student share no first axis: {tuple(wanted.shape)} and {tuple(found.shape)}"
         else:
@@ -102,6 +102,11 @@ def comparable(teacher: Program, student: Program, pairs: Sequence[Pair]) -> tup
             continue
         refusals.append(Refusal(pair.teacher.address, reason, reason.partition(":")[0]))
     return kept, refusals
+
+
+def _has_gradients(dtype: torch.dtype) -> bool:
+    """Whether torch computes gradients in a type: there are no sums in float8."""
+    return dtype.is_floating_point and dtype.itemsize > 1
 
 
 def _log(probabilities: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch
 from graphopt.data.batches import Batch, SampleSource, batch_count, taken
 from graphopt.data.split import place
 from graphopt.errors import DataError
+from graphopt.ir.finite import computable
 from graphopt.ir.program import Program
 from graphopt.ir.signature import TensorSpec
 from graphopt.pipeline.plan import Refusal
@@ -71,7 +72,7 @@ def _samples_with(is_bad: Callable[[torch.Tensor], torch.Tensor], tensors: Batch
     found = torch.zeros(count, dtype=torch.bool)
     for tensor in tensors:
         if tensor.is_floating_point():
-            bad = is_bad(tensor)
+            bad = is_bad(computable(tensor))
             apart = tensor.dim() > 0 and len(tensor) == count
             found |= bad.reshape(count, -1).any(1).cpu() if apart else bad.any().cpu()
     return found

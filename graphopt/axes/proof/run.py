@@ -24,11 +24,15 @@ Read = Callable[[str], Any]
 _Steps: TypeAlias = Generator[tuple[str, fx.Node, Any], None, list[Any]]
 KeptByName = Mapping[str, Mapping[int, Sequence[int]]]
 
-# Half and single precision are computed in double: a proof is not to depend on rounding.
+# Single precision and less are computed in double: a proof is not to depend on rounding.
 _DOUBLE = {
     torch.float32: torch.float64,
     torch.float16: torch.float64,
     torch.bfloat16: torch.float64,
+    torch.float8_e4m3fn: torch.float64,
+    torch.float8_e4m3fnuz: torch.float64,
+    torch.float8_e5m2: torch.float64,
+    torch.float8_e5m2fnuz: torch.float64,
     torch.complex64: torch.complex128,
 }
 # Checks of dtypes and sizes that tracing left behind; they compute nothing.

@@ -52,15 +52,16 @@ FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.f
 
 
 class Stored(nn.Module):
-    """A weight that is stored as float8."""
+    """A weight that is stored as float8, and an output of that."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.register_buffer("weight", torch.randn(32, 4).to(dtype))
-        self.last = nn.Linear(32, 2)
+        self.hidden, self.last, self.dtype = nn.Linear(32, 16), nn.Linear(16, 2), dtype
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.last(nn.functional.linear(x, self.weight.float()))
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = self.last(self.hidden(nn.functional.linear(x, self.weight.float())).relu())
+        return y, y.to(self.dtype)
 
 
 @pytest.mark.parametrize("dtype", FLOAT8)
@@ -70,6 +71,14 @@ def test_float8_is_looked_at_too(dtype: torch.dtype) -> None:
     model.weight[1, 2] = math.nan
     with pytest.raises(CaptureError, match=r"`weight` of the model holds NaN \(1 of 128 values\)"):
         optimize(model)
+
+
+@pytest.mark.parametrize("passes", ["prune:round_to=1", "svd:rank=2:round_to=1", "recover:epochs=1"])
+def test_passes_work_around_float8(passes: str) -> None:
+    result = graphopt.optimize(
+        Stored(torch.float8_e5m2).eval(), torch.randn(64, 4), passes, target=None, check="full", bench=False
+    )
+    assert result.program(torch.randn(3, 4))[1].dtype is torch.float8_e5m2
 
 
 def test_a_mask_of_infinities_is_no_fault() -> None:
