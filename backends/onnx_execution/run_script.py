@@ -19,9 +19,11 @@ Inputs: {inputs}
 Inputs that are not given are zeros.{remark}
 """
 
+import os
 import sys
 from pathlib import Path
 
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before the import, or it reports that it was started
 import numpy as np
 import onnxruntime
 
