@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime  # type: ignore[import-untyped]
 import pydantic
 
-from graphopt.errors import LoweringError, UsageError, printable
+from graphopt.errors import LoweringError, UsageError, cut, printable
 from graphopt.ir.plain_data import Json
 from graphopt.targets.backend import Array
 
@@ -84,13 +84,15 @@ class SessionSettings:
         try:
             return cls(**_Recorded.model_validate(values).model_dump())
         except pydantic.ValidationError as err:
+            unknown = [name for name in options if name not in _Recorded.model_fields]
+            if unknown:
+                known = ", ".join(_Recorded.model_fields)
+                shown = cut(printable(unknown[0]), 80)
+                raise UsageError(f"There is no session option `{shown}`. Known: {known}.") from err
             first = err.errors()[0]
             name = str(first["loc"][0])
-            if name not in _Recorded.model_fields:
-                known = ", ".join(_Recorded.model_fields)
-                raise UsageError(f"There is no session option `{printable(name)}`. Known: {known}.") from err
             raise UsageError(
-                f"Session option `{name}` cannot be {repr(options[name])[:80]}: {first['msg'].lower()}."
+                f"Session option `{name}` cannot be {cut(repr(options[name]), 80)}: {cut(first['msg'].lower())}."
             ) from err
 
     def native(self) -> onnxruntime.SessionOptions:

@@ -230,6 +230,7 @@ class TestSession:
         ("options", "message"),
         [
             ({"thread": 1}, "There is no session option `thread`. Known: threads"),
+            ({"\ud800": 1}, r"There is no session option `\\ud800`. Known: threads"),
             ({"threads": -1}, "Session option `threads` cannot be -1: "),
             ({"threads": 10**6}, "Session option `threads` cannot be 1000000: .* less than or equal to 1024"),
             ({"threads": 10**30}, "Session option `threads` cannot be 1000"),
