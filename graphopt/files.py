@@ -1,7 +1,8 @@
 """Reading files that are files, and writing them so that a killed run leaves nothing half-written.
 
 What is written lies in a scratch directory first, inside the directory it is for. A process that is killed leaves that
-behind, and the next one to write there clears it away: a lock, which ends with the process, tells whether it is in use.
+behind, and the next one to write there clears it away. A lock, which ends with the process, tells whether it is in use;
+the name of the directory and the content of the lock's file tell that it is one of these.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import shutil
 import stat
 import tempfile
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Any
@@ -25,8 +27,9 @@ from graphopt.errors import LoadError, UsageError
 
 MANIFEST = "manifest.json"  # holds the digests of the files beside it, by name: with it they are a result
 MOST_OF_A_MANIFEST = 2**26  # bytes; plans list what they keep, one index a line
-WRITING = ".writing."  # what the names of scratch directories start with where results are written
+SCRATCH = ".graphopt-scratch-"  # what the names of scratch directories start with
 _LOCK = ".lock"
+_MARK = b"A scratch directory of graphopt's: whoever finds no lock on this file may remove it.\n"
 _PATIENCE = 60.0  # seconds; what is done under the lock of a directory takes milliseconds
 _WITHOUT_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # as some network file systems are
 _LONG_AGO = (1, 1)  # seconds since 1970, of the last access and change
@@ -42,7 +45,7 @@ _KINDS = {
 class ScratchDirectory(tempfile.TemporaryDirectory[str]):
     """A temporary directory that the next one made beside it clears away where this process is killed."""
 
-    def __init__(self, parent: Path | None = None, prefix: str = "graphopt-") -> None:
+    def __init__(self, parent: Path | None = None) -> None:
         """Make it in `parent`, or where temporary files go.
 
         Raises:
@@ -50,16 +53,16 @@ class ScratchDirectory(tempfile.TemporaryDirectory[str]):
         """
         try:
             parent = parent or Path(tempfile.gettempdir())
-            _clear(parent, prefix)
-            super().__init__(prefix=prefix, dir=parent, ignore_cleanup_errors=True)
-            self._lock = _lock_file(Path(self.name))
+            _clear(parent)
+            super().__init__(prefix=SCRATCH, dir=parent, ignore_cleanup_errors=True)
+            lock = _lock_file(Path(self.name))
         except OSError as err:
             raise _unwritable(parent or Path("$TMPDIR"), err) from err
+        self._release = weakref.finalize(self, _release, Path(self.name), lock)  # runs before that of the class
 
     def cleanup(self) -> None:
-        """Remove it."""
-        _empty(Path(self.name))
-        self._lock.close()  # network file systems keep what is open
+        """Remove it, if it is still there."""
+        self._release()
         super().cleanup()
 
 
@@ -74,7 +77,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         _check_in_the_way(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with ScratchDirectory(path.parent, WRITING) as scratch:
+        with ScratchDirectory(path.parent) as scratch:
             yield Path(scratch) / path.name
             os.replace(Path(scratch) / path.name, path)
     except OSError as err:
@@ -94,7 +97,7 @@ def replacing_directory(path: Path) -> Iterator[Path]:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with ScratchDirectory(path, WRITING) as scratch:
+        with ScratchDirectory(path) as scratch:
             new, old = (Path(scratch) / name for name in ("new", "old"))
             new.mkdir()
             old.mkdir()
@@ -196,26 +199,34 @@ def _try_to_lock(handle: int) -> bool:
     return True
 
 
-def _lock_file(folder: Path) -> io.BufferedWriter:
-    """Say that a folder is in use until the file is closed; nobody finds the lock before it is held."""
-    stream = (folder / f"{_LOCK}.new").open("wb")
+def _lock_file(folder: Path) -> io.FileIO:
+    """Say that a folder is in use until the file is closed; nobody finds the mark in it before the lock is held."""
+    stream = io.FileIO(folder / _LOCK, "x")
     with contextlib.suppress(OSError):  # without locks nobody can tell whether it is in use: it is never cleared away
         fcntl.flock(stream, fcntl.LOCK_EX)
-        os.rename(stream.name, folder / _LOCK)
+        stream.write(_MARK)
     return stream
 
 
-def _clear(parent: Path, prefix: str) -> None:
+def _release(folder: Path, lock: io.FileIO) -> None:
+    with contextlib.suppress(FileNotFoundError):  # somebody has tidied up
+        _empty(folder)
+    lock.close()  # network file systems keep what is open
+
+
+def _clear(parent: Path) -> None:
     """Remove the scratch directories of processes that were killed."""
-    for folder in sorted(parent.glob(f"{prefix}*")):
+    for folder in sorted(parent.glob(f"{SCRATCH}*")):
         try:
             found = folder.lstat()
             if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
                 continue
-            if os.listdir(folder) in ([], [f"{_LOCK}.new"]) and time.time() - found.st_mtime > _PATIENCE:
-                shutil.rmtree(folder)  # killed before it had a lock
+            if time.time() - found.st_mtime > _PATIENCE and not os.listdir(folder):
+                folder.rmdir()  # killed before it had a lock
                 continue
             with open(folder / _LOCK, "rb", opener=_without_waiting) as stream:
+                if stream.read(len(_MARK) + 1) != _MARK:
+                    continue
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 _withdraw(folder, parent)
                 _empty(folder)

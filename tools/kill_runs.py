@@ -37,7 +37,7 @@ from torch import nn
 
 import graphopt
 from graphopt.cli.app import run
-from graphopt.files import MANIFEST, WRITING, ScratchDirectory, sha256
+from graphopt.files import MANIFEST, SCRATCH, ScratchDirectory, sha256
 
 _REPORT = "report.json"  # holds times: two runs of one model write two
 _FOREIGN = {"notes.txt": "mine", "model.d": "onnxruntime.onnx: model.pt2\n"}
@@ -113,11 +113,11 @@ class Case:
         Raises:
             AssertionError: something is.
         """
-        for parent, prefix in ((self.folder, WRITING), (Path(tempfile.gettempdir()), "graphopt-")):
-            for left in parent.glob(f"{prefix}*"):
+        for parent in (self.folder, Path(tempfile.gettempdir())):
+            for left in parent.glob(f"{SCRATCH}*"):
                 os.utime(left, (1, 1))  # one without a lock is spared for a minute
-            ScratchDirectory(parent, prefix).cleanup()
-            left_over = [path.name for path in parent.glob(f"{prefix}*")]
+            ScratchDirectory(parent).cleanup()
+            left_over = [path.name for path in parent.glob(f"{SCRATCH}*")]
             assert not left_over, left_over
 
 

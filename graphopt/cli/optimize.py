@@ -25,7 +25,7 @@ from graphopt.cli.arguments import (
 )
 from graphopt.cli.depfile import rules as depfile_rules
 from graphopt.errors import GateError, UsageError
-from graphopt.files import WRITING, replacing
+from graphopt.files import SCRATCH, replacing
 
 if TYPE_CHECKING:
     from graphopt.job.result import Result
@@ -149,7 +149,7 @@ def _directory_of_failure(directory: Path, *, expected: bool) -> Path:
     named = directory if directory.name not in ("", "..") else directory.resolve()
     failed = Path(f"{named}.failed")
     names = [path.name for path in failed.iterdir()] if failed.is_dir() else []
-    written = "report.json" in names or any(name.startswith(WRITING) for name in names)  # the latter by one killed
+    written = "report.json" in names or any(name.startswith(SCRATCH) for name in names)  # the latter by one killed
     empty = failed.is_dir() and not names
     if expected and (failed.is_symlink() or (failed.exists() and not written and not empty)):
         raise UsageError(f"{failed} is where results go if a gate fails, and holds something else. Move it away.")

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from graphopt import files
 from graphopt.errors import LoadError, UsageError
 from graphopt.files import (
     MANIFEST,
+    SCRATCH,
     ScratchDirectory,
     check_against_manifest,
     failing_late,
@@ -141,7 +143,7 @@ def test_killed_anywhere_a_folder_is_old_or_new_or_has_no_manifest(tmp_path: Pat
         assert found in (None, {**old, "notes.txt": "mine"}, {**new, "notes.txt": "mine"})
         assert len({*left.values()} & {"old", "new"}) <= 1
         seen.add("old" if found and "b.onnx" in found else "new" if found else "none")
-        for scratch in path.glob(".writing.*"):
+        for scratch in path.glob(f"{SCRATCH}*"):
             os.utime(scratch, (1, 1))  # one that has no lock yet is spared for a minute
         _write(path, a_onnx="other")
         assert _read(path) == {"a.onnx": "other", "notes.txt": "mine"}
@@ -176,7 +178,7 @@ def test_a_step_that_fails_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyP
         calls = iter(range(100))
 
         def sometimes(source: Path, target: Path, calls: Iterator[int] = calls, failing: int = failing) -> None:
-            if next(calls) == failing + 1:  # the first puts the lock in place
+            if next(calls) == failing:
                 raise OSError(errno.EIO, "Input/output error")
             rename(source, target)
 
@@ -198,7 +200,7 @@ def test_what_is_in_the_way_of_a_file_is_said_before_anything_changes(tmp_path: 
     with pytest.raises(UsageError, match=f"c.onnx is a {kind} there, not a file. Nothing was left half-written"):
         _write(tmp_path, **NEW)
     assert _state(tmp_path) == before
-    assert not list(tmp_path.glob(".writing.*"))
+    assert not list(tmp_path.glob(f"{SCRATCH}*"))
     with pytest.raises(UsageError, match=f"c.onnx is a {kind} there"), replacing(tmp_path / "c.onnx"):
         raise AssertionError("nothing is computed that could not be written")
 
@@ -300,29 +302,70 @@ def test_without_locks_files_are_written_and_nothing_is_cleared(
     def none(*_: object) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
 
+    with monkeypatch.context() as without:
+        without.setattr(fcntl, "flock", none)
+        first = ScratchDirectory(tmp_path)
+        os.utime(first.name, (1, 1))
+        with ScratchDirectory(tmp_path) as second:
+            assert Path(first.name).exists()
+            assert Path(second).exists()
+    with ScratchDirectory(tmp_path):  # whose process could have a lock: they may run on two machines
+        assert Path(first.name).exists()
+    first.cleanup()
     monkeypatch.setattr(fcntl, "flock", none)
-    with ScratchDirectory(tmp_path) as first, ScratchDirectory(tmp_path) as second:
-        assert Path(first).exists()
-        assert Path(second).exists()
     _write(tmp_path, **NEW)
     assert _read(tmp_path) is not None
 
 
 def test_the_next_run_clears_what_a_killed_one_left(tmp_path: Path) -> None:
-    mine = tmp_path / "graphopt-notes"
-    mine.mkdir()
-    (tmp_path / "graphopt-file").touch()
+    (tmp_path / f"{SCRATCH}file").touch()
     child = os.fork()
     if child == 0:
         kept = [ScratchDirectory(tmp_path), ScratchDirectory(tmp_path)]
         assert len(kept) == 2
         os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
-    assert len(os.listdir(tmp_path)) == 4
+    assert len(os.listdir(tmp_path)) == 3
     with ScratchDirectory(tmp_path) as one, ScratchDirectory(tmp_path) as other:
-        inside = {"graphopt-notes", "graphopt-file", Path(one).name, Path(other).name}
-        assert {*os.listdir(tmp_path)} == inside
-    assert sorted(os.listdir(tmp_path)) == ["graphopt-file", "graphopt-notes"]
+        assert {*os.listdir(tmp_path)} == {f"{SCRATCH}file", Path(one).name, Path(other).name}
+    assert os.listdir(tmp_path) == [f"{SCRATCH}file"]
+
+
+@pytest.mark.parametrize("name", ["graphopt-venv", ".writing.mine", f"{SCRATCH}mine"])
+@pytest.mark.parametrize("inside", [{}, {".lock": ""}, {".lock.new": ""}, {".lock": "", "bin": "python"}])
+def test_what_others_made_is_left_alone(tmp_path: Path, name: str, inside: dict[str, str]) -> None:
+    """A lock nobody holds lies in environments of uv too."""
+    (tmp_path / name).mkdir()
+    for file, text in inside.items():
+        (tmp_path / name / file).write_text(text)
+    os.utime(tmp_path / name, (1, 1))
+    with ScratchDirectory(tmp_path):
+        assert (tmp_path / name).exists() == bool(inside or not name.startswith(SCRATCH))
+    assert {path.name: path.read_text() for path in (tmp_path / name).glob("*")} == inside
+
+
+def test_one_that_ended_before_it_had_a_lock_is_spared_for_a_minute(tmp_path: Path) -> None:
+    (tmp_path / f"{SCRATCH}new").mkdir()
+    with ScratchDirectory(tmp_path):
+        assert (tmp_path / f"{SCRATCH}new").exists()
+    os.utime(tmp_path / f"{SCRATCH}new", (1, 1))
+    with ScratchDirectory(tmp_path):
+        assert not (tmp_path / f"{SCRATCH}new").exists()
+
+
+def test_a_scratch_directory_is_removed_once_and_gives_its_lock_back(tmp_path: Path) -> None:
+    one, tidied = ScratchDirectory(tmp_path), ScratchDirectory(tmp_path)
+    shutil.rmtree(tidied.name)
+    for _ in range(2):
+        one.cleanup()
+        tidied.cleanup()
+    forgotten: ScratchDirectory | None = ScratchDirectory(tmp_path)
+    open_files = len(os.listdir("/proc/self/fd"))
+    with pytest.warns(ResourceWarning, match="Implicitly cleaning up"):
+        forgotten = None
+    assert forgotten is None
+    assert len(os.listdir("/proc/self/fd")) == open_files - 1
+    assert os.listdir(tmp_path) == []
 
 
 def test_left_overs_of_another_kind_are_neither_waited_for_nor_followed(tmp_path: Path) -> None:
@@ -330,17 +373,19 @@ def test_left_overs_of_another_kind_are_neither_waited_for_nor_followed(tmp_path
     (tmp_path / "victim").write_text("mine")
     digest = sha256(tmp_path / "victim")
     for name in ("fifo", "link", "outside"):
-        (tmp_path / f"out/.writing.{name}/new").mkdir(parents=True)
-    os.mkfifo(tmp_path / "out/.writing.fifo/.lock")
-    (tmp_path / "out/.writing.link/.lock").symlink_to(tmp_path / "victim")
-    (tmp_path / "out/.writing.outside/.lock").touch()
-    (tmp_path / "out/.writing.outside/deep").symlink_to(tmp_path)
-    (tmp_path / "out/.writing.outside/new" / MANIFEST).write_text(json.dumps({"sha256": {"../victim": digest}}))
-    (tmp_path / "out/.writing.folder").symlink_to(tmp_path)
+        (tmp_path / f"out/{SCRATCH}{name}/new").mkdir(parents=True)
+    fifo, link, outside, folder = (tmp_path / f"out/{SCRATCH}{name}" for name in ("fifo", "link", "outside", "folder"))
+    os.mkfifo(fifo / ".lock")
+    (tmp_path / "mark").write_bytes(files._MARK)
+    (link / ".lock").symlink_to(tmp_path / "mark")
+    (outside / ".lock").write_bytes(files._MARK)
+    (outside / "deep").symlink_to(tmp_path)
+    (outside / "new" / MANIFEST).write_text(json.dumps({"sha256": {"../victim": digest}}))
+    folder.symlink_to(tmp_path)
     _write(tmp_path / "out", **NEW)
     assert (tmp_path / "victim").read_text() == "mine"
     assert _read(tmp_path / "out") == {"a.onnx": "new", "c.onnx": "new", "run.py": "new"}
-    assert {path.name for path in (tmp_path / "out").glob(".*")} == {".writing.link", ".writing.folder"}
+    assert {*(tmp_path / "out").glob(".*")} == {fifo, link, folder}
 
 
 def test_a_failure_that_numpy_says_without_its_reason(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import graphopt
 from graphopt.cli.app import run
 from graphopt.cli.optimize import _directory_of_failure
 from graphopt.errors import UsageError
+from graphopt.files import SCRATCH
 from tests.graphopt.cli.conftest import Fails, Files
 
 ROOT = Path(__file__).parents[3]
@@ -95,7 +96,7 @@ def test_what_no_run_wrote_is_not_replaced(files: Files, fails: Fails) -> None:
     assert Path("build.failed/diary.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("left", ["", ".writing.abcdefgh/new", "report.json"])
+@pytest.mark.parametrize("left", ["", f"{SCRATCH}abcdefgh/new", "report.json"])
 def test_a_run_that_was_killed_where_failures_go_keeps_no_other_from_going_there(files: Files, left: str) -> None:
     Path("build.failed", left).mkdir(parents=True)
     assert _directory_of_failure(Path("build"), expected=True) == Path("build.failed")
