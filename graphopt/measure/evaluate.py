@@ -20,7 +20,7 @@ from graphopt.data.samples import Samples
 from graphopt.errors import DataError, foreign_code
 from graphopt.ir.program import Program
 from graphopt.loading.functions import is_function_name, resolve_function
-from graphopt.measure.metrics import METRICS, Metric, find_metric
+from graphopt.measure.metrics import METRICS, Metric, Scoring, find_metric
 
 Model = Callable[..., Any]
 Array = NDArray[Any]
@@ -49,7 +49,7 @@ class Evaluator:
 
     def __call__(self, model: Model) -> float:
         """Return the metric of `model`, a callable that takes the inputs' tensors in order."""
-        rows = []
+        scoring = Scoring(self._metric)
         with _evaluated(model) as judged, torch.no_grad():
             for inputs, labels in self._samples.labelled_batches(self._batch_size, self._limit):
                 if labels is None:
@@ -61,11 +61,8 @@ class Evaluator:
                         f"The model returned {outputs.shape} for {count} samples; `{self.name}` needs one output "
                         "per sample along the first axis."
                     )
-                rows.append(self._metric.reduce(outputs[:count], labels.cpu().numpy()))
-        kept = np.concatenate(rows) if rows else np.empty(0)
-        if not len(kept):
-            raise DataError(f"The data for `{self.name}` holds nothing to score.")
-        return float(self._metric.score(kept))
+                scoring.add(outputs[:count], labels.cpu().numpy())
+        return scoring.score()
 
 
 class FunctionEvaluator:

@@ -28,14 +28,61 @@ class Metric:
     Attributes:
         name: What `--eval DATA:name` calls it.
         unit: What a drop is counted in.
+        of_classes: Whether outputs are scores of classes: of shape (predictions, classes) for `reduce`.
         reduce: Turns a batch's outputs and labels into rows that are kept, one per prediction.
         score: Turns all kept rows into the number; higher is better.
     """
 
     name: str
     unit: str
+    of_classes: bool
     reduce: Callable[[Array, Array], Array]
     score: Callable[[Array], float]
+
+
+class Scoring:
+    """A metric of the batches of one evaluation, along whose outputs classes lie on the same axis in each.
+
+    Classes lie along the last axis (text: N, T, C) or along the second (images: N, C, H, W). Batches that fit both
+    wait for one that fits only one of them.
+    """
+
+    def __init__(self, metric: Metric) -> None:
+        """Start with no batch."""
+        self._metric = metric
+        self._axes: list[int] | None = None  # that fit every batch
+        self._waiting: list[tuple[Array, Array]] = []
+        self._rows: list[Array] = []
+
+    def add(self, outputs: Array, labels: Array) -> None:
+        """Take the outputs and labels of a batch; raises `DataError` where they do not fit."""
+        if not self._metric.of_classes:
+            self._rows.append(self._metric.reduce(outputs, labels))
+            return
+        fitting = _class_axes(outputs, labels)
+        self._axes = fitting if self._axes is None else [axis for axis in self._axes if axis in fitting]
+        if not self._axes:
+            raise DataError(
+                f"Classes lie along another axis of this batch's outputs, of shape {outputs.shape}, than of those "
+                f"before; {_OTHERWISE}."
+            )
+        self._waiting.append((outputs, labels))
+        if len(self._axes) == 1:
+            kept = [_scores_and_classes(*batch, self._axes[0]) for batch in self._waiting]
+            self._rows += [self._metric.reduce(*pair) for pair in kept]
+            self._waiting.clear()
+
+    def score(self) -> float:
+        """Return the number; raises `DataError` where there is nothing to score, or classes may lie along two axes."""
+        if self._waiting:
+            raise DataError(
+                f"Classes may lie along axis 1 or axis {self._waiting[0][0].ndim - 1} of the outputs, of shape "
+                f"{self._waiting[0][0].shape}: all labels fit both. Give more samples, or a function of the model."
+            )
+        rows = np.concatenate(self._rows) if self._rows else np.empty(0)
+        if not len(rows):
+            raise DataError(f"The data for `{self._metric.name}` holds nothing to score.")
+        return float(self._metric.score(rows))
 
 
 def find_metric(name: str) -> Metric:
@@ -50,34 +97,37 @@ def find_metric(name: str) -> Metric:
 _OTHERWISE = "for a regression use the metric mse, mae or spearman, else give a function of the model"
 
 
-def _classes_last(outputs: Array, labels: Array) -> tuple[Array, Array]:
-    """Return outputs with the classes last, and the class numbers of one-hot labels: where a row has its only 1."""
-    binary = bool(((labels == 0) | (labels == 1)).all())
-    for axis in (-1, 1):
-        if binary and bool((labels.sum(axis) == 1).all()):
-            return np.moveaxis(outputs, axis, -1), labels.argmax(axis)
-    raise DataError(
-        f"The labels have the shape of the outputs, {labels.shape}, and are not one-hot (zeros and exactly one 1 per "
-        f"row), so they say no classes; {_OTHERWISE}."
-    )
+def _class_axes(outputs: Array, labels: Array) -> list[int]:
+    """Return the axes of outputs along which classes may lie, as far as a batch tells: the second, the last, or both.
 
-
-def _scores_and_classes(outputs: Array, labels: Array) -> tuple[Array, Array]:
-    """Return scores of shape (predictions, classes) and classes of shape (predictions,), ignored ones left out.
-
-    Classes lie along the last axis (text: N, T, C), or, where only that fits the labels, along the second
-    (images: N, C, H, W). Labels may be one-hot.
+    Labels are class numbers, or one-hot.
     """
-    if labels.shape == outputs.shape and outputs.ndim > 1:
-        outputs, labels = _classes_last(outputs, labels)
-    if labels.ndim == outputs.ndim and labels.shape[-1] == 1:
-        labels = labels[..., 0]
-    if outputs.ndim > 1 and outputs.shape[:-1] == labels.shape:
-        scores = outputs
-    elif outputs.ndim > 1 and (outputs.shape[:1] + outputs.shape[2:]) == labels.shape:
-        scores = np.moveaxis(outputs, 1, -1)
-    else:
-        raise DataError(f"Outputs of shape {outputs.shape} are not scores of classes for labels {labels.shape}.")
+    axes = list(dict.fromkeys((1, outputs.ndim - 1))) if outputs.ndim > 1 else []
+    if axes and labels.shape == outputs.shape:
+        binary = bool(((labels == 0) | (labels == 1)).all())
+        fitting = [axis for axis in axes if binary and bool((labels.sum(axis) == 1).all())]
+        if not fitting:
+            raise DataError(
+                f"The labels have the shape of the outputs, {labels.shape}, and are not one-hot (zeros and exactly "
+                f"one 1 per row), so they say no classes; {_OTHERWISE}."
+            )
+        return fitting
+    shape = _numbers(outputs, labels).shape
+    fitting = [axis for axis in axes if outputs.shape[:axis] + outputs.shape[axis + 1 :] == shape]
+    if not fitting:
+        raise DataError(f"Outputs of shape {outputs.shape} are not scores of classes for labels {shape}.")
+    return fitting
+
+
+def _numbers(outputs: Array, labels: Array) -> Array:
+    """Return class numbers without a last axis of size 1 that the predictions do not have."""
+    return labels[..., 0] if labels.ndim == outputs.ndim and labels.shape[-1] == 1 else labels
+
+
+def _scores_and_classes(outputs: Array, labels: Array, axis: int) -> tuple[Array, Array]:
+    """Return scores of shape (predictions, classes) and classes of shape (predictions,), ignored ones left out."""
+    scores = np.moveaxis(outputs, axis, -1)
+    labels = labels.argmax(axis) if labels.shape == outputs.shape else _numbers(outputs, labels)
     if not np.issubdtype(labels.dtype, np.integer) and not np.array_equal(labels, np.floor(labels)):
         raise DataError(f"The labels are not class numbers; {_OTHERWISE}.")
     if scores.shape[-1] == 1:
@@ -90,8 +140,7 @@ def _scores_and_classes(outputs: Array, labels: Array) -> tuple[Array, Array]:
 
 
 def _in_top(k: int) -> Callable[[Array, Array], Array]:
-    def reduce(outputs: Array, labels: Array) -> Array:
-        scores, classes = _scores_and_classes(outputs, labels)
+    def reduce(scores: Array, classes: Array) -> Array:
         if scores.shape[1] <= k:
             raise DataError(f"One of {scores.shape[1]} classes is always among the best {k}; use the metric top1.")
         own = np.take_along_axis(scores, classes[:, None], 1)
@@ -105,8 +154,7 @@ def _in_top(k: int) -> Callable[[Array, Array], Array]:
     return reduce
 
 
-def _predicted_and_true(outputs: Array, labels: Array) -> Array:
-    scores, classes = _scores_and_classes(outputs, labels)
+def _predicted_and_true(scores: Array, classes: Array) -> Array:
     return np.stack([scores.argmax(1), classes], 1)
 
 
@@ -156,11 +204,11 @@ def _negated_mean_absolute(rows: Array) -> float:
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric("top1", "%", _in_top(1), _percent),
-        Metric("top5", "%", _in_top(5), _percent),
-        Metric("f1", "%", _predicted_and_true, _macro_f1),
-        Metric("spearman", "%", _values_and_targets, _spearman),
-        Metric("mse", "", _values_and_targets, _negated_mean_square),
-        Metric("mae", "", _values_and_targets, _negated_mean_absolute),
+        Metric("top1", "%", True, _in_top(1), _percent),
+        Metric("top5", "%", True, _in_top(5), _percent),
+        Metric("f1", "%", True, _predicted_and_true, _macro_f1),
+        Metric("spearman", "%", False, _values_and_targets, _spearman),
+        Metric("mse", "", False, _values_and_targets, _negated_mean_square),
+        Metric("mae", "", False, _values_and_targets, _negated_mean_absolute),
     )
 }

@@ -131,6 +131,34 @@ def test_classes_per_pixel_and_per_token() -> None:
     assert evaluator((by_token, labels))(identity) == 80.0
 
 
+def test_all_batches_say_along_which_axis_classes_lie() -> None:
+    # images of 2 x 2 pixels, 2 classes; the labels of the first fit the last axis as well as the second
+    unclear, clear = torch.tensor([[0, 1], [0, 1]]), torch.tensor([[0, 0], [1, 1]])
+    one_hot = torch.stack([nn.functional.one_hot(each, 2).permute(2, 0, 1) for each in (unclear, clear)])
+    for seed in range(8):
+        scores = torch.rand(one_hot.shape, generator=torch.Generator().manual_seed(seed))
+        right = float((scores.argmax(1) == one_hot.argmax(1)).double().mean()) * 100
+        assert [evaluator((scores, one_hot), batch_size=size)(identity) for size in (1, 2)] == [right, right]
+
+
+def test_sizes_of_one_batch_do_not_choose_the_axis_of_classes() -> None:
+    # classes along axis 1; the first batch is as long as there are classes
+    batches = [(torch.rand(1, 3, length), torch.zeros(1, length, dtype=torch.long)) for length in (3, 5, 3)]
+    batches = [(scores.index_fill(1, torch.tensor([0]), 2.0), labels) for scores, labels in batches]
+    assert evaluator(batches)(identity) == 100.0
+    assert evaluator(batches[::-1])(identity) == 100.0
+
+
+def test_two_axes_of_classes_are_refused() -> None:
+    same = torch.eye(3)[None].expand(2, 3, 3)
+    for labels in (same, torch.zeros(2, 3, dtype=torch.long)):
+        with pytest.raises(DataError, match=r"may lie along axis 1 or axis 2 of the outputs, of shape \(2, 3, 3\)"):
+            evaluator((same, labels))(identity)
+    mixed = [(torch.rand(1, 3, 5), torch.zeros(1, 5).long()), (torch.rand(1, 5, 3), torch.zeros(1, 5).long())]
+    with pytest.raises(DataError, match="along another axis"):
+        evaluator(mixed)(identity)
+
+
 def test_fixed_batch_is_filled_up_and_cut_again() -> None:
     seen = []
 
