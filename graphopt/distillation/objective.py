@@ -12,6 +12,7 @@ from torch import fx
 from graphopt.distillation.losses import relative_error, soft_labels, tap_loss
 from graphopt.distillation.pairing import Pair
 from graphopt.distillation.taps import output_values, own_outputs
+from graphopt.ir.finite import only_stored
 from graphopt.ir.graph import arguments
 from graphopt.ir.operators import ALL_CONVOLUTIONS, CARRYING, LOG_SOFTMAXES, PRODUCTS, SOFTMAXES
 from graphopt.ir.program import Program
@@ -106,7 +107,7 @@ def comparable(teacher: Program, student: Program, pairs: Sequence[Pair]) -> tup
 
 def _has_gradients(dtype: torch.dtype) -> bool:
     """Whether torch computes gradients in a type: there are no sums in float8."""
-    return dtype.is_floating_point and dtype.itemsize > 1
+    return dtype.is_floating_point and not only_stored(dtype)
 
 
 def _log(probabilities: torch.Tensor) -> torch.Tensor:

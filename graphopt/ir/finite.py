@@ -1,4 +1,4 @@
-"""Whether a tensor holds NaN or infinite values, in one read of its memory."""
+"""Types of number that torch only stores, and whether a tensor of any type holds NaN or infinite values."""
 
 from __future__ import annotations
 
@@ -19,6 +19,17 @@ def all_finite(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(tensor.detach().sum(dtype=torch.float64)))
 
 
+def only_stored(dtype: torch.dtype) -> bool:
+    """Tell whether torch stores numbers of a type and does not compute in it: float8 of every kind, and float4."""
+    return dtype.is_floating_point and dtype.itemsize == 1
+
+
 def computable(tensor: torch.Tensor) -> torch.Tensor:
-    """Return values that every operator takes: float8 as float32, which holds them exactly; others as they are."""
-    return tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+    """Return values that every operator takes.
+
+    Those of float8 are float32, which holds them exactly; those of float4, which torch does not unpack, the bytes that
+    hold two each; others as they are.
+    """
+    if tensor.dtype is torch.float4_e2m1fn_x2:
+        return tensor.view(torch.uint8)
+    return tensor.float() if only_stored(tensor.dtype) else tensor

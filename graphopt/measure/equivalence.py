@@ -185,7 +185,9 @@ def _compare(spec: TensorSpec, want: torch.Tensor, got: torch.Tensor) -> Equival
         differing = want != got
         wrong, error = float(differing.double().mean()), float((want.double() - got.double()).abs().max())
         return Equivalence(error, wrong, -10 * math.log10(wrong) if wrong else math.inf, None)
-    want, got = (tensor.to(torch.complex128 if tensor.is_complex() else torch.float64) for tensor in (want, got))
+    want, got = (
+        computable(tensor).to(torch.complex128 if tensor.is_complex() else torch.float64) for tensor in (want, got)
+    )
     if bool((torch.isfinite(want) & ~torch.isfinite(got)).any()):
         raise VerifyError(f"Output `{spec.name}` is NaN or infinite where the original is finite.")
     # equal infinities (masked scores) are no error, nor is what is undefined in both

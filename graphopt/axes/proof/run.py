@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from graphopt.axes.proof.step import MaskedStep, counts, find_rule, raw
 from graphopt.axes.proof.value import CannotProveError, Dead, Value, broadcast, joined, union, vector, whole
+from graphopt.ir.finite import computable, only_stored
 from graphopt.ir.provenance import user_line
 from graphopt.ir.regions import Region, region, regions
 from graphopt.ir.torch_internals import OpOverload, pytree
@@ -29,10 +30,6 @@ _DOUBLE = {
     torch.float32: torch.float64,
     torch.float16: torch.float64,
     torch.bfloat16: torch.float64,
-    torch.float8_e4m3fn: torch.float64,
-    torch.float8_e4m3fnuz: torch.float64,
-    torch.float8_e5m2: torch.float64,
-    torch.float8_e5m2fnuz: torch.float64,
     torch.complex64: torch.complex128,
 }
 # Checks of dtypes and sizes that tracing left behind; they compute nothing.
@@ -45,10 +42,13 @@ for _module in ("elementwise", "contraction", "movement", "mixing", "reduction",
 def doubled(value: Any) -> Any:
     """Return a tensor in double precision on the CPU, or the twin of a dtype or device; anything else unchanged."""
     if isinstance(value, torch.dtype):
-        return _DOUBLE.get(value, value)
+        return torch.float64 if only_stored(value) else _DOUBLE.get(value, value)
     if isinstance(value, torch.device):
         return torch.device("cpu")
-    return value.detach().to("cpu", _DOUBLE.get(value.dtype, value.dtype)) if isinstance(value, Tensor) else value
+    if isinstance(value, Tensor):
+        tensor = computable(value.detach().to("cpu"))
+        return tensor.to(doubled(tensor.dtype))
+    return value
 
 
 # What these hold before it is written to is nobody's business, and must not differ between two runs.

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from graphopt.axes.infer import infer
 from graphopt.axes.proof.masked import TOLERANCE, check_masked_equivalence, check_slices, masked_outputs
 from graphopt.axes.proof.randomise import randomise
+from graphopt.axes.proof.run import doubled
 from graphopt.axes.proof.step import MaskedStep, masked_rule, tensor_result
 from graphopt.axes.proof.value import CannotProveError, Value, from_mask, to_mask
 from graphopt.axes.rewrite import remove, slices
@@ -627,3 +628,11 @@ def test_values_that_happen_to_be_equal_do_not_say_which_positions_go(rows: str)
     kept = {heads.axis: [0, 3]}
     pruned = remove(program.graph_module, axes, kept)
     assert check_masked_equivalence(program.graph_module, pruned, slices(axes, kept), (x, _ROWS[rows])) < TOLERANCE
+
+
+def test_no_proof_depends_on_rounding() -> None:
+    floats = {kind for kind in vars(torch).values() if isinstance(kind, torch.dtype) and kind.is_floating_point}
+    for dtype in floats - {torch.float4_e2m1fn_x2}:  # nothing is converted to that
+        value = torch.tensor([0.5, 2.0]).to(dtype)
+        assert (doubled(value).dtype, doubled(dtype)) == (torch.float64, torch.float64)
+        assert torch.equal(doubled(value), torch.tensor([0.5, 2.0], dtype=torch.float64))

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from graphopt.ir.finite import all_finite, computable
+from graphopt.ir.finite import all_finite, computable, only_stored
 
 FLOATS = [value for value in vars(torch).values() if isinstance(value, torch.dtype) and value.is_floating_point]
 
@@ -15,14 +15,27 @@ FLOATS = [value for value in vars(torch).values() if isinstance(value, torch.dty
 @pytest.mark.parametrize("dtype", dict.fromkeys(FLOATS), ids=str)
 def test_every_type_of_number(dtype: torch.dtype) -> None:
     if dtype is torch.float4_e2m1fn_x2:  # packed; torch has no conversion
-        assert all_finite(torch.zeros(4, dtype=torch.uint8).view(dtype))
+        packed = torch.arange(4, dtype=torch.uint8).view(dtype)
+        assert all_finite(packed)
+        assert torch.equal(computable(packed) + 0, torch.arange(4, dtype=torch.uint8))
         return
     values = torch.tensor([1.0, 2.0, 0.5, 4.0]).to(dtype)
     assert all_finite(values)
     assert torch.equal(computable(values).double(), values.double())
-    bool(torch.isfinite(computable(values)).all())
+    assert torch.isfinite(computable(values)).all()
     values[2] = math.nan
     assert not all_finite(values)
+
+
+@pytest.mark.parametrize("dtype", dict.fromkeys(FLOATS), ids=str)
+def test_what_torch_only_stores(dtype: torch.dtype) -> None:
+    values = torch.zeros(2, dtype=torch.uint8).view(dtype) if dtype.itemsize == 1 else torch.zeros(2, dtype=dtype)
+    try:
+        values + values
+    except NotImplementedError:
+        assert only_stored(dtype)
+    else:
+        assert not only_stored(dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e5m2])
