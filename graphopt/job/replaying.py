@@ -52,10 +52,11 @@ def replay(program: Program, manifest_path: str | Path, registry: PassRegistry |
     programs = {"": program}
     for (target, plan), entry in zip(read_plans(stored, path.parent, registry), stored.plans, strict=True):
         kind = registry.pass_class(entry.pass_name)
-        with called(kind, "take its options"):
+        with called(kind, "take its options", stored=True):
             instance = kind(build(kind.name, kind.options_type, entry.options))
-        made = apply(instance, programs.get(target, programs[""]), plan)
-        with called(instance, "apply its stored plan: the program it makes does not run"), torch.no_grad():
+        made = apply(instance, programs.get(target, programs[""]), plan, stored=True)
+        runs = called(instance, "apply its stored plan: the program it makes does not run", stored=True)
+        with runs, torch.no_grad():
             made.call_flat(made.flat_examples())  # what is stored may be of any type and shape
         programs[target] = made
     return {target: programs.get(target, programs[""]) for target in stored.programs}
@@ -73,6 +74,6 @@ def read_plans(stored: manifest.Manifest, directory: Path, registry: PassRegistr
     plans = []
     for index, entry in enumerate(stored.plans):
         kind = registry.pass_class(entry.pass_name)
-        with called(kind, "read its stored plan"):
+        with called(kind, "read its stored plan", stored=True):
             plans.append((entry.target, kind.plan_type.from_json(entry.fields(), tensors[index])))
     return plans

@@ -14,17 +14,23 @@ from graphopt.errors import PassError, foreign_code, line_of
 from graphopt.ir.program import Program
 from graphopt.pipeline.plan import Plan, Refusal
 
-AnyPass = Any  # an instance or class of `Pass`, which imports the plan that this module checks
+PassLike = Any  # an instance or class of `Pass`, which imports the plan that this module checks
+_BUILT_IN = "graphopt.passes."
 
 
-def called(pass_: AnyPass, deed: str) -> contextlib.AbstractContextManager[None]:
+def called(pass_: PassLike, deed: str, *, stored: bool = False) -> contextlib.AbstractContextManager[None]:
     """Turn what a method of a pass raises, unless it is one of our errors, into a `PassError`.
+
+    What a pass of our own raises is a bug, which no user can repair, and stays as it is.
 
     Args:
         pass_: the pass, or its class where there is no instance yet.
         deed: what it was called for: "plan", "apply", ...
+        stored: whether it was called with what a file holds, which may be anything: then that is at fault.
     """
     kind: Any = pass_ if isinstance(pass_, type) else type(pass_)
+    if kind.__module__.startswith(_BUILT_IN) and not stored:
+        return contextlib.nullcontext()
 
     def failed(said: str, err: BaseException) -> PassError:
         line = line_of(err, kind.__module__)
@@ -36,7 +42,7 @@ def called(pass_: AnyPass, deed: str) -> contextlib.AbstractContextManager[None]
     return foreign_code(failed)
 
 
-def checked_plan(pass_: AnyPass, plan: object) -> Plan:
+def checked_plan(pass_: PassLike, plan: object) -> Plan:
     """Return what `plan` returned.
 
     Raises:
@@ -60,14 +66,14 @@ def checked_plan(pass_: AnyPass, plan: object) -> Plan:
     return plan
 
 
-def checked_program(pass_: AnyPass, program: object) -> Program:
+def checked_program(pass_: PassLike, program: object) -> Program:
     """Return what `apply` returned; raises `PassError` where it is no program."""
     if not isinstance(program, Program):
         raise _returned(pass_, "apply", program, Program)
     return program
 
 
-def _returned(pass_: AnyPass, method: str, value: object, wanted: type) -> PassError:
+def _returned(pass_: PassLike, method: str, value: object, wanted: type) -> PassError:
     code = getattr(inspect.unwrap(getattr(type(pass_), method)), "__code__", None)
     place = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
     return PassError(

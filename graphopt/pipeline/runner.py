@@ -89,11 +89,18 @@ def run_step(step: Step, program: Program, ctx: Context, hooks: Sequence[Hook] =
     return result, plan
 
 
-def apply(instance: Any, program: Program, plan: Plan) -> Program:
-    """Carry out a plan and check what every pass must keep. A plan without sites returns `program` itself."""
+def apply(instance: Any, program: Program, plan: Plan, *, stored: bool = False) -> Program:
+    """Carry out a plan and check what every pass must keep. A plan without sites returns `program` itself.
+
+    Args:
+        instance: the pass.
+        program: what the plan was made for.
+        plan: what the pass decided.
+        stored: whether the plan comes from a file, see `called`.
+    """
     if not plan.sites:
         return program
-    with called(instance, "apply its plan"):
+    with called(instance, "apply its plan", stored=stored):
         result = checked_program(instance, instance.apply(program, plan))
     if result.graph_module is program.graph_module:
         raise VerifyError(f"Pass `{instance.name}` returned the program it was given. Work on `program.copy()`.")

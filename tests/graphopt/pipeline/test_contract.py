@@ -16,7 +16,7 @@ from graphopt.pipeline.context import Context
 from graphopt.pipeline.hooks import FullCheck
 from graphopt.pipeline.pipeline import Pipeline
 from graphopt.pipeline.registry import PassRegistry
-from graphopt.pipeline.runner import run
+from graphopt.pipeline.runner import apply, run
 
 PLUGIN = """
 import dataclasses
@@ -97,6 +97,23 @@ def test_a_plugin_that_raises_later(part: str, line: int, deed: str, program: Pr
     honest = {} if part == "APPLY" else {"APPLY": "p = program.copy(); return p.with_graph(p.graph_module)"}
     file = plugin(tmp_path, **honest, **{part: "1 / 0"})
     assert f"failed to {deed}: ZeroDivisionError: division by zero ({file}:{line})" in said(file, program)
+
+
+def test_what_a_pass_of_our_own_raises_is_a_bug(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    fold = PassRegistry().pass_class("fold")
+
+    def bug(*_: object) -> None:
+        raise KeyError("of ours")
+
+    monkeypatch.setattr(fold, "plan", bug)
+    monkeypatch.setattr(fold, "apply", bug)
+    pipeline, context, plan = Pipeline.parse("fold", PassRegistry()), Context(program), fold().new_plan(sites=["a"])
+    with pytest.raises(KeyError, match="of ours"):
+        run(pipeline, program, context)
+    with pytest.raises(KeyError, match="of ours"):
+        apply(fold(), program, plan)
+    with pytest.raises(PassError, match="failed to apply its plan: KeyError"):  # a file may hold any plan
+        apply(fold(), program, plan, stored=True)
 
 
 def test_what_a_pass_raises_on_purpose_stays(program: Program, tmp_path: Path) -> None:
