@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,8 +89,10 @@ def command(
     times = bench and any(item.times_here for item in backends)
     check_measured(gates, evaluates=evaluation is not None, lowers=bool(backends) and not plan, times=times)
     failed = _directory_of_failure(directory, expected=bool(gates) and not plan)
-    used = [model, weights, *_paths(data, evaluation, passes), *(plugin or ())]
-    rules = depfile_rules([item.path_in(directory) for item in backends], used) if depfile is not None else b""
+    rules = b""
+    if depfile is not None:
+        used = [model, weights, *_paths(data, evaluation, passes), *(plugin or ())]
+        rules = depfile_rules([item.path_in(directory) for item in backends], used)
 
     program, samples = source.load()
     job = Job(
@@ -175,7 +178,7 @@ def _paths(*arguments: str | None) -> list[Path]:
     found = []
     for argument in arguments:
         for text in (argument, (argument or "").rpartition(":")[0]):
-            if text and Path(text).exists():
+            if text and os.path.exists(text):  # unlike Path.exists, it takes any text
                 found.append(Path(text))
                 break
     return found

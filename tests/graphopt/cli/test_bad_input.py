@@ -193,6 +193,14 @@ def test_a_plugin_that_fails(files: Files, fails: Fails, does: str, said: str) -
     assert leftovers(files.folder) == []
 
 
+@pytest.mark.parametrize("arguments", [(), ("--depfile", "model.d")], ids=["alone", "depfile"])
+def test_a_text_too_long_for_a_name(files: Files, fails: Fails, arguments: tuple[str, ...]) -> None:
+    text = "x" * 300
+    said = fails(6, "optimize", "model.pt", "--passes", "", "--eval", text, *arguments)
+    assert said.startswith("Cannot read `xxx")
+    assert leftovers(files.folder) == []
+
+
 @pytest.mark.parametrize("raised", ["ValueError('boom')", "SystemExit(0)"])
 def test_an_evaluation_that_fails(files: Files, fails: Fails, raised: str) -> None:
     name = f"fails_{raised[:5].lower()}"
