@@ -320,16 +320,34 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def check_against_manifest(path: Path) -> None:
+def check_against_manifest(path: Path, content: bytes | None = None) -> None:
     """Compare a file, and external data that belongs to it, with the manifest beside it, if that names it.
 
+    Args:
+        path: the file.
+        content: what was read of it, and is going to be used; None reads it.
+
     Raises:
-        LoadError: it has changed since.
+        LoadError: it has changed since, or is gone.
     """
     digests = _digests(path.parent / MANIFEST)
-    for file in (path, path.with_name(f"{path.name}.data")):
-        if file.name in digests and not _has(file, digests[file.name]):
-            raise LoadError(
-                f"{file} is not the file that {MANIFEST} beside it was written with: its SHA-256 differs, or it is "
-                "gone. Optimise again, or use a copy elsewhere if it is meant to differ."
-            )
+    for file, held in ((path, content), (path.with_name(f"{path.name}.data"), None)):
+        if file.name in digests:
+            check_digest(file, digests[file.name], held)
+
+
+def check_digest(path: Path, digest: str, content: bytes | None = None) -> None:
+    """Compare a file with the digest that the manifest beside it holds. Arguments are those of the function above.
+
+    Raises:
+        LoadError: it has changed since, or is gone.
+    """
+    if content is None and not path.is_file():
+        raise LoadError(
+            f"{path} is missing; {MANIFEST} beside it lists it. Optimise again, or copy the whole directory."
+        )
+    if (sha256(path) if content is None else hashlib.sha256(content).hexdigest()) != digest:
+        raise LoadError(
+            f"{path} is not the file that {MANIFEST} beside it was written with: its SHA-256 differs. Optimise again, "
+            "copy it anew, or use a copy elsewhere if it is meant to differ."
+        )

@@ -28,7 +28,6 @@ from graphopt.capturing.model_calls import (
 )
 from graphopt.data import InputSpec, Samples
 from graphopt.errors import CaptureError, DataError, ExampleError, LoadError, UsageError, first_line
-from graphopt.files import check_against_manifest
 from graphopt.ir.buffers import with_its_buffers
 from graphopt.ir.program import Program
 from graphopt.ir.signature import Note, TensorSpec
@@ -92,8 +91,6 @@ def load_with_data(
     seed: int = 0,
 ) -> tuple[Program, Samples | None]:
     """Load a model file as a program, and open its data, once for both. Arguments and errors are those of `load`."""
-    if path is not None:
-        check_against_manifest(Path(path))
     loaded = load_model(
         Path(path) if path is not None else None,
         trust=trust,

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from graphopt.errors import LoadError, UsageError, cut, first_line
-from graphopt.files import MANIFEST, MOST_OF_A_MANIFEST, read_file, sha256
+from graphopt.files import MANIFEST, MOST_OF_A_MANIFEST, check_digest, read_file
 from graphopt.ir.plain_data import Json, first_problem
 from graphopt.ir.program import Program
 from graphopt.pipeline.plan import Plan
@@ -97,14 +97,7 @@ class Manifest(pydantic.BaseModel, extra="forbid", strict=True, frozen=True):
             LoadError: one is missing or has changed.
         """
         for name in sorted(self.sha256 if names is None else names):
-            file = directory / name
-            if not file.is_file():
-                raise LoadError(f"{file} is missing; {MANIFEST} lists it. Optimise again, or copy the whole directory.")
-            if sha256(file) != self.sha256.get(name):
-                raise LoadError(
-                    f"{file} is not the file that {MANIFEST} was written with: its SHA-256 differs. Optimise again, or "
-                    "copy it anew."
-                )
+            check_digest(directory / name, self.sha256.get(name, ""))
 
     def tensors_of(self, directory: Path) -> dict[int, dict[str, torch.Tensor]]:
         """Read what plans carry besides JSON: {index of the plan: {name: tensor}}, digests checked.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from graphopt.errors import LoadError, UsageError
+from graphopt.files import check_against_manifest, read_file
 from graphopt.loading.archive import Archive
 from graphopt.loading.contents import FileKind, identify
 from graphopt.loading.exported import load_archive, load_exported
@@ -58,14 +58,12 @@ class LoadedModel:
     Attributes:
         model: A module, or an exported program whose graph is safe to run.
         source: The path or the factory, for messages and reports.
-        sha256: Digest of the file's bytes; None where a factory read no file.
         example_inputs: What the file holds as inputs to try, if anything.
         extra_files: Texts stored beside an exported program, by name.
     """
 
     model: nn.Module | ExportedProgram
     source: str
-    sha256: str | None = None
     example_inputs: ExampleInputs | None = None
     extra_files: Mapping[str, str] = field(default_factory=dict)
 
@@ -100,14 +98,13 @@ def load_model(
         raise UsageError("Weights alone are not a model: add `--factory package.module:function`.")
     if path is None:
         raise UsageError("Give the path of a model file, or `--factory package.module:function`.")
-    data = read_file(path)
-    digest = hashlib.sha256(data).hexdigest()
+    data = _read(path)
     try:
         kind, archive = identify(data)
         if archive is not None and (kind is FileKind.EXPORTED or (trust and kind is FileKind.EXPORTED_OLD)):
-            return _load_program(path, data, digest, kind, archive, trust)
+            return _load_program(path, data, kind, archive, trust)
         if kind is FileKind.TORCH_PICKLE:
-            return LoadedModel(_load_module(path, data, trust), str(path), digest)
+            return LoadedModel(_load_module(path, data, trust), str(path))
     except HostileError as err:
         raise untrusted(path, str(err)) from err
     except DamagedError as err:
@@ -115,14 +112,18 @@ def load_model(
     raise LoadError(f"Cannot load `{path}`: it is {kind.value}; {_ADVICE.get(kind, _EXPECTED)}.")
 
 
-def read_file(path: Path) -> bytes:
-    """Return a file's bytes; raises `LoadError` where there is no such file or it cannot be read."""
+def _read(path: Path) -> bytes:
+    """Return a file's bytes.
+
+    Raises:
+        LoadError: there is no such file, it cannot be read, or it is not what the manifest beside it says.
+    """
     try:
-        return Path(path).read_bytes()
+        data = read_file(path)
     except FileNotFoundError as err:
-        folder = Path(path).parent
+        folder = path.parent
         names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-        near = difflib.get_close_matches(Path(path).name, names, 1)
+        near = difflib.get_close_matches(path.name, names, 1)
         hint = f" Did you mean `{folder / near[0]}`?" if near else ""
         raise LoadError(f"There is no file `{path}`.{hint}") from err
     except IsADirectoryError as err:
@@ -132,10 +133,12 @@ def read_file(path: Path) -> bytes:
         ) from err
     except OSError as err:
         raise LoadError(f"Cannot read `{path}`: {err.strerror or err}.") from err
+    check_against_manifest(path, data)
+    return data
 
 
 def _load_from_factory(factory: str, weights: Path | None) -> LoadedModel:
-    data = None if weights is None else read_file(weights)
+    data = None if weights is None else _read(weights)
     model = build_model(factory)
     if data is None:
         return LoadedModel(model, factory)
@@ -146,10 +149,10 @@ def _load_from_factory(factory: str, weights: Path | None) -> LoadedModel:
             f"`{weights}` is not weights alone: {err}. Save them with `torch.save(model.state_dict(), ...)` or as "
             "`.safetensors`."
         ) from err
-    return LoadedModel(model, factory, hashlib.sha256(data).hexdigest())
+    return LoadedModel(model, factory)
 
 
-def _load_program(path: Path, data: bytes, digest: str, kind: FileKind, archive: Archive, trust: bool) -> LoadedModel:
+def _load_program(path: Path, data: bytes, kind: FileKind, archive: Archive, trust: bool) -> LoadedModel:
     if not trust:
         program, extra = load_exported(archive)
     elif kind is FileKind.EXPORTED:
@@ -160,7 +163,7 @@ def _load_program(path: Path, data: bytes, digest: str, kind: FileKind, archive:
     if program.example_inputs:
         args, kwargs = program.example_inputs
         example = ExampleInputs(tuple(args), dict(kwargs))
-    return LoadedModel(program, str(path), digest, example, extra)
+    return LoadedModel(program, str(path), example, extra)
 
 
 def _load_old_program(data: bytes) -> ExportedProgram:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
+import os
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ import torch
 from torch import nn
 
 from graphopt.errors import LoadError, UsageError
+from graphopt.files import MANIFEST, sha256
 from graphopt.loading import load_model
 
 FACTORIES = """
@@ -115,6 +119,36 @@ def test_directory(tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
+def test_what_is_no_file_is_neither_waited_for_nor_read(factories: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.pt")
+    for path, said in ((tmp_path / "model.pt", "a FIFO"), (Path("/dev/zero"), "a device")):
+        for given in ({}, {"trust": True}, {"factory": f"{factories}:build"}):
+            with pytest.raises(LoadError, match=f"Cannot read `{path}`: it is {said}, not a regular file"):
+                load_model(path, **given)  # type: ignore[arg-type]
+
+
+def test_a_file_is_read_once_and_is_then_what_its_manifest_says(
+    factories: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read twice, it could be one file when it is checked and another when it is loaded."""
+    path = tmp_path / "w.pt"
+    torch.save(reference(), path)
+    (tmp_path / MANIFEST).write_text(json.dumps({"sha256": {"w.pt": sha256(path)}}))
+    opened, open_file = [], Path.open
+
+    def counted(file: Path, *args: Any, **kwargs: Any) -> Any:
+        opened.append(file)
+        return open_file(file, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", counted)
+    load_model(path, factory=f"{factories}:build")
+    assert opened.count(path) == 1
+    path.write_bytes(path.read_bytes() + b"\0")
+    for given in ({"path": path}, {"weights": path}):
+        with pytest.raises(LoadError, match=r"w.pt is not the file that manifest.json beside it was written with"):
+            load_model(**given, factory=f"{factories}:build")
+
+
 def test_zip_bomb_is_not_unpacked(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -145,7 +179,6 @@ def reference() -> dict[str, torch.Tensor]:
 def test_factory_without_weights(factories: str) -> None:
     loaded = load_model(factory=f"{factories}:build")
     assert isinstance(loaded.model, nn.Module)
-    assert loaded.sha256 is None
 
 
 @pytest.mark.parametrize("form", ["safetensors", "pt", "checkpoint"])
@@ -163,7 +196,6 @@ def test_factory_with_weights(factories: str, tmp_path: Path, form: str) -> None
     ):
         assert isinstance(loaded.model, nn.Module)
         torch.testing.assert_close(dict(loaded.model.state_dict()), dict(state))
-        assert loaded.sha256 is not None
 
 
 def test_weights_that_do_not_fit(factories: str, tmp_path: Path) -> None:
