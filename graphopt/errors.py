@@ -93,8 +93,8 @@ def printable(text: str) -> str:
 
 
 @contextlib.contextmanager
-def foreign_code(failed: Callable[[str, BaseException], GraphOptError]) -> Iterator[None]:
-    """Turn whatever a stranger's code raises, `SystemExit` too, into one of our errors.
+def foreign_code(failed: Callable[[str, BaseException], Exception]) -> Iterator[None]:
+    """Turn whatever a stranger's code raises, `SystemExit` too, into an error of ours.
 
     Our own errors, ^C and a lack of memory pass as they are.
 

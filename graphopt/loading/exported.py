@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from graphopt.errors import first_line, foreign_code
 from graphopt.ir.torch_internals import load_pt2
 from graphopt.loading.archive import Archive
 from graphopt.loading.pickles import load_plain_pickle
@@ -62,11 +63,10 @@ def load_archive(stream: io.BytesIO) -> tuple[ExportedProgram, dict[str, str]]:
     `torch.export.load` would log the traceback of a failure and raise another, without the reason; its own
     `load_pt2` raises the reason. It is private: drop it for the public function once that is fixed.
     """
-    try:
+    # torch raises many types on a malformed program; all mean the same to a user
+    with foreign_code(lambda said, _: DamagedError(f"torch could not rebuild its program ({said})")):
         programs, extra_files = load_pt2(stream)
         (program,) = programs.values()
-    except Exception as err:  # torch raises many types on a malformed program; all mean the same to a user
-        raise DamagedError(f"torch could not rebuild its program ({_first_line(err)})") from err
     return program, extra_files
 
 
@@ -134,7 +134,7 @@ def _json(archive: Archive, name: str) -> Any:
     try:
         return json.loads(archive.read(name).decode("utf-8"))
     except (ValueError, RecursionError) as err:
-        raise DamagedError(f"its member `{name}` is not JSON ({_first_line(err)})") from err
+        raise DamagedError(f"its member `{name}` is not JSON ({first_line(err)})") from err
 
 
 def _check_sizes(archive: Archive, folder: str, config: dict[str, Any]) -> None:
@@ -174,8 +174,3 @@ def _is_plain(value: Any) -> bool:
 def _extra_files(archive: Archive) -> dict[str, str]:
     names = [name for name in archive.names if name.startswith("extra/")]
     return {name.removeprefix("extra/"): archive.read(name).decode("utf-8", "replace") for name in names}
-
-
-def _first_line(err: BaseException) -> str:
-    lines = str(err).strip().splitlines()
-    return (lines[0] if lines else type(err).__name__)[:200]

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from graphopt.errors import LoadError, UsageError
+from graphopt.errors import LoadError, UsageError, foreign_code
 from graphopt.files import check_against_manifest, read_file
 from graphopt.loading.archive import Archive
 from graphopt.loading.contents import FileKind, identify
@@ -167,10 +167,8 @@ def _load_program(path: Path, data: bytes, kind: FileKind, archive: Archive, tru
 
 
 def _load_old_program(data: bytes) -> ExportedProgram:
-    try:
+    with foreign_code(lambda said, _: DamagedError(f"torch could not load it ({said})")):
         return torch.export.load(io.BytesIO(data))
-    except Exception as err:  # the file's own code runs here and may raise anything
-        raise DamagedError(f"torch could not load it ({type(err).__name__}: {str(err)[:200]})") from err
 
 
 def _load_module(path: Path, data: bytes, trust: bool) -> nn.Module:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from graphopt.errors import foreign_code
 from graphopt.loading.pickle_records import Global, Made, Stored
 from graphopt.loading.refusal import DamagedError, HostileError
 from graphopt.loading.stock_modules import CLASS_OF, FUNCTIONAL_OF, make_module
@@ -52,16 +53,17 @@ def load_trusted_pickle(data: bytes) -> Any:
     Raises:
         DamagedError: A class in it cannot be imported, or it cannot be unpickled.
     """
-    try:
+
+    def failed(said: str, err: BaseException) -> DamagedError:
+        if isinstance(err, AttributeError | ImportError):
+            return DamagedError(
+                f"a class or function in it cannot be imported ({said}); run from the directory of the code that "
+                "saved it, or use `--factory package.module:function`"
+            )
+        return DamagedError(f"it cannot be unpickled ({said})")
+
+    with foreign_code(failed):
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=False)
-    except (AttributeError, ImportError) as err:
-        raise DamagedError(
-            f"a class or function in it cannot be imported ({err}); run from the directory of the code that "
-            "saved it, or use `--factory package.module:function`"
-        ) from err
-    except Exception as err:  # unpickling runs the file's own code, which may raise anything
-        lines = str(err).strip().splitlines() or ["no reason given"]
-        raise DamagedError(f"it cannot be unpickled ({type(err).__name__}: {lines[0][:200]})") from err
 
 
 def _load(data: bytes, *, modules: bool) -> Any:

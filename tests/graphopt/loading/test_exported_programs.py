@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import random
+import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -332,6 +333,23 @@ def test_trust_skips_the_checks(write_exported: Write, edit_program: EditProgram
     assert isinstance(loaded, torch.export.ExportedProgram)
     loaded.module()(torch.randn(2, 3, 6, 6), shift=torch.randn(2, 2))
     assert marker.exists()
+
+
+class Ends:
+    """Ends the process when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return sys.exit, ("gone",)
+
+
+def test_a_trusted_program_whose_code_ends_the_process(write_exported: Write) -> None:
+    def edit(members: dict[str, bytes]) -> None:
+        buffer = io.BytesIO()
+        torch.save(Ends(), buffer)
+        members["data/sample_inputs/model.pt"] = buffer.getvalue()
+
+    with pytest.raises(LoadError, match=r"torch could not rebuild its program \(SystemExit: gone\)\.$"):
+        load_model(write_exported(edit), trust=True)
 
 
 @pytest.mark.parametrize(

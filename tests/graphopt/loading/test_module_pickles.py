@@ -265,6 +265,18 @@ def test_trusted_class_that_cannot_be_imported(tmp_path: Path, monkeypatch: pyte
         load_model(tmp_path / "net.pt", trust=True)
 
 
+class Ends:
+    """Ends the process when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return sys.exit, ("gone\nfor good",)
+
+
+def test_a_trusted_file_whose_code_ends_the_process(tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match=r"it cannot be unpickled \(SystemExit: gone\)\.$"):
+        load_model(save(Ends(), tmp_path / "model.pt"), trust=True)
+
+
 def test_state_dict_asks_for_a_factory(tmp_path: Path) -> None:
     path = save(nn.Linear(2, 3).state_dict(), tmp_path / "weights.pt")
     with pytest.raises(
