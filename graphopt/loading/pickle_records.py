@@ -201,9 +201,7 @@ _ACTIONS: dict[str, Any] = {
     "EMPTY_TUPLE": lambda reader, _: reader.push(()),
     "EMPTY_LIST": lambda reader, _: reader.push([]),
     "EMPTY_DICT": lambda reader, _: reader.push({}),
-    **dict.fromkeys(
-        ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING"), _Reader.push
-    ),
+    **dict.fromkeys(_PLAIN.split(), _Reader.push),
     "TUPLE": lambda reader, _: reader.push(tuple(reader.pop_to_mark())),
     "TUPLE1": lambda reader, _: reader.tuple(1),
     "TUPLE2": lambda reader, _: reader.tuple(2),

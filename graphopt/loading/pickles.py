@@ -113,19 +113,12 @@ class _Builder:
         if isinstance(record, Stored):
             raise DamagedError("it holds bytes without saying which tensor they are")
         assert isinstance(record, Made)  # nothing else is read
-        if record.instance:
-            return self._module(record, path)
-        make = _CALLS.get(record.maker.name)
-        if make is None:
-            raise _unknown(record.maker)
-        if record.items and record.maker.name != _ORDERED:
-            raise HostileError(f"it puts items into what `{record.maker.name}` returns")
-        if record.state is not None and not _is_version_data(record):
-            raise HostileError(f"it keeps attributes in what `{record.maker.name}` returns, which is no plain data")
+        make = _Builder._module if record.instance else _function(record)
         try:
             return make(self, record, path)
         except (TypeError, ValueError, RuntimeError, OverflowError, KeyError) as err:
-            raise DamagedError(f"it calls `{record.maker.name}` with the wrong arguments") from err
+            said = "has a `{}` of the wrong attributes" if record.instance else "calls `{}` with the wrong arguments"
+            raise DamagedError(f"it {said.format(record.maker.name)}") from err
 
     def _named(self, record: Global) -> Any:
         for table in (_DTYPES, FUNCTIONAL_OF if self._modules else {}):
@@ -256,6 +249,18 @@ _CALLS: dict[str, Callable[[_Builder, Made, str], Any]] = {
     "torch.device": _device,
     "torch.serialization._get_layout": lambda _, record, __: _LAYOUTS[record.arguments[0]],
 }
+
+
+def _function(record: Made) -> Callable[[_Builder, Made, str], Any]:
+    """Return what does a call's work, if nothing is done to its result that no file of torch does."""
+    name = record.maker.name
+    if name not in _CALLS:
+        raise _unknown(record.maker)
+    if record.items and name != _ORDERED:
+        raise HostileError(f"it puts items into what `{name}` returns")
+    if record.state is not None and not _is_version_data(record):
+        raise HostileError(f"it keeps attributes in what `{name}` returns, which is no plain data")
+    return _CALLS[name]
 
 
 def _table(record: Any) -> Mapping[Any, Any] | None:

@@ -79,7 +79,7 @@ def make_module(cls: type[nn.Module], state: Mapping[Any, Any], path: str) -> nn
     own = {key: value for key, value in state.items() if key not in vars(module)}
     own |= {key: dict(table) for key, table in tables.items()}
     own["training"] = state.get("training", False) is True
-    own["_non_persistent_buffers_set"] = set(state.get("_non_persistent_buffers_set") or ())
+    own["_non_persistent_buffers_set"] = set(_names(path, state, "_non_persistent_buffers_set"))
     try:
         module.__setstate__(own)  # type: ignore[no-untyped-call] # fills in what files of older versions of torch lack
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as err:
@@ -123,14 +123,23 @@ def _dictionary(path: str, key: str, value: object) -> Mapping[str, Any]:
     return value  # type: ignore[return-value]
 
 
+def _names(path: str, state: Mapping[str, Any], key: str) -> list[str]:
+    found = state.get(key)
+    if found is None:
+        return []
+    if not isinstance(found, list | tuple | set | frozenset | dict) or not all(isinstance(name, str) for name in found):
+        raise DamagedError(f"{_where(path)} keeps something other than names in its `{key}`")
+    return list(found)
+
+
 def _check_names(path: str, cls: type[nn.Module], state: Mapping[str, Any], parameters: Mapping[str, Any]) -> None:
     """Check what names attributes: torch looks them up on the module."""
-    names: list[Any] = list(state.get("_keys") or ()) if issubclass(cls, nn.ParameterDict) else []
+    names = _names(path, state, "_keys") if issubclass(cls, nn.ParameterDict) else []
     if issubclass(cls, nn.RNNBase):
         rows = state.get("_all_weights", state.get("all_weights"))
         if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
             raise DamagedError(f"{_where(path)} does not say which weights belong to which layer")
-        names = [*state.get("_flat_weights_names", ()), *(name for row in rows for name in row)]
+        names = [*_names(path, state, "_flat_weights_names"), *(name for row in rows for name in row)]
     held = {*parameters, *(key for key, value in state.items() if isinstance(value, torch.Tensor))}
     unknown = [name for name in names if not isinstance(name, str) or name not in held]
     if unknown:

@@ -130,6 +130,17 @@ ATTACKS: dict[str, bytes] = {
         _flat_weights_names=plain(["__class__"]),
         _all_weights=plain([["__class__"]]),
     ),
+    **{
+        f"{key} that is {value}": with_state(
+            instance(name), **{**EMPTY_MODULE, **more, key: plain(value)}
+        )
+        for name, key, more in (
+            (IDENTITY, "_non_persistent_buffers_set", {}),
+            ("torch.nn.modules.container.ParameterDict", "_keys", {}),
+            ("torch.nn.modules.rnn.LSTM", "_flat_weights_names", {"_all_weights": plain([[]])}),
+        )
+        for value in (5, [[1]], [None], "name", {1: 2})
+    },
 }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from graphopt.errors import LoadError
-from graphopt.loading import load_model
+from graphopt.loading import load_model, pickles
 from graphopt.loading.refusal import HostileError
 from graphopt.loading.stock_modules import CLASSES, make_module, smallest_arguments
 
@@ -243,6 +243,15 @@ def test_module_without_its_tables_is_damaged(tmp_path: Path) -> None:
     del model[0].__dict__["_modules"]
     with pytest.raises(LoadError, match="module `0` has no `_modules`"):
         load_model(save(model, tmp_path / "model.pt"))
+
+
+def test_an_attribute_that_no_check_thought_of_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise TypeError
+
+    monkeypatch.setattr(pickles, "make_module", fails)
+    with pytest.raises(LoadError, match=r"it has a `torch.nn.modules.activation.ReLU` of the wrong attributes"):
+        load_model(save(nn.ReLU(), tmp_path / "model.pt"))
 
 
 def test_stranger_needs_trust(tmp_path: Path) -> None:
