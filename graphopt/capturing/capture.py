@@ -24,7 +24,6 @@ from graphopt.capturing.model_calls import (
     check_names,
     gradients_recorded,
     in_eval_mode,
-    random_state_kept,
     spelled_out,
     uncompiled,
     without_compiling,
@@ -35,6 +34,7 @@ from graphopt.capturing.model_calls import (
 from graphopt.capturing.normal_form import normalise
 from graphopt.errors import CaptureError, ExampleError, UsageError
 from graphopt.ir.dynamic_axes import LeafShapes, arranged
+from graphopt.ir.global_state import outside_inference, random_state_kept
 from graphopt.ir.graph import copy_graph_module
 from graphopt.ir.names import Names
 from graphopt.ir.program import Program
@@ -82,8 +82,8 @@ def capture(
     model = uncompiled(model)
     check_names(model)
     args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
-    args = tuple(pytree.tree_map_only(torch.Tensor, _fit_for_training, args))
-    kwargs = dict(pytree.tree_map_only(torch.Tensor, _fit_for_training, dict(kwargs or {})))
+    args = tuple(pytree.tree_map_only(torch.Tensor, outside_inference, args))
+    kwargs = dict(pytree.tree_map_only(torch.Tensor, outside_inference, dict(kwargs or {})))
     left: list[str] = []
     if isinstance(model, fx.GraphModule):  # what torch.export made refuses eval()
         model = copy_graph_module(model)
@@ -104,10 +104,6 @@ def capture(
         check_equal(program, expected, args, kwargs)
         check_repeatable(program, args, kwargs)
     return program if share_tensors else program.copy(share_tensors=False)
-
-
-def _fit_for_training(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def exported_in_training(switched: Sequence[str]) -> list[Note]:

@@ -19,7 +19,7 @@ from graphopt.errors import CaptureError
 from graphopt.ir.aliasing import written_inputs
 from graphopt.ir.graph import arguments
 from graphopt.ir.operators import EXPANSIONS, NORMALISATIONS, plain_name, short_name
-from graphopt.ir.training import first_argument, set_argument, training_flag
+from graphopt.ir.training import argument_called, set_argument, training_flag
 
 _RATE = "dropout_p"  # attention has a rate in place of a flag
 
@@ -88,7 +88,7 @@ def _trains(node: fx.Node) -> bool:
         )
     if name in _ALWAYS_TRAINING:
         return True
-    flag, rate = training_flag(node), first_argument(node.target, (_RATE,)) if node.op == "call_function" else None
+    flag, rate = training_flag(node), argument_called(node.target, (_RATE,)) if node.op == "call_function" else None
     given = arguments(node, ()) if flag or rate else {}
     if rate:
         return bool(given[rate])

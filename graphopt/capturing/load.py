@@ -23,12 +23,12 @@ from graphopt.capturing.model_calls import (
     check_module,
     gradients_recorded,
     in_eval_mode,
-    random_state_kept,
     uncompiled,
 )
 from graphopt.data import InputSpec, Samples
 from graphopt.errors import CaptureError, DataError, ExampleError, LoadError, UsageError, first_line
 from graphopt.ir.buffers import with_its_buffers
+from graphopt.ir.global_state import random_state_kept
 from graphopt.ir.program import Program
 from graphopt.ir.signature import Note, TensorSpec
 from graphopt.ir.torch_internals import pytree

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import random
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import fx, nn
 
 from graphopt.errors import CaptureError, UsageError
+from graphopt.ir.global_state import outside_inference
 from graphopt.ir.torch_internals import compiled_module, is_compiled, target_of_conversion
 
 
@@ -104,19 +103,6 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Give the generators of torch, NumPy and Python back their state: models, data and evaluations draw from them."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    python, arrays = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(arrays)
-
-
-@contextlib.contextmanager
 def gradients_recorded() -> Iterator[None]:
     """Record gradients, and make tensors that can be trained, where the caller has switched both off."""
     with torch.inference_mode(False), torch.enable_grad():
@@ -142,7 +128,7 @@ def without_inference_tensors(model: nn.Module) -> Iterator[None]:
 
 
 def _trainable_copy(tensor: torch.Tensor) -> torch.Tensor:
-    copy = tensor.detach().clone()
+    copy = outside_inference(tensor.detach())
     return nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
 
 

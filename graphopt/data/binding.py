@@ -23,6 +23,7 @@ class Bound:
         labels: The labels, if there are any.
         count: How many samples the chunk holds.
         where: What to call the chunk in messages.
+        is_batch: Whether the chunk is one of the batches that are gone through.
         note: What was left aside, for the user.
     """
 
@@ -31,6 +32,7 @@ class Bound:
     labels: Column | None
     count: int
     where: str
+    is_batch: bool
     note: str | None = None
 
 
@@ -52,7 +54,7 @@ def bind(chunk: Chunk, names: Sequence[str] | None, required: int | None) -> Bou
             raise DataError(f"{_capital(chunk.where)} lacks the model's input {_list(missing)}; it has {_has(chunk)}.")
     inputs = tuple(chosen.values())
     count = _common_length(chunk, chosen, labels)
-    return Bound(tuple(chosen), inputs, labels, count, chunk.where, note)
+    return Bound(tuple(chosen), inputs, labels, count, chunk.where, chunk.is_batch, note)
 
 
 def _by_name(chunk: Chunk, names: Sequence[str] | None) -> tuple[dict[str, Column], Column | None, str | None]:

@@ -36,7 +36,7 @@ def describe(spec: Spec) -> str:
     return f"{'x'.join(sizes) if spec.shape else 'a single number'} {_name(spec.dtype)}"
 
 
-def check_shape(found: tuple[int, ...], dtype_name: str, spec: Spec, where: str) -> None:
+def check_shape(found: tuple[int, ...], dtype_name: str, spec: Spec, where: str, *, is_batch: bool) -> None:
     """Compare the shape of data, known before any of it is read, with what an input takes.
 
     Args:
@@ -44,6 +44,7 @@ def check_shape(found: tuple[int, ...], dtype_name: str, spec: Spec, where: str)
         dtype_name: Its element type, for messages.
         spec: What the model takes; its first axis counts samples and is not compared.
         where: The origin of the data, for messages.
+        is_batch: Whether the data is one of the batches that are gone through.
 
     Raises:
         DataError: Rank or a size does not fit.
@@ -52,7 +53,7 @@ def check_shape(found: tuple[int, ...], dtype_name: str, spec: Spec, where: str)
     if len(found) != len(expected):
         if not expected:
             advice = "Give one value for all samples, without axes; where they differ, give batches with one value each"
-        elif len(found) == len(expected) - 1 and where.startswith("batch "):
+        elif len(found) == len(expected) - 1 and is_batch:
             advice = "What is gone through gives batches, not samples: put samples together, as in `torch.stack(data)`"
         elif len(found) == len(expected) - 1:
             advice = "The first axis must count samples: add one, as in `x[None]`"

@@ -157,7 +157,7 @@ class Samples:
         left = limit
         for bound in self._bound():
             for column, spec in zip(bound.inputs, self._specs or (), strict=self._specs is not None):
-                check_shape(column.shape, column.dtype_name, spec, bound.where)
+                check_shape(column.shape, column.dtype_name, spec, bound.where, is_batch=bound.is_batch)
             stop = bound.count if left is None else min(bound.count, left)
             for start in range(0, stop, size):
                 end = min(start + size, stop)

@@ -5,9 +5,9 @@ A chunk is a few columns of equal length, by name (a dict, an `.npz`) or by posi
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import hashlib
-import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ import torch
 from graphopt.data.columns import ArrayColumn, Column, TensorColumn, open_safetensors
 from graphopt.data.numpy_files import open_npy, open_npz
 from graphopt.errors import DataError, first_line, foreign_code, printable
+from graphopt.ir.global_state import RandomState, random_state_kept, seeded
 from graphopt.loading.functions import is_function_name, resolve_function
 
 SUFFIXES = (".npz", ".npy", ".safetensors")
@@ -37,12 +38,14 @@ class Chunk:
         named: Whether the names mean anything.
         where: What to call the chunk in messages.
         labels: Labels that came apart from the inputs.
+        is_batch: Whether it is one of the batches that are gone through.
     """
 
     columns: dict[str, Column]
     named: bool
     where: str
     labels: Column | None = None
+    is_batch: bool = False
 
 
 class Source(Protocol):
@@ -103,7 +106,7 @@ class IterableSource:
             DataError: the first batch is another than before.
         """
         for number, batch in enumerate(_drawn_alike(self._batches, self._where)):
-            chunk = to_chunk(batch, f"batch {number} of {self._where}")
+            chunk = dataclasses.replace(to_chunk(batch, f"batch {number} of {self._where}"), is_batch=True)
             if number == 0:
                 self._compare(chunk)
             yield chunk
@@ -124,25 +127,15 @@ class IterableSource:
 
 def _drawn_alike(batches: Callable[[], Iterable[Any]], where: str) -> Iterator[Any]:
     """Go through batches with generators of their own, which start alike each time; the caller's are left alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        own = torch.get_rng_state()
-    numbers, python = np.random.RandomState(0).get_state(), random.Random(0).getstate()
+    own = seeded(0)
     iterator: Iterator[Any] | None = None
     while True:
-        outer = torch.get_rng_state(), np.random.get_state(), random.getstate()
-        torch.set_rng_state(own)
-        np.random.set_state(numbers)
-        random.setstate(python)
-        try:
+        with random_state_kept():
+            own.restore()
             with foreign_code(lambda said, _: DataError(f"Drawing the next batch of {where} raised {said}.")):
                 iterator = iter(batches()) if iterator is None else iterator
                 batch = next(iterator, _END)
-        finally:
-            own, numbers, python = torch.get_rng_state(), np.random.get_state(), random.getstate()
-            torch.set_rng_state(outer[0])
-            np.random.set_state(outer[1])
-            random.setstate(outer[2])
+            own = RandomState.now()
         if batch is _END:
             return
         yield batch

@@ -1,6 +1,6 @@
-"""Putting a captured graph in training mode and back: BatchNorm statistics and Dropout masks.
+"""Putting a captured graph in training mode and back: whether calls draw at random and normalise by the batch.
 
-Capture in eval mode bakes `training=False` into those operators; only that flag changes here. A call that capture
+Capture in eval mode bakes `training=False` into such operators; only that flag changes here. A call that capture
 saw in training mode is random, or normalises by its batch, on purpose, and stays so. What the model did in Python
 under `if self.training` is gone from the graph and is reported at capture.
 
@@ -24,7 +24,7 @@ _SWITCHED = "graphopt_training"  # in meta["custom"]: this module switched the c
 
 
 def set_training(gm: fx.GraphModule, mode: bool) -> None:
-    """Set the training flag of every BatchNorm and Dropout call that eval capture switched off, in place."""
+    """Set the training flag of every call that eval capture switched off, in place."""
     changed = False
     for node in gm.graph.nodes:
         flag = training_flag(node)
@@ -48,12 +48,15 @@ def is_training(gm: fx.GraphModule) -> bool:
 
 def training_flag(node: fx.Node) -> str | None:
     """Return the name of the argument that switches a call to training, None where it has none."""
-    return first_argument(node.target, _FLAGS) if node.op == "call_function" else None
+    return argument_called(node.target, _FLAGS) if node.op == "call_function" else None
 
 
 @functools.cache
-def first_argument(target: Any, names: tuple[str, ...]) -> str | None:
-    """Return which of `names` an ATen operator takes first, None for none of them."""
+def argument_called(target: Any, names: tuple[str, ...]) -> str | None:
+    """Return the first argument in an ATen operator's schema that is called one of `names`.
+
+    None where it takes none of them, and for what is no operator of ATen.
+    """
     if not isinstance(target, OpOverload) or target.namespace != "aten":
         return None
     return next((argument.name for argument in target._schema.arguments if argument.name in names), None)

@@ -11,13 +11,14 @@ from typing import Any, Self
 from torch import nn
 
 from graphopt.capturing.load import with_data
-from graphopt.capturing.model_calls import gradients_recorded, random_state_kept
+from graphopt.capturing.model_calls import gradients_recorded
 from graphopt.data import Samples
 from graphopt.data.batches import Batch, SampleSource, batch_count, whole_batches
 from graphopt.data.split import Split, split
 from graphopt.errors import CaptureError, UsageError
 from graphopt.files import ScratchDirectory
 from graphopt.ir.finite import all_finite, computable
+from graphopt.ir.global_state import random_state_kept
 from graphopt.ir.program import Program
 from graphopt.ir.regions import compiled_for_their_shapes
 from graphopt.job import manifest

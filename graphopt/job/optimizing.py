@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from graphopt.capturing.model_calls import gradients_recorded, random_state_kept
+from graphopt.capturing.model_calls import gradients_recorded
+from graphopt.ir.global_state import random_state_kept
 from graphopt.ir.program import Program
 from graphopt.job.job import DEFAULT_TARGET, Job
 from graphopt.job.result import Result

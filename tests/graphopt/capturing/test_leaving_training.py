@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from graphopt.capturing import leaving_training
 from graphopt.capturing.leaving_training import leave_training
 from graphopt.errors import CaptureError
-from graphopt.ir.training import first_argument
+from graphopt.ir.training import argument_called
 
 aten = torch.ops.aten
 DRAW = torch.Generator().manual_seed(0)
@@ -185,7 +185,7 @@ def test_every_operator_that_speaks_of_training_is_decided() -> None:
         target = getattr(packet, schema.overload_name or "default", None)
         known = leaving_training._TRAINING_ONLY | leaving_training._ALWAYS_TRAINING | EVALUATION
         if name not in known and target is not None:
-            flag = first_argument(target, ("train", "training", "use_input_stats", "dropout_p"))
+            flag = argument_called(target, ("train", "training", "use_input_stats", "dropout_p"))
             undecided += [] if flag else [str(target)]
     assert len(found) > 50
     assert undecided == []

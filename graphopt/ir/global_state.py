@@ -1,0 +1,59 @@
+"""What holds for a whole process: its random generators, and the mode in which its tensors are made."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """Where the generators of torch (of the CPU and of every GPU), NumPy and Python stand."""
+
+    cpu: torch.Tensor
+    devices: list[torch.Tensor]
+    arrays: Any
+    python: Any
+
+    @classmethod
+    def now(cls) -> RandomState:
+        """Take note of the state."""
+        devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        return cls(torch.get_rng_state(), devices, np.random.get_state(), random.getstate())
+
+    def restore(self) -> None:
+        """Put the generators back."""
+        torch.set_rng_state(self.cpu)
+        torch.cuda.set_rng_state_all(self.devices)
+        np.random.set_state(self.arrays)
+        random.setstate(self.python)
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Give the generators of torch, NumPy and Python back their state: models, data and evaluations draw from them."""
+    state = RandomState.now()
+    try:
+        yield
+    finally:
+        state.restore()
+
+
+def seeded(seed: int) -> RandomState:
+    """Return the state of generators that start from a seed; those of the process are left alone."""
+    with random_state_kept():
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        return RandomState.now()
+
+
+def outside_inference(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor, or a copy where it was made in inference mode, which is neither exported nor trained outside."""
+    return tensor.clone() if tensor.is_inference() else tensor
