@@ -9,7 +9,11 @@ from __future__ import annotations
 import contextlib
 import traceback
 from collections.abc import Callable, Iterator
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class GraphOptError(Exception):
@@ -90,6 +94,34 @@ def cut(text: str, most: int = 300) -> str:
 def printable(text: str) -> str:
     """Return text of a stranger with what a terminal would obey, and what no file could be named, spelled out."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Where data is first not what it must be, and what is the matter: "`plans.0.target`: field required".
+
+    Attributes:
+        path: the names that lead there; none where all of it is at fault.
+        said: what is the matter, as the end of a sentence.
+    """
+
+    path: tuple[str, ...]
+    said: str
+
+    def __str__(self) -> str:
+        return f"`{cut('.'.join(self.path) or 'it', 80)}`: {self.said}"
+
+
+def first_problem(err: ValidationError) -> Problem:
+    """Put the first thing that pydantic finds in data into our words."""
+    first = err.errors()[0]
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        said = "a field it does not know"
+    elif first["type"] == "value_error":  # one of our own validators, whose sentence it is
+        said = first["msg"].removeprefix("Value error, ").rstrip(".")
+    else:
+        said = f"{first['msg'][:1].lower()}{first['msg'][1:]}"
+    return Problem(tuple(printable(str(name)) for name in first["loc"]), cut(said))
 
 
 @contextlib.contextmanager

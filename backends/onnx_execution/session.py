@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime  # type: ignore[import-untyped]
 import pydantic
 
-from graphopt.errors import LoweringError, UsageError, cut, printable
+from graphopt.errors import LoweringError, UsageError, cut, first_problem, printable
 from graphopt.ir.plain_data import Json
 from graphopt.targets.backend import Array
 
@@ -89,10 +89,10 @@ class SessionSettings:
                 known = ", ".join(_Recorded.model_fields)
                 shown = cut(printable(unknown[0]), 80)
                 raise UsageError(f"There is no session option `{shown}`. Known: {known}.") from err
-            first = err.errors()[0]
-            name = str(first["loc"][0])
+            problem = first_problem(err)
+            name = problem.path[0]
             raise UsageError(
-                f"Session option `{name}` cannot be {cut(repr(options[name]), 80)}: {cut(first['msg'].lower())}."
+                f"Session option `{name}` cannot be {cut(repr(options[name]), 80)}: {problem.said}."
             ) from err
 
     def native(self) -> onnxruntime.SessionOptions:

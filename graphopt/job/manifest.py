@@ -15,9 +15,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from graphopt.errors import LoadError, UsageError, cut, first_line
+from graphopt.errors import LoadError, UsageError, cut, first_line, first_problem
 from graphopt.files import MANIFEST, MOST_OF_A_MANIFEST, check_digest, read_file
-from graphopt.ir.plain_data import Json, first_problem
+from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
 from graphopt.pipeline.plan import Plan
 from graphopt.targets.backend import TARGET_NAME

@@ -12,9 +12,8 @@ from typing import Any
 import pydantic
 
 from graphopt.capturing.load import load
-from graphopt.errors import UsageError, first_line
+from graphopt.errors import UsageError, first_line, first_problem
 from graphopt.files import MANIFEST, MOST_OF_A_MANIFEST, read_file
-from graphopt.ir.plain_data import first_problem
 from graphopt.job import manifest
 from graphopt.job.replaying import read_plans
 from graphopt.job.report import Report

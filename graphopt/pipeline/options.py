@@ -16,7 +16,7 @@ from typing import Any
 
 import pydantic
 
-from graphopt.errors import UsageError, cut, printable
+from graphopt.errors import UsageError, cut, first_problem, printable
 from graphopt.ir.plain_data import Json
 
 _FINEST = 10**9  # denominator of a share
@@ -45,12 +45,11 @@ def build(pass_name: str, options_type: type[Any], given: Mapping[str, Any]) -> 
     try:
         return _adapter(options_type).validate_python(values)
     except pydantic.ValidationError as err:
-        first = err.errors()[0]
-        name = str(first["loc"][0]) if first["loc"] else ""
-        what = f"`{name}={given.get(name)}`" if name else ", ".join(f"`{k}={v}`" for k, v in given.items())
-        what, reason = cut(printable(what)), cut(first["msg"].removeprefix("Value error, ").rstrip("."))
+        problem = first_problem(err)
+        at_fault = {name: value for name, value in given.items() if name in problem.path[:1]} or given
+        what = cut(printable(", ".join(f"`{name}={value}`" for name, value in at_fault.items())))
         raise UsageError(
-            f"Pass `{pass_name}` cannot take {what}: {reason}. See `graphopt passes show {pass_name}`."
+            f"Pass `{pass_name}` cannot take {what}: {problem.said}. See `graphopt passes show {pass_name}`."
         ) from err
 
 

@@ -20,8 +20,8 @@ from typing import Any, ClassVar, Self
 import pydantic
 import torch
 
-from graphopt.errors import PassError
-from graphopt.ir.plain_data import Json, first_problem
+from graphopt.errors import PassError, first_problem
+from graphopt.ir.plain_data import Json
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,7 +115,7 @@ def test_data_that_is_no_file(files: Files, fails: Fails, option: str) -> None:
     [
         ("purne", "There is no pass `purne`; did you mean `prune`?"),
         ("prune:ration=0.5", "has no option `ration`; did you mean `ratio`?"),
-        ("prune:ratio=1.5", "cannot take `ratio=1.5`: Input should be less than 1"),
+        ("prune:ratio=1.5", "cannot take `ratio=1.5`: input should be less than 1"),
         ("int8,prune", "`int8` must come after `prune`"),
     ],
 )

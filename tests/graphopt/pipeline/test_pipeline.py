@@ -58,9 +58,9 @@ def test_toml_round_trip(text: str, tmp_path: Path) -> None:
     [
         ("scal", r"There is no pass `scal`; did you mean `scale`\?.*--plugin FILE"),
         ("scale:facto=1", r"has no option `facto`; did you mean `factor`\? Its options: factor, times"),
-        ("scale:factor=3", r"cannot take `factor=3`: Input should be less than or equal to 2"),
-        ("scale:factor=big", r"cannot take `factor=big`: Input should be a valid number"),
-        ("scale:mode=last", r"cannot take `mode=last`: Input should be 'all' or 'first'"),
+        ("scale:factor=3", r"cannot take `factor=3`: input should be less than or equal to 2"),
+        ("scale:factor=big", r"cannot take `factor=big`: input should be a valid number"),
+        ("scale:mode=last", r"cannot take `mode=last`: input should be 'all' or 'first'"),
         ("scale:factor", r"Cannot read `factor` in `scale:factor`. Write options as name:option=value"),
         ("scale:times=1:times=2", r"`times` is given twice"),
         (

@@ -108,8 +108,8 @@ def test_an_amount_is_what_its_share_is(name: str) -> None:
     [
         ("flops=1", "`flops` is a share of the original's, below 1, or a whole number above it"),
         ("bytes=10.5", "`bytes` is a share of the original's, below 1, or a whole number above it"),
-        ("flops=0", "Input should be greater than 0"),
-        ("latency=3", "Input should be less than 1"),
+        ("flops=0", "input should be greater than 0"),
+        ("latency=3", "input should be less than 1"),
         ("ratio=0.5:bytes=5000", "`ratio` says how much goes and `bytes` how much stays"),
     ],
 )
