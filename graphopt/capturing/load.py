@@ -26,7 +26,7 @@ from graphopt.capturing.model_calls import (
     uncompiled,
 )
 from graphopt.data import InputSpec, Samples
-from graphopt.errors import CaptureError, DataError, ExampleError, LoadError, UsageError, first_line
+from graphopt.errors import CaptureError, DataError, ExampleError, LoadError, UsageError, first_line, printable
 from graphopt.ir.buffers import with_its_buffers
 from graphopt.ir.global_state import random_state_kept
 from graphopt.ir.program import Program
@@ -175,18 +175,15 @@ def _with_signature(program: Program, text: str, source: str) -> Program:
             program,
             inputs=specs("inputs", program.inputs),
             outputs=specs("outputs", program.outputs),
-            notes=tuple(Note(_printable(note["subject"]), _printable(note["text"])) for note in stored["notes"]),
+            notes=tuple(
+                Note(printable(str(note["subject"])), printable(str(note["text"]))) for note in stored["notes"]
+            ),
         )
     except (KeyError, TypeError, ValueError, RecursionError) as err:
         raise LoadError(
             f"`{source}` does not agree with the signature stored in it ({type(err).__name__}: {first_line(err)}). "
             "Save the program again."
         ) from err
-
-
-def _printable(text: Any) -> str:
-    """Return text of a file without what a terminal would obey."""
-    return "".join(character if character.isprintable() else " " for character in str(text))
 
 
 def _renamed(spec: TensorSpec, name: str, shape: Sequence[Any]) -> TensorSpec:

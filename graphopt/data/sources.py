@@ -19,7 +19,7 @@ import torch
 
 from graphopt.data.columns import ArrayColumn, Column, TensorColumn, open_safetensors
 from graphopt.data.numpy_files import open_npy, open_npz
-from graphopt.errors import DataError, first_line, foreign_code, printable
+from graphopt.errors import DataError, cut, first_line, foreign_code, printable
 from graphopt.ir.global_state import RandomState, random_state_kept, seeded
 from graphopt.loading.functions import is_function_name, resolve_function
 
@@ -242,7 +242,7 @@ def _open_path_or_function(source: str | Path, names: tuple[str, ...]) -> Source
             return FixedSource((open_file(path),))
         entries = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     except (OSError, ValueError) as err:  # a name too long or with a null byte, a folder that may not be read
-        raise DataError(f"Cannot read `{printable(str(path))[:200]}`: {first_line(err)}.") from err
+        raise DataError(f"Cannot read `{cut(printable(str(path)), 200)}`: {first_line(err)}.") from err
     if isinstance(source, str) and is_function_name(source):
         return _from_function(resolve_function(source, "--data"), source)
     near = difflib.get_close_matches(path.name, entries, 1)

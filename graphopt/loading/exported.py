@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from graphopt.errors import first_line, foreign_code
+from graphopt.errors import cut, first_line, foreign_code
 from graphopt.ir.torch_internals import load_pt2
 from graphopt.loading.archive import Archive
 from graphopt.loading.pickles import load_plain_pickle
@@ -75,7 +75,7 @@ def _model_name(archive: Archive) -> str:
     models = [name.removeprefix("models/").removesuffix(".json") for name in names if name.endswith(".json")]
     if len(names) != 1 or len(models) != 1:
         raise DamagedError(
-            f"it holds {len(models)} programs ({', '.join(models)[:200]}); save the one to optimize alone"
+            f"it holds {len(models)} programs ({cut(', '.join(models), 200)}); save the one to optimize alone"
             if models
             else "it holds no program, only compiled code or weights"
         )

@@ -18,6 +18,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 
+from graphopt.errors import cut
 from graphopt.loading.refusal import HostileError
 
 MAX_LENGTH = 20_000
@@ -128,8 +129,7 @@ def is_symbol(text: str) -> bool:
 
 
 def _refused(text: str) -> HostileError:
-    shown = text if len(text) <= 80 else text[:77] + "..."
-    return HostileError(f"it holds the size expression {shown!r}, which is not integer arithmetic over sizes")
+    return HostileError(f"it holds the size expression {cut(text, 80)!r}, which is not integer arithmetic over sizes")
 
 
 def _check(node: ast.expr, text: str, in_power: bool = False) -> None:

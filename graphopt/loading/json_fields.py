@@ -11,6 +11,7 @@ import keyword
 from collections.abc import Callable
 from typing import Any
 
+from graphopt.errors import cut
 from graphopt.loading.expressions import check_expression, is_symbol
 from graphopt.loading.operators import check_operator
 from graphopt.loading.refusal import DamagedError, HostileError
@@ -118,8 +119,7 @@ def json_text(value: Any) -> str:
 
 def shown(value: Any) -> str:
     """Return a value as a message shows it, cut to 80 characters."""
-    full = repr(value)
-    return full if len(full) <= 80 else full[:77] + "..."
+    return cut(repr(value), 80)
 
 
 def record(required: dict[str, Clean], optional: dict[str, Clean] | None = None) -> Clean:
@@ -148,7 +148,7 @@ def union(variants: dict[str, Clean]) -> Clean:
         if tag in ("as_custom_obj", "custom_obj"):
             raise HostileError("it holds a custom object, which only a pickle can rebuild")
         if tag not in variants:
-            raise DamagedError(f"its program holds a value of the unknown kind `{str(tag)[:80]}`")
+            raise DamagedError(f"its program holds a value of the unknown kind {shown(tag)}")
         return {tag: variants[tag](value[tag])}
 
     return clean

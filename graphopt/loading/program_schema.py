@@ -80,11 +80,11 @@ def clean_payloads(value: Any, prefix: str) -> dict[str, Any]:
 
     def payload(item: Any) -> Any:
         if isinstance(item, dict) and item.get("use_pickle") is not False:
-            raise HostileError(f"its tensor file `{str(item.get('path_name'))[:80]}` is a pickle")
+            raise HostileError(f"its tensor file {shown(item.get('path_name'))} is a pickle")
         clean = _payload(item)
         number = clean["path_name"].removeprefix(prefix)
         if not clean["path_name"].startswith(prefix) or not (number.isascii() and number.isdecimal()):
-            raise HostileError(f"it takes tensors from `{clean['path_name'][:80]}`, which is not a tensor file")
+            raise HostileError(f"it takes tensors from {shown(clean['path_name'])}, which is not a tensor file")
         return clean
 
     return record({"config": mapping(path, payload)})(value)  # type: ignore[no-any-return]

@@ -11,6 +11,7 @@ import json
 import re
 from typing import Any
 
+from graphopt.errors import cut, printable
 from graphopt.loading.refusal import DamagedError, HostileError
 
 _TYPE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
@@ -43,7 +44,9 @@ def _check_node(node: Any, depth: int) -> None:
             raise DamagedError("the nesting of its inputs or outputs is malformed")
         return
     if not isinstance(kind, str) or not _TYPE.fullmatch(kind) or kind in _IMPORTING:
-        raise HostileError(f"its inputs or outputs are held in a `{str(kind)[:80]}`, which may import code")
+        raise HostileError(
+            f"its inputs or outputs are held in a `{cut(printable(str(kind)), 80)}`, which may import code"
+        )
     _check_plain(_context(context))
     for child in children:
         _check_node(child, depth + 1)
@@ -70,7 +73,7 @@ def _check_plain(value: Any) -> None:
         for item in value:
             _check_plain(item)
     elif isinstance(value, str) and (any(char in "'\"\\" for char in value) or not value.isprintable()):
-        raise HostileError(f"a key of its inputs or outputs, {value[:80]!r}, could be read as Python source")
+        raise HostileError(f"a key of its inputs or outputs, {cut(value, 80)!r}, could be read as Python source")
 
 
 def _check_keyword_names(tree: dict[str, Any]) -> None:
@@ -81,4 +84,4 @@ def _check_keyword_names(tree: dict[str, Any]) -> None:
     keys = _context(children[1]["context"])
     for key in keys if isinstance(keys, list) else []:
         if isinstance(key, str) and not key.isidentifier() and children[0]["type"] == "builtins.tuple":
-            raise HostileError(f"a keyword argument of it is called {key[:80]!r}, which is not a name")
+            raise HostileError(f"a keyword argument of it is called {cut(key, 80)!r}, which is not a name")
