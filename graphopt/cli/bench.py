@@ -12,6 +12,7 @@ import typer
 
 from graphopt.cli import arguments
 from graphopt.cli.arguments import Data, Format, Input, ModelArguments, Seed, Trust
+from graphopt.pipeline.registry import DEFAULT_TARGET
 
 if TYPE_CHECKING:
     from graphopt.measure.bench import Comparison, TimedPair
@@ -26,7 +27,7 @@ def command(
     batch: Annotated[int, typer.Option(min=1, help="Samples per call.")] = 1,
     threads: Annotated[int, typer.Option(min=0, help="Threads of an operator; 0: the runtime's choice.")] = 1,
     seconds: Annotated[float, typer.Option(min=0.1, help="Time to spend on each kind of session.")] = 5.0,
-    target: Annotated[str, typer.Option(help="What models are lowered to before they are timed.")] = "onnxruntime",
+    target: Annotated[str, typer.Option(help="What models are lowered to before they are timed.")] = DEFAULT_TARGET,
     trust: Trust = False,
     seed: Seed = 0,
     format: Format = "text",

@@ -27,6 +27,7 @@ from graphopt.cli.arguments import (
 from graphopt.cli.depfile import rules as depfile_rules
 from graphopt.errors import GateError, UsageError
 from graphopt.files import SCRATCH, replacing
+from graphopt.pipeline.registry import DEFAULT_PASSES, DEFAULT_TARGET
 
 if TYPE_CHECKING:
     from graphopt.job.result import Result
@@ -36,7 +37,6 @@ _FAIL_IF = (
     'End with exit code 1 if this holds: "drop>0.5" (points of --eval), "drop%>1", "size>0.5", "speedup<1", '
     '"error>0.1", "agreement<0.99".'
 )
-DEFAULT_PASSES = "prune,svd,int8"
 
 
 def command(
@@ -85,7 +85,7 @@ def command(
     pipeline = _pipeline(passes, plugin or ())
     directory = output or _default_directory(source)
     arguments.check_output(directory, dump=dump, depfile=depfile)
-    backends = backends_named(target or ["onnxruntime"])
+    backends = backends_named(target or [DEFAULT_TARGET])
     times = bench and any(item.times_here for item in backends)
     check_measured(gates, evaluates=evaluation is not None, lowers=bool(backends) and not plan, times=times)
     failed = _directory_of_failure(directory, expected=bool(gates) and not plan)

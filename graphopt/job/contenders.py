@@ -17,9 +17,8 @@ from graphopt.files import check_against_manifest
 from graphopt.ir.program import Program
 from graphopt.ir.signature import TensorSpec
 from graphopt.job.deliver import flat
-from graphopt.job.job import DEFAULT_TARGET
 from graphopt.measure.bench import batch_of
-from graphopt.pipeline.registry import backend_of
+from graphopt.pipeline.registry import DEFAULT_TARGET, backend_of
 from graphopt.targets.backend import Artifact
 
 _SAMPLES = 8  # of made-up inputs

@@ -36,13 +36,12 @@ from graphopt.pipeline.context import Context, Loss, NoProgress, Progress
 from graphopt.pipeline.hooks import FullCheck, Hook
 from graphopt.pipeline.pipeline import Pipeline
 from graphopt.pipeline.plan import Plan
-from graphopt.pipeline.registry import PassRegistry, backend, backends_named
+from graphopt.pipeline.registry import DEFAULT_TARGET, PassRegistry, backend, backends_named
 from graphopt.targets.backend import Backend
 
 # Samples that every row's output error is measured on: as many as cost this many operations, within bounds.
 _PROBE_FLOPS = 2e10
 _FEWEST_PROBES, _MOST_PROBES = 2, 32
-DEFAULT_TARGET = "onnxruntime"
 
 
 @dataclass(frozen=True)

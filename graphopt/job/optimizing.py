@@ -11,16 +11,14 @@ from torch import nn
 from graphopt.capturing.model_calls import gradients_recorded
 from graphopt.ir.global_state import random_state_kept
 from graphopt.ir.program import Program
-from graphopt.job.job import DEFAULT_TARGET, Job
+from graphopt.job.job import Job
 from graphopt.job.result import Result
 from graphopt.pipeline.context import Loss, Progress
 from graphopt.pipeline.hooks import Hook
 from graphopt.pipeline.pass_base import Pass
 from graphopt.pipeline.pipeline import Pipeline
-from graphopt.pipeline.registry import PassRegistry
+from graphopt.pipeline.registry import DEFAULT_PASSES, DEFAULT_TARGET, PassRegistry
 from graphopt.targets.backend import Backend
-
-DEFAULT_PASSES = "prune,svd,int8"
 
 
 @random_state_kept()

@@ -17,20 +17,17 @@ Shape = Sequence[int]
 aten = torch.ops.aten
 
 
-def _matrix_vector(matrix: Shape, *_: Any, **__: Any) -> int:
+def _with_vector(matrix: Shape, *_: Any, **__: Any) -> int:
     return 2 * math.prod(matrix)
 
 
-def _added_matrix_vector(_: Shape, matrix: Shape, *__: Any, **___: Any) -> int:
-    return 2 * math.prod(matrix)
-
-
-def _added_matrices(_: Shape, left: Shape, right: Shape, *__: Any, **___: Any) -> int:
+def _with_matrix(left: Shape, right: Shape, *_: Any, **__: Any) -> int:
     return 2 * math.prod(left) * right[-1]
 
 
-def _matrices(left: Shape, right: Shape, *_: Any, **__: Any) -> int:
-    return 2 * math.prod(left) * right[-1]
+def _added(product: Callable[..., int]) -> Callable[..., int]:
+    """Return the formula of a product that is added to the operator's first tensor."""
+    return lambda _, *factors, **options: product(*factors, **options)
 
 
 def _distances(left: Shape, right: Shape, *_: Any, **__: Any) -> int:
@@ -48,13 +45,13 @@ def _trilinear(*args: Any, **_: Any) -> int:
 
 
 FORMULAS: dict[Any, Callable[..., int]] = {
-    aten.mv: _matrix_vector,
-    aten.addmv: _added_matrix_vector,
-    aten.dot: _matrix_vector,
-    aten.vdot: _matrix_vector,
-    aten.addbmm: _added_matrices,
-    aten._addmm_activation: _added_matrices,
-    aten._int_mm: _matrices,
+    aten.mv: _with_vector,
+    aten.addmv: _added(_with_vector),
+    aten.dot: _with_vector,
+    aten.vdot: _with_vector,
+    aten.addbmm: _added(_with_matrix),
+    aten._addmm_activation: _added(_with_matrix),
+    aten._int_mm: _with_matrix,
     aten._trilinear: _trilinear,
     aten._cdist_forward: _distances,
     aten._euclidean_dist: _distances,

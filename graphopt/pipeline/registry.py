@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 PASSES = "graphopt.passes"
 BACKENDS = "graphopt.backends"
+# Of a job that is not told.
+DEFAULT_PASSES = "prune,svd,int8"
+DEFAULT_TARGET = "onnxruntime"
 _PASS_NAME = r"[A-Za-z_][A-Za-z0-9_-]*"
 
 
