@@ -341,7 +341,7 @@ def test_a_signature_of_another_form(text: str) -> None:
 def test_notes_of_a_file_hold_nothing_that_a_terminal_obeys() -> None:
     program = graphopt.capture(nn.Linear(4, 3).eval(), (torch.randn(2, 4),))
     signature = {**program._signature(), "notes": [{"subject": "a", "text": "b\x1b[2Jc"}]}
-    assert _with_signature(program, json.dumps(signature), "file.pt2").notes[0].text == "b [2Jc"
+    assert _with_signature(program, json.dumps(signature), "file.pt2").notes[0].text == r"b\x1b[2Jc"
 
 
 @pytest.mark.parametrize("location", ["/etc/hostname", "../secret", "/dev/zero", "link"])
