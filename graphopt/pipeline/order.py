@@ -24,6 +24,7 @@ from graphopt.pipeline.registry import PassRegistry
 
 AnyPass = Pass[Any, Any]
 _Properties = frozenset[str]
+_MOST_ORDERS = 1000  # all of six passes
 
 
 @dataclass(frozen=True)
@@ -202,12 +203,21 @@ def _graph(passes: Sequence[AnyPass]) -> nx.DiGraph[int]:
 
 
 def _right_order(steps: Sequence[Step], registry: PassRegistry) -> list[AnyPass] | None:
-    """Return an order of what the user wrote that is right and otherwise as written; or of all that is there."""
-    for passes in ([one.instance for one in steps if not one.inserted_for], [one.instance for one in steps]):
-        graph = _graph(passes)
-        if not nx.is_directed_acyclic_graph(graph):
-            continue
-        ordered = [passes[index] for index in nx.lexicographical_topological_sort(graph)]
+    """Return an order of what the user wrote that is right and otherwise as written; or of all that is there.
+
+    Where none of that is, another order of either, which may need other insertions.
+    """
+    written, everything = [one.instance for one in steps if not one.inserted_for], [one.instance for one in steps]
+    graphs = [(passes, _graph(passes)) for passes in (written, everything)]
+    graphs = [(passes, graph) for passes, graph in graphs if nx.is_directed_acyclic_graph(graph)]
+    as_written = [(passes, nx.lexicographical_topological_sort(graph)) for passes, graph in graphs]
+    others = [
+        (passes, order)
+        for passes, graph in graphs
+        for order in itertools.islice(nx.all_topological_sorts(graph), _MOST_ORDERS)
+    ]
+    for passes, order in (*as_written, *others):
+        ordered = [passes[index] for index in order]
         try:
             found = complete(ordered, registry)
         except UsageError:  # in that order a need cannot be met

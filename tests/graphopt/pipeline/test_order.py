@@ -287,3 +287,9 @@ def _check_advice(said: str, written: Sequence[Kind], kinds: Sequence[Kind], fou
         for order in itertools.permutations(written):
             if right(order):
                 raise AssertionError(f"{[kind.name for kind in order]} is right: {said}")
+
+
+def test_an_order_that_needs_no_insertion_is_found() -> None:
+    kinds = [toy("a", produces="x", after="b"), toy("b", needs="x"), toy("c", produces="x")]
+    assert names("c,b", kinds) == ["c", "b"]
+    assert "Write --passes c,b." in fails(kinds, "b,c")
