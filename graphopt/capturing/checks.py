@@ -170,4 +170,5 @@ def _run(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], *, see
     args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return pytree.tree_map_only(torch.Tensor, torch.clone, program(*args, **kwargs))
+        # not the program itself, which takes back what it writes
+        return pytree.tree_map_only(torch.Tensor, torch.clone, program.graph_module(*args, **kwargs))

@@ -26,8 +26,16 @@ from graphopt.capturing.model_calls import (
     uncompiled,
 )
 from graphopt.data import InputSpec, Samples
-from graphopt.errors import CaptureError, DataError, ExampleError, LoadError, UsageError, first_line, printable
-from graphopt.ir.buffers import with_its_buffers
+from graphopt.errors import (
+    CaptureError,
+    DataError,
+    ExampleError,
+    GraphOptError,
+    LoadError,
+    UsageError,
+    first_line,
+    printable,
+)
 from graphopt.ir.global_state import random_state_kept
 from graphopt.ir.program import Program
 from graphopt.ir.signature import Note, TensorSpec
@@ -124,7 +132,6 @@ def _from_file(loaded: LoadedModel, exported: ExportedProgram, dynamic_shapes: M
         return _with_signature(_that_runs(exported, args, kwargs, loaded.source), signature, loaded.source)
     if exported.range_constraints and dynamic_shapes is None:
         program = _that_runs(exported, args, kwargs, loaded.source)
-        program = dataclasses.replace(program, notes=tuple(exported_in_training(leave_training(program.graph_module))))
         check_repeatable(program, args, kwargs)
         return program
     # A static program is captured again: many only became static because nobody asked for a dynamic batch.
@@ -138,10 +145,14 @@ def _that_runs(exported: ExportedProgram, args: tuple[Any, ...], kwargs: dict[st
         LoadError: it does not run on them.
     """
     try:
-        program = from_exported(exported, args, kwargs).eval()
+        program = from_exported(exported, args, kwargs)
+        notes = exported_in_training(leave_training(program.graph_module))
+        program = dataclasses.replace(program.eval(), notes=tuple(notes))
         # torch writes the traceback of what a graph raises by itself
-        with torch.no_grad(), with_its_buffers(program.graph_module), contextlib.redirect_stderr(io.StringIO()):
+        with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
             program(*args, **kwargs)
+    except GraphOptError:
+        raise
     except Exception as err:  # a file's graph and inputs may be of any kind, and kernels raise anything
         raise LoadError(
             f"`{source}` holds a program that does not run on the example inputs stored with it: {first_line(err)}. "

@@ -47,6 +47,6 @@ def command(
     program, samples = source.load()
     backends = backends_named([target for target in stored.programs if target])
     job = Job(program, samples, backends=backends, seed=stored.seed, name=stored.model)
-    outcome = job.replay(manifest, PassRegistry(plugin or ()))
+    outcome = job.replay(stored, manifest.parent, PassRegistry(plugin or ()))
     for path in sorted(job.deliver(outcome, bench=False).save(output)):
         print(path)

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
+
+from graphopt.ir.aliasing import Storages
+from graphopt.ir.graph import tensor_attribute
+from graphopt.ir.torch_internals import pytree
 
 
 @contextlib.contextmanager
@@ -29,3 +35,38 @@ def _buffers(model: nn.Module) -> Iterator[tuple[dict[str, torch.Tensor | None],
         for name, tensor in module._buffers.items():
             if tensor is not None:
                 yield module._buffers, name, tensor
+
+
+_written: weakref.WeakKeyDictionary[fx.GraphModule, tuple[int, tuple[str, ...]]] = weakref.WeakKeyDictionary()
+
+
+def call_undoing_writes(gm: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Call a graph and give what it writes to by itself its values back.
+
+    Statistics that training moves are not among it.
+    """
+    written = [tensor_attribute(gm, name) for name in _names_written(gm)]
+    if not written:
+        return gm(*args, **kwargs)
+    values = [tensor.detach().clone() for tensor in written]
+    places = {tensor.untyped_storage().data_ptr() for tensor in written}
+    try:
+        return pytree.tree_map_only(
+            torch.Tensor,
+            lambda found: found.clone() if found.untyped_storage().data_ptr() in places else found,
+            gm(*args, **kwargs),
+        )
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(written, values, strict=True):
+                tensor.copy_(value)
+
+
+def _names_written(gm: fx.GraphModule) -> tuple[str, ...]:
+    size, names = _written.get(gm, (-1, ()))
+    if size != len(gm.graph.nodes):
+        storages = Storages(gm.graph)
+        reads = gm.graph.find_nodes(op="get_attr")
+        names = tuple(dict.fromkeys(str(node.target) for node in reads if storages.writes(node)))
+        _written[gm] = len(gm.graph.nodes), names
+    return names

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -12,20 +11,21 @@ from graphopt.ir.finite import all_finite
 from graphopt.ir.signature import TensorSpec
 
 _ROWS = 2
-_TRIES = 200
-_Filling = Callable[[torch.Size, torch.Tensor, torch.Generator], torch.Tensor]
+_ENOUGH = 10
+_MOST_VARIED = 4  # inputs that are tried otherwise than the rest
+_Filling = Callable[[torch.Size, torch.Generator], torch.Tensor]
 
 _FLOATS: tuple[_Filling, ...] = (
-    lambda size, _, generator: torch.randn(size, generator=generator),
-    lambda size, _, generator: torch.rand(size, generator=generator),  # for logarithms and roots
+    lambda size, generator: torch.randn(size, generator=generator),
+    lambda size, generator: torch.rand(size, generator=generator),  # for logarithms and roots
 )
-# 0 and 1 are valid token ids, masks and labels of nearly any model; offsets start at 0, lengths do not; where nothing
-# else will do, one value of the example's range everywhere.
+# 0 and 1 are valid token ids, masks and labels of nearly any model; offsets start at 0, lengths do not, and some have
+# a least value.
 _INTEGERS: tuple[_Filling, ...] = (
-    lambda size, _, generator: torch.randint(0, 2, size, generator=generator),
-    lambda size, _, __: torch.zeros(size),
-    lambda size, _, __: torch.ones(size),
-    lambda size, example, _: example.max().expand(size) if example.numel() else torch.zeros(size),
+    lambda size, generator: torch.randint(0, 2, size, generator=generator),
+    lambda size, _: torch.zeros(size),
+    lambda size, _: torch.ones(size),
+    lambda size, _: torch.full(size, 16),
 )
 
 
@@ -49,7 +49,9 @@ def made_up_inputs(
     """
     refused: Exception | None = None
     runs: tuple[torch.Tensor, ...] | None = None
-    for made in itertools.islice(_candidates(inputs, examples), _TRIES):
+    for tried, made in enumerate(_candidates(inputs, examples)):
+        if runs is not None and tried >= _ENOUGH:  # a program may return infinity whatever it is given
+            break
         try:
             outputs = run(tuple(tensor.clone() for tensor in made))
         except Exception as err:  # an operator may raise anything where a value does not suit it
@@ -68,13 +70,22 @@ def made_up_inputs(
 
 
 def _candidates(inputs: Sequence[TensorSpec], examples: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Yield inputs to try: all filled alike, then one of them otherwise than the rest."""
     kinds = [_FLOATS if t.is_floating_point() or t.is_complex() else _INTEGERS for t in examples]
+    most = max(map(len, kinds), default=1)
+    alike = [[min(place, len(kind) - 1) for kind in kinds] for place in range(most)]
+    single = [
+        [place if index == other else min(rest, len(kind) - 1) for index, kind in enumerate(kinds)]
+        for rest in range(most)
+        for other in range(min(len(kinds), _MOST_VARIED))
+        for place in range(len(kinds[other]))
+    ]
     for rows in (_ROWS, None):
-        for fillings in sorted(itertools.product(*map(range, map(len, kinds))), key=sum):
+        for fillings in (*alike, *single):
             generator = torch.Generator().manual_seed(0)
-            chosen = [kind[index] for kind, index in zip(kinds, fillings, strict=True)]
+            chosen = [kind[place] for kind, place in zip(kinds, fillings, strict=True)]
             yield tuple(
-                filling(size, example, generator).to(example.dtype).to(example.device)
+                filling(size, generator).to(example.dtype).to(example.device)
                 for filling, size, example in zip(chosen, _sizes(inputs, examples, rows), examples, strict=True)
             )
 

@@ -21,7 +21,7 @@ from torch import fx
 
 from graphopt.errors import UsageError
 from graphopt.files import ScratchDirectory, failing_late, replacing
-from graphopt.ir.buffers import with_its_buffers
+from graphopt.ir.buffers import call_undoing_writes
 from graphopt.ir.examples import made_up_inputs
 from graphopt.ir.graph import assemble, copy_graph_module
 from graphopt.ir.signature import Note, TensorSpec, batch_size
@@ -53,8 +53,11 @@ class Program:
     notes: tuple[Note, ...] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the program: same signature and output structure as the model it was captured from."""
-        return self.graph_module(*args, **kwargs)
+        """Run the program: same signature and output structure as the model it was captured from.
+
+        What the model counts or remembers stays as it was captured, and none of the inputs stays in it.
+        """
+        return call_undoing_writes(self.graph_module, args, kwargs)
 
     def __repr__(self) -> str:
         inputs, outputs = (", ".join(map(str, specs)) for specs in (self.inputs, self.outputs))
@@ -124,7 +127,7 @@ class Program:
         program = self.evaluated()
 
         def run(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-            with torch.no_grad(), with_its_buffers(program.graph_module):
+            with torch.no_grad():
                 return program.call_flat(tensors)
 
         return made_up_inputs(self.inputs, self.flat_examples(), run)
@@ -135,7 +138,7 @@ class Program:
             wanted = ", ".join(spec.name for spec in self.inputs)
             raise UsageError(f"The program takes {len(self.inputs)} inputs ({wanted}), {len(tensors)} were given.")
         args, kwargs = self.unflatten(tensors)
-        leaves = pytree.tree_leaves(self.graph_module(*args, **kwargs))
+        leaves = pytree.tree_leaves(self(*args, **kwargs))
         return tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
 
     def unflatten(self, tensors: Sequence[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:

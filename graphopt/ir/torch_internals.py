@@ -53,7 +53,6 @@ __all__ = [
     "set_output_structure",
     "statically_known_true",
     "target_of_conversion",
-    "times_written",
 ]
 
 SHAPES_LOGGER = symbolic_shapes.__name__  # where torch logs which line of a model guarded on a size
@@ -118,11 +117,6 @@ def compiled_module(module: torch.nn.Module) -> torch.nn.Module | None:
 def is_compiled(module: torch.nn.Module) -> bool:
     """Whether `torch.compile` wraps a module, or the module was told to compile itself."""
     return compiled_module(module) is not None or module._compiled_call_impl is not None
-
-
-def times_written(tensor: torch.Tensor) -> int:
-    """Return how often a tensor was written to in place since it was made."""
-    return tensor._version
 
 
 def target_of_conversion(*args: Any, **kwargs: Any) -> tuple[torch.device | None, torch.dtype | None, Any]:

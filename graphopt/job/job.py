@@ -21,10 +21,10 @@ from graphopt.ir.finite import all_finite, computable
 from graphopt.ir.global_state import random_state_kept
 from graphopt.ir.program import Program
 from graphopt.ir.regions import compiled_for_their_shapes
-from graphopt.job import manifest
 from graphopt.job.deliver import Delivery, deliver
+from graphopt.job.manifest import Manifest
 from graphopt.job.recorder import Recorder
-from graphopt.job.replaying import read_plans, replay
+from graphopt.job.replaying import carry_out
 from graphopt.job.report import Report, Row
 from graphopt.job.result import Result
 from graphopt.measure.cost import cost
@@ -88,6 +88,7 @@ class Job:
     metric: Evaluator | FunctionEvaluator | None = field(default=None, init=False)
 
     @classmethod
+    @random_state_kept()
     def open(
         cls,
         model: nn.Module | Program,
@@ -200,23 +201,24 @@ class Job:
         ]
         return self._result(outcome, [found.kept_by(home) for found in deliveries])
 
-    def replay(self, manifest_path: str | Path, registry: PassRegistry | None = None) -> Outcome:
+    def replay(self, stored: Manifest, directory: Path, registry: PassRegistry) -> Outcome:
         """Carry out stored plans on the original program instead of making them.
 
         Args:
-            manifest_path: a `manifest.json`, its `plans.safetensors` beside it.
+            stored: the manifest that holds them.
+            directory: where it lies, their tensors beside it.
             registry: where passes are found; plugins that made plans must be in it.
 
         Raises:
             GraphOptError: as `replaying.replay` does.
         """
-        path, registry = Path(manifest_path), registry or PassRegistry()
-        programs = replay(self.original, path, registry)
-        stored = manifest.read(path)
+        programs, plans = carry_out(self.original, stored, directory, registry)
         pipeline = Pipeline.parse(stored.pipeline, registry)
         report = self._new_report(pipeline)
-        report.notes.append(f"plans: they are those of {path}; what each step costs was measured when they were made")
-        return Outcome(pipeline, programs, tuple(read_plans(stored, path.parent, registry)), report)
+        report.notes.append(
+            f"plans: they are those of {directory}; what each step costs was measured when they were made"
+        )
+        return Outcome(pipeline, programs, tuple(plans), report)
 
     def undelivered(self, outcome: Outcome) -> Result:
         """Return an outcome as a result without artifacts."""

@@ -155,7 +155,7 @@ def fingerprint(program: Program) -> str:
     digest = hashlib.sha256(program.graph_module.code.encode())
     for name, tensor in sorted(program.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -9,6 +9,7 @@ import torch
 
 from graphopt.capturing.model_calls import gradients_recorded
 from graphopt.errors import PassError
+from graphopt.files import MANIFEST
 from graphopt.ir.program import Program
 from graphopt.job import manifest
 from graphopt.pipeline.contract import called
@@ -20,7 +21,6 @@ from graphopt.pipeline.runner import apply
 logger = logging.getLogger(__name__)
 
 
-@gradients_recorded()
 def replay(program: Program, manifest_path: str | Path, registry: PassRegistry | None = None) -> dict[str, Program]:
     """Apply every plan of a manifest to the program they were made for.
 
@@ -38,19 +38,26 @@ def replay(program: Program, manifest_path: str | Path, registry: PassRegistry |
         PassError: the plans were made for another program, or by another version of a pass.
     """
     path = Path(manifest_path)
-    stored = manifest.read(path)
+    return carry_out(program, manifest.read(path), path.parent, registry or PassRegistry())[0]
+
+
+@gradients_recorded()
+def carry_out(
+    program: Program, stored: manifest.Manifest, directory: Path, registry: PassRegistry
+) -> tuple[dict[str, Program], list[tuple[str, Plan]]]:
+    """Apply every plan of a manifest that was read from `directory`; return what `replay` does, and the plans."""
     program = program.evaluated()
     found = manifest.fingerprint(program)
     if found != stored.original:
         raise PassError(
-            f"The plans in {path} were made for another program: its fingerprint is {stored.original[:16]}..., this "
-            f"one's is {found[:16]}.... Load the model the same way (same file, same torch version, same dynamic axes)."
+            f"The plans in {directory / MANIFEST} were made for another program: its fingerprint is "
+            f"{stored.original[:16]}..., this one's is {found[:16]}.... "
+            "Load the model the same way (same file, same torch version, same dynamic axes)."
         )
     if stored.other_libraries():
         logger.warning("The plans were made with other versions: %s.", "; ".join(stored.other_libraries()))
-    registry = registry or PassRegistry()
-    programs = {"": program}
-    for (target, plan), entry in zip(read_plans(stored, path.parent, registry), stored.plans, strict=True):
+    programs, plans = {"": program}, read_plans(stored, directory, registry)
+    for (target, plan), entry in zip(plans, stored.plans, strict=True):
         kind = registry.pass_class(entry.pass_name)
         with called(kind, "take its options", stored=True):
             instance = kind(build(kind.name, kind.options_type, entry.options))
@@ -59,7 +66,7 @@ def replay(program: Program, manifest_path: str | Path, registry: PassRegistry |
         with runs, torch.no_grad():
             made.call_flat(made.flat_examples())  # what is stored may be of any type and shape
         programs[target] = made
-    return {target: programs.get(target, programs[""]) for target in stored.programs}
+    return {target: programs.get(target, programs[""]) for target in stored.programs}, plans
 
 
 def read_plans(stored: manifest.Manifest, directory: Path, registry: PassRegistry) -> list[tuple[str, Plan]]:

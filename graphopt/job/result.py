@@ -10,7 +10,6 @@ from typing import Any
 from graphopt.errors import LoadError, UsageError
 from graphopt.files import replacing_directory, sha256
 from graphopt.ir.program import Program
-from graphopt.ir.torch_internals import times_written
 from graphopt.job import manifest
 from graphopt.job.report import Report
 from graphopt.pipeline.plan import Plan
@@ -45,7 +44,7 @@ class Result:
 
     def __post_init__(self) -> None:
         """Note what was lowered."""
-        self._lowered = {target: _state(self.programs[target]) for target in self.artifacts}
+        self._lowered = {target: manifest.fingerprint(self.programs[target].evaluated()) for target in self.artifacts}
 
     def __repr__(self) -> str:
         targets = ", ".join(self.artifacts) or "no target"
@@ -126,10 +125,11 @@ class Result:
         return self.report.files
 
     def _check_unchanged(self) -> None:
-        changed = [target for target in self.artifacts if _state(self.programs[target]) != self._lowered[target]]
-        if changed:
+        for target, before in self._lowered.items():
+            if manifest.fingerprint(self.programs[target].evaluated()) == before:
+                continue
             raise UsageError(
-                f"The program for {changed[0]} was changed after it was lowered, trained perhaps, and its artifact is "
+                f"The program for {target} was changed after it was lowered, trained perhaps, and its artifact is "
                 'still the one before. Lower it again, graphopt.optimize(result.program, passes=""), and save that.'
             )
 
@@ -151,9 +151,3 @@ class Result:
     def _named(self, stem: str, target: str, ending: str) -> str:
         """One target: `run.py`. Several: `run.onnxruntime.py`."""
         return f"{stem}.{ending}" if len(self.programs) == 1 else f"{stem}.{target}.{ending}"
-
-
-def _state(program: Program) -> list[tuple[str, int, int]]:
-    """Return what tells whether a program's tensors were written to or replaced."""
-    gm = program.graph_module
-    return [(name, id(held), times_written(held)) for name, held in (*gm.named_parameters(), *gm.named_buffers())]

@@ -71,6 +71,15 @@ def test_values_that_the_program_computes_numbers_of(model: nn.Module, inputs: t
     assert all(all_finite(output) for output in program.call_flat(made))
 
 
+def test_many_inputs_are_made_up_at_once() -> None:
+    class Sum(nn.Module):
+        def forward(self, *tensors: Tensor) -> Tensor:
+            return torch.stack(tensors).sum(0)
+
+    inputs = tuple(torch.ones(2, 3, dtype=torch.int64) for _ in range(40))
+    assert len(graphopt.capture(Sum(), inputs).made_up_examples()) == 40
+
+
 def test_a_program_that_takes_nothing_made_up_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     program = graphopt.capture(nn.Linear(2, 2), (torch.ones(2, 2),))
 
