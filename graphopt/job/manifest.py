@@ -84,6 +84,16 @@ class Manifest(pydantic.BaseModel, extra="forbid", strict=True, frozen=True):
     artifacts: dict[_Target, StoredArtifact]
     sha256: dict[_FileName, _Digest]
 
+    @pydantic.field_validator("artifacts")
+    @classmethod
+    def _with_their_programs(
+        cls, artifacts: dict[str, StoredArtifact], info: pydantic.ValidationInfo
+    ) -> dict[str, StoredArtifact]:
+        lost = artifacts.keys() - info.data.get("programs", artifacts).keys()
+        if lost:
+            raise ValueError(f"the program that was lowered for `{min(lost)}` is not named")
+        return artifacts
+
     def write(self, directory: Path) -> Path:
         """Write `manifest.json`."""
         data = {"schema": SCHEMA, **self.model_dump(mode="json")}

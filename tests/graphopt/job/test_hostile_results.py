@@ -66,7 +66,8 @@ def test_a_pass_is_looked_up_and_never_imported(name: str, folder: Path, result:
 
 
 def test_a_backend_is_looked_up_and_never_imported(folder: Path) -> None:
-    edit(folder, lambda data: data["artifacts"].update(antigravity=data["artifacts"]["onnxruntime"]))
+    for field in ("artifacts", "programs"):
+        edit(folder, lambda data, field=field: data[field].update(antigravity=data[field]["onnxruntime"]))  # type: ignore[misc]
     with pytest.raises(UsageError, match="There is no target `antigravity`"):
         graphopt.open(folder, plugins=[Random])
     assert "antigravity" not in sys.modules
@@ -171,6 +172,13 @@ def test_session_options_out_of_bounds(folder: Path) -> None:
     for use in (opened.artifact.session, lambda: opened.save(folder / "again")):
         with pytest.raises(UsageError, match="Session option `threads` cannot be 1000000"):
             use()
+
+
+@pytest.mark.parametrize("programs", [{}, {"other": "program.pt2"}, {"": "program.pt2"}])
+def test_an_artifact_without_its_program(programs: dict[str, str], folder: Path) -> None:
+    edit(folder, lambda data: data.update(programs=programs))
+    with pytest.raises(UsageError, match="`artifacts`: the program that was lowered for `onnxruntime` is not named"):
+        graphopt.open(folder, plugins=[Random])
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "report.json"])
