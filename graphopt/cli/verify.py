@@ -51,16 +51,18 @@ def command(
         print()
     else:
         rows = "" if found.agreement is None else f", largest entry at the same place in {found.agreement:.2%} of rows"
-        if found.max_error == 0 and found.relative > 0:  # numbers are equal, classes are not
+        if found.of_integers:
             print(f"of an output of integers {found.relative:.2%} of the elements differ{rows}")
         else:
             print(f"largest error {found.max_error:.3g} ({found.relative:.3g} of the largest output){rows}")
     if differs:
         raise VerifyError(f"{other} does not return what {one} does: {'; '.join(differs)}.")
     if not equal:
+        share = "of the elements of an output of integers" if found.of_integers else "of the largest output"
+        error = f"error {found.relative:.3g} {share}"
         raise VerifyError(
-            f"{other} does not compute what {one} does: error {found.relative:.3g} of the largest output, allowed "
-            f"{tolerance:g}. Raise --tolerance if this is an approximation you accept."
+            f"{other} does not compute what {one} does: {error}, allowed {tolerance:g}. "
+            "Raise --tolerance if this is an approximation you accept."
         )
 
 

@@ -29,6 +29,7 @@ class Equivalence:
         agreement: share of rows whose largest entry is at the same place, where the first output looks like logits
             (floating, rank >= 2, last axis of at least 2); None otherwise.
         differs: what is not a matter of degree: outputs missing, too many, of another shape or type.
+        of_integers: whether the worst output is one of integers or booleans, so that `relative` is a share of elements.
     """
 
     max_error: float
@@ -36,9 +37,11 @@ class Equivalence:
     sqnr: float
     agreement: float | None
     differs: tuple[str, ...] = ()
+    of_integers: bool = False
 
 
 _NUDGES = 16  # runs on moved inputs: of two equal values, either comes first in half of them
+_NOTHING = Equivalence(0.0, 0.0, math.inf, None)
 _INCOMPARABLE = Equivalence(math.inf, math.inf, -math.inf, None)
 
 FlatCallable = Callable[[Batch], Batch]
@@ -152,12 +155,14 @@ def compare_outputs(specs: Sequence[TensorSpec], wanted: Batch, found: Batch) ->
     numbers = [one for one, (_, want, _) in zip(each, pairs, strict=True) if _is_number(want)] or each
     if len(found) != len(wanted):
         each, numbers = [*each, _INCOMPARABLE], [*numbers, _INCOMPARABLE]
+    worst = max(each, key=lambda e: (e.relative, not e.of_integers), default=_NOTHING)
     return Equivalence(
         max((e.max_error for e in numbers), default=0.0),
-        max((e.relative for e in each), default=0.0),
+        worst.relative,
         min((e.sqnr for e in each), default=math.inf),
         _agreement(wanted[0], found[0]) if wanted and found else None,
         tuple(differs),
+        worst.of_integers,
     )
 
 
@@ -180,11 +185,12 @@ def _compare(spec: TensorSpec, want: torch.Tensor, got: torch.Tensor) -> Equival
     if want.shape != got.shape:
         return _INCOMPARABLE
     if want.numel() == 0:
-        return Equivalence(0.0, 0.0, math.inf, None)
+        return _NOTHING
     if not _is_number(want):
         differing = want != got
         wrong, error = float(differing.double().mean()), float((want.double() - got.double()).abs().max())
-        return Equivalence(error, wrong, -10 * math.log10(wrong) if wrong else math.inf, None)
+        sqnr = -10 * math.log10(wrong) if wrong else math.inf
+        return Equivalence(error, wrong, sqnr, None, of_integers=True)
     want, got = (
         computable(tensor).to(torch.complex128 if tensor.is_complex() else torch.float64) for tensor in (want, got)
     )

@@ -208,3 +208,18 @@ def test_outputs_that_are_declared_and_missing_or_not_declared_are_told(declared
 def test_an_infinity_that_is_missing_is_an_error_without_bound() -> None:
     masked, unmasked = torch.tensor([[1.0, 2.0, -math.inf]]), torch.tensor([[1.0, 2.0, 3.0]])
     assert compare_outputs(SPEC, (masked,), (unmasked,)).sqnr == -math.inf
+
+
+def test_whether_the_worst_output_is_one_of_integers() -> None:
+    specs = (SPEC[0], TensorSpec("classes", ("batch",), torch.int64))
+    values, classes = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([0, 1])
+    for got, same, relative, of_integers in (
+        (values, classes, 0.0, False),
+        (values, classes.flip(0), 1.0, True),
+        (values + 2, classes, 0.5, False),
+        (values + 1, torch.tensor([0, 0]), 0.5, True),
+        (values + 3, torch.tensor([0, 0]), 0.75, False),
+    ):
+        found = compare_outputs(specs, (values, classes), (got, same))
+        assert (found.relative, found.of_integers) == (relative, of_integers)
+    assert compare_outputs(specs[1:], (classes,), (classes * 9,)).of_integers  # off by 8, which says nothing
