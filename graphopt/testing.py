@@ -28,11 +28,10 @@ from graphopt.ir.invariants import check_invariants
 from graphopt.ir.program import Program
 from graphopt.measure.equivalence import measure
 from graphopt.pipeline.context import Context
-from graphopt.pipeline.pass_base import Pass
+from graphopt.pipeline.order import AnyPass
 from graphopt.pipeline.plan import Plan
 from graphopt.targets.description import TargetDescription
 
-AnyPass = Pass[Any, Any]
 Inputs = torch.Tensor | Sequence[Any]
 
 

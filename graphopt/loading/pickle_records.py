@@ -14,6 +14,7 @@ import struct
 from dataclasses import dataclass, field
 from typing import Any
 
+from graphopt.errors import first_line
 from graphopt.loading.refusal import DamagedError, HostileError
 
 MAX_OPCODES = 5_000_000  # a tensor takes some 25: 200,000 tensors
@@ -80,7 +81,7 @@ def read_records(stream: io.BytesIO) -> tuple[Any, list[Stored]]:
                 raise HostileError(f"its pickle uses `{opcode.name}`, which torch.save never writes")
             action(reader, argument)
     except (ValueError, IndexError, OverflowError, MemoryError, struct.error) as err:
-        raise DamagedError(f"its pickle is damaged ({str(err)[:120] or type(err).__name__})") from err
+        raise DamagedError(f"its pickle is damaged ({first_line(err)})") from err
     return reader.result(), reader.outside
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from graphopt.errors import foreign_code
+from graphopt.errors import cut, foreign_code, printable
 from graphopt.loading.pickle_records import Global, Made, Stored
 from graphopt.loading.refusal import DamagedError, HostileError
 from graphopt.loading.stock_modules import CLASS_OF, FUNCTIONAL_OF, make_module
@@ -171,7 +171,7 @@ class _Builder:
     def parameter_with_state(self, record: Made, path: str) -> torch.nn.Parameter:
         raise HostileError(
             f"the tensor of {f'its module `{path}`' if path else 'the model itself'} has an attribute "
-            f"{', '.join(f'`{str(name)[:40]}`' for name in _names(record.arguments[-1]))} of its own"
+            f"{', '.join(f'`{cut(printable(str(name)), 40)}`' for name in _names(record.arguments[-1]))} of its own"
         )
 
     def with_attributes(self, record: Made, path: str) -> torch.Tensor:
@@ -289,4 +289,4 @@ def _names(record: Any) -> list[str]:
 
 
 def _unknown(record: Global) -> HostileError:
-    return HostileError(f"it needs `{record.name[:120]}`, which is not one of torch.nn's own classes")
+    return HostileError(f"it needs `{cut(printable(record.name), 120)}`, which is not one of torch.nn's own classes")

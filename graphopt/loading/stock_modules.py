@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from graphopt.errors import cut, printable
 from graphopt.loading.refusal import DamagedError, HostileError
 
 _FUNCTIONAL_NAMES = """
@@ -90,7 +91,7 @@ def make_module(cls: type[nn.Module], state: Mapping[Any, Any], path: str) -> nn
 
 def _check_attribute(path: str, cls: type[nn.Module], key: object, value: object) -> None:
     if not isinstance(key, str):
-        raise HostileError(f"{_where(path)} has an attribute called {str(key)[:40]!r}")
+        raise HostileError(f"{_where(path)} has an attribute called {cut(str(key), 40)!r}")
     if key in ("_parameters", "_buffers"):
         for name, tensor in _dictionary(path, key, value).items():
             if tensor is not None and not isinstance(tensor, torch.Tensor):
@@ -143,7 +144,9 @@ def _check_names(path: str, cls: type[nn.Module], state: Mapping[str, Any], para
     held = {*parameters, *(key for key, value in state.items() if isinstance(value, torch.Tensor))}
     unknown = [name for name in names if not isinstance(name, str) or name not in held]
     if unknown:
-        raise DamagedError(f"{_where(path)} has no tensor `{str(unknown[0])[:40]}`, which it says it has")
+        raise DamagedError(
+            f"{_where(path)} has no tensor `{cut(printable(str(unknown[0])), 40)}`, which it says it has"
+        )
 
 
 def _check_complete(path: str, module: nn.Module) -> None:
