@@ -136,7 +136,7 @@ def foreign_code(failed: Callable[[str, BaseException], Exception]) -> Iterator[
     try:
         yield
     except BaseException as err:
-        if isinstance(err, GraphOptError | MemoryError | BrokenPipeError) or type(err) is KeyboardInterrupt:
+        if isinstance(err, GraphOptError | MemoryError) or type(err) is KeyboardInterrupt:
             raise
         said = first_line(err)
         raise failed(printable(f"{type(err).__name__}: {said}" if str(err) else said), err) from err

@@ -22,8 +22,8 @@ from graphopt.errors import DataError, first_line, printable
 from graphopt.ir.global_state import outside_inference
 
 _READ_ERRORS = (
-    OSError, EOFError, ValueError, KeyError, zlib.error, zipfile.BadZipFile, NotImplementedError, RuntimeError,
-    SafetensorError,
+    OSError, EOFError, ValueError, OverflowError, KeyError, zlib.error, zipfile.BadZipFile, NotImplementedError,
+    RuntimeError, SafetensorError,
 )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from graphopt.errors import LoadError, UsageError, cut, first_line, first_problem
+from graphopt.errors import LoadError, UsageError, cut, first_line, first_problem, printable
 from graphopt.files import MANIFEST, MOST_OF_A_MANIFEST, check_digest, read_file
 from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
@@ -131,7 +131,7 @@ class Manifest(pydantic.BaseModel, extra="forbid", strict=True, frozen=True):
         """Say which libraries are of another version here: what they compute may differ in the last bits."""
         here = library_versions()
         return [
-            f"{name} {there}, here {here.get(name)}"
+            f"{printable(name)} {printable(there)}, here {here.get(name)}"
             for name, there in self.libraries.items()
             if there != here.get(name)
         ]
@@ -210,7 +210,10 @@ def read(path: Path) -> Manifest:
             f"{path} has manifest schema {cut(repr(schema), 80)}; this version reads 1 and {SCHEMA}. Optimise again."
         )
     try:
-        return Manifest.model_validate(fields)
+        found = Manifest.model_validate(fields)
+        if not found.programs or not found.artifacts.keys() <= found.programs.keys():
+            raise UsageError(f"{path} is damaged: it names no program for each artifact. Optimise again.")
+        return found
     except pydantic.ValidationError as err:
         raise UsageError(f"{path} is damaged: {first_problem(err)}. Optimise again.") from err
 

@@ -40,7 +40,8 @@ def open(directory: str | Path, *, plugins: Sequence[Path | str | type[Pass[Any,
     """
     directory = Path(directory)
     stored = manifest.read(directory / MANIFEST)
-    stored.check_files(directory)
+    used = (*stored.programs.values(), *(found.file for found in stored.artifacts.values()))
+    stored.check_files(directory, {*stored.sha256, *used})
     for text in stored.other_libraries():
         logger.warning("%s was made with another version: %s.", directory, text)
     plans = read_plans(stored, directory, PassRegistry(plugins))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import zipfile
 from typing import Any
@@ -27,6 +28,7 @@ from graphopt.loading.archive import Archive
 from graphopt.loading.pickles import load_plain_pickle
 from graphopt.loading.program_schema import clean_payloads, clean_program
 from graphopt.loading.refusal import DamagedError, HostileError
+from graphopt.loading.stored_tensors import MAX_REPEATED
 
 ARCHIVE_VERSION = b"0"
 _KNOWN = re.compile(
@@ -138,7 +140,8 @@ def _json(archive: Archive, name: str) -> Any:
 
 
 def _check_sizes(archive: Archive, folder: str, config: dict[str, Any]) -> None:
-    """An empty payload makes torch allocate what the sizes say: admit only tensors without elements."""
+    """Check that there are bytes behind what tensors say of their size, but for a few that repeat their elements."""
+    repeated = 0
     for name, entry in config["config"].items():
         member = f"data/{folder}/{entry['path_name']}"
         if member not in archive:
@@ -146,6 +149,10 @@ def _check_sizes(archive: Archive, folder: str, config: dict[str, Any]) -> None:
         sizes = [size["as_int"] for size in entry["tensor_meta"]["sizes"]]
         if archive.size(member) == 0 and 0 not in sizes:
             raise DamagedError(f"the values of `{name[:120]}`, of shape {sizes}, are missing")
+        elements = math.prod(sizes)
+        repeated += elements if elements > archive.size(member) else 0
+    if repeated > MAX_REPEATED:
+        raise HostileError(f"its tensors repeat the few elements they have to {repeated}, more than any model's")
 
 
 def _sample_inputs(data: bytes) -> bytes:

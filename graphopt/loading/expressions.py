@@ -31,7 +31,8 @@ MAX_TERMS = 100
 MAX_COMPARED = 12
 # Of one file's expressions those of more than a few terms, together: a large one takes sympy 50 ms.
 MAX_TERMS_OF_FILE = 20_000
-_FEW_TERMS = 16
+_FEW_TERMS, _FEW_COMPARED = 8, 3
+_TERMS_PER_COMPARED = 20
 
 _SYMBOL = re.compile(r"[a-z]{1,8}\d{1,9}")
 _DIGITS = re.compile(r"-?\d{1,20}(\.\d{0,60})?([eE][+-]?\d{1,3})?")
@@ -72,8 +73,11 @@ def check_expressions(texts: Iterable[str]) -> None:
     Args:
         texts: each expression once.
     """
-    terms = (_terms(ast.parse(text, mode="eval").body) for text in texts)
-    total = sum(count for count in terms if count > _FEW_TERMS)
+    total = 0
+    for text in texts:
+        body = ast.parse(text, mode="eval").body
+        terms, compared = _terms(body), sum(map(_compared, ast.walk(body)))
+        total += terms * (terms > _FEW_TERMS) + _TERMS_PER_COMPARED * compared * (compared > _FEW_COMPARED)
     if total > MAX_TERMS_OF_FILE:
         raise HostileError(f"its size expressions have {total} terms together, more than any model's")
 

@@ -27,7 +27,7 @@ def text(value: Any) -> str:
 
 
 # What the source of a graph module means by these names.
-_TAKEN = frozenset({"self", "torch", "device", "inf", "nan", "NoneType", "pytree", "fx_pytree"})
+_TAKEN = frozenset({"self", "torch", "pytree", "fx_pytree"})
 
 
 def name(value: Any) -> str:
@@ -43,7 +43,7 @@ def optional_name(value: Any) -> str:
 
 
 def _identifier(value: Any) -> str:
-    if not isinstance(value, str) or not value.isidentifier() or keyword.iskeyword(value):
+    if not isinstance(value, str) or not value.isidentifier() or keyword.iskeyword(value) or not value.isascii():
         raise _no_name(value)
     return value
 

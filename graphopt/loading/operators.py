@@ -47,6 +47,14 @@ _PLAIN_TARGETS = frozenset(
         *(f"torch.ops.aten.{name}" for name in _ASSERTION_NAMES.split()),
     ]
 )
+# Operators that trust what their caller says of memory: of sparse and nested layouts, of where it lies, of its size.
+_UNCHECKED = re.compile(
+    "sparse|nested|jagged|_coo|_csr|_csc|_bsr|_bsc|unsafe|^set_|set_data|resize|from_blob|_impl_?$|_indices_copy|"
+    "_values_copy|coalesced|to_dense|as_strided_$"
+)
+_CHECKED = frozenset(
+    ["_unsafe_view", "_unsafe_index", "_unsafe_index_put", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk"]
+)
 _TEXT_ARGUMENTS = frozenset(_TEXT_ARGUMENT_NAMES.split())
 _TARGET = re.compile(r"torch\.ops\.(\w+)\.(\w+)\.(\w+)", re.ASCII)
 
@@ -71,6 +79,8 @@ def check_operator(target: str) -> None:
         raise HostileError(f"it calls `{target[:120]}`, an operator that torch {torch.__version__} does not have")
     if namespace == "aten" and not _is_tensor_operator(getattr(packet, overload)):
         raise _refused(target)
+    if namespace == "aten" and _UNCHECKED.search(name) and name not in _CHECKED:
+        raise HostileError(f"it calls `{target[:120]}`, which takes its caller's word for where memory lies")
 
 
 def _refused(target: str) -> HostileError:

@@ -173,7 +173,7 @@ class _Reader:
             raise DamagedError("its pickle has a key without a value")
         pairs = list(zip(values[::2], values[1::2], strict=True))
         for key, _ in pairs:
-            if not _is_key(key):
+            if not is_key(key):
                 raise HostileError(f"its pickle has a {type(key).__name__} as a key, not text or a number")
         if isinstance(target, dict):
             target.update(pairs)
@@ -184,7 +184,7 @@ class _Reader:
         self.push(target)
 
 
-def _is_key(value: Any) -> bool:
+def is_key(value: Any) -> bool:
     """Whether a value is hashed at once: the hash of a tuple of shared tuples takes time without end."""
     return isinstance(value, _KEYS) or (
         isinstance(value, tuple) and len(value) < 100 and all(isinstance(item, _KEYS) for item in value)

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 
 from graphopt.errors import cut, foreign_code, printable
-from graphopt.loading.pickle_records import Global, Made, Stored
+from graphopt.loading.pickle_records import Global, Made, Stored, is_key
 from graphopt.loading.refusal import DamagedError, HostileError
 from graphopt.loading.stock_modules import CLASS_OF, FUNCTIONAL_OF, make_module
 from graphopt.loading.stored_tensors import StoredTensors, read_torch_file
 
 MAX_DEPTH = 150  # records inside one another; a layer inside a layer is two
-MAX_SIZE = 4_000_000  # values in all, those that are shared counted wherever they stand
+MAX_MODULES = 20_000
+MAX_SIZE = 2_000_000  # values in all, those that are shared counted wherever they stand
 _SCALARS = (bool, int, float, complex, str, bytes, type(None))
 _DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 _LAYOUTS = {str(value): value for value in vars(torch).values() if isinstance(value, torch.layout)}
@@ -79,7 +80,7 @@ class _Builder:
         self._modules = modules
         self._made: dict[int, Any] = {}
         self._sizes: dict[int, int] = {}
-        self._size = 0
+        self._size = self._count = 0
         self._open: set[int] = set()
 
     def value(self, record: Any, path: str) -> Any:
@@ -116,7 +117,7 @@ class _Builder:
         make = _Builder._module if record.instance else _function(record)
         try:
             return make(self, record, path)
-        except (TypeError, ValueError, RuntimeError, OverflowError, KeyError) as err:
+        except (TypeError, ValueError, RuntimeError, OverflowError, LookupError) as err:
             said = "has a `{}` of the wrong attributes" if record.instance else "calls `{}` with the wrong arguments"
             raise DamagedError(f"it {said.format(record.maker.name)}") from err
 
@@ -132,6 +133,9 @@ class _Builder:
             raise _unknown(record.maker)
         if record.arguments or record.items or type(record.state) is not dict:
             raise HostileError(f"it makes a `{record.maker.name}` as torch.save never does")
+        self._count += 1
+        if self._count > MAX_MODULES:
+            raise HostileError(f"it holds more than {MAX_MODULES} modules")
         state = {key: self._attribute(key, item, path) for key, item in record.state.items()}
         return make_module(cls, state, path)
 
@@ -144,8 +148,7 @@ class _Builder:
         return {name: self.value(child, f"{path}.{name}".lstrip(".")) for name, child in children.items()}
 
     def ordered(self, record: Made, path: str) -> OrderedDict[Any, Any]:
-        (pairs,) = record.arguments or ([],)
-        return OrderedDict((key, self.value(item, path)) for key, item in (*pairs, *record.items))
+        return OrderedDict((key, self.value(item, path)) for key, item in _pairs(record))
 
     def tensor(self, record: Made, path: str) -> torch.Tensor:
         stored, offset, size, stride, requires_grad, hooks, *rest = record.arguments
@@ -268,9 +271,18 @@ def _table(record: Any) -> Mapping[Any, Any] | None:
     if isinstance(record, dict):
         return record
     if isinstance(record, Made) and record.maker.name == _ORDERED and not record.instance and record.state is None:
-        pairs = record.arguments[0] if record.arguments else []
-        return dict((*pairs, *record.items)) if isinstance(pairs, list) else None
+        return dict(_pairs(record))
     return None
+
+
+def _pairs(record: Made) -> list[tuple[Any, Any]]:
+    """Return the records of an ordered dictionary; its keys are hashed at once."""
+    given = record.arguments[0] if record.arguments else []
+    plain = type(given) is list and len(record.arguments) < 2
+    pairs: list[Any] = [*given, *record.items] if plain else []
+    if not plain or not all(type(pair) in (tuple, list) and len(pair) == 2 and is_key(pair[0]) for pair in pairs):
+        raise HostileError("it makes an ordered dictionary as torch.save never does")
+    return [(key, value) for key, value in pairs]
 
 
 def _is_version_data(record: Made) -> bool:

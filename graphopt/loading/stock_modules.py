@@ -36,6 +36,7 @@ _PLAIN_TYPES = (
     *(bool, int, float, complex, str, bytes, type(None)),
     *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
 )
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _TABLES = ("_parameters", "_buffers", "_modules")
 
 
@@ -94,10 +95,12 @@ def _check_attribute(path: str, cls: type[nn.Module], key: object, value: object
         raise HostileError(f"{_where(path)} has an attribute called {cut(str(key), 40)!r}")
     if key in ("_parameters", "_buffers"):
         for name, tensor in _dictionary(path, key, value).items():
+            _check_name(path, cls, name)
             if tensor is not None and not isinstance(tensor, torch.Tensor):
                 raise HostileError(f"{_where(path)} has a `{_name(tensor)}` as its tensor `{name}`")
     elif key == "_modules":
         for name, child in _dictionary(path, key, value).items():
+            _check_name(path, cls, name)
             if child is not None and not isinstance(child, nn.Module):
                 raise HostileError(
                     f"its module `{f'{path}.{name}'.lstrip('.')}` is a `{_name(child)}`, which is not one of "
@@ -110,6 +113,13 @@ def _check_attribute(path: str, cls: type[nn.Module], key: object, value: object
         raise HostileError(f"{_where(path)} has its own `{key}` in place of `{cls.__name__}.{key}`")
     else:
         _check_value(path, key, value)
+
+
+def _check_name(path: str, cls: type[nn.Module], name: str) -> None:
+    """Check the name of a tensor or child, which torch.nn looks up as an attribute."""
+    if not name or "." in name or hasattr(cls, name) or name in _OF_EVERY_MODULE:
+        said = cut(printable(name), 40)
+        raise HostileError(f"{_where(path)} calls a part of it `{said}`, which torch.nn does not allow")
 
 
 def _table(path: str, state: Mapping[Any, Any], key: str) -> Mapping[str, Any]:

@@ -16,7 +16,7 @@ from graphopt.loading.pickle_records import Global, read_records
 from graphopt.loading.refusal import DamagedError, HostileError
 
 MAX_PICKLE = 2**28  # bytes of the pickle beside the tensors
-MAX_REPEATED = 2**26  # elements of a tensor that repeats the few it has
+MAX_REPEATED = 2**26  # elements, together, of the tensors of a file that repeat the few they have by strides of zero
 _NAME = re.compile(r"\w{1,40}", re.ASCII)
 _STORAGES = {
     "FloatStorage": torch.float32,
@@ -45,6 +45,7 @@ class StoredTensors:
     def __init__(self, read: Callable[[str], bytes]) -> None:
         self._read = read
         self._bytes: dict[str, torch.Tensor] = {}
+        self._repeated = 0
 
     def tensor(
         self,
@@ -80,6 +81,10 @@ class StoredTensors:
         if dtype is torch.bool and bool((raw > 1).any()):
             raise DamagedError(f"its tensor `{name}` of truth values holds others")
         _check_view(name, length // dtype.itemsize, offset, size, stride)
+        elements = math.prod(size)
+        self._repeated += elements if elements > length // dtype.itemsize else 0
+        if self._repeated > MAX_REPEATED:
+            raise HostileError(f"its tensors repeat the few elements they have to {self._repeated}")
         return raw.view(dtype).as_strided(size, stride, offset)
 
 
@@ -140,7 +145,5 @@ def _check_view(name: str, count: int, offset: int, size: tuple[Any, ...], strid
     good = len(size) == len(stride) and all(type(number) is int and 0 <= number < 2**48 for number in numbers)
     if good and 0 not in size:
         good = offset + sum((extent - 1) * step for extent, step in zip(size, stride, strict=True)) < count
-    if good and math.prod(size) > max(count, MAX_REPEATED):  # elements may be repeated, by strides of zero
-        good = False
     if not good:
         raise DamagedError(f"its tensor `{name}` reaches beyond the {count} elements that are stored")

@@ -36,6 +36,9 @@ def test_expressions_are_bounded_together() -> None:
     check_expressions([f"{SUM} + {n}" for n in range(100)])
     with pytest.raises(HostileError, match="terms together"):
         check_expressions([f"{SUM} + {n}" for n in range(1000)])
+    few = ", ".join(f"s{n}" for n in range(12))
+    with pytest.raises(HostileError, match="terms together"):
+        check_expressions([f"Max({few}) + {n}" for n in range(150)])
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,20 @@ ATTACKS: dict[str, bytes] = {
     "doubled tuples": DOUBLED,
     "doubled tuples as a key": b"}(" + DOUBLED + b"K\x01u",
     "doubled tuples in a module": identity(extra=DOUBLED),
+    "doubled tuples as a key of an argument": called(
+        "collections.OrderedDict", b"](" + DOUBLED + b"K\x01\x86e"
+    ),
+    "a record as a key": called("collections.OrderedDict", b"](" + called("collections.OrderedDict") + b"K\x01\x86e"),
+    "an ordered dictionary of numbers": called("collections.OrderedDict", plain([1])),
+    "an ordered dictionary of nothing": called("collections.OrderedDict", plain([[]])),
+    "a layout of nothing": called("torch.serialization._get_layout"),
+    "a parameter of nothing": called("torch._utils._rebuild_parameter_with_state"),
+    "a child called training": with_state(
+        instance(IDENTITY), **{**EMPTY_MODULE, "_modules": b"}" + text("training") + identity() + b"s"}
+    ),
+    "a part called forward": with_state(
+        instance(IDENTITY), **{**EMPTY_MODULE, "_buffers": b"}" + text("forward") + b"Ns"}
+    ),
     "a list in itself": b"]q\x00h\x00a",
     "a module in itself": instance(IDENTITY)
     + b"q\x01}("
