@@ -80,7 +80,7 @@ class Manifest(pydantic.BaseModel, extra="forbid", strict=True, frozen=True):
     libraries: dict[str, str]
     cpu: list[str]
     plans: list[StoredPlan]
-    programs: dict[_Target, _FileName]
+    programs: Annotated[dict[_Target, _FileName], pydantic.Field(min_length=1)]
     artifacts: dict[_Target, StoredArtifact]
     sha256: dict[_FileName, _Digest]
 
@@ -210,10 +210,7 @@ def read(path: Path) -> Manifest:
             f"{path} has manifest schema {cut(repr(schema), 80)}; this version reads 1 and {SCHEMA}. Optimise again."
         )
     try:
-        found = Manifest.model_validate(fields)
-        if not found.programs or not found.artifacts.keys() <= found.programs.keys():
-            raise UsageError(f"{path} is damaged: it names no program for each artifact. Optimise again.")
-        return found
+        return Manifest.model_validate(fields)
     except pydantic.ValidationError as err:
         raise UsageError(f"{path} is damaged: {first_problem(err)}. Optimise again.") from err
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import keyword
+import unicodedata
 from collections.abc import Callable
 from typing import Any
 
@@ -43,9 +44,11 @@ def optional_name(value: Any) -> str:
 
 
 def _identifier(value: Any) -> str:
-    if not isinstance(value, str) or not value.isidentifier() or keyword.iskeyword(value) or not value.isascii():
+    # Python reads other writings of a letter as the letter itself
+    plain = isinstance(value, str) and value.isidentifier() and value == unicodedata.normalize("NFKC", value)
+    if not plain or keyword.iskeyword(value):
         raise _no_name(value)
-    return value
+    return str(value)
 
 
 def _no_name(value: Any) -> HostileError:
