@@ -80,7 +80,7 @@ class Manifest(pydantic.BaseModel, extra="forbid", strict=True, frozen=True):
     libraries: dict[str, str]
     cpu: list[str]
     plans: list[StoredPlan]
-    programs: Annotated[dict[_Target, _FileName], pydantic.Field(min_length=1)]
+    programs: dict[_Target, _FileName]
     artifacts: dict[_Target, StoredArtifact]
     sha256: dict[_FileName, _Digest]
 
