@@ -81,8 +81,8 @@ class Manifest(pydantic.BaseModel, extra="forbid", strict=True, frozen=True):
     cpu: list[str]
     plans: list[StoredPlan]
     programs: dict[_Target, _FileName]
-    artifacts: dict[_Target, StoredArtifact]
     sha256: dict[_FileName, _Digest]
+    artifacts: dict[_Target, StoredArtifact]
 
     @pydantic.field_validator("artifacts")
     @classmethod
