@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from torch import nn
 
 import graphopt
 from graphopt.cli.app import run
-from graphopt.errors import GraphOptError, PassError, UsageError, VerifyError
+from graphopt.errors import GraphOptError, LoadError, PassError, UsageError, VerifyError
 from graphopt.files import sha256
 from graphopt.job.replaying import replay
 from graphopt.pipeline.registry import PassRegistry
@@ -172,6 +173,13 @@ def test_session_options_out_of_bounds(folder: Path) -> None:
     for use in (opened.artifact.session, lambda: opened.save(folder / "again")):
         with pytest.raises(UsageError, match="Session option `threads` cannot be 1000000"):
             use()
+
+
+@pytest.mark.parametrize("name", ["onnxruntime.onnx", "program.pt2"])
+def test_a_file_without_a_digest_is_not_opened(name: str, folder: Path) -> None:
+    edit(folder, lambda data: data["sha256"].pop(name))
+    with pytest.raises(LoadError, match=re.escape(name)):
+        graphopt.open(folder, plugins=[Random])
 
 
 @pytest.mark.parametrize("programs", [{}, {"other": "program.pt2"}, {"": "program.pt2"}])

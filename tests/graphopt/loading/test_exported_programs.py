@@ -19,7 +19,7 @@ from torch import nn
 
 import graphopt
 from graphopt.errors import LoadError
-from graphopt.loading import load_model
+from graphopt.loading import exported, load_model
 from graphopt.loading.operators import check_operator
 from graphopt.loading.refusal import HostileError
 
@@ -445,6 +445,9 @@ def test_any_field_may_be_wrong(write_exported: Write, exported_members: dict[st
     assert outcomes["refused"] > 75, outcomes
 
 
+CONFIG = "data/weights/model_weights_config.json"
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The members of a program that graphopt saved."""
@@ -503,3 +506,20 @@ def test_operators_that_trust_what_is_said_of_memory(target: str) -> None:
 )
 def test_operators_that_check_memory_themselves(target: str) -> None:
     check_operator(f"torch.ops.aten.{target}")
+
+
+def test_weights_that_repeat_a_few_elements_are_counted_together(
+    saved: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sizes that go with strides of zero, which torch fills in as soon as a weight is copied."""
+    config = json.loads(saved[CONFIG])
+    for entry in config["config"].values():
+        meta = entry["tensor_meta"]
+        meta["sizes"], meta["strides"] = ([{"as_int": n} for n in row] for row in ((2**10, 2**10), (0, 0)))
+    path = tmp_path / "p.pt2"
+    with zipfile.ZipFile(path, "w") as archive:
+        for member, data in saved.items():
+            archive.writestr(f"p/{member}", json.dumps(config) if member == CONFIG else data)
+    monkeypatch.setattr(exported, "MAX_REPEATED", 2**20)
+    with pytest.raises(LoadError, match=f"repeat the few elements they have to {2**21}"):
+        graphopt.load(path)

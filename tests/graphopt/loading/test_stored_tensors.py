@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from graphopt.loading.pickles import load_plain_pickle
+from graphopt.loading import pickles, stored_tensors
+from graphopt.loading.pickles import load_plain_pickle, load_stock_pickle
 from graphopt.loading.refusal import DamagedError, HostileError
 
 OLD = (
@@ -107,3 +108,19 @@ def test_a_file_that_is_cut_off_anywhere(zipped: bool) -> None:
     for length in range(20, len(data) - 1, 37):
         with pytest.raises((DamagedError, HostileError)):
             load_plain_pickle(data[:length])
+
+
+def test_elements_that_are_repeated_count_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = written({name: torch.ones(1).expand(60) for name in "ab"})
+    assert load_plain_pickle(data)["a"].shape == (60,)
+    monkeypatch.setattr(stored_tensors, "MAX_REPEATED", 100)
+    with pytest.raises(HostileError, match="repeat the few elements they have to 120"):
+        load_plain_pickle(data)
+
+
+def test_modules_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = written(nn.Sequential(*(nn.ReLU() for _ in range(5))))
+    assert len(load_stock_pickle(data)) == 5
+    monkeypatch.setattr(pickles, "MAX_MODULES", 4)
+    with pytest.raises(HostileError, match="more than 4 modules"):
+        load_stock_pickle(data)

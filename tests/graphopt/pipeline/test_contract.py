@@ -77,6 +77,7 @@ def said(file: Path, program: Program, kind: type[Exception] = PassError) -> str
         ("raise GeneratorExit", "GeneratorExit"),
         ("assert False", "AssertionError"),
         ("raise FileNotFoundError(2, 'gone')", "FileNotFoundError: .Errno 2. gone"),
+        ("raise BrokenPipeError(32, 'a worker died')", "BrokenPipeError: .Errno 32. a worker died"),
         ("next(iter(()))", "StopIteration"),
         ("return self.plan(program, ctx)", "RecursionError: maximum recursion depth exceeded"),
         ("program.call_flat((1,))", "\\w+Error: "),
