@@ -19,14 +19,16 @@ _FLOATS: tuple[_Filling, ...] = (
     lambda size, generator: torch.randn(size, generator=generator),
     lambda size, generator: torch.rand(size, generator=generator),  # for logarithms and roots
 )
-# 0 and 1 are valid token ids, masks and labels of nearly any model; offsets start at 0, lengths do not, and some have
-# a least value.
+# 0 and 1 are valid token ids, masks and labels of nearly any model; offsets start at 0, lengths do not.
 _INTEGERS: tuple[_Filling, ...] = (
     lambda size, generator: torch.randint(0, 2, size, generator=generator),
     lambda size, _: torch.zeros(size),
     lambda size, _: torch.ones(size),
     lambda size, _: torch.full(size, 16),
 )
+_LADDER = [
+    round(2 ** (step / 2)) for step in range(2, 62)
+]  # where a program runs on none of these: ids that start at 1000
 
 
 def made_up_inputs(
@@ -81,12 +83,20 @@ def _candidates(inputs: Sequence[TensorSpec], examples: Sequence[torch.Tensor]) 
         for place in range(len(kinds[other]))
     ]
     for rows in (_ROWS, None):
+        sizes = list(_sizes(inputs, examples, rows))
         for fillings in (*alike, *single):
             generator = torch.Generator().manual_seed(0)
-            chosen = [kind[place] for kind, place in zip(kinds, fillings, strict=True)]
             yield tuple(
-                filling(size, generator).to(example.dtype).to(example.device)
-                for filling, size, example in zip(chosen, _sizes(inputs, examples, rows), examples, strict=True)
+                kind[place](size, generator).to(example.dtype).to(example.device)
+                for kind, place, size, example in zip(kinds, fillings, sizes, examples, strict=True)
+            )
+        for step in _LADDER if _INTEGERS in kinds else ():
+            generator = torch.Generator().manual_seed(0)
+            yield tuple(
+                (torch.full(size, step) if kind is _INTEGERS else kind[0](size, generator))
+                .to(example.dtype)
+                .to(example.device)
+                for kind, size, example in zip(kinds, sizes, examples, strict=True)
             )
 
 

@@ -37,6 +37,17 @@ class Large(nn.Module):
         return (count - 4).float().sqrt()
 
 
+class FromThousand(nn.Module):
+    """Token ids that start at 1,000."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(500, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.table(ids - 1000)
+
+
 def test_two_rows_of_other_values() -> None:
     x = torch.randn(64, 3, 5)
     program = graphopt.capture(nn.Sequential(nn.Flatten(), nn.Linear(15, 2)), (x,))
@@ -62,6 +73,7 @@ def test_a_fixed_batch_keeps_its_size() -> None:
         (Rooted(), (torch.rand(8, 4),)),
         (Averaged(), (torch.randint(0, 7, (8, 5)), torch.full((8,), 5), torch.ones(8, 5, dtype=torch.bool))),
         (Large(), (torch.full((8,), 9),)),
+        (FromThousand(), (torch.randint(1000, 1500, (8, 5)),)),
     ],
 )
 def test_values_that_the_program_computes_numbers_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
