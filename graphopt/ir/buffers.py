@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from graphopt.ir.aliasing import Storages
-from graphopt.ir.graph import tensor_attribute
+from graphopt.ir.graph import constant, tensor_attribute
 from graphopt.ir.torch_internals import pytree
 
 
@@ -37,7 +37,7 @@ def _buffers(model: nn.Module) -> Iterator[tuple[dict[str, torch.Tensor | None],
                 yield module._buffers, name, tensor
 
 
-_written: weakref.WeakKeyDictionary[fx.GraphModule, tuple[int, tuple[str, ...]]] = weakref.WeakKeyDictionary()
+_written: weakref.WeakKeyDictionary[fx.GraphModule, tuple[str, tuple[str, ...]]] = weakref.WeakKeyDictionary()
 
 
 def call_undoing_writes(gm: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -63,10 +63,10 @@ def call_undoing_writes(gm: fx.GraphModule, args: Sequence[Any], kwargs: Mapping
 
 
 def _names_written(gm: fx.GraphModule) -> tuple[str, ...]:
-    size, names = _written.get(gm, (-1, ()))
-    if size != len(gm.graph.nodes):
+    code, names = _written.get(gm, ("", ()))
+    if code != gm.code:
         storages = Storages(gm.graph)
-        reads = gm.graph.find_nodes(op="get_attr")
+        reads = [node for node in gm.graph.find_nodes(op="get_attr") if constant(node, gm) is not None]
         names = tuple(dict.fromkeys(str(node.target) for node in reads if storages.writes(node)))
-        _written[gm] = len(gm.graph.nodes), names
+        _written[gm] = gm.code, names
     return names

@@ -67,3 +67,23 @@ def test_training_still_moves_statistics() -> None:
     before = state(program)
     program(torch.randn(8, 4) + 3)
     assert not unmoved(program, before)
+
+
+class Adds(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("offset", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.add(self.offset, x.mean(0))
+
+
+def test_a_rewritten_graph_is_looked_at_again() -> None:
+    program = graphopt.capture(Adds(), (torch.randn(8, 4),))
+    program(torch.randn(8, 4))
+    (add,) = program.graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor)
+    add.target = torch.ops.aten.add_.Tensor
+    program.graph_module.recompile()
+    before = state(program)
+    program(torch.randn(8, 4))
+    assert unmoved(program, before)
