@@ -3,9 +3,10 @@
 `torch.export.load` resolves a node's target by `getattr` from `torch`, `operator` or `math` and then calls
 whatever it found (torch/_export/serde/serialize.py, `deserialize_operator`): `torch.ops.aten.relu.default`,
 but also `torch.hub.load` or `_operator.methodcaller`. Here a target must be one of the named scalar
-operators, a higher-order operator of a short list, or an overload that the dispatcher knows in namespace
-`graphopt`, or in `aten` if it works on tensors and takes no text but what is known to be a mode (so not
-`aten.from_file` or `aten.save`, which open files).
+operators, a higher-order operator of a short list, an overload that the dispatcher knows in namespace `graphopt`, or
+one in `aten` that stands for a public function of torch, belongs to its core set, or is named here. Those check their
+arguments; many of the 2,000 others are parts of one that has checked them (`aten._reshape_alias` reads beyond a
+tensor's memory when asked to). It must work on tensors and take no text but what is known to be a mode.
 
 Reads the private `OpOverload._schema`; torch has no public way to an operator's schema.
 """
@@ -47,13 +48,57 @@ _PLAIN_TARGETS = frozenset(
         *(f"torch.ops.aten.{name}" for name in _ASSERTION_NAMES.split()),
     ]
 )
-# Operators that trust what their caller says of memory: of sparse and nested layouts, of where it lies, of its size.
-_UNCHECKED = re.compile(
-    "sparse|nested|jagged|_coo|_csr|_csc|_bsr|_bsc|unsafe|^set_|set_data|resize|from_blob|_impl_?$|_indices_copy|"
-    "_values_copy|coalesced|to_dense|as_strided_$"
+_PUBLIC = (  # where torch keeps its functions, and what the names of the operators behind them start with
+    (torch.Tensor, ""),
+    (torch.nn.functional, ""),
+    (torch.linalg, "linalg_"),
+    (torch.fft, "fft_"),
+    (torch.special, "special_"),
 )
-_CHECKED = frozenset(
-    ["_unsafe_view", "_unsafe_index", "_unsafe_index_put", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk"]
+# Functions of `torch` alone, and what public functions become in a graph.
+_FURTHER_NAMES = """
+    atleast_1d atleast_2d atleast_3d block_diag broadcast_tensors cartesian_prod chain_matmul column_stack combinations
+    concat concatenate dstack hstack row_stack stack vstack meshgrid einsum tensordot gradient trapezoid trapz
+    cumulative_trapezoid cdist vander complex polar view_as_complex view_as_real isin bucketize searchsorted rsub
+    std_mean var_mean frobenius_norm nuclear_norm native_norm norm_except_dim lu_unpack result_type unique_dim
+    arange eye linspace logspace range ones ones_like zeros zeros_like zero full_like empty_like empty_permuted fill
+    fill_diagonal copy lift lift_fresh lift_fresh_copy nonzero_numpy tril_indices triu_indices
+    bartlett_window blackman_window hamming_window hann_window kaiser_window
+    bernoulli binomial cauchy exponential geometric log_normal normal poisson rand_like randint randint_like randn_like
+    random uniform matrix_H numpy_T slow_conv3d slow_conv_transpose2d slow_conv_transpose3d thnn_conv2d
+    lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell pad_sequence
+    native_batch_norm cudnn_batch_norm feature_dropout rrelu_with_noise log_sigmoid log_sigmoid_forward
+    cross_entropy_loss nll_loss_nd nll_loss2d nll_loss_forward nll_loss2d_forward multilabel_margin_loss_forward
+    affine_grid_generator grid_sampler grid_sampler_3d im2col replication_pad1d
+    upsample_bicubic2d upsample_linear1d upsample_nearest1d upsample_nearest3d upsample_trilinear3d
+    fake_quantize_per_channel_affine fake_quantize_per_channel_affine_cachemask
+    fake_quantize_per_tensor_affine fake_quantize_per_tensor_affine_cachemask
+    alias_copy as_strided_copy detach_copy diagonal_copy expand_copy permute_copy select_copy slice_copy split_copy
+    split_with_sizes_copy squeeze_copy t_copy transpose_copy unbind_copy unfold_copy unsqueeze_copy view_copy
+    view_as_complex_copy view_as_real_copy sym_constrain_range sym_constrain_range_for_size
+    __and__ __or__ __xor__ __lshift__ __rshift__ __iand__ __ior__ __ixor__ __ilshift__ __irshift__
+    _add_relu _addmm_activation _aminmax _trilinear _euclidean_dist _int_mm _stack _chunk_cat _dim_arange
+    _cast_Byte _cast_Char _cast_Double _cast_Float _cast_Half _cast_Int _cast_Long _cast_Short
+    _conj _conj_copy _conj_physical _neg_view _neg_view_copy _fft_c2c _is_all_true _is_any_true _shape_as_tensor
+    _assert_async _assert_tensor_metadata _functional_assert_async
+    _linalg_det _linalg_eigh _linalg_eigvals _linalg_slogdet _linalg_solve_ex _linalg_svd _logcumsumexp
+    _batch_norm_impl_index _batch_norm_no_update _batch_norm_with_update _batch_norm_with_update_functional
+    _native_batch_norm_legit_functional _fused_rms_norm _weight_norm _weight_norm_interface
+    embedding_renorm _embedding_bag_forward_only histogramdd
+    _convolution _convolution_mode _ctc_loss _pad_circular _pad_enum _prelu_kernel _masked_softmax _safe_softmax
+    _native_multi_head_attention _transformer_encoder_layer_fwd _scaled_dot_product_attention_math
+    _scaled_dot_product_cudnn_attention _scaled_dot_product_efficient_attention _scaled_dot_product_flash_attention
+    _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_fused_attention_overrideable
+    _pack_padded_sequence _pad_packed_sequence _unique _unique2 _unsafe_index _unsafe_index_put _unsafe_view
+    _fake_quantize_per_tensor_affine_cachemask_tensor_qparams
+    _upsample_bicubic2d_aa _upsample_bilinear2d_aa
+    _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d
+"""
+_FURTHER = frozenset(_FURTHER_NAMES.split())
+# Public, but for sparse and nested layouts, or trusting what their caller says of memory; or no part of an inference.
+_UNSUITED = re.compile(
+    "sparse|nested|jagged|_(coo|csr|csc|bsr|bsc)|^(set|resize|smm|sspaddmm|coalesce|values|slice_inverse|to_mkldnn)_?$|"
+    "(col|row|^)_?indices$|set_data|resize_|padded_tensor|to_dense|as_strided_$|backward"
 )
 _TEXT_ARGUMENTS = frozenset(_TEXT_ARGUMENT_NAMES.split())
 _TARGET = re.compile(r"torch\.ops\.(\w+)\.(\w+)\.(\w+)", re.ASCII)
@@ -66,7 +111,7 @@ def check_operator(target: str) -> None:
         return
     match = _TARGET.fullmatch(target)
     if match is None:
-        raise _refused(target)
+        raise HostileError(f"it calls `{target[:120]}`, which is not an operator on tensors")
     namespace, name, overload = match.groups()
     if namespace not in NAMESPACES:
         raise HostileError(
@@ -77,14 +122,18 @@ def check_operator(target: str) -> None:
     packet = getattr(getattr(torch.ops, namespace), name, None)
     if not isinstance(packet, OpOverloadPacket) or overload not in packet.overloads():  # type: ignore[no-untyped-call]
         raise HostileError(f"it calls `{target[:120]}`, an operator that torch {torch.__version__} does not have")
-    if namespace == "aten" and not _is_tensor_operator(getattr(packet, overload)):
-        raise _refused(target)
-    if namespace == "aten" and _UNCHECKED.search(name) and name not in _CHECKED:
-        raise HostileError(f"it calls `{target[:120]}`, which takes its caller's word for where memory lies")
+    if namespace == "aten" and not _is_tensor_operator(operator := getattr(packet, overload)):
+        raise HostileError(f"it calls `{target[:120]}`, which is not an operator on tensors")
+    if namespace == "aten" and (_UNSUITED.search(name) or not _is_known(name, operator)):
+        raise HostileError(f"it calls `{target[:120]}`, which no public function of torch for dense tensors stands for")
 
 
-def _refused(target: str) -> HostileError:
-    return HostileError(f"it calls `{target[:120]}`, which is not an operator on tensors")
+def _is_known(name: str, operator: OpOverload) -> bool:
+    base = name if name.endswith("__") else name.removesuffix("_")
+    public = not base.startswith("_") and any(
+        base.startswith(prefix) and hasattr(home, base.removeprefix(prefix)) for home, prefix in _PUBLIC
+    )
+    return public or base in _FURTHER or torch.Tag.core in operator.tags
 
 
 def _is_tensor_operator(operator: OpOverload) -> bool:

@@ -1,9 +1,12 @@
 """A pickle read as data: its opcodes become records, no object of a class is built and nothing is called.
 
-`pickletools.genops` takes a pickle apart. The opcodes interpreted here are those that `torch.save` writes
-(protocol 2); text, numbers, tuples, lists and dictionaries become themselves, and what would name, call or change
-an object becomes a record of that. Every value takes at least one byte of the file, values that are shared stay
-shared, and the number of opcodes is bounded, so that reading costs what the file costs.
+`pickletools.genops` takes a pickle apart. The opcodes interpreted here are those that `torch.save` writes; text,
+numbers, tuples, lists and dictionaries become themselves, and what would name, call or change an object becomes a
+record of that. Every value takes at least one byte of the file, values that are shared stay shared, and the number of
+opcodes is bounded, so that reading costs what the file costs.
+
+`torch.save` writes protocol 2 unless it is asked for another. Those write the same with other opcodes; the ones for
+calls by keyword and for buffers outside the file are none that a model needs.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from typing import Any
 from graphopt.errors import first_line
 from graphopt.loading.refusal import DamagedError, HostileError
 
+PROTOCOLS = (2, 3, 4, 5)
 MAX_OPCODES = 5_000_000  # a tensor takes some 25: 200,000 tensors
 _KEYS = (str, int, float, bool, bytes, type(None))
 
@@ -129,26 +133,33 @@ class _Reader:
         self.push(self._memo[index])
 
     def protocol(self, version: int) -> None:
-        if version != 2:
-            raise HostileError(f"its pickle is of protocol {version}; torch.save writes 2")
+        if version not in PROTOCOLS:
+            raise HostileError(f"its pickle is of protocol {version}; torch.save writes {PROTOCOLS[0]}")
 
     def named(self, text: str) -> None:
-        module, _, name = text.partition(" ")
-        self.push(Global(f"{module}.{name}"))
+        self.name(*text.split(" ", 1))
+
+    def named_on_the_stack(self, _: None) -> None:
+        name, module = self.pop(), self.pop()
+        self.name(module, name)
+
+    def name(self, module: Any, name: Any = None) -> None:
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise DamagedError("its pickle names a class or function by something other than text")
+        self.push(Global(f"{_RENAMED.get(module, module)}.{name}"))
 
     def stored(self, _: None) -> None:
-        key = self.pop()
-        if not isinstance(key, tuple):
-            raise DamagedError("its pickle names stored bytes by something other than a tuple")
-        self.outside.append(Stored(key))
-        self.push(self.outside[-1])
+        match self.pop():
+            case ("module", Global() as cls, *_):  # the older format, which brings the source of the class along
+                self.push(cls)
+            case tuple() as key:
+                self.outside.append(Stored(key))
+                self.push(self.outside[-1])
+            case _:
+                raise DamagedError("its pickle names stored bytes by something other than a tuple")
 
     def make(self, *, instance: bool) -> None:
         arguments, maker = self.pop(), self.pop()
-        if isinstance(maker, Stored) and maker.key[:1] == ("module",):
-            raise HostileError(
-                "it is in the format of torch 1.5 and older, in which a module brings its source code along"
-            )
         if not isinstance(maker, Global) or not isinstance(arguments, tuple):
             raise HostileError("its pickle calls what is no named class or function")
         self.push(Made(maker, arguments, instance))
@@ -159,6 +170,21 @@ class _Reader:
             raise HostileError("its pickle changes what it did not make, or twice")
         target.state = state
         self.push(target)
+
+    def memoize(self, _: None) -> None:
+        self.put(len(self._memo))
+
+    def collect(self, kind: str) -> None:
+        """Write a set as a call that makes it of a list, as protocol 2 does."""
+        values = self.pop_to_mark()
+        if kind == "set":
+            target = self.pop()
+            if not isinstance(target, Made) or target.maker != _SET or [*map(type, target.arguments)] != [list]:
+                raise HostileError("its pickle adds to what is no set")
+            target.arguments[0].extend(values)
+            self.push(target)
+        else:
+            self.push(Made(Global(f"builtins.{kind}"), (values,), instance=False))
 
     def append(self, values: list[Any]) -> None:
         target = self.pop()
@@ -191,9 +217,15 @@ def is_key(value: Any) -> bool:
     )
 
 
-_PLAIN = "BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINSTRING"
+_RENAMED = {"__builtin__": "builtins"}  # by protocol 2
+_SET = Global("builtins.set")
+_PLAIN = """
+    BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINSTRING
+    SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8
+"""
 _ACTIONS: dict[str, Any] = {
     "PROTO": _Reader.protocol,
+    "FRAME": lambda reader, _: None,
     "STOP": lambda reader, _: None,
     "MARK": lambda reader, _: reader.push(_MARK),
     "NONE": lambda reader, _: reader.push(None),
@@ -203,15 +235,21 @@ _ACTIONS: dict[str, Any] = {
     "EMPTY_LIST": lambda reader, _: reader.push([]),
     "EMPTY_DICT": lambda reader, _: reader.push({}),
     **dict.fromkeys(_PLAIN.split(), _Reader.push),
+    "BYTEARRAY8": lambda reader, value: reader.push(bytes(value)),
     "TUPLE": lambda reader, _: reader.push(tuple(reader.pop_to_mark())),
     "TUPLE1": lambda reader, _: reader.tuple(1),
     "TUPLE2": lambda reader, _: reader.tuple(2),
     "TUPLE3": lambda reader, _: reader.tuple(3),
+    "EMPTY_SET": lambda reader, _: reader.push(Made(_SET, ([],), instance=False)),
+    "ADDITEMS": lambda reader, _: reader.collect("set"),
+    "FROZENSET": lambda reader, _: reader.collect("frozenset"),
+    "MEMOIZE": _Reader.memoize,
     "BINPUT": _Reader.put,
     "LONG_BINPUT": _Reader.put,
     "BINGET": _Reader.get,
     "LONG_BINGET": _Reader.get,
     "GLOBAL": _Reader.named,
+    "STACK_GLOBAL": _Reader.named_on_the_stack,
     "BINPERSID": _Reader.stored,
     "REDUCE": lambda reader, _: reader.make(instance=False),
     "NEWOBJ": lambda reader, _: reader.make(instance=True),

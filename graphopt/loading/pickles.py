@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -161,9 +161,12 @@ class _Builder:
         _check_no_hooks(hooks, path)
         tensor = self._stored.tensor(stored.key, dtype, int(offset), tuple(size), tuple(stride))
         if metadata:
-            if metadata != {"conj": True}:
+            if not isinstance(metadata, dict) or any(metadata[mark] is not True for mark in metadata):
+                raise DamagedError("it holds a tensor with marks that are no marks")
+            if not _LAZY.keys() >= metadata.keys():
                 raise HostileError(f"it holds a tensor with the marks {sorted(map(str, metadata))}")
-            tensor = tensor.conj()
+            for mark in metadata:
+                tensor = _LAZY[mark](tensor)
         return tensor.requires_grad_(requires_grad is True)
 
     def parameter(self, record: Made, path: str) -> torch.nn.Parameter:
@@ -172,19 +175,25 @@ class _Builder:
         return torch.nn.Parameter(self._only_tensor(data, path), requires_grad=requires_grad is True)
 
     def parameter_with_state(self, record: Made, path: str) -> torch.nn.Parameter:
-        raise HostileError(
-            f"the tensor of {f'its module `{path}`' if path else 'the model itself'} has an attribute "
-            f"{', '.join(f'`{cut(printable(str(name)), 40)}`' for name in _names(record.arguments[-1]))} of its own"
-        )
+        """Make a parameter that was saved with attributes of its own, without them."""
+        *arguments, state = record.arguments
+        self._check_attributes(state, path)
+        return self.parameter(Made(record.maker, tuple(arguments), instance=False), path)
 
     def with_attributes(self, record: Made, path: str) -> torch.Tensor:
         """Make a tensor that was saved with attributes of its own, without them: torch.export leaves marks there."""
         function, kind, arguments, state = record.arguments
-        attributes = self.value(state, path)
-        plain = isinstance(attributes, dict) and not any(map(callable, attributes.values()))
-        if function not in _TENSORS or kind not in _TENSOR_CLASSES or not isinstance(arguments, tuple) or not plain:
-            raise HostileError("it holds a tensor of a class of its own, or with methods of its own")
+        self._check_attributes(state, path)
+        if function not in _TENSORS or kind not in _TENSOR_CLASSES or not isinstance(arguments, tuple):
+            raise HostileError("it holds a tensor of a class of its own")
         return self.tensor(Made(function, arguments, instance=False), path)
+
+    def _check_attributes(self, state: Any, path: str) -> None:
+        attributes = self.value(state, path)
+        if not isinstance(attributes, dict) or any(map(callable, attributes.values())):
+            raise HostileError(
+                f"a tensor of {f'its module `{path}`' if path else 'the model itself'} has methods of its own"
+            )
 
     def _only_tensor(self, record: Any, path: str) -> torch.Tensor:
         value = self.value(record, path)
@@ -196,12 +205,37 @@ class _Builder:
         kind = record.maker.name.rpartition("_rebuild_")[2].replace("_", " ")
         raise HostileError(f"it holds a {kind}, which graphopt does not read from files that are not trusted")
 
+    def counter(self, record: Made, path: str) -> Counter[Any]:
+        (counts,) = record.arguments
+        if type(counts) is not dict or not all(type(count) is int for count in counts.values()):
+            raise HostileError("it makes a counter of something other than numbers")
+        return Counter(counts)
+
+    def default_dictionary(self, record: Made, path: str) -> dict[Any, Any]:
+        """Make what a dictionary holds that makes its missing values; nothing here asks for one that is missing."""
+        return {key: self.value(item, path) for key, item in record.items}
+
+    def function(self, record: Made, path: str) -> Any:
+        """Return a functional of torch that is stored as an attribute of the class that torch keeps its own in."""
+        owner, name = record.arguments
+        found = FUNCTIONAL_OF.get(f"torch.{name}") if self._modules and owner == _FUNCTIONS else None
+        if found is None:
+            raise HostileError("it takes an attribute of something other than torch's own functions")
+        return found
+
     def collection(self, record: Made, path: str) -> Any:
         (items,) = record.arguments
-        kind = {"set": set, "frozenset": frozenset}[record.maker.name.rpartition(".")[2]]
+        kind: Any = {"set": set, "frozenset": frozenset}[record.maker.name.rpartition(".")[2]]
         if type(items) is not list or not all(type(item) in _SCALARS for item in items):
             raise HostileError("it holds a set of something other than text and numbers")
         return kind(items)
+
+
+def _bytes(builder: _Builder, record: Made, path: str) -> bytes:
+    (content,) = (builder.value(item, path) for item in record.arguments or (b"",))
+    if type(content) is not bytes:
+        raise HostileError("it makes bytes of something other than bytes")
+    return content
 
 
 def _encoded(_: _Builder, record: Made, __: str) -> bytes:
@@ -233,6 +267,9 @@ def _complex(_: _Builder, record: Made, __: str) -> complex:
 
 
 _ORDERED = "collections.OrderedDict"
+_DEFAULT = "collections.defaultdict"
+_FUNCTIONS = Global("torch._C._VariableFunctionsClass")
+_LAZY: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"conj": torch.conj, "neg": torch.neg}
 _TENSORS = (Global("torch._utils._rebuild_tensor_v2"), Global("torch._utils._rebuild_tensor_v3"))
 _TENSOR_CLASSES = (Global("torch.Tensor"), Global("torch._tensor.Tensor"))
 _CALLS: dict[str, Callable[[_Builder, Made, str], Any]] = {
@@ -244,9 +281,14 @@ _CALLS: dict[str, Callable[[_Builder, Made, str], Any]] = {
     "torch._utils._rebuild_sparse_tensor": _Builder.refused_tensor,
     "torch._utils._rebuild_qtensor": _Builder.refused_tensor,
     "torch._utils._rebuild_meta_tensor_no_storage": _Builder.refused_tensor,
-    "__builtin__.set": _Builder.collection,
-    "__builtin__.frozenset": _Builder.collection,
-    "__builtin__.complex": _complex,
+    _DEFAULT: _Builder.default_dictionary,
+    "collections.Counter": _Builder.counter,
+    "builtins.getattr": _Builder.function,
+    "builtins.set": _Builder.collection,
+    "builtins.frozenset": _Builder.collection,
+    "builtins.complex": _complex,
+    "builtins.bytes": _bytes,
+    "builtins.bytearray": _bytes,
     "_codecs.encode": _encoded,
     "torch.Size": _size,
     "torch.device": _device,
@@ -259,7 +301,7 @@ def _function(record: Made) -> Callable[[_Builder, Made, str], Any]:
     name = record.maker.name
     if name not in _CALLS:
         raise _unknown(record.maker)
-    if record.items and name != _ORDERED:
+    if record.items and name not in (_ORDERED, _DEFAULT):
         raise HostileError(f"it puts items into what `{name}` returns")
     if record.state is not None and not _is_version_data(record):
         raise HostileError(f"it keeps attributes in what `{name}` returns, which is no plain data")
@@ -294,10 +336,6 @@ def _check_no_hooks(hooks: Any, path: str) -> None:
     found = _table(hooks)
     if hooks is not None and (found is None or found):
         raise HostileError(f"a tensor of {f'its module `{path}`' if path else 'the model itself'} carries hooks")
-
-
-def _names(record: Any) -> list[str]:
-    return [str(name) for name in record] if isinstance(record, dict) else ["__dict__"]
 
 
 def _unknown(record: Global) -> HostileError:

@@ -26,12 +26,12 @@ _FUNCTIONAL_NAMES = """
     relu relu6 leaky_relu gelu silu mish elu selu celu sigmoid tanh hardtanh hardswish hardsigmoid logsigmoid
     softplus softsign softmin softmax log_softmax glu tanhshrink softshrink
 """
-# Some have another home of their own in this version of torch, and in the next.
+# Some have another home of their own in this version of torch, and in the next; some are in torch itself as well.
 FUNCTIONAL_OF: dict[str, Callable[..., Any]] = {
     f"{module}.{name}": getattr(functional, name)
     for name in _FUNCTIONAL_NAMES.split()
     for module in ("torch.nn.functional", getattr(functional, name).__module__)
-}
+} | {f"torch.{name}": getattr(torch, name) for name in _FUNCTIONAL_NAMES.split() if hasattr(torch, name)}
 _PLAIN_TYPES = (
     *(bool, int, float, complex, str, bytes, type(None)),
     *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
@@ -41,15 +41,14 @@ _TABLES = ("_parameters", "_buffers", "_modules")
 
 
 def _stock_classes() -> tuple[type[nn.Module], ...]:
-    """Return torch.nn's module classes, less those that run hooks, processes or nothing of their own."""
+    """Return torch.nn's module classes, less those that run hooks or nothing of their own."""
     classes = [vars(nn.modules)[name] for name in nn.modules.__all__]
-    unsuited = (nn.Module, nn.SyncBatchNorm)
     stock = [
         cls
         for cls in classes
         if inspect.isclass(cls)
         and issubclass(cls, nn.Module)
-        and cls not in unsuited
+        and cls is not nn.Module
         and not cls.__name__.startswith("Lazy")
     ]
     # The output projection inside MultiheadAttention, a Linear that torch's own quantization skips.
@@ -145,18 +144,19 @@ def _names(path: str, state: Mapping[str, Any], key: str) -> list[str]:
 
 def _check_names(path: str, cls: type[nn.Module], state: Mapping[str, Any], parameters: Mapping[str, Any]) -> None:
     """Check what names attributes: torch looks them up on the module."""
-    names = _names(path, state, "_keys") if issubclass(cls, nn.ParameterDict) else []
+    held = {*parameters, *(key for key, value in state.items() if isinstance(value, torch.Tensor))}
+    names = []
+    if issubclass(cls, nn.ParameterDict):  # it may hold numbers, too
+        names = _names(path, state, "_keys")
+        held |= {key for key in state if key not in _OF_EVERY_MODULE}
     if issubclass(cls, nn.RNNBase):
         rows = state.get("_all_weights", state.get("all_weights"))
         if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
             raise DamagedError(f"{_where(path)} does not say which weights belong to which layer")
         names = [*_names(path, state, "_flat_weights_names"), *(name for row in rows for name in row)]
-    held = {*parameters, *(key for key, value in state.items() if isinstance(value, torch.Tensor))}
     unknown = [name for name in names if not isinstance(name, str) or name not in held]
     if unknown:
-        raise DamagedError(
-            f"{_where(path)} has no tensor `{cut(printable(str(unknown[0])), 40)}`, which it says it has"
-        )
+        raise DamagedError(f"{_where(path)} has no `{cut(printable(str(unknown[0])), 40)}`, which it says it has")
 
 
 def _check_complete(path: str, module: nn.Module) -> None:

@@ -125,6 +125,23 @@ ATTACKS: dict[str, bytes] = {
     + b"h\x01sub",
     "nesting": b"]" * 5000 + b"a" * 4999,
     "another protocol": b"\x80\x04\x95" + (20).to_bytes(8, "little") + b"\x8c\x02os\x8c\x06system\x93.",
+    "a long row of bytes": b"\x80\x04\x8e" + (2**62).to_bytes(8, "little") + b"a.",
+    "a long array of bytes": b"\x80\x05\x96" + (2**62).to_bytes(8, "little") + b"a.",
+    "a set of doubled tuples": b"\x80\x04\x8f(" + DOUBLED + b"\x90.",
+    "items for a set of nothing": b"\x80\x04" + called("builtins.set") + b"(K\x01\x90.",
+    "a call by keyword": b"\x80\x04" + named(LINEAR) + b")}\x92.",
+    "a name that is no text": b"\x80\x04K\x01K\x02\x93.",
+    "an attribute of the class itself": called("__builtin__.getattr", named(LINEAR), text("forward")),
+    "an attribute of torch": called(
+        "__builtin__.getattr", named("torch._C._VariableFunctionsClass"), text("from_file")
+    ),
+    "a counter of layers": called("collections.Counter", b"}" + text("a") + identity() + b"s"),
+    "missing values from a function": called("collections.defaultdict", named("os.getcwd")) + b"(" + identity() + b"Nu",
+    "marks of doubled tuples": called(
+        "torch._utils._rebuild_tensor_v2",
+        row(text("storage"), named("torch.FloatStorage"), text("0"), text("cpu"), plain(1)) + b"Q",
+        *(plain(0), plain((1,)), plain((1,)), b"\x89", called("collections.OrderedDict"), DOUBLED),
+    ),
     "an opcode of text": b"cos\nsystem\n(S'true'\ntR",
     "an instance of old classes": b"(ios\nsystem\n",
     "an extension": b"\x82\x01",

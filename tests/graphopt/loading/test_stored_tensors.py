@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections import OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,15 @@ def test_each_type_in_both_formats(dtype: torch.dtype, zipped: bool) -> None:
     assert found["view"].untyped_storage().data_ptr() == found["whole"].untyped_storage().data_ptr()
 
 
-@pytest.mark.parametrize("zipped", [True, False])
-def test_plain_data_beside_tensors(zipped: bool) -> None:
+WRITTEN: tuple[dict[str, Any], ...] = (
+    {},
+    {"_use_new_zipfile_serialization": False},
+    *({"pickle_protocol": protocol} for protocol in (3, 4, 5)),
+)
+
+
+@pytest.mark.parametrize("options", WRITTEN, ids=str)
+def test_plain_data_beside_tensors(options: dict[str, Any]) -> None:
     value = {
         "epoch": 3,
         "best": 0.5,
@@ -74,18 +81,48 @@ def test_plain_data_beside_tensors(zipped: bool) -> None:
         "shape": torch.Size([1, 2]),
         "type": torch.float16,
         "set": {1, 2},
+        "frozen": frozenset({"a"}),
+        "no bytes": b"",
+        "milestones": Counter([30, 30, 60]),
         "row": (1, [2, {3: "a"}]),
         "ordered": OrderedDict(b=1, a=2),
         "conjugate": torch.randn(3, dtype=torch.complex64).conj(),
+        "negated": torch.randn(3, dtype=torch.complex64).conj().imag,
         "state": nn.BatchNorm1d(3).state_dict(),
     }
-    found, wanted = load_plain_pickle(data := written(value, _use_new_zipfile_serialization=zipped)), theirs(data)
-    assert torch.equal(found.pop("conjugate"), wanted.pop("conjugate"))
+    data = written(value, **options)
+    found, wanted = load_plain_pickle(data), torch.load(io.BytesIO(data), weights_only=False)
+    assert all(torch.equal(found.pop(name), wanted.pop(name)) for name in ("conjugate", "negated"))
     state, expected = found.pop("state"), wanted.pop("state")
     assert list(state) == list(expected)
     assert all(torch.equal(state[name], expected[name]) for name in expected)
     assert found == wanted
     assert list(map(type, found.values())) == list(map(type, wanted.values()))
+
+
+@pytest.mark.parametrize("options", WRITTEN, ids=str)
+def test_what_comes_back_as_what_it_holds(options: dict[str, Any]) -> None:
+    marked = nn.Parameter(torch.ones(2))
+    marked.no_weight_decay = True  # type: ignore[attr-defined]
+    lists = defaultdict(list, a=[1])
+    found = load_plain_pickle(written({"lists": lists, "state": bytearray(b"\x01\xff"), "marked": marked}, **options))
+    assert (found["lists"], found["state"]) == ({"a": [1]}, b"\x01\xff")
+    assert isinstance(found["marked"], nn.Parameter)
+    assert torch.equal(found["marked"], marked)
+    assert not vars(found["marked"])
+
+
+@pytest.mark.parametrize("options", WRITTEN, ids=str)
+def test_modules_of_every_format(options: dict[str, Any]) -> None:
+    relu, tanh = (nn.TransformerEncoderLayer(4, 1, 4, activation=function) for function in (torch.relu, torch.tanh))
+    numbers = nn.ParameterDict({"weight": torch.ones(2), "epsilon": 1e-3})
+    synced = nn.SyncBatchNorm.convert_sync_batchnorm(nn.BatchNorm2d(4))
+    model = nn.Sequential(relu, tanh, numbers, synced).eval()
+    found = load_stock_pickle(written(model, **options))
+    x, image = torch.randn(2, 3, 4), torch.randn(2, 4, 3, 3)
+    assert all(torch.equal(ours(x), layer(x)) for ours, layer in zip(found[:2], model[:2], strict=True))
+    assert (found[1].activation, found[2]["epsilon"]) == (torch.tanh, 1e-3)
+    assert torch.equal(found[3](image), synced(image))
 
 
 @pytest.mark.parametrize(
