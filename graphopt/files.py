@@ -27,6 +27,7 @@ from graphopt.errors import LoadError, UsageError
 
 MANIFEST = "manifest.json"  # holds the digests of the files beside it, by name: with it they are a result
 MOST_OF_A_MANIFEST = 2**26  # bytes; plans list what they keep, one index a line
+_FIELDS = {"schema", "pipeline", "plans", "sha256"}  # of a manifest since the first
 SCRATCH = ".graphopt-scratch-"  # what the names of scratch directories start with
 _LOCK = ".lock"
 _MARK = b"A scratch directory of graphopt's: whoever finds no lock on this file may remove it.\n"
@@ -92,8 +93,8 @@ def replacing_directory(path: Path) -> Iterator[Path]:
     Files of `path` stay that the block does not write, but for those that only the manifest it replaces is about.
 
     Raises:
-        UsageError: the directory cannot be written to, the disk is full, a folder is in the way of a file, or `path`
-            holds a result that these files would make another and do not replace; it is as it was.
+        UsageError: the directory cannot be written to, the disk is full, something else is in the way of a file, or
+            `path` holds a result that these files would make another and do not replace; it is as it was.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -124,8 +125,9 @@ def _publish(new: Path, old: Path, path: Path) -> None:
     """
     names = sorted((file.name for file in new.iterdir()), key=lambda name: (name == MANIFEST, name))
     _check_in_the_way(*(path / name for name in names))
-    before = _digests(path / MANIFEST)
+    before = _digests(path / MANIFEST) or {}
     if MANIFEST in names:
+        check_manifest_in_the_way(path)
         coming, gone = names, [name for name in before if name not in names and _has(path / name, before[name])]
     else:
         changed = next((name for name in names if name in before and not _has(new / name, before[name])), None)
@@ -156,13 +158,27 @@ def _check_in_the_way(*paths: Path) -> None:
             raise OSError(errno.EEXIST, f"{path.name} is {_KINDS[kind]} there, not a file")
 
 
-def _digests(manifest: Path) -> dict[str, str]:
-    """Return the digests that a manifest holds by the name of the file: none if it is missing, damaged, or foreign."""
+def check_manifest_in_the_way(directory: Path) -> None:
+    """Raise a UsageError if a directory holds a manifest of something else than graphopt, which a result would replace.
+
+    Other programs call files of theirs so, too.
+    """
+    if _digests(directory / MANIFEST) is None and (directory / MANIFEST).is_file():
+        raise UsageError(
+            f"{directory / MANIFEST} was not written by graphopt, or is damaged, and a result here would replace it. "
+            "Choose another place with -o, or move it away."
+        )
+
+
+def _digests(manifest: Path) -> dict[str, str] | None:
+    """Return the digests that a manifest holds by the name of the file; None if it is missing, damaged, or foreign."""
     try:
         found: Any = json.loads(read_file(manifest, most=MOST_OF_A_MANIFEST))
+        if not found.keys() >= _FIELDS:
+            return None
         return {name: str(digest) for name, digest in found["sha256"].items() if PurePath(name).name == name}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return {}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return None
 
 
 def _has(path: Path, digest: str | None) -> bool:
@@ -254,7 +270,7 @@ def _withdraw(scratch: Path, path: Path) -> None:
     listed = {folder: found for folder in folders if (found := _digests(folder / MANIFEST))}
     if listed:
         with _locked(path):
-            named = _digests(path / MANIFEST)
+            named = _digests(path / MANIFEST) or {}
             for folder, digests in listed.items():
                 for name, digest in digests.items():
                     if name not in named and not (folder / name).exists() and _has(path / name, digest):
@@ -330,7 +346,7 @@ def check_against_manifest(path: Path, content: bytes | None = None) -> None:
     Raises:
         LoadError: it has changed since, or is gone.
     """
-    digests = _digests(path.parent / MANIFEST)
+    digests = _digests(path.parent / MANIFEST) or {}
     for file, held in ((path, content), (path.with_name(f"{path.name}.data"), None)):
         if file.name in digests:
             check_digest(file, digests[file.name], held)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from graphopt.errors import UsageError
+from graphopt.files import check_manifest_in_the_way
 
 if TYPE_CHECKING:
     from graphopt.data import Samples
@@ -94,6 +95,7 @@ def check_output(directory: Path, *, dump: Path | None = None, depfile: Path | N
     for option, folder in (("-o", directory), ("--dump", dump)):
         if folder is not None and folder.exists() and not folder.is_dir():
             raise UsageError(f"{folder} is a file. Give {option} a directory.")
+    check_manifest_in_the_way(directory)
     if depfile is not None and depfile.exists() and not depfile.is_file():
         raise UsageError(f"{depfile} is no file. Give --depfile the name of one.")
 

@@ -30,7 +30,7 @@ _CHUNK = 1 << 24  # bytes unpacked at once
 # A member is kept unpacked up to this size, or this many times its size in the file, and read anew each time beyond.
 _KEPT_BYTES, _KEPT_EXPANSION = 1 << 28, 4
 # Deflate packs zeros 1032 to 1, so that a file of 300 kB is 300 MB of padding, or a trap: no more of it at once.
-_READ_BYTES, _READ_EXPANSION = 1 << 30, 16
+_READ_BYTES, _READ_EXPANSION = 1 << 29, 16
 
 
 @dataclass(frozen=True, slots=True)

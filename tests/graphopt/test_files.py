@@ -79,12 +79,17 @@ def test_what_is_no_file_is_neither_waited_for_nor_read(tmp_path: Path) -> None:
 # Writing. Killing is done in a process of its own, which is told at which step to end.
 
 
+def manifest(digests: dict[str, str]) -> str:
+    """Return a manifest as far as files are concerned."""
+    return json.dumps({"schema": 2, "pipeline": "fold", "plans": [], "sha256": digests})
+
+
 def _write(path: Path, **files: str) -> None:
     with replacing_directory(path) as folder:
         for name, text in files.items():
             (folder / name.replace("_", ".")).write_text(text)
         digests = {file.name: sha256(file) for file in folder.iterdir()}
-        (folder / MANIFEST).write_text(json.dumps({"sha256": digests}))
+        (folder / MANIFEST).write_text(manifest(digests))
 
 
 def _state(path: Path) -> dict[str, str]:
@@ -217,15 +222,36 @@ def test_what_only_the_old_manifest_names_goes_if_it_is_what_that_names(tmp_path
     assert (tmp_path / "b.onnx").read_text() == "of somebody else since"
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"sha256": 3}', '{"sha256": {"../victim": "x", "a": 1}}'])
-def test_a_manifest_that_is_none_names_nothing(tmp_path: Path, content: str) -> None:
+def test_a_manifest_names_files_beside_it_alone(tmp_path: Path) -> None:
     path = tmp_path / "out"
     path.mkdir()
     (tmp_path / "victim").write_text("x")
-    (path / MANIFEST).write_text(content)
-    (path / "a").write_text("1")
+    (path / MANIFEST).write_text(manifest({"../victim": sha256(tmp_path / "victim")}))
     _write(path, **NEW)
-    assert _read(path) == {"a": "1", "a.onnx": "new", "c.onnx": "new", "run.py": "new"}
+    assert _read(path) == {"a.onnx": "new", "c.onnx": "new", "run.py": "new"}
+    assert (tmp_path / "victim").exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"sha256": 3}', '{"name": "of a web page", "icons": []}'])
+def test_a_manifest_of_something_else_is_not_replaced(tmp_path: Path, content: str) -> None:
+    (tmp_path / MANIFEST).write_text(content)
+    (tmp_path / "a.onnx").write_text("somebody's")
+    before = _state(tmp_path)
+    with pytest.raises(UsageError, match=r"manifest.json was not written by graphopt, or is damaged"):
+        _write(tmp_path, **NEW)
+    assert _state(tmp_path) == before
+    assert not list(tmp_path.glob(f"{SCRATCH}*"))
+    check_against_manifest(tmp_path / "a.onnx")
+
+
+@pytest.mark.parametrize("digest", [True, False])
+def test_files_that_another_manifest_names_are_somebody_elses(tmp_path: Path, digest: bool) -> None:
+    (tmp_path / "victim").write_text("x")
+    named = {"victim": sha256(tmp_path / "victim") if digest else "0" * 64}
+    (tmp_path / MANIFEST).write_text(json.dumps({"sha256": named}))
+    check_against_manifest(tmp_path / "victim")
+    with pytest.raises(UsageError, match="not written by graphopt"):
+        _write(tmp_path, **NEW)
     assert (tmp_path / "victim").exists()
 
 
@@ -380,7 +406,7 @@ def test_left_overs_of_another_kind_are_neither_waited_for_nor_followed(tmp_path
     (link / ".lock").symlink_to(tmp_path / "mark")
     (outside / ".lock").write_bytes(files._MARK)
     (outside / "deep").symlink_to(tmp_path)
-    (outside / "new" / MANIFEST).write_text(json.dumps({"sha256": {"../victim": digest}}))
+    (outside / "new" / MANIFEST).write_text(manifest({"../victim": digest}))
     folder.symlink_to(tmp_path)
     _write(tmp_path / "out", **NEW)
     assert (tmp_path / "victim").read_text() == "mine"

@@ -94,6 +94,14 @@ def test_what_no_run_wrote_is_not_replaced(files: Files, fails: Fails) -> None:
     assert Path("build.failed/diary.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("command", ["optimize model.pt --passes fold -o", "apply model.pt build/manifest.json -o"])
+def test_a_manifest_of_something_else_is_not_replaced(files: Files, fails: Fails, command: str) -> None:
+    Path("site").mkdir()
+    Path("site/manifest.json").write_text('{"name": "of a web page"}')
+    assert fails(2, *command.split(), "site").startswith("site/manifest.json was not written by graphopt")
+    assert list(Path("site").iterdir()) == [Path("site/manifest.json")]
+
+
 @pytest.mark.parametrize("left", ["", f"{SCRATCH}abcdefgh/new", "report.json"])
 def test_a_run_that_was_killed_where_failures_go_keeps_no_other_from_going_there(files: Files, left: str) -> None:
     Path("build.failed", left).mkdir(parents=True)

@@ -133,7 +133,9 @@ def test_a_file_is_read_once_and_is_then_what_its_manifest_says(
     """Read twice, it could be one file when it is checked and another when it is loaded."""
     path = tmp_path / "w.pt"
     torch.save(reference(), path)
-    (tmp_path / MANIFEST).write_text(json.dumps({"sha256": {"w.pt": sha256(path)}}))
+    (tmp_path / MANIFEST).write_text(
+        json.dumps({"schema": 2, "pipeline": "", "plans": [], "sha256": {"w.pt": sha256(path)}})
+    )
     opened, open_file = [], Path.open
 
     def counted(file: Path, *args: Any, **kwargs: Any) -> Any:
