@@ -21,7 +21,7 @@ from graphopt.errors import first_line
 from graphopt.loading.refusal import DamagedError, HostileError
 
 PROTOCOLS = (2, 3, 4, 5)
-MAX_OPCODES = 5_000_000  # a tensor takes some 25: 200,000 tensors
+MAX_OPCODES = 2_500_000  # a tensor takes some 25: 100,000 tensors
 _KEYS = (str, int, float, bool, bytes, type(None))
 
 
