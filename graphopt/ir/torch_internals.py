@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Iterator
 from typing import IO, Any
+from unittest import mock
 
 import torch
 from torch import fx
@@ -45,6 +47,7 @@ __all__ = [
     "is_compiled",
     "is_composite",
     "is_function_transform",
+    "kept_translations",
     "load_pt2",
     "make_fx",
     "optimization_hint",
@@ -55,6 +58,7 @@ __all__ = [
     "target_of_conversion",
 ]
 
+_translations: dict[int, Any] = {}  # by version of the operator set
 SHAPES_LOGGER = symbolic_shapes.__name__  # where torch logs which line of a model guarded on a size
 
 
@@ -144,6 +148,24 @@ def load_pt2(stream: IO[bytes]) -> tuple[dict[str, ExportedProgram], dict[str, s
 
     contents = load(stream)
     return contents.exported_programs, contents.extra_files
+
+
+@contextlib.contextmanager
+def kept_translations() -> Iterator[None]:
+    """Let `torch.onnx.export` read its library of translations once in a process: a second of every export (2.13)."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    read = ONNXRegistry.from_torchlib
+
+    def copied(opset_version: int) -> Any:
+        if opset_version not in _translations:
+            _translations[opset_version] = read(opset_version=opset_version)
+        registry = copy.copy(_translations[opset_version])
+        registry.functions = {target: list(found) for target, found in registry.functions.items()}
+        return registry
+
+    with mock.patch.object(ONNXRegistry, "from_torchlib", staticmethod(copied)):
+        yield
 
 
 def compiler_settings(**settings: Any) -> contextlib.AbstractContextManager[None]:

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
+import graphopt.quantization.ops  # noqa: F401
 from graphopt.ir import torch_internals
 from graphopt.ir.torch_internals import (
     HigherOrderOperator,
@@ -26,6 +28,7 @@ from graphopt.ir.torch_internals import (
     is_compiled,
     is_composite,
     is_function_transform,
+    kept_translations,
     make_fx,
     optimization_hint,
     output_structure,
@@ -135,3 +138,24 @@ def test_a_module_that_compiles_is_recognised() -> None:
     assert [is_compiled(module) for module in (plain, told, wrapped)] == [False, True, True]
     assert compiled_module(wrapped) is not None
     assert compiled_module(told) is None
+
+
+def test_translations_to_onnx_are_read_once_and_kept_as_they_were() -> None:
+    def read() -> Any:
+        return ONNXRegistry().from_torchlib(opset_version=20)
+
+    def same(one: Any, other: Any) -> list[bool]:
+        assert one.functions.keys() == other.functions.keys()
+        return [
+            a is b for name in one.functions for a, b in zip(one.functions[name], other.functions[name], strict=True)
+        ]
+
+    alone = read()
+    for _ in range(2):
+        with kept_translations():
+            kept, again = read(), read()
+        assert all(same(kept, again))
+        assert not all(same(kept, alone))
+        for target in (aten.relu.default, torch.ops.graphopt.observe.default):
+            kept.register_op(target, lambda x: x)
+    assert not all(same(read(), again))
