@@ -25,7 +25,7 @@ from graphopt.errors import LoweringError
 from graphopt.ir.exporting import exported
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import module_path, user_line
-from graphopt.ir.torch_internals import kept_translations
+from graphopt.ir.torch_internals import kept_operators, kept_translations
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,14 @@ def export(program: Program, opset: int) -> ir.Model:
     _forget_strides(own.graph_module)
     reduce_fixed_bags(own.graph_module)
     restate(own.graph_module)
-    with kept_translations(), warnings.catch_warnings(), _quiet("torch.onnx"), _quiet("onnxscript"), _quiet("onnx_ir"):
+    with (
+        kept_translations(),
+        kept_operators(),
+        warnings.catch_warnings(),
+        _quiet("torch.onnx"),
+        _quiet("onnxscript"),
+        _quiet("onnx_ir"),
+    ):
         warnings.simplefilter("ignore")
         try:
             onnx_program = torch.onnx.export(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Iterator
 from typing import IO, Any
 from unittest import mock
@@ -15,6 +16,7 @@ from unittest import mock
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher  # without it aten.pad fixes a symbolic batch to its hint
+from torch._export import utils as export_utils  # where an export looks for operators
 from torch._guards import detect_fake_mode  # the mode of recorded values: their symbols belong to it
 from torch._ops import HigherOrderOperator, OperatorBase, OpOverload, OpOverloadPacket  # what graphs call
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # what `meta["val"]` holds
@@ -47,6 +49,7 @@ __all__ = [
     "is_compiled",
     "is_composite",
     "is_function_transform",
+    "kept_operators",
     "kept_translations",
     "load_pt2",
     "make_fx",
@@ -165,6 +168,17 @@ def kept_translations() -> Iterator[None]:
         return registry
 
     with mock.patch.object(ONNXRegistry, "from_torchlib", staticmethod(copied)):
+        yield
+
+
+@contextlib.contextmanager
+def kept_operators() -> Iterator[None]:
+    """Let torch look for new composite operators once meanwhile.
+
+    It does for every namespace of operators, several times in an export: a quarter of a second of each (2.13).
+    """
+    looked_for = functools.cache(export_utils._materialize_cpp_cia_ops)
+    with mock.patch.object(export_utils, "_materialize_cpp_cia_ops", looked_for):
         yield
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from graphopt.ir.torch_internals import (
     is_compiled,
     is_composite,
     is_function_transform,
+    kept_operators,
     kept_translations,
     make_fx,
     optimization_hint,
@@ -159,3 +161,16 @@ def test_translations_to_onnx_are_read_once_and_kept_as_they_were() -> None:
         for target in (aten.relu.default, torch.ops.graphopt.observe.default):
             kept.register_op(target, lambda x: x)
     assert not all(same(read(), again))
+
+
+def test_operators_are_looked_for_once_and_all_found() -> None:
+    from torch._export import utils
+
+    found = utils._collect_all_valid_cia_ops()
+    with mock.patch.object(utils, "_materialize_cpp_cia_ops") as look:
+        with kept_operators():
+            assert utils._collect_all_valid_cia_ops() == found
+            utils._collect_all_valid_cia_ops()
+        assert look.call_count == 1
+        utils._collect_all_valid_cia_ops()
+    assert look.call_count > 2
