@@ -22,6 +22,7 @@ _ENOUGH = 32  # judges; where a tenth of the samples is fewer, up to a quarter o
 _SHORTEST_PERIOD = 4
 _FEWEST_OF_THREE = 2 * FEWEST  # samples; of fewer, half of what judges would say nothing
 _MOST = 1024  # judges; all samples behind them may be fitted
+_PIECE = 4096  # samples whose part is looked up at once
 _GOLDEN = 0x9E3779B1  # 2^32 over the golden ratio: multiples of it spread evenly (Knuth, TAOCP 3, section 6.4)
 
 
@@ -95,10 +96,10 @@ class Part:
         """
         first, known = 0, 0
         while True:
-            rows = self._rows(first, self.period * self.unit)
+            rows = self._rows(first, _PIECE)
             if index < known + len(rows):
                 return first + int(rows[index - known])
-            first, known = first + self.period * self.unit, known + len(rows)
+            first, known = first + _PIECE, known + len(rows)
             if "fitted" not in self.roles and first >= self._last:
                 raise IndexError(f"This part of the samples holds at most {known}; none is number {index}.")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -54,7 +54,9 @@ def test_the_share_of_each_part(any_batch: Program, count: int, held: int, unsee
     assert sorted(number for part in parts if part for number in read(part, 512)) == list(range(count))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
+@example(FEWEST, 3, 7)  # two parts
+@example(400, 50, 400)
 @given(st.integers(FEWEST, 400), st.integers(1, 50), st.integers(1, 400))
 def test_it_does_not_depend_on_how_it_is_read(any_batch: Program, count: int, batch_size: int, limit: int) -> None:
     for part, again in zip(split(numbered(count), any_batch), split(numbered(count), any_batch), strict=True):
