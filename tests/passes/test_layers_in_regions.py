@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from graphopt.capturing.capture import capture
+from graphopt.ir.program import Program
 from graphopt.job.optimizing import optimize
 
 
@@ -21,11 +23,18 @@ class Branching(nn.Module):
         return result
 
 
+@pytest.fixture(scope="module")
+def branching() -> Program:
+    torch.manual_seed(0)
+    return capture(Branching(), torch.randn(2, 64))
+
+
 @pytest.mark.parametrize("text", ["svd:rank=16", "int8", "sparsity24:ends=yes", "prune:ratio=0.5"])
-def test_layers_inside_a_region_are_named(text: str) -> None:
+def test_layers_inside_a_region_are_named(branching: Program, text: str) -> None:
     generator = torch.Generator().manual_seed(0)
     data = torch.randn(64, 64, generator=generator)
-    result = optimize(Branching(), data=data, passes=text, target="tensorrt" if "24" in text else "onnxruntime")
+    target = "tensorrt" if "24" in text else "onnxruntime"
+    result = optimize(branching, data=data, passes=text, target=target, lower=False)
     assert result.plans[-1].sites
     said = {refusal.site: refusal.reason for refusal in result.plans[-1].refusals}
     assert "its layers run inside a region" in said["cond"]
