@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import io
 import json
+import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +24,42 @@ from tests.graphopt.cli.conftest import Fails, Files
 FULL = ("optimize", "model.pt", "--passes", "prune:ratio=0.5,svd,int8", "--data", "data.npz")
 
 
-def test_optimize_writes_everything_a_deployment_needs(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run([*FULL, "--eval", "labelled.npz", "--depfile", "model.d"]) == 0
-    table = capsys.readouterr().out
+WRITTEN = ("onnxruntime.onnx", "program.pt2", "plans.safetensors", "manifest.json", "run.py")
+
+Built = Callable[[str], str]
+
+
+@pytest.fixture(scope="module")
+def builds(original_files: Files, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """Run the whole command twice, once for each format: a folder with two results, and what was printed of them."""
+    folder = tmp_path_factory.mktemp("builds")
+    for file in (original_files.model, original_files.data, original_files.labelled):
+        (folder / file.name).symlink_to(file)
+    printed = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name, options in (("model.graphopt", ("--depfile", "model.d")), ("two", ("-o", "two", "--format", "json"))):
+            with contextlib.redirect_stdout(io.StringIO()) as stream:
+                assert run([*FULL, "--eval", "labelled.npz", *options]) == 0
+            printed[name] = stream.getvalue()
+    return folder, printed
+
+
+@pytest.fixture
+def built(files: Files, builds: tuple[Path, dict[str, str]]) -> Built:
+    """Return a function that copies a result of the command to the test's folder and returns what it printed."""
+    folder, printed = builds
+
+    def copy(name: str) -> str:
+        shutil.copytree(folder / name, files.folder / name)
+        return printed[name]
+
+    shutil.copy(folder / "model.d", files.folder)
+    return copy
+
+
+def test_optimize_writes_everything_a_deployment_needs(files: Files, built: Built) -> None:
+    table = built("model.graphopt")
     out = files.folder / "model.graphopt"
     names = {"onnxruntime.onnx", "program.pt2", "manifest.json", "report.json", "run.py", "plans.safetensors"}
     assert {path.name for path in out.iterdir()} == names
@@ -36,8 +72,8 @@ def test_optimize_writes_everything_a_deployment_needs(files: Files, capsys: pyt
     assert depfile.splitlines()[0] == "model.graphopt/onnxruntime.onnx: model.pt data.npz labelled.npz"
 
 
-def test_the_artifact_runs_without_graphopt(files: Files) -> None:
-    assert run([*FULL, "--no-bench"]) == 0
+def test_the_artifact_runs_without_graphopt(files: Files, built: Built) -> None:
+    built("model.graphopt")
     np.save(files.folder / "x.npy", np.load(files.data)["input"][:3])
     script = files.folder / "model.graphopt" / "run.py"
     done = subprocess.run(
@@ -47,22 +83,21 @@ def test_the_artifact_runs_without_graphopt(files: Files) -> None:
     assert "import graphopt" not in script.read_text()
 
 
-def test_same_input_same_bytes_and_replay(files: Files) -> None:
-    for folder in ("one", "two"):
-        assert run([*FULL, "--no-bench", "-o", folder]) == 0
-    written = ("onnxruntime.onnx", "program.pt2", "plans.safetensors", "manifest.json", "run.py")
-    for name in written:
-        assert (files.folder / "one" / name).read_bytes() == (files.folder / "two" / name).read_bytes(), name
-    assert run(["apply", "model.pt", "one/manifest.json", "-o", "again"]) == 0
-    for name in written:
-        assert (files.folder / "again" / name).read_bytes() == (files.folder / "one" / name).read_bytes(), name
+def test_same_input_same_bytes_and_replay(files: Files, built: Built) -> None:
+    for folder in ("model.graphopt", "two"):
+        built(folder)
+    for name in WRITTEN:
+        assert Path("model.graphopt", name).read_bytes() == Path("two", name).read_bytes(), name
+    assert run(["apply", "model.pt", "two/manifest.json", "-o", "again"]) == 0
+    for name in WRITTEN:
+        assert Path("again", name).read_bytes() == Path("two", name).read_bytes(), name
     opened = graphopt.open("again")
     assert opened.artifact.session_options
-    assert any("those of one;" in note for note in opened.report.notes)
+    assert any("those of two;" in note for note in opened.report.notes)
 
 
-def test_replay_on_another_model_is_refused(files: Files, fails: Fails) -> None:
-    assert run([*FULL, "--no-bench"]) == 0
+def test_replay_on_another_model_is_refused(files: Files, built: Built, fails: Fails) -> None:
+    built("model.graphopt")
     other = graphopt.load("model.pt")
     with torch.no_grad():
         next(other.parameters()).add_(1)
@@ -71,9 +106,8 @@ def test_replay_on_another_model_is_refused(files: Files, fails: Fails) -> None:
     assert "were made for another program" in said
 
 
-def test_json_on_stdout_is_nothing_but_json(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run([*FULL, "--format", "json", "--eval", "labelled.npz"]) == 0
-    report = json.loads(capsys.readouterr().out)
+def test_json_on_stdout_is_nothing_but_json(built: Built) -> None:
+    report = json.loads(built("two"))
     original, *_, artifact = report["rows"]
     assert artifact["size"] < original["size"]
     assert artifact["latency"]["speedup"] > 0
@@ -100,7 +134,7 @@ def test_plan_decides_for_the_target(files: Files, capsys: pytest.CaptureFixture
 
 
 def test_a_failed_gate_still_writes_and_exits_with_1(files: Files, fails: Fails) -> None:
-    said = fails(1, *FULL, "--fail-if", "size>0.01")
+    said = fails(1, "optimize", "model.pt", "--passes", "", "--no-bench", "--fail-if", "size>0.01")
     assert said.startswith("size is ")
     assert said.endswith("The results are in model.graphopt.failed; model.graphopt is as it was.")
     assert (files.folder / "model.graphopt.failed" / "onnxruntime.onnx").exists()
@@ -118,14 +152,15 @@ def test_two_targets_share_what_comes_before_the_fork(files: Files, capsys: pyte
     assert "tensorrt.onnx" in capsys.readouterr().out
 
 
-def test_verify_tells_equal_from_different(files: Files, capsys: pytest.CaptureFixture[str], fails: Fails) -> None:
-    assert run(["optimize", "model.pt", "--passes", "fold", "--no-bench"]) == 0
-    artifact = "model.graphopt/onnxruntime.onnx"
+def test_verify_tells_equal_from_different(
+    files: Files, built: Built, capsys: pytest.CaptureFixture[str], fails: Fails
+) -> None:
+    assert run(["optimize", "model.pt", "--passes", "fold", "--no-bench", "-o", "folded"]) == 0
     capsys.readouterr()
-    assert run(["verify", "model.pt", artifact, "--data", "data.npz", "--format", "json"]) == 0
+    assert run(["verify", "model.pt", "folded/onnxruntime.onnx", "--data", "data.npz", "--format", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["equal"] is True
-    assert run(["optimize", "model.pt", "--passes", "prune:ratio=0.5", "--no-bench", "-o", "pruned"]) == 0
-    said = fails(4, "verify", "model.pt", "pruned/onnxruntime.onnx", "--data", "data.npz")
+    built("model.graphopt")
+    said = fails(4, "verify", "model.pt", "model.graphopt/onnxruntime.onnx", "--data", "data.npz")
     assert "does not compute what model.pt does" in said
 
 
