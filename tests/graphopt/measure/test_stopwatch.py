@@ -55,7 +55,8 @@ def _loss(output: Tensor, labels: Tensor | None) -> Tensor:
 
 def test_optimize_hands_both_to_a_pass() -> None:
     labels = torch.tensor([3, 4])
-    result = optimize(program_of(16), {"input": IMAGE, "labels": labels}, [_AsksForLatencyAndLoss], loss=_loss)
+    data = {"input": IMAGE, "labels": labels}
+    result = optimize(program_of(16), data, [_AsksForLatencyAndLoss], loss=_loss, lower=False)
     measured = result.plans[0].measured
     assert 0.3 < measured["ratio"] < 3  # type: ignore[operator]
     assert measured["loss"] == 7
