@@ -51,8 +51,15 @@ def recovered(
     return recover.apply(program, plan), plan
 
 
-def test_it_brings_the_outputs_closer_by_a_margin(teacher: Program, pruned: Program, samples: Tensor) -> None:
-    result, plan = recovered(pruned, teacher, samples)
+@pytest.fixture(scope="module")
+def learnt(teacher: Program, pruned: Program, samples: Tensor) -> tuple[Program, RecoverPlan]:
+    return recovered(pruned, teacher, samples)
+
+
+def test_it_brings_the_outputs_closer_by_a_margin(
+    teacher: Program, pruned: Program, learnt: tuple[Program, RecoverPlan]
+) -> None:
+    result, plan = learnt
     fresh = torch.randn(256, 3, 8, 8, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         wanted = teacher(fresh)
@@ -64,21 +71,14 @@ def test_it_brings_the_outputs_closer_by_a_margin(teacher: Program, pruned: Prog
     assert plan.views == ()
 
 
-def test_the_original_and_the_program_are_untouched_to_the_bit(
+def test_the_same_seed_gives_the_same_bytes_another_does_not_and_what_was_given_is_untouched_to_the_bit(
     teacher: Program, pruned: Program, samples: Tensor
 ) -> None:
     shared = teacher.copy()  # as passes hand programs on: its tensors are the teacher's own
     before = fingerprint(teacher), fingerprint(pruned)
-    recovered(pruned, shared, samples, options=dataclasses.replace(SMALL, epochs=1))
-    assert (fingerprint(teacher), fingerprint(pruned)) == before
-
-
-def test_the_same_seed_gives_the_same_bytes_and_another_does_not(
-    teacher: Program, pruned: Program, samples: Tensor
-) -> None:
     options = dataclasses.replace(SMALL, epochs=1)
     torch.manual_seed(5)
-    one, _ = recovered(pruned, teacher, samples, options=options)
+    one, _ = recovered(pruned, shared, samples, options=options)
     torch.manual_seed(6)  # the state of torch's own generator does not matter, and is left alone
     state = torch.get_rng_state()
     again, _ = recovered(pruned, teacher, samples, options=options)
@@ -86,6 +86,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(
     other, _ = recovered(pruned, teacher, samples, options=options, seed=1)
     assert fingerprint(one) == fingerprint(again)
     assert fingerprint(one) != fingerprint(other)
+    assert (fingerprint(teacher), fingerprint(pruned)) == before
 
 
 def test_the_contract_of_a_pass(samples: Tensor) -> None:
@@ -125,8 +126,10 @@ def test_a_program_that_lost_nothing(teacher: Program, samples: Tensor) -> None:
     assert plan.refusals[0].reason == "outputs already agree: there is nothing to recover"
 
 
-def test_what_is_worse_than_before_is_refused(teacher: Program, pruned: Program, samples: Tensor) -> None:
-    good, _ = recovered(pruned, teacher, samples)
+def test_what_is_worse_than_before_is_refused(
+    teacher: Program, learnt: tuple[Program, RecoverPlan], samples: Tensor
+) -> None:
+    good, _ = learnt
     context = Context(original=teacher).with_data(TensorSamples((samples,)))
     plan = Recover(RecoverOptions(epochs=1, lr=1.0, batch_size=32)).plan(good, context)
     assert plan.sites == ()
@@ -136,11 +139,12 @@ def test_what_is_worse_than_before_is_refused(teacher: Program, pruned: Program,
 def test_a_rate_too_large_gives_way_to_a_smaller_one(
     teacher: Program, pruned: Program, samples: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    options = dataclasses.replace(SMALL, epochs=1)
     monkeypatch.setattr("graphopt.passes.recover._RATES_WITH_BATCH_NORM", (1e30, 1.0, 0.03))
-    _, plan = recovered(pruned, teacher, samples)
+    _, plan = recovered(pruned, teacher, samples, options=options)
     assert plan.measured["lr"] == 0.03
     monkeypatch.setattr("graphopt.passes.recover._RATES_WITH_BATCH_NORM", (0.03,))
-    _, at_once = recovered(pruned, teacher, samples)
+    _, at_once = recovered(pruned, teacher, samples, options=options)
     assert all(torch.equal(plan.tensors[name], at_once.tensors[name]) for name in plan.sites)
 
 
