@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import gc
 
+import pytest
+
 # Graphs of torch, sympy and ONNX are many small objects that live on; looking through them for garbage after every 700
 # new ones, Python's default, took a seventh of the suite's time.
 gc.set_threshold(20_000, 20, 100)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let pytest-xdist hand files out as they come: it would begin with those of most tests, the longest have few."""
+    config.option.loadscopereorder = False
