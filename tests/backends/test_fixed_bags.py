@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from graphopt import capture
 from graphopt.backends.onnx_lowering.lowering import Style, lower
 from graphopt.backends.onnxruntime import OnnxRuntimeBackend
 from graphopt.backends.tensorrt import TensorRTBackend, engine
+from graphopt.ir.program import Program
 
 ROUNDING = 1e-6  # sums of five float32 in another order, over the largest output
 
@@ -35,12 +37,17 @@ class Bag(nn.Module):
         return found
 
 
-@pytest.mark.parametrize(("mode", "padding", "weighted"), CASES)
-def test_equals_torch_at_every_batch(mode: str, padding: int | None, weighted: bool, tmp_path: Path) -> None:
+@functools.cache
+def captured(mode: str, padding: int | None, weighted: bool) -> tuple[Bag, Program]:
     torch.manual_seed(0)
     model = Bag(mode, padding)
     example = (torch.randint(0, 10, (4, 5)), *([torch.rand(4, 5)] if weighted else []))
-    program = capture(model, example)
+    return model, capture(model, example)
+
+
+@pytest.mark.parametrize(("mode", "padding", "weighted"), CASES)
+def test_equals_torch_at_every_batch(mode: str, padding: int | None, weighted: bool, tmp_path: Path) -> None:
+    model, program = captured(mode, padding, weighted)
     backend = OnnxRuntimeBackend()
     artifact = backend.lower(program, tmp_path / "bag.onnx")
     assert backend.verify(artifact, program) < ROUNDING
@@ -58,9 +65,7 @@ def test_equals_torch_at_every_batch(mode: str, padding: int | None, weighted: b
 @pytest.mark.skipif(not engine.available(), reason="the extra graphopt[tensorrt] is not installed")
 @pytest.mark.parametrize(("mode", "padding", "weighted"), CASES)
 def test_built_by_tensorrt(mode: str, padding: int | None, weighted: bool, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    example = (torch.randint(0, 10, (4, 5)), *([torch.rand(4, 5)] if weighted else []))
-    program = capture(Bag(mode, padding), example)
+    _, program = captured(mode, padding, weighted)
     backend = TensorRTBackend()
     artifact = backend.lower(program, tmp_path / "bag.onnx")
     assert str(artifact.facts["engine"]).startswith("built by tensorrt-rtx")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -50,21 +52,26 @@ class Odd(nn.Module):
         return x, y, y, self.constant
 
 
+@functools.cache
+def captured(kind: type[nn.Module]) -> tuple[nn.Module, graphopt.Program]:
+    torch.manual_seed(0)
+    model = kind().eval()
+    return model, graphopt.capture(model, X[:4])
+
+
 @pytest.mark.parametrize("target", [None, "onnxruntime", "tensorrt"])
 @pytest.mark.parametrize("model", [Input, InputTwice])
 def test_int8_finds_nothing_in_a_model_that_returns_its_input(model: type[nn.Module], target: str | None) -> None:
-    result = graphopt.optimize(model().eval(), X, "int8", target, bench=False)
+    result = graphopt.optimize(captured(model)[1], X, "int8", target, bench=False)
     assert not any(plan.sites for plan in result.plans)
     for found in outputs(result.program, X):
         assert torch.equal(found, X)
 
 
 @pytest.mark.parametrize("passes", PASSES)
-@pytest.mark.parametrize("target", [None, "onnxruntime"])
-def test_a_layer_in_half_precision_between_others(passes: str, target: str | None) -> None:
-    torch.manual_seed(0)
-    model = Mixed().eval()
-    result = graphopt.optimize(model, X, passes, target, bench=False)
+def test_a_layer_in_half_precision_between_others(passes: str) -> None:
+    model, program = captured(Mixed)
+    result = graphopt.optimize(program, X, passes, bench=False)
     (found,) = outputs(result.program, X)
     assert found.dtype is torch.float32
     if not passes:
@@ -72,11 +79,9 @@ def test_a_layer_in_half_precision_between_others(passes: str, target: str | Non
 
 
 @pytest.mark.parametrize("passes", PASSES)
-@pytest.mark.parametrize("target", [None, "onnxruntime"])
-def test_outputs_that_are_inputs_equal_or_constant(passes: str, target: str | None) -> None:
-    torch.manual_seed(0)
-    model = Odd().eval()
-    result = graphopt.optimize(model, X, passes, target, bench=False)
+def test_outputs_that_are_inputs_equal_or_constant(passes: str) -> None:
+    model, program = captured(Odd)
+    result = graphopt.optimize(program, X, passes, bench=False)
     same, one, other, constant = outputs(result.program, X)
     assert torch.equal(same, X)
     assert torch.equal(one, other)
@@ -101,12 +106,16 @@ class Scaled(nn.Module):
         return self.last((self.first(x) * scale).relu())
 
 
-@pytest.mark.parametrize("passes", ["int8", "prune:ratio=0.5:round_to=1", "recover:epochs=1"])
-def test_an_input_without_axes(passes: str) -> None:
+@pytest.fixture(scope="module")
+def scaled() -> graphopt.Program:
     torch.manual_seed(0)
-    program = graphopt.capture(Scaled().eval(), (torch.tensor(2.0), X[:4]))
+    return graphopt.capture(Scaled().eval(), (torch.tensor(2.0), X[:4]))
+
+
+@pytest.mark.parametrize("passes", ["int8", "prune:ratio=0.5:round_to=1,recover:epochs=1"])
+def test_an_input_without_axes(scaled: graphopt.Program, passes: str) -> None:
     data = {"scale": torch.tensor(2.0), "x": X}
-    result = graphopt.optimize(program, data, passes, "onnxruntime", bench=False)
+    result = graphopt.optimize(scaled, data, passes, "onnxruntime", bench=False)
     assert result.program(torch.tensor(2.0), X).shape == (32, 4)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -53,6 +55,7 @@ class Net(nn.Module):
         return y
 
 
+@functools.cache
 def net(*, backbone: bool, head: bool) -> Program:
     torch.manual_seed(0)
     model = Net()
