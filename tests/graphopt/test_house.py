@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -16,9 +17,15 @@ ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "onnxruntime", "onnxsim", "onnx", "onnx_ir", "networkx", "numpy")
 
 
+@functools.cache
+def _tree(file: Path) -> ast.Module:
+    return ast.parse(file.read_text())
+
+
+@functools.cache
 def _imports(file: Path) -> set[str]:
     names = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(_tree(file)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -71,7 +78,7 @@ def test_one_word_one_meaning() -> None:
     places: dict[str, list[str]] = {}
     for folder in ("graphopt", "passes", "backends"):
         for file in _sources(folder):
-            for node in ast.parse(file.read_text()).body:
+            for node in _tree(file).body:
                 if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                     places.setdefault(node.name, []).append(str(file.relative_to(ROOT)))
     assert {name: files for name, files in places.items() if len(files) > 1} == {}
@@ -152,7 +159,7 @@ def _chain(node: ast.AST) -> str:
 
 
 def _private_torch(file: Path) -> set[str]:
-    tree = ast.parse(file.read_text())
+    tree = _tree(file)
     attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
     named = _imports(file) | {_chain(node) for node in attributes} | {node.attr for node in attributes}
     if not file.is_relative_to(ROOT / _NAMES_OF_FILES):
