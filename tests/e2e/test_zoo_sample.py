@@ -6,6 +6,7 @@ All of them, at their own sizes, are examined by `tools/zoo_prune.py`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import sys
 import types
@@ -48,7 +49,7 @@ def _vit() -> nn.Module:
 
 
 def _swin(version: int) -> nn.Module:
-    sizes = {"patch_size": [4, 4], "embed_dim": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": [4, 4]}
+    sizes = {"patch_size": [4, 4], "embed_dim": 32, "depths": [2, 1], "num_heads": [2, 4], "window_size": [4, 4]}
     parts = {"block": _part("swin_transformer", "SwinTransformerBlockV2")} if version == 2 else {}
     if version == 2:
         parts["downsample_layer"] = _part("swin_transformer", "PatchMergingV2")
@@ -59,6 +60,16 @@ def _efficientnet() -> nn.Module:
     stage = _part("efficientnet", "MBConvConfig")
     stages = [stage(1, 3, 1, 16, 16, 1, 1.0, 1.0), stage(4, 5, 2, 16, 24, 2, 1.0, 1.0)]
     return models.EfficientNet(stages, dropout=0.0, num_classes=_CLASSES, last_channel=64)
+
+
+def _mobilenet_v2() -> nn.Module:
+    stages = [[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 2, 2]]
+    return models.MobileNetV2(width_mult=0.5, inverted_residual_setting=stages, num_classes=_CLASSES)
+
+
+def _mobilenet_v3() -> nn.Module:
+    blocks, _ = _part("mobilenetv3", "_mobilenet_v3_conf")("mobilenet_v3_small")
+    return models.MobileNetV3(blocks[:6], 256, num_classes=_CLASSES)  # both activations, with and without a gate
 
 
 def _regnet() -> nn.Module:
@@ -72,7 +83,7 @@ def _convnext() -> nn.Module:
 
 
 def _maxvit() -> nn.Module:
-    sizes = {"stem_channels": 16, "partition_size": 4, "block_channels": [16, 32], "block_layers": [1, 1]}
+    sizes = {"stem_channels": 16, "partition_size": 4, "block_channels": [32], "block_layers": [1]}
     return models.MaxVit((32, 32), **sizes, head_dim=8, stochastic_depth_prob=0.0, num_classes=_CLASSES)
 
 
@@ -84,9 +95,9 @@ ZOO: dict[str, tuple[Build, int]] = {  # architecture: how to build it, size of 
     "resnet": (lambda: _resnet("BasicBlock"), 32),
     "resnext": (lambda: _resnet("Bottleneck", groups=4, width_per_group=8), 32),
     "densenet": (_densenet, 32),
-    "mobilenet_v2": (lambda: models.mobilenet_v2(width_mult=0.35, num_classes=_CLASSES), 32),
-    "mobilenet_v3": (lambda: models.mobilenet_v3_small(num_classes=_CLASSES), 32),
-    "shufflenet_v2": (lambda: models.shufflenet_v2_x0_5(num_classes=_CLASSES), 32),
+    "mobilenet_v2": (_mobilenet_v2, 32),
+    "mobilenet_v3": (_mobilenet_v3, 32),
+    "shufflenet_v2": (lambda: models.ShuffleNetV2([2, 2, 2], [24, 48, 96, 192, 256], num_classes=_CLASSES), 32),
     "squeezenet": (lambda: models.squeezenet1_1(num_classes=_CLASSES), 48),
     "efficientnet": (_efficientnet, 32),
     "regnet": (_regnet, 32),
@@ -98,6 +109,7 @@ ZOO: dict[str, tuple[Build, int]] = {  # architecture: how to build it, size of 
 }
 
 
+@functools.cache
 def _captured(name: str) -> Program:
     build, size = ZOO[name]
     torch.manual_seed(0)
