@@ -76,7 +76,9 @@ def deliver(
         summary=item.summary(artifact),
     )
     with ScratchDirectory() as place:
-        plain = item.lower(original, item.path_in(Path(place), f"original.{item.name}"))
+        plain = artifact
+        if program is not original:
+            plain = item.lower(original, item.path_in(Path(place), f"original.{item.name}"))
         baseline = Row("original", target=item.name, cost=cost(original), size=plain.size)
         if bench and item.times_here:
             found = compare(plain, artifact, inputs)

@@ -143,3 +143,17 @@ def test_data_beside_an_exported_program_are_opened_once(tmp_path: Path) -> None
     assert samples is not None
     assert sum(batch[0].shape[0] for batch in samples.batches(10)) == 64
     assert drawn == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("passes", "count"), [("", 1), ("fold", 1), (PRUNE, 2)])
+def test_an_original_that_nothing_was_rewritten_in_is_lowered_once(passes: str, count: int) -> None:
+    lowered = []
+
+    class Counting(type(backends_named("onnxruntime")[0])):  # type: ignore[misc]
+        def lower(self, program: graphopt.Program, path: Path) -> graphopt.Artifact:
+            lowered.append(path)
+            artifact: graphopt.Artifact = super().lower(program, path)
+            return artifact
+
+    graphopt.optimize(model(), X, passes, Counting(), bench=False)
+    assert len(lowered) == count
