@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import Tensor, nn
+
+from graphopt.capturing.capture import capture
+from graphopt.ir.program import Program
 
 
 class Residual(nn.Module):
@@ -262,7 +267,7 @@ class NeighbourGate(nn.Module):
         return self.head(x * gate).mean((2, 3))
 
 
-IMAGE, TOKENS, IDS, VECTOR, SERIES = "image", "tokens", "ids", "vector", "series"
+IMAGE, TOKENS, STEPS, IDS, VECTOR, SERIES = "image", "tokens", "steps", "ids", "vector", "series"
 
 EXAMPLES: dict[type[nn.Module], str] = {
     Residual: IMAGE,
@@ -279,7 +284,7 @@ EXAMPLES: dict[type[nn.Module], str] = {
     GroupNormed: IMAGE,
     WeightNormed: SERIES,
     WritesThroughViews: VECTOR,
-    Recurrent: TOKENS,
+    Recurrent: STEPS,
     NeighbourGate: IMAGE,
 }
 
@@ -290,5 +295,12 @@ def example(model: nn.Module | type[nn.Module], batch: int = 2) -> Tensor:
     generator = torch.Generator().manual_seed(batch)
     if kind == IDS:
         return torch.randint(0, 11, (batch, 6), generator=generator)
-    shape = {IMAGE: (3, 8, 8), TOKENS: (6, 7), VECTOR: (7,), SERIES: (3, 9)}[kind]
+    shape = {IMAGE: (3, 8, 8), TOKENS: (6, 7), STEPS: (3, 7), VECTOR: (7,), SERIES: (3, 9)}[kind]
     return torch.randn(batch, *shape, generator=generator, dtype=torch.float64)
+
+
+@functools.cache
+def captured(kind: type[nn.Module]) -> Program:
+    """Capture a model in double precision, once in a process: nobody writes to a program."""
+    torch.manual_seed(0)
+    return capture(kind().double(), (example(kind),))

@@ -181,7 +181,7 @@ def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
 def test_a_plan_for_another_program_is_refused() -> None:
     plan = plan_of(prune(ratio=0.5, round_to=1), Hidden(), VECTOR)
     with pytest.raises(PassError, match="which this program does not have"):
-        prune().apply(capture(models.Residual().double(), (example(models.Residual),)), plan)
+        prune().apply(models.captured(models.Residual), plan)
     with pytest.raises(PassError, match="has 4 indices"):
         prune().apply(capture(Hidden(order=(0, 1, 2, 3)), (VECTOR,)), plan)
 
@@ -191,9 +191,8 @@ def test_a_plan_for_another_program_is_refused() -> None:
 
 @pytest.mark.parametrize("kind", [k for k in EXAMPLES if k is not models.NeighbourGate], ids=lambda k: k.__name__)
 def test_every_structure_keeps_the_contract_and_its_meaning(kind: type[nn.Module]) -> None:
-    torch.manual_seed(0)
     pass_ = prune(ratio=0.5, round_to=1, min_channels=1)
-    checked = check_pass(pass_, kind().double(), example(kind), idempotent=False)
+    checked = check_pass(pass_, models.captured(kind), example(kind), idempotent=False)
     assert isinstance(checked.plan, PruningPlan)
     assert sum(p.numel() for p in checked.after.parameters()) < sum(p.numel() for p in checked.before.parameters())
     pass_.prove(checked.before, checked.after, checked.plan)
@@ -291,10 +290,5 @@ def test_any_options_keep_counts_honest(ratio: float, round_to: int, least: int,
     assert pruned(example(models.GroupedShuffle, 3)).shape == (3, 5)
 
 
-_PROGRAMS: list[Program] = []
-
-
 def _shuffled() -> Program:
-    if not _PROGRAMS:
-        _PROGRAMS.append(capture(models.GroupedShuffle().double(), (example(models.GroupedShuffle),)))
-    return _PROGRAMS[0]
+    return models.captured(models.GroupedShuffle)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import random
 from collections.abc import Callable, Mapping
 
@@ -26,11 +25,8 @@ aten = torch.ops.aten
 Kept = dict[int, list[int]]
 
 
-@functools.cache
 def captured(kind: type[nn.Module]) -> fx.GraphModule:
-    """Capture a model of tests.models; nothing here writes to the result."""
-    torch.manual_seed(0)
-    return graph_of(kind(), example(kind))
+    return models.captured(kind).graph_module
 
 
 def graph_of(model: nn.Module, x: Tensor) -> fx.GraphModule:

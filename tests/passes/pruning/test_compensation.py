@@ -98,7 +98,7 @@ def test_the_bias_of_a_convolution_before_a_norm_is_its_running_mean() -> None:
 
 def test_the_plan_says_what_each_layer_gained_and_survives_as_json() -> None:
     data = example(models.Residual, 96)
-    program = capture(models.Residual().double(), (data[:2],))
+    program = models.captured(models.Residual)
     plan = plan_of(prune(), program, data)
     stored = PruningPlan.from_json(json.loads(json.dumps(plan.to_json())), plan.tensors)
     assert stored.compensated == plan.compensated
@@ -363,9 +363,8 @@ def test_a_layer_that_sees_what_it_saw_keeps_its_weights() -> None:
     ids=lambda k: k.__name__,
 )
 def test_every_structure_keeps_the_contract(kind: type[nn.Module]) -> None:
-    torch.manual_seed(0)
     data = example(kind, 32)
-    checked = check_pass(prune(), kind().double(), data[:2], data=[data], idempotent=False)
+    checked = check_pass(prune(), models.captured(kind), data[:2], data=[data], idempotent=False)
     assert isinstance(checked.plan, PruningPlan)
     prune().prove(checked.before, checked.after, checked.plan)
     assert max(checked.plan.measured.values()) >= checked.plan.measured["plain"]  # type: ignore[type-var,operator]
@@ -404,7 +403,7 @@ def test_single_precision_loses_little() -> None:
 
 def test_a_second_run_finds_its_own_result_and_goes_on_from_it() -> None:
     data = example(models.Residual, 64)
-    program = capture(models.Residual().double(), (data[:2],))
+    program = models.captured(models.Residual)
     once = prune().apply(program, plan_of(prune(), program, data))
     checked = check_pass(prune(), once, data[:2], data=[data], idempotent=False)
     assert len(list(checked.after.parameters())) == len(list(program.parameters()))
