@@ -17,10 +17,9 @@ from safetensors.torch import load_file, save
 
 from graphopt.errors import LoadError, UsageError, cut, first_line, first_problem, printable
 from graphopt.files import MANIFEST, MOST_OF_A_MANIFEST, check_digest, read_file
-from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
 from graphopt.pipeline.plan import Plan
-from graphopt.targets.backend import TARGET_NAME
+from graphopt.targets.backend import TARGET_NAME, Artifact
 
 SCHEMA = 2
 PAYLOAD = "plans.safetensors"
@@ -36,8 +35,14 @@ class StoredArtifact(pydantic.BaseModel, extra="forbid", strict=True, frozen=Tru
     """An artifact: its file, and what its backend has to know to run it."""
 
     file: _FileName
-    session_options: dict[str, Json]
-    facts: dict[str, Json]
+    session_options: dict[str, pydantic.JsonValue]
+    facts: dict[str, pydantic.JsonValue]
+
+    @classmethod
+    def of(cls, artifact: Artifact) -> StoredArtifact:
+        """Describe an artifact."""
+        data = {"session_options": dict(artifact.session_options), "facts": dict(artifact.facts)}
+        return cls.model_validate({"file": artifact.path.name, **json.loads(json.dumps(data))})
 
 
 class StoredPlan(pydantic.BaseModel, extra="allow", strict=True, frozen=True):
@@ -45,7 +50,7 @@ class StoredPlan(pydantic.BaseModel, extra="allow", strict=True, frozen=True):
 
     target: _Target
     pass_name: str
-    options: dict[str, Json]
+    options: dict[str, pydantic.JsonValue]
 
     @classmethod
     def of(cls, target: str, plan: Plan) -> StoredPlan:

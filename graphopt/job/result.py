@@ -111,12 +111,7 @@ class Result:
             cpu=manifest.cpu_features(),
             plans=[manifest.StoredPlan.of(*pair) for pair in zip(self.plan_targets, self.plans, strict=True)],
             programs=programs,
-            artifacts={
-                name: manifest.StoredArtifact(
-                    file=found.path.name, session_options=dict(found.session_options), facts=dict(found.facts)
-                )
-                for name, found in copied.items()
-            },
+            artifacts={name: manifest.StoredArtifact.of(found) for name, found in copied.items()},
             sha256={file.name: sha256(file) for file in written},
         )
         written.append(stored.write(directory))
