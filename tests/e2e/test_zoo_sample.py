@@ -103,8 +103,8 @@ ZOO: dict[str, tuple[Build, int]] = {  # architecture: how to build it, size of 
     "regnet": (_regnet, 32),
     "convnext": (_convnext, 32),
     "vit": (_vit, 32),
-    "swin": (lambda: _swin(1), 64),
-    "swin_v2": (lambda: _swin(2), 64),
+    "swin": (lambda: _swin(1), 32),
+    "swin_v2": (lambda: _swin(2), 32),
     "maxvit": (_maxvit, 32),
 }
 
