@@ -19,7 +19,7 @@ import stat
 import tempfile
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -27,6 +27,7 @@ from graphopt.errors import LoadError, UsageError
 
 MANIFEST = "manifest.json"  # holds the digests of the files beside it, by name: with it they are a result
 MOST_OF_A_MANIFEST = 2**26  # bytes; plans list what they keep, one index a line
+REPORT = "report.json"  # belongs to them, but holds times, which its digest would bring into the manifest
 _FIELDS = {"schema", "pipeline", "plans", "sha256"}  # of a manifest since the first
 SCRATCH = ".graphopt-scratch-"  # what the names of scratch directories start with
 _LOCK = ".lock"
@@ -76,7 +77,8 @@ def replacing(path: Path) -> Iterator[Path]:
             it is as it was.
     """
     try:
-        _check_in_the_way(path)
+        if kind := _kind(path):
+            raise OSError(errno.EEXIST, f"{path.name} is {kind} there, not a file")
         path.parent.mkdir(parents=True, exist_ok=True)
         with ScratchDirectory(path.parent) as scratch:
             yield Path(scratch) / path.name
@@ -87,14 +89,14 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_directory(path: Path) -> Iterator[Path]:
-    """Yield a directory to write files to; when the block ends well they replace those of `path`, all or none.
+    """Yield a directory to write a result to; when the block ends well it replaces the one in `path`, all or none.
 
     A killed process leaves the old files, or the new ones, or some of either without their manifest; never both kinds.
     Files of `path` stay that the block does not write, but for those that only the manifest it replaces is about.
 
     Raises:
-        UsageError: the directory cannot be written to, the disk is full, something else is in the way of a file, or
-            `path` holds a result that these files would make another and do not replace; it is as it was.
+        UsageError: the directory cannot be written to, the disk is full, or something is in the way of a file that no
+            result put there; it is as it was.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -124,24 +126,14 @@ def _publish(new: Path, old: Path, path: Path) -> None:
     it is there: a build that was killed in between starts again.
     """
     names = sorted((file.name for file in new.iterdir()), key=lambda name: (name == MANIFEST, name))
-    _check_in_the_way(*(path / name for name in names))
+    _check_replaceable(path, names)
     before = _digests(path / MANIFEST) or {}
-    if MANIFEST in names:
-        check_manifest_in_the_way(path)
-        coming, gone = names, [name for name in before if name not in names and _has(path / name, before[name])]
-    else:
-        changed = next((name for name in names if name in before and not _has(new / name, before[name])), None)
-        if changed is not None:
-            raise UsageError(
-                f"{path} holds the result of another run, and its {MANIFEST} would no longer be true: {changed} is "
-                "another file there. Choose another place with -o."
-            )
-        coming, gone = [name for name in names if not _has(path / name, before.get(name))], []
-    going = [name for name in reversed(coming) if os.path.lexists(path / name)] + gone
+    gone = [name for name in before if name not in names and _has(path / name, before[name])]
+    going = [name for name in reversed(names) if os.path.lexists(path / name)] + gone
     with contextlib.ExitStack() as undo:
-        for name in coming:
+        for name in names:
             os.utime(new / name, _LONG_AGO)
-        for source, target, moved in ((path, old, going), (new, path, coming)):
+        for source, target, moved in ((path, old, going), (new, path, names)):
             for name in moved:
                 os.rename(source / name, target / name)
                 undo.callback(os.rename, target / name, source / name)
@@ -150,24 +142,36 @@ def _publish(new: Path, old: Path, path: Path) -> None:
         undo.pop_all()
 
 
-def _check_in_the_way(*paths: Path) -> None:
-    """Raise an OSError if there is something else than a file where a file is to be."""
-    for path in paths:
-        kind = stat.S_IFMT(path.stat().st_mode) if path.exists() else None
-        if kind in _KINDS:
-            raise OSError(errno.EEXIST, f"{path.name} is {_KINDS[kind]} there, not a file")
+def check_replaceable(directory: Path, names: Iterable[str]) -> None:
+    """Raise a UsageError for what files of these names in a directory would replace that is of no result.
 
-
-def check_manifest_in_the_way(directory: Path) -> None:
-    """Raise a UsageError if a directory holds a manifest of something else than graphopt, which a result would replace.
-
-    Other programs call files of theirs so, too.
+    What belongs to a result its manifest says; other programs call files of theirs so, too.
     """
-    if _digests(directory / MANIFEST) is None and (directory / MANIFEST).is_file():
-        raise UsageError(
-            f"{directory / MANIFEST} was not written by graphopt, or is damaged, and a result here would replace it. "
-            "Choose another place with -o, or move it away."
-        )
+    if not directory.is_dir():
+        return
+    try:
+        _clear(directory)  # what a killed process left there is nobody's
+        with _locked(directory):
+            _check_replaceable(directory, names)
+    except OSError as err:
+        raise _unwritable(directory, err) from err
+
+
+def _check_replaceable(directory: Path, names: Iterable[str]) -> None:
+    before = _digests(directory / MANIFEST)
+    ours = () if before is None else (*before, MANIFEST, REPORT)
+    for path in (directory / name for name in names):
+        kind = _kind(path)
+        if kind is not None or (os.path.lexists(path) and path.name not in ours):
+            said = f"is {kind}" if kind else "was not written by graphopt, or the manifest that says so is gone"
+            raise UsageError(
+                f"{path} {said}; a result has a file there. Move it away, or choose another place with -o."
+            )
+
+
+def _kind(path: Path) -> str | None:
+    """Return what there is instead of a file; None for a file, and for nothing."""
+    return _KINDS.get(stat.S_IFMT(path.stat().st_mode)) if path.exists() else None
 
 
 def _digests(manifest: Path) -> dict[str, str] | None:
@@ -275,6 +279,8 @@ def _withdraw(scratch: Path, path: Path) -> None:
                 for name, digest in digests.items():
                     if name not in named and not (folder / name).exists() and _has(path / name, digest):
                         (path / name).unlink()
+            if not named:
+                (path / REPORT).unlink(missing_ok=True)
 
 
 class _LateErrors(io.BufferedWriter):

@@ -360,6 +360,12 @@ def _input_specs(
     given = [_joined(path) for path, leaf in paths if isinstance(leaf, torch.Tensor)]
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     tensors = [node for node in placeholders if isinstance(node.meta.get("val"), torch.Tensor)]
+    numbers = [node for node in placeholders if isinstance(node.meta.get("val"), torch.SymInt) and node.users]
+    if numbers:  # a runtime would compute with the example's, whatever it is called with
+        raise CaptureError(
+            f"The input `{numbers[0]}` is a number that differs from call to call, and runtimes take tensors. Export "
+            "with the number fixed (without a Dim for it), or let the model take a tensor."
+        )
     labels = given if len(given) == len(tensors) and all(given) else [node.name for node in tensors]
     for index, (label, node) in enumerate(zip(labels, tensors, strict=True)):
         axes.learn(index, label, node.meta["val"].shape)

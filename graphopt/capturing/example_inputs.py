@@ -21,9 +21,11 @@ def random_examples(
     """Make example inputs of the shapes the user gave.
 
     Raises:
-        CaptureError: none are given, or for inputs that the model does not have; `source` is what the model is of.
+        CaptureError: none are given, too few, or for inputs that the model does not have; `source` is what the model is
+            of.
     """
-    names = [name for name, _ in _parameters(model)]
+    parameters = _parameters(model)
+    names = [name for name, _ in parameters]
     if not inputs:
         wanted = ", ".join(names) or "its inputs"
         raise CaptureError(
@@ -32,12 +34,18 @@ def random_examples(
         )
     generator = torch.Generator().manual_seed(seed)
     made = {spec.name: _random(spec, generator) for spec in inputs}
-    if len(made) == 1 and not set(made) & set(names):
-        return tuple(made.values()), {}
+    unnamed = len(made) == 1 and not set(made) & set(names)
     unknown = [name for name in made if name not in names]
-    if unknown:
+    if unknown and not unnamed:
         raise CaptureError(f"The model has no input {unknown}; its inputs are {names}. Use those names with --input.")
-    return _arrange(made, model)
+    required = [name for name, optional in parameters if not optional]
+    missing = required[1:] if unnamed else [name for name in required if name not in made]
+    if missing:
+        raise CaptureError(
+            f"The model takes {', '.join(f'`{name}`' for name in required)}; the shape of `{missing[0]}` is not given. "
+            f"Add --input {missing[0]}=SHAPE, as for the others."
+        )
+    return (tuple(made.values()), {}) if unnamed else _arrange(made, model)
 
 
 def open_for(model: nn.Module, data: Any) -> Samples:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import io
 import logging
 import os
 import sys
@@ -58,7 +60,16 @@ def options(
 
 def main() -> None:
     """Run the command line and exit with the code of what happened."""
-    sys.exit(run(sys.argv[1:]))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that a terminal of another alphabet lacks is no failure
+            stream.reconfigure(errors="backslashreplace")
+    code = run(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except OSError as err:  # Python would complain again while closing it, and end with 120
+        _discard_output()
+        code = code if isinstance(err, BrokenPipeError) else code or 2
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:
@@ -79,8 +90,7 @@ def run(arguments: list[str]) -> int:
         _say("Interrupted. Nothing was left half-written.")
         return _INTERRUPTED
     except BrokenPipeError:
-        # whoever read our output is done; Python would complain again while closing stdout
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()  # whoever read it is done
         return 0
     except MemoryError:
         _say("Out of memory. Give fewer calibration samples, a smaller batch, or a machine with more memory.")
@@ -99,6 +109,11 @@ def run(arguments: list[str]) -> int:
     return code if isinstance(code, int) else 0
 
 
+def _discard_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _say(message: str) -> None:
     text = "\n".join(printable(line) for line in message.split("\n"))
-    print(f"graphopt: {text}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # of a full disk behind it: the exit code still tells
+        print(f"graphopt: {text}", file=sys.stderr)

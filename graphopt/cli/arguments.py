@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from graphopt.errors import UsageError
-from graphopt.files import check_manifest_in_the_way
 
 if TYPE_CHECKING:
     from graphopt.data import Samples
@@ -93,9 +93,10 @@ def _dynamic_shapes(texts: Sequence[str] | None) -> dict[str, Any] | None:
 def check_output(directory: Path, *, dump: Path | None = None, depfile: Path | None = None) -> None:
     """Say what cannot be written to before anything runs."""
     for option, folder in (("-o", directory), ("--dump", dump)):
-        if folder is not None and folder.exists() and not folder.is_dir():
-            raise UsageError(f"{folder} is a file. Give {option} a directory.")
-    check_manifest_in_the_way(directory)
+        if folder is not None and os.path.lexists(folder) and not folder.is_dir():
+            raise UsageError(
+                f"{folder} is {'a file' if folder.exists() else 'a link to nothing'}. Give {option} a directory."
+            )
     if depfile is not None and depfile.exists() and not depfile.is_file():
         raise UsageError(f"{depfile} is no file. Give --depfile the name of one.")
 

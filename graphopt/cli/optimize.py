@@ -26,7 +26,7 @@ from graphopt.cli.arguments import (
 )
 from graphopt.cli.depfile import rules as depfile_rules
 from graphopt.errors import GateError, UsageError
-from graphopt.files import SCRATCH, replacing
+from graphopt.files import REPORT, SCRATCH, replacing
 from graphopt.pipeline.registry import DEFAULT_PASSES, DEFAULT_TARGET
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ def command(
     from graphopt.cli.gates import check as check_gates
     from graphopt.cli.progress import TerminalProgress
     from graphopt.job.job import Job
+    from graphopt.job.result import check_place
     from graphopt.pipeline.hooks import Dump
     from graphopt.pipeline.registry import backends_named
 
@@ -86,6 +87,8 @@ def command(
     directory = output or _default_directory(source)
     arguments.check_output(directory, dump=dump, depfile=depfile)
     backends = backends_named(target or [DEFAULT_TARGET])
+    if not plan:
+        check_place(directory, backends)
     times = bench and any(item.times_here for item in backends)
     check_measured(gates, evaluates=evaluation is not None, lowers=bool(backends) and not plan, times=times)
     failed = _directory_of_failure(directory, expected=bool(gates) and not plan)
@@ -152,7 +155,7 @@ def _directory_of_failure(directory: Path, *, expected: bool) -> Path:
     named = directory if directory.name not in ("", "..") else directory.resolve()
     failed = Path(f"{named}.failed")
     names = [path.name for path in failed.iterdir()] if failed.is_dir() else []
-    written = "report.json" in names or any(name.startswith(SCRATCH) for name in names)  # the latter by one killed
+    written = REPORT in names or any(name.startswith(SCRATCH) for name in names)  # the latter by one killed
     empty = failed.is_dir() and not names
     if expected and (failed.is_symlink() or (failed.exists() and not written and not empty)):
         raise UsageError(f"{failed} is where results go if a gate fails, and holds something else. Move it away.")

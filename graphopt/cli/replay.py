@@ -37,15 +37,17 @@ def command(
     """Carry out stored plans on the model they were made for, and lower the result."""
     from graphopt.job.job import Job
     from graphopt.job.manifest import read
+    from graphopt.job.result import check_place
     from graphopt.pipeline.registry import PassRegistry, backends_named
 
     check_output(output)
+    stored = read(manifest)
+    backends = backends_named([target for target in stored.programs if target])
+    check_place(output, backends)
     source = ModelArguments(
         model=model, data=data, inputs=inputs, dynamic=dynamic, factory=factory, weights=weights, trust=trust, seed=seed
     )
-    stored = read(manifest)
     program, samples = source.load()
-    backends = backends_named([target for target in stored.programs if target])
     job = Job(program, samples, backends=backends, seed=stored.seed, name=stored.model)
     outcome = job.replay(stored, manifest.parent, PassRegistry(plugin or ()))
     for path in sorted(job.deliver(outcome, bench=False).save(output)):

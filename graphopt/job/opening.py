@@ -13,7 +13,7 @@ import pydantic
 
 from graphopt.capturing.load import load
 from graphopt.errors import UsageError, first_line, first_problem
-from graphopt.files import MANIFEST, MOST_OF_A_MANIFEST, read_file
+from graphopt.files import MANIFEST, MOST_OF_A_MANIFEST, REPORT, read_file
 from graphopt.job import manifest
 from graphopt.job.replaying import read_plans
 from graphopt.job.report import Report
@@ -55,7 +55,7 @@ def open(directory: str | Path, *, plugins: Sequence[Path | str | type[Pass[Any,
         original=None,
         programs={target: load(directory / name) for target, name in stored.programs.items()},
         plans=[plan for _, plan in plans],
-        report=_report(directory / "report.json"),
+        report=_report(directory / REPORT),
         artifacts=artifacts,
         pipeline=stored.pipeline,
         seed=stored.seed,

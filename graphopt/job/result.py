@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from graphopt.errors import LoadError, UsageError
-from graphopt.files import replacing_directory, sha256
+from graphopt.files import MANIFEST, REPORT, check_replaceable, replacing_directory, sha256
 from graphopt.ir.program import Program
 from graphopt.job import manifest
 from graphopt.job.report import Report
 from graphopt.pipeline.plan import Plan
-from graphopt.targets.backend import Artifact
+from graphopt.targets.backend import Artifact, Backend
 
 
 @dataclass(eq=False, repr=False)
@@ -115,8 +116,8 @@ class Result:
             sha256={file.name: sha256(file) for file in written},
         )
         written.append(stored.write(directory))
-        self.report.files = [*(file.name for file in written), "report.json"]
-        self.report.save(directory / "report.json")
+        self.report.files = [*(file.name for file in written), REPORT]
+        self.report.save(directory / REPORT)
         return self.report.files
 
     def _check_unchanged(self) -> None:
@@ -144,5 +145,23 @@ class Result:
         return {**self.__dict__, "fingerprint": self._fingerprint()}
 
     def _named(self, stem: str, target: str, ending: str) -> str:
-        """One target: `run.py`. Several: `run.onnxruntime.py`."""
-        return f"{stem}.{ending}" if len(self.programs) == 1 else f"{stem}.{target}.{ending}"
+        return _file_name(stem, target, ending, of=len(self.programs))
+
+
+def _file_name(stem: str, target: str, ending: str, *, of: int) -> str:
+    """One target: `run.py`. Several: `run.onnxruntime.py`."""
+    return f"{stem}.{ending}" if of == 1 else f"{stem}.{target}.{ending}"
+
+
+def check_place(directory: Path, backends: Sequence[Backend]) -> None:
+    """Say before anything runs what the result of a run for these targets may not replace.
+
+    Raises:
+        UsageError: there is a file in its place, or something else, that no run wrote.
+    """
+    names = [manifest.PAYLOAD, MANIFEST, REPORT]
+    for item in backends:
+        names += [item.path_in(directory).name, _file_name("run", item.name, "py", of=len(backends))]
+    targets = [item.name for item in backends] or [""]
+    names += [_file_name("program", target, "pt2", of=len(targets)) for target in targets]
+    check_replaceable(directory, names)

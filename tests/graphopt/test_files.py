@@ -22,6 +22,7 @@ from graphopt import files
 from graphopt.errors import LoadError, UsageError
 from graphopt.files import (
     MANIFEST,
+    REPORT,
     SCRATCH,
     ScratchDirectory,
     check_against_manifest,
@@ -90,6 +91,7 @@ def _write(path: Path, **files: str) -> None:
             (folder / name.replace("_", ".")).write_text(text)
         digests = {file.name: sha256(file) for file in folder.iterdir()}
         (folder / MANIFEST).write_text(manifest(digests))
+        (folder / REPORT).write_text(next(iter(files.values())))
 
 
 def _state(path: Path) -> dict[str, str]:
@@ -102,7 +104,8 @@ def _read(path: Path) -> dict[str, str] | None:
         return None
     for name, digest in json.loads((path / MANIFEST).read_text())["sha256"].items():
         assert sha256(path / name) == digest, f"{name} is not what the manifest says"
-    return {name: text for name, text in _state(path).items() if name != MANIFEST}
+        assert (path / name).read_text() == (path / REPORT).read_text()
+    return {name: text for name, text in _state(path).items() if name not in (MANIFEST, REPORT)}
 
 
 OLD = {"a_onnx": "old", "b_onnx": "old", "run_py": "old"}
@@ -152,7 +155,7 @@ def test_killed_anywhere_a_folder_is_old_or_new_or_has_no_manifest(tmp_path: Pat
             os.utime(scratch, (1, 1))  # one that has no lock yet is spared for a minute
         _write(path, a_onnx="other")
         assert _read(path) == {"a.onnx": "other", "notes.txt": "mine"}
-        assert sorted(os.listdir(path)) == ["a.onnx", MANIFEST, "notes.txt"]
+        assert sorted(os.listdir(path)) == ["a.onnx", MANIFEST, "notes.txt", REPORT]
         if not killed:
             break
     assert not killed
@@ -177,9 +180,14 @@ def test_a_build_starts_again_after_a_kill_before_the_manifest(tmp_path: Path) -
 
 def test_a_step_that_fails_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _write(tmp_path, **OLD)
-    before = {name: (tmp_path / name).stat() for name in sorted(os.listdir(tmp_path))}
+
+    def stats() -> dict[str, tuple[int, int, int]]:
+        found = {name: (tmp_path / name).stat() for name in os.listdir(tmp_path)}
+        return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in found.items()}
+
+    before = stats()
     rename = os.rename
-    for failing in range(10):
+    for failing in range(12):
         calls = iter(range(100))
 
         def sometimes(source: Path, target: Path, calls: Iterator[int] = calls, failing: int = failing) -> None:
@@ -188,11 +196,11 @@ def test_a_step_that_fails_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyP
             rename(source, target)
 
         monkeypatch.setattr(os, "rename", sometimes)
-        if failing == 8:  # four of the old go, four of the new come
+        if failing == 10:  # five of the old go, five of the new come
             break
         with pytest.raises(UsageError, match=r"Input/output error\. Nothing was left half-written"):
             _write(tmp_path, **NEW)
-        assert {name: (tmp_path / name).stat() for name in sorted(os.listdir(tmp_path))} == before
+        assert stats() == before
     _write(tmp_path, **NEW)
     assert _read(tmp_path) == {"a.onnx": "new", "c.onnx": "new", "run.py": "new"}
 
@@ -202,7 +210,7 @@ def test_what_is_in_the_way_of_a_file_is_said_before_anything_changes(tmp_path: 
     _write(tmp_path, **OLD)
     (tmp_path / "c.onnx").mkdir() if kind == "folder" else os.mkfifo(tmp_path / "c.onnx")
     before = _state(tmp_path)
-    with pytest.raises(UsageError, match=f"c.onnx is a {kind} there, not a file. Nothing was left half-written"):
+    with pytest.raises(UsageError, match=f"c.onnx is a {kind}; a result has a file there"):
         _write(tmp_path, **NEW)
     assert _state(tmp_path) == before
     assert not list(tmp_path.glob(f"{SCRATCH}*"))
@@ -237,7 +245,9 @@ def test_a_manifest_of_something_else_is_not_replaced(tmp_path: Path, content: s
     (tmp_path / MANIFEST).write_text(content)
     (tmp_path / "a.onnx").write_text("somebody's")
     before = _state(tmp_path)
-    with pytest.raises(UsageError, match=r"manifest.json was not written by graphopt, or is damaged"):
+    with pytest.raises(
+        UsageError, match=r"(a.onnx|manifest.json) was not written by graphopt, or the manifest that says so is gone"
+    ):
         _write(tmp_path, **NEW)
     assert _state(tmp_path) == before
     assert not list(tmp_path.glob(f"{SCRATCH}*"))
@@ -255,20 +265,18 @@ def test_files_that_another_manifest_names_are_somebody_elses(tmp_path: Path, di
     assert (tmp_path / "victim").exists()
 
 
-def test_files_alone_do_not_make_a_manifest_untrue(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["run.py", REPORT, "c.onnx"])
+def test_a_file_of_somebody_is_not_replaced(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UsageError, match=f"{name} was not written by graphopt"):
+        _write(tmp_path, **NEW)
+    assert _state(tmp_path) == {name: "mine"}
+    (tmp_path / name).rename(tmp_path / "notes.txt")
     _write(tmp_path, **OLD)
-    before = _state(tmp_path)
-
-    def write(text: str) -> None:
-        with replacing_directory(tmp_path) as folder:
-            (folder / "a.onnx").write_text(text)
-            (folder / "z.onnx").write_text("new")
-
-    with pytest.raises(UsageError, match=r"its manifest.json would no longer be true: a.onnx is another file"):
-        write("new")
-    assert _state(tmp_path) == before
-    write("old")
-    assert _state(tmp_path) == {**before, "z.onnx": "new"}
+    (tmp_path / "c.onnx").symlink_to("nothing")
+    with pytest.raises(UsageError, match=r"c\.onnx was not written by graphopt"):
+        _write(tmp_path, **NEW)
+    assert _read(tmp_path) == {"a.onnx": "old", "b.onnx": "old", "run.py": "old", "notes.txt": "mine"}
 
 
 def test_a_file_that_its_manifest_does_not_know_is_refused(tmp_path: Path) -> None:
@@ -306,7 +314,7 @@ def test_two_at_once_end_with_one_of_them_whole(tmp_path: Path) -> None:
         assert writer.returncode == 0
     found = _read(path)
     assert found in ({"a.onnx": "one", "b.onnx": "one"}, {"b.onnx": "two", "c.onnx": "two"})
-    assert len(os.listdir(path)) == 3
+    assert len(os.listdir(path)) == 4
 
 
 def test_somebody_else_who_locks_the_folder_is_waited_for_a_while(

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from graphopt.capturing.example_inputs import example_inputs
+from graphopt.capturing.example_inputs import example_inputs, random_examples
 from graphopt.capturing.load import capture_on
-from graphopt.errors import DataError
+from graphopt.data import parse_input_spec
+from graphopt.errors import CaptureError, DataError
 
 A, B = torch.zeros(3, 4), torch.ones(3, 5)
 
@@ -28,6 +29,25 @@ class Optional(nn.Module):
 class Star(nn.Module):
     def forward(self, *inputs: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
         return torch.cat([*inputs, *named.values()], 1)
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "missing"),
+    [
+        (nn.Bilinear(4, 4, 2), ["input1=1x4"], "input2"),
+        (nn.Bilinear(4, 4, 2), ["x=1x4"], "input2"),
+        (nn.MultiheadAttention(4, 1), ["query=1x2x4", "value=1x2x4"], "key"),
+        (Keywords(), ["b=1x4"], "a"),
+    ],
+)
+def test_a_shape_that_is_missing(model: nn.Module, given: list[str], missing: str) -> None:
+    with pytest.raises(CaptureError, match=rf"the shape of `{missing}` is not given\. Add --input {missing}=SHAPE"):
+        random_examples(model, [parse_input_spec(text) for text in given], seed=0, source="m.pt")
+
+
+def test_shapes_of_optional_inputs_may_be_missing() -> None:
+    args, kwargs = random_examples(Optional(), [parse_input_spec("a=3x4")], seed=0, source="m.pt")
+    assert Optional()(*args, **kwargs).shape == (3, 4)
 
 
 @pytest.mark.parametrize("model", [Keywords(), Optional(), Star()])

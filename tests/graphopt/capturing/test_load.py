@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
 
 from graphopt.capturing.capture import capture
-from graphopt.capturing.load import with_data
-from graphopt.errors import DataError
+from graphopt.capturing.load import load, with_data
+from graphopt.errors import CaptureError, DataError
 
 
 class Fixed(nn.Module):
@@ -41,3 +44,25 @@ def test_batches_of_a_fixed_size_are_no_single_samples() -> None:
 def test_a_sample_without_its_axis_keeps_the_other_advice() -> None:
     with pytest.raises(DataError, match="The first axis must count samples: add one"):
         with_data(capture(nn.Linear(8, 4), torch.randn(2, 8)), torch.randn(8))
+
+
+def test_a_number_that_differs_from_call_to_call_is_refused(tmp_path: Path) -> None:
+    class Times(nn.Module):
+        def forward(self, x: Tensor, n: int) -> Tensor:
+            return x * n
+
+    class Idle(nn.Module):
+        def forward(self, x: Tensor, n: int) -> Tensor:
+            return x * 2
+
+    given = (torch.ones(2, 3), 5)
+    for model in (Times(), Idle()):
+        exported = torch.export.export(model, given, dynamic_shapes=({}, Dim.DYNAMIC))
+        torch.export.save(exported, tmp_path / f"{type(model).__name__}.pt2")
+    said = "The input `n` is a number that differs from call to call"
+    with pytest.raises(CaptureError, match=said):
+        load(tmp_path / "Times.pt2")
+    with pytest.raises(CaptureError, match=said):
+        capture(Times(), given, dynamic_shapes={"n": Dim.DYNAMIC})
+    assert torch.equal(capture(Times(), given)(*given), given[0] * 5)
+    assert torch.equal(load(tmp_path / "Idle.pt2")(given[0], 7), given[0] * 2)

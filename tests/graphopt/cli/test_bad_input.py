@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import re
 import resource
@@ -9,6 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,6 +19,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
+from graphopt.cli import app
 from graphopt.cli.app import run
 from tests.graphopt.cli.conftest import Fails, Files, small_net
 
@@ -221,6 +225,50 @@ def test_a_bug_of_our_own_is_no_failed_gate(
     assert re.match(r"graphopt: This is a bug in graphopt: KeyError: .* \(.*test_bad_input.py:\d+\)\. Report it", said)
     assert len(said.splitlines()) == 1
     assert "\x1b" not in said
+
+
+class _Full(io.StringIO):
+    """A stream to a full disk: what is written waits to be flushed, or is written at once."""
+
+    def __init__(self, *, waits: bool) -> None:
+        super().__init__()
+        self._waits = waits
+
+    def write(self, text: str) -> int:
+        return len(text) if self._waits else self.flush()
+
+    def flush(self) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def close(self) -> None:
+        """Do not flush."""
+
+
+@pytest.mark.parametrize(("ended", "code"), [(0, 2), (3, 3)])
+def test_where_nothing_can_be_said_the_exit_code_tells(monkeypatch: pytest.MonkeyPatch, ended: int, code: int) -> None:
+    discarded: list[int] = []
+    monkeypatch.setattr(app, "_discard_output", lambda: discarded.append(1))
+    monkeypatch.setattr(sys, "stdout", _Full(waits=True))
+    monkeypatch.setattr(sys, "stderr", _Full(waits=False))
+
+    def run(_: object) -> int:
+        print("done")
+        app._say("and said")
+        return ended
+
+    monkeypatch.setattr(app, "run", run)
+    with pytest.raises(SystemExit) as left:
+        app.main()
+    assert (left.value.code, discarded) == (code, [1])
+
+
+def test_a_name_of_another_alphabet_is_written_as_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1"))
+    monkeypatch.setattr(app, "run", lambda _: print("asc\u7ed3") or 0)
+    with pytest.raises(SystemExit) as left:
+        app.main()
+    assert (left.value.code, written.getvalue()) == (0, b"asc\\u7ed3\n")
 
 
 def test_an_interrupt_leaves_nothing(files: Files, fails: Fails) -> None:

@@ -100,12 +100,25 @@ def test_what_no_run_wrote_is_not_replaced(files: Files, fails: Fails) -> None:
     assert Path("build.failed/diary.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("command", ["optimize model.pt --passes fold -o", "apply model.pt build/manifest.json -o"])
-def test_a_manifest_of_something_else_is_not_replaced(files: Files, fails: Fails, command: str) -> None:
+PLACES = ("manifest.json", "report.json", "plans.safetensors", "run.py", "program.pt2", "onnxruntime.onnx")
+BOTH = ("run.tensorrt.py", "program.onnxruntime.pt2", "tensorrt.onnx")
+
+
+@pytest.mark.parametrize(("name", "targets"), [*((name, 1) for name in PLACES), *((name, 2) for name in BOTH)])
+def test_a_file_of_somebody_is_found_before_anything_runs(files: Files, fails: Fails, name: str, targets: int) -> None:
     Path("site").mkdir()
-    Path("site/manifest.json").write_text('{"name": "of a web page"}')
-    assert fails(2, *command.split(), "site").startswith("site/manifest.json was not written by graphopt")
-    assert list(Path("site").iterdir()) == [Path("site/manifest.json")]
+    Path("site", name).write_text("{}")
+    Path("model.pt").unlink()
+    target = ("--target", "onnxruntime", "--target", "tensorrt")[: 2 * targets]
+    said = fails(2, "optimize", "model.pt", "--passes", "fold", "-o", "site", *target)
+    assert said.startswith(f"site/{name} was not written by graphopt, or the manifest that says so is gone")
+    Path("site", name).unlink()
+    Path("site", name).mkdir()
+    said = fails(2, "optimize", "model.pt", "--passes", "fold", "-o", "site", *target)
+    assert said.startswith(f"site/{name} is a folder; a result has a file there. Move it away")
+    Path("site", name).rmdir()
+    Path("site", "notes.txt").write_text("mine")
+    fails(3, "optimize", "model.pt", "--passes", "fold", "-o", "site", *target)
 
 
 @pytest.mark.parametrize("left", ["", f"{SCRATCH}abcdefgh/new", "report.json"])
@@ -124,6 +137,7 @@ def test_a_run_that_was_killed_where_failures_go_keeps_no_other_from_going_there
         (("--depfile", "/dev/null"), "/dev/null is no file. Give --depfile the name of one."),
         (("--depfile", "."), ". is no file. Give --depfile the name of one."),
         (("-o", "/dev/null"), "/dev/null is a file. Give -o a directory."),
+        (("-o", "link"), "link is a link to nothing. Give -o a directory."),
         (("--dump", "data.npz"), "data.npz is a file. Give --dump a directory."),
         (("--depfile", "model.d", "--data", "it's"), """--depfile cannot name "it's": no way of writing "'" there"""),
     ],
@@ -133,6 +147,7 @@ def test_where_nothing_can_be_written_is_said_before_anything_runs(
 ) -> None:
     Path("model.pt").unlink()
     Path("it's").mkdir()
+    Path("link").symlink_to("nothing")
     assert fails(2, "optimize", "model.pt", *option).startswith(said)
 
 

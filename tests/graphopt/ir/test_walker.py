@@ -45,6 +45,21 @@ def test_a_value_is_forgotten_after_its_last_reader() -> None:
     assert [node.op for node in walker.values] == ["output"]
 
 
+def test_what_one_batch_has_used_is_forgotten_before_the_next_is_run() -> None:
+    left: list[int] = []
+
+    class Counting(Walker):
+        def call(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            left.extend(sum(value is not None for value in self.values[used]) for used in node.all_input_nodes)
+            return super().call(node, args, kwargs)
+
+    x = torch.ones(2, 3)
+    program = capture(nn.Sequential(nn.ReLU(), nn.Sigmoid()), (x,))
+    walker = Counting(program).start([(x,), (x,), (x,)])
+    walker.run_until(list(program.graph.nodes)[-1])
+    assert left == [3, 2, 1, 3, 2, 1]
+
+
 def test_a_value_that_nobody_reads_is_forgotten_at_once() -> None:
     class Writes(nn.Module):
         def forward(self, x: Tensor, unread: Tensor) -> Tensor:
