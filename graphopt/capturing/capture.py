@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 
+from graphopt.capturing.axis_names import AxisNames
 from graphopt.capturing.checks import check_equal, check_repeatable, run_model, wrong_batch
 from graphopt.capturing.explain import explain
 from graphopt.capturing.leaving_training import leave_training
@@ -40,7 +41,7 @@ from graphopt.ir.names import Names
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import record_capture, user_line
 from graphopt.ir.regions import compiled_for_their_shapes
-from graphopt.ir.signature import Dimension, Note, TensorSpec
+from graphopt.ir.signature import Note, TensorSpec
 from graphopt.ir.torch_internals import arguments_by_name, is_function_transform, output_structure, pytree
 from graphopt.ir.training import set_training
 
@@ -128,7 +129,7 @@ def from_exported(
         if node.op == "call_function" and not node.users:
             node.meta.setdefault("val", None)  # a file has no value for a check (torch 2.13), a trace has None
     record_capture(gm.graph)
-    axes = _AxisNames(leaf_shapes or [])
+    axes = AxisNames(leaf_shapes or [])
     inputs = _input_specs(gm, axes, tuple(args), dict(kwargs))
     outputs = _output_specs(gm, axes, Names(spec.name for spec in inputs))
     return Program(gm, inputs, outputs, tuple(args), dict(kwargs), tuple(notes))
@@ -217,6 +218,8 @@ def _collect_axes(name: str, value: Any, asked: Any, found: LeafShapes) -> None:
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
             _collect_axes(f"{name}_{index}", item, asked[index] if isinstance(asked, list | tuple) else None, found)
+    elif asked and asked != Dim.STATIC:
+        raise UsageError(f"Input `{name}` is no tensor; only sizes of tensors can be dynamic.")
 
 
 def _capture(
@@ -317,43 +320,8 @@ def _check_calls(graph: fx.Graph) -> None:
             )
 
 
-class _AxisNames:
-    """Names for the symbols of dynamic axes: "batch" for the shared first axis, the user's `Dim` names, or made up."""
-
-    def __init__(self, leaf_shapes: LeafShapes) -> None:
-        self._asked = leaf_shapes
-        self._names: dict[Any, str] = {}
-
-    def learn(self, leaf: int, input_name: str, shape: Sequence[Any]) -> None:
-        """Name the symbols of one input."""
-        for axis, size in enumerate(shape):
-            expression = _expression(size)
-            if expression is None or not expression.is_symbol or expression in self._names:
-                continue
-            asked = self._asked[leaf].get(axis) if leaf < len(self._asked) else None
-            given = getattr(asked, "__name__", None)
-            default = "batch" if axis == 0 else f"{input_name}_{axis}"
-            self._names[expression] = str(given) if given else default
-
-    def of(self, size: Any) -> Dimension:
-        """Return a size, or the name of a dynamic one ("batch", "2*batch")."""
-        expression = _expression(size)
-        if expression is None:
-            return int(size)
-        renamed = expression.xreplace({symbol: type(symbol)(name) for symbol, name in self._names.items()})
-        return str(renamed).replace(" ", "")
-
-
-def _expression(size: Any) -> Any:
-    """Return the symbolic expression of a size, None where it is a plain number."""
-    if not isinstance(size, torch.SymInt):
-        return None
-    expression = size.node.expr
-    return None if expression.is_number else expression
-
-
 def _input_specs(
-    gm: fx.GraphModule, axes: _AxisNames, args: tuple[Any, ...], kwargs: dict[str, Any]
+    gm: fx.GraphModule, axes: AxisNames, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[TensorSpec, ...]:
     """Describe the tensor inputs by the names of the model's own arguments; FX renames some (`input` -> `input_1`)."""
     paths = pytree.tree_flatten_with_path(arguments_by_name(gm, args, kwargs))[0]
@@ -375,7 +343,7 @@ def _input_specs(
     )
 
 
-def _output_specs(gm: fx.GraphModule, axes: _AxisNames, names: Names) -> tuple[TensorSpec, ...]:
+def _output_specs(gm: fx.GraphModule, axes: AxisNames, names: Names) -> tuple[TensorSpec, ...]:
     values = pytree.tree_leaves(next(n for n in gm.graph.nodes if n.op == "output").args[0])
     structure = pytree.tree_unflatten(list(range(len(values))), output_structure(gm))
     paths = [path for path, _ in pytree.tree_flatten_with_path(structure)[0]]

@@ -11,7 +11,7 @@ from torch.export import Dim
 
 from graphopt.capturing.capture import capture
 from graphopt.capturing.load import load, with_data
-from graphopt.errors import CaptureError, DataError
+from graphopt.errors import CaptureError, DataError, UsageError
 
 
 class Fixed(nn.Module):
@@ -62,7 +62,9 @@ def test_a_number_that_differs_from_call_to_call_is_refused(tmp_path: Path) -> N
     said = "The input `n` is a number that differs from call to call"
     with pytest.raises(CaptureError, match=said):
         load(tmp_path / "Times.pt2")
-    with pytest.raises(CaptureError, match=said):
-        capture(Times(), given, dynamic_shapes={"n": Dim.DYNAMIC})
+    for asked in (Dim.DYNAMIC, Dim("n")):
+        with pytest.raises(UsageError, match="Input `n` is no tensor; only sizes of tensors can be dynamic"):
+            capture(Times(), given, dynamic_shapes={"n": asked})
+    capture(Times(), given, dynamic_shapes={"x": {1: "width"}, "n": None})
     assert torch.equal(capture(Times(), given)(*given), given[0] * 5)
     assert torch.equal(load(tmp_path / "Idle.pt2")(given[0], 7), given[0] * 2)
