@@ -6,6 +6,7 @@ Kept under one key of `node.meta["custom"]`, the only metadata that survives bot
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
@@ -15,6 +16,7 @@ from torch import fx
 from graphopt.ir.operators import short_name
 
 _KEY = "graphopt"
+_EXPORTED_AGAIN = re.compile("^(L__self__)+")  # what keys of a module stack start with: one more for each export
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,9 @@ def drop_process_traces(graph: fx.Graph) -> None:
     """Remove what torch's exporter notes about this run of it: the same program must give the same bytes."""
     for node in graph.nodes:
         node.meta.pop("from_node", None)  # holds addresses
+        if "nn_module_stack" in node.meta:
+            stack = node.meta["nn_module_stack"].items()
+            node.meta["nn_module_stack"] = {_EXPORTED_AGAIN.sub(r"\1", key): module for key, module in stack}
         if node.meta.get("custom"):
             notes = custom_notes(node)
             node.meta["custom"] = {key: note for key, note in notes.items() if not key.startswith("_torchdynamo")}
