@@ -34,7 +34,7 @@ MAX_TERMS_OF_FILE = 20_000
 _FEW_TERMS, _FEW_COMPARED = 8, 3
 _TERMS_PER_COMPARED = 20
 
-_SYMBOL = re.compile(r"[a-z]{1,8}\d{1,9}")
+_SYMBOL = re.compile(r"[a-z]{1,8}\d{1,6}")  # torch counts up to the highest number of a symbol, one by one
 _DIGITS = re.compile(r"-?\d{1,20}(\.\d{0,60})?([eE][+-]?\d{1,3})?")
 _CHARACTERS = re.compile(r"[A-Za-z0-9_ ()',=.+\-*/%<>!&|]+")
 _NUMBERS = frozenset({"Integer", "Float", "Rational"})

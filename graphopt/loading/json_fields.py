@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from graphopt.errors import cut
-from graphopt.loading.expressions import check_expression, is_symbol
+from graphopt.loading.expressions import check_expression
 from graphopt.loading.operators import check_operator
 from graphopt.loading.refusal import DamagedError, HostileError
 
@@ -101,13 +101,6 @@ def device_type(value: Any) -> str:
         raise DamagedError(
             f"it was exported on the device {shown(value)}; export it again after `model.cpu()`, with inputs on the CPU"
         )
-    return text(value)
-
-
-def symbol_name(value: Any) -> str:
-    """Return the name of a size symbol."""
-    if not is_symbol(text(value)):
-        raise HostileError(f"a size in it is called {shown(value)}, which is not a symbol")
     return text(value)
 
 

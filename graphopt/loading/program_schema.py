@@ -4,6 +4,7 @@ torch checks neither types nor names when it reads `models/*.json` (torch/_expor
 and many a string in it ends up being run:
 
     expr_str                    evaluated by sympy                               `expressions`
+    keys of range_constraints   compared with such expressions, counted up to    `expressions`
     node targets, as_operator   looked up from `torch` and called                `operators`
     guards_code                 pasted into source that is run by `exec`         dropped (they are assertions)
     in_spec, out_spec           import modules                                   `treespecs`
@@ -40,7 +41,6 @@ from graphopt.loading.json_fields import (
     path,
     record,
     shown,
-    symbol_name,
     text,
     union,
 )
@@ -244,7 +244,7 @@ _program = record(
             },
         ),
         "opset_version": mapping(name, integer),
-        "range_constraints": mapping(symbol_name, record({"min_val": nullable(integer), "max_val": nullable(integer)})),
+        "range_constraints": mapping(expression, record({"min_val": nullable(integer), "max_val": nullable(integer)})),
         "schema_version": record({"major": integer, "minor": integer}),
     },
     {"verifiers": array(_verifier), "torch_version": text},

@@ -90,6 +90,31 @@ def test_loaded_program_keeps_what_export_recorded(write_exported: Write) -> Non
             assert ours.meta.get(key) == theirs.meta.get(key)
 
 
+@pytest.mark.parametrize("derived", [lambda n: n + 1, lambda n: 2 * n])
+def test_a_size_that_follows_from_another(derived: Callable[[Any], Any], tmp_path: Path) -> None:
+    class Sums(nn.Module):
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return a.sum(0) + b.sum(0)
+
+    size = torch.export.Dim("n", min=2, max=100)
+    args = torch.randn(4, 8), torch.randn(derived(4), 8)
+    program = torch.export.export(Sums(), args, dynamic_shapes=({0: size}, {0: derived(size)}))
+    torch.export.save(program, tmp_path / "model.pt2")
+    loaded = load_model(tmp_path / "model.pt2").model
+    assert isinstance(loaded, torch.export.ExportedProgram)
+    assert str(loaded.range_constraints) == str(program.range_constraints)
+
+
+@pytest.mark.parametrize("key", ["__import__('os').system('true')", "u999999999", "s0 if s1 else s2", "s0 + " * 9000])
+def test_bounds_of_what_is_no_size(write_exported: Write, edit_program: EditProgram, key: str, marker: Path) -> None:
+    """Torch counts up to the number of a symbol, and `u999999999` kept it busy for a minute."""
+
+    def change(program: dict[str, Any]) -> None:
+        program["range_constraints"][key] = {"min_val": 0, "max_val": None}
+
+    assert_refused(write_exported(edit_program(change)), marker, "which is not integer arithmetic over sizes")
+
+
 def test_pickle_in_sample_inputs(write_exported: Write, marker: Path, touch_on_unpickle: object) -> None:
     def edit(members: dict[str, bytes]) -> None:
         buffer = io.BytesIO()

@@ -49,7 +49,7 @@ def test_expressions_are_bounded_together() -> None:
         "Symbol('s0', **{})", "Max(*s0)", "(yield)", "s0 if s1 else s2", "f'{s0}'", "'text'", "os", "E1x",
         "9**9**9", "Pow(Pow(s0, 64), 64)", "2**s0", "LShift(1, 10000000000)", "Float('0.5', precision=1000000000)",
         "Integer('__import__')", "1" * 50, "s0 + 1\n", "s0 # comment", "s0 := 1", "", "s0 +", "(" * 5000 + ")" * 5000,
-        "s0 + " * 10000 + "s0", "ſ0", f"Max({SYMBOLS})", f"And({SYMBOLS})", f"(({SUM}) ** 64) % 7",
+        "s0 + " * 10000 + "s0", "ſ0", "u1000000", f"Max({SYMBOLS})", f"And({SYMBOLS})", f"(({SUM}) ** 64) % 7",
         f"Mod(Pow(Add({SYMBOLS}), Integer(64)), Integer(7))", f"({SUM}) * ({SUM})", f"({SUM}) ** 2",
         "(s0 + s1) ** 7", " < ".join(f"s{n}" for n in range(20)),
     ],
