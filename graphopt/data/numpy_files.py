@@ -22,7 +22,11 @@ from graphopt.errors import DataError, cut, first_line, printable
 
 _LONGEST_HEADER = 10_000  # bytes; NumPy evaluates no longer one either
 _MOST_AXES = 64  # of an array of NumPy's
-_READERS = {(1, 0): npy_format.read_array_header_1_0, (2, 0): npy_format.read_array_header_2_0}
+_READERS = {
+    (1, 0): npy_format.read_array_header_1_0,
+    (2, 0): npy_format.read_array_header_2_0,
+    (3, 0): npy_format.read_array_header_2_0,  # differs in the names of a record's fields, and no record is read
+}
 
 # What numpy.savez writes. LZMA would allocate up to 4 GB for its dictionary, as the file says.
 _COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
@@ -161,9 +165,7 @@ def _read_header(file: IO[bytes], where: str) -> Header:
             warnings.simplefilter("ignore")  # of how the text is written
             version = npy_format.read_magic(head)
             if version not in _READERS:
-                raise DataError(
-                    f"{where} is in version {version} of the NumPy format, which holds records, not numbers."
-                )
+                raise DataError(f"{where} is in version {version} of the NumPy format. Write it with `numpy.save`.")
             shape, column_major, dtype = _READERS[version](head)
     except DataError:
         raise

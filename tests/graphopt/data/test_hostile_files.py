@@ -148,7 +148,7 @@ HEADERS: dict[str, bytes] = {
     "longer than the file": b"\x93NUMPY\x02\x00\xff\xff\xff\xff{",
     "long": header(b" " * 60_000 + b"{}"),
     "no text": header(bytes(range(128, 255))),
-    "version 3": npy((2, 3), version=3, body=bytes(24)),
+    "records in version 3": npy((2,), [("\u00e9", "<f4")], version=3, body=bytes(8)),
     "version 9": b"\x93NUMPY\x09\x00" + bytes(40),
     "the magic alone": b"\x93NUMPY",
     "complex": npy((2, 3j), body=bytes(24)),
@@ -169,6 +169,13 @@ def test_headers_that_lie(case: str, form: str, tmp_path: Path, monkeypatch: pyt
     assert str(path) in str(caught.value)
     assert len(str(caught.value)) < 600
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_headers_of_every_version(version: int, tmp_path: Path) -> None:
+    """The third differs in how names of fields are written, and numbers have none."""
+    (tmp_path / "d.npy").write_bytes(npy((2, 3), version=version, body=np.arange(6, dtype="<f4").tobytes()))
+    assert Samples.open(tmp_path / "d.npy", ["x"]).first(2)[0].tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
 def safetensors(shape: list[Any], offsets: list[Any], *, dtype: str = "F32", length: int | None = None) -> bytes:
