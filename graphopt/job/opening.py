@@ -12,7 +12,7 @@ from typing import Any
 import pydantic
 
 from graphopt.capturing.load import load
-from graphopt.errors import UsageError, first_line, first_problem
+from graphopt.errors import LoadError, UsageError, first_line, first_problem
 from graphopt.files import MANIFEST, MOST_OF_A_MANIFEST, REPORT, read_file
 from graphopt.job import manifest
 from graphopt.job.replaying import read_plans
@@ -35,10 +35,12 @@ def open(directory: str | Path, *, plugins: Sequence[Path | str | type[Pass[Any,
         What was saved. The unoptimised program is not among it: `original` is None.
 
     Raises:
-        UsageError: there is no manifest or report, one is damaged, or a pass or backend is not installed.
+        UsageError: there is no manifest, it or the report is damaged, or a pass or backend is not installed.
         LoadError: a file is missing or is not the one that was saved.
     """
     directory = Path(directory)
+    if directory.is_file():
+        raise UsageError(f"{directory} is a file. Give the directory that graphopt wrote it to: {directory.parent}")
     stored = manifest.read(directory / MANIFEST)
     used = (*stored.programs.values(), *(found.file for found in stored.artifacts.values()))
     stored.check_files(directory, {*stored.sha256, *used})
@@ -70,6 +72,8 @@ def _report(path: Path) -> Report:
         if not isinstance(data, Mapping):
             raise TypeError("it is no object")
         return Report.from_json(data)
+    except FileNotFoundError as err:
+        raise LoadError(f"{path} is missing. Optimise again, or copy the whole directory.") from err
     except OSError as err:
         raise UsageError(f"{path} is not a report: {err.strerror or err}. Optimise again.") from err
     except pydantic.ValidationError as err:

@@ -237,6 +237,19 @@ def test_what_is_no_json_is_one_sentence(name: str, content: str, folder: Path, 
         graphopt.open(there)
 
 
+def test_the_report_that_is_missing_is_a_missing_file_like_any_other(folder: Path, tmp_path: Path) -> None:
+    there = Path(shutil.copytree(folder, tmp_path / "copy"))
+    (there / "report.json").unlink()
+    with pytest.raises(LoadError, match=r"report\.json is missing\. Optimise again, or copy the whole directory"):
+        graphopt.open(there)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "report.json"])
+def test_a_file_in_place_of_its_directory(name: str, folder: Path) -> None:
+    with pytest.raises(UsageError, match=rf"{name} is a file\. Give the directory .*: {folder}"):
+        graphopt.open(folder / name)
+
+
 def test_a_manifest_of_the_version_before_is_read(folder: Path, result: graphopt.Result, tmp_path: Path) -> None:
     def older(data: dict[str, Any]) -> None:
         data.update(schema=1)
