@@ -20,10 +20,7 @@ class Archive:
 
     def __init__(self, data: bytes) -> None:
         """Open the archive held in `data`; raises `DamagedError` where it is not one that torch writes."""
-        try:
-            self._zip = zipfile.ZipFile(io.BytesIO(data))
-        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as err:
-            raise DamagedError(f"it starts like a zip archive but has no readable directory ({err})") from err
+        self._zip = _open(data)
         members = [info for info in self._zip.infolist() if not info.filename.endswith("/")]
         _check_members(members, len(data))
         # Files of torch 2.7 and older have members at the top, without a root folder.
@@ -53,6 +50,19 @@ class Archive:
             return self._zip.read(self._members[name])
         except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, RuntimeError) as err:
             raise DamagedError(f"its member `{name}` cannot be read ({err})") from err
+
+
+def member_names(data: bytes) -> set[str]:
+    """Return the names of an archive's members, below its root folder too, whatever program wrote it."""
+    names = _open(data).namelist()
+    return {*names, *(name.partition("/")[2] for name in names)}
+
+
+def _open(data: bytes) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(io.BytesIO(data))
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as err:
+        raise DamagedError(f"it starts like a zip archive but has no readable directory ({err})") from err
 
 
 def _check_members(members: list[zipfile.ZipInfo], length: int) -> None:

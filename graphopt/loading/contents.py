@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import enum
+import re
 
-from graphopt.loading.archive import Archive
+from graphopt.loading.archive import Archive, member_names
 
-LEGACY_TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+# The first of several pickles, a number of torch's own; from protocol 4 on each is in a frame.
+_LEGACY_TORCH = re.compile(rb"\x80[\x02-\x05](\x95.{8})?\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19\.", re.DOTALL)
 
 
 class FileKind(enum.Enum):
@@ -34,7 +36,6 @@ class FileKind(enum.Enum):
 
 
 _MAGIC: tuple[tuple[bytes, FileKind], ...] = (
-    (LEGACY_TORCH_MAGIC, FileKind.TORCH_PICKLE),
     (b"\x93NUMPY", FileKind.NUMPY),
     (b"\x89HDF\r\n\x1a\n", FileKind.HDF5),
     (b"GGUF", FileKind.GGUF),
@@ -44,6 +45,13 @@ _MAGIC: tuple[tuple[bytes, FileKind], ...] = (
     (b"\x28\xb5\x2f\xfd", FileKind.COMPRESSED),
     (b"version https://git-lfs.github.com/spec", FileKind.LFS_POINTER),
 )
+# What a zip archive is, by a member that it has; the first that is found decides.
+_MEMBERS = (
+    ("archive_format", FileKind.EXPORTED),
+    ("serialized_exported_program.json", FileKind.EXPORTED_OLD),
+    ("constants.pkl", FileKind.TORCHSCRIPT),
+    ("data.pkl", FileKind.TORCH_PICKLE),
+)
 
 
 def identify(data: bytes) -> tuple[FileKind, Archive | None]:
@@ -51,7 +59,9 @@ def identify(data: bytes) -> tuple[FileKind, Archive | None]:
     if not data:
         return FileKind.EMPTY, None
     if data.startswith((b"PK\x03\x04", b"PK\x05\x06")):
-        return _identify_zip(Archive(data) if not _is_numpy_zip(data) else None)
+        return _identify_zip(data)
+    if is_legacy_torch(data):
+        return FileKind.TORCH_PICKLE, None
     for magic, kind in _MAGIC:
         if data.startswith(magic):
             return kind, None
@@ -68,18 +78,18 @@ def identify(data: bytes) -> tuple[FileKind, Archive | None]:
     return _identify_text(data[:4096]), None
 
 
-def _identify_zip(archive: Archive | None) -> tuple[FileKind, Archive | None]:
-    if archive is None:
+def is_legacy_torch(data: bytes) -> bool:
+    """Tell a file of the older format of `torch.save`, pickles one behind the other."""
+    return _LEGACY_TORCH.match(data) is not None
+
+
+def _identify_zip(data: bytes) -> tuple[FileKind, Archive | None]:
+    if _is_numpy_zip(data):
         return FileKind.NUMPY, None
-    if "archive_format" in archive:
-        return FileKind.EXPORTED, archive
-    if "serialized_exported_program.json" in archive:
-        return FileKind.EXPORTED_OLD, archive
-    if "constants.pkl" in archive:
-        return FileKind.TORCHSCRIPT, archive
-    if "data.pkl" in archive:
-        return FileKind.TORCH_PICKLE, archive
-    return FileKind.ZIP, archive
+    names = member_names(data)
+    kind = next((kind for name, kind in _MEMBERS if name in names), FileKind.ZIP)
+    # What is not read may be compressed, TorchScript always is: only what is read must be as `Archive` wants it.
+    return kind, Archive(data) if kind not in (FileKind.TORCHSCRIPT, FileKind.ZIP) else None
 
 
 def _is_numpy_zip(data: bytes) -> bool:

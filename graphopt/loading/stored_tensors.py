@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from graphopt.loading.archive import Archive
-from graphopt.loading.contents import LEGACY_TORCH_MAGIC
+from graphopt.loading.contents import is_legacy_torch
 from graphopt.loading.pickle_records import Global, read_records
 from graphopt.loading.refusal import DamagedError, HostileError
 
@@ -95,7 +95,7 @@ def read_torch_file(data: bytes) -> tuple[Any, StoredTensors]:
         DamagedError: it is in neither of the formats of `torch.save`, or cut off.
         HostileError: its pickle asks for what no model needs.
     """
-    if data.startswith(LEGACY_TORCH_MAGIC):
+    if is_legacy_torch(data):
         return _read_legacy(data)
     archive = Archive(data)
     if "byteorder" in archive and archive.read("byteorder") != b"little":

@@ -151,6 +151,23 @@ def test_a_file_is_read_once_and_is_then_what_its_manifest_says(
             load_model(**given, factory=f"{factories}:build")
 
 
+@pytest.mark.parametrize("given", [{}, {"trust": True}, {"factory": "FACTORIES:build"}], ids=str)
+def test_real_torchscript_file(given: dict[str, Any], factories: str, tmp_path: Path) -> None:
+    """Its members are compressed."""
+    torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "model.pt")
+    if "factory" in given:
+        given = {"factory": f"{factories}:build"}
+    with pytest.raises(LoadError, match="is a TorchScript archive; "):
+        load_model(tmp_path / "model.pt", **given)
+
+
+def test_a_compressed_archive_of_something_else(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "model.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("model/weights.bin", bytes(100))
+    with pytest.raises(LoadError, match="it is a zip archive that is not a model"):
+        load_model(tmp_path / "model.zip")
+
+
 def test_zip_bomb_is_not_unpacked(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -138,9 +138,10 @@ def test_os_system_in_a_pickle(tmp_path: Path, touch_on_unpickle: object, marker
 
 
 def test_legacy_format_is_checked_as_well(tmp_path: Path, touch_on_unpickle: object, marker: Path) -> None:
-    evil = save(touch_on_unpickle, tmp_path / "evil.pt", _use_new_zipfile_serialization=False)
-    assert_refused(evil, "posix.system")
-    assert not marker.exists()
+    for protocol in (2, 3, 4, 5):
+        options = {"_use_new_zipfile_serialization": False, "pickle_protocol": protocol}
+        assert_refused(save(touch_on_unpickle, tmp_path / "evil.pt", **options), "posix.system")
+        assert not marker.exists()
 
 
 @pytest.mark.parametrize("name", ["builtins.eval", "subprocess.Popen", "torch.hub.load", "torch.jit.load"])
@@ -296,6 +297,13 @@ def test_checkpoint_asks_for_a_factory(tmp_path: Path) -> None:
     path = save({"epoch": 3, "state_dict": nn.Linear(2, 3).state_dict()}, tmp_path / "last.pt")
     with pytest.raises(LoadError, match=r"a dictionary with the keys epoch, state_dict.*--factory"):
         load_model(path)
+
+
+@pytest.mark.parametrize("trust", [False, True])
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_the_older_format_in_every_protocol(protocol: int, trust: bool, tmp_path: Path) -> None:
+    options = {"_use_new_zipfile_serialization": False, "pickle_protocol": protocol}
+    assert isinstance(load_model(save(nn.Linear(2, 2), tmp_path / "m.pt", **options), trust=trust).model, nn.Linear)
 
 
 def test_tensor_is_not_a_model(tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ WRITTEN: tuple[dict[str, Any], ...] = (
     {},
     {"_use_new_zipfile_serialization": False},
     *({"pickle_protocol": protocol} for protocol in (3, 4, 5)),
+    *({"_use_new_zipfile_serialization": False, "pickle_protocol": protocol} for protocol in (3, 4, 5)),
 )
 
 
