@@ -41,6 +41,7 @@ class Made:
         arguments: of the call.
         instance: whether it is an instance made without its constructor.
         items: of a dictionary of a class of its own.
+        appended: to a list of a class of its own.
         state: attributes it is given, None for none.
     """
 
@@ -48,6 +49,7 @@ class Made:
     arguments: tuple[Any, ...]
     instance: bool
     items: list[tuple[Any, Any]] = field(default_factory=list)
+    appended: list[Any] = field(default_factory=list)
     state: Any = None
 
 
@@ -188,9 +190,9 @@ class _Reader:
 
     def append(self, values: list[Any]) -> None:
         target = self.pop()
-        if not isinstance(target, list):
+        if not isinstance(target, list | Made):
             raise HostileError("its pickle appends to what is no list")
-        target.extend(values)
+        (target if isinstance(target, list) else target.appended).extend(values)
         self.push(target)
 
     def set_items(self, values: list[Any]) -> None:

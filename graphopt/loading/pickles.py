@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from graphopt.errors import cut, foreign_code, printable
+from graphopt.loading import numpy_records
 from graphopt.loading.pickle_records import Global, Made, Stored, is_key
 from graphopt.loading.refusal import DamagedError, HostileError
 from graphopt.loading.stock_modules import CLASS_OF, FUNCTIONAL_OF, make_module
@@ -79,6 +80,7 @@ class _Builder:
         self._stored = stored
         self._modules = modules
         self._made: dict[int, Any] = {}
+        self._encoded: dict[str, bytes] = {}
         self._sizes: dict[int, int] = {}
         self._size = self._count = 0
         self._open: set[int] = set()
@@ -114,6 +116,8 @@ class _Builder:
         if isinstance(record, Stored):
             raise DamagedError("it holds bytes without saying which tensor they are")
         assert isinstance(record, Made)  # nothing else is read
+        # a call takes of its arguments, which may be shared, a copy each time
+        self._size += sum(len(item) for item in record.arguments if isinstance(item, tuple | list | dict))
         make = _Builder._module if record.instance else _function(record)
         try:
             return make(self, record, path)
@@ -128,10 +132,13 @@ class _Builder:
         raise _unknown(record)
 
     def _module(self, record: Made, path: str) -> torch.nn.Module:
-        cls = CLASS_OF.get(record.maker.name) if self._modules else None
+        cls = CLASS_OF.get(record.maker.name)
+        if not self._modules and (cls or (type(record.state) is dict and "_modules" in record.state)):
+            advice = ", which goes without `--factory`" if len(self._open) == 1 else ""
+            raise HostileError(f"it {'is' if advice else 'holds'} a whole module ({_shown(record.maker)}){advice}")
         if cls is None:
             raise _unknown(record.maker)
-        if record.arguments or record.items or type(record.state) is not dict:
+        if record.arguments or record.items or record.appended or type(record.state) is not dict:
             raise HostileError(f"it makes a `{record.maker.name}` as torch.save never does")
         self._count += 1
         if self._count > MAX_MODULES:
@@ -202,7 +209,7 @@ class _Builder:
         return value.detach()
 
     def refused_tensor(self, record: Made, path: str) -> Any:
-        kind = record.maker.name.rpartition("_rebuild_")[2].replace("_", " ")
+        kind = _REFUSED[record.maker.name]
         raise HostileError(f"it holds a {kind}, which graphopt does not read from files that are not trusted")
 
     def counter(self, record: Made, path: str) -> Counter[Any]:
@@ -214,6 +221,24 @@ class _Builder:
     def default_dictionary(self, record: Made, path: str) -> dict[Any, Any]:
         """Make what a dictionary holds that makes its missing values; nothing here asks for one that is missing."""
         return {key: self.value(item, path) for key, item in record.items}
+
+    def queue(self, record: Made, path: str) -> list[Any]:
+        match record.arguments:
+            case () | ((), int()):  # nothing, and the most it may hold
+                return [self.value(item, path) for item in record.appended]
+        raise HostileError(f"it makes a `{record.maker.name}` as torch.save never does")
+
+    def numpy(self, record: Made, path: str) -> Any:
+        return numpy_records.CALLS[record.maker.name](record, lambda item: self.value(item, path))
+
+    def encoded(self, record: Made, path: str) -> bytes:
+        """Return bytes that are stored as text; once of a text that is shared."""
+        text, encoding = record.arguments
+        if encoding != "latin1" or type(text) is not str:
+            raise HostileError("it encodes text otherwise than bytes are stored")
+        if text not in self._encoded:
+            self._encoded[text] = text.encode("latin1")
+        return self._encoded[text]
 
     def function(self, record: Made, path: str) -> Any:
         """Return a functional of torch that is stored as an attribute of the class that torch keeps its own in."""
@@ -236,13 +261,6 @@ def _bytes(builder: _Builder, record: Made, path: str) -> bytes:
     if type(content) is not bytes:
         raise HostileError("it makes bytes of something other than bytes")
     return content
-
-
-def _encoded(_: _Builder, record: Made, __: str) -> bytes:
-    text, encoding = record.arguments
-    if encoding != "latin1" or type(text) is not str:
-        raise HostileError("it encodes text otherwise than bytes are stored")
-    return text.encode("latin1")
 
 
 def _device(_: _Builder, record: Made, __: str) -> torch.device:
@@ -268,6 +286,12 @@ def _complex(_: _Builder, record: Made, __: str) -> complex:
 
 _ORDERED = "collections.OrderedDict"
 _DEFAULT = "collections.defaultdict"
+_QUEUE = "collections.deque"
+_REFUSED = {
+    "torch._utils._rebuild_sparse_tensor": "sparse tensor",
+    "torch._utils._rebuild_qtensor": "quantized tensor",
+    "torch._utils._rebuild_meta_tensor_no_storage": "meta tensor, a shape without values",
+}
 _FUNCTIONS = Global("torch._C._VariableFunctionsClass")
 _LAZY: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"conj": torch.conj, "neg": torch.neg}
 _TENSORS = (Global("torch._utils._rebuild_tensor_v2"), Global("torch._utils._rebuild_tensor_v3"))
@@ -278,10 +302,10 @@ _CALLS: dict[str, Callable[[_Builder, Made, str], Any]] = {
     "torch._tensor._rebuild_from_type_v2": _Builder.with_attributes,
     "torch._utils._rebuild_parameter": _Builder.parameter,
     "torch._utils._rebuild_parameter_with_state": _Builder.parameter_with_state,
-    "torch._utils._rebuild_sparse_tensor": _Builder.refused_tensor,
-    "torch._utils._rebuild_qtensor": _Builder.refused_tensor,
-    "torch._utils._rebuild_meta_tensor_no_storage": _Builder.refused_tensor,
+    **dict.fromkeys(_REFUSED, _Builder.refused_tensor),
+    **dict.fromkeys(numpy_records.CALLS, _Builder.numpy),
     _DEFAULT: _Builder.default_dictionary,
+    _QUEUE: _Builder.queue,
     "collections.Counter": _Builder.counter,
     "builtins.getattr": _Builder.function,
     "builtins.set": _Builder.collection,
@@ -289,7 +313,7 @@ _CALLS: dict[str, Callable[[_Builder, Made, str], Any]] = {
     "builtins.complex": _complex,
     "builtins.bytes": _bytes,
     "builtins.bytearray": _bytes,
-    "_codecs.encode": _encoded,
+    "_codecs.encode": _Builder.encoded,
     "torch.Size": _size,
     "torch.device": _device,
     "torch.serialization._get_layout": lambda _, record, __: _LAYOUTS[record.arguments[0]],
@@ -303,7 +327,9 @@ def _function(record: Made) -> Callable[[_Builder, Made, str], Any]:
         raise _unknown(record.maker)
     if record.items and name not in (_ORDERED, _DEFAULT):
         raise HostileError(f"it puts items into what `{name}` returns")
-    if record.state is not None and not _is_version_data(record):
+    if record.appended and name != _QUEUE:
+        raise HostileError(f"it appends to what `{name}` returns")
+    if record.state is not None and name not in numpy_records.STATEFUL and not _is_version_data(record):
         raise HostileError(f"it keeps attributes in what `{name}` returns, which is no plain data")
     return _CALLS[name]
 
@@ -312,8 +338,8 @@ def _table(record: Any) -> Mapping[Any, Any] | None:
     """Return the records of a plain or ordered dictionary, None for anything else."""
     if isinstance(record, dict):
         return record
-    if isinstance(record, Made) and record.maker.name == _ORDERED and not record.instance and record.state is None:
-        return dict(_pairs(record))
+    if isinstance(record, Made) and record.maker.name == _ORDERED and not record.instance:
+        return dict(_pairs(record)) if record.state is None and not record.appended else None
     return None
 
 
@@ -339,4 +365,11 @@ def _check_no_hooks(hooks: Any, path: str) -> None:
 
 
 def _unknown(record: Global) -> HostileError:
-    return HostileError(f"it needs `{cut(printable(record.name), 120)}`, which is not one of torch.nn's own classes")
+    return HostileError(
+        f"it needs {_shown(record)}, which is not among the classes and functions that graphopt reads from files "
+        "that are not trusted"
+    )
+
+
+def _shown(record: Global) -> str:
+    return f"`{cut(printable(record.name), 120)}`"

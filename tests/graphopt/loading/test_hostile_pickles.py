@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from graphopt.errors import LoadError
-from graphopt.loading import load_model
+from graphopt.loading import load_model, pickles
 from graphopt.loading.stock_modules import CLASSES
 
 PROTOCOL = b"\x80\x02"
@@ -58,6 +58,20 @@ EMPTY_MODULE = {"training": b"\x89", "_parameters": b"}", "_buffers": b"}", "_mo
 
 def identity(**attributes: bytes) -> bytes:
     return with_state(instance(IDENTITY), **EMPTY_MODULE, **attributes)
+
+
+def encoded(content: str) -> bytes:
+    return called("_codecs.encode", text(content), text("latin1"))
+
+
+def numpy_type(name: str, order: str = "<") -> bytes:
+    state = row(plain(3), text(order), b"N", b"N", b"N", plain(-1), plain(-1), plain(0))
+    return called("numpy.dtype", text(name), b"\x89", b"\x88") + state + b"b"
+
+
+def numpy_array(shape: tuple[int, ...], content: bytes, of: str = "numpy.ndarray") -> bytes:
+    made = called("numpy._core.multiarray._reconstruct", named(of), plain((0,)), encoded("b"))
+    return made + row(plain(1), plain(shape), numpy_type("f4"), b"\x89", content) + b"b"
 
 
 DOUBLED = b")" + b"".join(b"q" + bytes([n]) + b"h" + bytes([n]) + b"\x86" for n in range(60))
@@ -142,6 +156,52 @@ ATTACKS: dict[str, bytes] = {
         row(text("storage"), named("torch.FloatStorage"), text("0"), text("cpu"), plain(1)) + b"Q",
         *(plain(0), plain((1,)), plain((1,)), b"\x89", called("collections.OrderedDict"), DOUBLED),
     ),
+    "a queue of one row": called("collections.deque", plain([1])),
+    "a queue with attributes": with_state(called("collections.deque"), append=named("os.system")),
+    "a queue in itself": called("collections.deque") + b"q\x00h\x00a",
+    "a queue of functions": called("collections.deque") + named("os.system") + b"a",
+    "a counter that is appended to": called("collections.Counter", b"}") + b"K\x01a",
+    "a module that is appended to": identity() + b"K\x01a",
+    "children that are appended to": with_state(
+        instance(IDENTITY), **{**EMPTY_MODULE, "_modules": called("collections.OrderedDict") + b"K\x01a"}
+    ),
+    "a function that is appended to": named("torch.nn.functional.relu") + b"K\x01a",
+    "a type of objects": numpy_type("O8", "|"),
+    "a type of texts": numpy_type("U8"),
+    "a type of many numbers": numpy_type("f4,(1000000000,)f4"),
+    "a type that is a function": called("numpy.dtype", named("os.system"), b"\x89", b"\x88"),
+    "a type without a state": called("numpy.dtype", text("f4"), b"\x89", b"\x88"),
+    "a type with fields": called("numpy.dtype", text("f4"), b"\x89", b"\x88")
+    + row(plain(3), text("<"), b"N", plain(("a",)), plain({"a": 1}), plain(4), plain(1), plain(16))
+    + b"b",
+    "a number of too few bytes": called("numpy._core.multiarray.scalar", numpy_type("f8"), encoded("1234")),
+    "a number of an object": called("numpy._core.multiarray.scalar", numpy_type("f8"), named("os.system")),
+    "a number of no type": called("numpy._core.multiarray.scalar", plain(1), encoded("1234")),
+    "a number with a state": with_state(
+        called("numpy._core.multiarray.scalar", numpy_type("f4"), encoded("1234")), item=named("os.system")
+    ),
+    "a truth value of two": called("numpy._core.multiarray.scalar", numpy_type("b1", "|"), encoded("\x02")),
+    "an array of nothing": called("numpy._core.multiarray._reconstruct"),
+    "an array without a state": called(
+        "numpy._core.multiarray._reconstruct", named("numpy.ndarray"), plain((0,)), encoded("b")
+    ),
+    "an array of another class": numpy_array((1,), encoded("1234"), of="torch.Tensor"),
+    "an array of a file": numpy_array((1,), encoded("1234"), of="numpy.memmap"),
+    "an array of objects": numpy_array((1,), b"]" + named("os.system") + b"a"),
+    "memory of an array": numpy_array((2**40,), encoded("1234")),
+    "a negative array": numpy_array((-1, -1), encoded("1234")),
+    "an array of many axes": numpy_array((1,) * 90, encoded("1234")),
+    "an array of no bytes without end": numpy_array((0, 2**62, 2**62), encoded("")),
+    "an array in no order": called(
+        "numpy._core.numeric._frombuffer", encoded("1234"), numpy_type("f4"), plain((1,)), text("K")
+    ),
+    "an array among the tensors": with_state(
+        instance(IDENTITY), **{**EMPTY_MODULE, "_buffers": b"}" + text("a") + numpy_array((1,), encoded("1234")) + b"s"}
+    ),
+    "an array as an attribute": identity(extra=numpy_array((1,), encoded("1234"))),
+    "bytes of one text again and again": b"](" + text("a" * 2**18) + b"q\x07"
+    + called("_codecs.encode", b"h\x07", text("latin1")) * 100
+    + named("os.system") + b"e",
     "an opcode of text": b"cos\nsystem\n(S'true'\ntR",
     "an instance of old classes": b"(ios\nsystem\n",
     "an extension": b"\x82\x01",
@@ -221,6 +281,22 @@ def test_each_attack_is_refused_and_changes_nothing(tmp_path: Path, unchanged: d
         assert message.startswith((f"Refused to load `{path}`", f"Cannot load `{path}`"))
         assert "\n" not in message
     assert peak < 2**24
+
+
+@pytest.mark.parametrize(
+    ("maker", "shared"), [("collections.Counter", dict.fromkeys(range(100), 1)), ("builtins.set", [*range(100)])]
+)
+def test_what_a_call_copies_of_a_shared_value_counts(
+    maker: str, shared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = b"](" + plain(shared) + b"q\xff" + called(maker, b"h\xff") * 20 + b"e"
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", PROTOCOL + content + b".")
+    with pytest.raises(LoadError, match="holds a list, not a model"):
+        load_model(tmp_path / "a.pt")
+    monkeypatch.setattr(pickles, "MAX_SIZE", 1000)
+    with pytest.raises(LoadError, match="more than 1000 values"):
+        load_model(tmp_path / "a.pt")
 
 
 @pytest.mark.parametrize("attack", ["setattr", "memory", "deepcopy"])

@@ -299,6 +299,18 @@ def test_checkpoint_asks_for_a_factory(tmp_path: Path) -> None:
         load_model(path)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("wrap", "named"),
+    [(nn.DataParallel, "parallel.data_parallel.DataParallel"), (nn.utils.weight_norm, "utils.weight_norm.WeightNorm")],
+)
+def test_classes_of_torch_that_are_not_read_are_not_called_strangers(
+    wrap: Callable[[nn.Module], nn.Module], named: str, tmp_path: Path
+) -> None:
+    path = save(wrap(nn.Linear(2, 2)), tmp_path / "model.pt")
+    assert_refused(path, f"torch.nn.{named}`, which is not among the classes and functions that graphopt reads")
+
+
 @pytest.mark.parametrize("trust", [False, True])
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_the_older_format_in_every_protocol(protocol: int, trust: bool, tmp_path: Path) -> None:
