@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import io
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from graphopt.errors import LoadError, UsageError, foreign_code
+from graphopt.errors import LoadError, UsageError, cut, foreign_code, printable
 from graphopt.files import check_against_manifest, read_file
 from graphopt.loading.archive import Archive
 from graphopt.loading.contents import FileKind, identify
@@ -37,6 +38,7 @@ _ADVICE = {
     FileKind.TAR: "unpack it first",
     FileKind.EMPTY: "whatever wrote it did not finish; save or copy it again",
 }
+_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+:)/([^/].*)")  # a path has no two slashes in a row
 _EXPECTED = (
     "graphopt reads exported programs (`torch.export.save`), modules (`torch.save(model, ...)`), and, with "
     "`--factory`, weights"
@@ -82,7 +84,7 @@ def load_model(
 
     Args:
         path: A model file; with `factory`, the file of its weights.
-        trust: Let the file run code: unpickle any class, skip every check.
+        trust: Let the file run code: unpickle any class, skip every check. The file of the weights too.
         factory: `package.module:function` that builds the module, called without arguments.
         weights: The file of the weights, where `path` is not given; needs `factory`.
 
@@ -93,7 +95,7 @@ def load_model(
     if factory is not None:
         if path is not None and weights is not None:
             raise UsageError("With `--factory` give the weights once: as the model path or as the weights option.")
-        return _load_from_factory(factory, path if path is not None else weights)
+        return _load_from_factory(factory, path if path is not None else weights, trust)
     if weights is not None:
         raise UsageError("Weights alone are not a model: add `--factory package.module:function`.")
     if path is None:
@@ -121,6 +123,11 @@ def _read(path: Path) -> bytes:
     try:
         data = read_file(path)
     except FileNotFoundError as err:
+        if address := _ADDRESS.fullmatch(str(path)):
+            raise LoadError(
+                f"`{address[1]}//{address[2]}` is an address, and graphopt reads files: download it first, and give "
+                "the path of the copy."
+            ) from err
         folder = path.parent
         names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
         near = difflib.get_close_matches(path.name, names, 1)
@@ -137,17 +144,18 @@ def _read(path: Path) -> bytes:
     return data
 
 
-def _load_from_factory(factory: str, weights: Path | None) -> LoadedModel:
+def _load_from_factory(factory: str, weights: Path | None, trust: bool) -> LoadedModel:
     data = None if weights is None else _read(weights)
     model = build_model(factory)
     if data is None:
         return LoadedModel(model, factory)
     try:
-        apply_weights(model, read_weights(data, str(weights)), str(weights))
+        apply_weights(model, read_weights(data, str(weights), trust=trust), str(weights))
     except HostileError as err:
         raise LoadError(
-            f"`{weights}` is not weights alone: {err}. Save them with `torch.save(model.state_dict(), ...)` or as "
-            "`.safetensors`."
+            f"`{weights}` is not weights alone: {err}. Save the weights with `torch.save(model.state_dict(), ...)` or "
+            "as `.safetensors`, or, if you trust whoever made the file, pass `--trust` (it can run any code on this "
+            "machine)."
         ) from err
     return LoadedModel(model, factory)
 
@@ -182,8 +190,11 @@ def _load_module(path: Path, data: bytes, trust: bool) -> nn.Module:
         value = load_stock_pickle(data)
     if isinstance(value, nn.Module):
         return value
+    modules = [key for key, item in value.items() if isinstance(item, nn.Module)] if isinstance(value, Mapping) else []
     advice = (
-        "say what builds the model it belongs to with `--factory package.module:function`"
+        f"save what it holds as {cut(printable(repr(modules[0])), 80)} alone, with `torch.export.save` or `torch.save`"
+        if modules
+        else "say what builds the model it belongs to with `--factory package.module:function`"
         if is_state_dict(value) or isinstance(value, Mapping)
         else "save the model itself with `torch.export.save` or `torch.save`"
     )

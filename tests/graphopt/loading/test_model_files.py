@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import datetime
+import enum
 import io
 import json
 import os
@@ -33,6 +36,12 @@ class Net(nn.Module):
 
 def build():
     return Net()
+
+def linear():
+    return nn.Linear(3, 3)
+
+def nested():
+    return nn.ModuleDict({"net": nn.ModuleDict({"body": Net()})})
 
 def broken():
     raise RuntimeError("no such config")
@@ -168,6 +177,13 @@ def test_a_compressed_archive_of_something_else(tmp_path: Path) -> None:
         load_model(tmp_path / "model.zip")
 
 
+@pytest.mark.parametrize("address", ["https://example.org/m.pt", "s3://bucket/m.pt", "hf://a/b"])
+def test_addresses_are_to_be_downloaded_first(address: str, factories: str) -> None:
+    for given in ({}, {"factory": f"{factories}:build"}):
+        with pytest.raises(LoadError, match=f"`{address}` is an address, and graphopt reads files: download it first"):
+            load_model(Path(address), **given)
+
+
 def test_zip_bomb_is_not_unpacked(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -232,18 +248,113 @@ def test_weights_that_do_not_fit(factories: str, tmp_path: Path) -> None:
     assert "1 differ in shape (body.0.weight is 5x3 in the file and 4x3 in the model)" in message
 
 
-def test_weights_with_a_common_prefix(factories: str, tmp_path: Path) -> None:
-    path = tmp_path / "w.pt"
-    torch.save({f"module.{name}": value for name, value in reference().items() if "num_b" not in name}, path)
-    with pytest.raises(LoadError, match=r"Every name in the file starts with `module\.`"):
-        load_model(path, factory=f"{factories}:build")
+def wrapped(prefix: str) -> dict[str, torch.Tensor]:
+    return {f"{prefix}{name}": value for name, value in reference().items()}
 
 
-def test_whole_module_as_weights(factories: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model."])
+@pytest.mark.parametrize("averaged", [False, True])
+def test_a_prefix_of_all_names_is_left_out(
+    prefix: str, averaged: bool, factories: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = {"n_averaged": torch.tensor(3), **wrapped(prefix)} if averaged else wrapped(prefix)
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "w.pt")
+    loaded = load_model(tmp_path / "w.pt", factory=f"{factories}:build").model
+    assert isinstance(loaded, nn.Module)
+    torch.testing.assert_close(dict(loaded.state_dict()), reference())
+    assert caplog.messages == [f"The names in `{tmp_path / 'w.pt'}` start with `{prefix}`, which is left out."]
+
+
+def test_prefixes_that_the_model_has_are_kept(factories: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    torch.save(wrapped("net.body."), tmp_path / "w.pt")
+    loaded = load_model(tmp_path / "w.pt", factory=f"{factories}:nested").model
+    assert isinstance(loaded, nn.Module)
+    torch.testing.assert_close(dict(loaded.state_dict()), wrapped("net.body."))
+    assert not caplog.messages
+
+
+def test_weights_that_do_not_fit_without_their_prefix_either(factories: str, tmp_path: Path) -> None:
+    state = {**wrapped("module."), "module.body.0.weight": torch.ones(5, 3)}
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(LoadError) as caught:
+        load_model(tmp_path / "w.pt", factory=f"{factories}:build")
+    assert "built: 1 differ in shape (body.0.weight is 5x3 in the file and 4x3 in the model). " in str(caught.value)
+    assert "The names in the file start with `module.`, which was left out." in str(caught.value)
+    torch.save({**wrapped("module."), "other.extra": torch.ones(1)}, tmp_path / "w.pt")
+    with pytest.raises(LoadError, match=r"of the file's are not in the model \(module\.body"):
+        load_model(tmp_path / "w.pt", factory=f"{factories}:build")
+
+
+def test_names_of_many_parts_take_no_longer_and_are_cut(factories: str, tmp_path: Path) -> None:
+    torch.save({"\x1b." * 500_000 + str(number): torch.ones(1) for number in range(20)}, tmp_path / "w.pt")
+    with pytest.raises(LoadError, match="do not fit") as caught:
+        load_model(tmp_path / "w.pt", factory=f"{factories}:build")
+    assert len(str(caught.value)) < 1000
+    assert str(caught.value).isprintable()
+
+
+class Stranger(nn.Linear):
+    """A module class that is not torch.nn's."""
+
+
+@pytest.mark.parametrize("cls", [nn.Linear, Stranger])
+@pytest.mark.parametrize("name", [None, "model"])
+def test_whole_module_as_weights(cls: type[nn.Linear], name: str | None, factories: str, tmp_path: Path) -> None:
+    """Without trust it is said what it is; with trust it has weights."""
+    path, model = tmp_path / "w.pt", cls(3, 3)
+    torch.save({"epoch": 1, name: model} if name else model, path)
+    said = "it holds a whole module ({})" if name else "it is a whole module ({}), which goes without `--factory`"
+    with pytest.raises(LoadError) as caught:
+        load_model(path, factory=f"{factories}:linear")
+    named = f"`{cls.__module__}.{cls.__qualname__}`"
+    assert str(caught.value).startswith(f"`{path}` is not weights alone: {said.format(named)}.")
+    loaded = load_model(path, factory=f"{factories}:linear", trust=True).model
+    assert isinstance(loaded, nn.Linear)
+    assert torch.equal(loaded.weight, model.weight)
+
+
+class Color(enum.Enum):
+    """A class of the user's own."""
+
+    RED = 1
+
+
+BESIDE = (argparse.Namespace(lr=0.1), datetime.datetime(2020, 1, 1), Path("runs"), Color.RED)
+
+
+@pytest.mark.parametrize("beside", BESIDE, ids=str)
+def test_objects_beside_the_weights_need_trust(beside: object, factories: str, tmp_path: Path) -> None:
     path = tmp_path / "w.pt"
-    torch.save(nn.Linear(2, 2), path)
-    with pytest.raises(LoadError, match="not weights alone"):
+    torch.save({"state_dict": reference(), "args": beside}, path)
+    with pytest.raises(LoadError, match=rf"it needs `.*{type(beside).__name__}`.*if you trust .*, pass `--trust`"):
         load_model(path, factory=f"{factories}:build")
+    loaded = load_model(path, factory=f"{factories}:build", trust=True).model
+    assert isinstance(loaded, nn.Module)
+    torch.testing.assert_close(dict(loaded.state_dict()), reference())
+
+
+def test_numbers_of_numpy_beside_the_weights_need_no_trust(factories: str, tmp_path: Path) -> None:
+    beside = {"best": np.float64(0.5), "random": np.random.RandomState(0).get_state(), "curve": np.arange(3.0)}
+    torch.save({"state_dict": reference(), **beside}, tmp_path / "w.pt")
+    loaded = load_model(tmp_path / "w.pt", factory=f"{factories}:build").model
+    assert isinstance(loaded, nn.Module)
+    torch.testing.assert_close(dict(loaded.state_dict()), reference())
+
+
+class Stateless(nn.Linear):
+    """Fails when it is asked for its state dict."""
+
+    def state_dict(self, *_: Any, **__: Any) -> Any:
+        raise RuntimeError("no\nstate")
+
+
+def test_trusted_weights_that_fail_are_one_sentence(factories: str, tmp_path: Path) -> None:
+    torch.save(Stateless(3, 3), tmp_path / "w.pt")
+    with pytest.raises(LoadError, match=r"its module has no state dict \(RuntimeError: no\)\.$"):
+        load_model(tmp_path / "w.pt", factory=f"{factories}:linear", trust=True)
+    torch.save([1, 2], tmp_path / "w.pt")
+    with pytest.raises(LoadError, match="holds a list, not a state dict"):
+        load_model(tmp_path / "w.pt", factory=f"{factories}:linear", trust=True)
 
 
 def test_hostile_weights(factories: str, tmp_path: Path, touch_on_unpickle: object, marker: Path) -> None:

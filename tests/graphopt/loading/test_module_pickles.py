@@ -299,6 +299,13 @@ def test_checkpoint_asks_for_a_factory(tmp_path: Path) -> None:
         load_model(path)
 
 
+@pytest.mark.parametrize("trust", [False, True])
+def test_a_model_in_a_dictionary_is_to_be_saved_alone(trust: bool, tmp_path: Path) -> None:
+    path = save({"epoch": 3, "net": nn.Linear(2, 3)}, tmp_path / "last.pt")
+    with pytest.raises(LoadError, match=r"the keys epoch, net, not a model; save what it holds as 'net' alone"):
+        load_model(path, trust=trust)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("wrap", "named"),
