@@ -77,8 +77,7 @@ def replacing(path: Path) -> Iterator[Path]:
             it is as it was.
     """
     try:
-        if kind := _kind(path):
-            raise OSError(errno.EEXIST, f"{path.name} is {kind} there, not a file")
+        _check_kinds([path])
         path.parent.mkdir(parents=True, exist_ok=True)
         with ScratchDirectory(path.parent) as scratch:
             yield Path(scratch) / path.name
@@ -89,14 +88,14 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_directory(path: Path) -> Iterator[Path]:
-    """Yield a directory to write a result to; when the block ends well it replaces the one in `path`, all or none.
+    """Yield a directory to write files to; when the block ends well they replace those of `path`, all or none.
 
     A killed process leaves the old files, or the new ones, or some of either without their manifest; never both kinds.
     Files of `path` stay that the block does not write, but for those that only the manifest it replaces is about.
 
     Raises:
-        UsageError: the directory cannot be written to, the disk is full, or something is in the way of a file that no
-            result put there; it is as it was.
+        UsageError: the directory cannot be written to, the disk is full, something is in the way that no run wrote, or
+            `path` holds a result that these files would make another and do not replace; it is as it was.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -126,14 +125,24 @@ def _publish(new: Path, old: Path, path: Path) -> None:
     it is there: a build that was killed in between starts again.
     """
     names = sorted((file.name for file in new.iterdir()), key=lambda name: (name == MANIFEST, name))
-    _check_replaceable(path, names)
     before = _digests(path / MANIFEST) or {}
-    gone = [name for name in before if name not in names and _has(path / name, before[name])]
-    going = [name for name in reversed(names) if os.path.lexists(path / name)] + gone
+    if MANIFEST in names:
+        _check_replaceable(path, names)
+        coming, gone = names, [name for name in before if name not in names and _has(path / name, before[name])]
+    else:
+        _check_kinds(path / name for name in names)
+        changed = next((name for name in names if name in before and not _has(new / name, before[name])), None)
+        if changed is not None:
+            raise UsageError(
+                f"{path} holds the result of another run, and its {MANIFEST} would no longer be true: {changed} is "
+                "another file there. Choose another place with -o."
+            )
+        coming, gone = [name for name in names if not _has(path / name, before.get(name))], []
+    going = [name for name in reversed(coming) if os.path.lexists(path / name)] + gone
     with contextlib.ExitStack() as undo:
-        for name in names:
+        for name in coming:
             os.utime(new / name, _LONG_AGO)
-        for source, target, moved in ((path, old, going), (new, path, names)):
+        for source, target, moved in ((path, old, going), (new, path, coming)):
             for name in moved:
                 os.rename(source / name, target / name)
                 undo.callback(os.rename, target / name, source / name)
@@ -160,18 +169,22 @@ def check_replaceable(directory: Path, names: Iterable[str]) -> None:
 def _check_replaceable(directory: Path, names: Iterable[str]) -> None:
     before = _digests(directory / MANIFEST)
     ours = () if before is None else (*before, MANIFEST, REPORT)
-    for path in (directory / name for name in names):
-        kind = _kind(path)
-        if kind is not None or (os.path.lexists(path) and path.name not in ours):
-            said = f"is {kind}" if kind else "was not written by graphopt, or the manifest that says so is gone"
-            raise UsageError(
-                f"{path} {said}; a result has a file there. Move it away, or choose another place with -o."
-            )
+    paths = [directory / name for name in names]
+    _check_kinds(paths)
+    foreign = next((path for path in paths if os.path.lexists(path) and path.name not in ours), None)
+    if foreign is not None:
+        raise UsageError(
+            f"{foreign} was not written by graphopt, or the manifest that says so is gone; a result has a file there. "
+            "Move it away, or choose another place with -o."
+        )
 
 
-def _kind(path: Path) -> str | None:
-    """Return what there is instead of a file; None for a file, and for nothing."""
-    return _KINDS.get(stat.S_IFMT(path.stat().st_mode)) if path.exists() else None
+def _check_kinds(paths: Iterable[Path]) -> None:
+    """Raise a UsageError if there is something else than a file where a file is to be."""
+    for path in paths:
+        kind = _KINDS.get(stat.S_IFMT(path.stat().st_mode)) if path.exists() else None
+        if kind is not None:
+            raise UsageError(f"{path} is {kind}, not a file. Move it away, or choose another place with -o.")
 
 
 def _digests(manifest: Path) -> dict[str, str] | None:

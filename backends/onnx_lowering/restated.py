@@ -2,6 +2,7 @@
 
 avg_pool2d(x, k, .., divisor_override=d)     avg_pool2d(x, k, ..) * (|k| / d)       it ignores the divisor
 rrelu(x, lower, upper)                       leaky_relu(x, (lower + upper) / 2)     it knows neither
+copy(x, smaller)                             copy(x, expand_as(smaller, x))         the result has the smaller shape
 lstm with projections                        refused: the LSTM of ONNX has none
 """
 
@@ -47,6 +48,10 @@ def _other_words(node: fx.Node, editor: Editor) -> fx.Node | None:
         given = arguments(node, ("self", "lower", "upper"))
         slope = (given["lower"] + given["upper"]) / 2
         return editor.call(aten.leaky_relu.default, given["self"], slope, like=node)
+    if node.target in (aten.copy.default, aten.copy_.default):
+        target, source = node.args[:2]
+        if source.meta["val"].shape != target.meta["val"].shape:  # type: ignore[union-attr]
+            node.update_arg(1, editor.call(aten.expand_as.default, source, target, like=node))
     if node.target is aten.lstm.input and _projects(node):
         raise LoweringError(
             f"The LSTM{_where(node)} projects its state (proj_size), which the LSTM of ONNX does not. Make it without "

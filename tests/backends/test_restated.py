@@ -38,6 +38,29 @@ def test_a_pool_with_its_own_divisor_and_a_random_slope_compute_what_torch_does(
     assert backend.verify(backend.lower(program, tmp_path / "model.onnx"), program) < 1e-5
 
 
+class Copies(nn.Module):
+    """Copies a row, a number, another type and the whole into tensors of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("held", torch.zeros(4, 8))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        row, exact = torch.zeros(4, 8), torch.zeros(4, 8, dtype=torch.float64)
+        row.copy_(x[:1])
+        exact.copy_(x[0])
+        self.held.copy_(x.sum())
+        whole = torch.zeros_like(x)
+        whole.copy_(x)
+        return row * 2, exact.float() * 2, self.held * 2, whole * 2
+
+
+def test_what_is_copied_may_be_smaller(tmp_path: Path) -> None:
+    backend = OnnxRuntimeBackend()
+    program = capture(Copies(), torch.randn(3, 8))
+    assert backend.verify(backend.lower(program, tmp_path / "model.onnx"), program) < 1e-6
+
+
 @pytest.mark.parametrize(
     ("model", "shape", "reason"),
     [

@@ -210,16 +210,16 @@ def test_what_is_in_the_way_of_a_file_is_said_before_anything_changes(tmp_path: 
     _write(tmp_path, **OLD)
     (tmp_path / "c.onnx").mkdir() if kind == "folder" else os.mkfifo(tmp_path / "c.onnx")
     before = _state(tmp_path)
-    with pytest.raises(UsageError, match=f"c.onnx is a {kind}; a result has a file there"):
+    with pytest.raises(UsageError, match=f"c.onnx is a {kind}, not a file. Move it away"):
         _write(tmp_path, **NEW)
     assert _state(tmp_path) == before
     assert not list(tmp_path.glob(f"{SCRATCH}*"))
-    with pytest.raises(UsageError, match=f"c.onnx is a {kind} there"), replacing(tmp_path / "c.onnx"):
+    with pytest.raises(UsageError, match=f"c.onnx is a {kind}, not a file"), replacing(tmp_path / "c.onnx"):
         raise AssertionError("nothing is computed that could not be written")
 
 
 def test_devices_are_not_replaced() -> None:
-    with pytest.raises(UsageError, match="null is a device there"), replacing(Path("/dev/null")):
+    with pytest.raises(UsageError, match="null is a device, not a file"), replacing(Path("/dev/null")):
         raise AssertionError("nothing is computed that could not be written")
 
 
@@ -263,6 +263,22 @@ def test_files_that_another_manifest_names_are_somebody_elses(tmp_path: Path, di
     with pytest.raises(UsageError, match="not written by graphopt"):
         _write(tmp_path, **NEW)
     assert (tmp_path / "victim").exists()
+
+
+def test_files_alone_do_not_make_a_manifest_untrue(tmp_path: Path) -> None:
+    _write(tmp_path, **OLD)
+    before = _state(tmp_path)
+
+    def write(text: str) -> None:
+        with replacing_directory(tmp_path) as folder:
+            (folder / "a.onnx").write_text(text)
+            (folder / "z.onnx").write_text("new")
+
+    with pytest.raises(UsageError, match=r"its manifest.json would no longer be true: a.onnx is another file"):
+        write("new")
+    assert _state(tmp_path) == before
+    write("old")
+    assert _state(tmp_path) == {**before, "z.onnx": "new"}
 
 
 @pytest.mark.parametrize("name", ["run.py", REPORT, "c.onnx"])

@@ -115,7 +115,7 @@ def test_a_file_of_somebody_is_found_before_anything_runs(files: Files, fails: F
     Path("site", name).unlink()
     Path("site", name).mkdir()
     said = fails(2, "optimize", "model.pt", "--passes", "fold", "-o", "site", *target)
-    assert said.startswith(f"site/{name} is a folder; a result has a file there. Move it away")
+    assert said.startswith(f"site/{name} is a folder, not a file. Move it away")
     Path("site", name).rmdir()
     Path("site", "notes.txt").write_text("mine")
     fails(3, "optimize", "model.pt", "--passes", "fold", "-o", "site", *target)
