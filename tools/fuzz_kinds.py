@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import zipfile
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,8 @@ def kinds(folder: Path, *names: str) -> dict[str, Kind]:
 def _models(folder: Path) -> dict[str, Kind]:
     module, weights, program = folder / "module.pt", folder / "weights.pt", folder / "program.pt2"
     torch.save(network(), module)
-    torch.save(network().state_dict(), weights)
+    beside = {"best": np.float64(0.5), "curve": np.arange(6.0).reshape(2, 3), "last": deque([0.5, 0.25], maxlen=2)}
+    torch.save({"state_dict": network().state_dict(), **beside}, weights)
     graphopt.capture(network(), (torch.randn(2, 6),)).save(program)
     pickles = zip_mutated([(".pkl", pickle_mutated)])
     schema = zip_mutated([(".json", json_mutated)])
