@@ -45,6 +45,7 @@ class StoredTensors:
     def __init__(self, read: Callable[[str], bytes]) -> None:
         self._read = read
         self._bytes: dict[str, torch.Tensor] = {}
+        self._truths: set[str] = set()
         self._repeated = 0
 
     def tensor(
@@ -78,8 +79,10 @@ class StoredTensors:
         raw = self._bytes[name]
         if len(raw) != length or length % dtype.itemsize:
             raise DamagedError(f"the bytes of its tensor `{name}` are {len(raw)}, not the {length} it says")
-        if dtype is torch.bool and bool((raw > 1).any()):
-            raise DamagedError(f"its tensor `{name}` of truth values holds others")
+        if dtype is torch.bool and name not in self._truths:  # once: a file may have any number of views of it
+            if bool((raw > 1).any()):
+                raise DamagedError(f"its tensor `{name}` of truth values holds others")
+            self._truths.add(name)
         _check_view(name, length // dtype.itemsize, offset, size, stride)
         elements = math.prod(size)
         self._repeated += elements if elements > length // dtype.itemsize else 0
