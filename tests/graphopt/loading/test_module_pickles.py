@@ -219,6 +219,23 @@ def test_modules_that_are_not_as_torch_made_them(change: Callable[[Any], None], 
     assert_refused(save(model, tmp_path / "model.pt"), reason)
 
 
+@pytest.mark.parametrize("name", ["\x1b[2J\n", "a" * 5000], ids=["obeyed by a terminal", "long"])
+@pytest.mark.parametrize("kind", ["child", "attribute", "tensor", "function", "hooks"])
+def test_names_of_a_stranger_in_a_message(kind: str, name: str, tmp_path: Path) -> None:
+    model: Any = nn.Sequential(nn.ReLU())
+    if kind == "child":
+        model.add_module(name, nn.ReLU())
+        shadowed_forward(model[1])
+    else:
+        table = {"tensor": model._parameters, "function": model._modules}.get(kind, vars(model))
+        table[f"{name}hooks" if kind == "hooks" else name] = functional.relu if table is not vars(model) else nn.ReLU()
+    path = save(model, tmp_path / "model.pt")
+    with pytest.raises(LoadError) as caught:
+        load_model(path)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1000
+
+
 def test_children_kept_in_a_dictionary_with_attributes_of_its_own(tmp_path: Path) -> None:
     model = nn.Sequential(nn.ReLU())
     children_with_attributes_of_their_own(model)
