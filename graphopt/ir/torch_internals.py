@@ -61,7 +61,7 @@ __all__ = [
     "target_of_conversion",
 ]
 
-_translations: dict[int, Any] = {}  # by version of the operator set
+_translations: dict[tuple[int, int], Any] = {}  # by version of the operator set and how many operators torch has
 SHAPES_LOGGER = symbolic_shapes.__name__  # where torch logs which line of a model guarded on a size
 
 
@@ -161,9 +161,11 @@ def kept_translations() -> Iterator[None]:
     read = ONNXRegistry.from_torchlib
 
     def copied(opset_version: int) -> Any:
-        if opset_version not in _translations:
-            _translations[opset_version] = read(opset_version=opset_version)
-        registry = copy.copy(_translations[opset_version])
+        known = opset_version, len(torch._C._dispatch_get_all_op_names())  # it translates operators that there are
+        if known not in _translations:
+            _translations.clear()
+            _translations[known] = read(opset_version=opset_version)
+        registry = copy.copy(_translations[known])
         registry.functions = {target: list(found) for target, found in registry.functions.items()}
         return registry
 
