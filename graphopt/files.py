@@ -193,9 +193,13 @@ def _digests(manifest: Path) -> dict[str, str] | None:
         found: Any = json.loads(read_file(manifest, most=MOST_OF_A_MANIFEST))
         if not found.keys() >= _FIELDS:
             return None
-        return {name: str(digest) for name, digest in found["sha256"].items() if PurePath(name).name == name}
+        return {name: str(digest) for name, digest in found["sha256"].items() if _is_file_name(name)}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
+
+
+def _is_file_name(name: str) -> bool:
+    return PurePath(name).name == name and "\0" not in name and len(os.fsencode(name)) < 256
 
 
 def _has(path: Path, digest: str | None) -> bool:

@@ -25,8 +25,8 @@ SCHEMA = 2
 PAYLOAD = "plans.safetensors"
 _LIBRARIES = ("graphopt", "torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "numpy")
 
-# Names come from a file: they stay within its directory.
-_FileName = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$")]
+# Names come from a file: they stay within its directory, and file systems take none longer.
+_FileName = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$", max_length=255)]
 _Target = Annotated[str, pydantic.Field(pattern=f"^({TARGET_NAME})?$")]
 _Digest = Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{64}$")]
 

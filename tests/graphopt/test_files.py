@@ -234,7 +234,8 @@ def test_a_manifest_names_files_beside_it_alone(tmp_path: Path) -> None:
     path = tmp_path / "out"
     path.mkdir()
     (tmp_path / "victim").write_text("x")
-    (path / MANIFEST).write_text(manifest({"../victim": sha256(tmp_path / "victim")}))
+    named = ("../victim", "x" * 256, "a\0b", "ü" * 200, "..")
+    (path / MANIFEST).write_text(manifest(dict.fromkeys(named, sha256(tmp_path / "victim"))))
     _write(path, **NEW)
     assert _read(path) == {"a.onnx": "new", "c.onnx": "new", "run.py": "new"}
     assert (tmp_path / "victim").exists()

@@ -210,6 +210,7 @@ def _edit(change: Callable[[dict[str, Any]], None], folder: Path, tmp_path: Path
         (lambda d: d["plans"][0].update(target="../x"), "`plans.0.target`"),
         (lambda d: d["artifacts"]["tensorrt"].update(file="a/b.onnx"), "`artifacts.tensorrt.file`"),
         (lambda d: d["sha256"].update({"a": "b"}), "`sha256.a`"),
+        (lambda d: d["sha256"].update({"x" * 256: "0" * 64}), "`sha256.xxx"),
         (lambda d: d.update(schema=True), "has manifest schema True"),
         (lambda d: d.update(schema=1, sha256=None), "`sha256`"),
         (lambda d: d.update(schema=1, plans=3), "`plans`"),
