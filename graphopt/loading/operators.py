@@ -77,7 +77,7 @@ _FURTHER_NAMES = """
     split_with_sizes_copy squeeze_copy t_copy transpose_copy unbind_copy unfold_copy unsqueeze_copy view_copy
     view_as_complex_copy view_as_real_copy sym_constrain_range sym_constrain_range_for_size
     __and__ __or__ __xor__ __lshift__ __rshift__ __iand__ __ior__ __ixor__ __ilshift__ __irshift__
-    _add_relu _addmm_activation _aminmax _trilinear _euclidean_dist _int_mm _stack _chunk_cat _dim_arange
+    _add_relu _addmm_activation _aminmax _trilinear _euclidean_dist _int_mm _chunk_cat _dim_arange
     _cast_Byte _cast_Char _cast_Double _cast_Float _cast_Half _cast_Int _cast_Long _cast_Short
     _conj _conj_copy _conj_physical _neg_view _neg_view_copy _fft_c2c _is_all_true _is_any_true _shape_as_tensor
     _assert_async _assert_tensor_metadata _functional_assert_async
@@ -95,10 +95,11 @@ _FURTHER_NAMES = """
     _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d
 """
 _FURTHER = frozenset(_FURTHER_NAMES.split())
-# Public, but for sparse and nested layouts, or trusting what their caller says of memory; or no part of an inference.
+# Public, but for sparse and nested layouts, or trusting what their caller says of memory; no part of an inference; or
+# running as long as a number says (polynomials of any degree).
 _UNSUITED = re.compile(
     "sparse|nested|jagged|_(coo|csr|csc|bsr|bsc)|^(set|resize|smm|sspaddmm|coalesce|values|slice_inverse|to_mkldnn)_?$|"
-    "(col|row|^)_?indices$|set_data|resize_|padded_tensor|to_dense|as_strided_$|backward"
+    "(col|row|^)_?indices$|set_data|resize_|padded_tensor|to_dense|as_strided_$|backward|_polynomial_"
 )
 _TEXT_ARGUMENTS = frozenset(_TEXT_ARGUMENT_NAMES.split())
 _TARGET = re.compile(r"torch\.ops\.(\w+)\.(\w+)\.(\w+)", re.ASCII)

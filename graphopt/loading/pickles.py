@@ -24,7 +24,7 @@ from graphopt.loading.stored_tensors import StoredTensors, read_torch_file
 
 MAX_DEPTH = 150  # records inside one another; a layer inside a layer is two
 MAX_MODULES = 20_000
-MAX_SIZE = 2_000_000  # values in all, those that are shared counted wherever they stand
+MAX_SIZE = 1_000_000  # values in all, those that are shared counted wherever they stand
 _SCALARS = (bool, int, float, complex, str, bytes, type(None))
 _DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 _LAYOUTS = {str(value): value for value in vars(torch).values() if isinstance(value, torch.layout)}

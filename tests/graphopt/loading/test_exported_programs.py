@@ -522,6 +522,7 @@ TRUSTING = """
     _sparse_coo_tensor_unsafe.default set_.source_Tensor resize_.default _index_put_impl_.default _reshape_alias.default
     _foreach_add.List fbgemm_linear_int8_weight.default mkldnn_convolution.default _cudnn_rnn.default
     _convert_weight_to_int4pack.default _fused_adam_.default _test_optional_intlist.default convolution_backward.default
+    _stack.default special_legendre_polynomial_p.n_scalar
     slice_inverse.default values.default to_mkldnn.default as_strided_.default _nested_view_from_buffer.default
 """
 CHECKING = """
