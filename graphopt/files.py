@@ -293,11 +293,11 @@ def _withdraw(scratch: Path, path: Path) -> None:
         with _locked(path):
             named = _digests(path / MANIFEST) or {}
             for folder, digests in listed.items():
+                if not named and not (folder / REPORT).exists():  # it is the one that was there, or that had come
+                    (path / REPORT).unlink(missing_ok=True)
                 for name, digest in digests.items():
                     if name not in named and not (folder / name).exists() and _has(path / name, digest):
                         (path / name).unlink()
-            if not named:
-                (path / REPORT).unlink(missing_ok=True)
 
 
 class _LateErrors(io.BufferedWriter):

@@ -115,9 +115,9 @@ class Result:
             artifacts={name: manifest.StoredArtifact.of(found) for name, found in copied.items()},
             sha256={file.name: sha256(file) for file in written},
         )
-        written.append(stored.write(directory))
-        self.report.files = [*(file.name for file in written), REPORT]
+        self.report.files = [*(file.name for file in written), MANIFEST, REPORT]
         self.report.save(directory / REPORT)
+        stored.write(directory)  # last: by it whoever clears up after a kill knows what all of this is
         return self.report.files
 
     def _check_unchanged(self) -> None:

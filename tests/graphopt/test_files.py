@@ -90,8 +90,8 @@ def _write(path: Path, **files: str) -> None:
         for name, text in files.items():
             (folder / name.replace("_", ".")).write_text(text)
         digests = {file.name: sha256(file) for file in folder.iterdir()}
-        (folder / MANIFEST).write_text(manifest(digests))
         (folder / REPORT).write_text(next(iter(files.values())))
+        (folder / MANIFEST).write_text(manifest(digests))
 
 
 def _state(path: Path) -> dict[str, str]:
@@ -161,6 +161,22 @@ def test_killed_anywhere_a_folder_is_old_or_new_or_has_no_manifest(tmp_path: Pat
     assert not killed
     assert step > 15
     assert seen == {"old", "new", "none"}
+
+
+def test_killed_before_anything_is_moved_a_report_of_somebody_stays(tmp_path: Path) -> None:
+    (tmp_path / REPORT).write_text("mine")
+    child = os.fork()
+    if child == 0:
+        with replacing_directory(tmp_path) as folder:
+            (folder / REPORT).write_text("new")
+            (folder / MANIFEST).write_text(manifest({"a.onnx": "0" * 64}))
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert list(tmp_path.glob(f"{SCRATCH}*"))
+    with pytest.raises(UsageError, match=f"{REPORT} was not written by graphopt"):
+        _write(tmp_path, **NEW)
+    assert _state(tmp_path) == {REPORT: "mine"}
+    assert not list(tmp_path.glob(f"{SCRATCH}*"))
 
 
 def test_a_build_starts_again_after_a_kill_before_the_manifest(tmp_path: Path) -> None:
