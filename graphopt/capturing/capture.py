@@ -33,6 +33,8 @@ from graphopt.capturing.model_calls import (
     without_inference_tensors,
 )
 from graphopt.capturing.normal_form import normalise
+from graphopt.capturing.public_operators import use_public_operators
+from graphopt.capturing.unchecked_arguments import check_arguments
 from graphopt.errors import CaptureError, ExampleError, UsageError
 from graphopt.ir.dynamic_axes import LeafShapes, arranged
 from graphopt.ir.global_state import outside_inference, random_state_kept
@@ -89,7 +91,9 @@ def capture(
     if isinstance(model, fx.GraphModule):  # what torch.export made refuses eval()
         model = copy_graph_module(model)
         set_training(model, False)
+        check_arguments(model)
         left = leave_training(model)
+        use_public_operators(model)
     with (
         in_eval_mode(model),
         without_compiling(model),

@@ -32,6 +32,9 @@ _PLAIN = {
     "_native_batch_norm_legit": torch.ops.aten.batch_norm.default,
     "_native_batch_norm_legit_functional": torch.ops.aten.batch_norm.default,
     "_native_batch_norm_legit_no_training": torch.ops.aten.batch_norm.default,
+    "cudnn_batch_norm": torch.ops.aten.batch_norm.default,
+    "_batch_norm_impl_index": torch.ops.aten.batch_norm.default,
+    "_batch_norm_no_update": torch.ops.aten.batch_norm.default,
     "_batch_norm_with_update": torch.ops.aten.batch_norm.default,
     "_batch_norm_with_update_functional": torch.ops.aten.batch_norm.default,
 }
@@ -67,7 +70,7 @@ def leave_training(gm: fx.GraphModule) -> list[str]:
             if _trains(node):
                 statistics |= _statistics(node)
                 switched[_switch_off(node)] = None
-            elif plain_name(node) == "_native_batch_norm_legit_no_training":  # as modules are captured
+            elif plain_name(node) in _PLAIN:  # as modules are captured
                 _switch_off(node)
         for node in list(body.graph.nodes):
             written = _written(node)
@@ -103,7 +106,9 @@ def _switch_off(node: fx.Node) -> str:
     if plain is None:
         set_argument(node, *((flag, False) if flag else (_RATE, 0.0)))
         return short_name(node).removesuffix("_")
-    given: dict[str, Any] = {**arguments(node, ()), "train": False, "training": False, "cudnn_enabled": True}
+    given: dict[str, Any] = {"running_mean": None, "running_var": None, **arguments(node, ())}
+    batch = plain is torch.ops.aten.batch_norm.default and given["running_mean"] is None  # it has no other statistics
+    given |= {"train": False, "training": batch, "cudnn_enabled": True}
     wanted = [argument.name for argument in plain._schema.arguments if not argument.kwarg_only]
     with node.graph.inserting_before(node):
         result = node.graph.call_function(plain, (node.args[0], *(given[name] for name in wanted[1:])))

@@ -25,6 +25,8 @@ from graphopt.capturing.model_calls import (
     in_eval_mode,
     uncompiled,
 )
+from graphopt.capturing.public_operators import use_public_operators
+from graphopt.capturing.unchecked_arguments import check_arguments
 from graphopt.data import InputSpec, Samples
 from graphopt.errors import (
     CaptureError,
@@ -146,7 +148,9 @@ def _that_runs(exported: ExportedProgram, args: tuple[Any, ...], kwargs: dict[st
     """
     try:
         program = from_exported(exported, args, kwargs)
+        check_arguments(program.graph_module)
         notes = exported_in_training(leave_training(program.graph_module))
+        use_public_operators(program.graph_module)
         program = dataclasses.replace(program.eval(), notes=tuple(notes))
         # torch writes the traceback of what a graph raises by itself
         with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from graphopt.ir.torch_internals import compiler_settings
+from graphopt.ir.torch_internals import HigherOrderOperator, compiler_settings
 
 Form = Literal["branches", "loop", "scan", "block"]
 
@@ -76,7 +76,7 @@ def region(node: fx.Node, gm: fx.GraphModule) -> Region | None:
         node: a node of the graph of `gm`.
         gm: holds the bodies.
     """
-    name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+    name = node.target.__name__ if isinstance(node.target, HigherOrderOperator) else ""
     args: Any = node.args
     if name == "cond":
         form, reads, operands, state, sequences = "branches", args[1:3], args[3], 0, 0

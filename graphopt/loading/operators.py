@@ -5,8 +5,9 @@ whatever it found (torch/_export/serde/serialize.py, `deserialize_operator`): `t
 but also `torch.hub.load` or `_operator.methodcaller`. Here a target must be one of the named scalar
 operators, a higher-order operator of a short list, an overload that the dispatcher knows in namespace `graphopt`, or
 one in `aten` that stands for a public function of torch, belongs to its core set, or is named here. Those check their
-arguments; many of the 2,000 others are parts of one that has checked them (`aten._reshape_alias` reads beyond a
-tensor's memory when asked to). It must work on tensors and take no text but what is known to be a mode.
+arguments, or `capturing/unchecked_arguments` does; many of the 2,000 others are parts of one that has checked them
+(`aten._reshape_alias` reads beyond a tensor's memory when asked to). It must work on tensors and take no text but what
+is known to be a mode.
 
 Reads the private `OpOverload._schema`; torch has no public way to an operator's schema.
 """
@@ -34,7 +35,7 @@ _SCALAR_NAMES = """
 """
 _HIGHER_ORDER_NAMES = """
     wrap_with_set_grad_enabled wrap_with_autocast cond while_loop scan associative_scan map_impl
-    invoke_subgraph flex_attention auto_functionalized auto_functionalized_v2 out_dtype
+    invoke_subgraph flex_attention out_dtype
 """
 _ASSERTION_NAMES = "sym_constrain_range.default sym_constrain_range_for_size.default _assert_scalar.default"
 _TEXT_ARGUMENT_NAMES = """
@@ -60,14 +61,14 @@ _FURTHER_NAMES = """
     atleast_1d atleast_2d atleast_3d block_diag broadcast_tensors cartesian_prod chain_matmul column_stack combinations
     concat concatenate dstack hstack row_stack stack vstack meshgrid einsum tensordot gradient trapezoid trapz
     cumulative_trapezoid cdist vander complex polar view_as_complex view_as_real isin bucketize searchsorted rsub
-    std_mean var_mean frobenius_norm nuclear_norm native_norm norm_except_dim lu_unpack result_type unique_dim
+    std_mean var_mean frobenius_norm nuclear_norm native_norm norm_except_dim result_type unique_dim
     arange eye linspace logspace range ones ones_like zeros zeros_like zero full_like empty_like empty_permuted fill
     fill_diagonal copy lift lift_fresh lift_fresh_copy nonzero_numpy tril_indices triu_indices
     bartlett_window blackman_window hamming_window hann_window kaiser_window
     bernoulli binomial cauchy exponential geometric log_normal normal poisson rand_like randint randint_like randn_like
     random uniform matrix_H numpy_T slow_conv3d slow_conv_transpose2d slow_conv_transpose3d thnn_conv2d
     lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell pad_sequence
-    native_batch_norm cudnn_batch_norm feature_dropout rrelu_with_noise log_sigmoid log_sigmoid_forward
+    feature_dropout rrelu_with_noise log_sigmoid log_sigmoid_forward
     cross_entropy_loss nll_loss_nd nll_loss2d nll_loss_forward nll_loss2d_forward multilabel_margin_loss_forward
     affine_grid_generator grid_sampler grid_sampler_3d im2col replication_pad1d
     upsample_bicubic2d upsample_linear1d upsample_nearest1d upsample_nearest3d upsample_trilinear3d
@@ -77,30 +78,30 @@ _FURTHER_NAMES = """
     split_with_sizes_copy squeeze_copy t_copy transpose_copy unbind_copy unfold_copy unsqueeze_copy view_copy
     view_as_complex_copy view_as_real_copy sym_constrain_range sym_constrain_range_for_size
     __and__ __or__ __xor__ __lshift__ __rshift__ __iand__ __ior__ __ixor__ __ilshift__ __irshift__
-    _add_relu _addmm_activation _aminmax _trilinear _euclidean_dist _int_mm _chunk_cat _dim_arange
+    _add_relu _addmm_activation _aminmax _trilinear _euclidean_dist _int_mm _dim_arange
     _cast_Byte _cast_Char _cast_Double _cast_Float _cast_Half _cast_Int _cast_Long _cast_Short
     _conj _conj_copy _conj_physical _neg_view _neg_view_copy _fft_c2c _is_all_true _is_any_true _shape_as_tensor
     _assert_async _assert_tensor_metadata _functional_assert_async
-    _linalg_det _linalg_eigh _linalg_eigvals _linalg_slogdet _linalg_solve_ex _linalg_svd _logcumsumexp
-    _batch_norm_impl_index _batch_norm_no_update _batch_norm_with_update _batch_norm_with_update_functional
-    _native_batch_norm_legit_functional _fused_rms_norm _weight_norm _weight_norm_interface
+    _linalg_det _linalg_eigh _linalg_slogdet _linalg_solve_ex _linalg_svd _logcumsumexp
+    _native_batch_norm_legit_functional _fused_rms_norm _weight_norm
     embedding_renorm _embedding_bag_forward_only histogramdd
-    _convolution _convolution_mode _ctc_loss _pad_circular _pad_enum _prelu_kernel _masked_softmax _safe_softmax
-    _native_multi_head_attention _transformer_encoder_layer_fwd _scaled_dot_product_attention_math
-    _scaled_dot_product_cudnn_attention _scaled_dot_product_efficient_attention _scaled_dot_product_flash_attention
-    _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_fused_attention_overrideable
-    _pack_padded_sequence _pad_packed_sequence _unique _unique2 _unsafe_index _unsafe_index_put _unsafe_view
+    _convolution _convolution_mode _pad_circular _pad_enum _prelu_kernel _masked_softmax _safe_softmax
+    _transformer_encoder_layer_fwd
+    _unique _unique2 _unsafe_index _unsafe_index_put _unsafe_view
     _fake_quantize_per_tensor_affine_cachemask_tensor_qparams
     _upsample_bicubic2d_aa _upsample_bilinear2d_aa
     _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d
 """
 _FURTHER = frozenset(_FURTHER_NAMES.split())
-# Public, but for sparse and nested layouts, or trusting what their caller says of memory; no part of an inference; or
-# running as long as a number says (polynomials of any degree).
+# Public, but for sparse and nested layouts, or trusting what their caller says of memory or what a factorisation
+# returned (torch 2.13); no part of an inference; or running as long as a number says.
 _UNSUITED = re.compile(
     "sparse|nested|jagged|_(coo|csr|csc|bsr|bsc)|^(set|resize|smm|sspaddmm|coalesce|values|slice_inverse|to_mkldnn)_?$|"
-    "(col|row|^)_?indices$|set_data|resize_|padded_tensor|to_dense|as_strided_$|backward|_polynomial_"
+    "(col|row|^)_?indices$|set_data|resize_|padded_tensor|to_dense|as_strided_$|backward|_polynomial_|"
+    "linalg_(eig|eigvals|ldl_.*)$|ctc_loss|combinations"
 )
+# Of packed sequences, which no export holds, and without the type that a number stands for.
+_UNSUITED_OVERLOADS = frozenset({"data", "prim_Device", "prim_dtype", "prim_other"})
 _TEXT_ARGUMENTS = frozenset(_TEXT_ARGUMENT_NAMES.split())
 _TARGET = re.compile(r"torch\.ops\.(\w+)\.(\w+)\.(\w+)", re.ASCII)
 
@@ -125,7 +126,8 @@ def check_operator(target: str) -> None:
         raise HostileError(f"it calls `{target[:120]}`, an operator that torch {torch.__version__} does not have")
     if namespace == "aten" and not _is_tensor_operator(operator := getattr(packet, overload)):
         raise HostileError(f"it calls `{target[:120]}`, which is not an operator on tensors")
-    if namespace == "aten" and (_UNSUITED.search(name) or not _is_known(name, operator)):
+    unsuited = _UNSUITED.search(name) or overload in _UNSUITED_OVERLOADS
+    if namespace == "aten" and (unsuited or not _is_known(name, operator)):
         raise HostileError(f"it calls `{target[:120]}`, which no public function of torch for dense tensors stands for")
 
 

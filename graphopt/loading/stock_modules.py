@@ -8,6 +8,7 @@ gives a new instance is there, and the values are tensors, plain data, and funct
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import warnings
@@ -38,6 +39,13 @@ _PLAIN_TYPES = (
 )
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _TABLES = ("_parameters", "_buffers", "_modules")
+_MODES = {
+    nn.LSTM: ("LSTM",),
+    nn.GRU: ("GRU",),
+    nn.RNN: ("RNN_TANH", "RNN_RELU"),
+    nn.RNNBase: ("LSTM", "GRU", "RNN_TANH", "RNN_RELU"),
+}
+_RECURRENT_OPTIONS = ("input_size", "hidden_size", "num_layers", "bias", "bidirectional", "proj_size")
 
 
 def _stock_classes() -> tuple[type[nn.Module], ...]:
@@ -171,6 +179,29 @@ def _check_complete(path: str, module: nn.Module) -> None:
         raise DamagedError(
             f"{_where(path)} has no `{missing[0]}`, which every `{type(module).__name__}` of torch {torch.__version__} "
             "has; save it again with that, or give its weights to a --factory"
+        )
+    if isinstance(module, nn.RNNBase):
+        _check_recurrent(path, module)
+
+
+def _check_recurrent(path: str, module: nn.RNNBase) -> None:
+    """Check the weights a recurrent layer runs with: torch 2.13 reads beyond those smaller than the options say.
+
+    Raises:
+        DamagedError: one has another shape, or there are more or fewer.
+    """
+    weights = [getattr(weight, "shape", None) for weight in module._flat_weights]
+    options = {name: getattr(module, name) for name in _RECURRENT_OPTIONS}
+    names: Any = None
+    if module.mode in _MODES.get(type(module), ()) and options["num_layers"] in range(len(weights) + 1):
+        with torch.device("meta"), contextlib.suppress(TypeError, ValueError, RuntimeError):
+            new = nn.RNNBase(module.mode, **options)
+            names, shapes = new._flat_weights_names, [weight.shape for weight in new.parameters()]
+    if names is None or names != module._flat_weights_names or shapes != weights:
+        said = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        raise DamagedError(
+            f"{_where(path)}, {cut(printable(f'{type(module).__name__}({said})'), 200)}, has weights of the shapes "
+            f"{cut(printable(str([*map(tuple, filter(None, weights))])), 120)}, which no such layer has"
         )
 
 

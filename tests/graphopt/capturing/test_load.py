@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,3 +70,31 @@ def test_a_number_that_differs_from_call_to_call_is_refused(tmp_path: Path) -> N
     capture(Times(), given, dynamic_shapes={"x": {1: "width"}, "n": None})
     assert torch.equal(capture(Times(), given)(*given), given[0] * 5)
     assert torch.equal(load(tmp_path / "Idle.pt2")(given[0], 7), given[0] * 2)
+
+
+@pytest.mark.parametrize("axes", [{}, {0: Dim.DYNAMIC}], ids=["static", "dynamic"])
+def test_a_file_whose_call_would_write_beyond_its_memory(axes: dict[int, Any], tmp_path: Path) -> None:
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 9))
+    exported = torch.export.export(layer, (torch.randn(2, 4),), dynamic_shapes=(axes,))
+    torch.export.save(exported, tmp_path / "honest.pt2")
+    assert load(tmp_path / "honest.pt2").graph
+    exported.state_dict["parametrizations.weight.original0"] = nn.Parameter(torch.ones(1))
+    torch.export.save(exported, tmp_path / "hostile.pt2")
+    with pytest.raises(CaptureError, match=r"with weights `v` and `g` of the shapes \(9, 4\) and \(1,\)"):
+        load(tmp_path / "hostile.pt2")
+
+
+@pytest.mark.parametrize("axes", [{}, {0: Dim.DYNAMIC}], ids=["static", "dynamic"])
+def test_a_file_whose_dtype_is_a_number(axes: dict[int, Any], tmp_path: Path) -> None:
+    class Double(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.softmax(1, torch.float64)
+
+    exported = torch.export.export(Double(), (torch.randn(2, 4),), dynamic_shapes=(axes,))
+    torch.export.save(exported, tmp_path / "honest.pt2")
+    with zipfile.ZipFile(tmp_path / "honest.pt2") as honest, zipfile.ZipFile(tmp_path / "hostile.pt2", "w") as hostile:
+        for name in honest.namelist():
+            data = honest.read(name).replace(b'{"as_scalar_type": 8}', b'{"as_int": 2147483647}')
+            hostile.writestr(name, data)
+    with pytest.raises(CaptureError, match="calls `softmax` with 2147483647 as `dtype`"):
+        load(tmp_path / "hostile.pt2")

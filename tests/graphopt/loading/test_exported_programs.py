@@ -524,11 +524,16 @@ TRUSTING = """
     _convert_weight_to_int4pack.default _fused_adam_.default _test_optional_intlist.default convolution_backward.default
     _stack.default special_legendre_polynomial_p.n_scalar
     slice_inverse.default values.default to_mkldnn.default as_strided_.default _nested_view_from_buffer.default
+    lu_unpack.default linalg_ldl_solve.default linalg_eigvals.default _ctc_loss.default ctc_loss.Tensor
+    _chunk_cat.default
+    _weight_norm_interface.default _native_multi_head_attention.default _scaled_dot_product_attention_math.default
+    _scaled_dot_product_flash_attention_for_cpu.default native_batch_norm.default _batch_norm_with_update.default
+    lstm.data gru.data _pack_padded_sequence.default to.prim_dtype combinations.default
 """
 CHECKING = """
     _unsafe_view.default as_strided.default index_put.default index_put_.default add_.Tensor relu_.default
     __and__.Tensor __iand__.Scalar linalg_inv.default fft_rfft.default special_erf.default _log_softmax.default
-    scaled_dot_product_attention.default lstm.input gru.data _embedding_bag.default embedding_renorm_.default
+    scaled_dot_product_attention.default lstm.input gru.input _embedding_bag.default embedding_renorm_.default
     upsample_bicubic2d.vec _upsample_nearest_exact2d.vec stack.default uniform.default masked_fill_.Scalar
 """
 

@@ -110,6 +110,33 @@ def tensors(module: nn.Module) -> list[torch.Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
+def short_bias(module: nn.RNNBase) -> None:
+    module.bias_hh_l0 = nn.Parameter(torch.ones(1))
+
+
+def short_weight(module: nn.RNNBase) -> None:
+    module._flat_weights[1] = nn.Parameter(torch.ones(2, 1))
+
+
+def fewer_weights(module: nn.RNNBase) -> None:
+    module.num_layers = 3
+
+
+def other_gates(module: nn.RNNBase) -> None:
+    module.mode = "GRU" if module.mode == "LSTM" else "LSTM"
+
+
+@pytest.mark.parametrize("spoil", [short_bias, short_weight, fewer_weights, other_gates])
+@pytest.mark.parametrize("cls", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_weights_that_torch_would_read_beyond(
+    cls: type[nn.RNNBase], spoil: Callable[[nn.RNNBase], None], tmp_path: Path
+) -> None:
+    module = cls(4, 3, 2)
+    spoil(module)
+    with pytest.raises(LoadError, match=r"has weights of the shapes \[\(\d+, 4\), .*which no such layer has"):
+        load_model(save(module, tmp_path / "model.pt"))
+
+
 def test_shared_module_and_tied_weight_stay_shared(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight

@@ -1,0 +1,218 @@
+"""Calls with arguments that torch trusts are refused before they run; honest ones are not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, fx, nn
+
+from graphopt.capturing.capture import capture
+from graphopt.capturing.public_operators import use_public_operators
+from graphopt.capturing.unchecked_arguments import check_arguments
+from graphopt.errors import CaptureError
+
+aten = torch.ops.aten
+
+
+class Holder(nn.Module):
+    """The tensors of a hand-made graph."""
+
+
+def graph_module(target: Any, *args: Any, **kwargs: Any) -> fx.GraphModule:
+    """Return a module of one call. Tensors among the arguments are its buffers, "x" and "y" its inputs."""
+    root, graph = Holder(), fx.Graph()
+    inputs = {name: graph.placeholder(name) for name in "xy"}
+
+    def read(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            name = f"tensor{len(root._buffers)}"
+            root.register_buffer(name, value)
+            return graph.get_attr(name)
+        if isinstance(value, list):
+            return [read(item) for item in value]
+        return inputs.get(value, value) if isinstance(value, str) else value
+
+    call = graph.call_function(target, tuple(map(read, args)), {key: read(value) for key, value in kwargs.items()})
+    graph.output(call)
+    return fx.GraphModule(root, graph)
+
+
+def lstm(*weights: Tensor | str, **options: Any) -> fx.GraphModule:
+    chosen = {"has_biases": True, "num_layers": 1, "bidirectional": False} | options
+    return graph_module(
+        aten.lstm.input,
+        *("x", [torch.zeros(1, 2, 3)] * 2, list(weights), chosen["has_biases"], chosen["num_layers"], 0.0, False),
+        *(chosen["bidirectional"], False),
+    )
+
+
+def encoder_layer(heads: Any = 2, **wrong: Any) -> fx.GraphModule:
+    sizes = {
+        "qkv_weight": (24, 8),
+        "qkv_bias": (24,),
+        "proj_weight": (8, 8),
+        "proj_bias": (8,),
+        "use_gelu": False,
+        "norm_first": False,
+        "eps": 1e-5,
+        **dict.fromkeys(("norm_weight_1", "norm_bias_1", "norm_weight_2", "norm_bias_2"), (8,)),
+        "ffn_weight_1": (16, 8),
+        "ffn_bias_1": (16,),
+        "ffn_weight_2": (8, 16),
+        "ffn_bias_2": (8,),
+        **wrong,
+    }
+    given = [torch.ones(size) if isinstance(size, tuple) else size for size in sizes.values()]
+    return graph_module(aten._transformer_encoder_layer_fwd.default, "x", 8, heads, *given)
+
+
+LSTM_WEIGHTS = [torch.ones(12, 4), torch.ones(12, 3), torch.ones(12), torch.ones(12)]
+FURTHER = [torch.ones(12, 3), torch.ones(12, 3), torch.ones(12), torch.ones(12)]
+IMAGE = torch.ones(1, 1, 4, 4)
+HOSTILE: dict[str, Callable[[], fx.GraphModule]] = {
+    "a dtype that is a number": lambda: graph_module(aten.to.dtype, "x", -77),
+    "a dtype that is computed": lambda: graph_module(aten.softmax.int, "x", 1, "y"),
+    "a layout that is a number": lambda: graph_module(aten.zeros.default, [2], layout=99),
+    "gains for fewer rows": lambda: graph_module(aten._weight_norm.default, torch.ones(9, 4), torch.ones(1), 0),
+    "gains for fewer columns": lambda: graph_module(aten._weight_norm.default, torch.ones(4, 9), torch.ones(1, 1), 1),
+    "gains for no rows": lambda: graph_module(aten._weight_norm.default, torch.ones(0, 4), torch.ones(0, 1), 0),
+    "gains that are an input": lambda: graph_module(aten._weight_norm.default, torch.ones(9, 4), "x", 0),
+    "a dimension that is an input": lambda: graph_module(
+        aten._weight_norm.default, torch.ones(9, 4), torch.ones(9, 1), "x"
+    ),
+    "a short bias": lambda: lstm(*LSTM_WEIGHTS[:3], torch.ones(1)),
+    "a short weight": lambda: lstm(torch.ones(12, 4), torch.ones(12, 2), torch.ones(12), torch.ones(12)),
+    "a weight that is an input": lambda: lstm("x", *LSTM_WEIGHTS[1:]),
+    "weights of one layer for two": lambda: lstm(*LSTM_WEIGHTS, num_layers=2),
+    "weights for no layer": lambda: lstm(*LSTM_WEIGHTS, num_layers=0),
+    "a second layer of another width": lambda: lstm(*LSTM_WEIGHTS, torch.ones(12, 2), *FURTHER[1:], num_layers=2),
+    "no weights": lambda: lstm(),
+    "one direction for two": lambda: lstm(*LSTM_WEIGHTS, bidirectional=True),
+    "no heads": lambda: encoder_layer(0),
+    "heads that do not divide": lambda: encoder_layer(3),
+    "heads that are an input": lambda: encoder_layer("x"),
+    "a short norm": lambda: encoder_layer(norm_bias_2=(1,)),
+    "short projections": lambda: encoder_layer(qkv_weight=(3, 8)),
+    "a tiny scale": lambda: graph_module(aten._upsample_nearest_exact3d.default, "x", [8, 8, 8], 1e-30, None, None),
+    "a scale that is no number": lambda: graph_module(aten.upsample_nearest1d.default, "x", [8], float("nan")),
+    "a scale that is an input": lambda: graph_module(aten._upsample_bilinear2d_aa.default, "x", [8, 8], False, "y"),
+    "a mode that is not there": lambda: graph_module(aten.grid_sampler.default, "x", "y", 77, 0, False),
+    "an operator to call": lambda: graph_module(
+        torch.ops.higher_order.out_dtype, aten._weight_norm.default, torch.float32, "x", "y"
+    ),
+}
+HONEST: dict[str, Callable[[], fx.GraphModule]] = {
+    "a dtype": lambda: graph_module(aten.to.dtype, "x", torch.float64),
+    "no dtype": lambda: graph_module(aten.softmax.int, "x", 1),
+    "gains of every row": lambda: graph_module(aten._weight_norm.default, torch.ones(9, 4), torch.ones(9, 1), 0),
+    "one gain for all": lambda: graph_module(aten._weight_norm.default, torch.ones(9, 4), torch.tensor(1.0), -1),
+    "a layer": lambda: lstm(*LSTM_WEIGHTS),
+    "two layers": lambda: lstm(*LSTM_WEIGHTS, *FURTHER, num_layers=2),
+    "two directions": lambda: lstm(*LSTM_WEIGHTS, *LSTM_WEIGHTS, bidirectional=True),
+    "no biases": lambda: lstm(*LSTM_WEIGHTS[:2], has_biases=False),
+    "a projected state": lambda: lstm(
+        torch.ones(12, 4), torch.ones(12, 2), torch.ones(12), torch.ones(12), torch.ones(2, 3)
+    ),
+    "an encoder layer": encoder_layer,
+    "scales": lambda: graph_module(aten.upsample_nearest2d.default, "x", [8, 8], 2.0, None),
+    "modes": lambda: graph_module(aten.grid_sampler.default, "x", "y", 2, 1, False),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_what_would_use_memory_of_others_is_refused(case: str) -> None:
+    with pytest.raises(CaptureError, match="torch does not check that and would use memory"):
+        check_arguments(HOSTILE[case]())
+
+
+@pytest.mark.parametrize("case", HONEST)
+def test_what_models_call_is_not(case: str) -> None:
+    check_arguments(HONEST[case]())
+
+
+def test_a_body_is_checked_with_the_weights_that_it_is_handed() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.v, self.g = nn.Parameter(torch.ones(9, 4)), nn.Parameter(torch.ones(9, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            def one(x: Tensor) -> Tensor:
+                return x @ torch._weight_norm(self.v, self.g, 0).T
+
+            result: Tensor = torch.cond(x.sum() > 0, one, lambda x: -one(x), (x,))
+            return result
+
+    gm = torch.export.export(Branches(), (torch.randn(3, 4),)).module(check_guards=False)
+    assert isinstance(gm, fx.GraphModule)
+    check_arguments(gm)
+    gm.g = nn.Parameter(torch.ones(1))
+    with pytest.raises(CaptureError, match=r"calls `_weight_norm` with weights `v` and `g` of the shapes \(9, 4\)"):
+        check_arguments(gm)
+
+
+def test_weights_that_are_made_of_parameters_are_as_good_and_those_that_a_call_may_resize_are_not() -> None:
+    layer = nn.utils.parametrizations.weight_norm(nn.LSTM(4, 3), "weight_hh_l0").eval()
+    gm = torch.export.export(layer, (torch.randn(3, 2, 4),)).module(check_guards=False)
+    assert isinstance(gm, fx.GraphModule)
+    check_arguments(gm)
+    first = next(node for node in gm.graph.nodes if node.op == "call_function")
+    with gm.graph.inserting_before(first):
+        big, bias = gm.graph.call_function(aten.zeros.default, ([99],)), gm.graph.get_attr("bias_hh_l0")
+        gm.graph.call_function(aten.add.out, (big, big), {"out": bias})
+    with pytest.raises(CaptureError, match="weights that its inputs may change"):
+        check_arguments(gm)
+
+
+@pytest.mark.parametrize("norm", ["backward", "ortho", "forward"])
+def test_parts_of_transforms_become_the_transforms(norm: str) -> None:
+    class Transforms(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            spectrum = torch.fft.rfft2(x, norm=norm)
+            return (
+                torch.fft.irfft2(spectrum, norm=norm),
+                torch.fft.irfft(spectrum, n=5, norm=norm),
+                torch.view_as_real(torch.fft.fftn(x, dim=(0, 2), norm=norm)),
+                torch.view_as_real(torch.fft.ifft(spectrum, dim=1, norm=norm)),
+                torch.fft.hfft(spectrum, norm=norm),
+                torch.fft.ihfft(x, norm=norm).abs(),
+                F.pdist(x[0]),
+            )
+
+    x = torch.randn(2, 3, 8, dtype=torch.float64)
+    program = torch.export.export(Transforms(), (x,)).run_decompositions()
+    gm = program.module(check_guards=False)
+    assert isinstance(gm, fx.GraphModule)
+    parts = {aten._fft_r2c.default, aten._fft_c2r.default, aten._fft_c2c.default, aten._pdist_forward.default}
+    assert parts == parts & {node.target for node in gm.graph.nodes}
+    use_public_operators(gm)
+    assert not parts & {node.target for node in gm.graph.nodes}
+    for ours, theirs in zip(gm(x), Transforms()(x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    captured = capture(program.module(check_guards=False), (x,))
+    for ours, theirs in zip(captured(x), Transforms()(x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_a_transform_of_a_rule_that_there_is_not() -> None:
+    with pytest.raises(CaptureError, match="scales a Fourier transform by rule 3"):
+        use_public_operators(graph_module(aten._fft_r2c.default, "x", [0], 3, True))
+
+
+def test_an_axis_that_is_not_there_is_found_by_the_public_operator() -> None:
+    gm = graph_module(aten._fft_r2c.default, "x", [900], 0, True)
+    use_public_operators(gm)
+    with pytest.raises(IndexError):
+        gm(torch.ones(3), None)
+
+
+def test_what_is_not_whole_is_said_to_be_so() -> None:
+    with pytest.raises(CaptureError, match=r"calls `aten.relu.default` without its `self`"):
+        check_arguments(graph_module(aten.relu.default))
+    for args in ((), ("x", "y"), ("x", "y", "y", ["x"])):
+        with pytest.raises(CaptureError, match="holds a region that is not whole"):
+            check_arguments(graph_module(torch.ops.higher_order.cond, *args))
