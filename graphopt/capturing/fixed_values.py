@@ -28,13 +28,14 @@ class FixedValues:
     Args:
         gm: the graph's module.
         values: of its inputs, for the body of a region: those that are fixed outside.
+        resized: whether a call may change the sizes of tensors, so that nothing is fixed.
     """
 
-    def __init__(self, gm: fx.GraphModule, values: Mapping[fx.Node, Tensor]) -> None:
+    def __init__(self, gm: fx.GraphModule, values: Mapping[fx.Node, Tensor], *, resized: bool) -> None:
         self.gm = gm
         self._values: dict[fx.Node, Any] = {}
         self._made: dict[fx.Node, None] = {}  # by calls, in the graph's order; none has been run
-        if any(_resizes(node) for node in gm.graph.nodes):
+        if resized:
             return
         self._values.update(values)
         for node in gm.graph.nodes:
@@ -90,8 +91,9 @@ def fixed_values(gm: fx.GraphModule) -> Iterator[FixedValues]:
         inside = {module: list(regions(module)) for module in modules}
     uses = Counter(body for found in inside.values() for region in found for body in region.bodies)
     values: dict[fx.GraphModule, dict[fx.Node, Tensor]] = {module: {} for module in modules}
+    resized = any(_resizes(node) for module in modules for node in module.graph.nodes)
     for module in modules:  # those that hold others come first
-        fixed = FixedValues(module, values[module])
+        fixed = FixedValues(module, values[module], resized=resized)
         yield fixed
         for region in inside[module]:
             for body in [body for body in region.bodies if uses[body] == 1]:

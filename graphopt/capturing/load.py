@@ -147,8 +147,8 @@ def _that_runs(exported: ExportedProgram, args: tuple[Any, ...], kwargs: dict[st
         LoadError: it does not run on them.
     """
     try:
+        check_arguments(exported.module(check_guards=False))
         program = from_exported(exported, args, kwargs)
-        check_arguments(program.graph_module)
         notes = exported_in_training(leave_training(program.graph_module))
         use_public_operators(program.graph_module)
         program = dataclasses.replace(program.eval(), notes=tuple(notes))

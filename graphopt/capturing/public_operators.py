@@ -5,26 +5,37 @@ _fft_r2c(x, dims, 0, False)     fft_fftn(x, None, dims, "backward")
 _fft_c2r(x, dims, 2, n)         fft_irfftn(x, [-1, .., n], dims, "backward")
 _fft_c2c(x, dims, 2, False)     fft_ifftn(x, None, dims, "backward")
 _pdist_forward(x, p)            pdist(x, p)
+upsample_nearest1d(x, [8], 2.)  upsample_nearest1d.vec(x, None, [2.])
 
 The public ones check their arguments and the parts trust them: `_fft_c2c` along an axis that is not there reads memory
-of others (torch 2.13).
+of others, and so does an upsampling by a scale that does not lead to its size (torch 2.13).
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
 from graphopt.errors import CaptureError
-from graphopt.ir.graph import arguments
+from graphopt.ir.graph import arguments, erase_dead
+from graphopt.ir.torch_internals import OpOverloadPacket
 
 aten = torch.ops.aten
 
 # What the number says that divides a transform: 0 nothing, 1 the root of the number of its elements, 2 that number.
 _FORWARD = ("backward", "ortho", "forward")
 _INVERSE = ("forward", "ortho", "backward")
+
+
+_UPSAMPLINGS = (
+    *("upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d"),
+    *("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"),
+    *(f"{prefix}{rank}d" for prefix in ("upsample_nearest", "_upsample_nearest_exact") for rank in (1, 2, 3)),
+)
 
 
 def use_public_operators(gm: fx.GraphModule) -> None:
@@ -39,6 +50,7 @@ def use_public_operators(gm: fx.GraphModule) -> None:
             if public is not None:
                 node.target, *args = public(arguments(node, ()))
                 node.args, node.kwargs = tuple(args), {}
+        erase_dead(body.graph)  # sizes that only told the parts what to make
         body.recompile()
 
 
@@ -61,6 +73,16 @@ def _distances(given: dict[str, Any]) -> tuple[Any, ...]:
     return (aten.pdist.default, given["self"], given["p"])
 
 
+def _upsampled(operator: OpOverloadPacket[..., Any], given: dict[str, Any]) -> tuple[Any, ...]:
+    aligned = [given["align_corners"]] if "align_corners" in given else []
+    scales = [value for name, value in given.items() if name.startswith("scales")]
+    if None not in scales:
+        return (operator.vec, given["self"], None, *aligned, scales)
+    if any(scale is not None for scale in scales):
+        raise CaptureError(f"The model calls `{operator}` with scales for some of its axes. Export it again.")
+    return (operator.vec, given["self"], given["output_size"], *aligned, None)
+
+
 def _norm(names: tuple[str, ...], given: dict[str, Any]) -> str:
     for number, name in enumerate(names):
         if given["normalization"] == number:
@@ -70,9 +92,10 @@ def _norm(names: tuple[str, ...], given: dict[str, Any]) -> str:
     )
 
 
-_PUBLIC = {
+_PUBLIC: dict[Any, Callable[[dict[str, Any]], tuple[Any, ...]]] = {
     aten._fft_r2c.default: _real_to_complex,
     aten._fft_c2r.default: _complex_to_real,
     aten._fft_c2c.default: _complex_to_complex,
     aten._pdist_forward.default: _distances,
+    **{getattr(aten, name).default: functools.partial(_upsampled, getattr(aten, name)) for name in _UPSAMPLINGS},
 }

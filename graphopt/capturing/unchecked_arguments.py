@@ -3,8 +3,6 @@
 to(x, dtype)                                a dtype, of numbers torch takes any and reads its table of dtypes there
 _weight_norm(v, g, dim)                     an element of g for each index of v along dim
 lstm(x, state, weights, ..), gru, rnn       weights of the shapes that the first one and the options ask for
-_transformer_encoder_layer_fwd(x, ..)       likewise, of heads that divide the width
-upsample_nearest2d(x, size, scales)         scales that are no smaller than any model's
 grid_sampler(x, grid, mode, padding, ..)    a mode and a padding that there are
 
 With others torch 2.13 reads or writes memory beyond the tensors, or divides by zero, which ends the process. Shapes
@@ -38,7 +36,6 @@ _LITERALS: dict[str, tuple[type, ...]] = {
     "Device": (torch.device, str),
     "Generator": (),
 }
-_SCALES = (2.0**-10, 2.0**20)
 
 
 def check_arguments(gm: fx.GraphModule) -> None:
@@ -102,7 +99,10 @@ def _weight_norm(given: Given, shape: Shape) -> str:
 
 def _recurrent(given: Given, shape: Shape, *, gates: int) -> str:
     layers, biases, bidirectional = given["num_layers"], given["has_biases"], given["bidirectional"]
-    shapes = [shape(weight) for weight in given["params"]]
+    weights, states = given["params"], given["hx"]
+    if gates == 4 and not (isinstance(states, list | tuple) and [type(state) for state in states] == [fx.Node] * 2):
+        return "something other than two states"
+    shapes = [shape(weight) for weight in weights] if isinstance(weights, list | tuple) else [None]
     if None in shapes or type(layers) is not int or type(biases) is not bool or type(bidirectional) is not bool:
         return _changing("weights")
     wrong = f"weights of the shapes {cut(str(shapes))} for {layers} layers"
@@ -121,63 +121,18 @@ def _recurrent(given: Given, shape: Shape, *, gates: int) -> str:
     return "" if fits else wrong
 
 
-def _encoder_layer(given: Given, shape: Shape) -> str:
-    width, heads = given["embed_dim"], given["num_heads"]
-    weights = {name: shape(given[name]) for name in _ENCODER_WEIGHTS}
-    if None in weights.values() or type(width) is not int or type(heads) is not int:
-        return _changing("weights")
-    inner = weights["ffn_bias_1"]
-    sizes = {"E": width, "3E": 3 * width, "F": inner[0] if inner else 0}
-    wrong = [
-        f"`{name}` of the shape {weights[name]}"
-        for name, letters in _ENCODER_WEIGHTS.items()
-        if weights[name] != tuple(sizes[letter] for letter in letters.split())
-    ]
-    if width < 1 or heads < 1 or width % heads:
-        return f"{heads} heads for a width of {width}"
-    return wrong[0] if wrong else ""
-
-
-_ENCODER_WEIGHTS = {
-    "qkv_weight": "3E E",
-    "qkv_bias": "3E",
-    "proj_weight": "E E",
-    "proj_bias": "E",
-    "norm_weight_1": "E",
-    "norm_bias_1": "E",
-    "norm_weight_2": "E",
-    "norm_bias_2": "E",
-    "ffn_weight_1": "F E",
-    "ffn_bias_1": "F",
-    "ffn_weight_2": "E F",
-    "ffn_bias_2": "E",
-}
-
-
-def _upsample(given: Given, _: Shape) -> str:
-    least, most = _SCALES
-    scales = [given.get(name) for name in ("scales", "scales_d", "scales_h", "scales_w")]
-    wrong = [s for s in scales if not (s is None or (isinstance(s, int | float) and least <= s <= most))]
-    return f"{_shown(wrong[0])} as a scale" if wrong else ""
-
-
 def _grid_sampler(given: Given, _: Shape) -> str:
     modes = given["interpolation_mode"], given["padding_mode"]
     wrong = [mode for mode in modes if mode not in (0, 1, 2)]
     return f"{_shown(wrong[0])} as a mode" if wrong else ""
 
 
-_UPSAMPLED = ("upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d")
 _CHECKS: dict[str, Callable[[Given, Shape], str]] = {
     "aten::_weight_norm": _weight_norm,
     "aten::lstm": functools.partial(_recurrent, gates=4),
     "aten::gru": functools.partial(_recurrent, gates=3),
     "aten::rnn_tanh": functools.partial(_recurrent, gates=1),
     "aten::rnn_relu": functools.partial(_recurrent, gates=1),
-    "aten::_transformer_encoder_layer_fwd": _encoder_layer,
-    **{f"aten::{name}": _upsample for name in (*_UPSAMPLED, "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa")},
-    **{f"aten::upsample_nearest{rank}d": _upsample for rank in (1, 2, 3)},
-    **{f"aten::_upsample_nearest_exact{rank}d": _upsample for rank in (1, 2, 3)},
     **{f"aten::{name}": _grid_sampler for name in ("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")},
 }
 

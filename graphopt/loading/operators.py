@@ -86,7 +86,6 @@ _FURTHER_NAMES = """
     _native_batch_norm_legit_functional _fused_rms_norm _weight_norm
     embedding_renorm _embedding_bag_forward_only histogramdd
     _convolution _convolution_mode _pad_circular _pad_enum _prelu_kernel _masked_softmax _safe_softmax
-    _transformer_encoder_layer_fwd
     _unique _unique2 _unsafe_index _unsafe_index_put _unsafe_view
     _fake_quantize_per_tensor_affine_cachemask_tensor_qparams
     _upsample_bicubic2d_aa _upsample_bilinear2d_aa
@@ -126,9 +125,14 @@ def check_operator(target: str) -> None:
         raise HostileError(f"it calls `{target[:120]}`, an operator that torch {torch.__version__} does not have")
     if namespace == "aten" and not _is_tensor_operator(operator := getattr(packet, overload)):
         raise HostileError(f"it calls `{target[:120]}`, which is not an operator on tensors")
-    unsuited = _UNSUITED.search(name) or overload in _UNSUITED_OVERLOADS
+    unsuited = _UNSUITED.search(name) or overload in _UNSUITED_OVERLOADS or _is_written_to(name, overload)
     if namespace == "aten" and (unsuited or not _is_known(name, operator)):
         raise HostileError(f"it calls `{target[:120]}`, which no public function of torch for dense tensors stands for")
+
+
+def _is_written_to(name: str, overload: str) -> bool:
+    """Whether a caller of a part of a function, or of one that resizes an image, gives it the memory for its result."""
+    return overload.endswith("out") and (name.startswith("_") or "upsample" in name)
 
 
 def _is_known(name: str, operator: OpOverload) -> bool:

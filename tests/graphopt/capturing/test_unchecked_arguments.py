@@ -50,29 +50,8 @@ def lstm(*weights: Tensor | str, **options: Any) -> fx.GraphModule:
     )
 
 
-def encoder_layer(heads: Any = 2, **wrong: Any) -> fx.GraphModule:
-    sizes = {
-        "qkv_weight": (24, 8),
-        "qkv_bias": (24,),
-        "proj_weight": (8, 8),
-        "proj_bias": (8,),
-        "use_gelu": False,
-        "norm_first": False,
-        "eps": 1e-5,
-        **dict.fromkeys(("norm_weight_1", "norm_bias_1", "norm_weight_2", "norm_bias_2"), (8,)),
-        "ffn_weight_1": (16, 8),
-        "ffn_bias_1": (16,),
-        "ffn_weight_2": (8, 16),
-        "ffn_bias_2": (8,),
-        **wrong,
-    }
-    given = [torch.ones(size) if isinstance(size, tuple) else size for size in sizes.values()]
-    return graph_module(aten._transformer_encoder_layer_fwd.default, "x", 8, heads, *given)
-
-
 LSTM_WEIGHTS = [torch.ones(12, 4), torch.ones(12, 3), torch.ones(12), torch.ones(12)]
 FURTHER = [torch.ones(12, 3), torch.ones(12, 3), torch.ones(12), torch.ones(12)]
-IMAGE = torch.ones(1, 1, 4, 4)
 HOSTILE: dict[str, Callable[[], fx.GraphModule]] = {
     "a dtype that is a number": lambda: graph_module(aten.to.dtype, "x", -77),
     "a dtype that is computed": lambda: graph_module(aten.softmax.int, "x", 1, "y"),
@@ -92,14 +71,6 @@ HOSTILE: dict[str, Callable[[], fx.GraphModule]] = {
     "a second layer of another width": lambda: lstm(*LSTM_WEIGHTS, torch.ones(12, 2), *FURTHER[1:], num_layers=2),
     "no weights": lambda: lstm(),
     "one direction for two": lambda: lstm(*LSTM_WEIGHTS, bidirectional=True),
-    "no heads": lambda: encoder_layer(0),
-    "heads that do not divide": lambda: encoder_layer(3),
-    "heads that are an input": lambda: encoder_layer("x"),
-    "a short norm": lambda: encoder_layer(norm_bias_2=(1,)),
-    "short projections": lambda: encoder_layer(qkv_weight=(3, 8)),
-    "a tiny scale": lambda: graph_module(aten._upsample_nearest_exact3d.default, "x", [8, 8, 8], 1e-30, None, None),
-    "a scale that is no number": lambda: graph_module(aten.upsample_nearest1d.default, "x", [8], float("nan")),
-    "a scale that is an input": lambda: graph_module(aten._upsample_bilinear2d_aa.default, "x", [8, 8], False, "y"),
     "a mode that is not there": lambda: graph_module(aten.grid_sampler.default, "x", "y", 77, 0, False),
     "an operator to call": lambda: graph_module(
         torch.ops.higher_order.out_dtype, aten._weight_norm.default, torch.float32, "x", "y"
@@ -117,8 +88,6 @@ HONEST: dict[str, Callable[[], fx.GraphModule]] = {
     "a projected state": lambda: lstm(
         torch.ones(12, 4), torch.ones(12, 2), torch.ones(12), torch.ones(12), torch.ones(2, 3)
     ),
-    "an encoder layer": encoder_layer,
-    "scales": lambda: graph_module(aten.upsample_nearest2d.default, "x", [8, 8], 2.0, None),
     "modes": lambda: graph_module(aten.grid_sampler.default, "x", "y", 2, 1, False),
 }
 

@@ -1,0 +1,74 @@
+"""The input of an LSTM is as wide as its weights, and its states are as many as the samples of it, in every call.
+
+lstm(x, [zeros(2, n, 8), ..], ..)      lstm(expand(x, -1, n, 4), [zeros(2, n, 8), ..], ..)
+lstm(x, [h, c], ..)                    n = x.size(1)
+                                       lstm(expand(x, -1, n, 4), [expand(h, 2, n, 8), expand(c, 2, n, 8)], ..)
+
+torch 2.13 does not compare them and reads memory of others. Nothing is expanded where all is well: a call is refused
+whose sizes differ.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.capturing.fixed_values import FixedValues, fixed_values
+from graphopt.ir.graph import arguments
+
+aten = torch.ops.aten
+
+_MADE = (aten.zeros.default, aten.ones.default, aten.full.default)
+_MADE_OF = (aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.expand.default)
+
+
+def tie_states(gm: fx.GraphModule) -> None:
+    """Tie the states of every LSTM to its input, in place, in the bodies of regions too."""
+    for fixed in fixed_values(gm):
+        for node in fixed.gm.graph.find_nodes(op="call_function", target=aten.lstm.input):
+            with fixed.gm.graph.inserting_before(node):
+                _tie(node, fixed)
+        fixed.gm.recompile()
+
+
+def _tie(node: fx.Node, fixed: FixedValues) -> None:
+    given = arguments(node, ())
+    x, batch = given["input"], 0 if given["batch_first"] else 1
+    first, second, *_ = map(fixed.shape, given["params"])
+    if first is None or second is None:  # a model in memory may compute them; in a file's the check has refused that
+        return
+    layers = given["num_layers"] * (2 if given["bidirectional"] else 1)
+    wanted = [(layers, second[1]), (layers, first[0] // 4)]
+    counts = [_count(state, sizes) for state, sizes in zip(given["hx"], wanted, strict=True)]
+    count = counts[0]
+    if count is None or count != counts[1]:
+        count = node.graph.call_function(aten.sym_size.int, (x, batch))
+        if isinstance(value := x.meta.get("val"), torch.Tensor) and value.dim() == 3:
+            count.meta["val"] = value.shape[batch]
+        states = [_expanded(h, [one, count, last]) for h, (one, last) in zip(given["hx"], wanted, strict=True)]
+        node.update_arg(1, states)
+    node.update_arg(0, _expanded(x, [count, -1, first[1]] if given["batch_first"] else [-1, count, first[1]]))
+
+
+def _count(state: fx.Node, wanted: tuple[int, int]) -> Any:
+    """Return how many samples a state is made for, None where it is not made here of the other sizes wanted."""
+    place = 0 if state.target in _MADE else 1 if state.target in _MADE_OF else None
+    sizes = state.args[place] if place is not None else None
+    if not isinstance(sizes, list | tuple) or len(sizes) != 3 or (sizes[0], sizes[2]) != wanted:
+        return None
+    size = _is_size(sizes[1]) or (isinstance(sizes[1], int) and sizes[1] >= 0)
+    return sizes[1] if size or state.target is not aten.expand.default else None  # which takes -1 for any
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, fx.Node) and value.target is aten.sym_size.int
+
+
+def _expanded(value: fx.Node, sizes: list[Any]) -> fx.Node:
+    if value.target is aten.expand.default and list(value.args[1]) == sizes:  # type: ignore[arg-type]
+        return value
+    expanded = value.graph.call_function(aten.expand.default, (value, sizes))
+    expanded.meta = dict(value.meta)
+    return expanded

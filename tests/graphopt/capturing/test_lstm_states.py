@@ -1,0 +1,124 @@
+"""What an LSTM is given in a program fits its weights in every call, or the call is refused."""
+
+from __future__ import annotations
+
+import operator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim
+
+from graphopt.capturing.capture import capture
+from graphopt.capturing.load import load
+from graphopt.capturing.lstm_states import tie_states
+from graphopt.errors import CaptureError
+
+aten = torch.ops.aten
+LAYER = nn.LSTM(4, 3, 2).eval()
+
+
+class Reader(nn.Module):
+    """An LSTM behind an embedding, whose states are a parameter and zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.first = nn.Embedding(9, 4), nn.Parameter(torch.randn(1, 1, 2))
+        self.layer = nn.LSTM(4, 3, batch_first=True, proj_size=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        words, samples = self.words(x), x.shape[0]
+        result: Tensor = self.layer(words, (self.first.expand(1, samples, 2), words.new_zeros(1, samples, 3)))[0]
+        return result
+
+
+def module(*states: Any) -> fx.GraphModule:
+    """Return an LSTM of an input `x` of two layers; states are the sizes of zeros, or inputs by their name."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    given = []
+    for state in states:
+        if isinstance(state, str):
+            given.append(graph.placeholder(state))
+        elif state[0] == "expand":
+            given.append(graph.call_function(aten.expand.default, (graph.placeholder("h"), list(state[1:]))))
+        else:
+            given.append(graph.call_function(aten.zeros.default, (list(state),)))
+    weights = [graph.get_attr(name) for name in LAYER._flat_weights_names]
+    call = graph.call_function(aten.lstm.input, (x, given, weights, True, 2, 0.0, False, False, False))
+    graph.output(graph.call_function(operator.getitem, (call, 0)))
+    gm = fx.GraphModule(LAYER, graph)
+    tie_states(gm)
+    return gm
+
+
+X = torch.randn(5, 2, 4)
+MADE = ((2, 2, 3), (2, 2, 3))
+
+
+def test_states_that_fit_are_taken() -> None:
+    expected = LAYER(X)[0]
+    assert torch.equal(module(*MADE)(X), expected)
+    assert torch.equal(module("h", "c")(X, torch.zeros(2, 2, 3), torch.zeros(2, 2, 3)), expected)
+    assert torch.equal(module(("expand", 2, 2, 3), (2, 2, 3))(X, torch.zeros(2, 1, 3)), expected)
+
+
+REFUSED = r"expanded size|expand\("
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 4), (5, 2, 400), (5, 1, 2, 4), (5, 4)])
+def test_an_input_of_another_size_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(RuntimeError, match=REFUSED):
+        module(*MADE)(torch.randn(shape))
+    with pytest.raises((RuntimeError, IndexError)):
+        module("h", "c")(torch.randn(shape), torch.zeros(2, 2, 3), torch.zeros(2, 7, 3))
+
+
+@pytest.mark.parametrize("state", [(2, 7, 3), (2, 2, 400), (9, 2, 3), (2, 2, 1, 3)])
+def test_states_of_other_sizes_are_refused(state: tuple[int, ...]) -> None:
+    for states in ((state, MADE[0]), (MADE[0], state), (state, state)):
+        with pytest.raises(RuntimeError, match=REFUSED):
+            module(*states)(X)
+        with pytest.raises(RuntimeError, match=REFUSED):
+            module("h", "c")(X, *map(torch.zeros, states))
+
+
+def test_an_expansion_to_any_size_says_nothing_of_it() -> None:
+    anything = ("expand", 2, -1, 3)
+    assert torch.equal(module(anything, "c")(X, torch.zeros(2, 2, 3), torch.zeros(2, 2, 3)), LAYER(X)[0])
+    with pytest.raises(RuntimeError, match=REFUSED):
+        module(anything, "c")(X, torch.zeros(2, 7, 3), torch.zeros(2, 7, 3))
+
+
+def test_a_tied_program_stays_as_it_is_wherever_it_comes_from(tmp_path: Path) -> None:
+    reader, ids = Reader().eval(), torch.ones(2, 5).long()
+    program = capture(reader, ids)
+    targets = [node.target for node in program.graph.nodes]
+    program.save(tmp_path / "a.pt2")
+    loaded = load(tmp_path / "a.pt2")
+    assert [node.target for node in loaded.graph.nodes] == targets
+    loaded.save(tmp_path / "b.pt2")
+    assert (tmp_path / "a.pt2").read_bytes() == (tmp_path / "b.pt2").read_bytes()
+    for samples in (1, 2, 7):
+        ids = torch.ones(samples, 5).long()
+        assert torch.equal(loaded(ids), reader(ids))
+
+
+def test_a_file_whose_states_are_of_another_batch(tmp_path: Path) -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.LSTM(4, 3)
+
+        def forward(self, x: Tensor, h: Tensor) -> Tensor:
+            result: Tensor = self.layer(x, (h, h))[0]
+            return result
+
+    for name, axes in (("static", None), ("dynamic", {"x": {1: Dim.DYNAMIC}, "h": {1: Dim.DYNAMIC}})):
+        exported = torch.export.export(Fixed().eval(), (X, torch.zeros(1, 2, 3)), dynamic_shapes=axes)
+        exported.example_inputs = ((X[:, :1].repeat(1, 900, 1), torch.zeros(1, 2, 3)), {})
+        torch.export.save(exported, tmp_path / f"{name}.pt2")
+        with pytest.raises(CaptureError, match="expanded size of the tensor"):
+            load(tmp_path / f"{name}.pt2")
