@@ -19,7 +19,7 @@ import sys
 import types
 import unittest
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -171,14 +171,19 @@ def _given_axes(axes: Axes) -> dict[int, int]:
     return found
 
 
-def operators() -> Iterator[Any]:
-    """Yield torch's descriptions of its operators."""
+def described_by_torch() -> Sequence[Any]:
+    """Return torch's descriptions of its operators."""
     stub = types.ModuleType("expecttest")  # imported by torch's tests, of no use here
     stub.TestCase = unittest.TestCase  # type: ignore[attr-defined]
     sys.modules.setdefault("expecttest", stub)
     from torch.testing._internal.common_methods_invocations import op_db
 
-    for info in op_db:
+    return op_db  # type: ignore[no-any-return]
+
+
+def operators() -> Iterator[Any]:
+    """Yield those descriptions whose operators can be examined."""
+    for info in described_by_torch():
         if torch.float64 in info.supported_dtypes("cpu") and info.name not in _MEANINGLESS:
             yield info
 
