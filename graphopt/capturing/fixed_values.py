@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.errors import CaptureError, first_line
+from graphopt.ir.aliasing import sharing_memory
 from graphopt.ir.graph import constant
 from graphopt.ir.operators import writes_in_place
 from graphopt.ir.regions import regions
@@ -73,9 +74,21 @@ def _computes(node: fx.Node) -> bool:
     return bool(node.all_input_nodes) and (plain or node.target is operator.getitem)
 
 
-def _resizes(node: fx.Node) -> bool:
-    """Whether a call may change the size of a tensor, the one it is given for its result (`out=`)."""
-    return isinstance(node.target, OpOverload) and any(argument.is_out for argument in node.target._schema.arguments)
+def _resizes(node: fx.Node, *, inside: bool) -> bool:
+    """Whether a call may change the shape of a tensor that others hold: of `out=`, or by `transpose_` of a parameter.
+
+    Args:
+        node: any node.
+        inside: it is in a body, whose inputs are tensors of the graph around it.
+    """
+    if not isinstance(node.target, OpOverload):
+        return False
+    if any(argument.is_out for argument in node.target._schema.arguments):
+        return True
+    held = ("get_attr", "placeholder") if inside else ("get_attr",)
+    return torch.Tag.inplace_view in node.target.tags and any(
+        shared.op in held for used in node.all_input_nodes for shared in sharing_memory(used)
+    )
 
 
 def fixed_values(gm: fx.GraphModule) -> Iterator[FixedValues]:
@@ -91,7 +104,7 @@ def fixed_values(gm: fx.GraphModule) -> Iterator[FixedValues]:
         inside = {module: list(regions(module)) for module in modules}
     uses = Counter(body for found in inside.values() for region in found for body in region.bodies)
     values: dict[fx.GraphModule, dict[fx.Node, Tensor]] = {module: {} for module in modules}
-    resized = any(_resizes(node) for module in modules for node in module.graph.nodes)
+    resized = any(_resizes(node, inside=module is not gm) for module in modules for node in module.graph.nodes)
     for module in modules:  # those that hold others come first
         fixed = FixedValues(module, values[module], resized=resized)
         yield fixed

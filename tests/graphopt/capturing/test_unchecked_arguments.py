@@ -179,6 +179,31 @@ def test_an_axis_that_is_not_there_is_found_by_the_public_operator() -> None:
         gm(torch.ones(3), None)
 
 
+@pytest.mark.parametrize("turned", [False, True], ids=["an activation", "a weight"])
+def test_a_weight_that_a_call_turns_in_place(turned: bool) -> None:
+    class Turning(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.v, self.g = nn.Parameter(torch.ones(9, 4)), nn.Parameter(torch.ones(9, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = torch._weight_norm(self.v, self.g, 0)
+            return (x @ weight.T).unsqueeze_(1)
+
+    gm = torch.export.export(Turning(), (torch.randn(3, 4),)).module(check_guards=False)
+    assert isinstance(gm, fx.GraphModule)
+    if turned:
+        first = next(node for node in gm.graph.nodes if node.target is aten._weight_norm.default)
+        with gm.graph.inserting_before(first):
+            gm.graph.call_function(
+                aten.transpose_.default, (gm.graph.call_function(aten.contiguous.default, (first.args[1],)), 0, 1)
+            )
+        with pytest.raises(CaptureError, match="weights that its inputs may change"):
+            check_arguments(gm)
+    else:
+        check_arguments(gm)
+
+
 def test_what_is_not_whole_is_said_to_be_so() -> None:
     with pytest.raises(CaptureError, match=r"calls `aten.relu.default` without its `self`"):
         check_arguments(graph_module(aten.relu.default))
