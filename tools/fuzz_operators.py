@@ -67,7 +67,10 @@ def main(
         guard(low=low)
         arguments = make(targets[0], int(index))
         print(f"{targets[0]}({described(arguments)})", flush=True)
-        print("refused" if run(targets[0], arguments) else "ran")
+        try:
+            print("refused" if run(targets[0], arguments) else "ran")
+        except Exception as err:  # kernels raise anything
+            print(f"raised {type(err).__name__}: {err}")
         return
     if not known:
         print("Calls are made of schemas alone; --recorded FILE changes calls of torch's tests, too.")
