@@ -25,7 +25,7 @@ from graphopt.errors import LoweringError
 from graphopt.ir.exporting import exported
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import module_path, user_line
-from graphopt.ir.torch_internals import kept_operators, kept_translations
+from graphopt.ir.torch_internals import onnx_exporter
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +53,7 @@ def export(program: Program, opset: int) -> ir.Model:
     reduce_fixed_bags(own.graph_module)
     restate(own.graph_module)
     with (
-        kept_translations(),
-        kept_operators(),
+        onnx_exporter(),
         warnings.catch_warnings(),
         _quiet("torch.onnx"),
         _quiet("onnxscript"),

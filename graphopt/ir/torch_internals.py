@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import threading
 from collections.abc import Iterator
 from typing import IO, Any
 from unittest import mock
@@ -49,10 +50,9 @@ __all__ = [
     "is_compiled",
     "is_composite",
     "is_function_transform",
-    "kept_operators",
-    "kept_translations",
     "load_pt2",
     "make_fx",
+    "onnx_exporter",
     "optimization_hint",
     "output_structure",
     "pytree",
@@ -61,8 +61,8 @@ __all__ = [
     "target_of_conversion",
 ]
 
-_translations: dict[tuple[int, int], Any] = {}  # by version of the operator set and how many operators torch has
 SHAPES_LOGGER = symbolic_shapes.__name__  # where torch logs which line of a model guarded on a size
+_exporter_lock = threading.RLock()  # patches are undone in the order of a stack, whatever threads do
 
 
 def optimization_hint(size: int | torch.SymInt, fallback: int) -> int:
@@ -153,35 +153,36 @@ def load_pt2(stream: IO[bytes]) -> tuple[dict[str, ExportedProgram], dict[str, s
     return contents.exported_programs, contents.extra_files
 
 
-@contextlib.contextmanager
-def kept_translations() -> Iterator[None]:
-    """Let `torch.onnx.export` read its library of translations once in a process: a second of every export (2.13)."""
-    from torch.onnx._internal.exporter._registration import ONNXRegistry
+@functools.cache
+def _kept_signatures() -> tuple[property, Any]:
+    """Return what the exporter reads off the source of each function of its library, which never changes, kept."""
+    from onnxscript.values import TracedOnnxFunction
+    from torch.onnx._internal.exporter import _schemas
 
-    read = ONNXRegistry.from_torchlib
-
-    def copied(opset_version: int) -> Any:
-        known = opset_version, len(torch._C._dispatch_get_all_op_names())  # it translates operators that there are
-        if known not in _translations:
-            _translations.clear()
-            _translations[known] = read(opset_version=opset_version)
-        registry = copy.copy(_translations[known])
-        registry.functions = {target: list(found) for target, found in registry.functions.items()}
-        return registry
-
-    with mock.patch.object(ONNXRegistry, "from_torchlib", staticmethod(copied)):
-        yield
+    read: Any = TracedOnnxFunction.function_ir
+    return property(functools.cache(read.fget)), functools.cache(_schemas.op_signature_from_function)
 
 
 @contextlib.contextmanager
-def kept_operators() -> Iterator[None]:
-    """Let torch look for new composite operators once meanwhile.
+def onnx_exporter() -> Iterator[None]:
+    """Have `torch.onnx.export` to one's own thread, without what it does over and over.
 
-    It does for every namespace of operators, several times in an export: a quarter of a second of each (2.13).
+    It reads its whole library of translations in every export, a second of each (2.13): now the source of a function
+    is read once in a process, and what was registered since the last export is there. For new composite operators it
+    looks in every namespace, several times in an export and a quarter of a second of each: once meanwhile.
     """
-    looked_for = functools.cache(export_utils._materialize_cpp_cia_ops)
-    with mock.patch.object(export_utils, "_materialize_cpp_cia_ops", looked_for):
-        yield
+    from onnxscript.values import TracedOnnxFunction
+    from torch.onnx._internal.exporter import _schemas
+
+    with _exporter_lock:
+        function_ir, signature = _kept_signatures()
+        looked_for = functools.cache(export_utils._materialize_cpp_cia_ops)
+        with (
+            mock.patch.object(TracedOnnxFunction, "function_ir", function_ir),
+            mock.patch.object(_schemas, "op_signature_from_function", signature),
+            mock.patch.object(export_utils, "_materialize_cpp_cia_ops", looked_for),
+        ):
+            yield
 
 
 def compiler_settings(**settings: Any) -> contextlib.AbstractContextManager[None]:

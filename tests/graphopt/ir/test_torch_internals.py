@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
+import threading
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from onnxscript._internal import ast_utils
+from onnxscript.function_libs.torch_lib import registration
+from onnxscript.values import TracedOnnxFunction
 from torch import Tensor, nn
+from torch._export import utils as export_utils
 from torch.export import Dim
+from torch.onnx._internal.exporter import _schemas
 from torch.onnx._internal.exporter._registration import ONNXRegistry
+from torch.onnx._internal.exporter._torchlib import _torchlib_registry
 
 import graphopt.quantization.ops  # noqa: F401
 from graphopt.ir import torch_internals
@@ -29,9 +37,8 @@ from graphopt.ir.torch_internals import (
     is_compiled,
     is_composite,
     is_function_transform,
-    kept_operators,
-    kept_translations,
     make_fx,
+    onnx_exporter,
     optimization_hint,
     output_structure,
     pytree,
@@ -142,41 +149,112 @@ def test_a_module_that_compiles_is_recognised() -> None:
     assert compiled_module(told) is None
 
 
-def test_translations_to_onnx_are_read_once_and_kept_as_they_were() -> None:
-    def read() -> Any:
-        return ONNXRegistry().from_torchlib(opset_version=20)
-
-    def same(one: Any, other: Any) -> list[bool]:
-        assert one.functions.keys() == other.functions.keys()
-        return [
-            a is b for name in one.functions for a, b in zip(one.functions[name], other.functions[name], strict=True)
-        ]
-
-    with kept_translations():
-        before = read()
-    library = torch.library.Library("quantized_once_more", "DEF")
-    library.define("new(Tensor x) -> Tensor")  # whatever is imported may bring operators that it translates
-    with kept_translations():
-        assert not all(same(read(), before))
-    alone = read()
-    for _ in range(2):
-        with kept_translations():
-            kept, again = read(), read()
-        assert all(same(kept, again))
-        assert not all(same(kept, alone))
-        for target in (aten.relu.default, torch.ops.graphopt.observe.default):
-            kept.register_op(target, lambda x: x)
-    assert not all(same(read(), again))
+def library() -> Any:
+    return ONNXRegistry.from_torchlib(opset_version=20)
 
 
-def test_operators_are_looked_for_once_and_all_found() -> None:
-    from torch._export import utils
+def patched() -> list[Any]:
+    """Return whatever is patched while a program is exported."""
+    return [
+        vars(TracedOnnxFunction)["function_ir"],
+        _schemas.op_signature_from_function,
+        export_utils._materialize_cpp_cia_ops,
+        vars(ONNXRegistry)["from_torchlib"],
+    ]
 
-    found = utils._collect_all_valid_cia_ops()
-    with mock.patch.object(utils, "_materialize_cpp_cia_ops") as look:
-        with kept_operators():
-            assert utils._collect_all_valid_cia_ops() == found
-            utils._collect_all_valid_cia_ops()
-        assert look.call_count == 1
-        utils._collect_all_valid_cia_ops()
-    assert look.call_count > 2
+
+def test_the_exporter_reads_its_library_as_it_does_alone_and_faster() -> None:
+    def contents(opset: int) -> list[Any]:
+        read = ONNXRegistry.from_torchlib(opset_version=opset).functions.items()
+        fields = ("onnx_function", "signature", "is_complex", "opset_introduced", "is_custom", "device")
+        return [(target, [getattr(found, name) for name in fields]) for target, every in read for found in every]
+
+    alone = {opset: contents(opset) for opset in (20, 23)}
+    assert alone[20] != alone[23]  # attention has a translation of its own
+    with onnx_exporter():
+        assert ONNXRegistry.from_torchlib().functions
+        assert alone == {opset: contents(opset) for opset in (20, 23)}
+    with (
+        mock.patch.object(ast_utils, "get_src_and_ast", side_effect=AssertionError),
+        mock.patch.object(inspect, "signature", side_effect=AssertionError),
+        onnx_exporter(),
+    ):
+        assert contents(20) == alone[20]
+
+
+@pytest.fixture
+def registries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a test register translations."""
+    monkeypatch.setattr(registration.default_registry, "_registry", dict(registration.default_registry._registry))
+    monkeypatch.setattr(_torchlib_registry, "_registry", list(_torchlib_registry._registry))
+
+
+def unchanged(x: Any) -> Any:
+    return x
+
+
+@pytest.mark.parametrize("way", ["onnxscript", "torch"])
+@pytest.mark.usefixtures("registries")
+def test_the_exporter_sees_what_is_registered_later(way: str) -> None:
+    """For an operator that it has seen without."""
+    name = f"later_{way}::op"
+    torch.library.define(name, "(Tensor x) -> Tensor")
+    with onnx_exporter():
+        assert name not in library().functions
+    if way == "onnxscript":
+        registration.torch_op(name, trace_only=True)(unchanged)
+    else:
+        operator = getattr(torch.ops, f"later_{way}").op.default
+        _torchlib_registry.onnx_impl(operator, trace_only=True)(unchanged)
+    with onnx_exporter():
+        (found,) = library().functions[name]
+        assert found.onnx_function.func is unchanged
+        library().register_op(aten.relu.default, unchanged)  # as an export with a table of its own does
+        assert len(library().functions["aten::relu"]) == 1
+
+
+@pytest.mark.usefixtures("registries")
+def test_the_exporter_sees_an_operator_that_takes_the_place_of_another() -> None:
+    """Their number says nothing."""
+    first, second = (torch.library.Library(f"{which}_place", "DEF") for which in ("first", "second"))
+    registration.torch_op(("first_place::op", "second_place::op"), trace_only=True)(unchanged)
+    first.define("op(Tensor x) -> Tensor")
+    with onnx_exporter():
+        before = library().functions.keys()
+    first._destroy()
+    second.define("op(Tensor x) -> Tensor")
+    with onnx_exporter():
+        assert library().functions.keys() ^ before == {"first_place::op", "second_place::op"}
+
+
+def test_nothing_of_torch_stays_patched() -> None:
+    """Neither after an exception, nor in other threads' exports, which overlap and end in any order."""
+    before, left = patched(), threading.Event()
+
+    def second() -> None:
+        with onnx_exporter():
+            left.wait(10)
+
+    with pytest.raises(KeyboardInterrupt), onnx_exporter(), onnx_exporter():
+        raise KeyboardInterrupt
+    assert patched() == before
+    with onnx_exporter():
+        assert patched() != before
+        other = threading.Thread(target=second)
+        other.start()
+        other.join(0.2)
+    left.set()
+    other.join()
+    assert patched() == before
+
+
+def test_operators_are_looked_for_once_an_export_and_all_found() -> None:
+    found = export_utils._collect_all_valid_cia_ops()
+    with mock.patch.object(export_utils, "_materialize_cpp_cia_ops") as look:
+        for times in (1, 2):
+            with onnx_exporter():
+                assert export_utils._collect_all_valid_cia_ops() == found
+                export_utils._collect_all_valid_cia_ops()
+            assert look.call_count == times
+        export_utils._collect_all_valid_cia_ops()
+    assert look.call_count > 3
