@@ -24,8 +24,8 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 import graphopt.quantization.ops  # noqa: F401  (registers the operators)
+from graphopt.capturing.guards import insert_guards
 from graphopt.capturing.leaving_training import leave_training
-from graphopt.capturing.lstm_states import tie_states
 from graphopt.capturing.public_operators import use_public_operators
 from graphopt.capturing.unchecked_arguments import check_arguments
 from graphopt.errors import GraphOptError
@@ -192,7 +192,7 @@ def run_as_loaded(target: OpOverload, arguments: Arguments) -> bool:
         check_arguments(gm)
         leave_training(gm)
         use_public_operators(gm)
-        tie_states(gm)
+        insert_guards(gm)
     except GraphOptError:
         return True
     gm()

@@ -21,6 +21,7 @@ from graphopt.backends.onnx_lowering.fixed_bags import reduce_fixed_bags
 from graphopt.backends.onnx_lowering.restated import restate
 from graphopt.backends.onnx_lowering.tensor_results import only_tensors
 from graphopt.backends.onnx_lowering.translations import table
+from graphopt.backends.onnx_lowering.unguarded import take_out_guards
 from graphopt.errors import LoweringError
 from graphopt.ir.exporting import exported
 from graphopt.ir.program import Program
@@ -50,6 +51,7 @@ def export(program: Program, opset: int) -> ir.Model:
     graph = found.program.graph
     own = Decomposed.on_demand(found.program)
     _forget_strides(own.graph_module)
+    take_out_guards(own.graph_module)
     reduce_fixed_bags(own.graph_module)
     restate(own.graph_module)
     with (

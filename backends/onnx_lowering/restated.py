@@ -3,7 +3,6 @@
 avg_pool2d(x, k, .., divisor_override=d)     avg_pool2d(x, k, ..) * (|k| / d)       it ignores the divisor
 rrelu(x, lower, upper)                       leaky_relu(x, (lower + upper) / 2)     it knows neither
 copy(x, smaller)                             copy(x, expand_as(smaller, x))         the result has the smaller shape
-lstm(expand(x, -1, n, 4), ..)                lstm(x, ..)                            a runtime compares x and its states
 lstm with projections                        refused: the LSTM of ONNX has none
 """
 
@@ -58,16 +57,7 @@ def _other_words(node: fx.Node, editor: Editor) -> fx.Node | None:
             f"The LSTM{_where(node)} projects its state (proj_size), which the LSTM of ONNX does not. Make it without "
             "proj_size, or keep it out of the model that is lowered."
         )
-    if node.target is aten.lstm.input:
-        node.args = fx.map_arg(node.args, _source_of_idle_expand)
     return None
-
-
-def _source_of_idle_expand(value: fx.Node) -> fx.Node:
-    """Return what a value is expanded from, where it has that shape already (`capturing/lstm_states`)."""
-    source = value.args[0] if value.target is aten.expand.default else None
-    idle = isinstance(source, fx.Node) and source.meta["val"].shape == value.meta["val"].shape
-    return source if idle else value  # type: ignore[return-value]
 
 
 def _pool(node: fx.Node, editor: Editor) -> fx.Node | None:

@@ -18,9 +18,9 @@ from torch.export import Dim, ExportedProgram
 from graphopt.capturing.axis_names import AxisNames
 from graphopt.capturing.checks import check_equal, check_repeatable, run_model, wrong_batch
 from graphopt.capturing.explain import explain
+from graphopt.capturing.guards import insert_guards
 from graphopt.capturing.leaving_training import leave_training
 from graphopt.capturing.lost import lost_in_eval
-from graphopt.capturing.lstm_states import tie_states
 from graphopt.capturing.model_calls import (
     check_module,
     check_names,
@@ -95,7 +95,7 @@ def capture(
         check_arguments(model)
         left = leave_training(model)
         use_public_operators(model)
-        tie_states(model)
+        insert_guards(model)
     with (
         in_eval_mode(model),
         without_compiling(model),
@@ -131,7 +131,7 @@ def from_exported(
     gm = exported.module(check_guards=False)  # 2.13 adds a `_guards_fn` call without that argument
     assert isinstance(gm, fx.GraphModule)
     gm = normalise(gm)
-    tie_states(gm)
+    insert_guards(gm)
     for node in gm.graph.nodes:
         if node.op == "call_function" and not node.users:
             node.meta.setdefault("val", None)  # a file has no value for a check (torch 2.13), a trace has None

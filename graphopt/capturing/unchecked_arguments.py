@@ -100,8 +100,9 @@ def _weight_norm(given: Given, shape: Shape) -> str:
 def _recurrent(given: Given, shape: Shape, *, gates: int) -> str:
     layers, biases, bidirectional = given["num_layers"], given["has_biases"], given["bidirectional"]
     weights, states = given["params"], given["hx"]
-    if gates == 4 and not (isinstance(states, list | tuple) and [type(state) for state in states] == [fx.Node] * 2):
-        return "something other than two states"
+    two = isinstance(states, list | tuple) and [type(state) for state in states] == [fx.Node] * 2
+    if gates == 4 and not (two and isinstance(given["input"], fx.Node)):
+        return "something other than an input and two states"
     shapes = [shape(weight) for weight in weights] if isinstance(weights, list | tuple) else [None]
     if None in shapes or type(layers) is not int or type(biases) is not bool or type(bidirectional) is not bool:
         return _changing("weights")
@@ -121,6 +122,10 @@ def _recurrent(given: Given, shape: Shape, *, gates: int) -> str:
     return "" if fits else wrong
 
 
+def _bags(given: Given, _: Shape) -> str:
+    return "" if isinstance(given["offsets"], fx.Node) else "something other than a tensor as `offsets`"
+
+
 def _grid_sampler(given: Given, _: Shape) -> str:
     modes = given["interpolation_mode"], given["padding_mode"]
     wrong = [mode for mode in modes if mode not in (0, 1, 2)]
@@ -133,6 +138,7 @@ _CHECKS: dict[str, Callable[[Given, Shape], str]] = {
     "aten::gru": functools.partial(_recurrent, gates=3),
     "aten::rnn_tanh": functools.partial(_recurrent, gates=1),
     "aten::rnn_relu": functools.partial(_recurrent, gates=1),
+    **{f"aten::{name}": _bags for name in ("embedding_bag", "_embedding_bag", "_embedding_bag_forward_only")},
     **{f"aten::{name}": _grid_sampler for name in ("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")},
 }
 

@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 
 from graphopt.capturing.capture import capture
+from graphopt.capturing.guards import insert_guards
 from graphopt.capturing.load import load
-from graphopt.capturing.lstm_states import tie_states
 from graphopt.errors import CaptureError
 
 aten = torch.ops.aten
@@ -50,7 +50,7 @@ def module(*states: Any) -> fx.GraphModule:
     call = graph.call_function(aten.lstm.input, (x, given, weights, True, 2, 0.0, False, False, False))
     graph.output(graph.call_function(operator.getitem, (call, 0)))
     gm = fx.GraphModule(LAYER, graph)
-    tie_states(gm)
+    insert_guards(gm)
     return gm
 
 
@@ -122,3 +122,25 @@ def test_a_file_whose_states_are_of_another_batch(tmp_path: Path) -> None:
         torch.export.save(exported, tmp_path / f"{name}.pt2")
         with pytest.raises(CaptureError, match="expanded size of the tensor"):
             load(tmp_path / f"{name}.pt2")
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("mode", [0, 1, 2])
+def test_entries_for_no_bag_are_refused(mode: int, last: bool) -> None:
+    graph = fx.Graph()
+    weight, indices, offsets = map(graph.placeholder, ("weight", "indices", "offsets"))
+    call = graph.call_function(
+        aten.embedding_bag.padding_idx, (weight, indices, offsets, False, mode, False, None, last, 0)
+    )
+    graph.output(graph.call_function(operator.getitem, (call, 0)))
+    gm = fx.GraphModule(nn.Module(), graph)
+    insert_guards(gm)
+    code = gm.code
+    insert_guards(gm)
+    assert gm.code == code
+    weights, entries = torch.randn(5, 3), torch.tensor([1, 2, 4])
+    bags = torch.tensor([0, 1, 3][: 3 if last else 2])
+    expected = aten.embedding_bag.padding_idx(weights, entries, bags, False, mode, False, None, last, 0)[0]
+    assert torch.equal(gm(weights, entries, bags), expected)
+    with pytest.raises(IndexError, match="out of range"):
+        gm(weights, entries, bags[: 1 if last else 0])

@@ -1,11 +1,12 @@
-"""The input of an LSTM is as wide as its weights, and its states are as many as the samples of it, in every call.
+"""Calls that fail where torch would read beyond memory: what two operators take fits together, in every call.
 
 lstm(x, [zeros(2, n, 8), ..], ..)      lstm(expand(x, -1, n, 4), [zeros(2, n, 8), ..], ..)
 lstm(x, [h, c], ..)                    n = x.size(1)
                                        lstm(expand(x, -1, n, 4), [expand(h, 2, n, 8), expand(c, 2, n, 8)], ..)
+embedding_bag(w, indices, o, ..)       embedding_bag(w, indices, select_scatter(o, o[0], 0, 0), ..)
 
-torch 2.13 does not compare them and reads memory of others. Nothing is expanded where all is well: a call is refused
-whose sizes differ.
+torch 2.13 compares neither the input of an LSTM with its weights and states, nor asks whether there is a bag at all.
+Nothing is expanded or written where all is well. `backends/onnx_lowering` takes the guards out again: runtimes check.
 """
 
 from __future__ import annotations
@@ -17,23 +18,46 @@ from torch import fx
 
 from graphopt.capturing.fixed_values import FixedValues, fixed_values
 from graphopt.ir.graph import arguments
+from graphopt.ir.torch_internals import OpOverload
+from graphopt.ir.training import set_argument
 
 aten = torch.ops.aten
 
 _MADE = (aten.zeros.default, aten.ones.default, aten.full.default)
 _MADE_OF = (aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.expand.default)
+_BAGS = (
+    *(aten.embedding_bag.default, aten.embedding_bag.padding_idx),
+    *(aten._embedding_bag.default, aten._embedding_bag_forward_only.default),
+)
 
 
-def tie_states(gm: fx.GraphModule) -> None:
-    """Tie the states of every LSTM to its input, in place, in the bodies of regions too."""
+def insert_guards(gm: fx.GraphModule) -> None:
+    """Guard every LSTM and bag, in place, in the bodies of regions too; guards that are there stay."""
     for fixed in fixed_values(gm):
-        for node in fixed.gm.graph.find_nodes(op="call_function", target=aten.lstm.input):
-            with fixed.gm.graph.inserting_before(node):
-                _tie(node, fixed)
+        graph = fixed.gm.graph
+        for node in list(graph.nodes):
+            with graph.inserting_before(node):
+                if node.target is aten.lstm.input:
+                    _tie_states(node, fixed)
+                elif node.target in _BAGS:
+                    _ask_for_bags(node)
         fixed.gm.recompile()
 
 
-def _tie(node: fx.Node, fixed: FixedValues) -> None:
+def _ask_for_bags(node: fx.Node) -> None:
+    given = arguments(node, ("offsets", "include_last_offset"))
+    offsets, last = given["offsets"], 1 if given["include_last_offset"] else 0
+    if offsets.target is aten.select_scatter.default and list(offsets.args[2:]) == [0, last]:
+        first = offsets.args[1]
+        if first.target is aten.select.int and first.args == (offsets.args[0], 0, last):
+            return
+    first = _like(aten.select.int, offsets, 0, last)
+    if isinstance(value := offsets.meta.get("val"), torch.Tensor) and value.dim() == 1:
+        first.meta["val"] = value.new_empty(())
+    set_argument(node, "offsets", _like(aten.select_scatter.default, offsets, first, 0, last))
+
+
+def _tie_states(node: fx.Node, fixed: FixedValues) -> None:
     given = arguments(node, ())
     x, batch = given["input"], 0 if given["batch_first"] else 1
     first, second, *_ = map(fixed.shape, given["params"])
@@ -69,6 +93,10 @@ def _is_size(value: object) -> bool:
 def _expanded(value: fx.Node, sizes: list[Any]) -> fx.Node:
     if value.target is aten.expand.default and list(value.args[1]) == sizes:  # type: ignore[arg-type]
         return value
-    expanded = value.graph.call_function(aten.expand.default, (value, sizes))
-    expanded.meta = dict(value.meta)
-    return expanded
+    return _like(aten.expand.default, value, sizes)
+
+
+def _like(target: OpOverload, value: fx.Node, *args: Any) -> fx.Node:
+    made = value.graph.call_function(target, (value, *args))
+    made.meta = dict(value.meta)
+    return made
