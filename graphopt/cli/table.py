@@ -65,7 +65,8 @@ def before_after(report: Report, *, brief: bool = False) -> Table:
         table.add_row(*given, end_section=last, style="bold" if artifact else "")
     latency = next((row.latency for row in reversed(rows) if row.latency is not None), None)
     if latency is not None:
-        table.caption = f"latency and speed-up: {latency.session}, batch {latency.batch}, median of paired calls"
+        paired = "paired " if any(row.latency and row.latency.speedup_spread for row in rows) else ""
+        table.caption = f"latency and speed-up: {latency.session}, batch {latency.batch}, median of {paired}calls"
         table.caption_justify = "left"
     return table
 

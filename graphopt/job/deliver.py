@@ -98,13 +98,14 @@ def _timed(row: Row, found: Comparison, side: str) -> Row:
 
 def _latency(options: str, found: Comparison, timing: Timing, ratio: Spread | None = None) -> Latency:
     wall = timing.wall
+    varies = ratio is not None and ratio.minimum < ratio.maximum  # not where nothing was rewritten
     return Latency(
         f"{options} options, {found.threads} thread{'s' if found.threads > 1 else ''}",
         found.batch,
         wall.median,
         (wall.lower, wall.upper),
         ratio.median if ratio else None,
-        (ratio.lower, ratio.upper) if ratio else None,
+        (ratio.lower, ratio.upper) if ratio and varies else None,
     )
 
 

@@ -31,8 +31,9 @@ class Latency:
         batch: samples per call.
         milliseconds: median wall-clock time of a call.
         spread: first and third quartile of the same.
-        speedup: original over this, median of the pairs; None for the original itself.
-        speedup_spread: first and third quartile of the pairs' ratios.
+        speedup: original over this, median of the pairs; None for the original itself. 1 where nothing was rewritten:
+            nothing is paired then.
+        speedup_spread: first and third quartile of the pairs' ratios, None without pairs.
     """
 
     session: str

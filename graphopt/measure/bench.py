@@ -52,7 +52,7 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class TimedPair:
-    """Two sessions timed in turn.
+    """Two sessions timed in turn; or one, whose ratio to itself is 1.
 
     Attributes:
         first: times of the first.
@@ -99,7 +99,7 @@ def compare(
 
     Args:
         baseline: usually the float32 original, lowered by the same backend.
-        artifact: what is compared with it.
+        artifact: what is compared with it; the same is timed alone.
         inputs: realistic inputs, one per artifact input (first axis: samples); made up if None.
         batch: samples per call, where the artifacts take any number.
         threads: threads an operator may use.
@@ -118,13 +118,15 @@ def compare(
     batch = batch_size(artifact.inputs) or batch
     feed = batch_of(artifact.inputs, inputs, batch)
 
-    def pair(first: Artifact, second: Artifact) -> TimedPair:
-        sessions = [one.session(threads=threads) for one in (first, second)]
-        return time_in_turn(*(_bound(session, feed) for session in sessions), seconds=seconds)
+    sides = [baseline] if artifact is baseline else [baseline, artifact]
+
+    def pair(sides: Sequence[Artifact]) -> TimedPair:
+        calls = [_bound(one.session(threads=threads), feed) for one in sides]
+        return time_in_turn(calls[0], calls[-1], seconds=seconds)
 
     return Comparison(
-        recorded=pair(baseline, artifact),
-        plain=pair(_without_options(baseline), _without_options(artifact)),
+        recorded=pair(sides),
+        plain=pair([_without_options(one) for one in sides]),
         threads=threads,
         batch=batch,
     )
@@ -135,23 +137,23 @@ def time_in_turn(first: Callable[[], object], second: Callable[[], object], *, s
 
     Args:
         first: what ratios put on top.
-        second: what they divide by.
+        second: what they divide by; where it is `first`, that is called alone.
         seconds: time to spend, after the warm-up.
     """
-    calls = [first, second]
+    calls = [first] if second is first else [first, second]
     repeats = [_burst(call) for call in calls]
-    wall: list[list[float]] = [[], []]
-    cpu: list[list[float]] = [[], []]
+    wall: list[list[float]] = [[] for _ in calls]
+    cpu: list[list[float]] = [[] for _ in calls]
     end = time.perf_counter() + seconds
     rounds = 0
     while rounds < _FEWEST_ROUNDS or (rounds < _MOST_ROUNDS and time.perf_counter() < end):
-        for index in (0, 1) if rounds % 2 == 0 else (1, 0):
+        for index in range(len(calls)) if rounds % 2 == 0 else reversed(range(len(calls))):
             waited, worked = _time(calls[index], repeats[index])
             wall[index].append(waited)
             cpu[index].append(worked)
         rounds += 1
-    one, other = (Timing(Spread.of(wall[index]), Spread.of(cpu[index])) for index in (0, 1))
-    return TimedPair(one, other, _ratios(*wall), _ratios(*cpu), rounds)
+    times = [Timing(*map(Spread.of, both)) for both in zip(wall, cpu, strict=True)]
+    return TimedPair(times[0], times[-1], _ratios(wall[0], wall[-1]), _ratios(cpu[0], cpu[-1]), rounds)
 
 
 def batch_of(specs: Sequence[TensorSpec], inputs: Sequence[Array] | None, batch: int) -> tuple[Array, ...]:

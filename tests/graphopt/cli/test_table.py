@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 
 import pytest
@@ -62,6 +63,16 @@ def test_every_row_keeps_its_name_and_its_metric(width: int, timed: bool) -> Non
         (line,) = [line for line in lines if line.strip().startswith(label)]
         assert line.rstrip().endswith("100.00" if label == LABELS[3] else "99.30")
     assert "…" not in "\n".join(lines)
+
+
+def test_what_was_not_paired_is_not_called_so() -> None:
+    made = report(timed=True)
+    assert any("batch 1, median of paired calls" in line for line in shown(made, 150))
+    latency = Latency("recorded", 1, 0.412, (0.401, 0.433), 1.0)
+    made.rows[-1] = dataclasses.replace(made.rows[-1], latency=latency)
+    lines = shown(made, 150)
+    assert any(" 1.00x  " in line for line in lines)
+    assert any("batch 1, median of calls" in line for line in lines)
 
 
 def test_a_wide_terminal_shows_the_spread_and_a_narrow_one_does_not() -> None:

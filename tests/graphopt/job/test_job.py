@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import gc
 import weakref
 from collections.abc import Iterator
@@ -13,8 +15,11 @@ from torch import nn
 
 import graphopt
 from graphopt.capturing.load import with_data
+from graphopt.cli.gates import Gate
 from graphopt.errors import DataError, UsageError
+from graphopt.job import deliver
 from graphopt.job.job import Job
+from graphopt.job.report import Latency, Row
 from graphopt.pipeline.pipeline import Pipeline
 from graphopt.pipeline.registry import backends_named
 from graphopt.testing import fingerprint
@@ -157,3 +162,20 @@ def test_an_original_that_nothing_was_rewritten_in_is_lowered_once(passes: str, 
 
     graphopt.optimize(model(), X, passes, Counting(), bench=False)
     assert len(lowered) == count
+
+
+def test_an_original_that_nothing_was_rewritten_in_is_as_fast_as_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exactly: a gate on it is no matter of chance."""
+    monkeypatch.setattr(deliver, "compare", functools.partial(deliver.compare, seconds=0))
+    report = graphopt.optimize(model(), X, "").report
+    for latency, before in zip(_latencies(report.rows[-1]), _latencies(report.original), strict=True):
+        assert (latency.speedup, latency.speedup_spread) == (1.0, None)
+        assert dataclasses.replace(latency, speedup=None) == before
+    for text, fails in (("speedup<1", False), ("speedup>1", False), ("speedup<=1", True)):
+        assert bool(Gate.parse(text).failures(report)) is fails
+
+
+def _latencies(row: Row) -> list[Latency]:
+    assert row.latency is not None
+    assert row.plain is not None
+    return [row.latency, row.plain]

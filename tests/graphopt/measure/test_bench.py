@@ -63,6 +63,19 @@ def test_recorded_and_plain_options_get_the_same_treatment() -> None:
     assert asked == {(name, options, 2) for name in ("slow", "fast") for options in (recorded, plain)}
 
 
+def test_an_artifact_is_not_timed_against_itself() -> None:
+    """That would say it is 1.02 times as fast, or 0.97 times, and take twice as long."""
+    backend = FakeBackend()
+    one = artifact(backend, "fast")
+    found = compare(one, one, seconds=0)
+    for pair in (found.recorded, found.plain):
+        assert pair.wall_ratio == pair.cpu_ratio == Spread.of([1.0])
+        assert pair.first == pair.second
+        assert pair.first.wall.minimum >= 1.0
+    calls = 3 + 1 + 2 * 7  # warm-up, an estimate, seven rounds of two milliseconds
+    assert len(backend.sessions) <= 2 * calls
+
+
 def test_artifacts_with_other_inputs_are_refused() -> None:
     backend = FakeBackend()
     with pytest.raises(UsageError, match="Only artifacts with the same inputs"):
