@@ -21,6 +21,7 @@ from graphopt.distillation.pool import Index, Pool
 from graphopt.distillation.statistics import estimate_statistics
 from graphopt.distillation.weights import overwrite, snapshot
 from graphopt.errors import PassError
+from graphopt.ir.placing import place
 from graphopt.ir.program import Program
 from graphopt.pipeline.context import Progress
 
@@ -74,7 +75,7 @@ class Trainer:
         self._held_out, self._batch_size = held_out, batch_size
         self._names = [name for name, tensor in student.state_dict().items() if tensor.is_floating_point()]
         for program in (student, teacher):
-            place(program, self._accelerator.device)
+            place(program.graph_module, self._accelerator.device)
         self._expected: list[tuple[torch.Tensor, ...]] = []
 
     def held_out_loss(self) -> float:
@@ -203,18 +204,6 @@ class _Module(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, ...]:
         return self._program.call_flat(batch)
-
-
-def place(program: Program, device: torch.device) -> None:
-    """Move the tensors of `program` to `device`, in place, and with them every device its graph names."""
-    program.graph_module.to(device)
-    changed = False
-    for node in program.graph.nodes:
-        if node.op == "call_function" and isinstance(node.kwargs.get("device"), torch.device):
-            node.update_kwarg("device", device)
-            changed = True
-    if changed:
-        program.graph_module.recompile()
 
 
 def _accelerator() -> Accelerator:

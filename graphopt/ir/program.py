@@ -24,6 +24,7 @@ from graphopt.files import ScratchDirectory, failing_late, replacing
 from graphopt.ir.buffers import call_undoing_writes
 from graphopt.ir.examples import made_up_inputs
 from graphopt.ir.graph import assemble, copy_graph_module
+from graphopt.ir.placing import place
 from graphopt.ir.signature import Note, TensorSpec, batch_size
 from graphopt.ir.torch_internals import flat_arguments, pytree
 from graphopt.ir.training import is_training, set_training
@@ -108,6 +109,24 @@ class Program:
         if not share_tensors:
             gm = _with_own_tensors(gm)
         return dataclasses.replace(self, graph_module=gm)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the program is: its tensors, or where it has none its example inputs."""
+        tensors = (*self.graph_module.parameters(), *self.graph_module.buffers(), *self.flat_examples())
+        return tensors[0].device
+
+    def to(self, device: str | torch.device) -> Program:
+        """Return the program on a device: itself where it is there, otherwise a copy, its example inputs with it."""
+        wanted = torch.empty(0, device=device).device  # `cuda` is `cuda:0`
+        if self.device == wanted:
+            return self
+        moved = self.copy()
+        place(moved.graph_module, wanted)
+        args, kwargs = pytree.tree_map_only(
+            torch.Tensor, lambda tensor: tensor.to(wanted), (self.example_args, dict(self.example_kwargs))
+        )
+        return dataclasses.replace(moved, example_args=args, example_kwargs=kwargs)
 
     def with_graph(self, gm: fx.GraphModule, *, outputs: Sequence[TensorSpec] | None = None) -> Program:
         """Return this program with another graph of the same signature (or the given outputs)."""

@@ -1,0 +1,58 @@
+"""The device of a program: where its tensors lie, and what its graph says of devices.
+
+zeros(2, device=cpu)               zeros(2, device=cuda:0)
+x.to("cpu")                        x.to("cuda:0")
+wrap_with_autocast("cpu", ..)      wrap_with_autocast("cuda", ..)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.ir.graph import fake_mode_of
+from graphopt.ir.regions import region
+from graphopt.ir.torch_internals import FakeTensor, OpOverload, pytree
+from graphopt.ir.training import set_argument
+
+
+def place(gm: fx.GraphModule, device: torch.device) -> None:
+    """Move what a graph module holds to a device, in place: tensors, tied ones once, and what its graphs name.
+
+    What it computes on several devices is on one afterwards.
+    """
+    moved: dict[int, torch.Tensor] = {}
+    for table in (table for module in gm.modules() for table in (module._parameters, module._buffers)):
+        for name, tensor in table.items():
+            if tensor is not None and tensor.device != device:
+                table[name] = moved.setdefault(id(tensor), _moved(tensor, device))  # type: ignore[assignment]
+    mode = fake_mode_of(gm)
+    for module in [module for module in gm.modules() if isinstance(module, fx.GraphModule)]:
+        for node in module.graph.nodes:
+            for name in _devices(node):
+                set_argument(node, name, device)
+            found = region(node, module)
+            if found is not None and found.form == "block":
+                node.update_arg(0, device.type)
+            with mode:
+                for key in ("val", "example_value") & node.meta.keys():
+                    node.meta[key] = pytree.tree_map_only(FakeTensor, lambda value: value.to(device), node.meta[key])
+        module.recompile()
+
+
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    there = tensor.detach().to(device)
+    return torch.nn.Parameter(there, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else there
+
+
+def _devices(node: fx.Node) -> Iterator[str]:
+    """Yield the arguments of a call that name a device."""
+    if not isinstance(node.target, OpOverload):
+        return
+    for position, argument in enumerate(node.target._schema.arguments):
+        value: Any = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+        if "Device" in str(argument.real_type) and value is not None:
+            yield argument.name
