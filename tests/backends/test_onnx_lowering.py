@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import subprocess
 import sys
+import threading
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.onnx import OnnxExporterError
 
 from graphopt import capture
 from graphopt.backends.onnx_execution.session import OnnxSession, SessionSettings
@@ -20,6 +25,7 @@ from graphopt.backends.onnx_lowering.lowering import Style, lower
 from graphopt.backends.onnx_lowering.saving import save
 from graphopt.errors import LoweringError, UsageError
 from graphopt.ir.program import Program
+from graphopt.ir.torch_internals import onnx_exporter
 from tests.backends.quantized import IntegerFeedForward
 from tests.models import Residual
 
@@ -160,6 +166,30 @@ def test_an_operator_without_onnx_form_is_named_with_its_line() -> None:
         LoweringError, match=r"aten\._linalg_eigh at .*test_onnx_lowering\.py:\d+ has no ONNX form\. Write"
     ):
         lower(program, STYLE)
+
+
+def test_torchs_exporter_is_one_threads_at_a_time_and_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered = threading.Event()
+
+    def enter() -> None:
+        with onnx_exporter():
+            entered.set()
+
+    def export(*_: Any, **__: Any) -> None:
+        other.start()
+        assert not entered.wait(0.2)
+        raise OnnxExporterError("stopped")
+
+    def settings() -> tuple[object, ...]:
+        return (*(logging.getLogger(name).level for name in ("torch.onnx", "onnxscript", "onnx_ir")), warnings.filters)
+
+    monkeypatch.setattr(torch.onnx, "export", export)
+    other, before = threading.Thread(target=enter), settings()
+    with pytest.raises(LoweringError, match="stopped"):
+        lower(capture(nn.Linear(2, 2), torch.ones(3, 2)), STYLE)
+    other.join()
+    assert entered.is_set()
+    assert settings() == before
 
 
 def test_complex_outputs_are_refused() -> None:
