@@ -166,9 +166,16 @@ def _largest(tensor: torch.Tensor) -> float:
 
 
 def _run(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], *, seed: int = 0) -> Any:
-    """Run a program on copies of the inputs and return copies of its outputs."""
+    """Run a program on copies of the inputs and return copies of its outputs.
+
+    Raises:
+        CaptureError: it does not run, maybe because it was run before.
+    """
     args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
-    with torch.random.fork_rng(devices=[]):
+    failed = foreign_code(
+        lambda said, _: CaptureError(f"The captured program does not run on the example inputs, or not twice: {said}.")
+    )
+    with failed, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # not the program itself, which takes back what it writes
         return pytree.tree_map_only(torch.Tensor, torch.clone, program.graph_module(*args, **kwargs))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt.capturing.fixed_values import FixedValues, fixed_values
+from graphopt.capturing.fixed_shapes import FixedShapes, fixed_shapes, keeps_its_shape
 from graphopt.ir.graph import arguments
 from graphopt.ir.torch_internals import OpOverload
 from graphopt.ir.training import set_argument
@@ -33,7 +33,7 @@ _BAGS = (
 
 def insert_guards(gm: fx.GraphModule) -> None:
     """Guard every LSTM and bag, in place, in the bodies of regions too; guards that are there stay."""
-    for fixed in fixed_values(gm):
+    for fixed in fixed_shapes(gm):
         graph = fixed.gm.graph
         for node in list(graph.nodes):
             with graph.inserting_before(node):
@@ -47,9 +47,10 @@ def insert_guards(gm: fx.GraphModule) -> None:
 def _ask_for_bags(node: fx.Node) -> None:
     given = arguments(node, ("offsets", "include_last_offset"))
     offsets, last = given["offsets"], 1 if given["include_last_offset"] else 0
-    if offsets.target is aten.select_scatter.default and list(offsets.args[2:]) == [0, last]:
-        first = offsets.args[1]
-        if first.target is aten.select.int and first.args == (offsets.args[0], 0, last):
+    if offsets.target is aten.select_scatter.default and keeps_its_shape(offsets):
+        source, first, *where = offsets.args
+        chosen = isinstance(first, fx.Node) and first.target is aten.select.int and first.args == (source, 0, last)
+        if chosen and where == [0, last]:
             return
     first = _like(aten.select.int, offsets, 0, last)
     if isinstance(value := offsets.meta.get("val"), torch.Tensor) and value.dim() == 1:
@@ -57,10 +58,10 @@ def _ask_for_bags(node: fx.Node) -> None:
     set_argument(node, "offsets", _like(aten.select_scatter.default, offsets, first, 0, last))
 
 
-def _tie_states(node: fx.Node, fixed: FixedValues) -> None:
+def _tie_states(node: fx.Node, fixed: FixedShapes) -> None:
     given = arguments(node, ())
     x, batch = given["input"], 0 if given["batch_first"] else 1
-    first, second, *_ = map(fixed.shape, given["params"])
+    first, second, *_ = map(fixed.of, given["params"])
     if first is None or second is None:  # a model in memory may compute them; in a file's the check has refused that
         return
     layers = given["num_layers"] * (2 if given["bidirectional"] else 1)
@@ -72,14 +73,15 @@ def _tie_states(node: fx.Node, fixed: FixedValues) -> None:
         if isinstance(value := x.meta.get("val"), torch.Tensor) and value.dim() == 3:
             count.meta["val"] = value.shape[batch]
         states = [_expanded(h, [one, count, last]) for h, (one, last) in zip(given["hx"], wanted, strict=True)]
-        node.update_arg(1, states)
-    node.update_arg(0, _expanded(x, [count, -1, first[1]] if given["batch_first"] else [-1, count, first[1]]))
+        set_argument(node, "hx", states)
+    set_argument(node, "input", _expanded(x, [count, -1, first[1]] if batch == 0 else [-1, count, first[1]]))
 
 
 def _count(state: fx.Node, wanted: tuple[int, int]) -> Any:
     """Return how many samples a state is made for, None where it is not made here of the other sizes wanted."""
-    place = 0 if state.target in _MADE else 1 if state.target in _MADE_OF else None
-    sizes = state.args[place] if place is not None else None
+    if state.target not in (*_MADE, *_MADE_OF) or not keeps_its_shape(state):
+        return None
+    sizes = arguments(state, ("size",))["size"]
     if not isinstance(sizes, list | tuple) or len(sizes) != 3 or (sizes[0], sizes[2]) != wanted:
         return None
     size = _is_size(sizes[1]) or (isinstance(sizes[1], int) and sizes[1] >= 0)
@@ -91,8 +93,10 @@ def _is_size(value: object) -> bool:
 
 
 def _expanded(value: fx.Node, sizes: list[Any]) -> fx.Node:
-    if value.target is aten.expand.default and list(value.args[1]) == sizes:  # type: ignore[arg-type]
-        return value
+    if value.target is aten.expand.default and keeps_its_shape(value):
+        own = arguments(value, ("size",))["size"]
+        if isinstance(own, list | tuple) and list(own) == sizes:
+            return value
     return _like(aten.expand.default, value, sizes)
 
 

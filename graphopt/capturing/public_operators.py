@@ -48,7 +48,10 @@ def use_public_operators(gm: fx.GraphModule) -> None:
         for node in list(body.graph.nodes):
             public = _PUBLIC.get(node.target)
             if public is not None:
-                node.target, *args = public(arguments(node, ()))
+                given = arguments(node, ())
+                if "dim" in given and not isinstance(given["dim"], list | tuple):
+                    raise CaptureError(f"The model transforms along `{given['dim']}`, which is no list of axes.")
+                node.target, *args = public(given)
                 node.args, node.kwargs = tuple(args), {}
         erase_dead(body.graph)  # sizes that only told the parts what to make
         body.recompile()

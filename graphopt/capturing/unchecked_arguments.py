@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt.capturing.fixed_values import fixed_values
+from graphopt.capturing.fixed_shapes import fixed_shapes
 from graphopt.errors import CaptureError, cut
 from graphopt.ir.graph import arguments
 from graphopt.ir.operators import schema_name, short_name
@@ -44,11 +44,11 @@ def check_arguments(gm: fx.GraphModule) -> None:
     Raises:
         CaptureError: one lacks an argument, or torch would use memory with it that is not the model's.
     """
-    for fixed in fixed_values(gm):
+    for fixed in fixed_shapes(gm):
         for node in fixed.gm.graph.nodes:
             if isinstance(node.target, OpOverload) and (missing := _missing(node)):
                 raise CaptureError(f"The model calls `{node.target}` without its `{missing}`. Export it again.")
-            wrong = _wrong(node, fixed.shape)
+            wrong = _wrong(node, fixed.of)
             if wrong:
                 raise CaptureError(
                     f"The model calls `{short_name(node)}` with {wrong}. torch does not check that and would use "
@@ -71,7 +71,8 @@ def _wrong(node: fx.Node, shape: Shape) -> str:
     given = arguments(node, ())
     for argument, kinds in _literals(node.target):
         value = given.get(argument.name)
-        if value is not None and value != argument.default_value and not isinstance(value, kinds):
+        named = isinstance(value, kinds) and (not isinstance(value, torch.layout) or value is torch.strided)
+        if value is not None and value != argument.default_value and not named:
             return f"{_shown(value)} as `{argument.name}`"
     check = _CHECKS.get(schema_name(node.target))
     return check(given, shape) if check else ""
@@ -99,12 +100,13 @@ def _weight_norm(given: Given, shape: Shape) -> str:
 
 def _recurrent(given: Given, shape: Shape, *, gates: int) -> str:
     layers, biases, bidirectional = given["num_layers"], given["has_biases"], given["bidirectional"]
+    flags = [biases, bidirectional, given["batch_first"]]
     weights, states = given["params"], given["hx"]
     two = isinstance(states, list | tuple) and [type(state) for state in states] == [fx.Node] * 2
     if gates == 4 and not (two and isinstance(given["input"], fx.Node)):
         return "something other than an input and two states"
     shapes = [shape(weight) for weight in weights] if isinstance(weights, list | tuple) else [None]
-    if None in shapes or type(layers) is not int or type(biases) is not bool or type(bidirectional) is not bool:
+    if None in shapes or type(layers) is not int or any(type(flag) is not bool for flag in flags):
         return _changing("weights")
     wrong = f"weights of the shapes {cut(str(shapes))} for {layers} layers"
     directions = 2 if bidirectional else 1

@@ -125,14 +125,14 @@ def check_operator(target: str) -> None:
         raise HostileError(f"it calls `{target[:120]}`, an operator that torch {torch.__version__} does not have")
     if namespace == "aten" and not _is_tensor_operator(operator := getattr(packet, overload)):
         raise HostileError(f"it calls `{target[:120]}`, which is not an operator on tensors")
-    unsuited = _UNSUITED.search(name) or overload in _UNSUITED_OVERLOADS or _is_written_to(name, overload)
+    if namespace == "aten" and any(argument.is_out for argument in operator._schema.arguments):
+        raise HostileError(
+            f"it calls `{target[:120]}`, which writes to memory of another result (`out=`); export the program again "
+            "with `.run_decompositions()`, which leaves no such calls"
+        )
+    unsuited = _UNSUITED.search(name) or overload in _UNSUITED_OVERLOADS
     if namespace == "aten" and (unsuited or not _is_known(name, operator)):
         raise HostileError(f"it calls `{target[:120]}`, which no public function of torch for dense tensors stands for")
-
-
-def _is_written_to(name: str, overload: str) -> bool:
-    """Whether a caller of a part of a function, or of one that resizes an image, gives it the memory for its result."""
-    return overload.endswith("out") and (name.startswith("_") or "upsample" in name)
 
 
 def _is_known(name: str, operator: OpOverload) -> bool:

@@ -92,6 +92,28 @@ def test_an_expansion_to_any_size_says_nothing_of_it() -> None:
         module(anything, "c")(X, torch.zeros(2, 7, 3), torch.zeros(2, 7, 3))
 
 
+@pytest.mark.parametrize("turned", ["state", "input"])
+def test_what_is_turned_in_place_is_tied_again(turned: str) -> None:
+    gm = module((2, 2, 3), (2, 2, 3))
+    call = next(node for node in gm.graph.nodes if node.target is aten.lstm.input)
+    value, axes = (call.args[1][0], (0, 2)) if turned == "state" else (call.args[0], (0, 1))
+    with gm.graph.inserting_before(call):
+        gm.graph.call_function(aten.transpose_.default, (value, *axes))
+    insert_guards(gm)
+    with pytest.raises(RuntimeError, match=REFUSED):
+        gm(X)
+
+
+def test_states_and_input_by_keyword() -> None:
+    gm = module((2, 2, 3), (2, 2, 3))
+    for node in gm.graph.nodes:
+        if node.target in (aten.lstm.input, aten.zeros.default, aten.expand.default):
+            names = [argument.name for argument in node.target._schema.arguments]
+            node.kwargs, node.args = dict(zip(names, node.args, strict=False)), ()
+    insert_guards(gm)
+    assert torch.equal(gm(X), LAYER(X)[0])
+
+
 def test_a_tied_program_stays_as_it_is_wherever_it_comes_from(tmp_path: Path) -> None:
     reader, ids = Reader().eval(), torch.ones(2, 5).long()
     program = capture(reader, ids)

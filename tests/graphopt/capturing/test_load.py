@@ -13,7 +13,7 @@ from torch.export import Dim
 
 from graphopt.capturing.capture import capture
 from graphopt.capturing.load import load, with_data
-from graphopt.errors import CaptureError, DataError, UsageError
+from graphopt.errors import CaptureError, DataError, GraphOptError, UsageError
 
 
 class Fixed(nn.Module):
@@ -98,3 +98,21 @@ def test_a_file_whose_dtype_is_a_number(axes: dict[int, Any], tmp_path: Path) ->
             hostile.writestr(name, data)
     with pytest.raises(CaptureError, match="calls `softmax` with 2147483647 as `dtype`"):
         load(tmp_path / "hostile.pt2")
+
+
+@pytest.mark.parametrize("axes", [{}, {0: Dim.DYNAMIC}], ids=["static", "dynamic"])
+def test_a_model_that_does_not_run_twice(axes: dict[int, Any], tmp_path: Path) -> None:
+    class Moves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("at", torch.tensor([0]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            read = x.index_select(1, self.at)
+            self.at.add_(3)
+            return read
+
+    exported = torch.export.export(Moves(), (torch.randn(2, 4),), dynamic_shapes=(axes,))
+    torch.export.save(exported, tmp_path / "model.pt2")
+    with pytest.raises(GraphOptError):
+        load(tmp_path / "model.pt2")

@@ -71,6 +71,13 @@ HOSTILE: dict[str, Callable[[], fx.GraphModule]] = {
     "a second layer of another width": lambda: lstm(*LSTM_WEIGHTS, torch.ones(12, 2), *FURTHER[1:], num_layers=2),
     "no weights": lambda: lstm(),
     "one direction for two": lambda: lstm(*LSTM_WEIGHTS, bidirectional=True),
+    "a layout of a library": lambda: graph_module(aten.zeros.default, [2], layout=torch._mkldnn),
+    "a batch axis that is an input": lambda: graph_module(
+        aten.lstm.input, "x", [torch.zeros(1, 2, 3)] * 2, LSTM_WEIGHTS, True, 1, 0.0, False, False, "y"
+    ),
+    "an input that is a number": lambda: graph_module(
+        aten.lstm.input, 5, [torch.zeros(1, 2, 3)] * 2, LSTM_WEIGHTS, True, 1, 0.0, False, False, False
+    ),
     "a mode that is not there": lambda: graph_module(aten.grid_sampler.default, "x", "y", 77, 0, False),
     "an operator to call": lambda: graph_module(
         torch.ops.higher_order.out_dtype, aten._weight_norm.default, torch.float32, "x", "y"
@@ -201,6 +208,55 @@ def test_a_weight_that_a_call_turns_in_place(turned: bool) -> None:
         with pytest.raises(CaptureError, match="weights that its inputs may change"):
             check_arguments(gm)
     else:
+        check_arguments(gm)
+
+
+def made(*calls: tuple[Any, ...]) -> fx.GraphModule:
+    """Return a module whose gains are ones, put through calls one after the other."""
+    root, graph = Holder(), fx.Graph()
+    root.register_buffer("v", torch.ones(9, 4))
+    root.register_buffer("ones", torch.ones(9, 1))
+    value = graph.get_attr("ones")
+    for target, *args in calls:
+        value = graph.call_function(target, (value, *args))
+    graph.output(graph.call_function(aten._weight_norm.default, (graph.get_attr("v"), value, 0)))
+    return fx.GraphModule(root, graph)
+
+
+def test_shapes_follow_from_shapes_and_nothing_is_run() -> None:
+    """What follows from elements is not fixed, and a part that trusts its arguments is not called to find out."""
+    check_arguments(made((aten.mul.Tensor, 2.0), (aten.reshape.default, [3, 3]), (aten.detach.default,)))
+    for calls in (
+        [(aten.nonzero.default,)],
+        [(aten.rand_like.default,), (aten.nonzero.default,)],
+        [(aten._fft_r2c.default, [900], 0, True)],
+        [(aten._upsample_nearest_exact3d.default, [8, 8, 8], 1e-30, None, None)],
+    ):
+        with pytest.raises(CaptureError, match="weights that its inputs may change"):
+            check_arguments(made(*calls))
+    with pytest.raises(CaptureError, match="`reshape` on what it does not take"):
+        check_arguments(made((aten.reshape.default, [7])))
+
+
+def test_a_body_that_something_else_runs_too() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.v, self.g = nn.Parameter(torch.ones(9, 4)), nn.Parameter(torch.ones(9, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = torch.cond(
+                x.sum() > 0, lambda x: x @ torch._weight_norm(self.v, self.g, 0).T, lambda x: x @ self.v.T, (x,)
+            )
+            return result
+
+    gm = torch.export.export(Branches(), (torch.randn(3, 4),)).module(check_guards=False)
+    assert isinstance(gm, fx.GraphModule)
+    check_arguments(gm)
+    read = next(node for node in gm.graph.nodes if node.op == "get_attr" and "true_graph" in str(node.target))
+    with gm.graph.inserting_after(read):
+        gm.graph.call_function(torch.ops.higher_order.invoke_subgraph, (read, "again"))
+    with pytest.raises(CaptureError, match="weights that its inputs may change"):
         check_arguments(gm)
 
 

@@ -544,6 +544,11 @@ def test_operators_that_trust_what_is_said_of_memory(target: str) -> None:
         check_operator(f"torch.ops.aten.{target}")
 
 
+def test_results_in_memory_of_others() -> None:
+    with pytest.raises(HostileError, match=r"writes to memory of another result \(`out=`\).*run_decompositions"):
+        check_operator("torch.ops.aten.mm.out")
+
+
 @pytest.mark.parametrize("target", CHECKING.split())
 def test_operators_that_check_memory_themselves(target: str) -> None:
     check_operator(f"torch.ops.aten.{target}")
@@ -552,7 +557,11 @@ def test_operators_that_check_memory_themselves(target: str) -> None:
 def test_the_core_operators_but_gradients_and_one_that_leaves_memory_as_it_was() -> None:
     packets = [getattr(torch.ops.aten, name) for name in dir(torch.ops.aten) if not name.startswith("__")]
     every = [getattr(packet, name) for packet in packets if hasattr(packet, "overloads") for name in packet.overloads()]
-    core = [str(overload) for overload in every if torch.Tag.core in overload.tags]
+    core = [
+        str(overload)
+        for overload in every
+        if torch.Tag.core in overload.tags and not any(argument.is_out for argument in overload._schema.arguments)
+    ]
     for target in core:
         if "backward" not in target and target != "aten.resize_.default":
             check_operator(f"torch.ops.{target}")

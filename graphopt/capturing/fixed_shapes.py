@@ -1,0 +1,152 @@
+"""Shapes that no input of a program can change: of its parameters, buffers and constants, and of what is made of them.
+
+weight = mul(parameter, 2)        the parameter's, in every call
+mask = ones(sym_size(x, 0))       not fixed
+
+Nothing of the program is run: shapes follow from shapes, by operators of a short list, on tensors without memory.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphopt.errors import CaptureError, first_line, foreign_code
+from graphopt.ir.aliasing import sharing_memory
+from graphopt.ir.graph import constant
+from graphopt.ir.operators import (
+    ACTIVATIONS,
+    CASTS,
+    COPIES,
+    DIVISIONS,
+    DROPOUTS,
+    MULTIPLICATIONS,
+    REORDERS,
+    RESHAPES,
+    SUMS,
+    Family,
+    short_name,
+)
+from graphopt.ir.regions import Region, regions
+from graphopt.ir.torch_internals import OpOverload
+
+_QUANTIZERS = Family("graphopt::quantize", "graphopt::dequantize", "graphopt::fake_quantize")
+_OF_FIRST = COPIES | CASTS | DROPOUTS | ACTIVATIONS | _QUANTIZERS | Family("_weight_norm")  # shaped as that is
+_OTHERS = MULTIPLICATIONS | DIVISIONS | SUMS | REORDERS | RESHAPES | Family("cat")
+
+
+class FixedShapes:
+    """Shapes that no input of one graph changes.
+
+    Args:
+        gm: the graph's module.
+        inputs: tensors without memory for those of its inputs whose shapes are fixed outside, for the body of a region.
+        reshaped: whether a call changes the shape of what others hold, so that nothing is fixed.
+    """
+
+    def __init__(self, gm: fx.GraphModule, inputs: Mapping[fx.Node, Tensor], *, reshaped: bool) -> None:
+        self.gm = gm
+        self._known: dict[fx.Node, Tensor] = dict(inputs)
+        for node in gm.graph.nodes:
+            read = constant(node, gm)
+            if read is not None:
+                self._known[node] = torch.empty(read.shape, dtype=read.dtype, device="meta")
+            elif node in _OF_FIRST or node in _OTHERS:
+                self._follow(node)
+        if reshaped or any(_reshapes(node, self._known) for node in gm.graph.nodes):
+            self._known = {}
+
+    def of(self, node: Any) -> tuple[int, ...] | None:
+        """Return the shape that a node always has, None where inputs may change it."""
+        known = self.tensor(node)
+        return None if known is None else tuple(known.shape)
+
+    def tensor(self, node: Any) -> Tensor | None:
+        """Return a tensor without memory of the shape that a node always has, None where inputs may change it."""
+        return self._known.get(node) if isinstance(node, fx.Node) else None
+
+    def _follow(self, node: fx.Node) -> None:
+        if not isinstance(node.target, OpOverload) or node.target._schema.is_mutable or not node.args:
+            return
+        if not node.all_input_nodes or any(used not in self._known for used in node.all_input_nodes):
+            return
+        if node in _OF_FIRST:
+            known = self.tensor(node.args[0])
+            if known is not None:
+                self._known[node] = known
+            return
+        refused = foreign_code(
+            lambda said, _: CaptureError(f"The model calls `{short_name(node)}` on what it does not take ({said}).")
+        )
+        with torch.no_grad(), refused:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), self._known.__getitem__)
+            self._known[node] = node.target(*args, **kwargs)
+
+
+def _reshapes(node: fx.Node, held: Any) -> bool:
+    """Whether a call changes the shape of a tensor in place (`transpose_`, `out=`) that `held` contains."""
+    if not isinstance(node.target, OpOverload):
+        return False
+    changed = [node.args[0]] if torch.Tag.inplace_view in node.target.tags and node.args else []
+    changed += [node.kwargs.get(argument.name) for argument in node.target._schema.arguments if argument.is_out]
+    tensors = [used for used in changed if isinstance(used, fx.Node)]
+    return any(shared in held for used in tensors for shared in sharing_memory(used))
+
+
+def _reshapes_outside(gm: fx.GraphModule, *, inside: bool) -> bool:
+    """Whether a graph reshapes what it reads, or the body of a region what it is handed."""
+    kinds = ("get_attr", "placeholder") if inside else ("get_attr",)
+    held = {node for node in gm.graph.nodes if node.op in kinds}
+    return any(_reshapes(node, held) for node in gm.graph.nodes)
+
+
+def keeps_its_shape(node: fx.Node) -> bool:
+    """Whether no call changes the shape of a value in place, under another name neither."""
+    return not any(_reshapes(user, (node,)) for shared in sharing_memory(node) for user in shared.users)
+
+
+def fixed_shapes(gm: fx.GraphModule) -> Iterator[FixedShapes]:
+    """Yield what is fixed in a graph, and then in the bodies in it, each once.
+
+    Raises:
+        CaptureError: a region lacks its body, or hands it more or less than it takes.
+    """
+    modules = [module for module in gm.modules() if isinstance(module, fx.GraphModule)]
+    inside = {module: _whole_regions(module) for module in modules}
+    calls = Counter(body for module in modules for body in _called(module))
+    inputs: dict[fx.GraphModule, dict[fx.Node, Tensor]] = {module: {} for module in modules}
+    reshaped = any(_reshapes_outside(module, inside=module is not gm) for module in modules)
+    for module in modules:  # those that hold others come first
+        fixed = FixedShapes(module, inputs[module], reshaped=reshaped)
+        yield fixed
+        for region in inside[module]:
+            for body in [body for body in region.bodies if calls[body] == 1]:
+                placeholders = [node for node in body.graph.nodes if node.op == "placeholder"]
+                for at, (inner, operand) in enumerate(zip(placeholders, region.operands, strict=True)):
+                    known = None if at < region.state or region.sliced(at) else fixed.tensor(operand)
+                    if known is not None:
+                        inputs[body][inner] = known
+
+
+def _called(gm: fx.GraphModule) -> Iterator[Any]:
+    """Yield the bodies that the calls of a graph are handed, once for every call."""
+    for node in gm.graph.nodes:
+        held: Any = getattr(gm, str(node.target), None) if node.op == "get_attr" else None
+        if isinstance(held, fx.GraphModule):
+            yield from [held] * len(node.users)
+
+
+def _whole_regions(gm: fx.GraphModule) -> list[Region]:
+    try:
+        found = list(regions(gm))
+        for region in found:
+            for body in region.bodies:
+                inputs = [node for node in body.graph.nodes if node.op == "placeholder"]
+                list(zip(inputs, region.operands, strict=True))
+    except (AttributeError, IndexError, TypeError, ValueError) as err:
+        raise CaptureError(f"The model holds a region that is not whole ({first_line(err)}). Export it again.") from err
+    return found
