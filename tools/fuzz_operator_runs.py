@@ -139,12 +139,11 @@ def guard(*, low: bool) -> None:
     ctypes.CDLL(None).guard_pages(int(low))
 
 
-def operators(patterns: Sequence[str], *, out: bool, allowed: bool) -> list[OpOverload]:
+def operators(patterns: Sequence[str], *, allowed: bool) -> list[OpOverload]:
     """Return the overloads whose names match one of some globs.
 
     Args:
         patterns: of names like `aten.add.Tensor`.
-        out: those that write to a tensor they are given for their result, too.
         allowed: only those that a stranger's program may call.
     """
     found = []
@@ -152,8 +151,7 @@ def operators(patterns: Sequence[str], *, out: bool, allowed: bool) -> list[OpOv
         namespace, _, packet_name = name.partition("::")
         packet = getattr(getattr(torch.ops, namespace), packet_name) if namespace in NAMESPACES else None
         for target in [getattr(packet, overload) for overload in packet.overloads()] if packet else []:
-            writes = any(argument.is_out for argument in target._schema.arguments)
-            if any(fnmatch.fnmatchcase(str(target), pattern) for pattern in patterns) and (out or not writes):
+            if any(fnmatch.fnmatchcase(str(target), pattern) for pattern in patterns):
                 found += [target] if not allowed or _is_allowed(target) else []
     return found
 

@@ -44,7 +44,6 @@ def main(
     seed: Annotated[int, typer.Option(help="of the arguments")] = 0,
     recorded: Annotated[Path | None, typer.Option(help="file of calls to change; made if missing")] = None,
     low: Annotated[bool, typer.Option("--low", help="look before tensors, not behind them")] = False,
-    out: Annotated[bool, typer.Option("--out", help="overloads with out= too")] = False,
     unchecked: Annotated[bool, typer.Option("--unchecked", help="call what graphopt refuses, too")] = False,
     replay: Annotated[str | None, typer.Option(help="NAME:INDEX of a call to show and run")] = None,
 ) -> None:
@@ -58,10 +57,10 @@ def main(
 
     warnings.simplefilter("ignore")
     name, _, index = (replay or "").rpartition(":")
-    targets = operators([name] if replay else only or ["*"], out=out or bool(replay), allowed=not unchecked)
+    targets = operators([name] if replay else only or ["*"], allowed=not unchecked)
     if not targets:
         raise typer.BadParameter("No overload that may be called has such a name; names are like aten.add.Tensor.")
-    known = recorded_calls(recorded, operators(["*"], out=True, allowed=False)) if recorded else {}
+    known = recorded_calls(recorded, operators(["*"], allowed=False)) if recorded else {}
     make, run = functools.partial(make_call, seed=seed, recorded=known), run_alone if unchecked else run_as_loaded
     if replay:
         guard(low=low)
