@@ -1,4 +1,4 @@
-"""Write a model to disk: whole or not at all, the same bytes every time, external data where protobuf ends."""
+"""Write a model to disk: whole or not at all, the same bytes every time, large weights beside it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import onnx_ir as ir
 
 from graphopt.files import replacing_directory
 
-# A protobuf message ends at 2**31 - 1 bytes; what is not weights (nodes, names, shapes) gets 64 MiB of that.
-EXTERNAL_DATA_ABOVE = 2**31 - 2**26
+# Whoever writes or reads a protobuf message holds it whole, and copies of it; weights beside it are mapped.
+EXTERNAL_DATA_ABOVE = 2**28
+# A message ends at 2**31 - 1 bytes; what is not weights (nodes, names, shapes) gets 64 MiB of that.
+MOST_IN_A_MESSAGE = 2**31 - 2**26
 _SMALLEST_EXTERNAL = 1024  # bytes; runtimes read shapes and scales while they load the graph
 
 

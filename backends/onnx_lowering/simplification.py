@@ -16,7 +16,7 @@ import torch
 from graphopt.backends.onnx_execution.agreement import half_of_the_digits, relative_error
 from graphopt.backends.onnx_execution.batches import batches
 from graphopt.backends.onnx_execution.session import OnnxSession, SessionSettings
-from graphopt.backends.onnx_lowering.saving import EXTERNAL_DATA_ABOVE, bytes_of_weights
+from graphopt.backends.onnx_lowering.saving import MOST_IN_A_MESSAGE, bytes_of_weights
 from graphopt.errors import LoweringError
 from graphopt.ir.program import Program
 
@@ -30,7 +30,7 @@ def simplify_where_smaller(model: ir.Model, program: Program) -> tuple[ir.Model,
         LoweringError: onnxsim is not installed.
     """
     onnxsim = _import()
-    if bytes_of_weights(model) > EXTERNAL_DATA_ABOVE:
+    if bytes_of_weights(model) > MOST_IN_A_MESSAGE:
         return model, "left out: the model is too large for one protobuf"
     proto = ir.to_proto(model)
     quantized = any(node.op_type in _QUANTIZERS for node in model.graph)
