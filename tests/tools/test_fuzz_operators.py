@@ -19,7 +19,7 @@ WEIGHT_NORM = "aten._weight_norm_interface.default"  # reads an element of g for
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("cc") is None, reason="memory is guarded by a C library")
 def test_reads_beyond_a_tensor_are_found() -> None:
     command = [sys.executable, str(TOOL), "--unchecked", "--calls", "20"]
-    names = ["--only", WEIGHT_NORM, "--only", "aten.relu.*"]
+    names = ["--only", WEIGHT_NORM, "--only", "aten.relu.default"]
     done = subprocess.run([*command, *names], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (1, "")
     assert f"SIGSEGV {WEIGHT_NORM}:10 float32(2,)" in done.stdout
