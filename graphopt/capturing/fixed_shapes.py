@@ -140,9 +140,17 @@ def _called(gm: fx.GraphModule) -> Iterator[Any]:
             yield from [held] * len(node.users)
 
 
+def _gradient_blocks(gm: fx.GraphModule) -> Iterator[Region]:
+    """Yield what runs with gradients on or off as regions; normal form has none of them."""
+    for node in gm.graph.nodes:
+        if getattr(node.target, "__name__", "") == "wrap_with_set_grad_enabled":
+            _, read, *operands = node.args
+            yield Region(node, "block", (getattr(gm, str(read.target)),), (read,), tuple(operands))
+
+
 def _whole_regions(gm: fx.GraphModule) -> list[Region]:
     try:
-        found = list(regions(gm))
+        found = [*regions(gm), *_gradient_blocks(gm)]
         for region in found:
             for body in region.bodies:
                 inputs = [node for node in body.graph.nodes if node.op == "placeholder"]

@@ -92,9 +92,10 @@ def _weight_norm(given: Given, shape: Shape) -> str:
     v, g, dim = shape(given["v"]), shape(given["g"]), given["dim"]
     if v is None or g is None or type(dim) is not int:
         return _changing("weights")
-    if dim not in (0, len(v) - 1):  # the others are made of operators that check
-        return ""
-    fits = 0 not in v and len(v) > 0 and torch.Size(g).numel() == v[dim]
+    if dim in (0, len(v) - 1):
+        fits = 0 not in v and len(v) > 0 and torch.Size(g).numel() == v[dim]
+    else:  # made of operators that check, and of the shape of `v` if `g` stretches nothing
+        fits = len(g) <= len(v) and all(size in (1, own) for size, own in zip(reversed(g), reversed(v), strict=False))
     return "" if fits else f"weights `v` and `g` of the shapes {v} and {g} along dimension {dim}"
 
 

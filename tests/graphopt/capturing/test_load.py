@@ -85,6 +85,25 @@ def test_a_file_whose_call_would_write_beyond_its_memory(axes: dict[int, Any], t
 
 
 @pytest.mark.parametrize("axes", [{}, {0: Dim.DYNAMIC}], ids=["static", "dynamic"])
+def test_layers_without_gradients_are_loaded(axes: dict[int, Any], tmp_path: Path) -> None:
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 9))
+            self.head = nn.Linear(9, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                features = self.layer(x)
+            head: Tensor = self.head(features)
+            return head
+
+    model, x = Frozen(), torch.randn(2, 4)
+    torch.export.save(torch.export.export(model, (x,), dynamic_shapes=(axes,)), tmp_path / "model.pt2")
+    torch.testing.assert_close(load(tmp_path / "model.pt2")(x), model(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("axes", [{}, {0: Dim.DYNAMIC}], ids=["static", "dynamic"])
 def test_a_file_whose_dtype_is_a_number(axes: dict[int, Any], tmp_path: Path) -> None:
     class Double(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

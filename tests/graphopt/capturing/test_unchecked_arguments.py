@@ -59,6 +59,9 @@ HOSTILE: dict[str, Callable[[], fx.GraphModule]] = {
     "gains for fewer rows": lambda: graph_module(aten._weight_norm.default, torch.ones(9, 4), torch.ones(1), 0),
     "gains for fewer columns": lambda: graph_module(aten._weight_norm.default, torch.ones(4, 9), torch.ones(1, 1), 1),
     "gains for no rows": lambda: graph_module(aten._weight_norm.default, torch.ones(0, 4), torch.ones(0, 1), 0),
+    "gains that stretch the weights": lambda: graph_module(
+        aten._weight_norm.default, torch.ones(1, 4), torch.ones(0, 1), -1
+    ),
     "gains that are an input": lambda: graph_module(aten._weight_norm.default, torch.ones(9, 4), "x", 0),
     "a dimension that is an input": lambda: graph_module(
         aten._weight_norm.default, torch.ones(9, 4), torch.ones(9, 1), "x"
