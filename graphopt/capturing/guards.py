@@ -35,13 +35,15 @@ def insert_guards(gm: fx.GraphModule) -> None:
     """Guard every LSTM and bag, in place, in the bodies of regions too; guards that are there stay."""
     for fixed in fixed_shapes(gm):
         graph = fixed.gm.graph
-        for node in list(graph.nodes):
+        guarded = [node for node in graph.nodes if node.target in (aten.lstm.input, *_BAGS)]
+        for node in guarded:
             with graph.inserting_before(node):
                 if node.target is aten.lstm.input:
                     _tie_states(node, fixed)
-                elif node.target in _BAGS:
+                else:
                     _ask_for_bags(node)
-        fixed.gm.recompile()
+        if guarded:
+            fixed.gm.recompile()
 
 
 def _ask_for_bags(node: fx.Node) -> None:
