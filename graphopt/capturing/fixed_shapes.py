@@ -91,7 +91,7 @@ def _reshapes(node: fx.Node, held: Any) -> bool:
     """Whether a call changes the shape of a tensor in place (`transpose_`, `out=`) that `held` contains."""
     if not isinstance(node.target, OpOverload):
         return False
-    changed = [node.args[0]] if torch.Tag.inplace_view in node.target.tags and node.args else []
+    changed: list[Any] = list(node.all_input_nodes) if torch.Tag.inplace_view in node.target.tags else []
     changed += [node.kwargs.get(argument.name) for argument in node.target._schema.arguments if argument.is_out]
     tensors = [used for used in changed if isinstance(used, fx.Node)]
     return any(shared in held for used in tensors for shared in sharing_memory(used))

@@ -6,7 +6,7 @@ lstm(x, [h, c], ..)                    n = x.size(1)
 embedding_bag(w, indices, o, ..)       embedding_bag(w, indices, select_scatter(o, o[0], 0, 0), ..)
 
 torch 2.13 compares neither the input of an LSTM with its weights and states, nor asks whether there is a bag at all.
-Nothing is expanded or written where all is well. `backends/onnx_lowering` takes the guards out again: runtimes check.
+The values stay what they are; offsets are copied. `backends/onnx_lowering` takes the guards out again: runtimes check.
 """
 
 from __future__ import annotations

@@ -28,7 +28,9 @@ def place(gm: fx.GraphModule, device: torch.device) -> None:
     for table in (table for module in gm.modules() for table in (module._parameters, module._buffers)):
         for name, tensor in table.items():
             if tensor is not None and tensor.device != device:
-                table[name] = moved.setdefault(id(tensor), _moved(tensor, device))  # type: ignore[assignment]
+                if id(tensor) not in moved:
+                    moved[id(tensor)] = _moved(tensor, device)
+                table[name] = moved[id(tensor)]  # type: ignore[assignment]
     mode = fake_mode_of(gm)
     for module in [module for module in gm.modules() if isinstance(module, fx.GraphModule)]:
         for node in module.graph.nodes:

@@ -111,15 +111,15 @@ class Program:
         return dataclasses.replace(self, graph_module=gm)
 
     @property
-    def device(self) -> torch.device:
-        """Where the program is: its tensors, or where it has none its example inputs."""
+    def devices(self) -> set[torch.device]:
+        """Where its tensors and its example inputs lie."""
         tensors = (*self.graph_module.parameters(), *self.graph_module.buffers(), *self.flat_examples())
-        return tensors[0].device
+        return {tensor.device for tensor in tensors}
 
     def to(self, device: str | torch.device) -> Program:
-        """Return the program on a device: itself where it is there, otherwise a copy, its example inputs with it."""
+        """Return the program on a device: itself where all its tensors are there, otherwise a copy."""
         wanted = torch.empty(0, device=device).device  # `cuda` is `cuda:0`
-        if self.device == wanted:
+        if self.devices == {wanted}:
             return self
         moved = self.copy()
         place(moved.graph_module, wanted)

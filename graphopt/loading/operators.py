@@ -58,7 +58,7 @@ _PUBLIC = (  # where torch keeps its functions, and what the names of the operat
 )
 # Functions of `torch` alone, and what public functions become in a graph.
 _FURTHER_NAMES = """
-    atleast_1d atleast_2d atleast_3d block_diag broadcast_tensors cartesian_prod chain_matmul column_stack combinations
+    atleast_1d atleast_2d atleast_3d block_diag broadcast_tensors cartesian_prod chain_matmul column_stack
     concat concatenate dstack hstack row_stack stack vstack meshgrid einsum tensordot gradient trapezoid trapz
     cumulative_trapezoid cdist vander complex polar view_as_complex view_as_real isin bucketize searchsorted rsub
     std_mean var_mean frobenius_norm nuclear_norm native_norm norm_except_dim result_type unique_dim

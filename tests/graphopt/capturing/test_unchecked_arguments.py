@@ -214,6 +214,16 @@ def test_a_weight_that_a_call_turns_in_place(turned: bool) -> None:
         check_arguments(gm)
 
 
+def test_a_weight_that_a_call_by_keyword_turns_in_place() -> None:
+    gm = graph_module(aten._weight_norm.default, torch.ones(4, 9), torch.ones(4, 1), 0)
+    call = next(node for node in gm.graph.nodes if node.op == "call_function")
+    check_arguments(gm)
+    with gm.graph.inserting_before(call):
+        gm.graph.call_function(aten.t_.default, (), {"self": call.args[0]})
+    with pytest.raises(CaptureError, match="weights that its inputs may change"):
+        check_arguments(gm)
+
+
 def made(*calls: tuple[Any, ...]) -> fx.GraphModule:
     """Return a module whose gains are ones, put through calls one after the other."""
     root, graph = Holder(), fx.Graph()

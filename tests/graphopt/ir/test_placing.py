@@ -52,11 +52,11 @@ def devices(program: Program) -> set[str]:
 
 def test_everything_moves_and_the_program_stays() -> None:
     program = capture(Places(), torch.randn(2, 4))
-    assert program.device == torch.device("cpu")
+    assert program.devices == {torch.device("cpu")}
     assert program.to("cpu") is program
     code = program.graph_module.code
     moved = program.to(META)
-    assert moved.device == META
+    assert moved.devices == {META}
     assert devices(moved) == {"meta"}
     assert devices(program) == {"cpu"}
     assert program.graph_module.code == code
