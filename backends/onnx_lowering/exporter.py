@@ -21,7 +21,7 @@ from graphopt.backends.onnx_lowering.fixed_bags import reduce_fixed_bags
 from graphopt.backends.onnx_lowering.restated import restate
 from graphopt.backends.onnx_lowering.tensor_results import only_tensors
 from graphopt.backends.onnx_lowering.translations import table
-from graphopt.backends.onnx_lowering.unguarded import take_out_guards
+from graphopt.capturing.guards import take_out_guards
 from graphopt.errors import LoweringError
 from graphopt.ir.exporting import exported
 from graphopt.ir.program import Program

@@ -8,6 +8,7 @@ Nothing of the program is run: shapes follow from shapes, by operators of a shor
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -31,7 +32,8 @@ from graphopt.ir.operators import (
     Family,
     short_name,
 )
-from graphopt.ir.regions import Region, regions
+from graphopt.ir.regions import Region, every_graph_module, regions
+from graphopt.ir.regions import inputs as body_inputs
 from graphopt.ir.torch_internals import OpOverload
 
 _QUANTIZERS = Family("graphopt::quantize", "graphopt::dequantize", "graphopt::fake_quantize")
@@ -115,18 +117,17 @@ def fixed_shapes(gm: fx.GraphModule) -> Iterator[FixedShapes]:
     Raises:
         CaptureError: a region lacks its body, or hands it more or less than it takes.
     """
-    modules = [module for module in gm.modules() if isinstance(module, fx.GraphModule)]
+    modules = every_graph_module(gm)
     inside = {module: _whole_regions(module) for module in modules}
     calls = Counter(body for module in modules for body in _called(module))
     inputs: dict[fx.GraphModule, dict[fx.Node, Tensor]] = {module: {} for module in modules}
     reshaped = any(_reshapes_outside(module, inside=module is not gm) for module in modules)
-    for module in modules:  # those that hold others come first
+    for module in modules:  # what calls a body comes before it, or its inputs count as changing
         fixed = FixedShapes(module, inputs[module], reshaped=reshaped)
         yield fixed
         for region in inside[module]:
             for body in [body for body in region.bodies if calls[body] == 1]:
-                placeholders = [node for node in body.graph.nodes if node.op == "placeholder"]
-                for at, (inner, operand) in enumerate(zip(placeholders, region.operands, strict=True)):
+                for at, (inner, operand) in enumerate(zip(body_inputs(body), region.operands, strict=True)):
                     known = None if at < region.state or region.sliced(at) else fixed.tensor(operand)
                     if known is not None:
                         inputs[body][inner] = known
@@ -135,7 +136,7 @@ def fixed_shapes(gm: fx.GraphModule) -> Iterator[FixedShapes]:
 def _called(gm: fx.GraphModule) -> Iterator[Any]:
     """Yield the bodies that the calls of a graph are handed, once for every call."""
     for node in gm.graph.nodes:
-        held: Any = getattr(gm, str(node.target), None) if node.op == "get_attr" else None
+        held = operator.attrgetter(str(node.target))(gm) if node.op == "get_attr" else None
         if isinstance(held, fx.GraphModule):
             yield from [held] * len(node.users)
 
@@ -145,7 +146,7 @@ def _gradient_blocks(gm: fx.GraphModule) -> Iterator[Region]:
     for node in gm.graph.nodes:
         if getattr(node.target, "__name__", "") == "wrap_with_set_grad_enabled":
             _, read, *operands = node.args
-            yield Region(node, "block", (getattr(gm, str(read.target)),), (read,), tuple(operands))
+            yield Region(node, "block", (operator.attrgetter(str(read.target))(gm),), (read,), tuple(operands))
 
 
 def _whole_regions(gm: fx.GraphModule) -> list[Region]:
@@ -153,8 +154,7 @@ def _whole_regions(gm: fx.GraphModule) -> list[Region]:
         found = [*regions(gm), *_gradient_blocks(gm)]
         for region in found:
             for body in region.bodies:
-                inputs = [node for node in body.graph.nodes if node.op == "placeholder"]
-                list(zip(inputs, region.operands, strict=True))
+                list(zip(body_inputs(body), region.operands, strict=True))
     except (AttributeError, IndexError, TypeError, ValueError) as err:
         raise CaptureError(f"The model holds a region that is not whole ({first_line(err)}). Export it again.") from err
     return found

@@ -6,18 +6,20 @@ lstm(x, [h, c], ..)                    n = x.size(1)
 embedding_bag(w, indices, o, ..)       embedding_bag(w, indices, select_scatter(o, o[0], 0, 0), ..)
 
 torch 2.13 compares neither the input of an LSTM with its weights and states, nor asks whether there is a bag at all.
-The values stay what they are; offsets are copied. `backends/onnx_lowering` takes the guards out again: runtimes check.
+The values stay what they are; offsets are copied. A lowering takes the guards out again: runtimes check by themselves.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
 from graphopt.capturing.fixed_shapes import FixedShapes, fixed_shapes, keeps_its_shape
-from graphopt.ir.graph import arguments
+from graphopt.ir.graph import arguments, erase_dead
+from graphopt.ir.regions import graph_modules
 from graphopt.ir.torch_internals import OpOverload
 from graphopt.ir.training import set_argument
 
@@ -46,18 +48,50 @@ def insert_guards(gm: fx.GraphModule) -> None:
             fixed.gm.recompile()
 
 
+def take_out_guards(gm: fx.GraphModule) -> None:
+    """Let guarded calls read what their guards read, in place, in the bodies of regions too."""
+    for body in graph_modules(gm):
+        for node in body.graph.nodes:
+            if node.target is aten.lstm.input:
+                _replace_arguments(node, ("input", "hx"), _unexpanded)
+            elif node.target in _BAGS:
+                _replace_arguments(node, ("offsets",), _unasked)
+        erase_dead(body.graph)
+        body.recompile()
+
+
+def _replace_arguments(node: fx.Node, names: tuple[str, ...], replaced: Callable[[fx.Node], Any]) -> None:
+    for name, value in arguments(node, names).items():
+        set_argument(node, name, fx.map_arg(value, replaced))
+
+
+def _unexpanded(value: fx.Node) -> Any:
+    source: Any = arguments(value, ())["self"] if value.target is aten.expand.default else value
+    return source if source.meta["val"].shape == value.meta["val"].shape else value
+
+
+def _unasked(offsets: fx.Node) -> Any:
+    return offsets.args[0] if any(_asks_for_a_bag(offsets, last) for last in (0, 1)) else offsets
+
+
 def _ask_for_bags(node: fx.Node) -> None:
     given = arguments(node, ("offsets", "include_last_offset"))
     offsets, last = given["offsets"], 1 if given["include_last_offset"] else 0
-    if offsets.target is aten.select_scatter.default and keeps_its_shape(offsets):
-        source, first, *where = offsets.args
-        chosen = isinstance(first, fx.Node) and first.target is aten.select.int and first.args == (source, 0, last)
-        if chosen and where == [0, last]:
-            return
+    if keeps_its_shape(offsets) and _asks_for_a_bag(offsets, last):
+        return
     first = _like(aten.select.int, offsets, 0, last)
     if isinstance(value := offsets.meta.get("val"), torch.Tensor) and value.dim() == 1:
         first.meta["val"] = value.new_empty(())
     set_argument(node, "offsets", _like(aten.select_scatter.default, offsets, first, 0, last))
+
+
+def _asks_for_a_bag(value: fx.Node, last: int) -> bool:
+    """Whether a value is what `_ask_for_bags` makes of offsets."""
+    if value.target is not aten.select_scatter.default or len(value.args) != 4:
+        return False
+    source, first, *where = value.args
+    chosen = isinstance(first, fx.Node) and first.target is aten.select.int and first.args == (source, 0, last)
+    return chosen and where == [0, last]
 
 
 def _tie_states(node: fx.Node, fixed: FixedShapes) -> None:

@@ -19,6 +19,7 @@ from graphopt.errors import CaptureError
 from graphopt.ir.aliasing import written_inputs
 from graphopt.ir.graph import arguments
 from graphopt.ir.operators import EXPANSIONS, NORMALISATIONS, plain_name, short_name
+from graphopt.ir.regions import every_graph_module
 from graphopt.ir.training import argument_called, set_argument, training_flag
 
 _RATE = "dropout_p"  # attention has a rate in place of a flag
@@ -64,7 +65,7 @@ def leave_training(gm: fx.GraphModule) -> list[str]:
     switched: dict[str, None] = {}
     for guards in gm.graph.find_nodes(op="call_module", target="_guards_fn"):  # they fix sizes, such as the batch
         gm.graph.erase_node(guards)
-    for body in [module for module in gm.modules() if isinstance(module, fx.GraphModule)]:
+    for body in every_graph_module(gm):
         statistics: set[str] = set()
         for node in list(body.graph.nodes):
             if _trains(node):

@@ -1,4 +1,4 @@
-"""Parts of operators that core ATen leaves in a program become the operators they are parts of.
+"""What core ATen makes of public operators, and trusts its arguments, becomes the public one again, which checks them.
 
 _fft_r2c(x, dims, 0, True)      fft_rfftn(x, None, dims, "backward")
 _fft_r2c(x, dims, 0, False)     fft_fftn(x, None, dims, "backward")
@@ -7,8 +7,8 @@ _fft_c2c(x, dims, 2, False)     fft_ifftn(x, None, dims, "backward")
 _pdist_forward(x, p)            pdist(x, p)
 upsample_nearest1d(x, [8], 2.)  upsample_nearest1d.vec(x, None, [2.])
 
-The public ones check their arguments and the parts trust them: `_fft_c2c` along an axis that is not there reads memory
-of others, and so does an upsampling by a scale that does not lead to its size (torch 2.13).
+`_fft_c2c` along an axis that is not there reads memory of others, and so does an upsampling by a scale that does not
+lead to its size (torch 2.13). A size that comes with scales is left to them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import fx
 
 from graphopt.errors import CaptureError
 from graphopt.ir.graph import arguments, erase_dead
+from graphopt.ir.regions import every_graph_module
 from graphopt.ir.torch_internals import OpOverloadPacket
 
 aten = torch.ops.aten
@@ -39,12 +40,12 @@ _UPSAMPLINGS = (
 
 
 def use_public_operators(gm: fx.GraphModule) -> None:
-    """Replace the calls of parts, in place, in the bodies of regions too.
+    """Replace the calls, in place, in the bodies of regions too.
 
     Raises:
-        CaptureError: a call has arguments that no public operator would give its part.
+        CaptureError: a call has arguments that no public operator leads to.
     """
-    for body in [module for module in gm.modules() if isinstance(module, fx.GraphModule)]:
+    for body in every_graph_module(gm):
         for node in list(body.graph.nodes):
             public = _PUBLIC.get(node.target)
             if public is not None:
@@ -53,7 +54,7 @@ def use_public_operators(gm: fx.GraphModule) -> None:
                     raise CaptureError(f"The model transforms along `{given['dim']}`, which is no list of axes.")
                 node.target, *args = public(given)
                 node.args, node.kwargs = tuple(args), {}
-        erase_dead(body.graph)  # sizes that only told the parts what to make
+        erase_dead(body.graph)  # sizes that nothing else read
         body.recompile()
 
 
@@ -82,7 +83,7 @@ def _upsampled(operator: OpOverloadPacket[..., Any], given: dict[str, Any]) -> t
     if None not in scales:
         return (operator.vec, given["self"], None, *aligned, scales)
     if any(scale is not None for scale in scales):
-        raise CaptureError(f"The model calls `{operator}` with scales for some of its axes. Export it again.")
+        raise CaptureError(f"The model calls `{operator}` with scales for some of its axes: give it all or none.")
     return (operator.vec, given["self"], given["output_size"], *aligned, None)
 
 

@@ -13,7 +13,6 @@ finds operators that belong here.
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,11 +22,14 @@ from torch import fx
 from graphopt.capturing.fixed_shapes import fixed_shapes
 from graphopt.errors import CaptureError, cut
 from graphopt.ir.graph import arguments
-from graphopt.ir.operators import schema_name, short_name
+from graphopt.ir.operators import kinds_of_arguments, schema_name, short_name
 from graphopt.ir.torch_internals import OpOverload
+from graphopt.loading.recurrent_weights import recurrent_weights
 
 Given = Mapping[str, Any]  # the arguments of a call by name: numbers, nodes, lists of them
 Shape = Callable[[Any], "tuple[int, ...] | None"]  # that a node always has, None where inputs may change it
+
+_CHANGING = "weights whose shapes may change from call to call"
 
 _LITERALS: dict[str, tuple[type, ...]] = {
     "ScalarType": (torch.dtype,),
@@ -46,52 +48,45 @@ def check_arguments(gm: fx.GraphModule) -> None:
     """
     for fixed in fixed_shapes(gm):
         for node in fixed.gm.graph.nodes:
-            if isinstance(node.target, OpOverload) and (missing := _missing(node)):
-                raise CaptureError(f"The model calls `{node.target}` without its `{missing}`. Export it again.")
-            wrong = _wrong(node, fixed.of)
-            if wrong:
+            if wrong := _wrong(node, fixed.of) if isinstance(node.target, OpOverload) else _handed(node):
                 raise CaptureError(
                     f"The model calls `{short_name(node)}` with {wrong}. torch does not check that and would use "
                     "memory that is not the model's. Export it again from its source."
                 )
 
 
-def _missing(node: fx.Node) -> str:
-    given, schema = arguments(node, ()), node.target._schema  # type: ignore[union-attr]
-    return next((argument.name for argument in schema.arguments if argument.name not in given), "")
+def _handed(node: fx.Node) -> str:
+    """Say which operator a call is to make for a region, if that is one to be checked: out_dtype calls what it gets."""
+    unchecked = (handed for handed in node.args if isinstance(handed, OpOverload) and _is_checked(handed))
+    return next((f"`{handed}` as what it is to call" for handed in unchecked), "")
+
+
+def _is_checked(operator: OpOverload) -> bool:
+    return bool(_LITERALS.keys() & kinds_of_arguments(operator).values()) or schema_name(operator) in _CHECKS
 
 
 def _wrong(node: fx.Node, shape: Shape) -> str:
     """Say which argument of a call is not what the operator needs, "" if all are."""
-    for handed in node.args:  # out_dtype calls an operator that it is given
-        if isinstance(handed, OpOverload) and (_literals(handed) or schema_name(handed) in _CHECKS):
-            return f"`{handed}` as what it is to call"
-    if not isinstance(node.target, OpOverload):
-        return ""
+    operator: Any = node.target
     given = arguments(node, ())
-    for argument, kinds in _literals(node.target):
-        value = given.get(argument.name)
-        named = isinstance(value, kinds) and (not isinstance(value, torch.layout) or value is torch.strided)
-        if value is not None and value != argument.default_value and not named:
+    for argument in operator._schema.arguments:
+        if argument.name not in given:
+            raise CaptureError(f"The model calls `{operator}` without its `{argument.name}`. Export it again.")
+        value, literal = given[argument.name], _LITERALS.get(kinds_of_arguments(operator)[argument.name])
+        if literal is None or value is None or value == argument.default_value:
+            continue
+        if not isinstance(value, literal) or (isinstance(value, torch.layout) and value is not torch.strided):
             return f"{_shown(value)} as `{argument.name}`"
-    check = _CHECKS.get(schema_name(node.target))
+    check = _CHECKS.get(schema_name(operator))
     return check(given, shape) if check else ""
-
-
-@functools.cache
-def _literals(operator: OpOverload) -> list[tuple[Any, tuple[type, ...]]]:
-    """Return the arguments that name dtypes, layouts and devices, and what they are in Python."""
-    kinds = [
-        (argument, re.sub(r"Optional\[(.*)\]", r"\1", str(argument.real_type)))
-        for argument in operator._schema.arguments
-    ]
-    return [(argument, _LITERALS[kind]) for argument, kind in kinds if kind in _LITERALS]
 
 
 def _weight_norm(given: Given, shape: Shape) -> str:
     v, g, dim = shape(given["v"]), shape(given["g"]), given["dim"]
-    if v is None or g is None or type(dim) is not int:
-        return _changing("weights")
+    if type(dim) is not int:
+        return f"{_shown(dim)} as `dim`"
+    if v is None or g is None:
+        return _CHANGING
     if dim in (0, len(v) - 1):
         fits = 0 not in v and len(v) > 0 and torch.Size(g).numel() == v[dim]
     else:  # made of operators that check, and of the shape of `v` if `g` stretches nothing
@@ -99,30 +94,26 @@ def _weight_norm(given: Given, shape: Shape) -> str:
     return "" if fits else f"weights `v` and `g` of the shapes {v} and {g} along dimension {dim}"
 
 
-def _recurrent(given: Given, shape: Shape, *, gates: int) -> str:
-    layers, biases, bidirectional = given["num_layers"], given["has_biases"], given["bidirectional"]
-    flags = [biases, bidirectional, given["batch_first"]]
-    weights, states = given["params"], given["hx"]
+def _recurrent(given: Given, shape: Shape, *, mode: str, gates: int) -> str:
+    layers, weights, states = given["num_layers"], given["params"], given["hx"]
+    flags = ("has_biases", "bidirectional", "batch_first")
+    if wrong := next((name for name in flags if type(given[name]) is not bool), ""):
+        return f"{_shown(given[wrong])} as `{wrong}`"
     two = isinstance(states, list | tuple) and [type(state) for state in states] == [fx.Node] * 2
-    if gates == 4 and not (two and isinstance(given["input"], fx.Node)):
+    if mode == "LSTM" and not (two and isinstance(given["input"], fx.Node)):
         return "something other than an input and two states"
     shapes = [shape(weight) for weight in weights] if isinstance(weights, list | tuple) else [None]
-    if None in shapes or type(layers) is not int or any(type(flag) is not bool for flag in flags):
-        return _changing("weights")
-    wrong = f"weights of the shapes {cut(str(shapes))} for {layers} layers"
-    directions = 2 if bidirectional else 1
-    each = len(shapes) // (layers * directions) if layers > 0 else 0
-    if each < 2 or any(len(matrix or ()) != 2 for matrix in shapes[:2]):
+    if None in shapes:
+        return _CHANGING
+    wrong = f"weights of the shapes {cut(str(shapes))} for {_shown(layers)} layers"
+    if len(shapes) < 2 or any(len(matrix or ()) != 2 for matrix in shapes[:2]):
         return wrong
     (rows, width), (_, out) = shapes[:2]  # type: ignore[misc]
     hidden = rows // gates
-    one = [(rows, width), (rows, out), *([(rows,)] * 2 if biases else [])]
-    one += [(out, hidden)] if gates == 4 and each > len(one) else []  # of a projected state
-    further = [(rows, out * directions), *one[1:]]
-    expected = one * directions + further * directions * (layers - 1)
-    projected = len(one) % 2 == 1
-    fits = shapes == expected and rows == gates * hidden and (projected or out == hidden) and min(rows, width, out) > 0
-    return "" if fits else wrong
+    options = {"input_size": width, "hidden_size": hidden, "proj_size": 0 if out == hidden else out}
+    options |= {"num_layers": layers, "bias": given["has_biases"], "bidirectional": given["bidirectional"]}
+    expected = recurrent_weights(mode, options, most=len(shapes))
+    return "" if expected and min(width, out) > 0 and list(expected.values()) == shapes else wrong
 
 
 def _bags(given: Given, _: Shape) -> str:
@@ -137,17 +128,13 @@ def _grid_sampler(given: Given, _: Shape) -> str:
 
 _CHECKS: dict[str, Callable[[Given, Shape], str]] = {
     "aten::_weight_norm": _weight_norm,
-    "aten::lstm": functools.partial(_recurrent, gates=4),
-    "aten::gru": functools.partial(_recurrent, gates=3),
-    "aten::rnn_tanh": functools.partial(_recurrent, gates=1),
-    "aten::rnn_relu": functools.partial(_recurrent, gates=1),
+    "aten::lstm": functools.partial(_recurrent, mode="LSTM", gates=4),
+    "aten::gru": functools.partial(_recurrent, mode="GRU", gates=3),
+    "aten::rnn_tanh": functools.partial(_recurrent, mode="RNN_TANH", gates=1),
+    "aten::rnn_relu": functools.partial(_recurrent, mode="RNN_RELU", gates=1),
     **{f"aten::{name}": _bags for name in ("embedding_bag", "_embedding_bag", "_embedding_bag_forward_only")},
     **{f"aten::{name}": _grid_sampler for name in ("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")},
 }
-
-
-def _changing(what: str) -> str:
-    return f"{what} that its inputs may change"
 
 
 def _shown(value: object) -> str:

@@ -16,6 +16,7 @@ from graphopt.errors import CaptureError, first_line
 from graphopt.ir.dynamic_axes import LeafShapes, arranged
 from graphopt.ir.graph import copy_graph_module
 from graphopt.ir.provenance import custom_notes, drop_process_traces
+from graphopt.ir.regions import every_graph_module
 from graphopt.ir.signature import TensorSpec
 from graphopt.ir.training import set_training
 
@@ -74,7 +75,7 @@ def exported(program: Exportable) -> Exported:
 
 def _state(gm: fx.GraphModule) -> object:
     """Return what tells whether a graph was changed in place, as putting it in training mode does."""
-    graphs = [str(module.graph) for module in gm.modules() if isinstance(module, fx.GraphModule)]  # regions too
+    graphs = [str(module.graph) for module in every_graph_module(gm)]
     return graphs, [id(tensor) for tensor in (*gm.parameters(), *gm.buffers())]
 
 

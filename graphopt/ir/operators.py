@@ -65,6 +65,15 @@ def plain_name(node: fx.Node) -> str:
     return _SYNONYMS.get(name, name)
 
 
+@functools.cache
+def kinds_of_arguments(operator: OpOverload[..., Any]) -> dict[str, str]:
+    """Return what the schema of an operator takes for each argument, optional or not: "Tensor", "ScalarType", .."""
+    arguments = operator._schema.arguments
+    return {
+        argument.name: str(argument.real_type).removeprefix("Optional[").removesuffix("]") for argument in arguments
+    }
+
+
 def twins(target: OpOverload[..., Any]) -> list[str]:
     """Return the schema name of an operator and those of the ones that compute the same: `relu_`, `relu`."""
     name = str(target._schema.name)

@@ -8,13 +8,13 @@ wrap_with_autocast("cpu", ..)      wrap_with_autocast("cuda", ..)
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import fx
 
-from graphopt.ir.graph import fake_mode_of
-from graphopt.ir.regions import region
+from graphopt.ir.graph import arguments, fake_mode_of
+from graphopt.ir.operators import kinds_of_arguments
+from graphopt.ir.regions import every_graph_module, region
 from graphopt.ir.torch_internals import FakeTensor, OpOverload, pytree
 from graphopt.ir.training import set_argument
 
@@ -32,7 +32,7 @@ def place(gm: fx.GraphModule, device: torch.device) -> None:
                     moved[id(tensor)] = _moved(tensor, device)
                 table[name] = moved[id(tensor)]  # type: ignore[assignment]
     mode = fake_mode_of(gm)
-    for module in [module for module in gm.modules() if isinstance(module, fx.GraphModule)]:
+    for module in every_graph_module(gm):
         for node in module.graph.nodes:
             for name in _devices(node):
                 set_argument(node, name, device)
@@ -52,9 +52,7 @@ def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def _devices(node: fx.Node) -> Iterator[str]:
     """Yield the arguments of a call that name a device."""
-    if not isinstance(node.target, OpOverload):
-        return
-    for position, argument in enumerate(node.target._schema.arguments):
-        value: Any = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
-        if "Device" in str(argument.real_type) and value is not None:
-            yield argument.name
+    if isinstance(node.target, OpOverload):
+        given = arguments(node, ())
+        kinds = kinds_of_arguments(node.target)
+        yield from (name for name, kind in kinds.items() if kind == "Device" and given.get(name) is not None)

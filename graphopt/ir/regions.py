@@ -114,6 +114,11 @@ def graph_modules(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
                 pending.append(body)
 
 
+def every_graph_module(gm: fx.GraphModule) -> list[fx.GraphModule]:
+    """List a graph module and those that it holds, be they bodies of regions that are known or not."""
+    return [module for module in gm.modules() if isinstance(module, fx.GraphModule)]
+
+
 @contextlib.contextmanager
 def compiled_for_their_shapes() -> Iterator[None]:
     """Let torch compile the regions of models that run meanwhile for the shapes at hand, as often as there are others.

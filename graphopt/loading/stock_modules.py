@@ -8,7 +8,6 @@ gives a new instance is there, and the values are tensors, plain data, and funct
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import warnings
@@ -21,6 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 from graphopt.errors import cut, printable
+from graphopt.loading.recurrent_weights import recurrent_weights
 from graphopt.loading.refusal import DamagedError, HostileError
 
 _FUNCTIONAL_NAMES = """
@@ -185,23 +185,23 @@ def _check_complete(path: str, module: nn.Module) -> None:
 
 
 def _check_recurrent(path: str, module: nn.RNNBase) -> None:
-    """Check the weights a recurrent layer runs with: torch 2.13 reads beyond those smaller than the options say.
+    """Check the weights a recurrent layer runs with: torch 2.13 reads beyond those that are smaller.
 
     Raises:
-        DamagedError: one has another shape, or there are more or fewer.
+        DamagedError: one has another shape than the options say, or there are more or fewer.
     """
-    weights = [getattr(weight, "shape", None) for weight in module._flat_weights]
+    weights = [tuple(weight.shape) for weight in module._flat_weights if weight is not None]
     options = {name: getattr(module, name) for name in _RECURRENT_OPTIONS}
-    names: Any = None
-    if module.mode in _MODES.get(type(module), ()) and options["num_layers"] in range(len(weights) + 1):
-        with torch.device("meta"), contextlib.suppress(TypeError, ValueError, RuntimeError):
-            new = nn.RNNBase(module.mode, **options)
-            names, shapes = new._flat_weights_names, [weight.shape for weight in new.parameters()]
-    if names is None or names != module._flat_weights_names or shapes != weights:
-        said = ", ".join(f"{name}={value!r}" for name, value in options.items())
+    known = module.mode in _MODES.get(type(module), ())
+    wanted = recurrent_weights(module.mode, options, most=len(module._flat_weights)) if known else None
+    said = cut(printable(", ".join(f"{name}={value!r}" for name, value in options.items())), 160)
+    layer = f"{_where(path)}, {type(module).__name__}({said}),"
+    if wanted is None:
+        raise DamagedError(f"{layer} has options that no such layer has; save it again")
+    if module._flat_weights_names != list(wanted) or weights != list(wanted.values()):
         raise DamagedError(
-            f"{_where(path)}, {cut(printable(f'{type(module).__name__}({said})'), 200)}, has weights of the shapes "
-            f"{cut(printable(str([*map(tuple, filter(None, weights))])), 120)}, which no such layer has"
+            f"{layer} has weights of the shapes {cut(str(weights), 120)} instead of "
+            f"{cut(str(list(wanted.values())), 120)}; save it again"
         )
 
 

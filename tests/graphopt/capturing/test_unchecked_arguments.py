@@ -73,6 +73,8 @@ HOSTILE: dict[str, Callable[[], fx.GraphModule]] = {
     "weights for no layer": lambda: lstm(*LSTM_WEIGHTS, num_layers=0),
     "a second layer of another width": lambda: lstm(*LSTM_WEIGHTS, torch.ones(12, 2), *FURTHER[1:], num_layers=2),
     "no weights": lambda: lstm(),
+    "a state projected to its own size": lambda: lstm(*LSTM_WEIGHTS, torch.ones(3, 3)),
+    "layers beyond counting": lambda: lstm(*LSTM_WEIGHTS, num_layers=2**62),
     "one direction for two": lambda: lstm(*LSTM_WEIGHTS, bidirectional=True),
     "a layout of a library": lambda: graph_module(aten.zeros.default, [2], layout=torch._mkldnn),
     "a batch axis that is an input": lambda: graph_module(
@@ -100,6 +102,17 @@ HONEST: dict[str, Callable[[], fx.GraphModule]] = {
     ),
     "modes": lambda: graph_module(aten.grid_sampler.default, "x", "y", 2, 1, False),
 }
+
+
+def test_the_argument_that_is_wrong_is_named() -> None:
+    for case, said in (
+        ("a dimension that is an input", "x as `dim`"),
+        ("a batch axis that is an input", "y as `batch_first`"),
+        ("weights of one layer for two", r"\(12,\)\] for 2 layers"),
+        ("a weight that is an input", "weights whose shapes may change"),
+    ):
+        with pytest.raises(CaptureError, match=said):
+            check_arguments(HOSTILE[case]())
 
 
 @pytest.mark.parametrize("case", HOSTILE)
@@ -143,7 +156,7 @@ def test_weights_that_are_made_of_parameters_are_as_good_and_those_that_a_call_m
     with gm.graph.inserting_before(first):
         big, bias = gm.graph.call_function(aten.zeros.default, ([99],)), gm.graph.get_attr("bias_hh_l0")
         gm.graph.call_function(aten.add.out, (big, big), {"out": bias})
-    with pytest.raises(CaptureError, match="weights that its inputs may change"):
+    with pytest.raises(CaptureError, match="weights whose shapes may change"):
         check_arguments(gm)
 
 
@@ -208,7 +221,7 @@ def test_a_weight_that_a_call_turns_in_place(turned: bool) -> None:
             gm.graph.call_function(
                 aten.transpose_.default, (gm.graph.call_function(aten.contiguous.default, (first.args[1],)), 0, 1)
             )
-        with pytest.raises(CaptureError, match="weights that its inputs may change"):
+        with pytest.raises(CaptureError, match="weights whose shapes may change"):
             check_arguments(gm)
     else:
         check_arguments(gm)
@@ -220,7 +233,7 @@ def test_a_weight_that_a_call_by_keyword_turns_in_place() -> None:
     check_arguments(gm)
     with gm.graph.inserting_before(call):
         gm.graph.call_function(aten.t_.default, (), {"self": call.args[0]})
-    with pytest.raises(CaptureError, match="weights that its inputs may change"):
+    with pytest.raises(CaptureError, match="weights whose shapes may change"):
         check_arguments(gm)
 
 
@@ -245,13 +258,14 @@ def test_shapes_follow_from_shapes_and_nothing_is_run() -> None:
         [(aten._fft_r2c.default, [900], 0, True)],
         [(aten._upsample_nearest_exact3d.default, [8, 8, 8], 1e-30, None, None)],
     ):
-        with pytest.raises(CaptureError, match="weights that its inputs may change"):
+        with pytest.raises(CaptureError, match="weights whose shapes may change"):
             check_arguments(made(*calls))
     with pytest.raises(CaptureError, match="`reshape` on what it does not take"):
         check_arguments(made((aten.reshape.default, [7])))
 
 
-def test_a_body_that_something_else_runs_too() -> None:
+@pytest.mark.parametrize("path", ["", "elsewhere.deeper"])
+def test_a_body_that_something_else_runs_too(path: str) -> None:
     class Branches(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -267,9 +281,13 @@ def test_a_body_that_something_else_runs_too() -> None:
     assert isinstance(gm, fx.GraphModule)
     check_arguments(gm)
     read = next(node for node in gm.graph.nodes if node.op == "get_attr" and "true_graph" in str(node.target))
+    if path:
+        gm.add_submodule(path, gm.get_submodule(str(read.target)))
     with gm.graph.inserting_after(read):
-        gm.graph.call_function(torch.ops.higher_order.invoke_subgraph, (read, "again"))
-    with pytest.raises(CaptureError, match="weights that its inputs may change"):
+        again = gm.graph.get_attr(path) if path else read
+        with gm.graph.inserting_after(again):
+            gm.graph.call_function(torch.ops.higher_order.invoke_subgraph, (again, "again"))
+    with pytest.raises(CaptureError, match="weights whose shapes may change"):
         check_arguments(gm)
 
 
