@@ -1,20 +1,22 @@
 """Peak of host memory of each step of a run, as a multiple of the model's float weights.
 
-    python tools/bench_memory.py                                          # 100 M parameters, "" and prune,svd,int8
-    python tools/bench_memory.py --parameters 400 --passes ""
+    python tools/bench_memory.py                                          # the three cases below
+    python tools/bench_memory.py --case mlp:100: --case mlp:100:prune
 
-Models are perceptrons of random weights and four layers of one width, on random data. Every run is a process of its
-own; the peak is of what it holds in memory (Linux: VmHWM, reset before each step), less what it held before there was
-a model: Python and its libraries.
+A case is a model, its millions of parameters, and a pipeline: `mlp`, layers of 4096 units; `decoder`, a transformer
+with a head of 8192 words, whose blocks are 2048 wide, and which is not lowered. Weights are random, data too. Every run
+is a process of its own; the peak is of what it holds in memory (Linux: VmHWM, reset before each step), the user's model
+included, less what it held after a small model went through the same steps: Python and its libraries.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -23,65 +25,112 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.nn import functional as F  # noqa: N812
 
 from graphopt.job.job import Job
 from graphopt.pipeline.pipeline import Pipeline
 
-_LAYERS = 4
+_CASES = ["mlp:400:", "mlp:100:prune,svd,int8", "decoder:700:prune"]
 _SAMPLES = 64
 _STEPS = ("capture", "passes", "deliver", "save")
+_WORDS, _TOKENS = 8192, 32
 
 
 def main(
-    parameters: Annotated[list[int] | None, typer.Option(help="millions; repeat for several")] = None,
-    passes: Annotated[list[str] | None, typer.Option(help="pipelines; repeat for several")] = None,
+    case: Annotated[list[str] | None, typer.Option(help="MODEL:MILLIONS:PASSES; repeat for several")] = None,
     one: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
-    """Measure every size with every pipeline and print a table."""
+    """Measure every case and print a table."""
     if not Path("/proc/self/clear_refs").exists():
         raise typer.BadParameter("Peaks are read from /proc, which this system does not have: run it on Linux.")
-    sizes, pipelines = parameters or [100], ["", "prune,svd,int8"] if passes is None else passes
+    cases = case or _CASES
     if one:
-        print(json.dumps(_peaks(sizes[0], pipelines[0])))
+        print(json.dumps(_measure(*cases[0].split(":", 2))))
         return
-    table = Table("parameters", "passes", *_STEPS, "peak")
-    for millions in sizes:
-        for text in pipelines:
-            command = [sys.executable, __file__, "--one", "--parameters", str(millions), "--passes", text]
-            run = subprocess.run(command, capture_output=True, text=True)
-            if run.returncode:
-                raise SystemExit(run.stderr)
-            peaks: dict[str, float] = json.loads(run.stdout.splitlines()[-1])
-            shown = [f"{peaks[step]:.2f}x" for step in _STEPS]
-            table.add_row(f"{millions} M", repr(text), *shown, f"{max(peaks.values()):.2f}x")
+    table = Table("model", "parameters", "passes", *_STEPS, "peak", "seconds")
+    for text in cases:
+        kind, millions, passes = text.split(":", 2)
+        run = subprocess.run([sys.executable, __file__, "--one", "--case", text], capture_output=True, text=True)
+        if run.returncode:
+            raise SystemExit(run.stderr)
+        peaks: dict[str, float] = json.loads(run.stdout.splitlines()[-1])
+        seconds = peaks.pop("seconds")
+        shown = [f"{peaks[step]:.2f}x" if step in peaks else "" for step in _STEPS]
+        table.add_row(kind, f"{millions} M", repr(passes), *shown, f"{max(peaks.values()):.2f}x", f"{seconds:.0f}")
     Console().print(table)
 
 
-def _peaks(millions: int, passes: str) -> dict[str, float]:
+def _measure(kind: str, millions: str, passes: str) -> dict[str, float]:
     """Run one pipeline; return the peak of each step over the bytes of the weights."""
-    width = math.isqrt(millions * 10**6 // _LAYERS) // 8 * 8
-    started = _status("VmRSS")
+    make = {"mlp": _perceptron, "decoder": _decoder}[kind]
+    _steps(*make(1, 64), passes, lowered=kind == "mlp", note=lambda _: None)
     torch.manual_seed(0)
-    layers = [layer for _ in range(_LAYERS) for layer in (nn.Linear(width, width), nn.ReLU())]
-    model, data = nn.Sequential(*layers), torch.randn(_SAMPLES, width)
+    empty = _status("VmRSS")
+    model, data = make(int(millions), 4096 if kind == "mlp" else 2048)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     peaks: dict[str, float] = {}
 
     def note(step: str) -> None:
-        peaks[step] = (_status("VmHWM") - started) / weights
+        if step:
+            peaks[step] = (_status("VmHWM") - empty) / weights
         Path("/proc/self/clear_refs").write_text("5")
 
-    Path("/proc/self/clear_refs").write_text("5")
-    job = Job.open(model, data)
+    note("")
+    began = time.perf_counter()
+    _steps(model, data, passes, lowered=kind == "mlp", note=note)
+    return {**peaks, "seconds": time.perf_counter() - began}
+
+
+def _steps(model: nn.Module, data: torch.Tensor, passes: str, *, lowered: bool, note: Callable[[str], None]) -> None:
+    job = Job.open(model, data, target="onnxruntime" if lowered else None)
     note("capture")
     outcome = job.run(Pipeline.parse(passes))
     note("passes")
-    result = job.deliver(outcome)
-    note("deliver")
+    if lowered:
+        result = job.deliver(outcome)
+        note("deliver")
+    else:
+        result = job.undelivered(outcome)
     with tempfile.TemporaryDirectory() as directory:
         result.save(Path(directory) / "result")
         note("save")
-    return peaks
+
+
+def _perceptron(millions: int, width: int) -> tuple[nn.Module, torch.Tensor]:
+    count = max(2, round(millions * 10**6 / width**2)) if width > 64 else 2
+    layers = [layer for _ in range(count) for layer in (nn.Linear(width, width), nn.ReLU())]
+    return nn.Sequential(*layers), torch.randn(_SAMPLES, width)
+
+
+def _decoder(millions: int, width: int) -> tuple[nn.Module, torch.Tensor]:
+    count = max(1, round((millions * 10**6 / width - 2 * _WORDS) / width / 12)) if width > 64 else 1
+    return _Decoder(width, count), torch.randint(0, _WORDS, (_SAMPLES, _TOKENS))
+
+
+class _Decoder(nn.Module):
+    def __init__(self, width: int, count: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(_WORDS, width)
+        self.blocks = nn.Sequential(*(_Block(width) for _ in range(count)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, _WORDS, bias=False)
+
+    def forward(self, words: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.blocks(self.embedding(words))))
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.before, self.between = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        seen = self.before(x)
+        heads = [layer(seen).unflatten(2, (16, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)]
+        attended = F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2).flatten(2)
+        x = x + self.out(attended)
+        return x + self.down(F.gelu(self.up(self.between(x))))
 
 
 def _status(field: str) -> int:

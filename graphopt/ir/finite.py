@@ -8,15 +8,17 @@ import torch
 def all_finite(tensor: torch.Tensor) -> bool:
     """Tell whether every element is finite. Integers always are, and so is float4, which has no other values.
 
-    A sum in float64 of narrower values cannot overflow, and keeps every NaN and infinity: it costs a fourth of what
-    `isfinite` does, which writes a mask first (measured on 25 M elements), and takes float8, which `isfinite` does not.
+    The extremes are NaN or infinite where any element is, and nothing is written to find them: `isfinite` writes a mask
+    first (twenty times as slow on 16 M elements).
     """
     whole = not tensor.is_floating_point() and not tensor.is_complex()
-    if whole or tensor.dtype is torch.float4_e2m1fn_x2:
+    if whole or tensor.dtype is torch.float4_e2m1fn_x2 or not tensor.numel():
         return True
-    if tensor.dtype in (torch.float64, torch.complex64, torch.complex128):
+    if tensor.is_complex():
         return bool(torch.isfinite(tensor).all())
-    return bool(torch.isfinite(tensor.detach().sum(dtype=torch.float64)))
+    if only_stored(tensor.dtype):  # what is narrow does not overflow in float64
+        return bool(torch.isfinite(tensor.detach().sum(dtype=torch.float64)))
+    return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor.detach()))
 
 
 def only_stored(dtype: torch.dtype) -> bool:

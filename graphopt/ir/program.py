@@ -23,7 +23,8 @@ from graphopt.errors import UsageError
 from graphopt.files import ScratchDirectory, failing_late, replacing
 from graphopt.ir.buffers import call_undoing_writes
 from graphopt.ir.examples import made_up_inputs
-from graphopt.ir.graph import assemble, copy_graph_module
+from graphopt.ir.graph import copy_graph_module
+from graphopt.ir.ownership import own_tensors
 from graphopt.ir.placing import place
 from graphopt.ir.signature import Note, TensorSpec, batch_size
 from graphopt.ir.torch_internals import flat_arguments, pytree
@@ -107,7 +108,7 @@ class Program:
         """
         gm = copy_graph_module(self.graph_module)
         if not share_tensors:
-            gm = _with_own_tensors(gm)
+            own_tensors([gm])
         return dataclasses.replace(self, graph_module=gm)
 
     @property
@@ -237,25 +238,3 @@ def _unpickled(content: bytes) -> Program:
         path = Path(folder) / _PICKLED
         path.write_bytes(content)
         return graphopt.load(path)
-
-
-def _with_own_tensors(gm: fx.GraphModule) -> fx.GraphModule:
-    """Copy every tensor once, so that tied names stay tied."""
-    own: dict[int, torch.Tensor] = {}
-    twin = assemble(gm, gm.graph)
-    for module in twin.modules():
-        for table in (module._parameters, module._buffers):
-            for name, tensor in table.items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in own:
-                    own[id(tensor)] = _clone(tensor)
-                table[name] = own[id(tensor)]  # type: ignore[assignment]
-    return twin
-
-
-def _clone(tensor: torch.Tensor) -> torch.Tensor:
-    clone = tensor.detach().clone()
-    if isinstance(tensor, torch.nn.Parameter):
-        return torch.nn.Parameter(clone, requires_grad=tensor.requires_grad)
-    return clone

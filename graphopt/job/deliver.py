@@ -75,6 +75,7 @@ def deliver(
         seconds=seconds,
         summary=item.summary(artifact),
     )
+    del session  # every session holds the weights once more
     with ScratchDirectory() as place:
         plain = artifact
         if program is not original:

@@ -17,8 +17,10 @@ from graphopt.data.batches import Batch, SampleSource, batch_count, whole_batche
 from graphopt.data.split import Split, split
 from graphopt.errors import CaptureError, UsageError
 from graphopt.files import ScratchDirectory
+from graphopt.ir.exporting import let_exports_read
 from graphopt.ir.finite import all_finite, computable
 from graphopt.ir.global_state import random_state_kept
+from graphopt.ir.ownership import own_tensors, storages
 from graphopt.ir.program import Program
 from graphopt.ir.regions import compiled_for_their_shapes
 from graphopt.job.deliver import Delivery, deliver
@@ -86,6 +88,7 @@ class Job:
     progress: Progress = field(default_factory=NoProgress)
     name: str = "program"
     metric: Evaluator | FunctionEvaluator | None = field(default=None, init=False)
+    _lent: frozenset[int] = field(default=frozenset(), init=False, repr=False)  # storages of a module's tensors
 
     @classmethod
     @random_state_kept()
@@ -104,13 +107,17 @@ class Job:
     ) -> Self:
         """Open a model and its data, once for every pipeline that runs on them; arguments are those of `optimize`.
 
+        A module must not be trained as long as the job is in use, which reads its tensors.
+
         Raises:
             GraphOptError: a target is not known, the data do not fit, or the model cannot be captured.
         """
         backends = backends_named(target)
-        program, samples = with_data(model, data, dynamic_shapes)
+        program, samples = with_data(model, data, dynamic_shapes, share_tensors=True)
         name = name or ("program" if isinstance(model, Program) else type(model).__name__)
-        return cls(program, samples, eval, backends, loss, seed, progress or NoProgress(), name)
+        job = cls(program, samples, eval, backends, loss, seed, progress or NoProgress(), name)
+        job._lent = frozenset() if isinstance(model, Program) else storages(program.graph_module)
+        return job
 
     def __post_init__(self) -> None:
         """Look at the weights and open the evaluation data: what is wrong is said before anything expensive runs.
@@ -225,6 +232,10 @@ class Job:
         return self._result(outcome, [])
 
     def _result(self, outcome: Outcome, deliveries: Sequence[Delivery]) -> Result:
+        if self._lent:  # who is given a program may train it
+            own = own_tensors((program.graph_module for program in outcome.programs.values()), self._lent)
+            for program in outcome.programs.values():
+                let_exports_read(program, own)
         report = outcome.report.copy()
         for found in deliveries:
             report.add_artifact(found.row, found.baseline)

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import pydantic
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 
 from graphopt.errors import LoadError, UsageError, cut, first_line, first_problem, printable
 from graphopt.files import MANIFEST, MOST_OF_A_MANIFEST, check_digest, read_file
@@ -175,7 +175,11 @@ def fingerprint(program: Program) -> str:
 
 
 def write_payload(directory: Path, plans: Iterable[Plan]) -> list[Path]:
-    """Write what plans carry besides JSON to `plans.safetensors`; return its path, nothing where they carry nothing."""
+    """Write what plans carry besides JSON to `plans.safetensors`; return its path, nothing where they carry nothing.
+
+    Raises:
+        OSError: the disk is full.
+    """
     payload = {
         f"{index}/{name}": tensor.detach().contiguous()
         for index, plan in enumerate(plans)
@@ -183,8 +187,15 @@ def write_payload(directory: Path, plans: Iterable[Plan]) -> list[Path]:
     }
     if not payload:
         return []
-    (directory / PAYLOAD).write_bytes(save(dict(sorted(payload.items()))))
-    return [directory / PAYLOAD]
+    path = directory / PAYLOAD
+    path.touch()
+    mode = path.stat().st_mode  # by the user's mask, which safetensors does not look at
+    try:
+        save_file(dict(sorted(payload.items())), path)
+    except SafetensorError as err:
+        raise OSError(first_line(err)) from err  # the disk is full, say
+    path.chmod(mode)
+    return [path]
 
 
 def read(path: Path) -> Manifest:

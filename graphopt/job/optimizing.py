@@ -44,7 +44,8 @@ def optimize(
     """Optimise a model for one or several runtimes.
 
     Args:
-        model: a module (captured on the first samples of `data`) or a program.
+        model: a module (captured on the first samples of `data`; its tensors are read where they lie, and not written
+            to) or a program.
         data: calibration data: a tensor or array (first axis: samples), a tuple or dict of them, an iterable of
             batches, or a path. Passes that learn from data use it; without it they say so.
         passes: pipeline text, or a sequence of passes. "" only captures and lowers.

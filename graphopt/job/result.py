@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from graphopt.errors import LoadError, UsageError
-from graphopt.files import MANIFEST, REPORT, check_replaceable, replacing_directory, sha256
+from graphopt.files import MANIFEST, REPORT, bring, check_replaceable, replacing_directory, sha256
 from graphopt.ir.program import Program
 from graphopt.job import manifest
 from graphopt.job.report import Report
@@ -22,7 +22,8 @@ class Result:
     """What `optimize` made.
 
     Attributes:
-        original: the program as captured; None for a result that was opened.
+        original: the program as captured; it may read the tensors of the module that `optimize` was given, and change
+            with them. None for a result that was opened.
         programs: the optimised program of each target, keyed by target name ("" where no pass asked for one).
         plans: every pass's plan, in pipeline order.
         report: the before/after table, refusals and notes.
@@ -30,7 +31,7 @@ class Result:
         pipeline: text of the pipeline, as the user would write it.
         seed: every random draw descended from it.
         plan_targets: the target each plan was made for, "" before the pipeline forked.
-        fingerprint: of the original, where that is not at hand as it was captured.
+        fingerprint: of the original as it was captured.
     """
 
     original: Program | None
@@ -44,8 +45,11 @@ class Result:
     fingerprint: str = ""
 
     def __post_init__(self) -> None:
-        """Note what was lowered."""
-        self._lowered = {target: manifest.fingerprint(self.programs[target].evaluated()) for target in self.artifacts}
+        """Note what was captured and what was lowered."""
+        fingerprint = functools.cache(manifest.fingerprint)  # what no pass rewrote is read once
+        if not self.fingerprint and self.original is not None:
+            self.fingerprint = fingerprint(self.original)
+        self._lowered = {target: fingerprint(self.programs[target].evaluated()) for target in self.artifacts}
 
     def __repr__(self) -> str:
         targets = ", ".join(self.artifacts) or "no target"
@@ -90,29 +94,30 @@ class Result:
         return [directory / name for name in names]
 
     def _write(self, directory: Path) -> list[str]:
-        copied = {target: found.moved(directory) for target, found in self.artifacts.items()}
+        brought = {target: found.moved(directory) for target, found in self.artifacts.items()}
         written: list[Path] = []
-        for target, found in copied.items():
-            written += [
-                Path(shutil.copyfile(*pair)) for pair in zip(self.artifacts[target].files, found.files, strict=True)
-            ]
+        for target, found in brought.items():
+            source = self.artifacts[target]
+            for pair in zip(source.files, found.files, strict=True):
+                bring(*pair, temporary=source.home is not None)
+            written += found.files
         programs = {target: self._named("program", target, "pt2") for target in self.programs}
         written += [self.programs[target].save(directory / name) for target, name in programs.items()]
-        for target, found in copied.items():
+        for target, found in brought.items():
             script = directory / self._named("run", target, "py")
             script.write_text(found.backend.run_script(found))
             written.append(script)
         written += manifest.write_payload(directory, self.plans)
         stored = manifest.Manifest(
             model=self.report.model,
-            original=self._fingerprint(),
+            original=self.fingerprint,
             pipeline=self.pipeline,
             seed=self.seed,
             libraries=manifest.library_versions(),
             cpu=manifest.cpu_features(),
             plans=[manifest.StoredPlan.of(*pair) for pair in zip(self.plan_targets, self.plans, strict=True)],
             programs=programs,
-            artifacts={name: manifest.StoredArtifact.of(found) for name, found in copied.items()},
+            artifacts={name: manifest.StoredArtifact.of(found) for name, found in brought.items()},
             sha256={file.name: sha256(file) for file in written},
         )
         self.report.files = [*(file.name for file in written), MANIFEST, REPORT]
@@ -129,20 +134,15 @@ class Result:
                 'still the one before. Lower it again, graphopt.optimize(result.program, passes=""), and save that.'
             )
 
-    def _fingerprint(self) -> str:
-        if self.fingerprint or self.original is None:
-            return self.fingerprint
-        return manifest.fingerprint(self.original)
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over what was pickled."""
         self.__dict__.update(state)
         self.__post_init__()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle the fingerprint too: names in an unpickled graph are others, and plans are for the one captured."""
+        """Pickle what is as it was lowered; names in an unpickled graph are others, which `fingerprint` is not."""
         self._check_unchanged()
-        return {**self.__dict__, "fingerprint": self._fingerprint()}
+        return self.__dict__
 
     def _named(self, stem: str, target: str, ending: str) -> str:
         return _file_name(stem, target, ending, of=len(self.programs))

@@ -63,7 +63,7 @@ class Context:
     timers: Mapping[str, Timer] = field(default_factory=dict)
     seed: int = 0
     progress: Progress = field(default_factory=NoProgress)
-    cache: dict[tuple[object, ...], object] = field(default_factory=dict, repr=False)
+    cache: dict[int, tuple[Program, dict[str, Any]]] = field(default_factory=dict, repr=False)
 
     def with_data(self, source: SampleSource) -> Context:
         """Return this context with the samples of `source`, of which some are held out and some left for reports."""
@@ -126,9 +126,13 @@ class Context:
     def analysis(self, program: Program, name: str, compute: Callable[[], T]) -> T:
         """Return the analysis `name` of `program`, computed once however many passes ask.
 
-        The program is kept alive with its result, so identity is a safe key.
+        The program is kept alive with its results until `forget`, so identity is a safe key.
         """
-        key = (id(program.graph_module), name)
-        if key not in self.cache:
-            self.cache[key] = (program, compute())
-        return self.cache[key][1]  # type: ignore[index, no-any-return]
+        _, known = self.cache.setdefault(id(program.graph_module), (program, {}))
+        if name not in known:
+            known[name] = compute()
+        return known[name]  # type: ignore[no-any-return]
+
+    def forget(self, program: Program) -> None:
+        """Let go of a program that no further pass reads, and of what was found out about it."""
+        self.cache.pop(id(program.graph_module), None)

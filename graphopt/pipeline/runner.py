@@ -44,31 +44,27 @@ def run(pipeline: Pipeline, program: Program, ctx: Context, hooks: Sequence[Hook
         PassError: a pass could not plan or apply.
         VerifyError: a result breaks an invariant, or an exact pass is further off than it declares.
     """
-    plans: list[tuple[str, Plan]] = []
-    fork = pipeline.fork()
-    for step in pipeline.steps[:fork]:
-        program, plan = run_step(step, program, ctx, hooks)
-        plans.append(("", plan))
+    fork = pipeline.fork() if ctx.targets else len(pipeline.steps)
+    forked, plans = _run_branch(pipeline.steps[:fork], program, ctx, hooks)
     if not ctx.targets:
-        for step in pipeline.steps[fork:]:
-            program, plan = run_step(step, program, ctx, hooks)
-            plans.append(("", plan))
-        return Rewritten({"": program}, tuple(plans))
+        return Rewritten({"": forked}, tuple(plans))
     programs = {}
     for target in ctx.targets:
-        programs[target.name], made = _run_branch(pipeline.steps[fork:], program, _for_target(ctx, target), hooks)
+        programs[target.name], made = _run_branch(pipeline.steps[fork:], forked, _for_target(ctx, target), hooks)
         plans += made
     return Rewritten(programs, tuple(plans))
 
 
 def _run_branch(
-    steps: Sequence[Step], program: Program, ctx: Context, hooks: Sequence[Hook]
+    steps: Sequence[Step], first: Program, ctx: Context, hooks: Sequence[Hook]
 ) -> tuple[Program, list[tuple[str, Plan]]]:
-    assert ctx.target is not None
-    plans = []
+    program, plans = first, []
     for step in steps:
-        program, plan = run_step(step, program, ctx, hooks)
-        plans.append((ctx.target.name, plan))
+        before = program
+        program, plan = run_step(step, before, ctx, hooks)
+        plans.append((ctx.target.name if ctx.target else "", plan))
+        if program is not before and before is not first:  # which other branches read too
+            ctx.forget(before)
     return program, plans
 
 
