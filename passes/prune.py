@@ -113,7 +113,7 @@ class Prune(Pass[PruneOptions, PruningPlan]):
         kept = {axis_of[name]: list(indices) for name, indices in plan.groups.items()}
         if slices(axes, kept) != {name: dict(dims) for name, dims in plan.kept.items()}:
             raise PassError("The plan was made for a program with other weights' shapes. Make the plan again.")
-        pruned = program.with_graph(remove(program.graph_module, axes, kept, self.name))
+        pruned = program.with_graph(remove(program.graph_module, axes, kept, self.name, instead=plan.tensors))
         return with_tensors(pruned, plan.tensors, self.name) if plan.tensors else pruned
 
     def prove(self, before: Program, after: Program, plan: PruningPlan) -> None:

@@ -3,7 +3,7 @@
     python tools/bench_memory.py                                          # the three cases below
     python tools/bench_memory.py --case mlp:100: --case mlp:100:prune
 
-A case is a model, its millions of parameters, and a pipeline: `mlp`, layers of 4096 units; `decoder`, a transformer
+A case is a model, its millions of parameters, and a pipeline: `mlp`, layers of 2048 units; `decoder`, a transformer
 with a head of 8192 words, whose blocks are 2048 wide, and which is not lowered. Weights are random, data too. Every run
 is a process of its own; the peak is of what it holds in memory (Linux: VmHWM, reset before each step), the user's model
 included, less what it held after a small model went through the same steps: Python and its libraries.
@@ -32,6 +32,7 @@ from graphopt.pipeline.pipeline import Pipeline
 
 _CASES = ["mlp:400:", "mlp:100:prune,svd,int8", "decoder:700:prune"]
 _SAMPLES = 64
+_WIDTH = 2048
 _STEPS = ("capture", "passes", "deliver", "save")
 _WORDS, _TOKENS = 8192, 32
 
@@ -57,7 +58,7 @@ def main(
         seconds = peaks.pop("seconds")
         shown = [f"{peaks[step]:.2f}x" if step in peaks else "" for step in _STEPS]
         table.add_row(kind, f"{millions} M", repr(passes), *shown, f"{max(peaks.values()):.2f}x", f"{seconds:.0f}")
-    Console().print(table)
+    Console(width=120).print(table)
 
 
 def _measure(kind: str, millions: str, passes: str) -> dict[str, float]:
@@ -66,7 +67,7 @@ def _measure(kind: str, millions: str, passes: str) -> dict[str, float]:
     _steps(*make(1, 64), passes, lowered=kind == "mlp", note=lambda _: None)
     torch.manual_seed(0)
     empty = _status("VmRSS")
-    model, data = make(int(millions), 4096 if kind == "mlp" else 2048)
+    model, data = make(int(millions), _WIDTH)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     peaks: dict[str, float] = {}
 

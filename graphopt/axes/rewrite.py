@@ -43,7 +43,14 @@ def slices(axes: Axes, kept: Kept) -> dict[str, dict[int, list[int]]]:
     return result
 
 
-def remove(gm: fx.GraphModule, axes: Axes, kept: Kept, made_by: str = "prune") -> fx.GraphModule:
+def remove(
+    gm: fx.GraphModule,
+    axes: Axes,
+    kept: Kept,
+    made_by: str = "prune",
+    *,
+    instead: Mapping[str, torch.Tensor] | None = None,
+) -> fx.GraphModule:
     """Return a copy of the graph in which each axis has only the given indices.
 
     Args:
@@ -51,6 +58,7 @@ def remove(gm: fx.GraphModule, axes: Axes, kept: Kept, made_by: str = "prune") -
         axes: the inferred axes.
         kept: for each axis id the sorted indices it keeps; an axis that is absent keeps all.
         made_by: the pass on whose behalf nodes are inserted.
+        instead: by name, what stands where slices would be copied: where it has their shape and type.
 
     Raises:
         PassError: an axis may not shrink or an index does not exist, or a shape after the rewrite is not what
@@ -63,7 +71,7 @@ def remove(gm: fx.GraphModule, axes: Axes, kept: Kept, made_by: str = "prune") -
         for one, other in zip(graph_modules(gm), graph_modules(result), strict=True)
         for old, new in zip(one.graph.nodes, other.graph.nodes, strict=True)
     }
-    starts = _slice_parameters(axes, wanted, new_of, result)
+    starts = _slice_parameters(axes, wanted, new_of, result, instead or {})
     for old, rule in axes.rules.items():
         if rule.rewrite is not None and _concerned(axes, old, wanted):
             edit = Edit(new_of[old], old, axes, wanted, new_of, made_by)
@@ -103,7 +111,13 @@ def _checked(axes: Axes, kept: Kept) -> dict[int, list[int]]:
     return wanted
 
 
-def _slice_parameters(axes: Axes, kept: Kept, new_of: Mapping[fx.Node, fx.Node], gm: fx.GraphModule) -> list[fx.Node]:
+def _slice_parameters(
+    axes: Axes,
+    kept: Kept,
+    new_of: Mapping[fx.Node, fx.Node],
+    gm: fx.GraphModule,
+    instead: Mapping[str, torch.Tensor],
+) -> list[fx.Node]:
     """Replace every tensor that shrinks; one tensor under several names stays one. Return the reads of them."""
     mode = Editor(gm, "")
     made: dict[tuple[object, ...], torch.Tensor] = {}
@@ -116,7 +130,7 @@ def _slice_parameters(axes: Axes, kept: Kept, new_of: Mapping[fx.Node, fx.Node],
         original = tensor_attribute(axes.gm, name)
         key = memory_key(original)
         if key not in made:
-            made[key] = _sliced(original, todo[name])
+            made[key] = _sliced(original, todo[name], instead.get(name))
         _store(gm, name, made[key])
         new.meta["val"] = mode.fake(made[key])
         new.meta.pop("tensor_meta", None)
@@ -124,10 +138,14 @@ def _slice_parameters(axes: Axes, kept: Kept, new_of: Mapping[fx.Node, fx.Node],
     return reads
 
 
-def _sliced(tensor: torch.Tensor, positions: Mapping[int, Sequence[int]]) -> torch.Tensor:
-    result = tensor.detach()
-    for d, indices in positions.items():
-        result = result.index_select(d, torch.tensor(indices, device=result.device))
+def _sliced(tensor: torch.Tensor, positions: Mapping[int, Sequence[int]], instead: torch.Tensor | None) -> torch.Tensor:
+    shape = tuple(len(positions[d]) if d in positions else size for d, size in enumerate(tensor.shape))
+    if instead is not None and (instead.shape, instead.dtype, instead.device) == (shape, tensor.dtype, tensor.device):
+        result = instead.detach()
+    else:
+        result = tensor.detach()
+        for d, indices in positions.items():
+            result = result.index_select(d, torch.tensor(indices, device=result.device))
     if isinstance(tensor, torch.nn.Parameter):
         return torch.nn.Parameter(result, requires_grad=tensor.requires_grad)
     return result

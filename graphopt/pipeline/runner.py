@@ -11,6 +11,7 @@ import torch
 
 from graphopt.errors import VerifyError
 from graphopt.ir.invariants import check_invariants
+from graphopt.ir.memory import give_back
 from graphopt.ir.program import Program
 from graphopt.measure.equivalence import measure
 from graphopt.pipeline.context import Context
@@ -65,6 +66,7 @@ def _run_branch(
         plans.append((ctx.target.name if ctx.target else "", plan))
         if program is not before and before is not first:  # which other branches read too
             ctx.forget(before)
+        give_back(program.parameters())
     return program, plans
 
 

@@ -69,7 +69,7 @@ class Moments:
 
     def about_zero(self) -> torch.Tensor:
         """Return the second moments themselves."""
-        return torch.addcmul(self.about_mean(), *_factors(self.mean, self.scatter))
+        return self.about_mean().addcmul_(*_factors(self.mean, self.scatter))
 
 
 def _products(parts: Sequence[torch.Tensor], means: Sequence[torch.Tensor]) -> torch.Tensor:

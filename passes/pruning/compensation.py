@@ -20,8 +20,10 @@ from torch import fx
 from graphopt.axes.infer import Axes
 from graphopt.axes.layout import Axis, Dims, Layout, Product, size, surviving, surviving_size, touches
 from graphopt.data.batches import Batch, batch_count
+from graphopt.ir.editor import Editor
 from graphopt.ir.finite import all_finite
 from graphopt.ir.graph import tensor_attribute
+from graphopt.ir.memory import trim
 from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
 from graphopt.ir.walker import Walker
@@ -80,7 +82,7 @@ def compensate(
 
     Args:
         original: the program before the removal.
-        pruned: the program after it, its tensors cut from the original's; not changed.
+        pruned: the program after it, its tensors cut from the original's; the new ones take their place.
         axes: of `original`.
         kept: the indices each axis keeps.
         batches: samples.
@@ -100,6 +102,7 @@ class _Walk:
         ctx: Context,
     ) -> None:
         self._gm = pruned.graph_module
+        self._editor = Editor(self._gm, "prune")
         self._unweighted = Unweighted(self._gm)
         self._sizes = [batch_count(batch) for batch in batches]
         self._axes, self._kept = axes, kept
@@ -132,6 +135,7 @@ class _Walk:
         if reason:
             self._leave(call.weight_name, reason)
             return
+        trim(call.fan_in * call.out_features)  # what the layer before took
         layer = _Layer.of(call, self._gm)
         sums = self._sums(layer, twin)
         if sums is None:
@@ -154,6 +158,7 @@ class _Walk:
         for name, tensor in corrected.items():
             self._found.tensors[name] = tensor
             self._after.replace(name, tensor)
+            self._editor.put(name, tensor, kind_of=tensor_attribute(self._gm, name))
         self._found.layers[call.weight_name] = {"before": before, "after": after, "ridge": correction.ridge}
 
     def _leave(self, site: str, reason: str) -> None:
@@ -265,7 +270,7 @@ class _Layer:
     Attributes:
         call: where it is.
         weight: its weight as it is stored.
-        matrices: the same as (groups, inputs, outputs), in float64.
+        matrices: the same as (groups, inputs, outputs).
         bias_name: name of what a change of the bias goes to: the bias, or with the opposite sign the running mean of
             the BatchNorm behind; None if there is neither.
         bias: the stored tensor of that name.
@@ -284,7 +289,7 @@ class _Layer:
         weight = tensor_attribute(gm, call.weight_name).detach()
         name = running_mean(call, gm) if call.bias is None else str(call.bias.target)
         bias = None if name is None else tensor_attribute(gm, name).detach()
-        matrices = by_taps(call, weight.double()).flatten(2).transpose(1, 2)
+        matrices = by_taps(call, weight).flatten(2).transpose(1, 2)
         return cls(call, weight, matrices, name, bias, addend_of(call, gm))
 
     def given(self, x: torch.Tensor) -> torch.Tensor:
@@ -294,7 +299,7 @@ class _Layer:
 
     def corrected(self, found: Correction) -> dict[str, torch.Tensor]:
         """Return the corrected tensors by name."""
-        rows = (self.matrices + found.weight).transpose(1, 2)  # (groups, outputs, inputs)
+        rows = (self.matrices.double() + found.weight).transpose(1, 2)  # (groups, outputs, inputs)
         weight = from_taps(self.call, torch.unflatten(rows, 2, (-1, math.prod(self.call.kernel))))
         tensors = {self.call.weight_name: weight.to(self.weight.dtype)}
         if self.bias_name is not None and self.bias is not None:

@@ -9,7 +9,9 @@ rows that were held out.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
@@ -44,13 +46,11 @@ class Sums(Moments):
         self.squares += float(r.square().sum(dtype=torch.float64))
         self.target += float(y.square().sum(dtype=torch.float64))
 
-    def __add__(self, other: Sums) -> Sums:
-        total = Sums(self._inputs)
-        for part in (self, other):
-            if part.rows:
-                total.pool(part.rows, part.mean, part.scatter)
-        total.squares, total.target = self.squares + other.squares, self.target + other.target
-        return total
+    def __iadd__(self, other: Sums) -> Self:
+        if other.rows:
+            self.pool(other.rows, other.mean, other.scatter)
+        self.squares, self.target = self.squares + other.squares, self.target + other.target
+        return self
 
     def means(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return those of inputs (groups, inputs) and residuals (groups, outputs)."""
@@ -58,7 +58,7 @@ class Sums(Moments):
 
     def products(self, *, with_bias: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Return those of inputs (groups, inputs, inputs), and with residuals; about the mean where a bias takes it."""
-        products = self.scatter if with_bias else self.about_zero() * self.rows
+        products = self.scatter if with_bias else self.about_zero().mul_(self.rows)
         return products[..., : self._inputs], products[..., self._inputs :]
 
     def error(self, found: Correction) -> float:
@@ -68,7 +68,7 @@ class Sums(Moments):
         gram, cross = self.products(with_bias=True)
         x, r = self.means()
         error = self.squares - self.rows * r.square().sum()
-        error += (found.weight * (gram @ found.weight - 2 * cross)).sum()
+        error += (found.weight * (gram @ found.weight).sub_(cross, alpha=2)).sum()
         left = r - torch.einsum("gi,gio->go", x, found.weight) - found.bias
         return float(error + self.rows * left.square().sum())
 
@@ -92,7 +92,7 @@ def solve(fit: Sums, held_out: Sums, *, with_bias: bool) -> tuple[Correction, fl
     """Find the ridge that leaves least on the held-out rows, and fit a correction with it to all rows.
 
     Args:
-        fit: sums over the rows to fit.
+        fit: sums over the rows to fit; they take in the others.
         held_out: sums over the rows to judge by.
         with_bias: whether the bias may change.
 
@@ -101,29 +101,36 @@ def solve(fit: Sums, held_out: Sums, *, with_bias: bool) -> tuple[Correction, fl
         them: an estimate for the correction, which has seen them.
     """
     scale = held_out.target or 1.0
-    candidates = _corrections(fit, RIDGES, with_bias)
-    errors = [held_out.error(candidate) / scale for candidate in candidates]
+    before = held_out.squares / scale
+    errors = [error / scale for error in map(held_out.error, _corrections(fit, RIDGES, with_bias))]
     best = min(range(len(errors)), key=errors.__getitem__)
-    (final,) = _corrections(fit + held_out, (RIDGES[best],), with_bias)
-    return final, held_out.squares / scale, max(errors[best], 0.0)
+    fit += held_out
+    (final,) = _corrections(fit, (RIDGES[best],), with_bias)
+    return final, before, max(errors[best], 0.0)
 
 
-def _corrections(sums: Sums, ridges: tuple[float, ...], with_bias: bool) -> list[Correction]:
+def _corrections(sums: Sums, ridges: tuple[float, ...], with_bias: bool) -> Iterator[Correction]:
+    """Yield the correction by each ridge: one at a time, since each is as large as the layer in float64."""
     gram, cross = sums.products(with_bias=with_bias)
     mean_x, mean_r = sums.means()
     diagonal = gram.diagonal(dim1=1, dim2=2).mean(1)  # (groups,)
-    identity = torch.eye(gram.shape[1], dtype=torch.float64)
-    found = []
     for ridge in ridges:
         if math.isinf(ridge):
             bias = mean_r if with_bias else torch.zeros_like(mean_r)
-            found.append(Correction(torch.zeros_like(cross), bias, ridge))
+            yield Correction(torch.zeros_like(cross), bias, ridge)
             continue
         # Inputs that are all zero leave nothing to divide by; any positive number gives them a correction of zero.
         added = torch.where(diagonal > 0, diagonal * ridge, torch.ones_like(diagonal))
-        factor, failed = torch.linalg.cholesky_ex(gram + added.view(-1, 1, 1) * identity)
-        solvable = (failed == 0).view(-1, 1, 1)  # a group too ill-conditioned for this ridge stays as it is
-        weight = torch.where(solvable, torch.cholesky_solve(cross, factor), torch.zeros_like(cross))
+        weight = _solution(gram, cross, added)
         bias = mean_r - torch.einsum("gi,gio->go", mean_x, weight) if with_bias else torch.zeros_like(mean_r)
-        found.append(Correction(weight, bias, ridge))
-    return found
+        yield Correction(weight, bias, ridge)
+        del weight
+
+
+def _solution(gram: torch.Tensor, cross: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+    """Solve (gram + added) W = cross; a group too ill-conditioned for what is added stays as it is, with W = 0."""
+    shifted = gram.clone()
+    shifted.diagonal(dim1=1, dim2=2).add_(added.view(-1, 1))
+    factor, failed = torch.linalg.cholesky_ex(shifted)
+    del shifted
+    return torch.cholesky_solve(cross, factor).masked_fill_(failed.view(-1, 1, 1) != 0, 0.0)

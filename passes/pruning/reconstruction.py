@@ -45,7 +45,7 @@ def reconstruct(
 
     Args:
         original: the program before the removal.
-        pruned: the program after it; not changed.
+        pruned: the program after it; the new tensors take the place of its own.
         axes: of `original`.
         kept: the indices each axis keeps.
         ctx: whose samples are run, at least one batch of them.
@@ -69,21 +69,24 @@ def reconstruct(
         reason = f"not compensated: too few samples, at least {FEWEST} are needed to fit some and judge by others"
         left_out.append(Refusal("compensation", reason, "not compensated: too few samples"))
         return Compensation(refusals=left_out), {}
+    probes = [Probe(original, batch) for batch in judges]
+
+    def nearness(candidate: Program) -> float:
+        return min(_nearness(probe, candidate) for probe in probes)
+
+    quality = {"plain": nearness(pruned)}  # before its tensors go, one by one
     found = compensate(original, pruned, axes, kept, batches, ctx)
     found.refusals[:0] = left_out
     candidates = {"plain": {}, "compensated": found.tensors}
+    quality["compensated"] = nearness(pruned)
     if batch_norms(pruned):
-        compensated = with_tensors(pruned, found.tensors, made_by)
-        statistics = estimate_statistics(compensated, batches)
+        statistics = estimate_statistics(pruned, batches)
         if all(map(all_finite, statistics.values())):
-            candidates["compensated, statistics re-estimated"] = {**found.tensors, **statistics}
+            name = "compensated, statistics re-estimated"
+            candidates[name] = {**found.tensors, **statistics}
+            quality[name] = nearness(with_tensors(pruned, statistics, made_by))
         else:
             found.refusals.append(Refusal("statistics", "not re-estimated: they are not finite on the samples"))
-    probes = [Probe(original, batch) for batch in judges]
-    quality = {
-        name: min(_nearness(probe, with_tensors(pruned, tensors, made_by)) for probe in probes)
-        for name, tensors in candidates.items()
-    }
     best = max(quality, key=quality.__getitem__)  # of equals the first, which is plain
     if best == "plain":
         comparable = quality[best] > -math.inf

@@ -19,7 +19,7 @@ from graphopt.errors import DataError
 from graphopt.ir.program import Program
 from graphopt.measure.equivalence import measure
 from graphopt.passes.prune import Prune, PruneOptions, PruningPlan
-from graphopt.passes.pruning import compensation
+from graphopt.passes.pruning import compensation, reconstruction
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.options import build
 from graphopt.testing import TensorSamples, check_pass, fingerprint
@@ -123,6 +123,34 @@ class Shortcut(nn.Module):
         x = self.stem(x)
         x = x + self.a(x)
         return x + self.b(x)
+
+
+def test_refitted_tensors_are_held_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take the place of the slices they were fitted from, and the program reads those of the plan."""
+    original = capture(Redundant("linear").double(), (randn(2, 5),))
+    places: list[set[int]] = []
+    refit = reconstruction.compensate
+
+    def compensate(given: Program, pruned: Program, *rest: Any) -> Any:
+        found = refit(given, pruned, *rest)
+        held = pruned.state_dict()
+        places.append({held[name].data_ptr() for name in found.tensors})
+        assert found.tensors
+        assert places[-1] == {tensor.data_ptr() for tensor in found.tensors.values()}
+        return found
+
+    monkeypatch.setattr(reconstruction, "compensate", compensate)
+    plan = plan_of(prune(), original, randn(200, 5))
+    assert len(places) == 1
+    sliced: list[Any] = []
+    select = Tensor.index_select
+    monkeypatch.setattr(Tensor, "index_select", lambda self, *given: sliced.append(self) or select(self, *given))
+    applied = prune().apply(original, plan).state_dict()
+    assert {name: applied[name].data_ptr() for name in plan.tensors} == {
+        name: tensor.data_ptr() for name, tensor in plan.tensors.items()
+    }
+    named = {tensor.data_ptr(): name for name, tensor in original.state_dict().items()}
+    assert not {named[tensor.data_ptr()] for tensor in sliced} & {*plan.tensors}
 
 
 def test_a_later_branch_makes_up_for_what_the_shortcut_lost() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import weakref
 
+import pytest
 import torch
 from torch import Tensor
 
-from graphopt.passes.pruning.least_squares import Sums, solve
+from graphopt.passes.pruning.least_squares import RIDGES, Correction, Sums, solve
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -64,6 +67,23 @@ def test_inputs_that_are_zero_or_alike_are_no_trouble() -> None:
 def test_the_error_is_that_of_the_rows() -> None:
     x, y = randn(80, 2, 3), randn(80, 2, 2)
     total = sums(x, y)
-    found, _, _ = solve(total, total, with_bias=True)
+    found, _, _ = solve(copy.deepcopy(total), total, with_bias=True)
     by_hand = (y - torch.einsum("rgi,gio->rgo", x, found.weight) - found.bias).square().sum()
     torch.testing.assert_close(torch.tensor(total.error(found), dtype=torch.float64), by_hand)
+
+
+def test_one_correction_is_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is as large as the layer in float64, and there are as many as ridges."""
+    held: list[weakref.ref[Correction]] = []
+    alive: list[int] = []
+    measured = Sums.error
+
+    def error(self: Sums, found: Correction) -> float:
+        held.append(weakref.ref(found.weight))
+        alive.append(sum(weight() is not None for weight in held))
+        return measured(self, found)
+
+    monkeypatch.setattr(Sums, "error", error)
+    x, y = randn(80, 1, 3), randn(80, 1, 2)
+    solve(sums(x[:60], y[:60]), sums(x[60:], y[60:]), with_bias=True)
+    assert alive == [1] * len(RIDGES)
