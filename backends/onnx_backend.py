@@ -69,6 +69,7 @@ class OnnxBackend(Backend):
         Raises:
             LoweringError: an operator has no ONNX form, or the runtime refuses the result.
         """
+        program = program.to("cpu")
         model, facts = self.prepare(lower(program, self.style), program)
         facts["operators"] = len(model.graph)
         files = save(model, path, external_data_above=self._external_data_above)
@@ -83,7 +84,7 @@ class OnnxBackend(Backend):
     def verify(self, artifact: Artifact, program: Program, inputs: tuple[Array, ...] | None = None) -> float:
         """Compare the file on disk with `program` on the recorded options; see `onnx_execution.verification`."""
         settings = SessionSettings.of(artifact.session_options)
-        return verify(artifact.path, program.evaluated(), inputs, dataclasses.replace(settings, threads=0))
+        return verify(artifact.path, program.evaluated().to("cpu"), inputs, dataclasses.replace(settings, threads=0))
 
     def session(self, artifact: Artifact, **options: Json) -> OnnxSession:
         """Load the artifact in ONNX Runtime.

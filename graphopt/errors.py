@@ -124,11 +124,14 @@ def first_problem(err: ValidationError) -> Problem:
     return Problem(tuple(printable(str(name)) for name in first["loc"]), cut(said))
 
 
+_PASSED_ON = ("KeyboardInterrupt", "OutOfMemoryError")  # the second is torch's, which is not imported here
+
+
 @contextlib.contextmanager
 def foreign_code(failed: Callable[[str, BaseException], Exception]) -> Iterator[None]:
     """Turn whatever a stranger's code raises, `SystemExit` too, into an error of ours.
 
-    Our own errors, ^C and a lack of memory pass as they are.
+    Our own errors, ^C and a lack of memory, a device's too, pass as they are.
 
     Args:
         failed: makes the error of what was raised, `ValueError: its first line`, and of the exception itself.
@@ -136,7 +139,7 @@ def foreign_code(failed: Callable[[str, BaseException], Exception]) -> Iterator[
     try:
         yield
     except BaseException as err:
-        if isinstance(err, GraphOptError | MemoryError) or type(err) is KeyboardInterrupt:
+        if isinstance(err, GraphOptError | MemoryError) or type(err).__name__ in _PASSED_ON:
             raise
         said = first_line(err)
         raise failed(printable(f"{type(err).__name__}: {said}" if str(err) else said), err) from err

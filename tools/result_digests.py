@@ -69,7 +69,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     found = {}
-    for name, model, data, passes, dynamic in _cases():
+    for name, model, data, passes, dynamic in cases():
         found[name] = _digests(model, data, passes, dynamic)
         print(f"{name}: {len(found[name])} digests", file=sys.stderr, flush=True)
     options.written.write_text(json.dumps(found, indent=1) + "\n")
@@ -79,17 +79,19 @@ def main() -> None:
         sys.exit(bool(different))
 
 
-def _cases() -> Iterator[tuple[str, Any, Any, str, Any]]:
+def cases() -> Iterator[tuple[str, Any, Any, str, Any]]:
+    """Yield names, models, their data, pipelines and dynamic axes."""
     for kind in _MODELS:
-        yield kind.__name__, *_model(kind), _SMALL, None
+        yield kind.__name__, *model_of(kind), _SMALL, None
     for name, (kind, passes) in _FURTHER.items():
-        yield name, *_model(kind), passes, None
+        yield name, *model_of(kind), passes, None
     for name in _ODD:
         made = case(name)
         yield name, made.model, dict(made.data), _SMALL, made.dynamic_shapes
 
 
-def _model(kind: Any) -> tuple[Any, Any]:
+def model_of(kind: Any) -> tuple[Any, Any]:
+    """Make a small model and 64 samples for it, the same each time."""
     torch.manual_seed(0)
     data = example(kind, 64)
     return kind().eval(), data.float() if data.is_floating_point() else data

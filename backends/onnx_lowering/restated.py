@@ -2,6 +2,8 @@
 
 avg_pool2d(x, k, .., divisor_override=d)     avg_pool2d(x, k, ..) * (|k| / d)       it ignores the divisor
 rrelu(x, lower, upper)                       leaky_relu(x, (lower + upper) / 2)     it knows neither
+div(x, y, rounding) of integers              floor_divide(x - fmod(x, y), y)        it does so in single precision
+x / y, x % y of integers                     see `ir/divisions`                     runtimes end the process
 copy(x, smaller)                             copy(x, expand_as(smaller, x))         the result has the smaller shape
 lstm with projections                        refused: the LSTM of ONNX has none
 """
@@ -14,12 +16,15 @@ import torch
 from torch import fx
 
 from graphopt.errors import LoweringError
+from graphopt.ir.divisions import divides_integers, spare_minus_one
 from graphopt.ir.editor import Editor
 from graphopt.ir.graph import arguments
+from graphopt.ir.operators import Family
 from graphopt.ir.provenance import user_line
 from graphopt.ir.regions import graph_modules
 
 aten = torch.ops.aten
+_ROUNDED = Family("div.Tensor_mode", "div.Scalar_mode")
 _POOLS = {aten.avg_pool2d.default: 2, aten.avg_pool3d.default: 3}  # with how many spatial axes
 
 
@@ -31,14 +36,19 @@ def restate(gm: fx.GraphModule) -> None:
     """
     for body in graph_modules(gm):
         editor = Editor(body, "lowering")
-        for node in list(body.graph.nodes):
-            with body.graph.inserting_before(node):
-                other = _other_words(node, editor)
-            if other is not None:
-                name = node.name
-                editor.replace(node, other)
-                other.name = name
+        for in_other_words in (_spared, _other_words):
+            for node in list(body.graph.nodes):
+                with body.graph.inserting_before(node):
+                    other = in_other_words(node, editor)
+                if other is not None:
+                    name = node.name
+                    editor.replace(node, other)
+                    other.name = name
         body.recompile()
+
+
+def _spared(node: fx.Node, editor: Editor) -> fx.Node | None:
+    return spare_minus_one(node, editor) if divides_integers(node) else None
 
 
 def _other_words(node: fx.Node, editor: Editor) -> fx.Node | None:
@@ -52,6 +62,8 @@ def _other_words(node: fx.Node, editor: Editor) -> fx.Node | None:
         target, source = node.args[:2]
         if source.meta["val"].shape != target.meta["val"].shape:  # type: ignore[union-attr]
             node.update_arg(1, editor.call(aten.expand_as.default, source, target, like=node))
+    if node in _ROUNDED and divides_integers(node):
+        return _quotient(node, editor)
     if node.target is aten.lstm.input and _projects(node):
         raise LoweringError(
             f"The LSTM{_where(node)} projects its state (proj_size), which the LSTM of ONNX does not. Make it without "
@@ -76,6 +88,17 @@ def _pool(node: fx.Node, editor: Editor) -> fx.Node | None:
     without = {**given, "count_include_pad": True, "divisor_override": None}
     pooled = editor.call(node.target, *without.values(), like=node)  # type: ignore[arg-type]
     return editor.call(aten.mul.Tensor, pooled, size / divisor, like=node)
+
+
+def _quotient(node: fx.Node, editor: Editor) -> fx.Node:
+    """Divide integers as integers: single precision, which the exporter does it in, has 24 bits."""
+    given = arguments(node, ("self", "other", "rounding_mode"))
+    x, y = given["self"], given["other"]
+    if given["rounding_mode"] == "trunc":
+        rest = editor.call(aten.fmod.Tensor if isinstance(y, fx.Node) else aten.fmod.Scalar, x, y, like=node)
+        x = editor.call(aten.sub.Tensor, x, rest, like=node)
+    divide = aten.floor_divide.default if isinstance(y, fx.Node) else aten.floor_divide.Scalar
+    return editor.call(divide, x, y, like=node)
 
 
 def _projects(node: fx.Node) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 
+from graphopt.capturing.argument_places import place_arguments
 from graphopt.capturing.axis_names import AxisNames
 from graphopt.capturing.checks import check_equal, check_repeatable, run_model, wrong_batch
 from graphopt.capturing.explain import explain
@@ -35,8 +36,10 @@ from graphopt.capturing.model_calls import (
 )
 from graphopt.capturing.normal_form import normalise
 from graphopt.capturing.public_operators import use_public_operators
+from graphopt.capturing.turned_in_place import return_what_is_turned
 from graphopt.capturing.unchecked_arguments import check_arguments
-from graphopt.errors import CaptureError, ExampleError, UsageError
+from graphopt.errors import CaptureError, ExampleError, UsageError, foreign_code
+from graphopt.ir.devices import device_of, held_by
 from graphopt.ir.dynamic_axes import LeafShapes, arranged
 from graphopt.ir.global_state import outside_inference, random_state_kept
 from graphopt.ir.graph import copy_graph_module
@@ -86,16 +89,16 @@ def capture(
     model = uncompiled(model)
     check_names(model)
     args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
-    args = tuple(pytree.tree_map_only(torch.Tensor, outside_inference, args))
-    kwargs = dict(pytree.tree_map_only(torch.Tensor, outside_inference, dict(kwargs or {})))
+    device = device_of(held_by(model))
+
+    def example(tensor: torch.Tensor) -> torch.Tensor:
+        return outside_inference(tensor).to(device)
+
+    args = tuple(pytree.tree_map_only(torch.Tensor, example, args))
+    kwargs = dict(pytree.tree_map_only(torch.Tensor, example, dict(kwargs or {})))
     left: list[str] = []
     if isinstance(model, fx.GraphModule):  # what torch.export made refuses eval()
-        model = copy_graph_module(model)
-        set_training(model, False)
-        check_arguments(model)
-        left = leave_training(model)
-        use_public_operators(model)
-        insert_guards(model)
+        model, left = _evaluated(model)
     with (
         in_eval_mode(model),
         without_compiling(model),
@@ -108,9 +111,33 @@ def capture(
         warnings.simplefilter("ignore")
         args, kwargs, leaf_shapes, expected, note = _examples(model, args, kwargs, dynamic_shapes)
         program = _capture(model, args, kwargs, leaf_shapes, [*note, *exported_in_training(left)])
+        program = program.to(device)  # constants in the model's code, too
         check_equal(program, expected, args, kwargs)
         check_repeatable(program, args, kwargs)
     return program if share_tensors else program.copy(share_tensors=False)
+
+
+def _evaluated(exported: fx.GraphModule) -> tuple[fx.GraphModule, list[str]]:
+    """Return a copy of what torch.export made that is safe to run, in evaluation mode; and the operators switched."""
+    gm = copy_graph_module(exported)
+    with foreign_code(lambda said, _: CaptureError(f"The exported program is not whole ({said}). Export it again.")):
+        make_safe(gm)
+        set_training(gm, False)
+        left = leave_training(gm)
+        use_public_operators(gm)
+        insert_guards(gm)
+    return gm, left
+
+
+def make_safe(gm: fx.GraphModule) -> None:
+    """Bring the graph of a stranger to a form that can be checked, and check it, before anything of it runs.
+
+    Raises:
+        CaptureError: torch would use memory with it that is not the model's.
+    """
+    place_arguments(gm)
+    return_what_is_turned(gm)
+    check_arguments(gm)
 
 
 def exported_in_training(switched: Sequence[str]) -> list[Note]:
@@ -119,17 +146,15 @@ def exported_in_training(switched: Sequence[str]) -> list[Note]:
     return [Note("training", text)] if switched else []
 
 
-def from_exported(
-    exported: ExportedProgram,
+def from_module(
+    gm: fx.GraphModule,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     leaf_shapes: LeafShapes | None = None,
     *,
     notes: Sequence[Note] = (),
 ) -> Program:
-    """Make a program of what `torch.export` returned for `args` and `kwargs`."""
-    gm = exported.module(check_guards=False)  # 2.13 adds a `_guards_fn` call without that argument
-    assert isinstance(gm, fx.GraphModule)
+    """Make a program of the module of what `torch.export` returned for `args` and `kwargs`; it is changed."""
     gm = normalise(gm)
     insert_guards(gm)
     for node in gm.graph.nodes:
@@ -242,7 +267,8 @@ def _capture(
         return exported
 
     def program(exported: ExportedProgram, wanted: LeafShapes, notes: Sequence[Note] = ()) -> Program:
-        return from_exported(exported, args, kwargs, wanted, notes=[*given, *notes, *lost_in_eval(model, exported)])
+        module = exported.module(check_guards=False)  # 2.13 adds a `_guards_fn` call without that argument
+        return from_module(module, args, kwargs, wanted, notes=[*given, *notes, *lost_in_eval(model, exported)])
 
     error: Exception | None = None
     try:

@@ -3,7 +3,8 @@
 weight = mul(parameter, 2)        the parameter's, in every call
 mask = ones(sym_size(x, 0))       not fixed
 
-Nothing of the program is run: shapes follow from shapes, by operators of a short list, on tensors without memory.
+No call turns a tensor in place (`turned_in_place`), so shapes follow from shapes. Nothing of the program is run, but
+operators of a short list, on tensors without memory.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.errors import CaptureError, first_line, foreign_code
-from graphopt.ir.aliasing import sharing_memory
 from graphopt.ir.graph import constant
 from graphopt.ir.operators import (
     ACTIVATIONS,
@@ -47,10 +47,9 @@ class FixedShapes:
     Args:
         gm: the graph's module.
         inputs: tensors without memory for those of its inputs whose shapes are fixed outside, for the body of a region.
-        reshaped: whether a call changes the shape of what others hold, so that nothing is fixed.
     """
 
-    def __init__(self, gm: fx.GraphModule, inputs: Mapping[fx.Node, Tensor], *, reshaped: bool) -> None:
+    def __init__(self, gm: fx.GraphModule, inputs: Mapping[fx.Node, Tensor]) -> None:
         self.gm = gm
         self._known: dict[fx.Node, Tensor] = dict(inputs)
         for node in gm.graph.nodes:
@@ -59,8 +58,6 @@ class FixedShapes:
                 self._known[node] = torch.empty(read.shape, dtype=read.dtype, device="meta")
             elif node in _OF_FIRST or node in _OTHERS:
                 self._follow(node)
-        if reshaped or any(_reshapes(node, self._known) for node in gm.graph.nodes):
-            self._known = {}
 
     def of(self, node: Any) -> tuple[int, ...] | None:
         """Return the shape that a node always has, None where inputs may change it."""
@@ -89,28 +86,6 @@ class FixedShapes:
             self._known[node] = node.target(*args, **kwargs)
 
 
-def _reshapes(node: fx.Node, held: Any) -> bool:
-    """Whether a call changes the shape of a tensor in place (`transpose_`, `out=`) that `held` contains."""
-    if not isinstance(node.target, OpOverload):
-        return False
-    changed: list[Any] = list(node.all_input_nodes) if torch.Tag.inplace_view in node.target.tags else []
-    changed += [node.kwargs.get(argument.name) for argument in node.target._schema.arguments if argument.is_out]
-    tensors = [used for used in changed if isinstance(used, fx.Node)]
-    return any(shared in held for used in tensors for shared in sharing_memory(used))
-
-
-def _reshapes_outside(gm: fx.GraphModule, *, inside: bool) -> bool:
-    """Whether a graph reshapes what it reads, or the body of a region what it is handed."""
-    kinds = ("get_attr", "placeholder") if inside else ("get_attr",)
-    held = {node for node in gm.graph.nodes if node.op in kinds}
-    return any(_reshapes(node, held) for node in gm.graph.nodes)
-
-
-def keeps_its_shape(node: fx.Node) -> bool:
-    """Whether no call changes the shape of a value in place, under another name neither."""
-    return not any(_reshapes(user, (node,)) for shared in sharing_memory(node) for user in shared.users)
-
-
 def fixed_shapes(gm: fx.GraphModule) -> Iterator[FixedShapes]:
     """Yield what is fixed in a graph, and then in the bodies in it, each once.
 
@@ -121,9 +96,8 @@ def fixed_shapes(gm: fx.GraphModule) -> Iterator[FixedShapes]:
     inside = {module: _whole_regions(module) for module in modules}
     calls = Counter(body for module in modules for body in _called(module))
     inputs: dict[fx.GraphModule, dict[fx.Node, Tensor]] = {module: {} for module in modules}
-    reshaped = any(_reshapes_outside(module, inside=module is not gm) for module in modules)
     for module in modules:  # what calls a body comes before it, or its inputs count as changing
-        fixed = FixedShapes(module, inputs[module], reshaped=reshaped)
+        fixed = FixedShapes(module, inputs[module])
         yield fixed
         for region in inside[module]:
             for body in [body for body in region.bodies if calls[body] == 1]:

@@ -3,21 +3,26 @@
 lstm(x, [zeros(2, n, 8), ..], ..)      lstm(expand(x, -1, n, 4), [zeros(2, n, 8), ..], ..)
 lstm(x, [h, c], ..)                    n = x.size(1)
                                        lstm(expand(x, -1, n, 4), [expand(h, 2, n, 8), expand(c, 2, n, 8)], ..)
-embedding_bag(w, indices, o, ..)       embedding_bag(w, indices, select_scatter(o, o[0], 0, 0), ..)
+embedding_bag(w, indices, o, ..)       o = cummax(o); embedding_bag(w, indices, select_scatter(o, o[0], 0, 0), ..)
+div(x, y, "trunc")                     see `ir/divisions`
 
-torch 2.13 compares neither the input of an LSTM with its weights and states, nor asks whether there is a bag at all.
-The values stay what they are; offsets are copied. A lowering takes the guards out again: runtimes check by themselves.
+torch 2.13 compares neither the input of an LSTM with its weights and states, nor asks whether there is a bag at all and
+whether one follows the other. The values stay what they are; offsets are copied. A lowering takes the guards of the
+first two out again: runtimes check by themselves.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
-from graphopt.capturing.fixed_shapes import FixedShapes, fixed_shapes, keeps_its_shape
+from graphopt.capturing.fixed_shapes import FixedShapes, fixed_shapes
+from graphopt.ir.divisions import spare_minus_one, truncates
+from graphopt.ir.editor import Editor
 from graphopt.ir.graph import arguments, erase_dead
 from graphopt.ir.regions import graph_modules
 from graphopt.ir.torch_internals import OpOverload
@@ -37,11 +42,16 @@ def insert_guards(gm: fx.GraphModule) -> None:
     """Guard every LSTM and bag, in place, in the bodies of regions too; guards that are there stay."""
     for fixed in fixed_shapes(gm):
         graph = fixed.gm.graph
-        guarded = [node for node in graph.nodes if node.target in (aten.lstm.input, *_BAGS)]
+        editor: Editor | None = None
+        guarded = [node for node in graph.nodes if node.target in (aten.lstm.input, *_BAGS) or truncates(node)]
         for node in guarded:
             with graph.inserting_before(node):
                 if node.target is aten.lstm.input:
                     _tie_states(node, fixed)
+                elif truncates(node):
+                    editor = editor or Editor(fixed.gm, "capture")
+                    if (spared := spare_minus_one(node, editor)) is not None:
+                        editor.replace(node, spared)
                 else:
                     _ask_for_bags(node)
         if guarded:
@@ -71,27 +81,36 @@ def _unexpanded(value: fx.Node) -> Any:
 
 
 def _unasked(offsets: fx.Node) -> Any:
-    return offsets.args[0] if any(_asks_for_a_bag(offsets, last) for last in (0, 1)) else offsets
+    return _asked(offsets, 0) or _asked(offsets, 1) or offsets
 
 
 def _ask_for_bags(node: fx.Node) -> None:
     given = arguments(node, ("offsets", "include_last_offset"))
     offsets, last = given["offsets"], 1 if given["include_last_offset"] else 0
-    if keeps_its_shape(offsets) and _asks_for_a_bag(offsets, last):
+    if _asked(offsets, last) is not None:
         return
-    first = _like(aten.select.int, offsets, 0, last)
+    both = node.graph.call_function(aten.cummax.default, (offsets, 0))
+    rising = node.graph.call_function(operator.getitem, (both, 0))
+    first = node.graph.call_function(aten.select.int, (rising, 0, last))
+    asked = node.graph.call_function(aten.select_scatter.default, (rising, first, 0, last))
     if isinstance(value := offsets.meta.get("val"), torch.Tensor) and value.dim() == 1:
-        first.meta["val"] = value.new_empty(())
-    set_argument(node, "offsets", _like(aten.select_scatter.default, offsets, first, 0, last))
+        values = (value, value.to(torch.int64)), value, value.new_empty(()), value
+        for made, its in zip((both, rising, first, asked), values, strict=True):
+            made.meta = {**offsets.meta, "val": its}
+    set_argument(node, "offsets", asked)
 
 
-def _asks_for_a_bag(value: fx.Node, last: int) -> bool:
-    """Whether a value is what `_ask_for_bags` makes of offsets."""
+def _asked(value: fx.Node, last: int) -> fx.Node | None:
+    """Return the offsets that `_ask_for_bags` has made a value of, None where it has not."""
     if value.target is not aten.select_scatter.default or len(value.args) != 4:
-        return False
-    source, first, *where = value.args
-    chosen = isinstance(first, fx.Node) and first.target is aten.select.int and first.args == (source, 0, last)
-    return chosen and where == [0, last]
+        return None
+    rising, first, *where = value.args
+    both = rising.args[0] if isinstance(rising, fx.Node) and rising.target is operator.getitem else None
+    if not isinstance(both, fx.Node) or both.target is not aten.cummax.default:
+        return None
+    made = isinstance(first, fx.Node) and first.target is aten.select.int and first.args == (rising, 0, last)
+    whole = rising.args[1] == 0 and both.args[1] == 0 and where == [0, last]  # type: ignore[union-attr]
+    return both.args[0] if made and whole and isinstance(both.args[0], fx.Node) else None
 
 
 def _tie_states(node: fx.Node, fixed: FixedShapes) -> None:
@@ -115,7 +134,7 @@ def _tie_states(node: fx.Node, fixed: FixedShapes) -> None:
 
 def _count(state: fx.Node, wanted: tuple[int, int]) -> Any:
     """Return how many samples a state is made for, None where it is not made here of the other sizes wanted."""
-    if state.target not in (*_MADE, *_MADE_OF) or not keeps_its_shape(state):
+    if state.target not in (*_MADE, *_MADE_OF):
         return None
     sizes = arguments(state, ("size",))["size"]
     if not isinstance(sizes, list | tuple) or len(sizes) != 3 or (sizes[0], sizes[2]) != wanted:
@@ -129,7 +148,7 @@ def _is_size(value: object) -> bool:
 
 
 def _expanded(value: fx.Node, sizes: list[Any]) -> fx.Node:
-    if value.target is aten.expand.default and keeps_its_shape(value):
+    if value.target is aten.expand.default:
         own = arguments(value, ("size",))["size"]
         if isinstance(own, list | tuple) and list(own) == sizes:
             return value

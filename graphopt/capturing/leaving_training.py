@@ -1,5 +1,6 @@
 """Putting what a stranger exported in training mode in evaluation mode.
 
+native_group_norm(x, w, b, n, c, size, 4, eps)                  group_norm(x, 4, w, b, eps), which looks at sizes
 native_dropout(x, 0.5, True)                                    dropout(x, 0.5, False)
 _native_batch_norm_legit_no_training(x, .., mean, var)          batch_norm(x, .., mean, var, False)
 _native_batch_norm_legit_functional(x, .., mean, var, True)     batch_norm(x, .., mean, var, False)
@@ -26,6 +27,7 @@ _RATE = "dropout_p"  # attention has a rate in place of a flag
 
 # What core ATen writes for a module: results besides the first, in training statistics returned instead of written.
 _PLAIN = {
+    "native_group_norm": torch.ops.aten.group_norm.default,
     "native_dropout": torch.ops.aten.dropout.default,
     "rrelu_with_noise": torch.ops.aten.rrelu.default,
     "rrelu_with_noise_functional": torch.ops.aten.rrelu.default,
@@ -109,7 +111,7 @@ def _switch_off(node: fx.Node) -> str:
         return short_name(node).removesuffix("_")
     given: dict[str, Any] = {"running_mean": None, "running_var": None, **arguments(node, ())}
     batch = plain is torch.ops.aten.batch_norm.default and given["running_mean"] is None  # it has no other statistics
-    given |= {"train": False, "training": batch, "cudnn_enabled": True}
+    given |= {"train": False, "training": batch, "cudnn_enabled": True, "num_groups": given.get("group")}
     wanted = [argument.name for argument in plain._schema.arguments if not argument.kwarg_only]
     with node.graph.inserting_before(node):
         result = node.graph.call_function(plain, (node.args[0], *(given[name] for name in wanted[1:])))
@@ -128,8 +130,8 @@ def _switch_off(node: fx.Node) -> str:
         node.replace_all_uses_with(result)
     if node.users:
         raise CaptureError(
-            f"The model was exported in training mode and uses what `{short_name(node)}` returns besides its result, "
-            "which it does not in evaluation mode. Export it after `model.eval()`."
+            f"The model uses what `{short_name(node)}` returns besides its result, as it does in training mode. Export "
+            "it after `model.eval()`."
         )
     node.graph.erase_node(node)
     return short_name(result)

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.export import ExportedProgram
 
-from graphopt.capturing.capture import capture, exported_in_training, from_exported
+from graphopt.capturing.capture import capture, exported_in_training, from_module, make_safe
 from graphopt.capturing.checks import check_repeatable, run_model
 from graphopt.capturing.example_inputs import example_inputs, open_for, random_examples
 from graphopt.capturing.leaving_training import leave_training
@@ -26,7 +26,6 @@ from graphopt.capturing.model_calls import (
     uncompiled,
 )
 from graphopt.capturing.public_operators import use_public_operators
-from graphopt.capturing.unchecked_arguments import check_arguments
 from graphopt.data import InputSpec, Samples
 from graphopt.errors import (
     CaptureError,
@@ -36,6 +35,7 @@ from graphopt.errors import (
     LoadError,
     UsageError,
     first_line,
+    foreign_code,
     printable,
 )
 from graphopt.ir.global_state import random_state_kept
@@ -137,7 +137,9 @@ def _from_file(loaded: LoadedModel, exported: ExportedProgram, dynamic_shapes: M
         check_repeatable(program, args, kwargs)
         return program
     # A static program is captured again: many only became static because nobody asked for a dynamic batch.
-    return capture(exported.module(check_guards=False), args, kwargs, dynamic_shapes, share_tensors=True)
+    with foreign_code(lambda said, _: LoadError(f"`{loaded.source}` holds a program that is not whole: {said}.")):
+        module = exported.module(check_guards=False)
+    return capture(module, args, kwargs, dynamic_shapes, share_tensors=True)
 
 
 def _that_runs(exported: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any], source: str) -> Program:
@@ -147,8 +149,10 @@ def _that_runs(exported: ExportedProgram, args: tuple[Any, ...], kwargs: dict[st
         LoadError: it does not run on them.
     """
     try:
-        check_arguments(exported.module(check_guards=False))
-        program = from_exported(exported, args, kwargs)
+        module = exported.module(check_guards=False)
+        assert isinstance(module, fx.GraphModule)
+        make_safe(module)
+        program = from_module(module, args, kwargs)
         notes = exported_in_training(leave_training(program.graph_module))
         use_public_operators(program.graph_module)
         program = dataclasses.replace(program.eval(), notes=tuple(notes))
@@ -238,7 +242,8 @@ def with_data(
             _check_not_single(model, data)
     if data is None:
         return program, None
-    return program, Samples.open(samples, [spec.name for spec in program.inputs]).check(program.inputs)
+    samples = Samples.open(samples, [spec.name for spec in program.inputs]).check(program.inputs)
+    return program, samples.on(program.device)
 
 
 def _check_not_single(model: nn.Module, data: Any) -> None:

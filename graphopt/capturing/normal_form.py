@@ -1,8 +1,9 @@
 """Bring a freshly captured graph to the form every analysis and pass relies on.
 
-1. Regions that only switch gradients off (`torch.no_grad()` in a forward) are inlined: a program is one flat
+1. Arguments stand where the schema has them.
+2. Regions that only switch gradients off (`torch.no_grad()` in a forward) are inlined: a program is one flat
    graph. Regions that change what is computed (`cond`, autocast that is on) stay, their bodies in normal form.
-2. In-place operators become their functional twins (`relu_` -> `relu`) wherever nobody else sees the write.
+3. In-place operators become their functional twins (`relu_` -> `relu`) wherever nobody else sees the write.
    Those that others do see (a write through a view of a value used later, to an input, to a buffer) stay.
 """
 
@@ -14,11 +15,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphopt.capturing.argument_places import place_arguments
 from graphopt.ir.aliasing import Storages, sharing_memory
 from graphopt.ir.graph import assemble, erase_dead
 from graphopt.ir.names import unused
+from graphopt.ir.operators import functional_twin
 from graphopt.ir.regions import regions
-from graphopt.ir.torch_internals import OpOverload
 
 _SET_GRAD = "wrap_with_set_grad_enabled"
 _AUTOCAST = "wrap_with_autocast"
@@ -26,6 +28,7 @@ _AUTOCAST = "wrap_with_autocast"
 
 def normalise(gm: fx.GraphModule) -> fx.GraphModule:
     """Return `gm` in normal form. The graphs are changed in place, the module around the outer one is new."""
+    place_arguments(gm)
     _normalise(gm, inside=False, cast=False)
     return assemble(gm, gm.graph)
 
@@ -122,7 +125,7 @@ def _make_functional(graph: fx.Graph, *, inside: bool) -> None:
     """Replace in-place operators; what is written to an input of a body (`inside`) is seen outside it."""
     order = {node: index for index, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
-        twin = _functional_twin(node.target)
+        twin = functional_twin(node.target)
         if twin is None or not isinstance(node.args[0], fx.Node):
             continue
         written = node.args[0]
@@ -135,21 +138,6 @@ def _make_functional(graph: fx.Graph, *, inside: bool) -> None:
         for user in list(written.users):
             if order[user] > order[node]:
                 user.replace_input_with(written, node)
-
-
-def _functional_twin(target: Any) -> OpOverload | None:
-    """Return the functional overload of an in-place ATen operator with the same arguments."""
-    if not isinstance(target, OpOverload) or target.namespace != "aten":
-        return None
-    name = target._schema.name.removeprefix("aten::")
-    first = target._schema.arguments[0] if target._schema.arguments else None
-    if not name.endswith("_") or first is None or first.alias_info is None or not first.alias_info.is_write:
-        return None
-    packet = getattr(torch.ops.aten, name[:-1], None)
-    twin = getattr(packet, target._overloadname, None) if packet is not None else None
-    if twin is None or len(twin._schema.arguments) != len(target._schema.arguments):
-        return None
-    return twin if isinstance(twin, OpOverload) else None
 
 
 def _seen_by_others(write: fx.Node, written: fx.Node, order: dict[fx.Node, int], inside: bool) -> bool:

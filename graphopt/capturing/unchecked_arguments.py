@@ -4,6 +4,7 @@ to(x, dtype)                                a dtype, of numbers torch takes any 
 _weight_norm(v, g, dim)                     an element of g for each index of v along dim
 lstm(x, state, weights, ..), gru, rnn       weights of the shapes that the first one and the options ask for
 grid_sampler(x, grid, mode, padding, ..)    a mode and a padding that there are
+col2im(x, size, kernel, ..), all others     sizes and steps whose products do not wrap
 
 With others torch 2.13 reads or writes memory beyond the tensors, or divides by zero, which ends the process. Shapes
 must be those of values that no input changes, so that what holds once holds for every call. `tools/fuzz_operators.py`
@@ -23,8 +24,9 @@ from graphopt.capturing.fixed_shapes import fixed_shapes
 from graphopt.errors import CaptureError, cut
 from graphopt.ir.graph import arguments
 from graphopt.ir.operators import kinds_of_arguments, schema_name, short_name
-from graphopt.ir.torch_internals import OpOverload
+from graphopt.ir.torch_internals import OpOverload, pytree
 from graphopt.loading.recurrent_weights import recurrent_weights
+from graphopt.loading.stock_modules import MOST, MOST_OF_WINDOWS
 
 Given = Mapping[str, Any]  # the arguments of a call by name: numbers, nodes, lists of them
 Shape = Callable[[Any], "tuple[int, ...] | None"]  # that a node always has, None where inputs may change it
@@ -40,29 +42,25 @@ _LITERALS: dict[str, tuple[type, ...]] = {
 }
 
 
+# Sizes, steps and axes, whose products wrap in 64 bits, or in 32; numbers that are values are of another kind.
+_NUMBERS = ("int", "List[int]")
+_ANYWHERE = ("start", "end", "low", "high")  # the end of a slice is often the largest integer
+_WINDOWS = ("aten::col2im", "aten::im2col")  # which multiply sizes in 32 bits
+
+
 def check_arguments(gm: fx.GraphModule) -> None:
     """Check the calls of a graph and of the bodies in it.
 
     Raises:
-        CaptureError: one lacks an argument, or torch would use memory with it that is not the model's.
+        CaptureError: with one of them torch would use memory that is not the model's.
     """
     for fixed in fixed_shapes(gm):
         for node in fixed.gm.graph.nodes:
-            if wrong := _wrong(node, fixed.of) if isinstance(node.target, OpOverload) else _handed(node):
+            if isinstance(node.target, OpOverload) and (wrong := _wrong(node, fixed.of)):
                 raise CaptureError(
                     f"The model calls `{short_name(node)}` with {wrong}. torch does not check that and would use "
                     "memory that is not the model's. Export it again from its source."
                 )
-
-
-def _handed(node: fx.Node) -> str:
-    """Say which operator a call is to make for a region, if that is one to be checked: out_dtype calls what it gets."""
-    unchecked = (handed for handed in node.args if isinstance(handed, OpOverload) and _is_checked(handed))
-    return next((f"`{handed}` as what it is to call" for handed in unchecked), "")
-
-
-def _is_checked(operator: OpOverload) -> bool:
-    return bool(_LITERALS.keys() & kinds_of_arguments(operator).values()) or schema_name(operator) in _CHECKS
 
 
 def _wrong(node: fx.Node, shape: Shape) -> str:
@@ -70,15 +68,28 @@ def _wrong(node: fx.Node, shape: Shape) -> str:
     operator: Any = node.target
     given = arguments(node, ())
     for argument in operator._schema.arguments:
-        if argument.name not in given:
-            raise CaptureError(f"The model calls `{operator}` without its `{argument.name}`. Export it again.")
-        value, literal = given[argument.name], _LITERALS.get(kinds_of_arguments(operator)[argument.name])
+        value, kind = given[argument.name], kinds_of_arguments(operator)[argument.name]
+        if kind in _NUMBERS and argument.name not in _ANYWHERE and (far := _beyond(operator, value)):
+            return f"{far} in its `{argument.name}`"
+        literal = _LITERALS.get(kind)
         if literal is None or value is None or value == argument.default_value:
             continue
         if not isinstance(value, literal) or (isinstance(value, torch.layout) and value is not torch.strided):
             return f"{_shown(value)} as `{argument.name}`"
     check = _CHECKS.get(schema_name(operator))
     return check(given, shape) if check else ""
+
+
+def _beyond(operator: OpOverload, value: Any) -> str:
+    """Say which size or step is too large, "" if none is; windows must have numbers that are known."""
+    windows = schema_name(operator) in _WINDOWS
+    most = MOST_OF_WINDOWS if windows else MOST
+    for number in pytree.tree_leaves(value):
+        if type(number) is int and abs(number) > most:
+            return str(number)
+        if windows and isinstance(number, fx.Node):
+            return f"the computed `{number}`"
+    return ""
 
 
 def _weight_norm(given: Given, shape: Shape) -> str:

@@ -66,6 +66,9 @@ def command(
     bench: Annotated[bool, typer.Option(help="Time the result against the original.")] = True,
     depfile: Annotated[Path | None, typer.Option(help="Write a Make/Ninja dependency file here.")] = None,
     dump: Annotated[Path | None, typer.Option(help="Write the graph after every pass into this directory.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where passes compute: cpu, cuda:0, or auto for the accelerator if there is one.")
+    ] = None,
     seed: Seed = 0,
     format: Format = "text",
 ) -> None:
@@ -73,6 +76,7 @@ def command(
     from graphopt.cli.gates import Gate, check_measured
     from graphopt.cli.gates import check as check_gates
     from graphopt.cli.progress import TerminalProgress
+    from graphopt.ir.devices import device_called
     from graphopt.job.job import Job
     from graphopt.job.result import check_place
     from graphopt.pipeline.hooks import Dump
@@ -87,6 +91,7 @@ def command(
     directory = output or _default_directory(source)
     arguments.check_output(directory, dump=dump, depfile=depfile)
     backends = backends_named(target or [DEFAULT_TARGET])
+    computing = None if device is None else device_called(device)
     if not plan:
         check_place(directory, backends)
     times = bench and any(item.times_here for item in backends)
@@ -106,6 +111,7 @@ def command(
         seed=seed,
         progress=TerminalProgress(),
         name=source.name,
+        device=computing,
     )
     outcome = job.run(pipeline, hooks=[Dump(dump)] if dump else [], check=check)
     if plan:

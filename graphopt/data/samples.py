@@ -36,6 +36,7 @@ class Samples:
         self._wanted = None if names is None else tuple(names)
         self._required = required
         self._specs: tuple[Spec, ...] | None = None
+        self._device = torch.device("cpu")
         self.notes: list[str] = []
         first = next(self._bound(), None)
         if first is None:
@@ -139,6 +140,11 @@ class Samples:
             pass
         return self
 
+    def on(self, device: torch.device) -> Samples:
+        """Let batches lie on a device from now on, each as it is read, their labels too; return these samples."""
+        self._device = device
+        return self
+
     def _bound(self) -> Iterator[Bound]:
         """Yield the chunks, matched to the inputs; every chunk must have what the first had."""
         expected: tuple[str, ...] | None = None
@@ -163,7 +169,8 @@ class Samples:
                 end = min(start + size, stop)
                 inputs = tuple(column.read(start, end) for column in bound.inputs)
                 labels = bound.labels.read(start, end) if with_labels and bound.labels else None
-                yield self._fit(inputs, bound, start), labels
+                fitted = tuple(tensor.to(self._device) for tensor in self._fit(inputs, bound, start))
+                yield fitted, None if labels is None else labels.to(self._device)
             left = None if left is None else left - stop
             if left == 0:
                 return

@@ -6,6 +6,7 @@ closes it: each inserted node has `meta["val"]` from fake propagation and an ori
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Set
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import fx
 
 from graphopt.errors import PassError
+from graphopt.ir.devices import device_of, held_by
 from graphopt.ir.graph import assemble, erase_dead, fake_mode_of, readers, tensor_attribute
 from graphopt.ir.names import unused
 from graphopt.ir.operators import short_name
@@ -72,7 +74,7 @@ class Editor:
         old = getattr(owner, leaf, None)
         if hasattr(owner, leaf):
             delattr(owner, leaf)
-        value = tensor.detach()
+        value = tensor.detach().to(self._device)
         like = old if isinstance(old, torch.nn.Parameter) else kind_of
         parameter = trainable or isinstance(kind_of, torch.nn.Parameter)
         if parameter and (value.is_floating_point() or value.is_complex()):
@@ -84,6 +86,12 @@ class Editor:
             node.meta["val"] = self.fake(tensor_attribute(self.gm, name))
             node.meta.pop("tensor_meta", None)
         return name
+
+    @functools.cached_property
+    def _device(self) -> torch.device:
+        inputs = (node.meta.get("val") for node in self.graph.nodes if node.op == "placeholder")
+        known = next((value.device for value in inputs if isinstance(value, torch.Tensor)), None)
+        return known or device_of(held_by(self.gm))
 
     def new_name(self, wanted: str, *, taken: Set[str] = frozenset()) -> str:
         """Return `wanted`, or `wanted_1`, ... : the first that is neither an attribute nor `taken`."""

@@ -16,8 +16,10 @@ The axis rules and the proof keep tables of their own on purpose: each must be a
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
+import torch
 from torch import fx
 
 from graphopt.ir.torch_internals import OpOverload, OpOverloadPacket
@@ -68,10 +70,29 @@ def plain_name(node: fx.Node) -> str:
 @functools.cache
 def kinds_of_arguments(operator: OpOverload[..., Any]) -> dict[str, str]:
     """Return what the schema of an operator takes for each argument, optional or not: "Tensor", "ScalarType", .."""
-    arguments = operator._schema.arguments
-    return {
-        argument.name: str(argument.real_type).removeprefix("Optional[").removesuffix("]") for argument in arguments
-    }
+    kinds = {argument.name: str(argument.real_type) for argument in operator._schema.arguments}
+    return {name: re.sub(r"Optional\[(.*)\]", r"\1", kind) for name, kind in kinds.items()}
+
+
+@functools.cache
+def functional_twin(target: Any) -> OpOverload | None:
+    """Return the functional overload of an in-place ATen operator: of the same name, or with the same arguments."""
+    if not isinstance(target, OpOverload) or target.namespace != "aten":
+        return None
+    name = target._schema.name.removeprefix(_ATEN)
+    first = target._schema.arguments[0] if target._schema.arguments else None
+    if not name.endswith("_") or first is None or first.alias_info is None or not first.alias_info.is_write:
+        return None
+    packet = getattr(torch.ops.aten, name[:-1], None)
+
+    def taken(operator: OpOverload) -> list[tuple[str, str]]:
+        return [(argument.name, str(argument.type)) for argument in operator._schema.arguments]
+
+    for overload in (target._overloadname, *(packet.overloads() if packet is not None else ())):
+        twin = getattr(packet, overload, None)
+        if isinstance(twin, OpOverload) and taken(twin) == taken(target):
+            return twin
+    return None
 
 
 def twins(target: OpOverload[..., Any]) -> list[str]:
@@ -203,4 +224,6 @@ UNINITIALISED = Family(
 SILENT_VIEWS = DROPOUTS | Family(
     *("atleast_1d", "atleast_2d", "atleast_3d", "broadcast_tensors", "cartesian_prod", "data", "einsum", "meshgrid"),
     *("sum_to_size", "to_dense", "type_as", "unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes", "_unsafe_view"),
+    *("conj_physical", "dequantize", "lift", "_cast_Byte", "_cast_Char", "_cast_Double", "_cast_Float", "_cast_Half"),
+    *("_cast_Int", "_cast_Long", "_cast_Short"),
 )

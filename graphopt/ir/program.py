@@ -22,6 +22,7 @@ from torch import fx
 from graphopt.errors import UsageError
 from graphopt.files import ScratchDirectory, failing_late, replacing
 from graphopt.ir.buffers import call_undoing_writes
+from graphopt.ir.devices import device_of, held_by
 from graphopt.ir.examples import made_up_inputs
 from graphopt.ir.graph import copy_graph_module
 from graphopt.ir.ownership import own_tensors
@@ -114,8 +115,18 @@ class Program:
     @property
     def devices(self) -> set[torch.device]:
         """Where its tensors and its example inputs lie."""
-        tensors = (*self.graph_module.parameters(), *self.graph_module.buffers(), *self.flat_examples())
-        return {tensor.device for tensor in tensors}
+        held = (*self.graph_module.parameters(), *self.graph_module.buffers())
+        return {tensor.device for tensor in (*held, *self.flat_examples())}
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes: its tensors and its example inputs lie there, and inputs have to.
+
+        Raises:
+            CaptureError: they lie on several devices.
+        """
+        examples = {spec.name: tensor for spec, tensor in zip(self.inputs, self.flat_examples(), strict=True)}
+        return device_of({**held_by(self.graph_module), **examples})
 
     def to(self, device: str | torch.device) -> Program:
         """Return the program on a device: itself where all its tensors are there, otherwise a copy."""
@@ -182,7 +193,7 @@ class Program:
     def save(self, path: str | Path) -> Path:
         """Write the program as a `.pt2` file; `graphopt.load` gives it back. Written whole or not at all.
 
-        What is written is in evaluation mode, and its example inputs are made up.
+        What is written is in evaluation mode and on the CPU, and its example inputs are made up.
 
         Raises:
             CaptureError: the program cannot be exported, or runs on no inputs that are made up.
@@ -209,12 +220,13 @@ class Program:
     def _write(self, path: Path) -> None:
         from graphopt.ir.exporting import exported
 
+        program = self.to("cpu")
         extra = {"graphopt.json": json.dumps(self._signature(), indent=1)}
-        program = copy.copy(exported(self).program)
-        program.example_inputs = self.unflatten(self.made_up_examples())
+        stored = copy.copy(exported(program).program)
+        stored.example_inputs = program.unflatten(program.made_up_examples())
         with failing_late(path) as stream, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about tensors that share memory, which load as they were saved
-            torch.export.save(program, stream, extra_files=extra)
+            torch.export.save(stored, stream, extra_files=extra)
 
     def _signature(self) -> dict[str, Any]:
         def plain(spec: TensorSpec) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def deliver(
     """
     started = time.perf_counter()
     artifact = item.lower(program, item.path_in(home))  # which says what types the runtime lacks
-    inputs = tuple(tensor.numpy() for tensor in probe.batch)
+    inputs = tuple(tensor.cpu().numpy() for tensor in probe.batch)
     item.verify(artifact, program, inputs)
     seconds = time.perf_counter() - started
     session = artifact.session()
@@ -111,10 +111,11 @@ def _latency(options: str, found: Comparison, timing: Timing, ratio: Spread | No
 
 
 def flat(session: Session) -> Callable[[Batch], Batch]:
-    """Let a session take and return flat tensors, as `Program.call_flat` does."""
+    """Let a session take and return flat tensors, as `Program.call_flat` does, on any device."""
 
     def call(batch: Batch) -> Batch:
-        return tuple(torch.from_numpy(array) for array in session(*(tensor.numpy() for tensor in batch)))
+        outputs = session(*(tensor.cpu().numpy() for tensor in batch))
+        return tuple(torch.from_numpy(array).to(batch[0].device) for array in outputs)
 
     return call
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from torch import nn
 
 from graphopt.capturing.load import with_data
@@ -17,6 +18,7 @@ from graphopt.data.batches import Batch, SampleSource, batch_count, whole_batche
 from graphopt.data.split import Split, split
 from graphopt.errors import CaptureError, UsageError
 from graphopt.files import ScratchDirectory
+from graphopt.ir.devices import device_called, device_memory
 from graphopt.ir.exporting import let_exports_read
 from graphopt.ir.finite import all_finite, computable
 from graphopt.ir.global_state import random_state_kept
@@ -76,6 +78,7 @@ class Job:
         seed: every random draw descends from it.
         progress: shows long loops.
         name: what reports call the model.
+        device: where passes compute, "auto" for the accelerator if there is one; None: where the model is.
         metric: what `evaluation` says of a model, None without it.
     """
 
@@ -87,11 +90,13 @@ class Job:
     seed: int = 0
     progress: Progress = field(default_factory=NoProgress)
     name: str = "program"
+    device: str | torch.device | None = None
     metric: Evaluator | FunctionEvaluator | None = field(default=None, init=False)
     _lent: frozenset[int] = field(default=frozenset(), init=False, repr=False)  # storages of a module's tensors
 
     @classmethod
     @random_state_kept()
+    @device_memory()
     def open(
         cls,
         model: nn.Module | Program,
@@ -104,6 +109,7 @@ class Job:
         dynamic_shapes: Any = None,
         progress: Progress | None = None,
         name: str | None = None,
+        device: str | torch.device | None = None,
     ) -> Self:
         """Open a model and its data, once for every pipeline that runs on them; arguments are those of `optimize`.
 
@@ -115,8 +121,9 @@ class Job:
         backends = backends_named(target)
         program, samples = with_data(model, data, dynamic_shapes, share_tensors=True)
         name = name or ("program" if isinstance(model, Program) else type(model).__name__)
-        job = cls(program, samples, eval, backends, loss, seed, progress or NoProgress(), name)
-        job._lent = frozenset() if isinstance(model, Program) else storages(program.graph_module)
+        lent = frozenset() if isinstance(model, Program) else storages(program.graph_module)
+        job = cls(program, samples, eval, backends, loss, seed, progress or NoProgress(), name, device)
+        job._lent = lent
         return job
 
     def __post_init__(self) -> None:
@@ -124,16 +131,22 @@ class Job:
 
         Raises:
             CaptureError: a weight of the model is not finite.
-            UsageError: a backend has no name of its own that files can bear.
+            UsageError: a backend has no name of its own that files can bear, or the device is not there.
+            PassError: the device has too little memory.
         """
         self.backends = backends_named(self.backends)
-        self.original = self.original.evaluated()
+        self._given = self.original.evaluated()
+        self.device = self._given.device if self.device is None else device_called(self.device)
+        self.original = self._given.to(self.device)
+        if self.samples is not None:
+            self.samples.on(self.device)
         _check_weights(self.original)
         self.metric = None if self.evaluation is None else _evaluator(self.evaluation, self.original)
 
     @random_state_kept()
     @gradients_recorded()
     @compiled_for_their_shapes()
+    @device_memory()
     def run(self, pipeline: Pipeline, *, hooks: Sequence[Hook] = (), check: str = "fast") -> Outcome:
         """Run a pipeline on the original program.
 
@@ -179,6 +192,7 @@ class Job:
     @random_state_kept()
     @gradients_recorded()
     @compiled_for_their_shapes()
+    @device_memory()
     def deliver(self, outcome: Outcome, *, bench: bool = True) -> Result:
         """Lower the programs of an outcome, verify and time what came of it.
 
@@ -194,11 +208,16 @@ class Job:
             LoweringError: a program cannot be lowered, or its artifact computes something else.
         """
         home = ScratchDirectory()
+        original = self._given.to("cpu")
+
+        def here(program: Program) -> Program:
+            return original if program is self.original else program.to("cpu")
+
         deliveries = [
             deliver(
                 item,
-                outcome.programs[item.name],
-                self.original,
+                here(outcome.programs[item.name]),
+                original,
                 Path(home.name),
                 probe=self._probe,
                 metric=self.metric,
@@ -232,9 +251,10 @@ class Job:
         return self._result(outcome, [])
 
     def _result(self, outcome: Outcome, deliveries: Sequence[Delivery]) -> Result:
+        programs = {target: self._back(program) for target, program in outcome.programs.items()}
         if self._lent:  # who is given a program may train it
-            own = own_tensors((program.graph_module for program in outcome.programs.values()), self._lent)
-            for program in outcome.programs.values():
+            own = own_tensors((program.graph_module for program in programs.values()), self._lent)
+            for program in programs.values():
                 let_exports_read(program, own)
         report = outcome.report.copy()
         for found in deliveries:
@@ -242,8 +262,8 @@ class Job:
             report.facts[found.artifact.backend.name] = dict(found.artifact.facts)
             report.notes += found.notes
         return Result(
-            original=self.original,
-            programs=dict(outcome.programs),
+            original=self._given,
+            programs=programs,
             plans=[plan for _, plan in outcome.plans],
             report=report,
             artifacts={found.artifact.backend.name: found.artifact for found in deliveries},
@@ -251,6 +271,10 @@ class Job:
             seed=self.seed,
             plan_targets=[target for target, _ in outcome.plans],
         )
+
+    def _back(self, program: Program) -> Program:
+        """Return a program where the model was when it was given."""
+        return self._given if program is self.original else program.to(self._given.device)
 
     def _new_report(self, pipeline: Pipeline) -> Report:
         report = Report(self.name, str(pipeline), self.metric.name if self.metric else "", rows=[self._row])
@@ -303,7 +327,7 @@ def _check_weights(program: Program) -> None:
 
 
 def _evaluator(spec: Any, program: Program) -> Evaluator | FunctionEvaluator:
-    return evaluator(spec, specs=program.inputs, fixed_batch=program.batch_size)
+    return evaluator(spec, specs=program.inputs, fixed_batch=program.batch_size, device=program.device)
 
 
 def _probe_inputs(program: Program, samples: SampleSource | None) -> Batch:

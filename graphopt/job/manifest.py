@@ -167,6 +167,7 @@ def cpu_features() -> list[str]:
 
 def fingerprint(program: Program) -> str:
     """Return a SHA-256 over the graph's text and every tensor's bytes."""
+    program = program.to("cpu")  # plans are for a model wherever it is
     digest = hashlib.sha256(program.graph_module.code.encode())
     for name, tensor in sorted(program.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -181,7 +182,7 @@ def write_payload(directory: Path, plans: Iterable[Plan]) -> list[Path]:
         OSError: the disk is full.
     """
     payload = {
-        f"{index}/{name}": tensor.detach().contiguous()
+        f"{index}/{name}": tensor.detach().cpu().contiguous()
         for index, plan in enumerate(plans)
         for name, tensor in plan.tensors.items()
     }

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from graphopt.capturing.model_calls import gradients_recorded
@@ -40,6 +41,7 @@ def optimize(
     lower: bool = True,
     progress: Progress | None = None,
     name: str | None = None,
+    device: str | torch.device | None = None,
 ) -> Result:
     """Optimise a model for one or several runtimes.
 
@@ -64,6 +66,9 @@ def optimize(
         lower: False decides and rewrites for the targets, and stops before lowering.
         progress: shows long loops.
         name: what the report calls the model.
+        device: where passes compute, such as "cuda:0"; "auto" takes the accelerator if there is one, None leaves the
+            model where it is. Data follows in batches, and what comes back is where the model was; runtimes of the CPU
+            get a copy there.
 
     Returns:
         The programs, plans, artifacts and the report. Artifacts live in a temporary directory for as long as anybody
@@ -83,6 +88,7 @@ def optimize(
         dynamic_shapes=dynamic_shapes,
         progress=progress,
         name=name,
+        device=device,
     )
     outcome = job.run(pipeline, hooks=hooks, check=check)
     return job.deliver(outcome, bench=bench) if lower else job.undelivered(outcome)

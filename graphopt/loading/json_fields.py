@@ -10,7 +10,7 @@ import json
 import keyword
 import unicodedata
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from graphopt.errors import cut
 from graphopt.loading.expressions import check_expression
@@ -93,6 +93,11 @@ def operator(value: Any) -> str:
     """Return the name of an allow-listed operator."""
     check_operator(text(value))
     return text(value)
+
+
+def no_operator(value: Any) -> NoReturn:
+    """Refuse an operator as an argument: a higher-order one would call it past every check of calls."""
+    raise HostileError(f"it hands {shown(value)} to another operator to call, which programs of torch.export do not do")
 
 
 def device_type(value: Any) -> str:

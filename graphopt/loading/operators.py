@@ -35,7 +35,7 @@ _SCALAR_NAMES = """
 """
 _HIGHER_ORDER_NAMES = """
     wrap_with_set_grad_enabled wrap_with_autocast cond while_loop scan associative_scan map_impl
-    invoke_subgraph flex_attention out_dtype
+    invoke_subgraph flex_attention
 """
 _ASSERTION_NAMES = "sym_constrain_range.default sym_constrain_range_for_size.default _assert_scalar.default"
 _TEXT_ARGUMENT_NAMES = """
@@ -62,7 +62,7 @@ _FURTHER_NAMES = """
     concat concatenate dstack hstack row_stack stack vstack meshgrid einsum tensordot gradient trapezoid trapz
     cumulative_trapezoid cdist vander complex polar view_as_complex view_as_real isin bucketize searchsorted rsub
     std_mean var_mean frobenius_norm nuclear_norm native_norm norm_except_dim result_type unique_dim
-    arange eye linspace logspace range ones ones_like zeros zeros_like zero full_like empty_like empty_permuted fill
+    arange eye linspace logspace ones ones_like zeros zeros_like zero full_like empty_like empty_permuted fill
     fill_diagonal copy lift lift_fresh lift_fresh_copy nonzero_numpy tril_indices triu_indices
     bartlett_window blackman_window hamming_window hann_window kaiser_window
     bernoulli binomial cauchy exponential geometric log_normal normal poisson rand_like randint randint_like randn_like
@@ -93,11 +93,12 @@ _FURTHER_NAMES = """
 """
 _FURTHER = frozenset(_FURTHER_NAMES.split())
 # Public, but for sparse and nested layouts, or trusting what their caller says of memory or what a factorisation
-# returned (torch 2.13); no part of an inference; or running as long as a number says.
+# returned (torch 2.13); no part of an inference; dividing the smallest integer by -1; or running as long as a number
+# says.
 _UNSUITED = re.compile(
     "sparse|nested|jagged|_(coo|csr|csc|bsr|bsc)|^(set|resize|smm|sspaddmm|coalesce|values|slice_inverse|to_mkldnn)_?$|"
     "(col|row|^)_?indices$|set_data|resize_|padded_tensor|to_dense|as_strided_$|backward|_polynomial_|"
-    "linalg_(eig|eigvals|ldl_.*)$|ctc_loss|combinations"
+    "linalg_(eig|eigvals|ldl_.*)$|ctc_loss|combinations|^lcm_?$"
 )
 # Of packed sequences, which no export holds, and without the type that a number stands for.
 _UNSUITED_OVERLOADS = frozenset({"data", "prim_Device", "prim_dtype", "prim_other"})

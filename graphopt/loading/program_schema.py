@@ -5,7 +5,7 @@ and many a string in it ends up being run:
 
     expr_str                    evaluated by sympy                               `expressions`
     keys of range_constraints   compared with such expressions, counted up to    `expressions`
-    node targets, as_operator   looked up from `torch` and called                `operators`
+    node targets                looked up from `torch` and called                `operators`
     guards_code                 pasted into source that is run by `exec`         dropped (they are assertions)
     in_spec, out_spec           import modules                                   `treespecs`
     names of values, keywords   become names in the source of the module         must be identifiers
@@ -34,6 +34,7 @@ from graphopt.loading.json_fields import (
     json_text,
     mapping,
     name,
+    no_operator,
     nullable,
     number,
     operator,
@@ -150,7 +151,7 @@ _ARGUMENT = union(
         "as_sym_bools": array(_sym_bool_argument),
         "as_graph": record({"name": name, "graph": _graph}),
         "as_optional_tensors": array(_optional_tensor),
-        "as_operator": operator,
+        "as_operator": no_operator,
         "as_sym_float": _sym_float_argument,
         "as_sym_floats": array(_sym_float_argument),
         "as_optional_tensor": _optional_tensor,

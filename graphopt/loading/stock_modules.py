@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 from graphopt.errors import cut, printable
+from graphopt.ir.torch_internals import pytree
 from graphopt.loading.recurrent_weights import recurrent_weights
 from graphopt.loading.refusal import DamagedError, HostileError
 
@@ -45,6 +46,9 @@ _MODES = {
     nn.RNN: ("RNN_TANH", "RNN_RELU"),
     nn.RNNBase: ("LSTM", "GRU", "RNN_TANH", "RNN_RELU"),
 }
+MOST = 2**31 - 1  # of a size or step: torch 2.13 multiplies some without looking whether the product wraps
+MOST_OF_WINDOWS = 2**15  # where it does so in 32 bits
+_WINDOWS = (nn.Fold, nn.Unfold)
 _RECURRENT_OPTIONS = ("input_size", "hidden_size", "num_layers", "bias", "bidirectional", "proj_size")
 
 
@@ -120,6 +124,14 @@ def _check_attribute(path: str, cls: type[nn.Module], key: object, value: object
         raise HostileError(f"{_where(path)} has its own `{key}` in place of `{cls.__name__}.{key}`")
     else:
         _check_value(path, key, value)
+        _check_sizes(path, cls, key, value)
+
+
+def _check_sizes(path: str, cls: type[nn.Module], key: str, value: Any) -> None:
+    most = MOST_OF_WINDOWS if issubclass(cls, _WINDOWS) else MOST
+    for number in pytree.tree_leaves(value):
+        if type(number) is int and abs(number) > most:
+            raise HostileError(f"{_where(path)} has {number} in its `{key}`, which is beyond all sizes")
 
 
 def _check_name(path: str, cls: type[nn.Module], name: str) -> None:

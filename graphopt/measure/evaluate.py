@@ -102,6 +102,7 @@ def evaluator(
     batch_size: int = 64,
     fixed_batch: int | None = None,
     limit: int | None = None,
+    device: torch.device = torch.device("cpu"),  # noqa: B008 # immutable
 ) -> Evaluator | FunctionEvaluator:
     """Return a function from a model to a number, higher is better.
 
@@ -118,6 +119,7 @@ def evaluator(
         batch_size: Samples per call of the model, where it takes any number.
         fixed_batch: How many samples it takes otherwise; the last batch is filled up by repetition.
         limit: Score only this many samples.
+        device: Where the model takes its inputs.
 
     Raises:
         UsageError: An unknown metric or function.
@@ -144,7 +146,7 @@ def evaluator(
             f"The evaluation data has no labels. Store them as `labels` beside the inputs "
             f"({', '.join(samples.names)}), or give (inputs, labels)."
         )
-    return Evaluator(samples, metric, batch_size=batch_size, fixed_batch=fixed_batch, limit=limit)
+    return Evaluator(samples.on(device), metric, batch_size=batch_size, fixed_batch=fixed_batch, limit=limit)
 
 
 @contextlib.contextmanager

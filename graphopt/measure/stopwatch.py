@@ -50,6 +50,6 @@ class Stopwatch:
             home = ScratchDirectory()
             artifact = self._backend.lower(program, self._backend.path_in(Path(home.name), "timed"))
             session = artifact.session(threads=1)
-            feed = batch_of(artifact.inputs, [tensor.numpy() for tensor in program.flat_examples()], 1)
+            feed = batch_of(artifact.inputs, [tensor.cpu().numpy() for tensor in program.flat_examples()], 1)
             self._loaded[program] = _Loaded(lambda: session(*feed), home)
         return self._loaded[program].call

@@ -77,6 +77,10 @@ class Plan:
         left = f", left {len(self.refusals)} ({reasons})" if counts else ""
         return f"matched {matched}, rewrote {len(self.sites)}{left}"
 
+    def on(self, device: torch.device) -> Self:
+        """Return the plan with its tensors on a device."""
+        return dataclasses.replace(self, tensors={name: tensor.to(device) for name, tensor in self.tensors.items()})
+
     def to_json(self) -> dict[str, Json]:
         """Return everything but the tensors as JSON data; what is not finite is null."""
         data = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "tensors"}

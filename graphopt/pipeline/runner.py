@@ -76,7 +76,7 @@ def run_step(step: Step, program: Program, ctx: Context, hooks: Sequence[Hook] =
     for hook in hooks:
         hook.before(step, program, target)
     with called(step.instance, "plan"):
-        plan = checked_plan(step.instance, step.instance.plan(program, ctx))
+        plan = checked_plan(step.instance, step.instance.plan(program, ctx)).on(torch.device("cpu"))
     if not plan.sites and not plan.refusals and not step.inserted_for:
         plan = dataclasses.replace(plan, refusals=(_NOTHING_FOUND,))
     for hook in hooks:
@@ -99,7 +99,7 @@ def apply(instance: Any, program: Program, plan: Plan, *, stored: bool = False) 
     if not plan.sites:
         return program
     with called(instance, "apply its plan", stored=stored):
-        result = checked_program(instance, instance.apply(program, plan))
+        result = checked_program(instance, instance.apply(program, plan.on(program.device)))
     if result.graph_module is program.graph_module:
         raise VerifyError(f"Pass `{instance.name}` returned the program it was given. Work on `program.copy()`.")
     exact = instance.tolerance is not None

@@ -65,7 +65,7 @@ class Histogram:
             raise NotFiniteError
         self._cover(low, high)
         bins = values.mul(2.0**-self.exponent).floor_().sub_(self.first).to(torch.int32)
-        self.counts += torch.bincount(bins, minlength=len(self.counts))
+        self.counts += torch.bincount(bins, minlength=len(self.counts)).cpu()
 
     def merged(self, other: Histogram) -> Histogram:
         """Return the histogram of the values of both."""

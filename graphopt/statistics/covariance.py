@@ -50,7 +50,7 @@ class Covariance(Moments):
         """
         for index, step in enumerate(self.step):
             size = x.shape[self.axis + 1 + index]
-            x = x.index_select(self.axis + 1 + index, torch.arange(0, size, step))
+            x = x.index_select(self.axis + 1 + index, torch.arange(0, size, step, device=x.device))
         rows = x.detach().movedim(self.axis, -1).reshape(-1, x.shape[self.axis])
         chosen = representative(len(rows), x.shape[0] if self.axis else 1)
         self.add(rows[chosen].to(torch.promote_types(x.dtype, torch.float32)))

@@ -91,7 +91,7 @@ def shrunk(moments: torch.Tensor, rows: int) -> torch.Tensor:
     wanted = ((1 - 2 / features) * squares + trace**2) / spread if spread > 0 else 1.0
     mean_eigenvalue = trace / features if trace > 0 else 1.0
     share = min(max(wanted, _FLOOR * squares**0.5 / mean_eigenvalue), 1.0)
-    target = mean_eigenvalue * torch.eye(features, dtype=moments.dtype)
+    target = mean_eigenvalue * torch.eye(features).to(moments)
     return torch.lerp(moments, target, share)
 
 

@@ -129,7 +129,7 @@ def _arithmetic(node: fx.Node, gm: fx.GraphModule) -> Affine | None:
 def _along_one_axis(operand: Any, source: fx.Node, gm: fx.GraphModule) -> tuple[int | None, torch.Tensor, str] | None:
     """Return the axis of `source` that `operand` varies along, its values, and its name."""
     if isinstance(operand, int | float) and not isinstance(operand, bool):
-        return None, torch.tensor([operand], dtype=torch.float64), repr(operand)
+        return None, torch.tensor([operand], dtype=torch.float64, device=source.meta["val"].device), repr(operand)
     tensor = constant(operand, gm)
     if tensor is None or not tensor.is_floating_point():
         return None

@@ -80,7 +80,7 @@ def _patches(call: WeightedCall, x: torch.Tensor, where: Sequence[torch.Tensor])
         shape = [rows, *(taps if i == d else 1 for i in range(len(kernel)))]
         index.append(at.clamp(0, last.shape[d + 1] - 1).view(shape))
         inside = inside & meets.view(shape)
-    return last[tuple(index)] * inside.unsqueeze(-1)
+    return last[tuple(index)] * inside.unsqueeze(-1).to(last.device)
 
 
 def _paddings(call: WeightedCall) -> list[int]:

@@ -255,7 +255,7 @@ class _Walk:
         value: torch.Tensor = self._before.values[node][index]
         for d, layout in enumerate(self._axes.dims(node)):
             if d != features and touches(layout, self._kept):
-                value = value.index_select(d, torch.as_tensor(list(surviving(layout, self._kept))))
+                value = value.index_select(d, torch.tensor(surviving(layout, self._kept), device=value.device))
         return value
 
 

@@ -63,6 +63,6 @@ def rank(
             reasons[group.axis] = f"its {criterion} is not finite"
         else:
             whole = torch.full((group.size,), -torch.inf, dtype=torch.float64)
-            whole[list(standing.kept.get(group.axis, range(group.size)))] = worth
+            whole[list(standing.kept.get(group.axis, range(group.size)))] = worth.cpu()
             scores[group.axis] = whole
     return scores, reasons

@@ -36,7 +36,7 @@ class Addend:
 
 def addend_of(call: WeightedCall, gm: fx.GraphModule) -> Addend | None:
     """Describe the sum that `call` ends in, None if its output is read by anything else on the way."""
-    gain = torch.ones(call.out_features, dtype=torch.float64)
+    gain = torch.ones(call.out_features, dtype=torch.float64, device=call.node.meta["val"].device)
     node = call.node
     while len(node.users) == 1:
         reader = next(iter(node.users))
@@ -76,7 +76,7 @@ def _branch(node: fx.Node, reader: fx.Node, gain: torch.Tensor) -> Addend | None
 
 def _gain(node: fx.Node, reader: fx.Node, call: WeightedCall, gm: fx.GraphModule) -> torch.Tensor | None:
     """Return what each feature is multiplied with on the way from `node` to `reader`, None if it is no such step."""
-    ones = torch.ones(call.out_features, dtype=torch.float64)
+    ones = torch.ones(call.out_features, dtype=torch.float64, device=call.node.meta["val"].device)
     given = arguments(reader, ()) if reader.op == "call_function" and hasattr(reader.target, "_schema") else {}
     if reader in _COPIES:
         return None if given.get("train") else ones

@@ -40,7 +40,7 @@ def fpgm(standing: Standing, member: Member, axis: int) -> torch.Tensor:
     rows = standing.rows(member, axis)
     rows = rows - rows.mean(0)  # distances stay, digits are not lost
     squares = rows.square().sum(1)
-    distances = torch.zeros(len(rows), dtype=torch.float64)
+    distances = torch.zeros_like(squares)
     for start in range(0, len(rows), _AT_ONCE):
         others = torch.arange(start, min(start + _AT_ONCE, len(rows)))
         between = squares[:, None] + squares[None, others] - 2 * rows @ rows[others].T

@@ -97,7 +97,7 @@ def fit(weight: torch.Tensor, sparse: torch.Tensor, moments: torch.Tensor, steps
 def _damped(moments: torch.Tensor) -> torch.Tensor:
     known = moments.double()
     mean = float(known.diagonal().mean()) or 1.0  # inputs that are always zero
-    return known + _DAMPING * mean * torch.eye(len(known)).double()
+    return known + _DAMPING * mean * torch.eye(len(known)).to(known)
 
 
 def _error(drop: list[int], block: torch.Tensor | None, inverse: torch.Tensor | None) -> torch.Tensor:
@@ -116,4 +116,4 @@ def _settle(
         start = columns[0] - drop[0]
         gone = result[here][:, columns]  # (chosen rows, dropped)
         result[here, start:] -= gone @ torch.linalg.solve(inverse[drop][:, drop], inverse[drop])
-    result[here[:, None], torch.tensor(columns)] = 0.0
+    result[here[:, None], torch.tensor(columns, device=here.device)] = 0.0

@@ -72,3 +72,22 @@ def test_what_is_copied_may_be_smaller(tmp_path: Path) -> None:
 def test_what_onnx_has_no_form_of_is_named(model: nn.Module, shape: tuple[int, ...], reason: str) -> None:
     with pytest.raises(LoweringError, match=reason):
         lower(capture(model, torch.randn(shape)), STYLE)
+
+
+class Divides(nn.Module):
+    """Divides integers in every way."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        modes = (x.div(y, rounding_mode=mode) for mode in ("trunc", "floor"))
+        return *modes, x // y, x % y, torch.fmod(x, y), x // -1, x % -1, x // 2, x % 3
+
+
+def test_integers_divided_by_minus_one_end_no_process(tmp_path: Path) -> None:
+    x, y = torch.tensor([-(2**63), -7, 7, 5]), torch.tensor([-1, 2, -2, -1])
+    backend = OnnxRuntimeBackend()
+    program = capture(Divides(), (x + 1, y))
+    artifact = backend.lower(program, tmp_path / "model.onnx")
+    assert backend.verify(artifact, program) == 0
+    session = artifact.session()
+    for ours, wanted in zip(session(x.numpy(), y.numpy()), program(x, y), strict=True):
+        assert ours.tolist() == wanted.tolist()

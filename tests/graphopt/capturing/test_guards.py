@@ -14,6 +14,7 @@ from torch.export import Dim
 from graphopt.capturing.capture import capture
 from graphopt.capturing.guards import insert_guards
 from graphopt.capturing.load import load
+from graphopt.capturing.turned_in_place import return_what_is_turned
 from graphopt.errors import CaptureError
 
 aten = torch.ops.aten
@@ -99,6 +100,7 @@ def test_what_is_turned_in_place_is_tied_again(turned: str) -> None:
     value, axes = (call.args[1][0], (0, 2)) if turned == "state" else (call.args[0], (0, 1))
     with gm.graph.inserting_before(call):
         gm.graph.call_function(aten.transpose_.default, (value, *axes))
+    return_what_is_turned(gm)
     insert_guards(gm)
     with pytest.raises(RuntimeError, match=REFUSED):
         gm(X)
@@ -166,3 +168,39 @@ def test_entries_for_no_bag_are_refused(mode: int, last: bool) -> None:
     assert torch.equal(gm(weights, entries, bags), expected)
     with pytest.raises(IndexError, match="out of range"):
         gm(weights, entries, bags[: 1 if last else 0])
+    back = torch.tensor([0, -3, 2] if last else [0, -3])  # torch asks the first and the last alone
+    assert torch.equal(gm(weights, entries, back), gm(weights, entries, back.clamp(min=0)))
+
+
+def division(target: Any, *args: Any) -> fx.GraphModule:
+    graph = fx.Graph()
+    inputs = {name: graph.placeholder(name) for name in "xy"}
+    for node, value in zip(inputs.values(), (X_INTEGERS, Y_INTEGERS), strict=True):
+        node.meta["val"] = value
+    call = graph.call_function(target, tuple(inputs.get(arg, arg) for arg in args), {"rounding_mode": "trunc"})
+    graph.output((call, inputs["x"]))
+    gm = fx.GraphModule(nn.Module(), graph)
+    insert_guards(gm)
+    return gm
+
+
+X_INTEGERS = torch.tensor([-(2**63), -7, 7, 2**63 - 1, -(2**63)])
+Y_INTEGERS = torch.tensor([-1, 2, -2, -1, 3])
+EXPECTED = torch.tensor([-(2**63), -3, -3, -(2**63) + 1, -3074457345618258602])
+
+
+@pytest.mark.parametrize("target", [aten.div.Tensor_mode, aten.div_.Tensor_mode, aten.divide.Tensor_mode])
+def test_the_smallest_integer_is_not_divided_by_minus_one(target: Any) -> None:
+    x = X_INTEGERS.clone()
+    result, after = division(target, "x", "y")(x, Y_INTEGERS)
+    assert torch.equal(result, EXPECTED)
+    assert torch.equal(after, EXPECTED if target is aten.div_.Tensor_mode else X_INTEGERS)
+
+
+def test_a_divisor_that_is_a_number_and_floats() -> None:
+    assert torch.equal(division(aten.div.Scalar_mode, "x", -1)(X_INTEGERS, None)[0], -X_INTEGERS)
+    gm = division(aten.div.Scalar_mode, "x", 2)
+    assert [node.op for node in gm.graph.nodes] == ["placeholder"] * 2 + ["call_function", "output"]
+    x, y = torch.tensor([-7.5, 7.5, 0.0, torch.inf]), torch.tensor([-1.0, 2.5, 0.0, -1.0])
+    expected = torch.div(x, y, rounding_mode="trunc")
+    assert torch.equal(division(aten.div.Tensor_mode, "x", "y")(x, y)[0].nan_to_num(9), expected.nan_to_num(9))

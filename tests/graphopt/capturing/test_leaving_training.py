@@ -66,6 +66,7 @@ def module(target: Any, *args: Any, picked: int | None = None, moved: tuple[int,
 
 
 NORM = ("x", "weight", "bias", "running_mean", "running_var")
+GROUPED = ("x", "weight", "bias", 6, 4, 25, 2, 1e-5)
 CASES: dict[str, tuple[fx.GraphModule, Tensor, str]] = {
     "batch_norm": (module(aten.batch_norm.default, *NORM, True, 0.1, 1e-5, True), EVALUATED, "batch_norm"),
     "functional": (
@@ -148,6 +149,14 @@ def test_core_aten_of_evaluation_is_written_as_modules_are_captured_and_no_news(
     assert leave_training(gm) == []
     assert [node.target for node in gm.graph.nodes if node.op == "call_function"] == [aten.batch_norm.default]
     torch.testing.assert_close(gm(X), EVALUATED)
+
+
+def test_a_normalisation_of_groups_looks_at_its_sizes() -> None:
+    gm = module(aten.native_group_norm.default, *GROUPED, picked=0)
+    assert leave_training(gm) == []
+    torch.testing.assert_close(gm(X), F.group_norm(X, 2, STATE["weight"], STATE["bias"]))
+    with pytest.raises(CaptureError, match="uses what `native_group_norm` returns besides its result"):
+        leave_training(module(aten.native_group_norm.default, *GROUPED, picked=1))
 
 
 def test_what_says_nothing_of_evaluation_is_refused() -> None:

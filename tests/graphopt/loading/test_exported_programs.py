@@ -243,12 +243,16 @@ def test_control_flow_and_sizes_from_data_load(tmp_path: Path) -> None:
         torch.testing.assert_close(loaded.module(check_guards=False)(inputs), Net()(inputs))
 
 
-def test_operator_in_an_argument(write_exported: Write, edit_program: EditProgram, marker: Path) -> None:
-    def change(program: dict[str, Any]) -> None:
-        relu = node(program, "torch.ops.aten.relu.default")
-        relu["inputs"].append({"name": "op", "arg": {"as_operator": "torch.os.system"}, "kind": 1})
+@pytest.mark.parametrize("called", ["torch.os.system", "torch.ops.aten._native_batch_norm_legit_no_training.default"])
+def test_operator_in_an_argument(called: str, write_exported: Write, edit_program: EditProgram, marker: Path) -> None:
+    for argument in ({"as_operator": called}, {"as_string_to_argument": {"a": {"as_operator": called}}}):
 
-    assert_refused(write_exported(edit_program(change)), marker, "`torch.os.system`")
+        def change(program: dict[str, Any], argument: dict[str, Any] = argument) -> None:
+            relu = node(program, "torch.ops.aten.relu.default")
+            relu["target"] = "torch.ops.higher_order.invoke_subgraph"
+            relu["inputs"].insert(0, {"name": "op", "arg": argument, "kind": 1})
+
+        assert_refused(write_exported(edit_program(change)), marker, "to another operator to call")
 
 
 def test_value_name_that_is_source(write_exported: Write, edit_program: EditProgram, marker: Path) -> None:

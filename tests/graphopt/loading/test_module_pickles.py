@@ -138,6 +138,13 @@ def test_recurrent_weights_that_torch_would_read_beyond(
         load_model(save(module, tmp_path / "model.pt"))
 
 
+@pytest.mark.parametrize(("module", "key"), [(nn.Fold(4, 2), "padding"), (nn.Conv1d(2, 2, 1), "groups")])
+def test_sizes_whose_products_wrap(module: nn.Module, key: str, tmp_path: Path) -> None:
+    setattr(module, key, 2**16 if isinstance(module, nn.Fold) else 2**31)
+    with pytest.raises(LoadError, match=f"in its `{key}`, which is beyond all sizes"):
+        load_model(save(module, tmp_path / "model.pt"))
+
+
 def test_shared_module_and_tied_weight_stay_shared(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight

@@ -1,0 +1,83 @@
+"""Devices: the one that tensors lie on, and the one that a user names."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+
+from graphopt.errors import CaptureError, PassError, UsageError, cut, first_line
+
+
+def device_of(tensors: Mapping[str, torch.Tensor]) -> torch.device:
+    """Return where tensors lie, the CPU where there are none; single numbers may be on the CPU, as torch lets them.
+
+    Raises:
+        CaptureError: they lie on several devices.
+    """
+    found: dict[torch.device, str] = {}
+    for name, tensor in tensors.items():
+        if tensor.dim():
+            found.setdefault(tensor.device, name)
+    if len(found) > 1:
+        places = ", ".join(f"`{name}` on {device}" for device, name in found.items())
+        raise CaptureError(
+            f"The model lies on several devices ({places}). Move it to one: model.to(...), or --device (device=...)."
+        )
+    return next(iter(found), torch.device("cpu"))
+
+
+def held_by(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return parameters and buffers by name."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def device_called(name: str | torch.device) -> torch.device:
+    """Return the device of a name; "auto" is the accelerator, where there is one that computes all that passes need.
+
+    Raises:
+        UsageError: there is none of that name here, or it has no double precision.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if name == "auto":
+        return torch.device(accelerator.type, 0) if accelerator and _doubles(accelerator) else torch.device("cpu")
+    here = ["cpu"]
+    if accelerator is not None:
+        here += [f"{accelerator.type}:{index}" for index in range(torch.accelerator.device_count())]
+    advice = f"Here there is {', '.join(here)}; `auto` is the accelerator where there is one."
+    try:
+        device = torch.device(name)
+    except RuntimeError as err:
+        raise UsageError(f"`{cut(str(name), 40)}` is no name of a device. {advice}") from err
+    if device.type != "cpu":
+        device = torch.device(device.type, device.index or 0)
+    if str(device) not in here:
+        raise UsageError(f"There is no device `{device}` that torch {torch.__version__} can use. {advice}")
+    if not _doubles(device):
+        raise UsageError(f"`{device}` has no double precision, which passes compute in. {advice}")
+    return device
+
+
+@contextlib.contextmanager
+def device_memory() -> Iterator[None]:
+    """Say what to do where a device runs out of memory.
+
+    Raises:
+        PassError: it does.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as err:
+        raise PassError(
+            f"The device ran out of memory: {first_line(err)}. Let the passes run on the CPU (--device cpu, or "
+            "device='cpu'), or on fewer samples (such as prune:samples=64)."
+        ) from err
+
+
+def _doubles(device: torch.device) -> bool:
+    try:
+        return torch.ones(1, dtype=torch.float64, device=device).tolist() == [1.0]
+    except (RuntimeError, TypeError):  # as MPS raises
+        return False
