@@ -115,6 +115,18 @@ def test_synonyms_are_operators_that_compute_the_same() -> None:
                 assert len(theirs) == len(ours[overload]._schema.arguments), synonym
 
 
+CAST_TO = {
+    "Byte": torch.uint8,
+    "Char": torch.int8,
+    "Double": torch.float64,
+    "Float": torch.float32,
+    "Half": torch.float16,
+    "Int": torch.int32,
+    "Long": torch.int64,
+    "Short": torch.int16,
+}
+
+
 def test_what_silently_returns_its_input_shares_its_memory() -> None:
     """Those that a plain call makes a view of; the schemas of all say nothing."""
     x = torch.rand(2, 3)
@@ -138,6 +150,10 @@ def test_what_silently_returns_its_input_shares_its_memory() -> None:
         "unsafe_split": (x, 1),
         "unsafe_split_with_sizes": (x, [1, 1]),
         "_unsafe_view": (x, [3, 2]),
+        "conj_physical": (x,),
+        "dequantize": (x,),
+        "lift": (x,),
+        **{f"_cast_{kind}": (x.to(dtype),) for kind, dtype in CAST_TO.items()},
     }
     assert calls.keys() == SILENT_VIEWS.names
     for name, args in calls.items():
