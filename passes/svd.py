@@ -7,10 +7,11 @@ W costs out * in multiply-adds per position, the factors rank * (out + in).
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, TypeAlias
 
 import torch
 from pydantic import Field
@@ -94,29 +95,36 @@ class Svd(Pass[SvdOptions, SvdPlan]):
         gm = program.graph_module
         calls, refusals = factorisable(gm, self.options.skip)
         calls, hopeless = self._worth_decomposing(calls, ctx)
-        layers: dict[str, dict[str, Json]] = {}
-        tensors: dict[str, torch.Tensor] = {}
-        too_small: list[Refusal] = []
-        otherwise: list[Refusal] = []
-        for call, covariance in self._with_covariances(program, calls, ctx):
-            parts = decompose(_matrix(gm, call), covariance, has_bias=call.bias is not None)
-            rank = self._rank(call, parts, ctx)
-            reason = self._why_not(call, rank)
-            if reason:
-                too_small.append(Refusal(call.weight_name, reason, "the factors would not be smaller"))
-                continue
-            layers[call.weight_name] = _entry(call, parts, rank, covariance is not None)
-            tensors.update(_payload(gm, call, parts, rank))
-            otherwise += self._not_as_asked(call, rank, ctx, with_data=covariance is not None)
-        order = [call.weight_name for call in calls if call.weight_name in layers]
+        plain, by_input = _by_input(calls, ctx)
+        found: dict[str, _Factorised] = {}
+        for call, covariance in self._with_covariances(program, plain, by_input, ctx):
+            found[call.weight_name] = self._factorised(gm, call, covariance, ctx)
+            del covariance  # the next is made before this name is bound again
+        done = [found[call.weight_name] for call in (*plain, *itertools.chain(*by_input.values()))]
+        order = [call.weight_name for call in calls if found[call.weight_name].tensors]
         plan = self.new_plan(
             sites=order,
-            refusals=[*refusals, *hopeless, *too_small, *otherwise],
-            layers={name: layers[name] for name in order},
-            tensors=tensors,
+            refusals=[*refusals, *hopeless, *_said(done, made=False), *_said(done, made=True)],
+            layers={name: found[name].entry for name in order},
+            tensors={name: tensor for one in done for name, tensor in one.tensors.items()},
         )
         logger.info("svd: %s", plan.summary())
         return plan
+
+    def _factorised(
+        self, gm: fx.GraphModule, call: WeightedCall, covariance: Covariance | None, ctx: Context
+    ) -> _Factorised:
+        parts = decompose(_matrix(gm, call), covariance, has_bias=call.bias is not None)
+        rank = self._rank(call, parts, ctx)
+        reason = self._why_not(call, rank)
+        if reason:
+            return _Factorised([Refusal(call.weight_name, reason, "the factors would not be smaller")])
+        with_data = covariance is not None
+        return _Factorised(
+            self._not_as_asked(call, rank, ctx, with_data=with_data),
+            _entry(call, parts, rank, with_data),
+            _payload(gm, call, parts, rank),
+        )
 
     def apply(self, program: Program, plan: SvdPlan) -> Program:
         """Put two calls in the place of each layer."""
@@ -135,28 +143,21 @@ class Svd(Pass[SvdOptions, SvdPlan]):
         return kept, refusals
 
     def _with_covariances(
-        self, program: Program, calls: list[WeightedCall], ctx: Context
+        self, program: Program, plain: list[WeightedCall], by_input: _ByInput, ctx: Context
     ) -> Iterator[tuple[WeightedCall, Covariance | None]]:
         """Pair each layer with the covariance of its input where there is data; layers that share an input share it."""
-        by_input: dict[tuple[str, str], list[WeightedCall]] = {}
-        wanted: list[tuple[str, Covariance, int]] = []
-        plain = []
-        for call in calls:
-            if ctx.samples is None or call.in_features > WIDEST:
-                plain.append(call)
-                continue
-            covariance = Covariance(call.input_axis, call.strides)
-            key = (call.input.name, covariance.key)
-            if key not in by_input:
-                wanted.append((call.input.name, covariance, call.in_features))
-            by_input.setdefault(key, []).append(call)
         for call in ctx.progress.track(plain, "factorising", len(plain)):
             yield call, None
-        if wanted:
+        if by_input:
+            wanted = [
+                (name, Covariance(first.input_axis, first.strides), first.in_features)
+                for (name, _), (first, *_) in by_input.items()
+            ]
             gathered = gather_covariances(ctx, program, self.name, wanted, samples=self.options.samples)
             for name, covariance in ctx.progress.track(gathered, "factorising", len(wanted)):
                 for call in by_input[name, covariance.key]:
                     yield call, covariance
+                del covariance
 
     def _rank(self, call: WeightedCall, parts: Decomposition, ctx: Context) -> int:
         options, multiple = self.options, self._multiple(ctx)
@@ -201,6 +202,35 @@ class Svd(Pass[SvdOptions, SvdPlan]):
 
     def _multiple(self, ctx: Context) -> int:
         return ctx.rank_multiple if self.options.round_to is None else self.options.round_to
+
+
+@dataclass(frozen=True, slots=True)
+class _Factorised:
+    """What came of a layer: what there is to say of it, and where it is worth it the plan's entry and tensors."""
+
+    refusals: list[Refusal]
+    entry: dict[str, Json] = field(default_factory=dict)
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+_ByInput: TypeAlias = dict[tuple[str, str], list[WeightedCall]]  # by what a covariance is of: node, and how it is read
+
+
+def _by_input(calls: Sequence[WeightedCall], ctx: Context) -> tuple[list[WeightedCall], _ByInput]:
+    """Divide layers into those without a covariance and those with one."""
+    plain: list[WeightedCall] = []
+    by_input: _ByInput = {}
+    for call in calls:
+        if ctx.samples is None or call.in_features > WIDEST:
+            plain.append(call)
+        else:
+            key = (call.input.name, Covariance(call.input_axis, call.strides).key)
+            by_input.setdefault(key, []).append(call)
+    return plain, by_input
+
+
+def _said(found: Sequence[_Factorised], *, made: bool) -> list[Refusal]:
+    return [refusal for one in found if bool(one.tensors) is made for refusal in one.refusals]
 
 
 def _entry(call: WeightedCall, parts: Decomposition, rank: int, with_data: bool) -> dict[str, Json]:

@@ -103,7 +103,7 @@ def observe(program: Program, wanted: Mapping[str, Iterable[Statistic]], batches
     sinks = {name: list(statistics) for name, statistics in wanted.items()}
     collector = _Collector(insert_observers(program, sinks), sinks)
     for index, batch in enumerate(batches):
-        _check_batch(program, batch, index)
+        check_batch(program, batch, index)
         collector.index = index
         collector.run(batch)
 
@@ -167,16 +167,25 @@ class _Collector(Walker):
             return super().call(node, args, kwargs)
         value, name = args
         for statistic in self._sinks[name]:
-            try:
-                statistic.update(value)
-            except NotFiniteError as err:
-                module = module_path(node)
-                where = f"`{name}`" + (f" in module `{module}`" if module else "")
-                raise DataError(
-                    f"Calibration batch {self.index} makes {where} NaN or infinite. Leave out the samples that do, or "
-                    "check that they are scaled as in training."
-                ) from err
+            update(statistic, value, node, name, self.index)
         return value
+
+
+def update(statistic: Statistic, value: torch.Tensor, node: fx.Node, name: str, index: int) -> None:
+    """Show a statistic what a node called `name`, or its observer, gave in batch `index`.
+
+    Raises:
+        DataError: it is NaN or infinite.
+    """
+    try:
+        statistic.update(value)
+    except NotFiniteError as err:
+        module = module_path(node)
+        where = f"`{name}`" + (f" in module `{module}`" if module else "")
+        raise DataError(
+            f"Calibration batch {index} makes {where} NaN or infinite. Leave out the samples that do, or "
+            "check that they are scaled as in training."
+        ) from err
 
 
 def _last_of_its_kind(node: fx.Node) -> fx.Node:
@@ -188,7 +197,8 @@ def _last_of_its_kind(node: fx.Node) -> fx.Node:
     return node
 
 
-def _check_batch(program: Program, batch: Batch, index: int) -> None:
+def check_batch(program: Program, batch: Batch, index: int) -> None:
+    """Raise a DataError where batch `index` is none that the program takes, or holds NaN."""
     if len(batch) != len(program.inputs):
         raise DataError(
             f"Calibration batch {index} holds {len(batch)} tensors, the program takes {len(program.inputs)}."

@@ -78,7 +78,9 @@ def decompose(weight: torch.Tensor, covariance: Covariance | None, *, has_bias: 
         return _with_fixed_signs(left, values, right, None)
     moments = covariance.about_mean() if has_bias else covariance.about_zero()
     root = torch.linalg.cholesky(shrunk(moments, covariance.rows))  # L
-    left, values, right = torch.linalg.svd(weight @ root, full_matrices=False)
+    weight = weight @ root
+    del moments  # LAPACK takes ten times as much
+    left, values, right = torch.linalg.svd(weight, full_matrices=False)
     right = torch.linalg.solve_triangular(root, right, upper=False, left=False)
     return _with_fixed_signs(left, values, right, covariance.mean if has_bias else None)
 
@@ -91,7 +93,7 @@ def shrunk(moments: torch.Tensor, rows: int) -> torch.Tensor:
     wanted = ((1 - 2 / features) * squares + trace**2) / spread if spread > 0 else 1.0
     mean_eigenvalue = trace / features if trace > 0 else 1.0
     share = min(max(wanted, _FLOOR * squares**0.5 / mean_eigenvalue), 1.0)
-    target = mean_eigenvalue * torch.eye(features).to(moments)
+    target = torch.eye(features, dtype=moments.dtype, device=moments.device).mul_(mean_eigenvalue)
     return torch.lerp(moments, target, share)
 
 

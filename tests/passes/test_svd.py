@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from graphopt.capturing.capture import capture
 from graphopt.errors import DataError, PassError, UsageError
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import origin
-from graphopt.passes.factorisation.low_rank import decompose, shrunk
+from graphopt.passes import svd
+from graphopt.passes.factorisation.low_rank import Decomposition, decompose, shrunk
 from graphopt.passes.fold import Fold
 from graphopt.passes.svd import Svd, SvdOptions, SvdPlan
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.options import build
 from graphopt.quantization.formats import IntegerFormat
+from graphopt.statistics import covariance as covariances
 from graphopt.statistics.covariance import Covariance
 from graphopt.targets.description import TargetDescription
 from graphopt.testing import TensorSamples, assert_same_program, check_pass, run_pass
@@ -433,6 +436,53 @@ def test_covariance_of_a_strided_convolution_counts_the_positions_it_reads() -> 
     torch.testing.assert_close(covariance.mean, rows.mean(0))
     torch.testing.assert_close(covariance.about_mean(), torch.cov(rows.T, correction=0))
     torch.testing.assert_close(covariance.about_zero(), rows.T @ rows / len(rows))
+
+
+class Forked(nn.Module):
+    """The shortcut reads the input with strides of its own, after the branch has been through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(16, 24, 1), nn.Conv2d(24, 16, 1, stride=2)
+        self.shortcut, self.last = nn.Conv2d(16, 16, 1, stride=2), nn.Linear(16, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Run."""
+        return self.last((self.two(self.one(x).relu()) + self.shortcut(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("options", [SvdOptions(rank=5), SvdOptions(), SvdOptions(ratio=0.4)])
+def test_a_matrix_at_a_time_gives_what_all_at_once_give(options: SvdOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = capture(seeded(Forked()), noise(2, 16, 8, 8))
+    ctx = Context(original=program).with_data(TensorSamples((noise(80, 16, 8, 8, seed=3),)))
+    at_once = Svd(options).plan(program, ctx)
+    monkeypatch.setattr(covariances, "peak_bytes_per_sample", lambda _: 0)
+    held: list[weakref.ref[Covariance]] = []
+    alive: list[int] = []
+
+    def decomposed(weight: torch.Tensor, given: Covariance, **rest: Any) -> Decomposition:
+        held.extend([] if any(given is one() for one in held) else [weakref.ref(given)])
+        alive.append(sum(one() is not None and one().rows > 0 for one in held))
+        return decompose(weight, given, **rest)
+
+    monkeypatch.setattr(svd, "decompose", decomposed)
+    one_by_one = Svd(options).plan(program, ctx)
+    assert len(held) == 4
+    assert set(alive) == {1}
+    assert one_by_one.to_json() == at_once.to_json()
+    assert [*one_by_one.tensors] == [*at_once.tensors]
+    for name, tensor in at_once.tensors.items():
+        assert torch.equal(one_by_one.tensors[name], tensor)
+
+
+@pytest.mark.parametrize("bytes_of_values", [0, 1 << 40])
+def test_values_that_are_not_finite_are_named_either_way(bytes_of_values: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(covariances, "peak_bytes_per_sample", lambda _: bytes_of_values)
+    program = capture(seeded(Wide()), noise(2, 24))
+    data = noise(64, 24)
+    data[40] = torch.inf
+    with pytest.raises(DataError, match="Calibration batch 1 makes `x` NaN or infinite"):
+        plan_of(SvdOptions(rank=4), program, data)
 
 
 def test_signs_are_fixed() -> None:
