@@ -6,6 +6,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CONSTRAINTS := constraints.txt
+TESTS := --numprocesses 2 --dist loadfile
 READY := $(VENV)/.ready
 
 export OMP_WAIT_POLICY := passive
@@ -19,7 +21,7 @@ demo/model.pt: tools/train_digits.py | $(READY)
 	$(BIN)/python tools/train_digits.py demo
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS)
 
 lint: $(READY)
 	$(BIN)/ruff check
@@ -27,10 +29,10 @@ lint: $(READY)
 	$(BIN)/mypy -p graphopt
 
 # torchvision pins the torch it was built with; its models run on any, so it is installed without its dependencies.
-$(READY): constraints.txt pyproject.toml
+$(READY): $(CONSTRAINTS) pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,onnxsim,tensorrt]"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps torchvision
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[dev,onnxsim,tensorrt]"
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --no-deps torchvision
 	touch $(READY)
 
 clean:

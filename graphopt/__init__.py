@@ -87,7 +87,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module 'graphopt' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    home = _HOME_OF[name]
+    if home != "graphopt.errors":  # the one that imports no torch
+        importlib.import_module("graphopt.versions").check_torch()
+    value = getattr(importlib.import_module(home), name)
     globals()[name] = value
     return value
 

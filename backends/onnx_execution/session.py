@@ -14,6 +14,9 @@ import pydantic
 from graphopt.errors import LoweringError, UsageError, cut, first_problem, printable
 from graphopt.ir.plain_data import Json
 from graphopt.targets.backend import Array
+from graphopt.versions import check_version
+
+check_version("onnxruntime", onnxruntime.__version__)
 
 _LEVELS = {
     "disabled": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,

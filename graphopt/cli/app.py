@@ -15,6 +15,7 @@ from typer.exceptions import TyperException
 
 from graphopt.cli import bench, inspect, optimize, passes, replay, verify
 from graphopt.errors import GraphOptError, first_line, printable
+from graphopt.versions import check_torch
 
 EXIT_CODES = (
     "Exit codes: 0 done, 1 a gate failed, 2 usage, 3 capture, 4 pass or verification, 5 lowering or runtime, "
@@ -48,6 +49,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     verbose: bool = typer.Option(False, "--verbose", "-v", help="Say more: one line per decision, and tracebacks."),
     version: bool = typer.Option(False, "--version", help="Print the version.", is_eager=True, callback=_print_version),
 ) -> None:
@@ -56,6 +58,8 @@ def options(
         level=logging.INFO if verbose else logging.ERROR, format="%(levelname)s %(message)s", stream=sys.stderr
     )
     logging.getLogger("graphopt").setLevel(logging.DEBUG if verbose else logging.WARNING)
+    if "--help" not in context.obj:  # the whole command line
+        check_torch()
 
 
 def main() -> None:
@@ -75,7 +79,7 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Run one command line; return its exit code. Errors are one sentence on stderr."""
     try:
-        code = app(arguments, standalone_mode=False)
+        code = app(arguments, standalone_mode=False, obj=arguments)
         if code == _INTERRUPTED:  # typer turns ^C into a code
             _say("Interrupted. Nothing was left half-written.")
     except GraphOptError as err:

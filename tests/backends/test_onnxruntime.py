@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from collections import Counter
@@ -11,11 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
 
 from graphopt import capture
+from graphopt.backends.onnx_execution import session
 from graphopt.backends.onnx_execution.session import SessionSettings
 from graphopt.backends.onnx_lowering import simplification
 from graphopt.backends.onnx_lowering.lowering import Style, lower
@@ -34,6 +37,12 @@ BACKEND = OnnxRuntimeBackend()
 def program_of(model: nn.Module, *shape: int) -> Program:
     torch.manual_seed(0)
     return capture(model.eval(), torch.randn(shape))
+
+
+def test_an_onnx_runtime_outside_the_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "__version__", "1.14.1")
+    with pytest.raises(UsageError, match=r"onnxruntime from 1\.\d+ to before 1\.\d+, and 1\.14\.1 is installed: run"):
+        runpy.run_path(session.__file__)
 
 
 def test_onnx_runtime_reports_to_nobody(tmp_path: Path) -> None:
