@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import os
 
 import pytest
 
 # Graphs of torch, sympy and ONNX are many small objects that live on; looking through them for garbage after every 700
 # new ones, Python's default, took a seventh of the suite's time.
 gc.set_threshold(20_000, 20, 100)
+
+os.environ["GRAPHOPT_CACHE"] = ""  # what a test decides is no other's, and not the user's
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -13,7 +13,7 @@ import traceback
 import typer
 from typer.exceptions import TyperException
 
-from graphopt.cli import bench, inspect, optimize, passes, replay, verify
+from graphopt.cli import bench, cache, inspect, optimize, passes, replay, verify
 from graphopt.errors import GraphOptError, first_line, printable
 from graphopt.versions import check_torch
 
@@ -39,6 +39,7 @@ app.add_typer(passes.app, name="passes")
 app.command("bench")(bench.command)
 app.command("verify")(verify.command)
 app.command("apply")(replay.command)
+app.command("cache")(cache.command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -69,6 +69,9 @@ def command(
     device: Annotated[
         str | None, typer.Option(help="Where passes compute: cpu, cuda:0, or auto for the accelerator if there is one.")
     ] = None,
+    cache: Annotated[
+        bool, typer.Option(help="Keep what passes decide, and use what they decided on the same things before.")
+    ] = True,
     seed: Seed = 0,
     format: Format = "text",
 ) -> None:
@@ -112,6 +115,7 @@ def command(
         progress=TerminalProgress(),
         name=source.name,
         device=computing,
+        cache=cache,
     )
     outcome = job.run(pipeline, hooks=[Dump(dump)] if dump else [], check=check)
     if plan:

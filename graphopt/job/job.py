@@ -11,6 +11,8 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from graphopt.caching.steps import Memory, StepCache
+from graphopt.caching.store import Store
 from graphopt.capturing.load import with_data
 from graphopt.capturing.model_calls import gradients_recorded
 from graphopt.data import Samples
@@ -79,6 +81,7 @@ class Job:
         progress: shows long loops.
         name: what reports call the model.
         device: where passes compute, "auto" for the accelerator if there is one; None: where the model is.
+        cache: whether plans are kept, and those of the same passes on the same things are used again.
         metric: what `evaluation` says of a model, None without it.
     """
 
@@ -91,6 +94,7 @@ class Job:
     progress: Progress = field(default_factory=NoProgress)
     name: str = "program"
     device: str | torch.device | None = None
+    cache: bool = True
     metric: Evaluator | FunctionEvaluator | None = field(default=None, init=False)
     _lent: frozenset[int] = field(default=frozenset(), init=False, repr=False)  # storages of a module's tensors
 
@@ -110,6 +114,7 @@ class Job:
         progress: Progress | None = None,
         name: str | None = None,
         device: str | torch.device | None = None,
+        cache: bool = True,
     ) -> Self:
         """Open a model and its data, once for every pipeline that runs on them; arguments are those of `optimize`.
 
@@ -122,7 +127,7 @@ class Job:
         program, samples = with_data(model, data, dynamic_shapes, share_tensors=True)
         name = name or ("program" if isinstance(model, Program) else type(model).__name__)
         lent = frozenset() if isinstance(model, Program) else storages(program.graph_module)
-        job = cls(program, samples, eval, backends, loss, seed, progress or NoProgress(), name, device)
+        job = cls(program, samples, eval, backends, loss, seed, progress or NoProgress(), name, device, cache)
         job._lent = lent
         return job
 
@@ -185,8 +190,16 @@ class Job:
             seen = "chose by" if self._split.held_out else "may have fitted"
             report.notes.append(f"data: too few samples to keep some unseen: errors are taken on what passes {seen}")
         checks = [FullCheck()] if check == "full" else []
-        recorder = Recorder(report, self.original, self._probe, self.metric)
-        made = runner.run(pipeline, self.original, ctx, [recorder, *checks, *hooks])
+        kept = StepCache(self._memory, Store.of_user()) if self.cache else None
+        if kept is not None:
+            ctx = kept.reads.watch(ctx)
+        recorder = Recorder(report, self.original, self._probe, self.metric, kept)
+        made = runner.run(pipeline, self.original, ctx, [recorder, *checks, *hooks], kept)
+        if kept is not None and kept.found:
+            said = ", ".join(f"`{text}`" for text in kept.found)
+            report.notes.append(
+                f"cache: decided in an earlier run, on the same things: {said} (--no-cache decides anew)"
+            )
         return Outcome(pipeline, made.programs, made.plans, report)
 
     @random_state_kept()
@@ -296,6 +309,10 @@ class Job:
     def _split(self) -> Split | None:
         """What passes may fit, what they choose by, and what reports are made of: one split for whatever runs."""
         return None if self.samples is None else split(self.samples, self.original)
+
+    @functools.cached_property
+    def _memory(self) -> Memory:
+        return Memory()
 
     @functools.cached_property
     def _stopwatches(self) -> dict[str, Stopwatch]:

@@ -42,6 +42,7 @@ def optimize(
     progress: Progress | None = None,
     name: str | None = None,
     device: str | torch.device | None = None,
+    cache: bool = True,
 ) -> Result:
     """Optimise a model for one or several runtimes.
 
@@ -69,6 +70,8 @@ def optimize(
         device: where passes compute, such as "cuda:0"; "auto" takes the accelerator if there is one, None leaves the
             model where it is. Data follows in batches, and what comes back is where the model was; runtimes of the CPU
             get a copy there.
+        cache: whether plans of passes are kept on disk (`graphopt cache` says where), and those that the same passes
+            made of the same things before are used again.
 
     Returns:
         The programs, plans, artifacts and the report. Artifacts live in a temporary directory for as long as anybody
@@ -89,6 +92,7 @@ def optimize(
         progress=progress,
         name=name,
         device=device,
+        cache=cache,
     )
     outcome = job.run(pipeline, hooks=hooks, check=check)
     return job.deliver(outcome, bench=bench) if lower else job.undelivered(outcome)

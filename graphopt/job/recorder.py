@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from graphopt.caching.digests import digest_of, of_evaluation
+from graphopt.caching.steps import StepCache
 from graphopt.ir.program import Program
-from graphopt.job.report import Report, Row
+from graphopt.job.report import Report, Row, row_from_json, row_to_json
 from graphopt.measure.cost import cost
 from graphopt.measure.equivalence import Probe
 from graphopt.pipeline.hooks import Hook
@@ -27,12 +31,14 @@ class Recorder(Hook):
         original: the program that the pipeline started from.
         probe: inputs and original outputs that every other program is compared on.
         metric: value of a program under the user's `eval`, None without one.
+        cache: what was measured before, None for nothing.
     """
 
     report: Report
     original: Program
     probe: Probe
     metric: Score | None = None
+    cache: StepCache | None = None
     _started: float = field(default=0.0, init=False)
 
     def before(self, step: Step, program: Program, target: str) -> None:
@@ -47,6 +53,23 @@ class Recorder(Hook):
         self.report.rows.append(self._row(label, target, after, seconds, plan.summary()))
 
     def _row(self, label: str, target: str, program: Program, seconds: float | None, summary: str) -> Row:
+        row = self._known(program)
+        return dataclasses.replace(row, label=label, target=target, seconds=seconds, summary=summary)
+
+    def _known(self, program: Program) -> Row:
+        """Return what is measured of a program, found in the cache where all that it is measured with has a digest."""
+        if self.cache is None or self._by is None:
+            return self._measured(program)
+        return row_from_json(self.cache.measured(program, self._by, lambda: row_to_json(self._measured(program))))
+
+    def _measured(self, program: Program) -> Row:
         error = None if program is self.original else self.probe.measure(program.call_flat, declared=program.outputs)
-        value = self.metric(program) if self.metric else None
-        return Row(label, target, cost(program), None, error, value, None, None, seconds, summary)
+        return Row("", cost=cost(program), error=error, metric=self.metric(program) if self.metric else None)
+
+    @functools.cached_property
+    def _by(self) -> str | None:
+        """Digest of what programs are measured with, None where that is a function of the user's."""
+        judge = "" if self.metric is None else of_evaluation(self.metric)
+        if judge is None or self.cache is None:
+            return None
+        return digest_of(self.cache.memory.digest(self.original), self.probe.batch, judge)

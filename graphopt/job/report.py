@@ -200,6 +200,22 @@ class Report:
         return path
 
 
+def row_to_json(row: Row) -> dict[str, Any]:
+    """Return a row as JSON data; infinities are null."""
+    data: dict[str, Any] = _finite(dataclasses.asdict(row))
+    return data
+
+
+def row_from_json(data: Mapping[str, Any]) -> Row:
+    """Read what `row_to_json` returned.
+
+    Raises:
+        ValueError: it is of another form.
+    """
+    row: Row = pydantic.TypeAdapter(Row).validate_json(json.dumps(_with_its_infinities(data)), strict=True)
+    return row
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None

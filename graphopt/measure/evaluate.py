@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import fx, nn
 
 from graphopt.capturing.model_calls import in_eval_mode
-from graphopt.data.batches import Batch, batch_count
+from graphopt.data.batches import Batch, Labelled, batch_count
 from graphopt.data.input_spec import Spec
 from graphopt.data.samples import Samples
 from graphopt.errors import DataError, foreign_code
@@ -33,6 +33,7 @@ class Evaluator:
     Attributes:
         name: The metric's name, or the function's.
         unit: What a drop is counted in, such as "%".
+        batch_size: Samples per call of the model.
     """
 
     def __init__(
@@ -41,17 +42,21 @@ class Evaluator:
         """Use `evaluator`."""
         self._samples = samples
         self._metric = metric
-        self._batch_size = fixed_batch or batch_size
+        self.batch_size = fixed_batch or batch_size
         self._fixed_batch = fixed_batch
         self._limit = limit
         self.name = metric.name
         self.unit = metric.unit
 
+    def batches(self) -> Iterator[Labelled]:
+        """Yield the inputs and labels that models are judged by."""
+        return self._samples.labelled_batches(self.batch_size, self._limit)
+
     def __call__(self, model: Model) -> float:
         """Return the metric of `model`, a callable that takes the inputs' tensors in order."""
         scoring = Scoring(self._metric)
         with _evaluated(model) as judged, torch.no_grad():
-            for inputs, labels in self._samples.labelled_batches(self._batch_size, self._limit):
+            for inputs, labels in self.batches():
                 if labels is None:
                     raise DataError(f"The data for `{self.name}` has no labels (`labels`, `label` or `y`).")
                 count = labels.shape[0]

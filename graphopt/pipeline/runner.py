@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -38,7 +38,22 @@ class Rewritten:
     plans: tuple[tuple[str, Plan], ...]
 
 
-def run(pipeline: Pipeline, program: Program, ctx: Context, hooks: Sequence[Hook] = ()) -> Rewritten:
+class PlanCache(Protocol):
+    """Plans of steps that were made before, by the content of all that they were made of."""
+
+    def find(self, step: Step, program: Program, ctx: Context) -> Plan | None:
+        """Return the plan that this step made of the same before, None if there is none."""
+
+    def keep(self, step: Step, program: Program, ctx: Context, plan: Plan) -> None:
+        """Keep the plan of a step that has been carried out and checked."""
+
+    def follows(self, before: Program, after: Program, plan: Plan) -> None:
+        """Note what a plan made of a program."""
+
+
+def run(
+    pipeline: Pipeline, program: Program, ctx: Context, hooks: Sequence[Hook] = (), cache: PlanCache | None = None
+) -> Rewritten:
     """Run every step. Steps up to the first that reads a target description run once for all targets.
 
     Raises:
@@ -46,23 +61,23 @@ def run(pipeline: Pipeline, program: Program, ctx: Context, hooks: Sequence[Hook
         VerifyError: a result breaks an invariant, or an exact pass is further off than it declares.
     """
     fork = pipeline.fork() if ctx.targets else len(pipeline.steps)
-    forked, plans = _run_branch(pipeline.steps[:fork], program, ctx, hooks)
+    forked, plans = _run_branch(pipeline.steps[:fork], program, ctx, hooks, cache)
     if not ctx.targets:
         return Rewritten({"": forked}, tuple(plans))
     programs = {}
     for target in ctx.targets:
-        programs[target.name], made = _run_branch(pipeline.steps[fork:], forked, _for_target(ctx, target), hooks)
+        programs[target.name], made = _run_branch(pipeline.steps[fork:], forked, _for_target(ctx, target), hooks, cache)
         plans += made
     return Rewritten(programs, tuple(plans))
 
 
 def _run_branch(
-    steps: Sequence[Step], first: Program, ctx: Context, hooks: Sequence[Hook]
+    steps: Sequence[Step], first: Program, ctx: Context, hooks: Sequence[Hook], cache: PlanCache | None
 ) -> tuple[Program, list[tuple[str, Plan]]]:
     program, plans = first, []
     for step in steps:
         before = program
-        program, plan = run_step(step, before, ctx, hooks)
+        program, plan = run_step(step, before, ctx, hooks, cache)
         plans.append((ctx.target.name if ctx.target else "", plan))
         if program is not before and before is not first:  # which other branches read too
             ctx.forget(before)
@@ -70,24 +85,36 @@ def _run_branch(
     return program, plans
 
 
-def run_step(step: Step, program: Program, ctx: Context, hooks: Sequence[Hook] = ()) -> tuple[Program, Plan]:
-    """Plan and apply one step, check the result, and tell the hooks."""
+def run_step(
+    step: Step, program: Program, ctx: Context, hooks: Sequence[Hook] = (), cache: PlanCache | None = None
+) -> tuple[Program, Plan]:
+    """Plan and apply one step, check the result, and tell the hooks; a plan that is kept was checked before."""
     target = ctx.target.name if ctx.target else ""
     for hook in hooks:
         hook.before(step, program, target)
-    with called(step.instance, "plan"):
-        plan = checked_plan(step.instance, step.instance.plan(program, ctx)).on(torch.device("cpu"))
-    if not plan.sites and not plan.refusals and not step.inserted_for:
-        plan = dataclasses.replace(plan, refusals=(_NOTHING_FOUND,))
+    kept = cache.find(step, program, ctx) if cache is not None else None
+    plan = kept or _planned(step, program, ctx)
     for hook in hooks:
         hook.planned(step, plan, target)
-    result = apply(step.instance, program, plan)
+    result = apply(step.instance, program, plan, checked=kept is not None)
+    if cache is not None:
+        if kept is None:
+            cache.keep(step, program, ctx, plan)
+        cache.follows(program, result, plan)
     for hook in hooks:
         hook.after(step, program, result, plan, target)
     return result, plan
 
 
-def apply(instance: Any, program: Program, plan: Plan, *, stored: bool = False) -> Program:
+def _planned(step: Step, program: Program, ctx: Context) -> Plan:
+    with called(step.instance, "plan"):
+        plan = checked_plan(step.instance, step.instance.plan(program, ctx)).on(torch.device("cpu"))
+    if not plan.sites and not plan.refusals and not step.inserted_for:
+        return dataclasses.replace(plan, refusals=(_NOTHING_FOUND,))
+    return plan
+
+
+def apply(instance: Any, program: Program, plan: Plan, *, stored: bool = False, checked: bool = False) -> Program:
     """Carry out a plan and check what every pass must keep. A plan without sites returns `program` itself.
 
     Args:
@@ -95,6 +122,7 @@ def apply(instance: Any, program: Program, plan: Plan, *, stored: bool = False) 
         program: what the plan was made for.
         plan: what the pass decided.
         stored: whether the plan comes from a file, see `called`.
+        checked: whether what it makes of this very program was checked before.
     """
     if not plan.sites:
         return program
@@ -102,6 +130,8 @@ def apply(instance: Any, program: Program, plan: Plan, *, stored: bool = False) 
         result = checked_program(instance, instance.apply(program, plan.on(program.device)))
     if result.graph_module is program.graph_module:
         raise VerifyError(f"Pass `{instance.name}` returned the program it was given. Work on `program.copy()`.")
+    if checked:
+        return result
     exact = instance.tolerance is not None
     check_invariants(program, result, instance.name, changes_outputs=instance.changes_outputs, exact=exact)
     if exact:

@@ -89,7 +89,7 @@ FLOORS = (
     ("cli",),
     ("job",),
     ("distillation",),
-    ("statistics",),
+    ("statistics", "caching"),
     ("pipeline",),
     ("measure",),
     ("capturing",),

@@ -1,0 +1,154 @@
+"""Steps of a run that were planned before: their plans, by the content of all that they were made of.
+
+    key      the program before the step, the pass with its options and source, target, seed, libraries
+    reads    what had been read of the data by the end of the step, and on which machine, if a time was measured
+
+A plan is found where the key is the same, and what was read then reads the same now. The digest of a program that a
+step made follows from that of the one before it and from the plan, which determine it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from graphopt.caching import digests
+from graphopt.caching.digests import digest_of
+from graphopt.caching.reads import Reads
+from graphopt.caching.store import CacheEntry, Store
+from graphopt.errors import PassError
+from graphopt.ir.plain_data import Json
+from graphopt.ir.program import Program
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.order import Step
+from graphopt.pipeline.plan import Plan
+
+_Kept = tuple[CacheEntry, Mapping[str, torch.Tensor]]
+
+
+@dataclass
+class Memory:
+    """Entries of one job, and digests of its programs.
+
+    Attributes:
+        most: bytes that the tensors of all entries may take; what was kept longest ago goes first.
+    """
+
+    most: int = 1 << 30
+    _entries: dict[str, list[_Kept]] = field(default_factory=dict)
+    _digests: weakref.WeakKeyDictionary[Program, str] = field(default_factory=weakref.WeakKeyDictionary)
+
+    def digest(self, program: Program) -> str:
+        """Return the digest of a program, computed once."""
+        if program not in self._digests:
+            self._digests[program] = digests.of_program(program)
+        return self._digests[program]
+
+    def follows(self, program: Program, digest: str) -> None:
+        """Note the digest of a program that a plan made."""
+        self._digests.setdefault(program, digest)
+
+    def entries(self, key: str) -> Iterator[_Kept]:
+        """Yield what is kept under a key."""
+        yield from self._entries.get(key, ())
+
+    def add(self, key: str, entry: CacheEntry, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep an entry."""
+        self._entries.setdefault(key, []).append((entry, tensors))
+        while self._entries and self._bytes() > self.most:
+            del self._entries[next(iter(self._entries))]
+
+    def _bytes(self) -> int:
+        kept = (tensors for found in self._entries.values() for _, tensors in found)
+        return sum(tensor.nbytes for tensors in kept for tensor in tensors.values())
+
+
+@dataclass
+class StepCache:
+    """The plans of one run that are found, and those that are kept.
+
+    Attributes:
+        memory: of the job.
+        store: on disk, None for none.
+        found: texts of the steps that were found.
+        reads: what the run has read.
+    """
+
+    memory: Memory
+    store: Store | None = None
+    found: list[str] = field(default_factory=list)
+    reads: Reads = field(default_factory=Reads)
+
+    def find(self, step: Step, program: Program, ctx: Context) -> Plan | None:
+        """Return the plan that this step made of the same before, None if there is none."""
+        key = self._key(step, program, ctx)
+        for entry, tensors in self._kept(key):
+            try:
+                plan = step.instance.plan_type.from_json(entry.content, tensors)
+            except PassError:  # of another time, in spite of its key: then it is made anew
+                continue
+            self.reads.timed |= entry.machine is not None
+            self.found.append(step.text)
+            return plan
+        return None
+
+    def keep(self, step: Step, program: Program, ctx: Context, plan: Plan) -> None:
+        """Keep the plan of a step that has been carried out and checked."""
+        key = self._key(step, program, ctx)
+        if key is None:
+            return
+        content = plan.to_json()
+        try:
+            whole = type(plan).from_json(content, plan.tensors).to_json() == content
+        except PassError:
+            whole = False  # a number that is not finite, which JSON has none for
+        if whole:
+            reads = sorted(self.reads.seen.items(), key=repr)
+            machine = digests.of_machine() if self.reads.timed else None
+            entry = CacheEntry(reads=reads, machine=machine, content=content)  # type: ignore[arg-type]
+            self._add(key, entry, plan.tensors)
+
+    def follows(self, before: Program, after: Program, plan: Plan) -> None:
+        """Note what a plan made of a program."""
+        if after is not before:
+            self.memory.follows(after, digest_of("applied", self.memory.digest(before), digests.of_plan(plan)))
+
+    def measured(self, program: Program, by: str, measure: Callable[[], dict[str, Json]]) -> dict[str, Json]:
+        """Return what was measured of a program, or measure and keep it.
+
+        Args:
+            program: the program.
+            by: digest of all that it is measured with.
+            measure: measures it.
+        """
+        key = digest_of("measured", digests.of_libraries(), self.memory.digest(program), by)
+        for entry, _ in self._kept(key):
+            return dict(entry.content)
+        content = measure()
+        self._add(key, CacheEntry(content=content), {})  # type: ignore[arg-type] # its own word for JSON
+        return content
+
+    def _key(self, step: Step, program: Program, ctx: Context) -> str | None:
+        kind = digests.of_pass(step.instance)
+        if kind is None:
+            return None
+        programs = self.memory.digest(program), self.memory.digest(ctx.original)
+        given = ctx.targets, ctx.target, ctx.seed, ctx.loss is None, sorted(ctx.timers), bool(step.inserted_for)
+        return digest_of("plan", digests.of_libraries(), kind, programs, given, sorted(self.reads.sources))
+
+    def _kept(self, key: str | None) -> Iterator[_Kept]:
+        if key is None:
+            return
+        for place in (self.memory, self.store):
+            for entry, tensors in place.entries(key) if place is not None else ():
+                here = entry.machine is None or entry.machine == digests.of_machine()
+                if here and all(self.reads.again(read) == digest for read, digest in entry.reads):
+                    yield entry, tensors
+
+    def _add(self, key: str, entry: CacheEntry, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.memory.add(key, entry, tensors)
+        if self.store is not None and not self.reads.judged:  # a function of the user's is known in this process alone
+            self.store.add(key, entry, tensors)

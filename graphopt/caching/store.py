@@ -1,0 +1,203 @@
+"""Plans on disk: one folder of JSON and safetensors, of this user alone, bounded, each file whole or not there.
+
+    <key>-<digest of the rest>.json     what is kept, see `CacheEntry`
+    <digest>.safetensors                its tensors
+
+Names hold the digest of the content, so that what is damaged is not what was asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pydantic
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+
+from graphopt.caching.reads import Read
+from graphopt.errors import UsageError, first_line
+from graphopt.files import ScratchDirectory, read_file, sha256
+
+logger = logging.getLogger(__name__)
+
+PLACE = "GRAPHOPT_CACHE"  # environment variable: the folder; empty for none
+MOST = 4 << 30  # bytes; what was used longest ago goes first
+_MOST_OF_AN_ENTRY = 1 << 26  # bytes of JSON
+_ENTRY = re.compile(r"[0-9a-f]{64}-([0-9a-f]{64})\.json")
+_PAYLOAD = re.compile(r"([0-9a-f]{64})\.safetensors")
+
+
+class CacheEntry(pydantic.BaseModel, extra="forbid", strict=True, frozen=True):
+    """What is kept of one step.
+
+    Attributes:
+        schema_version: of this class.
+        reads: what had been read of the data by then, each with its digest.
+        machine: digest of the machine, where a time was measured by then.
+        payload: digest of the tensors, "" where there are none.
+        content: the plan as JSON, or what was measured of the step's result.
+    """
+
+    schema_version: int = 1
+    reads: list[tuple[Read, str]] = []
+    machine: str | None = None
+    payload: str = ""
+    content: dict[str, pydantic.JsonValue]
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder of entries.
+
+    Attributes:
+        folder: where they are.
+        most: bytes that they may take together.
+    """
+
+    folder: Path
+    most: int = MOST
+
+    @classmethod
+    def of_user(cls) -> Store | None:
+        """Return the store of this user, None where the environment says that there is none."""
+        said = os.environ.get(PLACE)
+        if said == "":
+            return None
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return cls(Path(said) if said else Path(home) / "graphopt")
+
+    def entries(self, key: str) -> Iterator[tuple[CacheEntry, Mapping[str, torch.Tensor]]]:
+        """Yield what is kept under a key, with its tensors; what is damaged goes."""
+        if not self._usable():
+            return
+        for path in sorted(self.folder.glob(f"{key}-*.json")):
+            found = self._read(path)
+            if found is not None:
+                yield found
+
+    def add(self, key: str, entry: CacheEntry, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep an entry, and let go of what has not been used for longest where there is too much.
+
+        Where it cannot be written, that is said once and nothing is kept.
+        """
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if size > self.most // 4:
+            logger.info("A plan with %d bytes of tensors is not kept: the cache holds %d.", size, self.most)
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if not self._usable():
+                return
+            with ScratchDirectory(self.folder) as scratch:
+                if tensors:
+                    file = Path(scratch) / "tensors"
+                    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, file)
+                    entry = entry.model_copy(update={"payload": sha256(file)})
+                    os.replace(file, self._payload(entry))
+                text = entry.model_dump_json().encode()
+                file = Path(scratch) / "entry"
+                file.write_bytes(text)
+                os.replace(file, self.folder / f"{key}-{hashlib.sha256(text).hexdigest()}.json")
+            self._shrink()
+        except (OSError, UsageError, safetensors.SafetensorError) as err:
+            said = getattr(err, "strerror", None) or first_line(err)
+            _say_once(f"Nothing is kept in the cache {self.folder}: {said}.")
+
+    def usage(self) -> tuple[int, int]:
+        """Return how many entries there are, and bytes of all files."""
+        files = self._files()
+        return sum(path.suffix == ".json" for path, _ in files), sum(status.st_size for _, status in files)
+
+    def clear(self) -> None:
+        """Remove all entries.
+
+        Raises:
+            UsageError: one cannot be removed.
+        """
+        try:
+            for path, _ in self._files():
+                path.unlink(missing_ok=True)
+        except OSError as err:
+            raise UsageError(f"Could not clear the cache {self.folder}: {err.strerror or err}.") from err
+
+    def _usable(self) -> bool:
+        """Whether the folder is there, and nobody else can write plans into it."""
+        try:
+            status = os.stat(self.folder)
+        except OSError:
+            return False
+        if status.st_uid != os.getuid() or status.st_mode & 0o077:
+            _say_once(
+                f"The cache {self.folder} is open to others and not used. Make it yours alone (chmod 700), or name "
+                f"another folder in the environment variable {PLACE}."
+            )
+            return False
+        return True
+
+    def _read(self, path: Path) -> tuple[CacheEntry, Mapping[str, torch.Tensor]] | None:
+        try:
+            text = read_file(path, most=_MOST_OF_AN_ENTRY)
+            named = _ENTRY.fullmatch(path.name)
+            if named is None or hashlib.sha256(text).hexdigest() != named[1]:
+                raise ValueError("it is not what its name says")
+            entry = CacheEntry.model_validate_json(text)
+            tensors: Mapping[str, torch.Tensor] = {}
+            if entry.payload:
+                if sha256(self._payload(entry)) != entry.payload:
+                    raise ValueError("its tensors are not those it was written with")
+                tensors = load_file(self._payload(entry))
+                _touch(self._payload(entry))
+            _touch(path)
+        except FileNotFoundError:  # another process has let go of it
+            return None
+        except (OSError, ValueError, safetensors.SafetensorError) as err:
+            logger.warning("%s in the cache is damaged and goes: %s", path.name, err)
+            with contextlib.suppress(OSError):
+                path.unlink()
+            return None
+        return entry, tensors
+
+    def _payload(self, entry: CacheEntry) -> Path:
+        return self.folder / f"{entry.payload}.safetensors"
+
+    def _files(self) -> list[tuple[Path, os.stat_result]]:
+        """List the files of the store, longest unused first."""
+        if not self._usable():
+            return []
+        found = []
+        for path in self.folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if _ENTRY.fullmatch(path.name) or _PAYLOAD.fullmatch(path.name):
+                    found.append((path, path.stat()))
+        return sorted(found, key=lambda item: item[1].st_mtime_ns)
+
+    def _shrink(self) -> None:
+        files = self._files()
+        total = sum(status.st_size for _, status in files)
+        for path, status in files:
+            if total <= self.most:
+                return
+            path.unlink(missing_ok=True)
+            total -= status.st_size
+
+
+def _touch(path: Path) -> None:
+    with contextlib.suppress(OSError):  # a folder that can only be read serves what it holds
+        os.utime(path)
+
+
+_said: set[str] = set()
+
+
+def _say_once(text: str) -> None:
+    if text not in _said:
+        _said.add(text)
+        logger.warning("%s", text)

@@ -1,0 +1,348 @@
+"""Plans are found where everything they were made of is the same, and nowhere else."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib.metadata
+import itertools
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import graphopt
+from graphopt.caching import digests
+from graphopt.caching.steps import Memory, StepCache
+from graphopt.data import Samples
+from graphopt.errors import PassError
+from graphopt.ir.program import Program
+from graphopt.job.job import Job, Outcome
+from graphopt.pipeline.order import Step
+from graphopt.pipeline.pipeline import Pipeline
+from graphopt.pipeline.registry import PassRegistry, backends_named
+
+PLUGIN = '''"""Scale weights by the data, and write down that it was asked to."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import graphopt
+from graphopt import Editor, Pass, Plan
+from graphopt.ir.graph import tensor_attribute
+
+ASKED = Path(__file__).with_suffix(".asked")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    factor: float = 2.0
+    reads: bool = True
+    times: bool = False
+    loss: bool = False
+
+
+class Counted(Pass[Options, Plan]):
+    """Scale every matrix."""
+
+    name = "counted"
+    options_type = Options
+
+    def plan(self, program, ctx):
+        with ASKED.open("a") as file:
+            file.write("x")
+        shift = 0.0
+        if self.options.reads:
+            shift = sum(float(batch[0].sum()) for batch in ctx.need_samples(self.name, "").batches(4, 8))
+        if self.options.times:
+            ctx.timers["onnxruntime"]
+        if self.options.loss:
+            ctx.loss(None, None)
+        gm = program.graph_module
+        names = [name for name, tensor in gm.named_parameters() if tensor.dim() > 1]
+        tensors = {name: tensor_attribute(gm, name).detach() * self.options.factor + shift for name in names}
+        return self.new_plan(sites=names, tensors=tensors)
+
+    def apply(self, program, plan):
+        program = program.copy()
+        editor = Editor(program.graph_module, self.name)
+        for name in plan.sites:
+            editor.put(name, plan.tensors[name], trainable=True)
+        return program.with_graph(editor.finish())
+'''
+NUMBERS = itertools.count()
+X = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)).eval()
+
+
+CAPTURED = graphopt.capture(net(), X[:2])
+
+
+@pytest.fixture
+def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("GRAPHOPT_CACHE", str(tmp_path / "cache"))
+    return written(tmp_path, PLUGIN)
+
+
+def written(folder: Path, source: str) -> Path:
+    file = folder / f"plugin{next(NUMBERS)}.py"
+    file.write_text(source)
+    return file
+
+
+def asked(plugin: Path) -> int:
+    record = plugin.with_suffix(".asked")
+    return len(record.read_text()) if record.exists() else 0
+
+
+def run(plugin: Path, passes: str = "counted", program: Program = CAPTURED, data: Any = X, **more: Any) -> Outcome:
+    """Run passes as another process would: the job is a new one."""
+    samples = Samples.open(data, ["input"]).check(program.inputs)
+    return Job(program, samples, **more).run(Pipeline.parse(passes, PassRegistry([plugin])))
+
+
+def tensors(outcome: Outcome) -> dict[str, Tensor]:
+    return outcome.programs[""].state_dict()
+
+
+def test_a_plan_is_made_once(plugin: Path) -> None:
+    first = run(plugin)
+    again = run(plugin)
+    assert asked(plugin) == 1
+    assert tensors(first).keys() == tensors(again).keys()
+    assert all(torch.equal(tensor, tensors(again)[name]) for name, tensor in tensors(first).items())
+    for one, other in zip(first.report.rows, again.report.rows, strict=True):
+        assert dataclasses.replace(one, seconds=None) == dataclasses.replace(other, seconds=None)
+    (note,) = [note for note in again.report.notes if note.startswith("cache")]
+    assert "`counted`" in note
+    assert not [note for note in first.report.notes if note.startswith("cache")]
+    assert run(plugin, cache=False).report.rows[-1].error == first.report.rows[-1].error
+    assert asked(plugin) == 2
+
+
+def test_what_comes_after_a_changed_pass_is_made_again_and_what_comes_before_is_not(plugin: Path) -> None:
+    run(plugin, "counted:factor=3,counted:factor=5")
+    run(plugin, "counted:factor=3,counted:factor=7")
+    assert asked(plugin) == 3
+    run(plugin, "counted:factor=4,counted:factor=7")
+    assert asked(plugin) == 5
+
+
+def test_a_job_finds_its_own_without_a_disk(plugin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAPHOPT_CACHE", "")
+    job = Job(CAPTURED, Samples.open(X, ["input"]).check(CAPTURED.inputs))
+    for factor in (5, 7, 5):
+        job.run(Pipeline.parse(f"counted:factor=3,counted:factor={factor}", PassRegistry([plugin])))
+    assert asked(plugin) == 3
+    run(plugin, "counted:factor=3")
+    assert asked(plugin) == 4
+
+
+def test_batches_that_are_gone_through_are_known_by_what_was_read(plugin: Path) -> None:
+    def batches(tail: float) -> Iterator[Tensor]:
+        yield from X[:36].split(4)
+        yield X[36:] + tail
+
+    run(plugin, data=list(batches(0.0)))
+    run(plugin, data=list(batches(0.0)))
+    assert asked(plugin) == 1
+    changed = X.clone()
+    changed[1] += 1
+    run(plugin, data=list(changed.split(4)))
+    assert asked(plugin) == 2
+
+
+def changed_byte(tensor: Tensor, place: int, bit: int) -> Tensor:
+    copied = tensor.detach().clone().contiguous()
+    content = copied.view(torch.uint8).flatten()
+    content[place % len(content)] ^= 1 << bit
+    return copied
+
+
+def other_weights(place: int, bit: int) -> dict[str, Any]:
+    model = net()
+    names = sorted(model.state_dict())
+    name = names[place % len(names)]
+    value = changed_byte(model.state_dict()[name], place, bit)
+    if not bool(value.isfinite().all()):
+        value = value.nan_to_num(0.125)
+    model.load_state_dict({**model.state_dict(), name: value})
+    return {"program": graphopt.capture(model, X[:2])}
+
+
+def other_data(place: int, bit: int) -> dict[str, Any]:
+    read = changed_byte(X[1:3], place, bit).nan_to_num(0.125).clamp(-1e6, 1e6)  # of what passes may fit
+    return {"data": torch.cat([X[:1], read, X[3:]])}
+
+
+def other_examples(place: int, bit: int) -> dict[str, Any]:
+    example = changed_byte(X[:2], place, bit).nan_to_num(0.125)
+    return {"program": dataclasses.replace(CAPTURED, example_args=(example,))}
+
+
+OTHERS: dict[str, Callable[[int, int], dict[str, Any]]] = {
+    "weights": other_weights,
+    "data": other_data,
+    "examples": other_examples,
+    "options": lambda place, bit: {"passes": f"counted:factor={2 + 2.0 ** -(place % 40)}"},
+    "seed": lambda place, bit: {"seed": 1 + place},
+    "axes": lambda place, bit: {"program": graphopt.capture(net(), X[:2], dynamic_shapes={"input": {0: None}})},
+    "names": lambda place, bit: {"program": graphopt.capture(nn.Sequential(net()), X[:2])},
+}
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@given(kind=st.sampled_from(sorted(OTHERS)), place=st.integers(0, 10_000), bit=st.integers(0, 7))
+def test_anything_else_makes_another_plan(plugin: Path, kind: str, place: int, bit: int) -> None:
+    run(plugin)
+    other = OTHERS[kind](place, bit)
+    if kind == "data" and torch.equal(other["data"], X):
+        return
+    if kind == "weights" and digests.of_program(other["program"]) == digests.of_program(CAPTURED):
+        assert all(torch.equal(a, b) for a, b in zip(other["program"].parameters(), CAPTURED.parameters(), strict=True))
+        return
+    before = asked(plugin)
+    run(plugin, **other, cache=True)
+    after = asked(plugin)
+    fresh = run(plugin, **other, cache=False)
+    kept = run(plugin, **other, cache=True)
+    assert asked(plugin) == after + 1
+    assert all(torch.equal(tensor, tensors(kept)[name]) for name, tensor in tensors(fresh).items())
+    assert after in (before, before + 1)  # an example that was drawn before is known
+
+
+@pytest.mark.parametrize("kind", sorted(OTHERS))
+def test_each_kind_of_change_is_seen(plugin: Path, kind: str) -> None:
+    run(plugin)
+    run(plugin, **OTHERS[kind](3, 5))
+    assert asked(plugin) == 2
+
+
+def test_another_source_of_a_plugin(plugin: Path, tmp_path: Path) -> None:
+    run(plugin)
+    plugin.write_text(PLUGIN.replace("+ shift", "- shift"))
+    run(plugin)
+    assert asked(plugin) == 2
+    package = tmp_path / f"package{next(NUMBERS)}"
+    package.mkdir()
+    for name, text in (("__init__.py", ""), ("helper.py", "ONE = 1\n"), ("plugin.py", PLUGIN)):
+        (package / name).write_text(text)
+    run(package / "plugin.py")
+    (package / "helper.py").write_text("ONE = 2\n")
+    run(package / "plugin.py")
+    assert asked(package / "plugin.py") == 2
+
+
+def test_other_libraries(plugin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(plugin)
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: real(name) + ".1" * (name == "numpy"))
+    digests.of_libraries.cache_clear()
+    run(plugin)
+    assert asked(plugin) == 2
+    monkeypatch.undo()
+    digests.of_libraries.cache_clear()
+
+
+def test_times_are_of_one_machine(plugin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backends = backends_named("onnxruntime")
+    for passes in ("counted:times=yes", "counted"):
+        run(plugin, passes, backends=backends)
+        run(plugin, passes, backends=backends)
+    assert asked(plugin) == 2
+    monkeypatch.setattr(digests, "of_machine", lambda: "another")
+    run(plugin, "counted:times=yes", backends=backends)
+    run(plugin, "counted", backends=backends)
+    assert asked(plugin) == 3
+
+
+def test_a_loss_is_known_in_its_process_alone(plugin: Path) -> None:
+    def loss(output: Any, labels: Any) -> Tensor:
+        return torch.zeros(())
+
+    job = Job(CAPTURED, Samples.open(X, ["input"]).check(CAPTURED.inputs), loss=loss)
+    pipeline = Pipeline.parse("counted:loss=yes", PassRegistry([plugin]))
+    job.run(pipeline)
+    job.run(pipeline)
+    assert asked(plugin) == 1
+    run(plugin, "counted:loss=yes", loss=loss)
+    assert asked(plugin) == 2
+
+
+def test_another_target(plugin: Path) -> None:
+    pass_ = PassRegistry([plugin]).pass_class("counted")()
+    step = Step(pass_)
+    keys = set()
+    known = backends_named("onnxruntime")[0].description
+    for target in (None, known, dataclasses.replace(known, name="another")):
+        ctx = graphopt.Context(CAPTURED, target=target)
+        keys.add(StepCache(Memory())._key(step, CAPTURED, ctx))
+    assert len(keys) == 3
+
+
+def test_what_one_pass_read_counts_for_those_after_it(plugin: Path) -> None:
+    """An analysis may have kept it."""
+    passes = "counted,counted:reads=no"
+    run(plugin, passes)
+    run(plugin, passes)
+    assert asked(plugin) == 2
+    changed = X.clone()
+    changed[1] += 1
+    run(plugin, passes, data=changed)
+    assert asked(plugin) == 4
+
+
+def test_a_class_without_a_file_is_asked_each_time(plugin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("nowhere")
+    monkeypatch.setitem(sys.modules, "nowhere", module)
+    space = vars(module) | {"__file__": str(plugin)}
+    exec(compile(PLUGIN, "<text>", "exec"), space)  # as a notebook does
+    assert digests.of_pass(space["Counted"]()) is None
+
+
+def test_a_plan_that_a_pass_no_longer_reads_is_made_anew(plugin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(plugin)
+    kind = PassRegistry([plugin]).pass_class("counted").plan_type
+
+    def refuse(*_: Any) -> Any:
+        raise PassError("of another form")
+
+    monkeypatch.setattr(kind, "from_json", refuse)
+    run(plugin)
+    assert asked(plugin) == 2
+
+
+def test_digests_tell_values_apart() -> None:
+    values: list[Any] = [
+        *(
+            1,
+            1.0,
+            "1",
+            True,
+            None,
+            [1],
+            [[1]],
+            ["1"],
+            {"1": 1},
+            {"a": [1, 2]},
+            {"a": [1], "b": [2]},
+            ["ab"],
+            ["a", "b"],
+        ),
+        *(torch.ones(2), torch.ones(2).double(), torch.ones(2, 1), torch.ones(0), torch.ones(0, 2)),
+        *(frozenset({1, 2}), frozenset({1, 3}), X, copy.deepcopy(CAPTURED.inputs)),
+    ]
+    found = [digests.digest_of(value) for value in values]
+    assert len(set(found)) == len(values)
+    assert found == [digests.digest_of(copy.deepcopy(value)) for value in values]

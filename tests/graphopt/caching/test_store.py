@@ -1,0 +1,166 @@
+"""The cache on disk: whole or not there, of one user, bounded; what is wrong with it costs time alone."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from graphopt.caching import store as store_module
+from graphopt.caching.reads import Read
+from graphopt.caching.store import CacheEntry, Store
+from graphopt.cli.app import run
+from graphopt.errors import UsageError
+
+KEY, OTHER = "a" * 64, "b" * 64
+ENTRY = CacheEntry(
+    reads=[(Read("samples", False, 4, None, 3), "c" * 64)], machine="d", content={"sites": ["x"], "n": 1.5}
+)
+TENSORS = {"w": torch.arange(6.0).view(2, 3), "tied": torch.ones(2, dtype=torch.bfloat16)}
+
+
+@pytest.fixture(autouse=True)
+def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "_said", set())
+
+
+def found(store: Store, key: str = KEY) -> list[tuple[CacheEntry, Any]]:
+    return list(store.entries(key))
+
+
+def test_what_is_kept_comes_back(tmp_path: Path) -> None:
+    store = Store(tmp_path / "new" / "cache")
+    assert found(store) == []
+    store.add(KEY, ENTRY, TENSORS)
+    store.add(KEY, ENTRY.model_copy(update={"machine": None}), {})
+    store.add(OTHER, ENTRY, {})
+    (one, other) = sorted(found(store), key=lambda pair: pair[0].machine or "")
+    assert other[0] == ENTRY.model_copy(update={"payload": other[0].payload})
+    assert all(torch.equal(tensor, other[1][name]) for name, tensor in TENSORS.items())
+    assert one[1] == {}
+    assert (tmp_path / "new" / "cache").stat().st_mode & 0o777 == 0o700
+    assert store.usage()[0] == 3
+    assert {path.suffix for path in store.folder.iterdir()} == {".json", ".safetensors"}
+
+
+@pytest.mark.parametrize("suffix", [".json", ".safetensors"])
+@pytest.mark.parametrize("damage", ["shorter", "changed", "gone", "a folder"])
+def test_what_is_damaged_is_not_found(suffix: str, damage: str, tmp_path: Path) -> None:
+    store = Store(tmp_path / "cache")
+    store.add(KEY, ENTRY, TENSORS)
+    (file,) = (path for path in store.folder.iterdir() if path.suffix == suffix)
+    content = bytearray(file.read_bytes())
+    if damage == "shorter":
+        file.write_bytes(content[:-3])
+    elif damage == "changed":
+        content[-2] ^= 1
+        file.write_bytes(content)
+    else:
+        file.unlink()
+        if damage == "a folder":
+            file.mkdir()
+    assert found(store) == []
+    store.add(KEY, ENTRY, TENSORS) if damage != "a folder" else None
+    assert len(found(store)) == (damage != "a folder")
+
+
+def test_an_entry_of_another_form_is_not_found(tmp_path: Path) -> None:
+    store = Store(tmp_path / "cache")
+    store.add(KEY, ENTRY, {})
+    for text in (b"[]", b'{"content": 1}', b'{"content": {}, "more": 1}', b"\xff", b"{" * 10**5):
+        (store.folder / f"{OTHER}-{store_module.hashlib.sha256(text).hexdigest()}.json").write_bytes(text)
+    assert found(store, OTHER) == []
+    assert len(found(store)) == 1
+
+
+def test_a_folder_that_cannot_be_written_serves_what_it_holds(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path / "cache")
+    store.add(KEY, ENTRY, TENSORS)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store_module.os, "replace", full)
+    monkeypatch.setattr(store_module.os, "utime", full)
+    with caplog.at_level(logging.WARNING, "graphopt"):
+        store.add(OTHER, ENTRY, TENSORS)
+        store.add(OTHER, ENTRY, TENSORS)
+    assert len(found(store)) == 1
+    assert found(store, OTHER) == []
+    assert [record.message.split(":")[0] for record in caplog.records] == [
+        f"Nothing is kept in the cache {store.folder}"
+    ]
+    assert {path.suffix for path in store.folder.iterdir()} == {".json", ".safetensors"}
+
+
+def test_a_folder_of_others_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = Store(tmp_path / "cache")
+    store.add(KEY, ENTRY, {})
+    os.chmod(store.folder, 0o755)
+    with caplog.at_level(logging.WARNING, "graphopt"):
+        assert found(store) == []
+        store.add(OTHER, ENTRY, {})
+    assert len(list(store.folder.iterdir())) == 1
+    assert "is open to others and not used. Make it yours alone (chmod 700)" in caplog.text
+
+
+def test_what_was_not_used_for_longest_goes_first(tmp_path: Path) -> None:
+    store = Store(tmp_path / "cache", most=12_000)
+    keys = [f"{index:064x}" for index in range(8)]
+    for index, key in enumerate(keys):
+        store.add(key, ENTRY, {"w": torch.full((500,), float(index))})
+        for age, path in enumerate(sorted(store.folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)):
+            os.utime(path, ns=(10**9 * age, 10**9 * age))
+        found(store, keys[0])
+    assert store.usage()[1] <= 12_000
+    assert [bool(found(store, key)) for key in (keys[0], keys[1], keys[-1])] == [True, False, True]
+    store.add(OTHER, ENTRY, {"w": torch.zeros(1000)})  # more than a quarter of all
+    assert found(store, OTHER) == []
+
+
+def test_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GRAPHOPT_CACHE", str(tmp_path))
+    assert Store.of_user() == Store(tmp_path)
+    monkeypatch.setenv("GRAPHOPT_CACHE", "")
+    assert Store.of_user() is None
+    monkeypatch.delenv("GRAPHOPT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert Store.of_user() == Store(tmp_path / "xdg" / "graphopt")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Store.of_user() == Store(tmp_path / ".cache" / "graphopt")
+
+
+def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("GRAPHOPT_CACHE", str(tmp_path / "cache"))
+    assert run(["cache"]) == 0
+    assert "cache: 0 entries, 0.0 MB of at most 4,096 MB" in capsys.readouterr().out
+    Store(tmp_path / "cache").add(KEY, ENTRY, TENSORS)
+    (tmp_path / "cache" / "of the user.txt").write_text("stays")
+    assert run(["cache"]) == 0
+    assert "cache: 1 entries" in capsys.readouterr().out
+    assert run(["cache", "--clear"]) == 0
+    assert "cache: 0 entries" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["of the user.txt"]
+    monkeypatch.setenv("GRAPHOPT_CACHE", "")
+    assert run(["cache"]) == 0
+    assert "nothing is kept" in capsys.readouterr().out
+
+
+def test_clearing_what_cannot_be_removed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    store = Store(tmp_path / "cache")
+    store.add(KEY, ENTRY, {})
+
+    def denied(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "unlink", denied)
+    with pytest.raises(UsageError, match=r"Could not clear the cache .*: Permission denied"):
+        store.clear()
