@@ -60,6 +60,7 @@ class Compared:
         errors: largest difference of an artifact to the model over the largest output, on the CPU and on the device.
         seconds: what each run took.
         wrong: what must not be, "" if all is well.
+        note: why nothing was compared, "" where it was.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Compared:
     errors: tuple[float, float]
     seconds: tuple[float, float]
     wrong: str
+    note: str = ""
 
 
 def main(
@@ -86,8 +88,12 @@ def main(
     failed = False
     for found in compare(chosen, only):
         shown = [f"{value:.2g}" for value in (*found.errors, *found.seconds)]
-        table.add_row(found.name, found.passes, str(found.decisions), str(found.same), *shown, found.wrong)
-        print(f"{found.name}, {found.passes}: {found.wrong or 'as on the CPU'}", file=sys.stderr, flush=True)
+        table.add_row(
+            found.name, found.passes, str(found.decisions), str(found.same), *shown, found.wrong or found.note
+        )
+        print(
+            f"{found.name}, {found.passes}: {found.wrong or found.note or 'as on the CPU'}", file=sys.stderr, flush=True
+        )
         failed |= bool(found.wrong)
     Console().print(table)
     sys.exit(failed)
@@ -100,10 +106,13 @@ def compare(device: torch.device, only: str = "*") -> Iterator[Compared]:
         if not fnmatch.fnmatchcase(name, only):
             continue
         there = copy.deepcopy(model).to(device)
+        if not _runs(there, data, device):
+            yield Compared(name, passes, 0, 0, (0.0, 0.0), (0.0, 0.0), "", "the model itself does not run there")
+            continue
         (one, first), (other, second) = (_run(side, data, passes, dynamic) for side in (model, there))
         if isinstance(one, str) or isinstance(other, str):
             wrong = "" if one == other else f"CPU: {_said(one)}; device: {_said(other)}"
-            yield Compared(name, passes, 0, 0, (0.0, 0.0), (first, second), wrong)
+            yield Compared(name, passes, 0, 0, (0.0, 0.0), (first, second), wrong, "" if wrong else _said(one))
             continue
         plans = [[_leaves(plan.to_json()) for plan in result.plans] for result in (one, other)]
         pairs = [(leaf, twin.get(path)) for plan, twin in zip(*plans, strict=True) for path, leaf in plan.items()]
@@ -125,6 +134,21 @@ def _run(model: Any, data: Any, passes: str, dynamic: Any) -> tuple[Result | str
     except graphopt.GraphOptError as err:
         found = str(err)
     return found, time.perf_counter() - started
+
+
+def _runs(model: Any, data: Any, device: torch.device) -> bool:
+    """Whether a model runs on a device at all: one may make tensors on the CPU, or torch lack a kernel."""
+    given = (
+        {name: tensor[:2].to(device) for name, tensor in data.items()}
+        if isinstance(data, dict)
+        else data[:2].to(device)
+    )
+    try:
+        with torch.no_grad():
+            model(**given) if isinstance(given, dict) else model(given)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
 
 
 def _said(found: Result | str) -> str:

@@ -20,12 +20,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt.errors import GraphOptError
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import origin, user_line
 from graphopt.ir.regions import every_graph_module
 from graphopt.ir.torch_internals import pytree
-from graphopt.loading.functions import is_function_name, resolve_function
+from graphopt.loading.functions import is_function_name
 from graphopt.measure.evaluate import Evaluator
 from graphopt.pipeline.plan import Plan
 
@@ -115,13 +114,19 @@ def of_pass(instance: Any) -> str | None:
             parts.append(_source_of(Path(inspect.getfile(kind))))
         except (OSError, TypeError):
             return None
-    for value in _texts(instance.options):
-        if is_function_name(value):
-            try:
-                parts.append(_source_of(Path(inspect.getfile(resolve_function(value, "an option")))))
-            except (OSError, TypeError, GraphOptError):
-                return None
+    parts += [_source_of(file) for text in _texts(instance.options) if (file := _file_of_function(text)) is not None]
     return digest_of(parts)
+
+
+def _file_of_function(text: str) -> Path | None:
+    """Return the file that an option says a function is in, as `loss=my_losses:smooth`; None where it is other text."""
+    if not is_function_name(text):
+        return None
+    try:
+        found = importlib.util.find_spec(text.partition(":")[0])
+    except (ImportError, ValueError):
+        return None
+    return Path(found.origin) if found is not None and found.has_location and found.origin else None
 
 
 _WITHOUT_SOURCES = frozenset({"graphopt", "builtins", *sys.stdlib_module_names})  # or with others, see `of_libraries`

@@ -71,8 +71,11 @@ class Store:
         said = os.environ.get(PLACE)
         if said == "":
             return None
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        return cls(Path(said) if said else Path(home) / "graphopt")
+        try:
+            home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        except RuntimeError:  # a user without a home
+            return None if said is None else cls(Path(said))
+        return cls(Path(said) if said else home / "graphopt")
 
     def entries(self, key: str) -> Iterator[tuple[CacheEntry, Mapping[str, torch.Tensor]]]:
         """Yield what is kept under a key, with its tensors; what is damaged goes."""

@@ -244,6 +244,24 @@ def test_another_source_of_a_plugin(plugin: Path, tmp_path: Path) -> None:
     assert asked(package / "plugin.py") == 2
 
 
+def test_another_source_of_a_function_that_an_option_names(
+    plugin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    source = PLUGIN.replace("    loss: bool = False\n", '    loss: bool = False\n    function: str = ""\n')
+    plugin = written(tmp_path, source)
+    losses = tmp_path / f"losses{plugin.stem}.py"
+    losses.write_text("smooth = print\n")
+    for text in (f"{losses.stem}:smooth", "layer1:channels"):  # the second is no function
+        passes = f"counted:function={text}"
+        run(plugin, passes)
+        run(plugin, passes)
+    assert asked(plugin) == 2
+    losses.write_text("smooth = repr\n")
+    run(plugin, f"counted:function={losses.stem}:smooth")
+    assert asked(plugin) == 3
+
+
 def test_other_libraries(plugin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(plugin)
     real = importlib.metadata.version
