@@ -138,14 +138,11 @@ def _run(model: Any, data: Any, passes: str, dynamic: Any) -> tuple[Result | str
 
 def _runs(model: Any, data: Any, device: torch.device) -> bool:
     """Whether a model runs on a device at all: one may make tensors on the CPU, or torch lack a kernel."""
-    given = (
-        {name: tensor[:2].to(device) for name, tensor in data.items()}
-        if isinstance(data, dict)
-        else data[:2].to(device)
-    )
+    named = data if isinstance(data, dict) else {"": data}
+    given = {name: tensor[:4].to(device) for name, tensor in named.items()}
     try:
         with torch.no_grad():
-            model(**given) if isinstance(given, dict) else model(given)
+            model(**given) if isinstance(data, dict) else model(*given.values())
     except (RuntimeError, NotImplementedError):
         return False
     return True
