@@ -78,8 +78,9 @@ class Plan:
         return f"matched {matched}, rewrote {len(self.sites)}{left}"
 
     def on(self, device: torch.device) -> Self:
-        """Return the plan with its tensors on a device."""
-        return dataclasses.replace(self, tensors={name: tensor.to(device) for name, tensor in self.tensors.items()})
+        """Return the plan with its tensors on a device, laid out as they are stored: in the order of their indices."""
+        moved = {name: tensor.to(device).contiguous() for name, tensor in self.tensors.items()}
+        return dataclasses.replace(self, tensors=moved)
 
     def to_json(self) -> dict[str, Json]:
         """Return everything but the tensors as JSON data; what is not finite is null."""
