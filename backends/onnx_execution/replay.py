@@ -21,6 +21,8 @@ from graphopt.ir.walker import Walker
 
 Tensors = tuple[torch.Tensor, ...]
 
+_MOST_KEPT = 1 << 27  # bytes of dequantized weights
+
 
 @dataclass(frozen=True, slots=True)
 class Deviation:
@@ -74,14 +76,16 @@ class Replay(Walker):
         return self._widened(super().read(node))
 
     def call(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run one call; weights are dequantized once for all runs."""
+        """Run one call; weights are dequantized once for all runs, as many as fit in `_MOST_KEPT`."""
         if node in self._weights:
             return self._weights[node]
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             return None  # it asserts the dtype of the trace, which an exact run widens
         result = super().call(node, args, kwargs)
         if node.target is torch.ops.graphopt.dequantize.default and _is_stored(node.args[0]):
-            self._weights[node] = result = self._widened(result)
+            result = self._widened(result)
+            if sum(known.nbytes for known in self._weights.values()) + result.nbytes <= _MOST_KEPT:
+                self._weights[node] = result
             return result
         if node.target is torch.ops.graphopt.dequantize.default and self._noise is not None:
             return perturbed(result, self._noise)

@@ -12,6 +12,7 @@ import onnxruntime  # type: ignore[import-untyped]
 import pydantic
 
 from graphopt.errors import LoweringError, UsageError, cut, first_problem, printable
+from graphopt.ir.memory import trim
 from graphopt.ir.plain_data import Json
 from graphopt.targets.backend import Array
 from graphopt.versions import check_version
@@ -138,6 +139,7 @@ class OnnxSession:
             native.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         if optimized is not None:
             native.optimized_model_filepath = str(optimized)
+        trim(_bytes_of(model) // 4)  # what a session before took, and below what loading took
         try:
             self._session = onnxruntime.InferenceSession(
                 str(model) if isinstance(model, Path) else model,
@@ -148,6 +150,7 @@ class OnnxSession:
         except Exception as err:  # onnxruntime's exceptions have no common base
             name = model.name if isinstance(model, Path) else "the model"
             raise LoweringError(f"ONNX Runtime refuses {name}: {_reason(err)}") from err
+        trim(_bytes_of(model) // 4)
         self.inputs = tuple(value.name for value in self._session.get_inputs())
         self.outputs = tuple(value.name for value in self._session.get_outputs())
 
@@ -174,6 +177,12 @@ class OnnxSession:
         except Exception as err:  # onnxruntime's exceptions have no common base
             shapes = ", ".join(f"{name}: {'x'.join(map(str, array.shape))}" for name, array in feed.items())
             raise LoweringError(f"ONNX Runtime fails on inputs {shapes}: {_reason(err)}") from err
+
+
+def _bytes_of(model: Path | bytes) -> int:
+    if isinstance(model, bytes):
+        return len(model)
+    return sum(file.stat().st_size for file in (model, model.with_name(f"{model.name}.data")) if file.is_file())
 
 
 def _reason(err: Exception) -> str:

@@ -13,13 +13,13 @@ from collections.abc import Iterable
 
 import torch
 
-_LARGE = 1 << 26  # bytes; to look for circles takes a third of a second
+LARGE = 1 << 26  # bytes; to look for circles takes a third of a second
 _MANY = 1 << 20  # numbers; to return pages takes some milliseconds
 
 
 def give_back(tensors: Iterable[torch.Tensor]) -> None:
     """Let go of dead programs and return free pages, where tensors like these are large."""
-    if sum(tensor.nbytes for tensor in tensors) >= _LARGE:
+    if sum(tensor.nbytes for tensor in tensors) >= LARGE:
         gc.collect()
         trim(_MANY)
 

@@ -10,7 +10,7 @@ from torch import nn
 
 def storages(module: nn.Module) -> frozenset[int]:
     """Return where the tensors of a module lie."""
-    return frozenset(_place(tensor) for _, _, tensor in _tensors(module))
+    return frozenset(place(tensor) for _, _, tensor in _tensors(module))
 
 
 def own_tensors(modules: Iterable[nn.Module], lent: Set[int] | None = None) -> dict[int, torch.Tensor]:
@@ -27,7 +27,7 @@ def own_tensors(modules: Iterable[nn.Module], lent: Set[int] | None = None) -> d
     held = []  # an id is a tensor's for as long as that lives
     for module in modules:
         for table, name, tensor in list(_tensors(module)):
-            if lent is not None and _place(tensor) not in lent:
+            if lent is not None and place(tensor) not in lent:
                 continue
             if id(tensor) not in own:
                 held.append(tensor)
@@ -44,7 +44,8 @@ def _tensors(module: nn.Module) -> Iterator[tuple[dict[str, torch.Tensor | None]
                     yield table, name, tensor  # type: ignore[misc]
 
 
-def _place(tensor: torch.Tensor) -> int:
+def place(tensor: torch.Tensor) -> int:
+    """Return where the storage of a tensor lies."""
     return tensor.untyped_storage().data_ptr()
 
 

@@ -13,6 +13,7 @@ import torch
 
 from graphopt.data.batches import Batch
 from graphopt.files import ScratchDirectory
+from graphopt.ir.memory import give_back
 from graphopt.ir.program import Program
 from graphopt.ir.torch_internals import output_structure, pytree
 from graphopt.job.recorder import Score
@@ -64,6 +65,7 @@ def deliver(
     inputs = tuple(tensor.cpu().numpy() for tensor in probe.batch)
     item.verify(artifact, program, inputs)
     seconds = time.perf_counter() - started
+    give_back(original.parameters())  # what dequantized weights took, say
     session = artifact.session()
     row = Row(
         artifact.path.name,

@@ -24,11 +24,13 @@ from graphopt.ir.devices import device_called, device_memory
 from graphopt.ir.exporting import let_exports_read
 from graphopt.ir.finite import all_finite, computable
 from graphopt.ir.global_state import random_state_kept
+from graphopt.ir.memory import give_back
 from graphopt.ir.ownership import own_tensors, storages
 from graphopt.ir.program import Program
 from graphopt.ir.regions import compiled_for_their_shapes
 from graphopt.job.deliver import Delivery, deliver
 from graphopt.job.manifest import Manifest
+from graphopt.job.payloads import set_aside
 from graphopt.job.recorder import Recorder
 from graphopt.job.replaying import carry_out
 from graphopt.job.report import Report, Row
@@ -200,7 +202,7 @@ class Job:
             report.notes.append(
                 f"cache: decided in an earlier run, on the same things: {said} (--no-cache decides anew)"
             )
-        return Outcome(pipeline, made.programs, made.plans, report)
+        return Outcome(pipeline, made.programs, set_aside(made.plans, made.programs.values()), report)
 
     @random_state_kept()
     @gradients_recorded()
@@ -220,6 +222,7 @@ class Job:
         Raises:
             LoweringError: a program cannot be lowered, or its artifact computes something else.
         """
+        give_back(self.original.parameters())
         home = ScratchDirectory()
         original = self._given.to("cpu")
 
@@ -264,6 +267,7 @@ class Job:
         return self._result(outcome, [])
 
     def _result(self, outcome: Outcome, deliveries: Sequence[Delivery]) -> Result:
+        give_back(self.original.parameters())
         programs = {target: self._back(program) for target, program in outcome.programs.items()}
         if self._lent:  # who is given a program may train it
             own = own_tensors((program.graph_module for program in programs.values()), self._lent)

@@ -81,7 +81,7 @@ def _run_branch(
         plans.append((ctx.target.name if ctx.target else "", plan))
         if program is not before and before is not first:  # which other branches read too
             ctx.forget(before)
-        give_back(program.parameters())
+        give_back(ctx.original.parameters())
     return program, plans
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from graphopt import capture
+from graphopt.backends.onnx_execution import replay
 from graphopt.backends.onnx_execution.agreement import Reference, disagreements, half_of_the_digits, relative_error
 from graphopt.backends.onnx_execution.batches import batches, evaluate
 from graphopt.backends.onnx_execution.replay import Replay, quantize_nodes
@@ -59,6 +60,21 @@ def stored(model: ir.Model, name: str, change: Callable[[np.ndarray], np.ndarray
 
 def test_float_program_agrees(residual: tuple[Program, Path]) -> None:
     assert verify(residual[1], residual[0], None, SETTINGS) < 1e-5
+
+
+def test_weights_that_are_not_kept_are_dequantized_again(
+    integers: tuple[Program, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = integers[0]
+    feed = tuple(torch.from_numpy(array) for array in next(batches(program, None))[1])
+    kept = Replay(program)
+    wanted = kept.outputs(feed)
+    assert kept._weights
+    monkeypatch.setattr(replay, "_MOST_KEPT", 0)
+    again = Replay(program)
+    for _ in range(2):
+        assert all(map(torch.equal, wanted, again.outputs(feed)))
+    assert not again._weights
 
 
 def test_a_wrong_weight_is_found(residual: tuple[Program, Path], tmp_path: Path) -> None:

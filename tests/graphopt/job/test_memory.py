@@ -21,7 +21,7 @@ from graphopt.errors import UsageError
 from graphopt.ir import exporting
 from graphopt.ir.ownership import storages
 from graphopt.ir.program import Program
-from graphopt.job import deliver, manifest
+from graphopt.job import deliver, manifest, payloads
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.hooks import Hook
 from graphopt.pipeline.order import Step
@@ -249,3 +249,40 @@ def test_a_save_that_fails_leaves_the_result_as_it_was(tmp_path: Path, monkeypat
     found.save(tmp_path / "out")
     graphopt.open(tmp_path / "out")
     assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
+
+
+def test_a_payload_that_no_program_reads_lies_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = graphopt.Job.open(model(), X, cache=False)
+    kept = job.run(Pipeline.parse(f"{PRUNE},int8"))
+    monkeypatch.setattr(payloads, "LARGE", 1)
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    class Payloads(Hook):
+        def planned(self, step: Step, plan: Plan, target: str) -> None:
+            made.extend(weakref.ref(tensor) for tensor in plan.tensors.values() if step.name == "prune")
+
+    aside = job.run(Pipeline.parse(f"{PRUNE},int8"), hooks=[Payloads()])
+    gc.collect()
+    assert made
+    assert not any(tensor() is not None for tensor in made)
+    for (_, plan), (_, same) in zip(aside.plans, kept.plans, strict=True):
+        assert plan.to_json() == same.to_json()
+        assert [*plan.tensors] == [*same.tensors]
+        assert all(torch.equal(tensor, same.tensors[name]) for name, tensor in plan.tensors.items())
+    integers = aside.plans[-1][1].tensors
+    read = {tensor.data_ptr() for tensor in aside.programs["onnxruntime"].state_dict().values()}
+    assert read & {tensor.data_ptr() for tensor in integers.values()}
+    job.deliver(aside, bench=False).save(tmp_path / "aside")
+    job.deliver(kept, bench=False).save(tmp_path / "kept")
+    for name in ("plans.safetensors", "manifest.json", "onnxruntime.onnx"):
+        assert (tmp_path / "aside" / name).read_bytes() == (tmp_path / "kept" / name).read_bytes()
+
+
+def test_a_payload_stays_in_memory_where_there_is_no_room_for_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(payloads, "LARGE", 1)
+    monkeypatch.setattr(payloads, "save_file", full)
+    plan = Plan(pass_name="scale", tensors={"weight": torch.ones(4)})
+    assert payloads.set_aside([("", plan)], []) == (("", plan),)
