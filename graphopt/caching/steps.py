@@ -31,7 +31,7 @@ _Kept = tuple[CacheEntry, Mapping[str, torch.Tensor]]
 
 @dataclass
 class Memory:
-    """Entries of one job, and digests of its programs.
+    """Entries of one job that are not on disk, and digests of its programs.
 
     Attributes:
         most: bytes that the tensors of all entries may take; what was kept longest ago goes first.
@@ -149,6 +149,6 @@ class StepCache:
                     yield entry, tensors
 
     def _add(self, key: str, entry: CacheEntry, tensors: Mapping[str, torch.Tensor]) -> None:
-        self.memory.add(key, entry, tensors)
-        if self.store is not None and not self.reads.judged:  # a function of the user's is known in this process alone
-            self.store.add(key, entry, tensors)
+        lasting = self.store is not None and not self.reads.judged  # the user's loss is known in this process alone
+        if not (lasting and self.store is not None and self.store.add(key, entry, tensors)):
+            self.memory.add(key, entry, tensors)

@@ -86,19 +86,22 @@ class Store:
             if found is not None:
                 yield found
 
-    def add(self, key: str, entry: CacheEntry, tensors: Mapping[str, torch.Tensor]) -> None:
+    def add(self, key: str, entry: CacheEntry, tensors: Mapping[str, torch.Tensor]) -> bool:
         """Keep an entry, and let go of what has not been used for longest where there is too much.
 
         Where it cannot be written, that is said once and nothing is kept.
+
+        Returns:
+            Whether it is there.
         """
         size = sum(tensor.nbytes for tensor in tensors.values())
         if size > self.most // 4:
             logger.info("A plan with %d bytes of tensors is not kept: the cache holds %d.", size, self.most)
-            return
+            return False
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             if not self._usable():
-                return
+                return False
             with ScratchDirectory(self.folder) as scratch:
                 if tensors:
                     file = Path(scratch) / "tensors"
@@ -110,9 +113,11 @@ class Store:
                 file.write_bytes(text)
                 os.replace(file, self.folder / f"{key}-{hashlib.sha256(text).hexdigest()}.json")
             self._shrink()
+            return True
         except (OSError, UsageError, safetensors.SafetensorError) as err:
             said = getattr(err, "strerror", None) or first_line(err)
             _say_once(f"Nothing is kept in the cache {self.folder}: {said}.")
+            return False
 
     def usage(self) -> tuple[int, int]:
         """Return how many entries there are, and bytes of all files."""

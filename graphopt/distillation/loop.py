@@ -1,4 +1,4 @@
-"""The training loop, under Accelerate: one CPU, one GPU or, started by `accelerate launch`, many processes.
+"""The training loop, under Accelerate: where the program is or, started by `accelerate launch`, in many processes.
 
 The one adapter to `accelerate`, which is imported when a loop starts and not before. Every process draws the same
 batches and computes its share of each, so a run takes the same steps however many there are.
@@ -60,7 +60,7 @@ class Trainer:
     """Trains a student program towards a teacher program, and judges it on inputs it never trains on.
 
     Args:
-        student: tapped, owning its tensors; trained in place, on the device Accelerate chooses.
+        student: tapped, owning its tensors; trained in place, where it is, or where Accelerate puts each process.
         teacher: tapped likewise, owning its tensors since they move too.
         objective: reads the flat outputs of both.
         held_out: what the student is judged on.
@@ -70,12 +70,12 @@ class Trainer:
     def __init__(
         self, student: Program, teacher: Program, objective: Objective, held_out: Pool, batch_size: int
     ) -> None:
-        self._accelerator = _accelerator()
+        self._accelerator, self._device = _accelerator(student.device)
         self._student, self._teacher, self._objective = student, teacher, objective
         self._held_out, self._batch_size = held_out, batch_size
         self._names = [name for name, tensor in student.state_dict().items() if tensor.is_floating_point()]
         for program in (student, teacher):
-            place(program.graph_module, self._accelerator.device)
+            place(program.graph_module, self._device)
         self._expected: list[tuple[torch.Tensor, ...]] = []
 
     def held_out_loss(self) -> float:
@@ -191,7 +191,7 @@ class Trainer:
         return self._on_device(inputs.take((bucket, share)))
 
     def _on_device(self, batch: Batch) -> Batch:
-        return tuple(part.to(self._accelerator.device) for part in batch)
+        return tuple(part.to(self._device) for part in batch)
 
 
 class _Module(nn.Module):
@@ -206,11 +206,16 @@ class _Module(nn.Module):
         return self._program.call_flat(batch)
 
 
-def _accelerator() -> Accelerator:
-    from accelerate import Accelerator
+def _accelerator(device: torch.device) -> tuple[Accelerator, torch.device]:
+    """Return what runs the loop, and where: one process stays on the device given."""
+    from accelerate import Accelerator, PartialState
     from accelerate.utils import DistributedDataParallelKwargs
 
-    return Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+    several = PartialState().num_processes > 1
+    found = Accelerator(
+        device_placement=several, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]
+    )
+    return found, found.device if several else device
 
 
 def _groups(student: Program, rate: float) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import graphopt
+from graphopt.distillation.loop import Trainer
 from graphopt.errors import CaptureError, PassError, UsageError
 from graphopt.ir import devices
 from graphopt.ir.devices import device_called
@@ -72,11 +73,23 @@ def test_passes_decide_there_as_on_the_cpu(device: torch.device) -> None:
     assert found.wrong == ""
 
 
-def test_training_there_comes_to_the_same(device: torch.device, net: nn.Module) -> None:
+def test_training_there_comes_to_the_same(
+    device: torch.device, net: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained_on = []
+    step = Trainer._step
+
+    def watched(trainer: Trainer, module: nn.Module, optimizer: Any, batch: Any) -> None:
+        trained_on.append((batch[0].device, {parameter.device for parameter in module.parameters()}))
+        step(trainer, module, optimizer, batch)
+
+    monkeypatch.setattr(Trainer, "_step", watched)
     passes = "prune:ratio=0.4:round_to=1,recover:epochs=1:samples=32:augment=none"
     here, there = (
         graphopt.optimize(model, X, passes, None, bench=False) for model in (net, copy.deepcopy(net).to(device))
     )
+    assert {place for place, _ in trained_on} == {CPU, device}
+    assert all(places == {place} for place, places in trained_on)
     losses = [[plan["before"], *plan["epochs"]] for plan in (here.plans[-1].measured, there.plans[-1].measured)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     torch.testing.assert_close(there.program(X.to(device)).to("cpu"), here.program(X), rtol=1e-4, atol=1e-4)
