@@ -106,9 +106,22 @@ def of_plan(plan: Plan) -> str:
 
 
 def of_pass(instance: Any) -> str | None:
-    """Return a digest of a pass: its options, and all source it is made of; None where a class has no source file."""
+    """Return a digest of a pass: its options, and all source it is made of.
+
+    Returns:
+        None where that is not all: a class without a source file or inside a function, whose variables it may read, or
+        an instance that holds more than options and plain values.
+    """
+    more = {name: value for name, value in vars(instance).items() if name != "options"}
+    if "<locals>" in type(instance).__qualname__ or not all(isinstance(value, _PLAIN) for value in more.values()):
+        return None
     kinds = [kind for kind in type(instance).__mro__ if kind.__module__.partition(".")[0] not in _WITHOUT_SOURCES]
-    parts: list[Any] = [instance.name, f"{type(instance).__module__}.{type(instance).__qualname__}", instance.options]
+    parts: list[Any] = [
+        instance.name,
+        f"{type(instance).__module__}.{type(instance).__qualname__}",
+        instance.options,
+        more,
+    ]
     for kind in kinds:
         try:
             parts.append(_source_of(Path(inspect.getfile(kind))))
@@ -129,6 +142,7 @@ def _file_of_function(text: str) -> Path | None:
     return Path(found.origin) if found is not None and found.has_location and found.origin else None
 
 
+_PLAIN = (bool, int, float, str, type(None))
 _WITHOUT_SOURCES = frozenset({"graphopt", "builtins", *sys.stdlib_module_names})  # or with others, see `of_libraries`
 
 

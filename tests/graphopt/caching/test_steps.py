@@ -332,6 +332,21 @@ def test_a_class_without_a_file_is_asked_each_time(plugin: Path, monkeypatch: py
     assert digests.of_pass(space["Counted"]()) is None
 
 
+def test_an_instance_that_holds_more_than_options_is_asked_each_time(plugin: Path) -> None:
+    kind = PassRegistry([plugin]).pass_class("counted")
+    one, other = kind(), kind()
+    assert digests.of_pass(one) == digests.of_pass(other) is not None
+    other.__dict__["threshold"] = 3
+    assert digests.of_pass(one) != digests.of_pass(other) is not None
+    other.__dict__["threshold"] = [3]
+    assert digests.of_pass(other) is None
+
+    class Inside(kind):  # type: ignore[valid-type,misc]
+        """Its plan may depend on what is around it."""
+
+    assert digests.of_pass(Inside()) is None
+
+
 def test_a_plan_that_a_pass_no_longer_reads_is_made_anew(plugin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(plugin)
     kind = PassRegistry([plugin]).pass_class("counted").plan_type
