@@ -66,10 +66,18 @@ _exporter_lock = threading.RLock()  # patches are undone in the order of a stack
 
 
 def optimization_hint(size: int | torch.SymInt, fallback: int) -> int:
-    """Return a size of the example, without guarding on it; `fallback` stands for each one that depends on data."""
-    # torch 2.11 has the same under another name
-    named: Any = getattr(symbolic_shapes, "optimization_hint", None) or symbolic_shapes.size_hint  # type: ignore[attr-defined]
-    return int(named(size, fallback=fallback))
+    """Return a size of the example, without guarding on it.
+
+    For one that depends on data it is `fallback`, or the nearest that the model has checked it to be.
+    """
+    if hasattr(symbolic_shapes, "optimization_hint"):
+        return int(symbolic_shapes.optimization_hint(size, fallback=fallback))
+    # torch 2.11, where what a size must be does not count
+    hint = symbolic_shapes.size_hint(size, fallback=fallback)  # type: ignore[attr-defined]
+    if not isinstance(size, torch.SymInt):
+        return int(hint)
+    bounds = size.node.shape_env.bound_sympy(size.node.expr)
+    return int(min(max(hint, bounds.lower), bounds.upper))
 
 
 def arguments_by_name(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -97,12 +97,19 @@ def test_sizes_of_recorded_values(exported: Any) -> None:
 
 
 def test_the_hint_of_torch_2_11(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There it was called `size_hint`."""
+    """There it was called `size_hint`, and took the fallback whatever was known of a size."""
 
-    def hint(size: int, fallback: int | None = None) -> int:
-        return 10 * size + (fallback or 0)
+    def hint(size: int | torch.SymInt, fallback: int) -> int:
+        return fallback if isinstance(size, torch.SymInt) else 10 * size + fallback
 
+    shapes = torch_internals.ShapeEnv()
+    size = shapes.create_unbacked_symint()
+    torch._check(size >= 5)
+    torch._check(size <= 16)
+    fallbacks = (1, 7, 20)
+    assert [optimization_hint(size, fallback) for fallback in fallbacks] == [5, 7, 16]
     monkeypatch.setattr(torch_internals, "symbolic_shapes", SimpleNamespace(size_hint=hint))
+    assert [optimization_hint(size, fallback) for fallback in fallbacks] == [5, 7, 16]
     assert optimization_hint(4, fallback=2) == 42
 
 

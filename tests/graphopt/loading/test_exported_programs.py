@@ -176,7 +176,7 @@ def test_pickled_object_among_constants(write_exported: Write, marker: Path, pre
 
     path = write_exported(edit)
     assert_refused(path, marker, "pickled object")
-    if prefix == "opaque_obj_":
+    if prefix == "opaque_obj_" and torch.__version__ >= "2.13":  # before, torch knew no such objects
         with contextlib.suppress(Exception):
             run_raw(path)
         assert marker.exists(), "the attack is real"
