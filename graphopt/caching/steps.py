@@ -20,6 +20,7 @@ from graphopt.caching.digests import digest_of
 from graphopt.caching.reads import Reads
 from graphopt.caching.store import CacheEntry, Store
 from graphopt.errors import PassError
+from graphopt.ir.memory import mapped
 from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
 from graphopt.pipeline.context import Context
@@ -57,7 +58,7 @@ class Memory:
 
     def add(self, key: str, entry: CacheEntry, tensors: Mapping[str, torch.Tensor]) -> None:
         """Keep an entry."""
-        self._entries.setdefault(key, []).append((entry, tensors))
+        self._entries.setdefault(key, []).append((entry, mapped(tensors)))
         while self._entries and self._bytes() > self.most:
             del self._entries[next(iter(self._entries))]
 

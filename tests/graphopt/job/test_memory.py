@@ -18,7 +18,7 @@ from torch import nn
 import graphopt
 from graphopt.backends.onnx_execution.session import OnnxSession
 from graphopt.errors import UsageError
-from graphopt.ir import exporting
+from graphopt.ir import exporting, memory
 from graphopt.ir.ownership import storages
 from graphopt.ir.program import Program
 from graphopt.job import deliver, manifest, payloads
@@ -252,9 +252,9 @@ def test_a_save_that_fails_leaves_the_result_as_it_was(tmp_path: Path, monkeypat
 
 
 def test_a_payload_that_no_program_reads_lies_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = graphopt.Job.open(model(), X, cache=False)
-    kept = job.run(Pipeline.parse(f"{PRUNE},int8"))
-    monkeypatch.setattr(payloads, "LARGE", 1)
+    job = graphopt.Job.open(model(), X)
+    kept = graphopt.Job.open(model(), X).run(Pipeline.parse(f"{PRUNE},int8"))
+    monkeypatch.setattr(memory, "LARGE", 1)
     made: list[weakref.ref[torch.Tensor]] = []
 
     class Payloads(Hook):
@@ -282,7 +282,7 @@ def test_a_payload_stays_in_memory_where_there_is_no_room_for_a_file(monkeypatch
     def full(*_: Any) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(payloads, "LARGE", 1)
-    monkeypatch.setattr(payloads, "save_file", full)
+    monkeypatch.setattr(memory, "LARGE", 1)
+    monkeypatch.setattr(memory, "save_file", full)
     plan = Plan(pass_name="scale", tensors={"weight": torch.ones(4)})
     assert payloads.set_aside([("", plan)], []) == (("", plan),)
