@@ -332,6 +332,11 @@ def test_a_class_without_a_file_is_asked_each_time(plugin: Path, monkeypatch: py
     assert digests.of_pass(space["Counted"]()) is None
 
 
+@pytest.mark.parametrize("name", ["prune", "svd", "fold", "int8", "recover", "drop_blocks", "sparsity24"])
+def test_plans_of_built_in_passes_are_kept(name: str) -> None:
+    assert digests.of_pass(PassRegistry().pass_class(name)()) is not None
+
+
 def test_an_instance_that_holds_more_than_options_is_asked_each_time(plugin: Path) -> None:
     kind = PassRegistry([plugin]).pass_class("counted")
     one, other = kind(), kind()
