@@ -5,18 +5,20 @@ rrelu(x, lower, upper)                       leaky_relu(x, (lower + upper) / 2) 
 div(x, y, rounding) of integers              floor_divide(x - fmod(x, y), y)        it does so in single precision
 x / y, x % y of integers                     see `ir/divisions`                     runtimes end the process
 copy(x, smaller)                             copy(x, expand_as(smaller, x))         the result has the smaller shape
+item(x) // y, item(x) % y                    refused where y may be -1           runtimes end the process
 lstm with projections                        refused: the LSTM of ONNX has none
 """
 
 from __future__ import annotations
 
 import math
+import operator
 
 import torch
 from torch import fx
 
 from graphopt.errors import LoweringError
-from graphopt.ir.divisions import divides_integers, spare_minus_one
+from graphopt.ir.divisions import divided_without_minus_one, divides_integers, integer_quotient
 from graphopt.ir.editor import Editor
 from graphopt.ir.graph import arguments
 from graphopt.ir.operators import Family
@@ -24,6 +26,7 @@ from graphopt.ir.provenance import user_line
 from graphopt.ir.regions import graph_modules
 
 aten = torch.ops.aten
+_NUMBERS_OF_TENSORS = Family("item", "_local_scalar_dense")
 _ROUNDED = Family("div.Tensor_mode", "div.Scalar_mode")
 _POOLS = {aten.avg_pool2d.default: 2, aten.avg_pool3d.default: 3}  # with how many spatial axes
 
@@ -36,7 +39,7 @@ def restate(gm: fx.GraphModule) -> None:
     """
     for body in graph_modules(gm):
         editor = Editor(body, "lowering")
-        for in_other_words in (_spared, _other_words):
+        for in_other_words in (_other_words, _spared):
             for node in list(body.graph.nodes):
                 with body.graph.inserting_before(node):
                     other = in_other_words(node, editor)
@@ -48,7 +51,7 @@ def restate(gm: fx.GraphModule) -> None:
 
 
 def _spared(node: fx.Node, editor: Editor) -> fx.Node | None:
-    return spare_minus_one(node, editor) if divides_integers(node) else None
+    return divided_without_minus_one(node, editor) if divides_integers(node) else None
 
 
 def _other_words(node: fx.Node, editor: Editor) -> fx.Node | None:
@@ -62,6 +65,11 @@ def _other_words(node: fx.Node, editor: Editor) -> fx.Node | None:
         target, source = node.args[:2]
         if source.meta["val"].shape != target.meta["val"].shape:  # type: ignore[union-attr]
             node.update_arg(1, editor.call(aten.expand_as.default, source, target, like=node))
+    if node.target in (operator.floordiv, operator.mod) and _may_be_minus_one(node):
+        raise LoweringError(
+            f"A number that depends on the data is divided{_where(node)}, by one that may be -1, which ends a process "
+            "with ONNX Runtime where it is the smallest integer. Divide tensors instead of what `.item()` returns."
+        )
     if node in _ROUNDED and divides_integers(node):
         return _quotient(node, editor)
     if node.target is aten.lstm.input and _projects(node):
@@ -95,10 +103,16 @@ def _quotient(node: fx.Node, editor: Editor) -> fx.Node:
     given = arguments(node, ("self", "other", "rounding_mode"))
     x, y = given["self"], given["other"]
     if given["rounding_mode"] == "trunc":
-        rest = editor.call(aten.fmod.Tensor if isinstance(y, fx.Node) else aten.fmod.Scalar, x, y, like=node)
-        x = editor.call(aten.sub.Tensor, x, rest, like=node)
+        return integer_quotient(x, y, editor, node)
     divide = aten.floor_divide.default if isinstance(y, fx.Node) else aten.floor_divide.Scalar
     return editor.call(divide, x, y, like=node)
+
+
+def _may_be_minus_one(node: fx.Node) -> bool:
+    """Whether the divisor of a division of numbers may be -1; sizes are not negative."""
+    numbers = any(other in _NUMBERS_OF_TENSORS for other in node.graph.nodes)
+    divisor = node.args[1]
+    return numbers and (isinstance(divisor, fx.Node) or bool(divisor == -1))
 
 
 def _projects(node: fx.Node) -> bool:

@@ -21,10 +21,11 @@ import torch
 from torch import fx
 
 from graphopt.capturing.fixed_shapes import FixedShapes, fixed_shapes
-from graphopt.ir.divisions import spare_minus_one, truncates
+from graphopt.ir.divisions import rounded_towards_zero, rounds_towards_zero
 from graphopt.ir.editor import Editor
 from graphopt.ir.graph import arguments, erase_dead
-from graphopt.ir.regions import graph_modules
+from graphopt.ir.operators import writes_in_place
+from graphopt.ir.regions import every_graph_module, graph_modules
 from graphopt.ir.torch_internals import OpOverload
 from graphopt.ir.training import set_argument
 
@@ -40,20 +41,22 @@ _BAGS = (
 
 def insert_guards(gm: fx.GraphModule) -> None:
     """Guard every LSTM and bag, in place, in the bodies of regions too; guards that are there stay."""
+    calm = not any(writes_in_place(node) for body in every_graph_module(gm) for node in body.graph.nodes)
     for fixed in fixed_shapes(gm):
         graph = fixed.gm.graph
         editor: Editor | None = None
-        guarded = [node for node in graph.nodes if node.target in (aten.lstm.input, *_BAGS) or truncates(node)]
+        guarded = [
+            node for node in graph.nodes if node.target in (aten.lstm.input, *_BAGS) or rounds_towards_zero(node)
+        ]
         for node in guarded:
             with graph.inserting_before(node):
                 if node.target is aten.lstm.input:
                     _tie_states(node, fixed)
-                elif truncates(node):
+                elif rounds_towards_zero(node):
                     editor = editor or Editor(fixed.gm, "capture")
-                    if (spared := spare_minus_one(node, editor)) is not None:
-                        editor.replace(node, spared)
+                    editor.replace(node, rounded_towards_zero(node, editor))
                 else:
-                    _ask_for_bags(node)
+                    _ask_for_bags(node, believed=calm)
         if guarded:
             fixed.gm.recompile()
 
@@ -81,13 +84,15 @@ def _unexpanded(value: fx.Node) -> Any:
 
 
 def _unasked(offsets: fx.Node) -> Any:
-    return _asked(offsets, 0) or _asked(offsets, 1) or offsets
+    source = _asked(offsets, 0) or _asked(offsets, 1)
+    return offsets if source is None else _unasked(source)
 
 
-def _ask_for_bags(node: fx.Node) -> None:
+def _ask_for_bags(node: fx.Node, *, believed: bool) -> None:
+    """Guard a bag, unless it is guarded; that is not `believed` where anything is written to, maybe to the guard."""
     given = arguments(node, ("offsets", "include_last_offset"))
     offsets, last = given["offsets"], 1 if given["include_last_offset"] else 0
-    if _asked(offsets, last) is not None:
+    if believed and _asked(offsets, last) is not None:
         return
     both = node.graph.call_function(aten.cummax.default, (offsets, 0))
     rising = node.graph.call_function(operator.getitem, (both, 0))

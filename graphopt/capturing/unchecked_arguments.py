@@ -3,6 +3,7 @@
 to(x, dtype)                                a dtype, of numbers torch takes any and reads its table of dtypes there
 _weight_norm(v, g, dim)                     an element of g for each index of v along dim
 lstm(x, state, weights, ..), gru, rnn       weights of the shapes that the first one and the options ask for
+avg_pool2d(x, .., divisor_override)          a divisor above 0
 grid_sampler(x, grid, mode, padding, ..)    a mode and a padding that there are
 col2im(x, size, kernel, ..), all others     sizes and steps whose products do not wrap
 
@@ -46,6 +47,7 @@ _LITERALS: dict[str, tuple[type, ...]] = {
 _NUMBERS = ("int", "List[int]")
 _ANYWHERE = ("start", "end", "low", "high")  # the end of a slice is often the largest integer
 _WINDOWS = ("aten::col2im", "aten::im2col")  # which multiply sizes in 32 bits
+_KNOWN = (*_WINDOWS, *(f"aten::replication_pad{rank}d" for rank in (1, 2, 3)))  # no computed sizes: they may wrap
 
 
 def check_arguments(gm: fx.GraphModule) -> None:
@@ -87,7 +89,7 @@ def _beyond(operator: OpOverload, value: Any) -> str:
     for number in pytree.tree_leaves(value):
         if type(number) is int and abs(number) > most:
             return str(number)
-        if windows and isinstance(number, fx.Node):
+        if schema_name(operator) in _KNOWN and isinstance(number, fx.Node):
             return f"the computed `{number}`"
     return ""
 
@@ -131,6 +133,19 @@ def _bags(given: Given, _: Shape) -> str:
     return "" if isinstance(given["offsets"], fx.Node) else "something other than a tensor as `offsets`"
 
 
+def _pool(given: Given, _: Shape) -> str:
+    divisor = given["divisor_override"]
+    fits = divisor is None or (type(divisor) is int and divisor > 0)
+    return "" if fits else f"{_shown(divisor)} as `divisor_override`"
+
+
+def _pad(given: Given, _: Shape) -> str:
+    computed = (
+        [number for number in given["pad"] if isinstance(number, fx.Node)] if given["mode"] == "replicate" else []
+    )
+    return f"the computed `{computed[0]}` in its `pad`" if computed else ""
+
+
 def _grid_sampler(given: Given, _: Shape) -> str:
     modes = given["interpolation_mode"], given["padding_mode"]
     wrong = [mode for mode in modes if mode not in (0, 1, 2)]
@@ -144,6 +159,8 @@ _CHECKS: dict[str, Callable[[Given, Shape], str]] = {
     "aten::rnn_tanh": functools.partial(_recurrent, mode="RNN_TANH", gates=1),
     "aten::rnn_relu": functools.partial(_recurrent, mode="RNN_RELU", gates=1),
     **{f"aten::{name}": _bags for name in ("embedding_bag", "_embedding_bag", "_embedding_bag_forward_only")},
+    "aten::pad": _pad,
+    **{f"aten::avg_pool{rank}d": _pool for rank in (2, 3)},
     **{f"aten::{name}": _grid_sampler for name in ("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")},
 }
 

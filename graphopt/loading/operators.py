@@ -66,7 +66,7 @@ _FURTHER_NAMES = """
     fill_diagonal copy lift lift_fresh lift_fresh_copy nonzero_numpy tril_indices triu_indices
     bartlett_window blackman_window hamming_window hann_window kaiser_window
     bernoulli binomial cauchy exponential geometric log_normal normal poisson rand_like randint randint_like randn_like
-    random uniform matrix_H numpy_T slow_conv3d slow_conv_transpose2d slow_conv_transpose3d thnn_conv2d
+    random uniform matrix_H numpy_T
     lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell pad_sequence
     feature_dropout rrelu_with_noise log_sigmoid log_sigmoid_forward
     cross_entropy_loss nll_loss_nd nll_loss2d nll_loss_forward nll_loss2d_forward multilabel_margin_loss_forward
@@ -98,7 +98,7 @@ _FURTHER = frozenset(_FURTHER_NAMES.split())
 _UNSUITED = re.compile(
     "sparse|nested|jagged|_(coo|csr|csc|bsr|bsc)|^(set|resize|smm|sspaddmm|coalesce|values|slice_inverse|to_mkldnn)_?$|"
     "(col|row|^)_?indices$|set_data|resize_|padded_tensor|to_dense|as_strided_$|backward|_polynomial_|"
-    "linalg_(eig|eigvals|ldl_.*)$|ctc_loss|combinations|^lcm_?$"
+    "linalg_(eig|eigvals|ldl_.*)$|ctc_loss|combinations|^lcm_?$|slow_conv|thnn_conv"
 )
 # Of packed sequences, which no export holds, and without the type that a number stands for.
 _UNSUITED_OVERLOADS = frozenset({"data", "prim_Device", "prim_dtype", "prim_other"})

@@ -132,6 +132,12 @@ def _check_sizes(path: str, cls: type[nn.Module], key: str, value: Any) -> None:
     for number in pytree.tree_leaves(value):
         if type(number) is int and abs(number) > most:
             raise HostileError(f"{_where(path)} has {number} in its `{key}`, which is beyond all sizes")
+        if isinstance(number, torch.Tensor) and not (number.is_floating_point() or number.is_complex()):
+            raise HostileError(
+                f"{_where(path)} has a tensor of integers in its `{key}`, which could stand for any size"
+            )
+    if key == "divisor_override" and value is not None and not (type(value) is int and value > 0):
+        raise HostileError(f"{_where(path)} divides by `{key}` = {cut(str(value), 40)}, which is no count")
 
 
 def _check_name(path: str, cls: type[nn.Module], name: str) -> None:
@@ -182,11 +188,11 @@ def _check_names(path: str, cls: type[nn.Module], state: Mapping[str, Any], para
 def _check_complete(path: str, module: nn.Module) -> None:
     """Check that a module has the attributes of a new instance of its class: it would fail while it runs."""
     new = _new(type(module))  # type: ignore[arg-type] # torch declares the hash of an instance
-    held = {*vars(module), *(name for table in _TABLES for name in vars(module)[table])}
-    expected = list(vars(new))
+    held = {name for table in _TABLES for name in vars(module)[table]} | vars(module).keys()
+    own = vars(module).keys() | module._modules.keys()  # a tensor in the place of an option could stand for a size
+    missing = [name for name in vars(new) if name not in own]
     if not isinstance(module, nn.RNNBase):  # its tensors depend on how many layers it has, and were checked
-        expected += [name for table in _TABLES for name in vars(new)[table]]
-    missing = [name for name in expected if name not in held]
+        missing += [name for table in _TABLES for name in vars(new)[table] if name not in held]
     if missing:
         raise DamagedError(
             f"{_where(path)} has no `{missing[0]}`, which every `{type(module).__name__}` of torch {torch.__version__} "

@@ -172,21 +172,48 @@ def test_entries_for_no_bag_are_refused(mode: int, last: bool) -> None:
     assert torch.equal(gm(weights, entries, back), gm(weights, entries, back.clamp(min=0)))
 
 
-def division(target: Any, *args: Any) -> fx.GraphModule:
+@pytest.mark.parametrize("written", [False, True])
+def test_a_guard_that_a_call_writes_to_is_none(written: bool) -> None:
+    graph = fx.Graph()
+    weight, indices, offsets = map(graph.placeholder, ("weight", "indices", "offsets"))
+    rising = graph.call_function(operator.getitem, (graph.call_function(aten.cummax.default, (offsets, 0)), 0))
+    first = graph.call_function(aten.select.int, (rising, 0, 0))
+    asked = graph.call_function(aten.select_scatter.default, (rising, first, 0, 0))
+    if written:
+        graph.call_function(aten.fill_.Scalar, (graph.call_function(aten.select.int, (asked, 0, 1)), -300))
+    call = graph.call_function(
+        aten.embedding_bag.padding_idx, (weight, indices, asked, False, 0, False, None, False, 0)
+    )
+    graph.output(graph.call_function(operator.getitem, (call, 0)))
+    gm = fx.GraphModule(nn.Module(), graph)
+    insert_guards(gm)
+    assert len(list(gm.graph.find_nodes(op="call_function", target=aten.cummax.default))) == 1 + written
+    weights, entries, bags = torch.randn(5, 3), torch.tensor([1, 2, 4]), torch.tensor([0, 1])
+    bounded = torch.tensor([0, 0]) if written else bags
+    expected = aten.embedding_bag.padding_idx(weights, entries, bounded, False, 0, False, None, False, 0)[0]
+    assert torch.equal(gm(weights, entries, bags), expected)
+
+
+def division(target: Any, *args: Any, like: tuple[torch.Tensor, ...] = ()) -> fx.GraphModule:
+    """Return a module of one division of "x" and "y" towards zero; `like`: what is recorded of x, y and the result."""
     graph = fx.Graph()
     inputs = {name: graph.placeholder(name) for name in "xy"}
-    for node, value in zip(inputs.values(), (X_INTEGERS, Y_INTEGERS), strict=True):
-        node.meta["val"] = value
     call = graph.call_function(target, tuple(inputs.get(arg, arg) for arg in args), {"rounding_mode": "trunc"})
+    for node, value in zip((*inputs.values(), call), like or (X_INTEGERS, Y_INTEGERS, X_INTEGERS), strict=True):
+        node.meta["val"] = value
     graph.output((call, inputs["x"]))
     gm = fx.GraphModule(nn.Module(), graph)
     insert_guards(gm)
+    code = gm.code
+    insert_guards(gm)
+    assert gm.code == code
     return gm
 
 
 X_INTEGERS = torch.tensor([-(2**63), -7, 7, 2**63 - 1, -(2**63)])
 Y_INTEGERS = torch.tensor([-1, 2, -2, -1, 3])
 EXPECTED = torch.tensor([-(2**63), -3, -3, -(2**63) + 1, -3074457345618258602])
+FLOATS = (torch.ones(4),) * 3
 
 
 @pytest.mark.parametrize("target", [aten.div.Tensor_mode, aten.div_.Tensor_mode, aten.divide.Tensor_mode])
@@ -197,10 +224,26 @@ def test_the_smallest_integer_is_not_divided_by_minus_one(target: Any) -> None:
     assert torch.equal(after, EXPECTED if target is aten.div_.Tensor_mode else X_INTEGERS)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32])
+def test_a_divisor_that_is_minus_one_in_the_dividends_type(dtype: torch.dtype) -> None:
+    lowest, bits = torch.iinfo(dtype).min, torch.iinfo(dtype).bits
+    x = torch.tensor([lowest, 5], dtype=dtype)
+    for divisor in (torch.tensor(2**bits - 1), torch.tensor(-1)):
+        result = division(aten.div.Tensor_mode, "x", "y", like=(x, divisor, x))(x, divisor)[0]
+        assert result.dtype == dtype
+        assert result[1] == -5
+
+
+def test_what_a_file_calls_floats_is_divided_as_floats() -> None:
+    result = division(aten.div.Tensor_mode, "x", "y", like=FLOATS)(X_INTEGERS, Y_INTEGERS)[0]
+    assert result.dtype == torch.float32
+
+
 def test_a_divisor_that_is_a_number_and_floats() -> None:
     assert torch.equal(division(aten.div.Scalar_mode, "x", -1)(X_INTEGERS, None)[0], -X_INTEGERS)
-    gm = division(aten.div.Scalar_mode, "x", 2)
-    assert [node.op for node in gm.graph.nodes] == ["placeholder"] * 2 + ["call_function", "output"]
     x, y = torch.tensor([-7.5, 7.5, 0.0, torch.inf]), torch.tensor([-1.0, 2.5, 0.0, -1.0])
     expected = torch.div(x, y, rounding_mode="trunc")
-    assert torch.equal(division(aten.div.Tensor_mode, "x", "y")(x, y)[0].nan_to_num(9), expected.nan_to_num(9))
+    result, _ = division(aten.div.Tensor_mode, "x", "y", like=FLOATS)(x, y)
+    torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
+    _, written = division(aten.div_.Tensor_mode, "x", "y", like=FLOATS)(x.clone(), y)
+    torch.testing.assert_close(written, expected, rtol=0, atol=0, equal_nan=True)

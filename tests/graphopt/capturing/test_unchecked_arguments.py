@@ -89,6 +89,9 @@ HOSTILE: dict[str, Callable[[], fx.GraphModule]] = {
         aten.col2im.default, "x", [4, 4], [2, 2], [1, 1], [2**30, 1], [1, 1]
     ),
     "a padding that is computed": lambda: graph_module(aten.im2col.default, "x", [2, 2], [1, 1], ["y", 1], [1, 1]),
+    "a padding that may wrap in 64 bits": lambda: graph_module(aten.replication_pad2d.default, "x", ["y", 0, 0, 0]),
+    "a padding of a mode that may": lambda: graph_module(aten.pad.default, "x", [0, "y"], "replicate"),
+    "a divisor below 1": lambda: graph_module(aten.avg_pool2d.default, "x", [1, 1], [1, 1], [0, 0], False, True, -1),
     "a mode that is not there": lambda: graph_module(aten.grid_sampler.default, "x", "y", 77, 0, False),
 }
 HONEST: dict[str, Callable[[], fx.GraphModule]] = {
@@ -105,6 +108,8 @@ HONEST: dict[str, Callable[[], fx.GraphModule]] = {
     ),
     "the end of a slice": lambda: graph_module(aten.slice.Tensor, "x", 0, 1, 2**63 - 1, 1),
     "a number that is a value": lambda: graph_module(aten.masked_fill.Scalar, "x", "y", 2**62),
+    "a computed padding": lambda: graph_module(aten.pad.default, "x", [0, "y"], "reflect"),
+    "a divisor": lambda: graph_module(aten.avg_pool2d.default, "x", [1, 1], [1, 1], [0, 0], False, True, 3),
     "windows": lambda: graph_module(aten.col2im.default, "x", [400, 400], [2, 2], [1, 1], [1, 1], [1, 1]),
     "modes": lambda: graph_module(aten.grid_sampler.default, "x", "y", 2, 1, False),
 }

@@ -145,6 +145,36 @@ def test_sizes_whose_products_wrap(module: nn.Module, key: str, tmp_path: Path) 
         load_model(save(module, tmp_path / "model.pt"))
 
 
+def own(module: nn.Module, name: str, value: Any) -> None:
+    """Put a value in the place of an attribute."""
+    del module.__dict__[name]
+    setattr(module, name, value)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda m: setattr(m, "padding", torch.tensor([2**31, 2**31])), "a tensor of integers in its `padding`"),
+        (lambda m: setattr(m, "padding", (torch.tensor(2**31), 1)), "a tensor of integers in its `padding`"),
+        (lambda m: own(m, "padding", nn.Parameter(torch.ones(2))), "has no `padding`, which every `Fold`"),
+    ],
+)
+def test_tensors_that_stand_for_sizes(spoil: Callable[[nn.Module], None], said: str, tmp_path: Path) -> None:
+    module = nn.Fold(4, 2)
+    spoil(module)
+    with pytest.raises(LoadError, match=said):
+        load_model(save(module, tmp_path / "model.pt"))
+
+
+@pytest.mark.parametrize("divisor", [-1, 0, True, "3"])
+def test_a_pool_that_divides_by_no_count(divisor: Any, tmp_path: Path) -> None:
+    module = nn.AvgPool2d(2, divisor_override=3)
+    assert load_model(save(module, tmp_path / "model.pt")).model
+    module.divisor_override = divisor
+    with pytest.raises(LoadError, match="divides by `divisor_override`"):
+        load_model(save(module, tmp_path / "model.pt"))
+
+
 def test_shared_module_and_tied_weight_stay_shared(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight
