@@ -83,7 +83,7 @@ def _measure(kind: str, millions: str, passes: str) -> dict[str, float]:
 
 
 def _steps(model: nn.Module, data: torch.Tensor, passes: str, *, lowered: bool, note: Callable[[str], None]) -> None:
-    job = Job.open(model, data, target="onnxruntime" if lowered else None)
+    job = Job.open(model, data, target="onnxruntime" if lowered else None, cache=False)
     note("capture")
     outcome = job.run(Pipeline.parse(passes))
     note("passes")

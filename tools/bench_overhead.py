@@ -88,7 +88,7 @@ def optimise(model: torch.nn.Module, x: torch.Tensor, folder: Path) -> tuple[flo
     ):
         program = graphopt.capture(model, (x[:2],))
         clock.seconds["capture"] = time.perf_counter() - start
-        graphopt.optimize(program, data=x, passes="prune,int8", bench=False).save(folder / "out")
+        graphopt.optimize(program, data=x, passes="prune,int8", bench=False, cache=False).save(folder / "out")
     total = time.perf_counter() - start
     left_out = clock.seconds.get("calibration", 0.0) + clock.seconds.get("lowering the original", 0.0)
     return total - left_out, clock.seconds

@@ -98,7 +98,7 @@ def _arguments() -> argparse.Namespace:
 
 def _measure(name: str, subject: Subject, folder: Path, passes: str) -> list[Row]:
     started = time.perf_counter()
-    result = graphopt.optimize(subject.model, subject.data, passes, _TARGETS, bench=False, lower=False)
+    result = graphopt.optimize(subject.model, subject.data, passes, _TARGETS, bench=False, lower=False, cache=False)
     shared = (time.perf_counter() - started) / len(_TARGETS)
     return [_lower(name, target, result, subject, folder, shared) for target in _TARGETS]
 

@@ -130,7 +130,7 @@ def _further() -> Iterator[tuple[Any, str]]:
 def _run(model: Any, data: Any, passes: str, dynamic: Any) -> tuple[Result | str, float]:
     started = time.perf_counter()
     try:
-        found: Result | str = graphopt.optimize(model, data, passes, dynamic_shapes=dynamic, bench=False)
+        found: Result | str = graphopt.optimize(model, data, passes, dynamic_shapes=dynamic, bench=False, cache=False)
     except graphopt.GraphOptError as err:
         found = str(err)
     return found, time.perf_counter() - started

@@ -301,11 +301,15 @@ def small_model(seed: int) -> nn.Module:
 def prepare(place: Path) -> tuple[Case, Case]:
     """Return a result that is saved, and a whole run: a program that was opened is written in other words."""
     x = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    graphopt.optimize(small_model(0), x, "fold", ["onnxruntime", "tensorrt"], bench=False).save(place / "old")
+    graphopt.optimize(small_model(0), x, "fold", ["onnxruntime", "tensorrt"], bench=False, cache=False).save(
+        place / "old"
+    )
     graphopt.capture(small_model(1), (x[:2],)).save(place / "model.pt2")
 
     def whole(folder: Path) -> int:
-        return run(["optimize", str(place / "model.pt2"), "--passes", "fold", "--no-bench", "-o", str(folder)])
+        return run(
+            ["optimize", str(place / "model.pt2"), "--passes", "fold", "--no-bench", "--no-cache", "-o", str(folder)]
+        )
 
     runs = Case(place, place / "old", place / "run", whole)
     assert ended(fork(lambda: whole(runs.new), runs.said)) == 0, runs.said.read_text()

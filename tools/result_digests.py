@@ -101,7 +101,7 @@ def _digests(model: Any, data: Any, passes: str, dynamic: Any) -> dict[str, Any]
     """Return what one run made: plans as they are, so that a difference can be read, all else as SHA-256."""
     targets = ["onnxruntime", "tensorrt"]
     try:
-        result = graphopt.optimize(model, data, passes, targets, dynamic_shapes=dynamic, bench=False)
+        result = graphopt.optimize(model, data, passes, targets, dynamic_shapes=dynamic, bench=False, cache=False)
     except graphopt.GraphOptError as err:
         return {"refused": str(err)}
     found: dict[str, Any] = {"pipeline": str(result.pipeline)}

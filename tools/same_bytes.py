@@ -63,7 +63,7 @@ def command_line(model: Path, data: Path, passes: str, output: Path, targets: Se
     """Return the arguments of an untimed run."""
     places = ["--data", str(data), "-o", str(output)]
     chosen = [word for target in targets for word in ("--target", target)]
-    return ["optimize", str(model), "--passes", passes, "--no-bench", *chosen, *places]
+    return ["optimize", str(model), "--passes", passes, "--no-bench", "--no-cache", *chosen, *places]
 
 
 def run_elsewhere(arguments: list[str], folder: Path, environment: Mapping[str, str], umask: int = 0o022) -> None:

@@ -104,7 +104,10 @@ def test_a_program_that_takes_nothing_made_up_says_so(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("integers", [False, True])
-def test_nothing_that_is_written_holds_the_data(integers: bool, tmp_path: Path) -> None:
+def test_nothing_that_is_written_holds_the_data(
+    integers: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRAPHOPT_CACHE", str(tmp_path / "cache"))
     torch.manual_seed(0)
     model: nn.Module = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
     data: Any = torch.randn(40, 16)
@@ -121,6 +124,7 @@ def test_nothing_that_is_written_holds_the_data(integers: bool, tmp_path: Path) 
     graphopt.open(tmp_path / "out").program.save(tmp_path / "again.pt2")
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 6
+    assert len([path for path in files if path.parent.name == "cache"]) > 2
     rows = [row.numpy().tobytes()[:24] for row in data]
     found = {path.name for path in files for content in [path.read_bytes()] if any(row in content for row in rows)}
     assert found == set()
