@@ -6,10 +6,14 @@ import gc
 import os
 
 import pytest
+from hypothesis import settings
 
 # Graphs of torch, sympy and ONNX are many small objects that live on; looking through them for garbage after every 700
 # new ones, Python's default, took a seventh of the suite's time.
 gc.set_threshold(20_000, 20, 100)
+
+settings.register_profile("untimed", deadline=None)  # how long an example takes is the machine's affair
+settings.load_profile("untimed")
 
 os.environ["GRAPHOPT_CACHE"] = ""  # what a test decides is no other's, and not the user's
 
