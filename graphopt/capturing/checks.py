@@ -16,6 +16,7 @@ from graphopt.ir.operators import short_name
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import user_line
 from graphopt.ir.torch_internals import pytree
+from graphopt.ir.walker import Walker
 
 # Captured and original outputs come from the same kernels in the same order; what differs is inlining.
 _CAPTURE_RTOL = 1e-4
@@ -69,6 +70,43 @@ def check_equal(program: Program, expected: Any, args: tuple[Any, ...], kwargs: 
             f"The captured program does not compute what the model does: {worst}. The model is random in eval mode, or "
             "branches in Python on something that changes between calls."
         )
+
+
+def check_recorded(program: Program) -> None:
+    """Run a program on its examples and compare the types of its values with what its graph records, as a file says it.
+
+    Passes believe the record: a cast that it calls one to the same type would go.
+
+    Raises:
+        CaptureError: one is of another type.
+    """
+    for spec, tensor in zip(program.inputs, program.flat_examples(), strict=True):
+        if spec.dtype != tensor.dtype:
+            raise _misrecorded(spec.name, spec.dtype, tensor.dtype)
+    _Recorded(program).run(program.flat_examples())
+
+
+class _Recorded(Walker):
+    """Compares what each call and read gives with what is recorded of it."""
+
+    def read(self, node: fx.Node) -> Any:
+        """Return what a node reads."""
+        return self._compared(node, super().read(node))
+
+    def call(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one call."""
+        return self._compared(node, super().call(node, args, kwargs))
+
+    def _compared(self, node: fx.Node, found: Any) -> Any:
+        recorded = pytree.tree_leaves(node.meta.get("val"))
+        for want, got in zip(recorded, pytree.tree_leaves(found), strict=False):
+            if isinstance(want, torch.Tensor) and isinstance(got, torch.Tensor) and want.dtype != got.dtype:
+                raise _misrecorded(node.name, want.dtype, got.dtype)
+        return found
+
+
+def _misrecorded(name: str, recorded: torch.dtype, found: torch.dtype) -> CaptureError:
+    return CaptureError(f"The program records its value `{name}` as {recorded}, and it is {found}. Export it again.")
 
 
 def check_repeatable(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

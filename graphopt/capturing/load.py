@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from graphopt.capturing.capture import capture, exported_in_training, from_module, make_safe
-from graphopt.capturing.checks import check_repeatable, run_model
+from graphopt.capturing.checks import check_recorded, check_repeatable, run_model
 from graphopt.capturing.example_inputs import example_inputs, open_for, random_examples
 from graphopt.capturing.leaving_training import leave_training
 from graphopt.capturing.model_calls import (
@@ -147,6 +147,7 @@ def _that_runs(exported: ExportedProgram, args: tuple[Any, ...], kwargs: dict[st
 
     Raises:
         LoadError: it does not run on them.
+        CaptureError: its values are not of the types that the file says.
     """
     try:
         module = exported.module(check_guards=False)
@@ -159,6 +160,7 @@ def _that_runs(exported: ExportedProgram, args: tuple[Any, ...], kwargs: dict[st
         # torch writes the traceback of what a graph raises by itself
         with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
             program(*args, **kwargs)
+            check_recorded(program)
     except GraphOptError:
         raise
     except Exception as err:  # a file's graph and inputs may be of any kind, and kernels raise anything

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -135,3 +136,37 @@ def test_a_model_that_does_not_run_twice(axes: dict[int, Any], tmp_path: Path) -
     torch.export.save(exported, tmp_path / "model.pt2")
     with pytest.raises(GraphOptError):
         load(tmp_path / "model.pt2")
+
+
+@pytest.mark.parametrize("lies", ["", "div", "x"])
+def test_types_that_a_file_records_wrongly(lies: str, tmp_path: Path) -> None:
+    """Passes believe them: what is recorded as a cast to the same type would go, and what it guards be run."""
+
+    class Divides(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x.div(y, rounding_mode="trunc") + 1
+
+    rows = {0: Dim.DYNAMIC}
+    x, y = torch.tensor([-(2**63), 7]), torch.tensor([-1, 2])
+    exported = torch.export.export(Divides(), (x, y), dynamic_shapes={"x": rows, "y": rows})
+    torch.export.save(exported, tmp_path / "honest.pt2")
+    with zipfile.ZipFile(tmp_path / "honest.pt2") as honest, zipfile.ZipFile(tmp_path / "lies.pt2", "w") as written:
+        for name in honest.namelist():
+            content = honest.read(name)
+            if name.endswith("models/model.json"):
+                program = json.loads(content)
+                values = program["graph_module"]["graph"]["tensor_values"]
+                for value in [values[key] for key in values if lies and key == lies]:
+                    value["dtype"] = _FLOAT32
+                content = json.dumps(program).encode()
+            written.writestr(name, content)
+    if lies:
+        with pytest.raises(
+            CaptureError, match=r"records its value `(x|add)` as torch\.\w+, and it is torch\.\w+\. Export it again"
+        ):
+            load(tmp_path / "lies.pt2")
+    else:
+        assert load(tmp_path / "lies.pt2")(x, y).tolist() == [-(2**63) + 1, 4]
+
+
+_FLOAT32 = 7  # torch._export.serde.schema.ScalarType
