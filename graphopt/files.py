@@ -110,19 +110,6 @@ def replacing_directory(path: Path) -> Iterator[Path]:
         raise _unwritable(path, err) from err
 
 
-def bring(source: Path, target: Path, *, temporary: bool) -> None:
-    """Copy a file; one that goes soon keeps its bytes and gets a second name, where its file system can do that.
-
-    Raises:
-        OSError: there is no such file, or no room for it.
-    """
-    if temporary and source.stat().st_nlink == 1:  # of two that stay, whoever writes to one would write to the other
-        with contextlib.suppress(OSError):
-            os.link(source, target)
-            return
-    shutil.copyfile(source, target)
-
-
 def _unwritable(path: Path, err: OSError) -> UsageError:
     reason = err.strerror or f"the disk may be full ({err})"  # as NumPy says it, which drops the reason
     return UsageError(

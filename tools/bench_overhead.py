@@ -30,8 +30,9 @@ sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("torc
 import torchvision  # noqa: E402
 
 import graphopt  # noqa: E402
-from graphopt import calibration, deliver  # noqa: E402
 from graphopt.backends.onnxruntime import OnnxRuntimeBackend  # noqa: E402
+from graphopt.measure.equivalence import Probe  # noqa: E402
+from graphopt.statistics import calibration  # noqa: E402
 
 LIMIT = 2.5
 
@@ -84,7 +85,7 @@ def optimise(model: torch.nn.Module, x: torch.Tensor, folder: Path) -> tuple[flo
         clock.around(calibration, "observe", lambda *_, **__: "calibration"),
         clock.around(OnnxRuntimeBackend, "lower", lowering),
         clock.around(OnnxRuntimeBackend, "verify", lambda *_, **__: "verification"),
-        clock.around(deliver.Probe, "measure", lambda *_, **__: "output errors"),
+        clock.around(Probe, "measure", lambda *_, **__: "output errors"),
     ):
         program = graphopt.capture(model, (x[:2],))
         clock.seconds["capture"] = time.perf_counter() - start

@@ -16,11 +16,11 @@ from torch import fx
 from graphopt.axes.edit import Edit
 from graphopt.axes.infer import Axes
 from graphopt.axes.layout import Dims, describe, leaves, shape_of, surviving, surviving_size, to_size, touches
-from graphopt.axes.sharing import memory_key
 from graphopt.axes.solver import equal
 from graphopt.errors import PassError
 from graphopt.ir.editor import Editor
 from graphopt.ir.graph import copy_graph_module, erase_dead, tensor_attribute
+from graphopt.ir.ownership import memory_key
 from graphopt.ir.provenance import user_line
 from graphopt.ir.regions import graph_modules, inside, region
 

@@ -10,25 +10,7 @@ from torch import fx
 from graphopt.axes.layout import Dims, shape_of
 from graphopt.axes.solver import Solver
 from graphopt.ir.graph import constant
-from graphopt.ir.torch_internals import FakeTensor
-
-
-def memory_key(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Return what two tensors have in common iff they are the same elements in the same order."""
-    if not _has_memory(tensor):
-        return (id(tensor),)
-    return (*storage_key(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-
-
-def storage_key(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Return what two tensors have in common iff they lie in the same storage."""
-    if not _has_memory(tensor) or not tensor.untyped_storage().nbytes():
-        return (id(tensor),)
-    return (str(tensor.device), tensor.untyped_storage().data_ptr())
-
-
-def _has_memory(tensor: torch.Tensor) -> bool:
-    return not isinstance(tensor, FakeTensor) and tensor.device.type != "meta" and tensor.layout == torch.strided
+from graphopt.ir.ownership import memory_key, storage_key
 
 
 class Sharing:

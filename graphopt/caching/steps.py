@@ -150,6 +150,6 @@ class StepCache:
                     yield entry, tensors
 
     def _add(self, key: str, entry: CacheEntry, tensors: Mapping[str, torch.Tensor]) -> None:
-        lasting = self.store is not None and not self.reads.judged  # the user's loss is known in this process alone
-        if not (lasting and self.store is not None and self.store.add(key, entry, tensors)):
+        store = None if self.reads.judged else self.store  # the user's loss is known in this process alone
+        if store is None or not store.add(key, entry, tensors):
             self.memory.add(key, entry, tensors)

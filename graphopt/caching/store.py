@@ -105,7 +105,7 @@ class Store:
             with ScratchDirectory(self.folder) as scratch:
                 if tensors:
                     file = Path(scratch) / "tensors"
-                    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, file)
+                    save_file(dict(tensors), file)
                     entry = entry.model_copy(update={"payload": sha256(file)})
                     os.replace(file, self._payload(entry))
                 text = entry.model_dump_json().encode()

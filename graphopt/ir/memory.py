@@ -21,7 +21,7 @@ from graphopt.errors import UsageError
 from graphopt.files import ScratchDirectory
 
 LARGE = 1 << 26  # bytes; to look for circles takes a third of a second
-_KINDS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int8)  # which safetensors stores
+_KINDS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int8)  # of weights
 _MANY = 1 << 20  # numbers; to return pages takes some milliseconds
 
 

@@ -14,6 +14,7 @@ from torch import fx
 
 from graphopt.ir.graph import arguments, fake_mode_of
 from graphopt.ir.operators import kinds_of_arguments
+from graphopt.ir.ownership import change_tensors
 from graphopt.ir.regions import every_graph_module, region
 from graphopt.ir.torch_internals import FakeTensor, OpOverload, pytree
 from graphopt.ir.training import set_argument
@@ -24,13 +25,7 @@ def place(gm: fx.GraphModule, device: torch.device) -> None:
 
     What it computes on several devices is on one afterwards.
     """
-    moved: dict[int, torch.Tensor] = {}
-    for table in (table for module in gm.modules() for table in (module._parameters, module._buffers)):
-        for name, tensor in table.items():
-            if tensor is not None and tensor.device != device:
-                if id(tensor) not in moved:
-                    moved[id(tensor)] = _moved(tensor, device)
-                table[name] = moved[id(tensor)]  # type: ignore[assignment]
+    change_tensors([gm], lambda tensor: tensor.to(device))
     mode = fake_mode_of(gm)
     for module in every_graph_module(gm):
         for node in module.graph.nodes:
@@ -43,11 +38,6 @@ def place(gm: fx.GraphModule, device: torch.device) -> None:
                 for key in ("val", "example_value") & node.meta.keys():
                     node.meta[key] = pytree.tree_map_only(FakeTensor, lambda value: value.to(device), node.meta[key])
         module.recompile()
-
-
-def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    there = tensor.detach().to(device)
-    return torch.nn.Parameter(there, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else there
 
 
 def _devices(node: fx.Node) -> Iterator[str]:

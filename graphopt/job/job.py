@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -98,7 +98,7 @@ class Job:
     device: str | torch.device | None = None
     cache: bool = True
     metric: Evaluator | FunctionEvaluator | None = field(default=None, init=False)
-    _lent: frozenset[int] = field(default=frozenset(), init=False, repr=False)  # storages of a module's tensors
+    _lent: frozenset[Hashable] = field(default=frozenset(), init=False, repr=False)  # storages of a module's tensors
 
     @classmethod
     @random_state_kept()

@@ -6,10 +6,10 @@ prune:ratio=0.5,int8        the refitted weights are in the plan of `prune`, the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 
 from graphopt.ir.memory import mapped
-from graphopt.ir.ownership import place, storages
+from graphopt.ir.ownership import storage_key, storages
 from graphopt.ir.program import Program
 from graphopt.pipeline.plan import Plan
 
@@ -19,11 +19,11 @@ def set_aside(plans: Iterable[tuple[str, Plan]], programs: Iterable[Program]) ->
 
     Where there is no room for that file they stay in memory.
     """
-    read = frozenset[int]().union(*(storages(program.graph_module) for program in programs))
+    read = frozenset[Hashable]().union(*(storages(program.graph_module) for program in programs))
     return tuple((target, _set_aside(plan, read)) for target, plan in plans)
 
 
-def _set_aside(plan: Plan, read: frozenset[int]) -> Plan:
-    alone = {name: tensor for name, tensor in plan.tensors.items() if place(tensor) not in read}
+def _set_aside(plan: Plan, read: frozenset[Hashable]) -> Plan:
+    alone = {name: tensor for name, tensor in plan.tensors.items() if storage_key(tensor) not in read}
     found = mapped(alone)
     return plan if found is alone else dataclasses.replace(plan, tensors={**plan.tensors, **found})

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from graphopt.errors import LoadError, UsageError
-from graphopt.files import MANIFEST, REPORT, bring, check_replaceable, replacing_directory, sha256
+from graphopt.files import MANIFEST, REPORT, check_replaceable, replacing_directory, sha256
 from graphopt.ir.program import Program
 from graphopt.job import manifest
 from graphopt.job.report import Report
@@ -99,7 +102,7 @@ class Result:
         for target, found in brought.items():
             source = self.artifacts[target]
             for pair in zip(source.files, found.files, strict=True):
-                bring(*pair, temporary=source.home is not None)
+                _bring(*pair, temporary=source.home is not None)
             written += found.files
         programs = {target: self._named("program", target, "pt2") for target in self.programs}
         written += [self.programs[target].save(directory / name) for target, name in programs.items()]
@@ -146,6 +149,19 @@ class Result:
 
     def _named(self, stem: str, target: str, ending: str) -> str:
         return _file_name(stem, target, ending, of=len(self.programs))
+
+
+def _bring(source: Path, target: Path, *, temporary: bool) -> None:
+    """Copy a file; one that goes soon keeps its bytes and gets a second name, where its file system can do that.
+
+    Raises:
+        OSError: there is no such file, or no room for it.
+    """
+    if temporary and source.stat().st_nlink == 1:  # of two that stay, whoever writes to one would write to the other
+        with contextlib.suppress(OSError):
+            os.link(source, target)
+            return
+    shutil.copyfile(source, target)
 
 
 def _file_name(stem: str, target: str, ending: str, *, of: int) -> str:

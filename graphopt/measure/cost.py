@@ -14,9 +14,9 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from graphopt.axes.sharing import memory_key, storage_key
 from graphopt.ir.graph import arguments
 from graphopt.ir.operators import ATTENTION, RECURRENT_LAYERS, Family
+from graphopt.ir.ownership import memory_key, storage_key
 from graphopt.ir.program import Program
 from graphopt.ir.regions import Region, region
 from graphopt.ir.torch_internals import FakeTensorMode, OperatorBase, OpOverload, optimization_hint, pytree

@@ -107,7 +107,7 @@ def evaluator(
     batch_size: int = 64,
     fixed_batch: int | None = None,
     limit: int | None = None,
-    device: torch.device = torch.device("cpu"),  # noqa: B008 # immutable
+    device: str | torch.device = "cpu",
 ) -> Evaluator | FunctionEvaluator:
     """Return a function from a model to a number, higher is better.
 
@@ -151,7 +151,9 @@ def evaluator(
             f"The evaluation data has no labels. Store them as `labels` beside the inputs "
             f"({', '.join(samples.names)}), or give (inputs, labels)."
         )
-    return Evaluator(samples.on(device), metric, batch_size=batch_size, fixed_batch=fixed_batch, limit=limit)
+    return Evaluator(
+        samples.on(torch.device(device)), metric, batch_size=batch_size, fixed_batch=fixed_batch, limit=limit
+    )
 
 
 @contextlib.contextmanager

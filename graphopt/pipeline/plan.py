@@ -13,7 +13,7 @@ import math
 import re
 import typing
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -21,6 +21,7 @@ import pydantic
 import torch
 
 from graphopt.errors import PassError, first_problem
+from graphopt.ir.ownership import storage_key
 from graphopt.ir.plain_data import Json
 
 
@@ -78,8 +79,13 @@ class Plan:
         return f"matched {matched}, rewrote {len(self.sites)}{left}"
 
     def on(self, device: torch.device) -> Self:
-        """Return the plan with its tensors on a device, laid out as they are stored: in the order of their indices."""
-        moved = {name: tensor.to(device).contiguous() for name, tensor in self.tensors.items()}
+        """Return the plan with its tensors on a device, as they are stored: in the order of indices, each its own."""
+        moved: dict[str, torch.Tensor] = {}
+        taken: set[Hashable] = set()
+        for name, tensor in self.tensors.items():
+            there = tensor.detach().to(device).contiguous()
+            moved[name] = there.clone() if storage_key(there) in taken else there
+            taken.add(storage_key(there))
         return dataclasses.replace(self, tensors=moved)
 
     def to_json(self) -> dict[str, Json]:

@@ -16,8 +16,8 @@ from torch import fx
 from graphopt.axes.infer import Axes
 from graphopt.axes.layout import leaves
 from graphopt.axes.rewrite import Kept
-from graphopt.axes.sharing import memory_key
 from graphopt.ir.graph import tensor_attribute
+from graphopt.ir.ownership import memory_key
 from graphopt.ir.program import Program
 from graphopt.measure.cost import Cost, cost, node_flops, weights
 from graphopt.passes.pruning.operations import SizeProduct, parts_of

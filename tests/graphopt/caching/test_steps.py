@@ -27,6 +27,7 @@ from graphopt.ir.program import Program
 from graphopt.job.job import Job, Outcome
 from graphopt.pipeline.order import Step
 from graphopt.pipeline.pipeline import Pipeline
+from graphopt.pipeline.plan import Plan
 from graphopt.pipeline.registry import PassRegistry, backends_named
 
 PLUGIN = '''"""Scale weights by the data, and write down that it was asked to."""
@@ -362,6 +363,15 @@ def test_a_plan_that_a_pass_no_longer_reads_is_made_anew(plugin: Path, monkeypat
     monkeypatch.setattr(kind, "from_json", refuse)
     run(plugin)
     assert asked(plugin) == 2
+
+
+def test_tensors_of_a_plan_are_as_they_are_stored() -> None:
+    one = torch.arange(6.0).view(2, 3)
+    plan = Plan(pass_name="any", tensors={"a": one, "b": one, "c": one.t(), "d": one[1]}).on(torch.device("cpu"))
+    assert plan.tensors["a"].data_ptr() == one.data_ptr()
+    assert len({tensor.untyped_storage().data_ptr() for tensor in plan.tensors.values()}) == 4
+    assert all(tensor.is_contiguous() for tensor in plan.tensors.values())
+    assert torch.equal(plan.tensors["c"], one.t())
 
 
 def test_digests_tell_values_apart() -> None:
