@@ -15,12 +15,10 @@ import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 
-from graphopt.capturing.argument_places import place_arguments
 from graphopt.capturing.axis_names import AxisNames
 from graphopt.capturing.checks import check_equal, check_repeatable, run_model, wrong_batch
 from graphopt.capturing.explain import explain
 from graphopt.capturing.guards import insert_guards
-from graphopt.capturing.leaving_training import leave_training
 from graphopt.capturing.lost import lost_in_eval
 from graphopt.capturing.model_calls import (
     check_module,
@@ -35,21 +33,17 @@ from graphopt.capturing.model_calls import (
     without_inference_tensors,
 )
 from graphopt.capturing.normal_form import normalise
-from graphopt.capturing.public_operators import use_public_operators
-from graphopt.capturing.turned_in_place import return_what_is_turned
-from graphopt.capturing.unchecked_arguments import check_arguments
-from graphopt.errors import CaptureError, ExampleError, UsageError, foreign_code
+from graphopt.capturing.safe_graphs import evaluated
+from graphopt.errors import CaptureError, ExampleError, UsageError
 from graphopt.ir.devices import device_of, held_by
 from graphopt.ir.dynamic_axes import LeafShapes, arranged
 from graphopt.ir.global_state import outside_inference, random_state_kept
-from graphopt.ir.graph import copy_graph_module
 from graphopt.ir.names import Names
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import record_capture, user_line
 from graphopt.ir.regions import compiled_for_their_shapes
 from graphopt.ir.signature import Note, TensorSpec
 from graphopt.ir.torch_internals import arguments_by_name, is_function_transform, output_structure, pytree
-from graphopt.ir.training import set_training
 
 logger = logging.getLogger(__name__)
 
@@ -96,9 +90,9 @@ def capture(
 
     args = tuple(pytree.tree_map_only(torch.Tensor, example, args))
     kwargs = dict(pytree.tree_map_only(torch.Tensor, example, dict(kwargs or {})))
-    left: list[str] = []
+    notes: list[Note] = []
     if isinstance(model, fx.GraphModule):  # what torch.export made refuses eval()
-        model, left = _evaluated(model)
+        model, notes = evaluated(model)
     with (
         in_eval_mode(model),
         without_compiling(model),
@@ -110,40 +104,11 @@ def capture(
     ):
         warnings.simplefilter("ignore")
         args, kwargs, leaf_shapes, expected, note = _examples(model, args, kwargs, dynamic_shapes)
-        program = _capture(model, args, kwargs, leaf_shapes, [*note, *exported_in_training(left)])
+        program = _capture(model, args, kwargs, leaf_shapes, [*note, *notes])
         program = program.to(device)  # constants in the model's code, too
         check_equal(program, expected, args, kwargs)
         check_repeatable(program, args, kwargs)
     return program if share_tensors else program.copy(share_tensors=False)
-
-
-def _evaluated(exported: fx.GraphModule) -> tuple[fx.GraphModule, list[str]]:
-    """Return a copy of what torch.export made that is safe to run, in evaluation mode; and the operators switched."""
-    gm = copy_graph_module(exported)
-    with foreign_code(lambda said, _: CaptureError(f"The exported program is not whole ({said}). Export it again.")):
-        make_safe(gm)
-        set_training(gm, False)
-        left = leave_training(gm)
-        use_public_operators(gm)
-        insert_guards(gm)
-    return gm, left
-
-
-def make_safe(gm: fx.GraphModule) -> None:
-    """Bring the graph of a stranger to a form that can be checked, and check it, before anything of it runs.
-
-    Raises:
-        CaptureError: torch would use memory with it that is not the model's.
-    """
-    place_arguments(gm)
-    return_what_is_turned(gm)
-    check_arguments(gm)
-
-
-def exported_in_training(switched: Sequence[str]) -> list[Note]:
-    """Say that a model was exported in training mode."""
-    text = f"The model was exported in training mode; in evaluation mode are now: {', '.join(switched)}"
-    return [Note("training", text)] if switched else []
 
 
 def from_module(

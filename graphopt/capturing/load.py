@@ -15,17 +15,16 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from graphopt.capturing.capture import capture, exported_in_training, from_module, make_safe
+from graphopt.capturing.capture import capture, from_module
 from graphopt.capturing.checks import check_recorded, check_repeatable, run_model
 from graphopt.capturing.example_inputs import example_inputs, open_for, random_examples
-from graphopt.capturing.leaving_training import leave_training
 from graphopt.capturing.model_calls import (
     check_module,
     gradients_recorded,
     in_eval_mode,
     uncompiled,
 )
-from graphopt.capturing.public_operators import use_public_operators
+from graphopt.capturing.safe_graphs import make_safe, put_in_evaluation
 from graphopt.data import InputSpec, Samples
 from graphopt.errors import (
     CaptureError,
@@ -154,8 +153,7 @@ def _that_runs(exported: ExportedProgram, args: tuple[Any, ...], kwargs: dict[st
         assert isinstance(module, fx.GraphModule)
         make_safe(module)
         program = from_module(module, args, kwargs)
-        notes = exported_in_training(leave_training(program.graph_module))
-        use_public_operators(program.graph_module)
+        notes = put_in_evaluation(program.graph_module)
         program = dataclasses.replace(program.eval(), notes=tuple(notes))
         # torch writes the traceback of what a graph raises by itself
         with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
