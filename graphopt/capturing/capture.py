@@ -5,6 +5,7 @@ The batch axis is dynamic by default.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 import warnings
@@ -78,6 +79,7 @@ def capture(
     Raises:
         CaptureError: the model fails on the examples, cannot be traced, or is no function of its inputs, or the trace
             computes something else.
+        UsageError: `dynamic_shapes` names an input or an axis that is not there.
     """
     check_module(model)
     model = uncompiled(model)
@@ -116,8 +118,6 @@ def from_module(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     leaf_shapes: LeafShapes | None = None,
-    *,
-    notes: Sequence[Note] = (),
 ) -> Program:
     """Make a program of the module of what `torch.export` returned for `args` and `kwargs`; it is changed."""
     gm = normalise(gm)
@@ -129,7 +129,7 @@ def from_module(
     axes = AxisNames(leaf_shapes or [])
     inputs = _input_specs(gm, axes, tuple(args), dict(kwargs))
     outputs = _output_specs(gm, axes, Names(spec.name for spec in inputs))
-    return Program(gm, inputs, outputs, tuple(args), dict(kwargs), tuple(notes))
+    return Program(gm, inputs, outputs, tuple(args), dict(kwargs))
 
 
 def _examples(
@@ -190,7 +190,7 @@ def _requested_axes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     requested = dict(requested or {})
     unknown = sorted(set(requested) - set(combined))
     if unknown:
-        raise CaptureError(
+        raise UsageError(
             f"dynamic_shapes names {unknown}, but the model's inputs are {list(combined)}. Use those names."
         )
     found: LeafShapes = []
@@ -233,7 +233,8 @@ def _capture(
 
     def program(exported: ExportedProgram, wanted: LeafShapes, notes: Sequence[Note] = ()) -> Program:
         module = exported.module(check_guards=False)  # 2.13 adds a `_guards_fn` call without that argument
-        return from_module(module, args, kwargs, wanted, notes=[*given, *notes, *lost_in_eval(model, exported)])
+        found = from_module(module, args, kwargs, wanted)
+        return dataclasses.replace(found, notes=(*given, *notes, *lost_in_eval(model, found.graph_module)))
 
     error: Exception | None = None
     try:
@@ -322,8 +323,7 @@ def _input_specs(
     gm: fx.GraphModule, axes: AxisNames, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[TensorSpec, ...]:
     """Describe the tensor inputs by the names of the model's own arguments; FX renames some (`input` -> `input_1`)."""
-    paths = pytree.tree_flatten_with_path(arguments_by_name(gm, args, kwargs))[0]
-    given = [_joined(path) for path, leaf in paths if isinstance(leaf, torch.Tensor)]
+    given = _leaf_names(gm, args, kwargs)
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     tensors = [node for node in placeholders if isinstance(node.meta.get("val"), torch.Tensor)]
     numbers = [node for node in placeholders if isinstance(node.meta.get("val"), torch.SymInt) and node.users]

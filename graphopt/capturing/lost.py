@@ -1,35 +1,32 @@
-"""What capture in eval mode cannot keep: randomness that a module applies in training without a graph node."""
+"""What training does not bring back after capture in eval mode: randomness without a node, statistics that stay."""
 
 from __future__ import annotations
 
-from torch import nn
-from torch.export import ExportedProgram
+from torch import fx, nn
 
 from graphopt.ir.provenance import module_path
 from graphopt.ir.signature import Note
-from graphopt.ir.training import training_flag
+from graphopt.ir.training import switchable
 
 # Attributes by which stock and common third-party modules state a rate of training-time dropping.
 _RATES = ("p", "dropout", "dropout_p", "dropout_prob", "attention_dropout", "attn_dropout", "drop_prob")
 _RATE_CLASSES = ("Dropout", "DropPath", "StochasticDepth")
 
 
-def lost_in_eval(model: nn.Module, exported: ExportedProgram) -> list[Note]:
-    """List modules that drop values in training and left no switchable node in the graph."""
-    kept = {module_path(node) for node in exported.graph.nodes if training_flag(node) is not None}
+def lost_in_eval(model: nn.Module, gm: fx.GraphModule) -> list[Note]:
+    """List modules that drop values or move statistics in training, and do not where their program is trained."""
+    switched = {module_path(node) for node in switchable(gm)}
+    read = {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
     lost: dict[str, list[str]] = {}
     for path, module in model.named_modules():
-        rate = _rate(module)
-        if not rate or any(owner == path or owner.startswith(f"{path}.") for owner in kept):
-            continue
-        lost.setdefault(type(module).__name__, []).append(f"{path or 'the model itself'} ({rate:.2g})")
-    return [
-        Note(
-            "training",
-            f"{kind} is not in the captured graph and stays off when it is trained: {_listed(paths)}",
-        )
-        for kind, paths in lost.items()
-    ]
+        kind, place, rate = type(module).__name__, path or "the model itself", _rate(module)
+        if rate and not any(owner == path or owner.startswith(f"{path}.") for owner in switched):
+            lost.setdefault(f"{kind} stays off", []).append(f"{place} ({rate:.2g})")
+        # an average over all batches (a momentum of None) counts them, and the count is no part of the graph
+        moves = path in switched and getattr(module, "momentum", None) is not None
+        if f"{path}.running_mean".removeprefix(".") in read and not moves:
+            lost.setdefault(f"{kind} keeps its statistics", []).append(place)
+    return [Note("training", f"{what} when the program is trained: {_listed(at)}") for what, at in lost.items()]
 
 
 def _rate(module: nn.Module) -> float:

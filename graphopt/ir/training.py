@@ -2,7 +2,7 @@
 
 Capture in eval mode bakes `training=False` into such operators; only that flag changes here. A call that capture
 saw in training mode is random, or normalises by its batch, on purpose, and stays so. What the model did in Python
-under `if self.training` is gone from the graph and is reported at capture.
+under `if self.training` is gone from the graph and is reported at capture, as is what stays in evaluation mode.
 
 Which operators behave otherwise in training is read from their schemas: they have a flag.
 """
@@ -10,12 +10,14 @@ Which operators behave otherwise in training is read from their schemas: they ha
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 from torch import fx
 
 from graphopt.ir.graph import arguments
 from graphopt.ir.provenance import custom_notes
+from graphopt.ir.regions import regions
 from graphopt.ir.torch_internals import OpOverload
 
 _FLAGS = ("train", "training", "use_input_stats")  # what their schemas call it
@@ -25,25 +27,46 @@ _SWITCHED = "graphopt_training"  # in meta["custom"]: this module switched the c
 
 def set_training(gm: fx.GraphModule, mode: bool) -> None:
     """Set the training flag of every call that eval capture switched off, in place."""
-    changed = False
-    for node in gm.graph.nodes:
-        flag = training_flag(node)
-        if flag is None or arguments(node, (flag,))[flag] is mode:
-            continue
-        custom = custom_notes(node)
-        if not mode and custom.pop(_SWITCHED, None) is None:
-            continue
-        node.meta["custom"] = {**custom, _SWITCHED: "on"} if mode else custom
-        set_argument(node, flag, mode)
-        changed = True
-    gm.training = mode
-    if changed:
-        gm.recompile()
+    for body in _trained(gm):
+        changed = False
+        for node, flag in _flagged(body):
+            if arguments(node, (flag,))[flag] is mode:
+                continue
+            custom = custom_notes(node)
+            if not mode and custom.pop(_SWITCHED, None) is None:
+                continue
+            node.meta["custom"] = {**custom, _SWITCHED: "on"} if mode else custom
+            set_argument(node, flag, mode)
+            changed = True
+        body.training = mode
+        if changed:
+            body.recompile()
 
 
 def is_training(gm: fx.GraphModule) -> bool:
     """Whether `set_training` has switched a call on."""
-    return any(_SWITCHED in custom_notes(node) for node in gm.graph.nodes)
+    return any(_SWITCHED in custom_notes(node) for node in switchable(gm))
+
+
+def switchable(gm: fx.GraphModule) -> Iterator[fx.Node]:
+    """Yield the calls that training switches."""
+    return (node for body in _trained(gm) for node, _ in _flagged(body))
+
+
+def _trained(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
+    """Yield a graph module and the bodies of its blocks, at any depth.
+
+    Those of branches and loops stay as they were captured: where gradients are followed torch runs them twice, with
+    other random numbers, and statistics move as often (2.13).
+    """
+    yield gm
+    for found in regions(gm):
+        if found.form == "block":
+            yield from _trained(found.main)
+
+
+def _flagged(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, str]]:
+    return ((node, flag) for node in gm.graph.nodes if (flag := training_flag(node)) is not None)
 
 
 def training_flag(node: fx.Node) -> str | None:
