@@ -12,7 +12,8 @@ from torch import nn
 
 from graphopt.capturing.model_calls import uncompiled
 from graphopt.data import InputSpec, Samples
-from graphopt.errors import CaptureError
+from graphopt.errors import CaptureError, UsageError
+from graphopt.ir.devices import held_by
 
 
 def random_examples(
@@ -21,8 +22,8 @@ def random_examples(
     """Make example inputs of the shapes the user gave.
 
     Raises:
-        CaptureError: none are given, too few, or for inputs that the model does not have; `source` is what the model is
-            of.
+        CaptureError: none are given, or too few; `source` is what the model is of.
+        UsageError: some are for inputs that the model does not have.
     """
     parameters = _parameters(model)
     names = [name for name, _ in parameters]
@@ -37,7 +38,7 @@ def random_examples(
     unnamed = len(made) == 1 and not set(made) & set(names)
     unknown = [name for name in made if name not in names]
     if unknown and not unnamed:
-        raise CaptureError(f"The model has no input {unknown}; its inputs are {names}. Use those names with --input.")
+        raise UsageError(f"The model has no input {unknown}; its inputs are {names}. Use those names with --input.")
     required = [name for name, optional in parameters if not optional]
     missing = required[1:] if unnamed else [name for name in required if name not in made]
     if missing:
@@ -80,7 +81,7 @@ def example_inputs(model: nn.Module, data: Any, *, whole: bool = False) -> tuple
 def _first(samples: Samples, model: nn.Module, whole: bool) -> dict[str, torch.Tensor]:
     """Return the first samples by name; numpy's double precision becomes single where the model knows no double."""
     found = samples.first_batch() if whole else samples.first(2)
-    known = {tensor.dtype for tensor in model.state_dict().values()}
+    known = {tensor.dtype for tensor in held_by(model).values()}
     single = torch.float32 in known and torch.float64 not in known
     # copies: a program that keeps views of the first samples keeps all of them
     batch = (t.float() if single and t.dtype is torch.float64 else t.clone() for t in found)

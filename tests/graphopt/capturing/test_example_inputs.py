@@ -9,7 +9,7 @@ from torch import nn
 from graphopt.capturing.example_inputs import example_inputs, random_examples
 from graphopt.capturing.load import capture_on
 from graphopt.data import parse_input_spec
-from graphopt.errors import CaptureError, DataError
+from graphopt.errors import CaptureError, DataError, UsageError
 
 A, B = torch.zeros(3, 4), torch.ones(3, 5)
 
@@ -70,6 +70,25 @@ def test_nested_data_say_what_to_do() -> None:
 def test_double_precision_of_numpy_becomes_single() -> None:
     assert capture_on(nn.Linear(4, 3), A.double().numpy()).inputs[0].dtype is torch.float32
     assert capture_on(nn.Linear(4, 3).double(), A.double().numpy()).inputs[0].dtype is torch.float64
+
+
+class Counted(nn.Linear):
+    """State of its own beside its tensors."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"steps": 3}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        pass
+
+
+def test_state_that_is_no_tensor() -> None:
+    assert capture_on(Counted(4, 3), A.double().numpy()).inputs[0].dtype is torch.float32
+
+
+def test_a_shape_for_an_input_that_there_is_not() -> None:
+    with pytest.raises(UsageError, match=r"The model has no input \['c'\]; its inputs are \['a', 'b'\]"):
+        random_examples(Keywords(), [parse_input_spec(f"{name}=1x4") for name in "abc"], seed=0, source="m.pt")
 
 
 @pytest.mark.parametrize("data", [torch.zeros(3, 5), torch.zeros(3, 4, dtype=torch.uint8)])
