@@ -12,6 +12,7 @@ and many a string in it ends up being run:
     names of parameters         pasted between quotes into the same source       no quotes or control codes
     custom objects              unpickled                                        refused
     source_fn_stack             looked up from `torch`                           dropped
+    devices                     may not be here                                  the CPU
 
 Fields that torch's schema does not have are dropped, as torch does. One table per record, in the schema's
 order (torch/_export/serde/schema.py).
@@ -27,7 +28,6 @@ from graphopt.loading.json_fields import (
     Clean,
     array,
     boolean,
-    device_type,
     empty,
     expression,
     integer,
@@ -37,6 +37,7 @@ from graphopt.loading.json_fields import (
     no_operator,
     nullable,
     number,
+    on_the_cpu,
     operator,
     optional_name,
     path,
@@ -96,7 +97,7 @@ _expression = record({"expr_str": expression}, {"hint": nullable(_hint)})
 _sym_int = union({"as_expr": _expression, "as_int": integer})
 _sym_float = union({"as_expr": _expression, "as_float": number})
 _sym_bool = union({"as_expr": _expression, "as_bool": boolean})
-_device = record({"type": device_type}, {"index": nullable(integer)})
+_device = record({"type": on_the_cpu})
 
 
 def _tensor_meta(size: Clean) -> Clean:
@@ -166,7 +167,8 @@ _metadata = record(
     {},
     {"stack_trace": text, "nn_module_stack": text, "torch_fn": text, "custom": json_text, "from_node": json_text},
 )
-_node = record(
+_AUTOCAST = "torch.ops.higher_order.wrap_with_autocast"
+_NODE = record(
     {
         "target": operator,
         "inputs": array(record({"name": optional_name, "arg": _argument}, {"kind": nullable(integer)})),
@@ -175,6 +177,15 @@ _node = record(
     },
     {"is_hop_single_tensor_return": nullable(boolean), "name": nullable(name)},
 )
+
+
+def _node(value: Any) -> Any:
+    node = _NODE(value)
+    if node["target"] == _AUTOCAST and node["inputs"]:
+        node["inputs"][0]["arg"] = {"as_string": "cpu"}  # the type of device, as text
+    return node
+
+
 _GRAPH = record(
     {
         "inputs": array(_argument),

@@ -401,12 +401,52 @@ def test_damaged_programs(write_exported: Write, edit: Edit, reason: str) -> Non
     assert reason in str(caught.value)
 
 
-def test_program_exported_on_a_gpu(write_exported: Write, exported_members: dict[str, bytes]) -> None:
-    def edit(members: dict[str, bytes]) -> None:
-        members["models/model.json"] = members["models/model.json"].replace(b'"type": "cpu"', b'"type": "cuda"')
+class Cast(nn.Module):
+    """Names its device in a call, in a block and in its weights."""
 
-    with pytest.raises(LoadError, match=r"device 'cuda'.*model\.cpu\(\)"):
-        load_model(write_exported(edit))
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, dtype=torch.bfloat16):
+            y = self.head(x)
+        return y + torch.arange(3, device=x.device)
+
+
+def test_what_was_exported_on_an_accelerator_is_read_to_the_cpu(tmp_path: Path) -> None:
+    shapes = {"x": {0: torch.export.Dim.DYNAMIC}}
+    program = torch.export.export(Cast().eval(), (torch.randn(2, 4),), dynamic_shapes=shapes)
+    torch.export.save(program, tmp_path / "cpu.pt2")
+    changes = (
+        (b'"type": "cpu", "index": null', b'"type": "cuda", "index": 3'),
+        (b'"as_string": "cpu"', b'"as_string": "cuda"'),
+        (b"X\x03\x00\x00\x00cpu", b"X\x06\x00\x00\x00cuda:3"),  # in the pickle of the sample inputs
+    )
+    found = [0, 0, 0]
+
+    def moved(data: bytes) -> bytes:
+        if data.startswith(b"PK"):
+            return rewritten(data)
+        for index, (old, new) in enumerate(changes):
+            found[index] += data.count(old)
+            data = data.replace(old, new)
+        return data
+
+    def rewritten(archive: bytes) -> bytes:
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(buffer, "w") as new:
+            for name in old.namelist():
+                new.writestr(name, moved(old.read(name)))
+        return buffer.getvalue()
+
+    (tmp_path / "cuda.pt2").write_bytes(rewritten((tmp_path / "cpu.pt2").read_bytes()))
+    assert all(found)
+    here, there = (graphopt.load(tmp_path / name) for name in ("cpu.pt2", "cuda.pt2"))
+    assert there.graph_module.code == here.graph_module.code
+    assert there.devices == {torch.device("cpu")}
+    x = torch.randn(5, 4)
+    assert torch.equal(there(x), here(x))
 
 
 def test_wrong_types_in_the_program_are_damage(write_exported: Write, edit_program: EditProgram) -> None:
