@@ -24,10 +24,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 import graphopt.quantization.ops  # noqa: F401  (registers the operators)
-from graphopt.capturing.guards import insert_guards
-from graphopt.capturing.leaving_training import leave_training
-from graphopt.capturing.public_operators import use_public_operators
-from graphopt.capturing.unchecked_arguments import check_arguments
+from graphopt.capturing.safe_graphs import evaluated
 from graphopt.errors import GraphOptError
 from graphopt.ir.torch_internals import OpOverload
 from graphopt.loading.operators import NAMESPACES, check_operator
@@ -187,10 +184,7 @@ def run_as_loaded(target: OpOverload, arguments: Arguments) -> bool:
     graph.output(graph.call_function(operator.getitem, (call, 0)) if several else call)
     gm = fx.GraphModule(root, graph)
     try:
-        check_arguments(gm)
-        leave_training(gm)
-        use_public_operators(gm)
-        insert_guards(gm)
+        gm, _ = evaluated(gm)
     except GraphOptError:
         return True
     gm()

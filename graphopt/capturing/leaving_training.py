@@ -17,7 +17,6 @@ import torch
 from torch import fx
 
 from graphopt.errors import CaptureError
-from graphopt.ir.aliasing import written_inputs
 from graphopt.ir.graph import arguments
 from graphopt.ir.operators import EXPANSIONS, NORMALISATIONS, plain_name, short_name
 from graphopt.ir.regions import every_graph_module
@@ -79,7 +78,6 @@ def leave_training(gm: fx.GraphModule) -> list[str]:
             written = _written(node)
             if written in statistics or written.rpartition(".")[2] == "num_batches_tracked":
                 body.graph.erase_node(node)
-        _erase_unused(body.graph)
         body.recompile()
     return list(switched)
 
@@ -150,10 +148,3 @@ def _written(node: fx.Node) -> str:
     writes = node.target in (torch.ops.aten.copy_.default, torch.ops.aten.add_.Tensor) and not node.users
     buffer = node.args[0] if writes else None
     return str(buffer.target) if isinstance(buffer, fx.Node) and buffer.op == "get_attr" else ""
-
-
-def _erase_unused(graph: fx.Graph) -> None:
-    """Erase the calls that computed what is no longer written."""
-    for node in reversed(graph.nodes):
-        if node.op == "call_function" and not node.users and not (node.is_impure() or written_inputs(node)):
-            graph.erase_node(node)

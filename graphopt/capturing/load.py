@@ -24,7 +24,7 @@ from graphopt.capturing.model_calls import (
     in_eval_mode,
     uncompiled,
 )
-from graphopt.capturing.safe_graphs import make_safe, put_in_evaluation
+from graphopt.capturing.safe_graphs import evaluated
 from graphopt.data import InputSpec, Samples
 from graphopt.errors import (
     CaptureError,
@@ -151,10 +151,8 @@ def _that_runs(exported: ExportedProgram, args: tuple[Any, ...], kwargs: dict[st
     try:
         module = exported.module(check_guards=False)
         assert isinstance(module, fx.GraphModule)
-        make_safe(module)
-        program = from_module(module, args, kwargs)
-        notes = put_in_evaluation(program.graph_module)
-        program = dataclasses.replace(program.eval(), notes=tuple(notes))
+        gm, notes = evaluated(module)
+        program = dataclasses.replace(from_module(gm, args, kwargs), notes=tuple(notes))
         # torch writes the traceback of what a graph raises by itself
         with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
             program(*args, **kwargs)
