@@ -11,6 +11,7 @@ Names are imported on first use, so that `import graphopt` costs no torch.
 from __future__ import annotations
 
 import importlib
+import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from graphopt.targets.backend import Artifact, Backend, Finding, Session
     from graphopt.targets.description import TargetDescription
 
+IMPORTED = time.time()  # files that are older were not written since they were imported
 _HOMES = {
     "graphopt.targets.backend": ("Artifact", "Backend", "Finding", "Session"),
     "graphopt.capturing.capture": ("capture",),

@@ -29,6 +29,15 @@ def check_version(library: str, installed: str | None) -> None:
     )
 
 
+def version_of(library: str) -> str | None:
+    """Return the installed version of a library, whichever distribution brings it (onnxruntime-gpu); None for none."""
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        others = importlib.metadata.packages_distributions().get(library.replace("-", "_"), ())
+        return ", ".join(f"{importlib.metadata.version(name)} ({name})" for name in sorted(set(others))) or None
+
+
 @functools.cache
 def check_torch() -> None:
     """Look which torch is installed, without importing it.
@@ -36,8 +45,4 @@ def check_torch() -> None:
     Raises:
         UsageError: none, or one outside the range.
     """
-    try:
-        installed = importlib.metadata.version("torch")
-    except importlib.metadata.PackageNotFoundError:
-        installed = None
-    check_version("torch", installed)
+    check_version("torch", version_of("torch"))

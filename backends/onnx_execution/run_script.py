@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 
+import onnxruntime  # type: ignore[import-untyped]
 import torch
 
 from graphopt.backends.onnx_execution.session import SessionSettings
@@ -62,7 +62,7 @@ def run_script(file: str, inputs: Sequence[TensorSpec], options: Mapping[str, Js
     disabled = f", disabled_optimizers={list(settings.disabled_optimizers)!r}" if settings.disabled_optimizers else ""
     return _TEMPLATE.format(
         file=file,
-        version=version("onnxruntime"),
+        version=onnxruntime.__version__,
         inputs=_quoted("; ".join(map(str, inputs))),
         options="\n".join(lines),
         disabled=disabled,

@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
 import hashlib
 import importlib.metadata
 import importlib.util
-import inspect
 import json
 import os
 import platform
 import re
-import sys
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 from torch import fx
 
+from graphopt.axes.registry import built_in_rules, find
+from graphopt.caching.sources import is_ours, sources_of
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import origin, user_line
 from graphopt.ir.regions import every_graph_module
-from graphopt.ir.torch_internals import pytree
+from graphopt.ir.torch_internals import OpOverload, pytree
 from graphopt.loading.functions import is_function_name
+from graphopt.loading.operators import NAMESPACES
 from graphopt.measure.evaluate import Evaluator
 from graphopt.pipeline.plan import Plan
+from graphopt.versions import version_of
 
 
 def digest_of(*parts: Any) -> str:
@@ -84,6 +87,23 @@ def of_program(program: Program) -> str:
     return digest_of(graphs, str(returned), held, program.inputs, program.outputs, examples, str(structure))
 
 
+def asks_the_user(program: Program) -> bool:
+    """Whether a program calls operators of another's, or others' rules say where axes of theirs go.
+
+    What they compute follows from source that a program does not name.
+    """
+    rules = built_in_rules()
+    bodies = every_graph_module(program.graph_module)
+    for target in {node.target for body in bodies for node in body.graph.nodes if node.op == "call_function"}:
+        found = find(rules, target)
+        said = [] if found is None else [function for function in (found.infer, found.rewrite) if function is not None]
+        if isinstance(target, OpOverload) and target.namespace not in (*NAMESPACES, "prims"):
+            return True
+        if any(not is_ours(getattr(function, "__module__", "")) for function in said):
+            return True
+    return False
+
+
 def _values(node: fx.Node) -> str:
     return str(pytree.tree_map_only(torch.Tensor, _described, node.meta.get("val")))
 
@@ -109,67 +129,39 @@ def of_pass(instance: Any) -> str | None:
     """Return a digest of a pass: its options, and all source it is made of.
 
     Returns:
-        None where that is not all: a class without a source file or inside a function, whose variables it may read, or
-        an instance that holds more than options and plain values.
+        None where that is not all: a class inside a function, whose variables it may read, an instance that holds more
+        than options and plain values, or source that cannot be followed.
     """
-    more = {name: value for name, value in vars(instance).items() if name != "options"}
-    if "<locals>" in type(instance).__qualname__ or not all(isinstance(value, _PLAIN) for value in more.values()):
+    kind, more = type(instance), {name: value for name, value in vars(instance).items() if name != "options"}
+    options = instance.options
+    given = pytree.tree_leaves([getattr(options, field.name) for field in dataclasses.fields(options)])
+    if not all(isinstance(value, _PLAIN) for value in (*more.values(), *given)):
         return None
-    kinds = [kind for kind in type(instance).__mro__ if kind.__module__.partition(".")[0] not in _WITHOUT_SOURCES]
-    parts: list[Any] = [
-        instance.name,
-        f"{type(instance).__module__}.{type(instance).__qualname__}",
-        instance.options,
-        more,
-    ]
-    for kind in kinds:
-        try:
-            parts.append(_source_of(Path(inspect.getfile(kind))))
-        except (OSError, TypeError):
-            return None
-    parts += [_source_of(file) for text in _texts(instance.options) if (file := _file_of_function(text)) is not None]
-    return digest_of(parts)
-
-
-def _file_of_function(text: str) -> Path | None:
-    """Return the file that an option says a function is in, as `loss=my_losses:smooth`; None where it is other text."""
-    if not is_function_name(text):
+    if any("<locals>" in base.__qualname__ for base in kind.__mro__):
         return None
-    try:
-        found = importlib.util.find_spec(text.partition(":")[0])
-    except (ImportError, ValueError):
-        return None
-    return Path(found.origin) if found is not None and found.has_location and found.origin else None
+    functions = [text for text in given if isinstance(text, str) and is_function_name(text)]
+    sources = sources_of([*(base.__module__ for base in kind.__mro__), *(text.split(":")[0] for text in functions)])
+    named = instance.name, f"{kind.__module__}.{kind.__qualname__}"
+    return None if sources is None else digest_of(named, options, more, sources)
 
 
-_PLAIN = (bool, int, float, str, type(None))
-_WITHOUT_SOURCES = frozenset({"graphopt", "builtins", *sys.stdlib_module_names})  # or with others, see `of_libraries`
+_PLAIN = (bool, int, float, str, type(None), PurePath, enum.Enum)
 
 
-def _texts(options: Any) -> list[str]:
-    values = [getattr(options, field.name) for field in dataclasses.fields(options)]
-    return [value for value in pytree.tree_leaves(values) if isinstance(value, str)]
-
-
-def _source_of(file: Path) -> list[tuple[str, str]]:
-    """Return digests of a source file, and of the whole package that it is part of."""
-    top = file.parent
-    while (top / "__init__.py").is_file() and (top.parent / "__init__.py").is_file():
-        top = top.parent
-    files = sorted(top.rglob("*.py")) if (top / "__init__.py").is_file() else [file]
-    return [(str(one.relative_to(top)), hashlib.sha256(one.read_bytes()).hexdigest()) for one in files]
+def own_files() -> list[Path]:
+    """List our own source."""
+    packages = map(importlib.util.find_spec, ("graphopt", "graphopt.passes", "graphopt.backends"))
+    folders = {Path(path).resolve() for one in packages if one for path in one.submodule_search_locations or ()}
+    return sorted({file for folder in folders for file in folder.rglob("*.py")})  # two are links in a checkout
 
 
 @functools.cache
 def of_libraries() -> str:
     """Return a digest of what computes: our own source, and the versions of Python and of what we require."""
-    packages = map(importlib.util.find_spec, ("graphopt", "graphopt.passes", "graphopt.backends"))
-    own = [path for found in packages if found for path in found.submodule_search_locations or ()]
-    sources = [_source_of(Path(path) / "__init__.py") for path in dict.fromkeys(own)]
+    sources = [(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in own_files()]
     wanted = importlib.metadata.requires("graphopt") or []
     names = sorted({re.split(r"[^\w.-]", text, maxsplit=1)[0] for text in wanted if "extra ==" not in text})
-    versions = [(name, importlib.metadata.version(name)) for name in names]
-    return digest_of(sources, versions, platform.python_version())
+    return digest_of(sources, [(name, version_of(name)) for name in names], platform.python_version())
 
 
 def of_machine() -> str:

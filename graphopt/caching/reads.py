@@ -16,9 +16,11 @@ from typing import Any
 import torch
 
 from graphopt.caching.digests import digest_of
+from graphopt.caching.sources import is_ours
 from graphopt.data.batches import Batch, Labelled, SampleSource
 from graphopt.data.split import place
 from graphopt.measure.budget import Timer
+from graphopt.measure.stopwatch import Stopwatch
 from graphopt.pipeline.context import Context
 
 
@@ -48,7 +50,7 @@ class Reads:
     Attributes:
         sources: the samples of each part.
         timed: whether a time was measured.
-        judged: whether the user's loss was asked.
+        judged: whether code of the user's was asked that is known in this process alone: their loss, their backend.
     """
 
     sources: dict[str, SampleSource] = field(default_factory=dict)
@@ -135,7 +137,9 @@ class _WatchedTimers(Mapping[str, Timer]):
 
     def __getitem__(self, name: str) -> Timer:
         self._reads.timed = True
-        return self._timers[name]
+        timer = self._timers[name]
+        self._reads.judged |= isinstance(timer, Stopwatch) and not is_ours(type(timer.backend).__module__)
+        return timer
 
     def __contains__(self, name: object) -> bool:
         return name in self._timers

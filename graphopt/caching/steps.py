@@ -4,7 +4,7 @@
     reads    what had been read of the data by the end of the step, and on which machine, if a time was measured
 
 A plan is found where the key is the same, and what was read then reads the same now. The digest of a program that a
-step made follows from that of the one before it and from the plan, which determine it.
+step made follows from that of the one before it, the plan, and the source of the pass, which determine it.
 """
 
 from __future__ import annotations
@@ -36,9 +36,11 @@ class Memory:
 
     Attributes:
         most: bytes that the tensors of all entries may take; what was kept longest ago goes first.
+        alone: whether a program was met that is known in this process alone, see `digests.asks_the_user`.
     """
 
     most: int = 1 << 30
+    alone: bool = field(default=False, init=False)
     _entries: dict[str, list[_Kept]] = field(default_factory=dict)
     _digests: weakref.WeakKeyDictionary[Program, str] = field(default_factory=weakref.WeakKeyDictionary)
 
@@ -46,6 +48,7 @@ class Memory:
         """Return the digest of a program, computed once."""
         if program not in self._digests:
             self._digests[program] = digests.of_program(program)
+            self.alone |= digests.asks_the_user(program)
         return self._digests[program]
 
     def follows(self, program: Program, digest: str) -> None:
@@ -82,11 +85,14 @@ class StepCache:
     store: Store | None = None
     found: list[str] = field(default_factory=list)
     reads: Reads = field(default_factory=Reads)
+    _kind: str | None = field(default=None, init=False)  # of the step that was last looked for
+    _key: str | None = field(default=None, init=False)
 
     def find(self, step: Step, program: Program, ctx: Context) -> Plan | None:
         """Return the plan that this step made of the same before, None if there is none."""
-        key = self._key(step, program, ctx)
-        for entry, tensors in self._kept(key):
+        self._kind = digests.of_pass(step.instance)
+        self._key = self._key_of(step, program, ctx)
+        for entry, tensors in self._kept(self._key):
             try:
                 plan = step.instance.plan_type.from_json(entry.content, tensors)
             except PassError:  # of another time, in spite of its key: then it is made anew
@@ -97,9 +103,8 @@ class StepCache:
         return None
 
     def keep(self, step: Step, program: Program, ctx: Context, plan: Plan) -> None:
-        """Keep the plan of a step that has been carried out and checked."""
-        key = self._key(step, program, ctx)
-        if key is None:
+        """Keep the plan of the step that was last looked for, which has been carried out and checked."""
+        if self._key is None:
             return
         content = plan.to_json()
         try:
@@ -110,12 +115,13 @@ class StepCache:
             reads = sorted(self.reads.seen.items(), key=repr)
             machine = digests.of_machine() if self.reads.timed else None
             entry = CacheEntry(reads=reads, machine=machine, content=content)  # type: ignore[arg-type]
-            self._add(key, entry, plan.tensors)
+            self._add(self._key, entry, plan.tensors)
 
     def follows(self, before: Program, after: Program, plan: Plan) -> None:
-        """Note what a plan made of a program."""
-        if after is not before:
-            self.memory.follows(after, digest_of("applied", self.memory.digest(before), digests.of_plan(plan)))
+        """Note what the plan of the step that was last looked for made of a program."""
+        if after is not before and self._kind is not None:
+            made = digest_of("applied", self._kind, self.memory.digest(before), digests.of_plan(plan))
+            self.memory.follows(after, made)
 
     def measured(self, program: Program, by: str, measure: Callable[[], dict[str, Json]]) -> dict[str, Json]:
         """Return what was measured of a program, or measure and keep it.
@@ -132,24 +138,23 @@ class StepCache:
         self._add(key, CacheEntry(content=content), {})  # type: ignore[arg-type] # its own word for JSON
         return content
 
-    def _key(self, step: Step, program: Program, ctx: Context) -> str | None:
-        kind = digests.of_pass(step.instance)
-        if kind is None:
+    def _key_of(self, step: Step, program: Program, ctx: Context) -> str | None:
+        if self._kind is None:
             return None
         programs = self.memory.digest(program), self.memory.digest(ctx.original)
         given = ctx.targets, ctx.target, ctx.seed, ctx.loss is None, sorted(ctx.timers), bool(step.inserted_for)
-        return digest_of("plan", digests.of_libraries(), kind, programs, given, sorted(self.reads.sources))
+        return digest_of("plan", digests.of_libraries(), self._kind, programs, given, sorted(self.reads.sources))
 
     def _kept(self, key: str | None) -> Iterator[_Kept]:
         if key is None:
             return
-        for place in (self.memory, self.store):
+        for place in (self.memory, None if self.memory.alone else self.store):
             for entry, tensors in place.entries(key) if place is not None else ():
                 here = entry.machine is None or entry.machine == digests.of_machine()
                 if here and all(self.reads.again(read) == digest for read, digest in entry.reads):
                     yield entry, tensors
 
     def _add(self, key: str, entry: CacheEntry, tensors: Mapping[str, torch.Tensor]) -> None:
-        store = None if self.reads.judged else self.store  # the user's loss is known in this process alone
+        store = None if self.reads.judged or self.memory.alone else self.store
         if store is None or not store.add(key, entry, tensors):
             self.memory.add(key, entry, tensors)

@@ -6,7 +6,6 @@ import hashlib
 import json
 import platform
 from collections.abc import Iterable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +19,7 @@ from graphopt.files import MANIFEST, MOST_OF_A_MANIFEST, check_digest, read_file
 from graphopt.ir.program import Program
 from graphopt.pipeline.plan import Plan
 from graphopt.targets.backend import TARGET_NAME, Artifact
+from graphopt.versions import version_of
 
 SCHEMA = 2
 PAYLOAD = "plans.safetensors"
@@ -144,13 +144,7 @@ class Manifest(pydantic.BaseModel, extra="forbid", strict=True, frozen=True):
 
 def library_versions() -> dict[str, str]:
     """Return the installed versions of what decides the bytes of an artifact."""
-    found = {}
-    for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    return {name: version_of(name) or "not installed" for name in _LIBRARIES}
 
 
 def cpu_features() -> list[str]:

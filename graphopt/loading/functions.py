@@ -6,6 +6,7 @@ import ast
 import contextlib
 import difflib
 import importlib
+import importlib.util
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -86,13 +87,26 @@ def check_origins(names: Iterable[str], directory: Path) -> None:
 
 def imports_of(source: bytes) -> Iterator[str]:
     """Yield what a file imports by absolute names, inside functions too; nothing of the standard library."""
-    for node in ast.walk(ast.parse(source)):
-        found: list[str] = []
+    found = imports(ast.parse(source), "")
+    return (name for name in found if name.partition(".")[0] not in sys.stdlib_module_names)
+
+
+def imports(tree: ast.AST, package: str) -> Iterator[str]:
+    """Yield what a module imports, inside functions too, and what may be an attribute of it.
+
+    Args:
+        tree: its source.
+        package: which one it is in, that its relative names are of; "" for none, then they are left out.
+
+    Raises:
+        ImportError: a relative name leads out of the package.
+    """
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        yield from (name for name in found if name.partition(".")[0] not in sys.stdlib_module_names)
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (package or not node.level):
+            name = importlib.util.resolve_name(f"{'.' * node.level}{node.module or ''}", package)
+            yield from (name, *(f"{name}.{alias.name}" for alias in node.names))
 
 
 def check_origin(name: str, directory: Path) -> None:

@@ -27,9 +27,7 @@ def import_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise UsageError(f"The plugin file {path} does not exist. Give --plugin the path of a Python file.")
     place, source = path.resolve(), path.read_bytes()
-    digest = hashlib.sha256(os.fsencode(place) + b"\0" + source).hexdigest()
-    stem = re.sub(r"\W", "_", path.stem)
-    name = f"graphopt_plugin_{stem}_{digest}"
+    name = module_name(place, source)
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, place)
@@ -43,6 +41,13 @@ def import_file(path: Path) -> ModuleType:
         del sys.modules[name]
         raise
     return module
+
+
+def module_name(place: Path, source: bytes) -> str:
+    """Return what a file is called in `sys.modules`."""
+    digest = hashlib.sha256(os.fsencode(place) + b"\0" + source).hexdigest()
+    stem = re.sub(r"\W", "_", place.stem)
+    return f"graphopt_plugin_{stem}_{digest}"
 
 
 def _execute(module: ModuleType, loader: SourceFileLoader, source: bytes, path: Path) -> None:

@@ -32,7 +32,7 @@ class Stopwatch:
             backend: whose runtime executes on this machine.
             seconds: time to spend on one comparison, besides lowering.
         """
-        self._backend = backend
+        self.backend = backend
         self._seconds = seconds
         self._loaded: weakref.WeakKeyDictionary[Program, _Loaded] = weakref.WeakKeyDictionary()
 
@@ -48,7 +48,7 @@ class Stopwatch:
     def _load(self, program: Program) -> Callable[[], object]:
         if program not in self._loaded:
             home = ScratchDirectory()
-            artifact = self._backend.lower(program, self._backend.path_in(Path(home.name), "timed"))
+            artifact = self.backend.lower(program, self.backend.path_in(Path(home.name), "timed"))
             session = artifact.session(threads=1)
             feed = batch_of(artifact.inputs, [tensor.cpu().numpy() for tensor in program.flat_examples()], 1)
             self._loaded[program] = _Loaded(lambda: session(*feed), home)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
 import subprocess
@@ -11,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from graphopt.caching import digests
 from graphopt.errors import UsageError
-from graphopt.versions import RANGES, check_torch, check_version
+from graphopt.job.manifest import library_versions
+from graphopt.versions import RANGES, check_torch, check_version, version_of
 
 _ROOT = Path(__file__).parents[2]
 
@@ -42,6 +45,25 @@ def test_outside(installed: str) -> None:
 def test_none() -> None:
     with pytest.raises(UsageError, match=r"torch from 2\.11 to before 2\.15, and none is installed: run"):
         check_version("torch", None)
+
+
+def test_a_library_of_another_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"onnxruntime-gpu": "1.25.0"}
+
+    def version(name: str) -> str:
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: {"onnxruntime": ["onnxruntime-gpu"]})
+    assert version_of("onnxruntime-gpu") == "1.25.0"
+    assert version_of("onnxruntime") == "1.25.0 (onnxruntime-gpu)"
+    assert version_of("onnx") is None
+    assert library_versions()["onnx"] == "not installed"
+    found = digests.of_libraries.__wrapped__()
+    installed["onnxruntime-gpu"] = "1.26.0"
+    assert digests.of_libraries.__wrapped__() != found
 
 
 def test_what_is_installed_here() -> None:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import graphopt
+from graphopt.axes import registry
 from graphopt.caching import digests
 from graphopt.caching.steps import Memory, StepCache
 from graphopt.data import Samples
@@ -238,14 +239,27 @@ def test_another_source_of_a_plugin(plugin: Path, tmp_path: Path) -> None:
     plugin.write_text(PLUGIN.replace("+ shift", "- shift"))
     run(plugin)
     assert asked(plugin) == 2
-    package = tmp_path / f"package{next(NUMBERS)}"
-    package.mkdir()
-    for name, text in (("__init__.py", ""), ("helper.py", "ONE = 1\n"), ("plugin.py", PLUGIN)):
-        (package / name).write_text(text)
-    run(package / "plugin.py")
-    (package / "helper.py").write_text("ONE = 2\n")
-    run(package / "plugin.py")
-    assert asked(package / "plugin.py") == 2
+
+
+def test_another_source_of_what_a_plugin_imports(plugin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its plan is made again, and those that follow on the program that it makes: what it applies may be another."""
+    monkeypatch.setattr(graphopt, "IMPORTED", float("inf"))
+    helper, before = tmp_path / f"helper{next(NUMBERS)}.py", set(sys.modules)
+    source = PLUGIN.replace("import graphopt\n", f"import graphopt\nfrom {helper.stem} import MORE\n")
+    first = written(tmp_path, source.replace("plan.tensors[name],", "plan.tensors[name] * MORE,"))
+    second = written(tmp_path, PLUGIN.replace("counted", "again"))
+    found = []
+    for more in (1, 1, 3):
+        helper.write_text(f"MORE = {more}\n")
+        samples = Samples.open(X, ["input"]).check(CAPTURED.inputs)
+        pipeline = Pipeline.parse("counted,again", PassRegistry([first, second]))
+        found.append((Job(CAPTURED, samples).run(pipeline), asked(first), asked(second)))
+        for name in set(sys.modules) - before:
+            del sys.modules[name]
+    assert [made for _, *made in found] == [[1, 1], [1, 1], [2, 2]]
+    weights = [tensors(outcome)["0.weight"] for outcome, *_ in found]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
 
 
 def test_another_source_of_a_function_that_an_option_names(
@@ -302,6 +316,49 @@ def test_a_loss_is_known_in_its_process_alone(plugin: Path) -> None:
     assert asked(plugin) == 2
 
 
+def test_operators_of_the_users_are_known_in_their_process_alone(plugin: Path) -> None:
+    @torch.library.custom_op(f"users{next(NUMBERS)}::twice", mutates_args=())
+    def twice(x: Tensor) -> Tensor:
+        return x * 2
+
+    twice.register_fake(torch.empty_like)
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 3)
+
+        def forward(self, input: Tensor) -> Tensor:
+            return twice(self.linear(input))
+
+    in_memory_alone(plugin, graphopt.capture(Twice().eval(), X[:2]))
+
+
+def test_rules_of_the_users_are_known_in_their_process_alone(plugin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(plugin)
+    monkeypatch.setitem(registry._RULES, "aten::relu", registry.Rule(lambda call: call.dims("self")))
+    plugin.with_suffix(".asked").unlink()
+    in_memory_alone(plugin, CAPTURED)
+
+
+def in_memory_alone(plugin: Path, program: Program) -> None:
+    job = Job(program, Samples.open(X, ["input"]).check(program.inputs))
+    for _ in range(2):
+        job.run(Pipeline.parse("counted", PassRegistry([plugin])))
+    assert asked(plugin) == 1
+    run(plugin, program=program)
+    assert asked(plugin) == 2
+
+
+def test_backends_of_the_users_are_timed_in_each_process(plugin: Path) -> None:
+    class Mine(type(backends_named("onnxruntime")[0])):  # type: ignore[misc]
+        """Another that is called the same."""
+
+    for backend in (Mine(), Mine(), backends_named("onnxruntime")[0], backends_named("onnxruntime")[0]):
+        run(plugin, "counted:times=yes", backends=(backend,))
+    assert asked(plugin) == 3
+
+
 def test_another_target(plugin: Path) -> None:
     pass_ = PassRegistry([plugin]).pass_class("counted")()
     step = Step(pass_)
@@ -309,7 +366,9 @@ def test_another_target(plugin: Path) -> None:
     known = backends_named("onnxruntime")[0].description
     for target in (None, known, dataclasses.replace(known, name="another")):
         ctx = graphopt.Context(CAPTURED, target=target)
-        keys.add(StepCache(Memory())._key(step, CAPTURED, ctx))
+        cache = StepCache(Memory())
+        cache.find(step, CAPTURED, ctx)
+        keys.add(cache._key)
     assert len(keys) == 3
 
 
