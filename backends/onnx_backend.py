@@ -17,7 +17,7 @@ from graphopt.backends.onnx_lowering.lowering import Style, lower
 from graphopt.backends.onnx_lowering.saving import EXTERNAL_DATA_ABOVE, save
 from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
-from graphopt.targets.backend import Array, Artifact, Backend
+from graphopt.targets.backend import Array, Artifact, Backend, Session
 
 
 class OnnxBackend(Backend):
@@ -81,10 +81,16 @@ class OnnxBackend(Backend):
             raise
         return Artifact(path, files, self, program.inputs, program.outputs, self.options(model), facts)
 
-    def verify(self, artifact: Artifact, program: Program, inputs: tuple[Array, ...] | None = None) -> float:
+    def verify(
+        self,
+        artifact: Artifact,
+        program: Program,
+        inputs: tuple[Array, ...] | None = None,
+        session: Session | None = None,
+    ) -> float:
         """Compare the file on disk with `program` on the recorded options; see `onnx_execution.verification`."""
-        settings = SessionSettings.of(artifact.session_options)
-        return verify(artifact.path, program.evaluated().to("cpu"), inputs, dataclasses.replace(settings, threads=0))
+        settings = dataclasses.replace(SessionSettings.of(artifact.session_options), threads=0)
+        return verify(artifact.path, program.evaluated().to("cpu"), inputs, settings, session)
 
     def session(self, artifact: Artifact, **options: Json) -> OnnxSession:
         """Load the artifact in ONNX Runtime.

@@ -25,23 +25,37 @@ from graphopt.backends.onnx_execution.session import OnnxSession, SessionSetting
 from graphopt.backends.onnx_lowering.exporter import SOURCE_PROPERTY
 from graphopt.errors import LoweringError
 from graphopt.ir.program import Program
-from graphopt.targets.backend import Array
+from graphopt.targets.backend import Array, Session
 
 _ALLOWED_STEPS = 1  # a value half-way between two integers may be rounded either way
 
 Tensors = tuple[torch.Tensor, ...]
 
 
-def verify(path: Path, program: Program, inputs: Sequence[Array] | None, settings: SessionSettings) -> float:
+def verify(
+    path: Path,
+    program: Program,
+    inputs: Sequence[Array] | None,
+    settings: SessionSettings,
+    session: Session | None = None,
+) -> float:
     """Compare the artifact at `path` with `program`; return the largest relative error of an output.
 
     The error is end to end; with integers that of the smallest batch, since rounding adds up in any.
+
+    Args:
+        path: the artifact.
+        program: what it must compute.
+        inputs: realistic inputs, the program's examples if None.
+        settings: the session options to verify.
+        session: the artifact, loaded with them; None to load it.
 
     Raises:
         LoweringError: the runtime refuses the artifact, or an output or an integer on the way is wrong; the message
             names it.
     """
-    session = OnnxSession(path, settings)
+    if not isinstance(session, OnnxSession):
+        session = OnnxSession(path, settings)
     _check_signature(session, program, path)
     probe = IntegerProbe(path, program, settings) if quantize_nodes(program) else None
     replay = Replay(program)

@@ -63,7 +63,7 @@ def command(
     fail_if: Annotated[list[str] | None, typer.Option("--fail-if", help=_FAIL_IF)] = None,
     check: Annotated[str, typer.Option(help="fast, or full: prove every rewrite, export after every pass.")] = "fast",
     plan: Annotated[bool, typer.Option("--plan", help="Print what each pass decides as JSON; write nothing.")] = False,
-    bench: Annotated[bool, typer.Option(help="Time the result against the original.")] = True,
+    bench: Annotated[bool, typer.Option(help="Time the result against the original, and compare their files.")] = True,
     depfile: Annotated[Path | None, typer.Option(help="Write a Make/Ninja dependency file here.")] = None,
     dump: Annotated[Path | None, typer.Option(help="Write the graph after every pass into this directory.")] = None,
     device: Annotated[
@@ -124,7 +124,7 @@ def command(
         print()
         check_gates(gates, result.report)
         return
-    result = job.deliver(outcome, bench=bench)
+    result = job.deliver(outcome, bench=bench, sizes=bench or any(gate.quantity == "size" for gate in gates))
     try:
         check_gates(gates, result.report)
     except (GateError, UsageError) as err:

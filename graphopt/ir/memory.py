@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from graphopt.errors import UsageError
 from graphopt.files import ScratchDirectory
 
-LARGE = 1 << 26  # bytes; to look for circles takes a third of a second
+LARGE = 1 << 28  # bytes; to look for circles takes a third of a second, and a step of ResNet-50 one or two
 _KINDS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int8)  # of weights
 _MANY = 1 << 20  # numbers; to return pages takes some milliseconds
 

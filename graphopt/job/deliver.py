@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,13 @@ class Delivery:
     Attributes:
         artifact: the lowered program.
         row: the artifact's row in the report.
-        baseline: the row of the original, lowered by the same backend and timed in turn with the artifact.
+        baseline: the row of the original, timed in turn with the artifact; None where it was not lowered.
         notes: what a user should know.
     """
 
     artifact: Artifact
     row: Row
-    baseline: Row
+    baseline: Row | None
     notes: tuple[str, ...]
 
     def kept_by(self, home: ScratchDirectory) -> Delivery:
@@ -45,17 +45,41 @@ class Delivery:
         return dataclasses.replace(self, artifact=dataclasses.replace(self.artifact, home=home))
 
 
+class Originals:
+    """The original as it is lowered for each target, which artifacts are compared with: lowered once for all it can."""
+
+    def __init__(self, program: Program, backends: Sequence[Backend], folder: Path) -> None:
+        """Prepare to lower `program` for any of `backends` into `folder`."""
+        self.program = program
+        self._timed = {item.suffix: item for item in reversed(backends) if item.times_here}
+        self._folder = folder
+        self._known: dict[str, Artifact] = {}
+
+    def lowered_for(self, item: Backend) -> Artifact:
+        """Return the original to compare an artifact of `item` with, in bytes and where `item` times here in time.
+
+        Raises:
+            LoweringError: the backend cannot lower it.
+        """
+        lowers = item if item.times_here else self._timed.get(item.suffix, item)
+        if lowers.name not in self._known:
+            path = lowers.path_in(self._folder, f"original.{lowers.name}")
+            self._known[lowers.name] = lowers.lower(self.program, path)
+        return self._known[lowers.name]
+
+
 def deliver(
     item: Backend,
     program: Program,
-    original: Program,
+    originals: Originals,
     home: Path,
     *,
     probe: Probe,
     metric: Score | None,
     bench: bool,
+    sizes: bool,
 ) -> Delivery:
-    """Lower `program` into the directory `home`.
+    """Lower `program` into the directory `home`, and compare with the original what is asked for: time or bytes.
 
     Raises:
         LoweringError: the backend cannot lower it, or the artifact computes something else.
@@ -63,10 +87,11 @@ def deliver(
     started = time.perf_counter()
     artifact = item.lower(program, item.path_in(home))  # which says what types the runtime lacks
     inputs = tuple(tensor.cpu().numpy() for tensor in probe.batch)
-    item.verify(artifact, program, inputs)
-    seconds = time.perf_counter() - started
-    give_back(original.parameters())  # what dequantized weights took, say
     session = artifact.session()
+    item.verify(artifact, program, inputs, session)
+    seconds = time.perf_counter() - started
+    original = originals.program
+    give_back(original.parameters())  # what dequantized weights took, say
     row = Row(
         artifact.path.name,
         target=item.name,
@@ -78,10 +103,9 @@ def deliver(
         summary=item.summary(artifact),
     )
     del session  # every session holds the weights once more
-    with ScratchDirectory() as place:
-        plain = artifact
-        if program is not original:
-            plain = item.lower(original, item.path_in(Path(place), f"original.{item.name}"))
+    baseline = None
+    if bench or sizes:
+        plain = artifact if program is original else originals.lowered_for(item)
         baseline = Row("original", target=item.name, cost=cost(original), size=plain.size)
         if bench and item.times_here:
             found = compare(plain, artifact, inputs)

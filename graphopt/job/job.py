@@ -28,7 +28,7 @@ from graphopt.ir.memory import give_back
 from graphopt.ir.ownership import own_tensors, storages
 from graphopt.ir.program import Program
 from graphopt.ir.regions import compiled_for_their_shapes
-from graphopt.job.deliver import Delivery, deliver
+from graphopt.job.deliver import Delivery, Originals, deliver
 from graphopt.job.manifest import Manifest
 from graphopt.job.payloads import set_aside
 from graphopt.job.recorder import Recorder
@@ -208,12 +208,14 @@ class Job:
     @gradients_recorded()
     @compiled_for_their_shapes()
     @device_memory()
-    def deliver(self, outcome: Outcome, *, bench: bool = True) -> Result:
+    def deliver(self, outcome: Outcome, *, bench: bool = True, sizes: bool | None = None) -> Result:
         """Lower the programs of an outcome, verify and time what came of it.
 
         Args:
             outcome: what `run` returned.
             bench: whether to time each artifact against the unoptimised program in the same runtime.
+            sizes: whether to lower the unoptimised program so that bytes on disk can be compared; None: where it is
+                timed.
 
         Returns:
             Everything; artifacts live in a temporary directory for as long as anybody holds one, or until
@@ -229,18 +231,21 @@ class Job:
         def here(program: Program) -> Program:
             return original if program is self.original else program.to("cpu")
 
-        deliveries = [
-            deliver(
-                item,
-                here(outcome.programs[item.name]),
-                original,
-                Path(home.name),
-                probe=self._probe,
-                metric=self.metric,
-                bench=bench,
-            )
-            for item in self.backends
-        ]
+        with ScratchDirectory() as place:
+            originals = Originals(original, self.backends, Path(place))
+            deliveries = [
+                deliver(
+                    item,
+                    here(outcome.programs[item.name]),
+                    originals,
+                    Path(home.name),
+                    probe=self._probe,
+                    metric=self.metric,
+                    bench=bench,
+                    sizes=bench if sizes is None else sizes,
+                )
+                for item in self.backends
+            ]
         return self._result(outcome, [found.kept_by(home) for found in deliveries])
 
     def replay(self, stored: Manifest, directory: Path, registry: PassRegistry) -> Outcome:

@@ -63,7 +63,7 @@ def optimize(
         plugins: files or classes of passes that the pipeline may name.
         hooks: called around every pass.
         check: "fast", or "full" to export again and run each pass's own proof after it.
-        bench: whether to time the artifact against the unoptimised program in the same runtime.
+        bench: whether to time the artifact against the unoptimised program in the same runtime, and compare the bytes.
         lower: False decides and rewrites for the targets, and stops before lowering.
         progress: shows long loops.
         name: what the report calls the model.

@@ -98,7 +98,8 @@ class Report:
         rows: the original first, then each pass, then each artifact. Size and latency of the original are those for
             the first target.
         facts: what each backend found out while lowering.
-        baselines: the original, lowered as it is for each target; what that target's artifact is compared with.
+        baselines: by target the original, lowered as it is, which that target's artifact is compared with; none where
+            nothing was compared.
         refusals: (pass, refusal) of every site left alone.
         notes: what a user should know.
         files: what was written, relative to the output directory.
@@ -139,14 +140,16 @@ class Report:
             baselines=dict(self.baselines),
         )
 
-    def add_artifact(self, row: Row, baseline: Row) -> None:
-        """Add the row of an artifact, and the original it is compared with."""
+    def add_artifact(self, row: Row, baseline: Row | None) -> None:
+        """Add the row of an artifact, and of the original that it is compared with, if it was lowered."""
+        self.rows.append(row)
+        if baseline is None:
+            return
         if not self.baselines:
             self.rows[0] = dataclasses.replace(
                 self.original, size=baseline.size, latency=baseline.latency, plain=baseline.plain
             )
         self.baselines[row.target] = baseline
-        self.rows.append(row)
 
     def row(self, label: str, target: str = "") -> Row:
         """Return the last row with this label (and target, if given)."""

@@ -145,13 +145,20 @@ class Backend(ABC):
         """Say what the runtime will refuse, compute wrongly, or run slowly. Empty: nothing."""
 
     @abstractmethod
-    def verify(self, artifact: Artifact, program: Program, inputs: tuple[Array, ...] | None = None) -> float:
+    def verify(
+        self,
+        artifact: Artifact,
+        program: Program,
+        inputs: tuple[Array, ...] | None = None,
+        session: Session | None = None,
+    ) -> float:
         """Reload the artifact from disk, run it and compare with `program` at batch sizes 1, 3 and 8.
 
         Args:
             artifact: what `lower` wrote.
             program: what it must compute.
             inputs: realistic inputs to draw the batches from (first axis: samples); the program's examples if None.
+            session: the artifact, loaded from disk with its recorded options; None to load it.
 
         Returns:
             The largest error relative to the largest output.

@@ -27,7 +27,7 @@ def without_collections() -> Iterator[None]:
     gc.enable()
 
 
-@pytest.mark.parametrize(("numbers", "left"), [(1 << 24, False), (1 << 10, True)])
+@pytest.mark.parametrize(("numbers", "left"), [(1 << 26, False), (1 << 24, True)])
 def test_dead_circles_go_where_tensors_are_large(numbers: int, left: bool) -> None:
     circle = Circle()
     known = weakref.ref(circle)

@@ -14,14 +14,17 @@ import torch
 from torch import nn
 
 import graphopt
+from graphopt.backends.onnx_backend import OnnxBackend
 from graphopt.capturing.load import with_data
 from graphopt.cli.gates import Gate
 from graphopt.errors import DataError, UsageError
+from graphopt.ir.program import Program
 from graphopt.job import deliver
 from graphopt.job.job import Job
 from graphopt.job.report import Latency, Row
 from graphopt.pipeline.pipeline import Pipeline
 from graphopt.pipeline.registry import backends_named
+from graphopt.targets.backend import Artifact
 from graphopt.testing import fingerprint
 
 
@@ -127,9 +130,12 @@ def test_the_callers_random_state_is_kept() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_each_target_has_its_own_bytes_and_its_own_original() -> None:
-    """int8 stores other bytes for each target, and each artifact is compared with the original of its runtime."""
-    found = graphopt.optimize(model(), X, "int8", ["onnxruntime", "tensorrt"], bench=False)
+def test_each_target_has_its_own_bytes_and_the_original_is_lowered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """int8 stores other bytes for each target; both artifacts are compared with the bytes of one lowered original."""
+    lowered = _count_lowerings(monkeypatch)
+    job = graphopt.Job.open(model(), X, target=["tensorrt", "onnxruntime"])
+    found = job.deliver(job.run(Pipeline.parse("int8")), bench=False, sizes=True)
+    assert sorted(lowered) == ["onnxruntime.onnx", "original.onnxruntime.onnx", "tensorrt.onnx"]
     costs = {row.target: row.cost for row in found.report.rows if row.label.startswith("int8")}
     for row in found.report.artifact_rows():
         assert row.cost == costs[row.target]
@@ -137,7 +143,29 @@ def test_each_target_has_its_own_bytes_and_its_own_original() -> None:
         assert baseline.target == row.target
         assert baseline.size is not None
     sizes = [found.report.baselines[name].size for name in ("onnxruntime", "tensorrt")]
-    assert found.report.original.size == sizes[0]
+    assert found.report.original.size == sizes[0] == sizes[1]
+
+
+def test_the_original_is_not_lowered_where_nothing_is_compared_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    lowered = _count_lowerings(monkeypatch)
+    found = graphopt.optimize(model(), X, "int8", ["onnxruntime", "tensorrt"], bench=False)
+    assert sorted(lowered) == ["onnxruntime.onnx", "tensorrt.onnx"]
+    assert found.report.baselines == {}
+    assert found.report.original.size is None
+    assert [row.label for row in found.report.artifact_rows()] == ["onnxruntime.onnx", "tensorrt.onnx"]
+
+
+def _count_lowerings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that the name of every file is added to that is lowered from now on."""
+    lowered: list[str] = []
+    lower = OnnxBackend.lower
+
+    def counted(self: OnnxBackend, program: Program, path: Path) -> Artifact:
+        lowered.append(path.name)
+        return lower(self, program, path)
+
+    monkeypatch.setattr(OnnxBackend, "lower", counted)
+    return lowered
 
 
 def test_data_beside_an_exported_program_are_opened_once(tmp_path: Path) -> None:
@@ -151,16 +179,12 @@ def test_data_beside_an_exported_program_are_opened_once(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("passes", "count"), [("", 1), ("fold", 1), (PRUNE, 2)])
-def test_an_original_that_nothing_was_rewritten_in_is_lowered_once(passes: str, count: int) -> None:
-    lowered = []
-
-    class Counting(type(backends_named("onnxruntime")[0])):  # type: ignore[misc]
-        def lower(self, program: graphopt.Program, path: Path) -> graphopt.Artifact:
-            lowered.append(path)
-            artifact: graphopt.Artifact = super().lower(program, path)
-            return artifact
-
-    graphopt.optimize(model(), X, passes, Counting(), bench=False)
+def test_an_original_that_nothing_was_rewritten_in_is_lowered_once(
+    passes: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lowered = _count_lowerings(monkeypatch)
+    job = graphopt.Job.open(model(), X)
+    job.deliver(job.run(Pipeline.parse(passes)), bench=False, sizes=True)
     assert len(lowered) == count
 
 
