@@ -14,7 +14,7 @@ import torch
 
 @dataclass(frozen=True)
 class RandomState:
-    """Where the generators of torch (of the CPU and of every GPU), NumPy and Python stand."""
+    """Where the generators of torch (of the CPU and of every accelerator), NumPy and Python stand."""
 
     cpu: torch.Tensor
     devices: list[torch.Tensor]
@@ -24,15 +24,24 @@ class RandomState:
     @classmethod
     def now(cls) -> RandomState:
         """Take note of the state."""
-        devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        generators = _of_accelerators()
+        devices = generators.get_rng_state_all() if generators else []
         return cls(torch.get_rng_state(), devices, np.random.get_state(), random.getstate())
 
     def restore(self) -> None:
         """Put the generators back."""
         torch.set_rng_state(self.cpu)
-        torch.cuda.set_rng_state_all(self.devices)
+        if generators := _of_accelerators():
+            generators.set_rng_state_all(self.devices)
         np.random.set_state(self.arrays)
         random.setstate(self.python)
+
+
+def _of_accelerators() -> Any:
+    """Return torch's module of the accelerators that are here, None where there are none or they draw nothing."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    module = None if accelerator is None else torch.get_device_module(accelerator)
+    return module if hasattr(module, "get_rng_state_all") else None
 
 
 @contextlib.contextmanager

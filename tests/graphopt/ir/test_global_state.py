@@ -36,6 +36,17 @@ def test_generators_are_put_back_after_a_failure_too() -> None:
     assert drawn() == wanted
 
 
+def test_generators_of_any_accelerator_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = [torch.tensor([1]), torch.tensor([2])]
+    put_back: list[list[torch.Tensor]] = []
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("xpu"))
+    monkeypatch.setattr(torch.xpu, "get_rng_state_all", lambda: there)
+    monkeypatch.setattr(torch.xpu, "set_rng_state_all", put_back.append)
+    with random_state_kept():
+        pass
+    assert put_back == [there]
+
+
 def test_a_seed_says_what_every_generator_draws() -> None:
     before = drawn()
     seeded(1).restore()
