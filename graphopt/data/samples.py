@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -141,9 +142,10 @@ class Samples:
         return self
 
     def on(self, device: torch.device) -> Samples:
-        """Let batches lie on a device from now on, each as it is read, their labels too; return these samples."""
-        self._device = device
-        return self
+        """Return these samples with batches that lie on a device, each as it is read, their labels too."""
+        samples = copy.copy(self)
+        samples._device, samples.notes = device, [*self.notes]
+        return samples
 
     def _bound(self) -> Iterator[Bound]:
         """Yield the chunks, matched to the inputs; every chunk must have what the first had."""

@@ -98,6 +98,8 @@ class Job:
     device: str | torch.device | None = None
     cache: bool = True
     metric: Evaluator | FunctionEvaluator | None = field(default=None, init=False)
+    _memory: Memory = field(default_factory=Memory, init=False, repr=False)
+    _stopwatches: dict[str, Stopwatch] = field(default_factory=dict, init=False, repr=False)
     _lent: frozenset[Hashable] = field(default=frozenset(), init=False, repr=False)  # storages of a module's tensors
 
     @classmethod
@@ -129,10 +131,22 @@ class Job:
         program, samples = with_data(model, data, dynamic_shapes, share_tensors=True)
         name = name or ("program" if isinstance(model, Program) else type(model).__name__)
         lent = frozenset() if isinstance(model, Program) else storages(program.graph_module)
-        job = cls(program, samples, eval, backends, loss, seed, progress or NoProgress(), name, device, cache)
+        job = cls(
+            program,
+            samples,
+            evaluation=eval,
+            backends=backends,
+            loss=loss,
+            seed=seed,
+            progress=progress or NoProgress(),
+            name=name,
+            device=device,
+            cache=cache,
+        )
         job._lent = lent
         return job
 
+    @gradients_recorded()
     def __post_init__(self) -> None:
         """Look at the weights and open the evaluation data: what is wrong is said before anything expensive runs.
 
@@ -146,7 +160,7 @@ class Job:
         self.device = self._given.device if self.device is None else device_called(self.device)
         self.original = self._given.to(self.device)
         if self.samples is not None:
-            self.samples.on(self.device)
+            self.samples = self.samples.on(self.device)
         _check_weights(self.original)
         self.metric = None if self.evaluation is None else _evaluator(self.evaluation, self.original)
 
@@ -267,6 +281,8 @@ class Job:
         )
         return Outcome(pipeline, programs, tuple(plans), report)
 
+    @gradients_recorded()
+    @device_memory()
     def undelivered(self, outcome: Outcome) -> Result:
         """Return an outcome as a result without artifacts."""
         return self._result(outcome, [])
@@ -318,14 +334,6 @@ class Job:
     def _split(self) -> Split | None:
         """What passes may fit, what they choose by, and what reports are made of: one split for whatever runs."""
         return None if self.samples is None else split(self.samples, self.original)
-
-    @functools.cached_property
-    def _memory(self) -> Memory:
-        return Memory()
-
-    @functools.cached_property
-    def _stopwatches(self) -> dict[str, Stopwatch]:
-        return {}
 
 
 def _check_weights(program: Program) -> None:

@@ -22,7 +22,7 @@ from graphopt.pipeline.registry import DEFAULT_PASSES, DEFAULT_TARGET, PassRegis
 from graphopt.targets.backend import Backend
 
 
-@random_state_kept()
+@random_state_kept()  # the pipeline imports plugins
 @gradients_recorded()
 def optimize(
     model: nn.Module | Program,

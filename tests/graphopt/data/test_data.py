@@ -195,6 +195,14 @@ def test_no_labels() -> None:
 # --- limits
 
 
+def test_samples_for_a_device_leave_the_others_where_they_are() -> None:
+    samples = Samples.open(X, ["x"])
+    there = samples.on(torch.device("meta"))
+    there.notes.append("of these alone")
+    assert [one.first(1)[0].device.type for one in (samples, there)] == ["cpu", "meta"]
+    assert samples.notes == []
+
+
 def test_limit_and_first() -> None:
     samples = Samples.open([X[:4], X[4:]], ["x"])
     assert torch.equal(gathered(samples, 3, limit=7)[0], X[:7])

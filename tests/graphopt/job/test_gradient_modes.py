@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import graphopt
+from graphopt.pipeline.pipeline import Pipeline
 
 LEARNS = "prune:ratio=0.5:criterion=taylor:round_to=1,recover:epochs=1"
 
@@ -58,3 +59,11 @@ def test_a_model_made_in_inference_mode() -> None:
     program.train()
     program(data.clone()).sum().backward()
     assert all(parameter.grad is not None for parameter in program.parameters())
+
+
+def test_a_result_without_artifacts() -> None:
+    model, data = made()
+    with torch.inference_mode():
+        job = graphopt.Job.open(model, data, target=None)
+        result = job.undelivered(job.run(Pipeline.parse("")))
+    assert not any(parameter.is_inference() for parameter in result.program.parameters())
