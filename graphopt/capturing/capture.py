@@ -36,7 +36,7 @@ from graphopt.capturing.model_calls import (
 from graphopt.capturing.normal_form import normalise
 from graphopt.capturing.safe_graphs import evaluated
 from graphopt.errors import CaptureError, ExampleError, UsageError
-from graphopt.ir.devices import device_of, held_by
+from graphopt.ir.devices import OUT_OF_MEMORY, device_memory, device_of, held_by
 from graphopt.ir.dynamic_axes import LeafShapes, arranged
 from graphopt.ir.global_state import outside_inference, random_state_kept
 from graphopt.ir.names import Names
@@ -44,13 +44,15 @@ from graphopt.ir.program import Program
 from graphopt.ir.provenance import record_capture, user_line
 from graphopt.ir.regions import compiled_for_their_shapes
 from graphopt.ir.signature import Note, TensorSpec
-from graphopt.ir.torch_internals import arguments_by_name, is_function_transform, output_structure, pytree
+from graphopt.ir.torch_internals import arguments_by_name, is_function_transform, output_structure, patching, pytree
 
 logger = logging.getLogger(__name__)
 
 _SMALLEST_DYNAMIC_BATCH = 2  # torch.export specialises an axis of size 1
 
 
+@patching()
+@device_memory(CaptureError, "Capture the model on the CPU (`model.cpu()`), or on smaller example inputs.")
 @compiled_for_their_shapes()
 @random_state_kept()
 @gradients_recorded()
@@ -242,7 +244,7 @@ def _capture(
         reason = wrong_batch(model, captured, args, kwargs)
         if not reason:
             return captured
-    except _UnfinishedTraceError:
+    except (_UnfinishedTraceError, *OUT_OF_MEMORY):
         raise
     except Exception as err:  # tracing runs the user's code, which may raise anything
         error = err
@@ -253,6 +255,8 @@ def _capture(
         raise CaptureError(f"The model cannot be captured: {reason}") from error
     try:
         exported = attempt(static)
+    except OUT_OF_MEMORY:
+        raise
     except Exception as err:
         reason = _partners(_leaf_names(model, args, kwargs), args, kwargs, shapes, attempt)
         reason = reason or explain(err, lambda: attempt(static))
@@ -287,6 +291,8 @@ def _partners(
             wanted = [{**axes, **{at: dim for i, at in chosen if i == leaf}} for leaf, axes in enumerate(shapes)]
             try:
                 attempt(wanted)
+            except OUT_OF_MEMORY:
+                raise
             except Exception as err:  # tracing runs the user's code, which may raise anything
                 logger.debug("not with %s: %s", chosen, err)
                 continue

@@ -10,6 +10,7 @@ from torch import fx, nn
 from graphopt.errors import CaptureError, ExampleError, first_line, foreign_code
 from graphopt.ir.aliasing import Storages
 from graphopt.ir.buffers import with_its_buffers
+from graphopt.ir.devices import OUT_OF_MEMORY
 from graphopt.ir.finite import computable
 from graphopt.ir.graph import arguments
 from graphopt.ir.operators import short_name
@@ -168,6 +169,8 @@ def wrong_batch(model: nn.Module, program: Program, args: tuple[Any, ...], kwarg
             worst = _disagreement(program, expected, other_args, other_kwargs)
         except CaptureError:
             continue  # the model itself does not take this size
+        except OUT_OF_MEMORY:
+            raise
         except Exception as err:  # the traced graph may fail in any kernel
             worst = first_line(err)
         if worst:

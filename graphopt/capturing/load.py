@@ -37,6 +37,7 @@ from graphopt.errors import (
     foreign_code,
     printable,
 )
+from graphopt.ir.devices import OUT_OF_MEMORY
 from graphopt.ir.global_state import random_state_kept
 from graphopt.ir.program import Program
 from graphopt.ir.signature import Note, TensorSpec
@@ -157,7 +158,7 @@ def _that_runs(exported: ExportedProgram, args: tuple[Any, ...], kwargs: dict[st
         with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
             program(*args, **kwargs)
             check_recorded(program)
-    except GraphOptError:
+    except (GraphOptError, *OUT_OF_MEMORY):
         raise
     except Exception as err:  # a file's graph and inputs may be of any kind, and kernels raise anything
         raise LoadError(

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
-from graphopt.errors import CaptureError, PassError, UsageError, cut, first_line
+from graphopt.errors import CaptureError, GraphOptError, PassError, UsageError, cut, first_line
 
 
 def device_of(tensors: Mapping[str, torch.Tensor]) -> torch.device:
@@ -23,9 +23,7 @@ def device_of(tensors: Mapping[str, torch.Tensor]) -> torch.device:
             found.setdefault(tensor.device, name)
     if len(found) > 1:
         places = ", ".join(f"`{name}` on {device}" for device, name in found.items())
-        raise CaptureError(
-            f"The model lies on several devices ({places}). Move it to one: model.to(...), or --device (device=...)."
-        )
+        raise CaptureError(f"The model lies on several devices ({places}). Move it to one: `model.to(...)`.")
     return next(iter(found), torch.device("cpu"))
 
 
@@ -60,20 +58,23 @@ def device_called(name: str | torch.device) -> torch.device:
     return device
 
 
-@contextlib.contextmanager
-def device_memory() -> Iterator[None]:
-    """Say what to do where a device runs out of memory.
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)  # says nothing of what was run: pass it on
 
-    Raises:
-        PassError: it does.
-    """
+
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)  # tells nothing of what was run: to be passed on
+
+_FOR_PASSES = (
+    "Let the passes run on the CPU (--device cpu, or device='cpu'), or on fewer samples (such as prune:samples=64)."
+)
+
+
+@contextlib.contextmanager
+def device_memory(error: type[GraphOptError] = PassError, advice: str = _FOR_PASSES) -> Iterator[None]:
+    """Raise `error`, with what to do, where a device runs out of memory."""
     try:
         yield
     except torch.OutOfMemoryError as err:
-        raise PassError(
-            f"The device ran out of memory: {first_line(err)}. Let the passes run on the CPU (--device cpu, or "
-            "device='cpu'), or on fewer samples (such as prune:samples=64)."
-        ) from err
+        raise error(f"The device ran out of memory: {first_line(err)}. {advice}") from err
 
 
 def _doubles(device: torch.device) -> bool:

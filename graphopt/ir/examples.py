@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from graphopt.errors import CaptureError, first_line
+from graphopt.ir.devices import OUT_OF_MEMORY
 from graphopt.ir.finite import all_finite
 from graphopt.ir.signature import TensorSpec
 
@@ -56,6 +57,8 @@ def made_up_inputs(
             break
         try:
             outputs = run(tuple(tensor.clone() for tensor in made))
+        except OUT_OF_MEMORY:
+            raise
         except Exception as err:  # an operator may raise anything where a value does not suit it
             refused = err
             continue

@@ -13,6 +13,7 @@ from torch import fx
 from torch.export import Dim, ExportedProgram
 
 from graphopt.errors import CaptureError, first_line
+from graphopt.ir.devices import OUT_OF_MEMORY
 from graphopt.ir.dynamic_axes import LeafShapes, arranged
 from graphopt.ir.graph import copy_graph_module
 from graphopt.ir.provenance import custom_notes, drop_process_traces
@@ -108,6 +109,8 @@ def _export(program: Exportable, gm: fx.GraphModule) -> Exported:
             again = torch.export.export(
                 gm, args, kwargs, dynamic_shapes=arranged(gm, args, kwargs, shapes), strict=False
             )
+        except OUT_OF_MEMORY:
+            raise
         except Exception as err:  # torch.export lets through whatever a kernel or a guard raises
             raise CaptureError(
                 f"The rewritten program cannot be exported again: {first_line(err)}. This is a bug in the pass that "

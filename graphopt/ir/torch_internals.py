@@ -55,6 +55,7 @@ __all__ = [
     "onnx_exporter",
     "optimization_hint",
     "output_structure",
+    "patching",
     "pytree",
     "set_output_structure",
     "statically_known_true",
@@ -62,7 +63,7 @@ __all__ = [
 ]
 
 SHAPES_LOGGER = symbolic_shapes.__name__  # where torch logs which line of a model guarded on a size
-_exporter_lock = threading.RLock()  # patches are undone in the order of a stack, whatever threads do
+_patching = threading.RLock()
 
 
 def optimization_hint(size: int | torch.SymInt, fallback: int) -> int:
@@ -161,6 +162,13 @@ def load_pt2(stream: IO[bytes]) -> tuple[dict[str, ExportedProgram], dict[str, s
     return contents.exported_programs, contents.extra_files
 
 
+@contextlib.contextmanager
+def patching() -> Iterator[None]:
+    """Keep other threads from patching torch meanwhile: patches are undone in the order of a stack."""
+    with _patching:
+        yield
+
+
 @functools.cache
 def _kept_signatures() -> tuple[property, Any]:
     """Return what the exporter reads off the source of each function of its library, which never changes, kept."""
@@ -182,7 +190,7 @@ def onnx_exporter() -> Iterator[None]:
     from onnxscript.values import TracedOnnxFunction
     from torch.onnx._internal.exporter import _schemas
 
-    with _exporter_lock:
+    with patching():
         function_ir, signature = _kept_signatures()
         looked_for = functools.cache(export_utils._materialize_cpp_cia_ops)
         with (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -443,3 +445,50 @@ def test_what_export_made_is_captured_with_its_guards() -> None:
     model = nn.Linear(4, 3)
     program = capture(torch.export.export(model, (torch.randn(8, 4),)).module(), torch.randn(8, 4))
     assert program.inputs[0].batched
+
+
+class Full(Small):
+    """Finds a device without memory, in eager mode at one size of the batch, or while it is traced."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.size == 0 if torch.compiler.is_exporting() else x.shape[0] == self.size:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("size", [0, 2, 3])
+def test_a_lack_of_memory_is_no_other_model(size: int) -> None:
+    with pytest.raises(CaptureError, match=r"ran out of memory: .*20.00 GiB. Capture the model on the CPU"):
+        capture(Full(size), torch.randn(2, 4))
+
+
+def test_captures_of_two_threads_do_not_mix() -> None:
+    convert, entered, ended = nn.Module.to, threading.Event(), []
+
+    class Second(Small):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            entered.set()
+            return super().forward(x)
+
+    def second() -> None:
+        capture(Second(), torch.randn(2, 4))
+        ended.append("second")
+
+    other = threading.Thread(target=second)
+
+    class First(Small):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if torch.compiler.is_exporting() and other.ident is None:
+                other.start()
+                entered.wait(0.3)  # which it is not
+            return super().forward(x)
+
+    capture(First(), torch.randn(2, 4))
+    assert not ended
+    other.join()
+    assert ended == ["second"]
+    assert nn.Module.to is convert
