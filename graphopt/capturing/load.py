@@ -33,13 +33,14 @@ from graphopt.errors import (
     GraphOptError,
     LoadError,
     UsageError,
+    cut,
     first_line,
     foreign_code,
     printable,
 )
 from graphopt.ir.devices import OUT_OF_MEMORY
 from graphopt.ir.global_state import random_state_kept
-from graphopt.ir.program import Program
+from graphopt.ir.program import SCHEMA, Program
 from graphopt.ir.signature import Note, TensorSpec
 from graphopt.ir.torch_internals import pytree
 from graphopt.loading import LoadedModel, load_model
@@ -189,6 +190,8 @@ def _with_signature(program: Program, text: str, source: str) -> Program:
 
     try:
         stored = json.loads(text)
+        if stored["schema"] != SCHEMA:
+            raise ValueError(f"it has schema {cut(repr(stored['schema']), 80)}, this version reads {SCHEMA}")
         return dataclasses.replace(
             program,
             inputs=specs("inputs", program.inputs),

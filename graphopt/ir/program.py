@@ -34,6 +34,8 @@ from graphopt.ir.training import is_training, set_training
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
+SCHEMA = 1  # of the signature that is saved with a program
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Program:
@@ -230,10 +232,10 @@ class Program:
 
     def _signature(self) -> dict[str, Any]:
         def plain(spec: TensorSpec) -> dict[str, Any]:
-            return {"name": spec.name, "shape": list(spec.shape), "dtype": str(spec.dtype)}
+            return {"name": spec.name, "shape": list(spec.shape)}
 
         return {
-            "schema": 1,
+            "schema": SCHEMA,
             "inputs": [plain(spec) for spec in self.inputs],
             "outputs": [plain(spec) for spec in self.outputs],
             "notes": [dataclasses.asdict(note) for note in self.notes],

@@ -23,6 +23,7 @@ from graphopt.versions import version_of
 
 SCHEMA = 2
 PAYLOAD = "plans.safetensors"
+_ADVICE = "Optimise again, or give what a whole run wrote."
 _LIBRARIES = ("graphopt", "torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "numpy")
 
 # Names come from a file: they stay within its directory, and file systems take none longer.
@@ -194,44 +195,44 @@ def write_payload(directory: Path, plans: Iterable[Plan]) -> list[Path]:
 
 
 def read(path: Path) -> Manifest:
-    """Read a manifest, of this version or the one before.
+    """Read a manifest.
 
     Raises:
         UsageError: it is missing, no manifest, damaged, or of a version that is not known.
     """
-    advice = "Optimise again, or give what a whole run wrote."
     try:
-        data: Any = json.loads(read_file(path, most=MOST_OF_A_MANIFEST))
+        data = read_json(path, "manifest")
     except FileNotFoundError as err:
         raise UsageError(
-            f"There is no {path}: the run that wrote there was interrupted, or graphopt did not write there. {advice}"
+            f"There is no {path}: the run that wrote there was interrupted, or graphopt did not write there. {_ADVICE}"
         ) from err
-    except OSError as err:
-        raise UsageError(f"{path} is not a manifest: {err.strerror or err}. {advice}") from err
-    except (ValueError, RecursionError) as err:
-        raise UsageError(f"{path} is not a manifest: {first_line(err)}. {advice}") from err
-    if not isinstance(data, Mapping) or "schema" not in data:
-        raise UsageError(f"{path} is not a manifest: it has no schema. {advice}")
+    if "schema" not in data:
+        raise UsageError(f"{path} is not a manifest: it has no schema. {_ADVICE}")
     schema = data["schema"]
-    fields = {name: value for name, value in data.items() if name != "schema"}
-    if type(schema) is int and schema == 1:
-        fields["programs"] = _programs_of_schema_1(fields)
-    elif type(schema) is not int or schema != SCHEMA:
+    if type(schema) is not int or schema != SCHEMA:
         raise UsageError(
-            f"{path} has manifest schema {cut(repr(schema), 80)}; this version reads 1 and {SCHEMA}. Optimise again."
+            f"{path} has manifest schema {cut(repr(schema), 80)}; this version reads {SCHEMA}. Optimise again."
         )
     try:
-        return Manifest.model_validate(fields)
+        return Manifest.model_validate({name: value for name, value in data.items() if name != "schema"})
     except pydantic.ValidationError as err:
         raise UsageError(f"{path} is damaged: {first_problem(err)}. Optimise again.") from err
 
 
-def _programs_of_schema_1(fields: Mapping[str, Any]) -> dict[str, str]:
-    """Name the programs, which schema 1 did not list: a file each, and a target wherever a plan or artifact has one."""
-    digests, artifacts, plans = (fields.get(name) for name in ("sha256", "artifacts", "plans"))
-    files = [name for name in digests if name.endswith(".pt2")] if isinstance(digests, dict) else []
-    if len(files) != 1:
-        return {name.removeprefix("program.").removesuffix(".pt2"): name for name in files}
-    made_for = [plan.get("target", "") for plan in plans if isinstance(plan, dict)] if isinstance(plans, list) else []
-    targets = [*(artifacts if isinstance(artifacts, dict) else ()), *made_for]
-    return {next((target for target in targets if target), ""): files[0]}
+def read_json(path: Path, what: str) -> Mapping[str, Any]:
+    """Read a file of a result that holds an object.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        UsageError: it is not `what` it should be.
+    """
+    try:
+        data = json.loads(read_file(path, most=MOST_OF_A_MANIFEST))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as err:
+        said = getattr(err, "strerror", None) or first_line(err)
+        raise UsageError(f"{path} is not a {what}: {said}. {_ADVICE}") from err
+    if not isinstance(data, Mapping):
+        raise UsageError(f"{path} is not a {what}: it is no object. {_ADVICE}")
+    return data

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pydantic
 
 from graphopt.capturing.load import load
 from graphopt.errors import LoadError, UsageError, first_line, first_problem
-from graphopt.files import MANIFEST, MOST_OF_A_MANIFEST, REPORT, read_file
+from graphopt.files import MANIFEST, REPORT
 from graphopt.job import manifest
 from graphopt.job.replaying import read_plans
 from graphopt.job.report import Report
@@ -68,15 +67,10 @@ def open(directory: str | Path, *, plugins: Sequence[Path | str | type[Pass[Any,
 
 def _report(path: Path) -> Report:
     try:
-        data: Any = json.loads(read_file(path, most=MOST_OF_A_MANIFEST))
-        if not isinstance(data, Mapping):
-            raise TypeError("it is no object")
-        return Report.from_json(data)
+        return Report.from_json(manifest.read_json(path, "report"))
     except FileNotFoundError as err:
         raise LoadError(f"{path} is missing. Optimise again, or copy the whole directory.") from err
-    except OSError as err:
-        raise UsageError(f"{path} is not a report: {err.strerror or err}. Optimise again.") from err
     except pydantic.ValidationError as err:
         raise UsageError(f"{path} is not a report: {first_problem(err)}. Optimise again.") from err
-    except (ValueError, TypeError, RecursionError) as err:
+    except (ValueError, TypeError) as err:
         raise UsageError(f"{path} is not a report: {first_line(err)}. Optimise again.") from err

@@ -178,13 +178,13 @@ class Report:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Report:
-        """Read what `to_json` returned, of this version or an earlier one.
+        """Read what `to_json` returned.
 
         Raises:
             ValueError: it is of another form.
         """
-        if data.get("schema", SCHEMA) != SCHEMA:
-            raise ValueError(f"it has schema {cut(repr(data['schema']), 80)}, this version reads {SCHEMA}")
+        if data.get("schema") != SCHEMA:
+            raise ValueError(f"it has schema {cut(repr(data.get('schema')), 80)}, this version reads {SCHEMA}")
         fields = {name: value for name, value in data.items() if name != "schema"}
         rows, baselines = fields.get("rows"), fields.get("baselines")
         if isinstance(rows, list):
