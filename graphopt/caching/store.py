@@ -39,14 +39,12 @@ class CacheEntry(pydantic.BaseModel, extra="forbid", strict=True, frozen=True):
     """What is kept of one step.
 
     Attributes:
-        schema_version: of this class.
         reads: what had been read of the data by then, each with its digest.
         machine: digest of the machine, where a time was measured by then.
         payload: digest of the tensors, "" where there are none.
         content: the plan as JSON, or what was measured of the step's result.
     """
 
-    schema_version: int = 1
     reads: list[tuple[Read, str]] = []
     machine: str | None = None
     payload: str = ""

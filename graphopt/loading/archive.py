@@ -26,8 +26,7 @@ class Archive:
         # Files of torch 2.7 and older have members at the top, without a root folder.
         roots = {info.filename.partition("/")[0] for info in members}
         nested = len(roots) == 1 and all("/" in info.filename for info in members)
-        self.root = min(roots) if nested else ""
-        skip = len(self.root) + 1 if nested else 0
+        skip = len(min(roots)) + 1 if nested else 0
         self._members = {info.filename[skip:]: info for info in members}
 
     @property
