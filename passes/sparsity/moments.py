@@ -1,17 +1,18 @@
 """Second moments of what weights are multiplied with: for a convolution the patch under its kernel.
 
-Gathered in one run over the samples for all layers, in several where their matrices would not fit in memory at once.
+Gathered in one run over the samples for all layers: layer by layer for all samples, where their values between two
+layers take less memory than all matrices; else batch by batch, in several runs where the matrices do not fit at once.
 A layer so wide that its matrix would not fit alone has one for each block of consecutive inputs: what inputs of two
 blocks have in common is left out, so what is settled in one block is not made up for in another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from graphopt.data.batches import Batch
+from graphopt.data.batches import Batch, batch_count
 from graphopt.errors import DataError
 from graphopt.ir.program import Program
 from graphopt.ir.walker import Walker
@@ -21,6 +22,7 @@ from graphopt.passes.sparsity.layers import SparseSite
 from graphopt.pipeline.context import Progress
 from graphopt.quantization.histogram import NotFiniteError
 from graphopt.statistics.covariance import MEMORY, WIDEST, portions
+from graphopt.statistics.memory import peak_bytes_per_sample
 from graphopt.statistics.moments import Moments, representative
 
 
@@ -67,7 +69,7 @@ def block_of(site: SparseSite, multiple: int) -> int:
 def gather(
     program: Program, sites: Sequence[SparseSite], batches: Sequence[Batch], multiple: int, progress: Progress
 ) -> Iterator[tuple[SparseSite, InputMoments]]:
-    """Yield each site with the moments of its inputs, in order.
+    """Yield each site with the moments of its inputs, in an order that keeps memory bounded.
 
     Args:
         program: what the batches are run through.
@@ -79,21 +81,43 @@ def gather(
     Raises:
         DataError: a value on the way is NaN or infinite.
     """
-    for portion in portions(
-        sites, lambda site: 8 * site.calls[0].groups * site.calls[0].fan_in * block_of(site, multiple)
-    ):
+
+    def held(site: SparseSite) -> int:
+        return 8 * site.calls[0].groups * site.calls[0].fan_in * block_of(site, multiple)
+
+    matrices = [held(site) for site in sites]
+    samples = sum(map(batch_count, batches))
+    if samples * peak_bytes_per_sample(program) + max(matrices, default=0) < min(sum(matrices), MEMORY):
+        found = {site.weight_name: InputMoments(block_of(site, multiple)) for site in sites}
+        for site in _walk(program, sites, found, batches):
+            yield site, found.pop(site.weight_name)
+        return
+    for portion in portions(sites, held):
         found = {site.weight_name: InputMoments(block_of(site, multiple)) for site in portion}
-        wanted = {call.node: (call, found[site.weight_name]) for site in portion for call in site.calls}
-        walker = Walker(program)
         for batch in progress.track(batches, "measuring inputs", len(batches)):
-            walker.start([batch])
-            for node in program.graph.nodes:
-                call, moments = wanted.get(node, (None, None))
-                x = walker.values[call.input][0] if call is not None else None
-                walker.step()
-                if call is not None and moments is not None and x is not None:
-                    _update(moments, call, x, walker.values[node][0])
+            list(_walk(program, portion, found, [batch]))
         yield from ((site, found[site.weight_name]) for site in portion)
+
+
+def _walk(
+    program: Program, sites: Sequence[SparseSite], found: Mapping[str, InputMoments], batches: Sequence[Batch]
+) -> Iterator[SparseSite]:
+    """Walk through the program with all batches at once; yield each site when `found` has all that its calls read."""
+    left = {site.weight_name: len(site.calls) for site in sites}
+    wanted = {call.node: (site, call) for site in sites for call in site.calls}
+    walker = Walker(program).start(batches)
+    for node in program.graph.nodes:
+        if node not in wanted:
+            walker.step()
+            continue
+        site, call = wanted[node]
+        inputs = list(walker.values[call.input])  # the walker may let go of them
+        walker.step()
+        for x, output in zip(inputs, walker.values[node], strict=True):
+            _update(found[site.weight_name], call, x, output)
+        left[site.weight_name] -= 1
+        if not left[site.weight_name]:
+            yield site
 
 
 def _update(moments: InputMoments, call: WeightedCall, x: torch.Tensor, output: torch.Tensor) -> None:

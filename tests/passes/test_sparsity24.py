@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import onnx_ir as ir
@@ -16,6 +18,7 @@ from graphopt.backends.tensorrt import TensorRTBackend, engine
 from graphopt.capturing.capture import capture
 from graphopt.errors import DataError, PassError, UsageError
 from graphopt.ir.program import Program
+from graphopt.ir.walker import Walker
 from graphopt.passes.sparsity import moments as moments_module
 from graphopt.passes.sparsity.layers import find_sites
 from graphopt.passes.sparsity.selection import fit, sparsify
@@ -214,6 +217,26 @@ def test_a_layer_too_wide_for_one_matrix_is_settled_in_blocks(
     assert plan.sites == SPARSE
     magnitude = output_error(program, plan_of(program, data, criterion="magnitude", refit=False), data)
     assert output_error(program, whole, data) < output_error(program, plan, data) < 0.7 * magnitude
+
+
+def test_the_program_is_walked_once_where_its_values_take_less_than_the_matrices(
+    program: Program, data: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walks: list[int] = []
+
+    class Counting(Walker):
+        def start(self, batches: Sequence[Sequence[Tensor]]) -> Self:
+            walks.append(len(batches))
+            return super().start(batches)
+
+    by_batch = plan_of(program, data)
+    monkeypatch.setattr(moments_module, "Walker", Counting)
+    monkeypatch.setattr(moments_module, "peak_bytes_per_sample", lambda _: 0)
+    once = plan_of(program, data)
+    assert walks == [len(data) // 32]
+    assert once.to_json() == by_batch.to_json()
+    for name, tensor in once.tensors.items():
+        torch.testing.assert_close(tensor, by_batch.tensors[name])
 
 
 def test_blocks_are_the_diagonal_of_the_whole() -> None:
