@@ -10,7 +10,6 @@ def test_folds_the_norm():
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from graphopt.errors import VerifyError
 from graphopt.ir.canonical import canonical_form
 from graphopt.ir.invariants import check_invariants
 from graphopt.ir.program import Program
+from graphopt.job.manifest import fingerprint as fingerprint
 from graphopt.measure.equivalence import measure
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.order import AnyPass
@@ -156,17 +156,6 @@ def assert_same_program(found: Program, expected: Program, *, compare_tensors: b
     if compare_tensors:
         for name, have, want in zip(one.attributes, one.tensors, other.tensors, strict=True):
             torch.testing.assert_close(have, want, msg=lambda text, name=name: f"Tensor `{name}`: {text}")  # type: ignore[misc]
-
-
-def fingerprint(program: Program) -> str:
-    """Return the SHA-256 over graph text, metadata shapes and the bytes of every tensor."""
-    digest = hashlib.sha256()
-    for node in program.graph.nodes:
-        digest.update(f"{node.format_node()} {_shape(node)}\n".encode())
-    for name, tensor in sorted(program.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _check_honesty(pass_: AnyPass, plan: Plan, before: Program, after: Program) -> None:

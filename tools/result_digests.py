@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 import graphopt
+from graphopt.ir.contents import content
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.e2e.odd_cases import case
@@ -108,8 +109,7 @@ def _digests(model: Any, data: Any, passes: str, dynamic: Any) -> dict[str, Any]
     for index, plan in enumerate(result.plans):
         found[f"plan {index}"] = plan.to_json()
         for name, tensor in plan.tensors.items():
-            content = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-            found[f"plan {index} {name}"] = hashlib.sha256(content).hexdigest()
+            found[f"plan {index} {name}"] = hashlib.sha256(content(tensor)).hexdigest()
     with tempfile.TemporaryDirectory() as folder:
         result.save(folder)
         for file in sorted(Path(folder).iterdir()):

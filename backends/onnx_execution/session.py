@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime  # type: ignore[import-untyped]
 import pydantic
 
-from graphopt.errors import LoweringError, UsageError, cut, first_problem, printable
+from graphopt.errors import LoweringError, UsageError, cut, first_line, first_problem, printable
 from graphopt.ir.memory import trim
 from graphopt.ir.plain_data import Json
 from graphopt.targets.backend import Array
@@ -50,7 +50,7 @@ _Word = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9_]{1,64}$")]
 
 
 class _Recorded(pydantic.BaseModel, extra="forbid", strict=True, frozen=True):
-    """The options as a file may have them, see `SessionSettings`."""
+    """The options as a file may have them; `SessionSettings` takes entries of ours too, which name files."""
 
     threads: Annotated[int, pydantic.Field(ge=0, le=_MOST_THREADS)] = 0
     optimization: Literal["disabled", "basic", "extended", "all"] = "all"
@@ -186,5 +186,5 @@ def _bytes_of(model: Path | bytes) -> int:
 
 
 def _reason(err: Exception) -> str:
-    text = next((line.strip() for line in str(err).splitlines() if line.strip()), type(err).__name__)
-    return text.split(" : ", 3)[-1] if text.startswith("[ONNXRuntimeError]") else text
+    said = first_line(err)
+    return said.split(" : ", 3)[-1] if said.startswith("[ONNXRuntimeError]") else said

@@ -21,6 +21,7 @@ from torch import fx
 
 from graphopt.axes.registry import built_in_rules, find
 from graphopt.caching.sources import is_ours, sources_of
+from graphopt.ir.contents import content
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import origin, user_line
 from graphopt.ir.regions import every_graph_module
@@ -28,6 +29,7 @@ from graphopt.ir.torch_internals import OpOverload, pytree
 from graphopt.loading.functions import is_function_name
 from graphopt.loading.operators import NAMESPACES
 from graphopt.measure.evaluate import Evaluator
+from graphopt.measure.processor import said_of_processor
 from graphopt.pipeline.plan import Plan
 from graphopt.versions import version_of
 
@@ -45,8 +47,7 @@ def _flat(value: Any) -> Iterable[bytes | memoryview]:
     """Yield what tells values apart as bytes."""
     if isinstance(value, torch.Tensor):
         yield f"tensor {value.dtype} {tuple(value.shape)}".encode()
-        content = value.detach().cpu().contiguous().flatten()
-        yield content.view(torch.uint8).numpy().data if content.numel() else b""
+        yield content(value)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         yield f"{type(value).__qualname__} {len(dataclasses.fields(value))}".encode()
         for field in dataclasses.fields(value):
@@ -166,8 +167,5 @@ def of_libraries() -> str:
 
 def of_machine() -> str:
     """Return a digest of what times are measured on."""
-    try:
-        processor = re.findall(r"(?m)^(?:model name|flags|Features|CPU part)\s*:.*$", Path("/proc/cpuinfo").read_text())
-    except OSError:  # not Linux
-        processor = [platform.processor()]
-    return digest_of(sorted(set(processor)), platform.machine(), os.cpu_count(), torch.get_num_threads())
+    processor = said_of_processor("model name", "flags", "Features", "CPU part") or platform.processor()
+    return digest_of(processor, platform.machine(), os.cpu_count(), torch.get_num_threads())

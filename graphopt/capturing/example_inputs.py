@@ -14,6 +14,7 @@ from graphopt.capturing.model_calls import uncompiled
 from graphopt.data import InputSpec, Samples
 from graphopt.errors import CaptureError, UsageError
 from graphopt.ir.devices import held_by
+from graphopt.ir.examples import drawn
 
 
 def random_examples(
@@ -34,7 +35,7 @@ def random_examples(
             f"(--data samples.npz) or shapes (--input {names[0] if names else 'x'}=1x3x224x224:float32)."
         )
     generator = torch.Generator().manual_seed(seed)
-    made = {spec.name: _random(spec, generator) for spec in inputs}
+    made = {spec.name: drawn(spec.shape, spec.dtype, generator) for spec in inputs}
     unnamed = len(made) == 1 and not set(made) & set(names)
     unknown = [name for name in made if name not in names]
     if unknown and not unnamed:
@@ -95,13 +96,6 @@ def _arrange(values: Mapping[str, torch.Tensor], model: nn.Module) -> tuple[tupl
         itertools.takewhile(lambda name: name in values and signature[name].kind in _BY_POSITION, signature)
     )
     return tuple(values[name] for name in positional), {k: values[k] for k in values if k not in positional}
-
-
-def _random(spec: InputSpec, generator: torch.Generator) -> torch.Tensor:
-    if spec.dtype.is_floating_point:
-        return torch.randn(spec.shape, generator=generator, dtype=torch.float32).to(spec.dtype)
-    # 0 and 1 are valid token ids, masks and labels of any model
-    return torch.randint(0, 2, spec.shape, generator=generator).to(spec.dtype)
 
 
 _BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

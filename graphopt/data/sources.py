@@ -20,6 +20,7 @@ import torch
 from graphopt.data.columns import ArrayColumn, Column, TensorColumn, open_safetensors
 from graphopt.data.numpy_files import open_npy, open_npz
 from graphopt.errors import DataError, cut, first_line, foreign_code, printable
+from graphopt.ir.contents import content
 from graphopt.ir.global_state import RandomState, random_state_kept, seeded
 from graphopt.loading.functions import is_function_name, resolve_function
 
@@ -114,9 +115,9 @@ class IterableSource:
     def _compare(self, chunk: Chunk) -> None:
         digest = hashlib.sha256()
         for name, column in chunk.columns.items():
-            content = column.read(0, column.shape[0] if column.shape else 1).detach().cpu().contiguous()
-            digest.update(f"{name} {content.dtype} {tuple(content.shape)}".encode())
-            digest.update(content.flatten().view(torch.uint8).numpy().tobytes())
+            values = column.read(0, column.shape[0] if column.shape else 1)
+            digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+            digest.update(content(values))
         if self._first not in (None, digest.hexdigest()):
             raise DataError(
                 f"The batches of {self._where} come in another order, or as other numbers, each time they are gone "

@@ -12,13 +12,14 @@ from torch import fx, nn
 
 from graphopt.ir.aliasing import Storages
 from graphopt.ir.graph import constant, tensor_attribute
+from graphopt.ir.ownership import storage_key
 from graphopt.ir.torch_internals import pytree
 
 
 @contextlib.contextmanager
 def with_its_buffers(model: nn.Module) -> Iterator[None]:
     """Give buffers back the tensors and values they had: a forward may write to them."""
-    held = [(table, name, tensor) for table, name, tensor in _buffers(model)]
+    held = list(_buffers(model))
     values = [tensor.detach().clone() for _, _, tensor in held]
     try:
         yield
@@ -49,11 +50,11 @@ def call_undoing_writes(gm: fx.GraphModule, args: Sequence[Any], kwargs: Mapping
     if not written:
         return gm(*args, **kwargs)
     values = [tensor.detach().clone() for tensor in written]
-    places = {tensor.untyped_storage().data_ptr() for tensor in written}
+    places = set(map(storage_key, written))
     try:
         return pytree.tree_map_only(
             torch.Tensor,
-            lambda found: found.clone() if found.untyped_storage().data_ptr() in places else found,
+            lambda found: found.clone() if storage_key(found) in places else found,
             gm(*args, **kwargs),
         )
     finally:

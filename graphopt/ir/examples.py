@@ -32,6 +32,12 @@ _LADDER = [
 ]  # where a program runs on none of these: ids that start at 1000
 
 
+def drawn(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """Return what nearly any model takes: normal random floats, integers 0 and 1."""
+    kind = _FLOATS if dtype.is_floating_point or dtype.is_complex else _INTEGERS
+    return kind[0](torch.Size(shape), generator).to(dtype)
+
+
 def made_up_inputs(
     inputs: Sequence[TensorSpec],
     examples: Sequence[torch.Tensor],

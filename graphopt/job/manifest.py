@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from graphopt.errors import LoadError, UsageError, cut, first_line, first_problem, printable
 from graphopt.files import MANIFEST, MOST_OF_A_MANIFEST, check_digest, read_file
+from graphopt.ir.contents import content
 from graphopt.ir.program import Program
+from graphopt.measure.processor import said_of_processor
 from graphopt.pipeline.plan import Plan
 from graphopt.targets.backend import TARGET_NAME, Artifact
 from graphopt.versions import version_of
@@ -151,12 +153,7 @@ def library_versions() -> dict[str, str]:
 def cpu_features() -> list[str]:
     """List the instruction sets that decide which integer kernels run, as the kernel names them."""
     known = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "asimddp", "i8mm")
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:  # not Linux: the machine's type is all there is
-        return [platform.machine()]
-    line = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "")
-    flags = set(line.partition(":")[2].split())
+    flags = " ".join(said_of_processor("flags", "Features")).split()
     return [platform.machine(), *(name for name in known if name in flags)]
 
 
@@ -166,7 +163,7 @@ def fingerprint(program: Program) -> str:
     digest = hashlib.sha256(program.graph_module.code.encode())
     for name, tensor in sorted(program.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+        digest.update(content(tensor))
     return digest.hexdigest()
 
 

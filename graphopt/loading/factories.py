@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from graphopt.errors import LoadError, cut, foreign_code, printable
+from graphopt.ir.ownership import memory_key
 from graphopt.loading.contents import FileKind, identify
 from graphopt.loading.functions import importable, resolve_function
 from graphopt.loading.pickles import load_plain_pickle, load_trusted_pickle
@@ -146,12 +147,12 @@ def _without_prefixes(weights: Mapping[str, torch.Tensor]) -> Iterator[tuple[str
 
 def _misfits(expected: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> dict[str, list[str]]:
     """Return what does not fit, by what is the matter with it."""
-    given = {_storage(expected[name]) for name in weights if name in expected}
+    given = {memory_key(expected[name]) for name in weights if name in expected}
     return {
         "of the model's tensors are not in the file": [
             name
             for name, value in expected.items()
-            if name not in weights and not name.endswith("num_batches_tracked") and _storage(value) not in given
+            if name not in weights and not name.endswith("num_batches_tracked") and memory_key(value) not in given
         ],
         "of the file's are not in the model": [name for name in weights if name not in expected],
         "differ in shape": [
@@ -160,12 +161,6 @@ def _misfits(expected: Mapping[str, torch.Tensor], weights: Mapping[str, torch.T
             if name in weights and weights[name].shape != value.shape
         ],
     }
-
-
-def _storage(tensor: torch.Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-    """Return what two names of one shared tensor have in common; empty tensors have no address to share."""
-    address = tensor.data_ptr() or id(tensor)
-    return address, tuple(tensor.shape), tensor.stride()
 
 
 def _shape(tensor: torch.Tensor) -> str:

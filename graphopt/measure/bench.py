@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from graphopt.errors import UsageError
+from graphopt.ir.examples import drawn
 from graphopt.ir.signature import TensorSpec, batch_size
 from graphopt.targets.backend import Array, Artifact, Session
 
@@ -159,8 +160,8 @@ def time_in_turn(first: Callable[[], object], second: Callable[[], object], *, s
 def batch_of(specs: Sequence[TensorSpec], inputs: Sequence[Array] | None, batch: int) -> tuple[Array, ...]:
     """Return inputs of `batch` samples where an input takes any number, cycling through those given.
 
-    Without `inputs`, normal random floats and integers 0 and 1 (valid ids, masks and labels of any model), always the
-    same; dynamic axes other than the first have size `batch` too.
+    Without `inputs`, such as nearly any model takes, always the same; dynamic axes other than the first have size
+    `batch` too.
     """
     if inputs is not None:
         return tuple(
@@ -168,14 +169,8 @@ def batch_of(specs: Sequence[TensorSpec], inputs: Sequence[Array] | None, batch:
             for spec, array in zip(specs, inputs, strict=True)
         )
     generator = torch.Generator().manual_seed(0)
-    made = []
-    for spec in specs:
-        shape = [size if isinstance(size, int) else batch for size in spec.shape]
-        if spec.dtype.is_floating_point:
-            made.append(torch.randn(shape, generator=generator).to(spec.dtype))
-        else:
-            made.append(torch.randint(0, 2, shape, generator=generator).to(spec.dtype))
-    return tuple(tensor.numpy() for tensor in made)
+    shapes = [[size if isinstance(size, int) else batch for size in spec.shape] for spec in specs]
+    return tuple(drawn(shape, spec.dtype, generator).numpy() for shape, spec in zip(shapes, specs, strict=True))
 
 
 def _bound(session: Session, feed: tuple[Array, ...]) -> Callable[[], object]:
