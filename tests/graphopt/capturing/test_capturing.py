@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
 import pytest
@@ -120,6 +121,42 @@ def test_a_trace_that_computes_something_else_is_refused() -> None:
 
     with pytest.raises(CaptureError, match="does not compute what the model does"):
         capture(Counter(), torch.randn(2, 4))
+
+
+class Otherwise(nn.Module):
+    """Computes a little else while it is traced."""
+
+    def __init__(self, inside: torch.dtype, outside: torch.dtype, by: float) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3).to(inside)
+        self.outside, self.by = outside, by
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = (2e4 * self.layer(x)).to(self.outside)
+        return y + (y * self.by).to(self.outside) if torch.compiler.is_exporting() else y
+
+
+DOUBLE, SINGLE, HALF, WHOLE = torch.float64, torch.float32, torch.float16, torch.int64
+
+
+@pytest.mark.parametrize(
+    ("inside", "outside", "by", "refused"),
+    [
+        (SINGLE, SINGLE, 1e-3, True),
+        (SINGLE, SINGLE, 1e-5, False),
+        (DOUBLE, DOUBLE, 5e-5, True),
+        (DOUBLE, DOUBLE, 1e-12, True),
+        (DOUBLE, DOUBLE, 1e-14, False),
+        (SINGLE, DOUBLE, 1e-5, False),
+        (HALF, HALF, 1e-2, True),
+        (DOUBLE, WHOLE, 9e-5, True),
+    ],
+)
+def test_how_far_a_trace_may_be_off(inside: torch.dtype, outside: torch.dtype, by: float, refused: bool) -> None:
+    wrong = pytest.raises(CaptureError, match="does not compute what the model does")
+    torch.manual_seed(0)
+    with wrong if refused else contextlib.nullcontext():
+        capture(Otherwise(inside, outside, by), torch.randn(2, 4, dtype=inside))
 
 
 def test_unknown_name_in_dynamic_shapes() -> None:
