@@ -88,10 +88,10 @@ def check_recorded(program: Program) -> None:
     for spec, tensor in zip(program.inputs, program.flat_examples(), strict=True):
         if spec.dtype != tensor.dtype:
             raise _misrecorded(spec.name, spec.dtype, tensor.dtype)
-    _Recorded(program).run(program.flat_examples())
+    _TypesCompared(program).run(program.flat_examples())
 
 
-class _Recorded(Walker):
+class _TypesCompared(Walker):
     """Compares what each call and read gives with what is recorded of it."""
 
     def read(self, node: fx.Node) -> Any:

@@ -12,6 +12,7 @@ from graphopt import capture
 from graphopt.backends.onnx_lowering.lowering import Style, lower
 from graphopt.backends.onnxruntime import OnnxRuntimeBackend
 from graphopt.errors import LoweringError
+from graphopt.ir.training import set_argument
 
 STYLE = Style(opset=20)
 
@@ -91,6 +92,22 @@ def test_integers_divided_by_minus_one_end_no_process(tmp_path: Path) -> None:
     session = artifact.session()
     for ours, wanted in zip(session(x.numpy(), y.numpy()), program(x, y), strict=True):
         assert ours.tolist() == wanted.tolist()
+
+
+def test_a_division_towards_zero_that_a_pass_writes(tmp_path: Path) -> None:
+    """Capture writes none, so that here alone it would be taken for one that rounds down."""
+
+    class Down(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.div(x.abs() + 1, rounding_mode="floor")
+
+    backend = OnnxRuntimeBackend()
+    program = capture(Down(), torch.arange(-8, 8)).copy()
+    (divided,) = program.graph.find_nodes(op="call_function", target=torch.ops.aten.div.Tensor_mode)
+    set_argument(divided, "rounding_mode", "trunc")
+    program.graph_module.recompile()
+    assert not program(torch.arange(-8, 8)).any()
+    assert backend.verify(backend.lower(program, tmp_path / "model.onnx"), program) == 0
 
 
 @pytest.mark.parametrize("divisor", [2, -1])
