@@ -29,7 +29,7 @@ def _has_memory(tensor: torch.Tensor) -> bool:
     return not isinstance(tensor, FakeTensor) and tensor.device.type != "meta" and tensor.layout == torch.strided
 
 
-def storages(module: nn.Module) -> frozenset[Hashable]:
+def storage_keys(module: nn.Module) -> frozenset[Hashable]:
     """Return where the tensors of a module lie."""
     return frozenset(map(storage_key, (*module.parameters(), *module.buffers())))
 
@@ -39,7 +39,7 @@ def own_tensors(modules: Iterable[nn.Module], lent: Set[Hashable] | None = None)
 
     Args:
         modules: graph modules of programs.
-        lent: only what lies in these storages, see `storages`; None: everything.
+        lent: only what lies in these storages, see `storage_keys`; None: everything.
 
     Returns:
         The copy of each tensor, by the id of that.

@@ -25,7 +25,7 @@ from graphopt.ir.exporting import let_exports_read
 from graphopt.ir.finite import all_finite, computable
 from graphopt.ir.global_state import random_state_kept
 from graphopt.ir.memory import give_back
-from graphopt.ir.ownership import own_tensors, storages
+from graphopt.ir.ownership import own_tensors, storage_keys
 from graphopt.ir.program import Program
 from graphopt.ir.regions import compiled_for_their_shapes
 from graphopt.job.deliver import Delivery, Originals, deliver
@@ -130,7 +130,7 @@ class Job:
         backends = backends_named(target)
         program, samples = with_data(model, data, dynamic_shapes, share_tensors=True)
         name = name or ("program" if isinstance(model, Program) else type(model).__name__)
-        lent = frozenset() if isinstance(model, Program) else storages(program.graph_module)
+        lent = frozenset() if isinstance(model, Program) else storage_keys(program.graph_module)
         job = cls(
             program,
             samples,

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Hashable, Iterable
 
 from graphopt.ir.memory import mapped
-from graphopt.ir.ownership import storage_key, storages
+from graphopt.ir.ownership import storage_key, storage_keys
 from graphopt.ir.program import Program
 from graphopt.pipeline.plan import Plan
 
@@ -19,7 +19,7 @@ def set_aside(plans: Iterable[tuple[str, Plan]], programs: Iterable[Program]) ->
 
     Where there is no room for that file they stay in memory.
     """
-    read = frozenset[Hashable]().union(*(storages(program.graph_module) for program in programs))
+    read = frozenset[Hashable]().union(*(storage_keys(program.graph_module) for program in programs))
     return tuple((target, _set_aside(plan, read)) for target, plan in plans)
 
 

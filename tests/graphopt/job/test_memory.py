@@ -19,7 +19,7 @@ import graphopt
 from graphopt.backends.onnx_execution.session import OnnxSession
 from graphopt.errors import UsageError
 from graphopt.ir import exporting, memory
-from graphopt.ir.ownership import storages
+from graphopt.ir.ownership import storage_keys
 from graphopt.ir.program import Program
 from graphopt.job import deliver, manifest, payloads
 from graphopt.pipeline.context import Context
@@ -80,7 +80,7 @@ class Watch(Hook):
 def test_a_job_reads_the_modules_own_weights() -> None:
     mine = model()
     job = graphopt.Job.open(mine, X)
-    assert storages(job.original.graph_module) == storages(mine)
+    assert storage_keys(job.original.graph_module) == storage_keys(mine)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_a_model_that_counts_its_calls_is_as_it_was() -> None:
 def test_who_trains_what_came_of_it_does_not_train_the_module(passes: str) -> None:
     mine = model()
     found = graphopt.optimize(mine, X, passes, None)
-    assert not storages(found.program.graph_module) & storages(mine)
+    assert not storage_keys(found.program.graph_module) & storage_keys(mine)
     before = copy.deepcopy(mine.state_dict())
     with torch.no_grad():
         for parameter in found.program.parameters():
@@ -131,16 +131,16 @@ def test_tied_weights_stay_tied_and_targets_share_what_they_had_in_common() -> N
     mine = model()
     job = graphopt.Job.open(mine, X, target="onnxruntime,tensorrt")
     found = job.undelivered(job.run(Pipeline.parse("int8:skip=*")))
-    one, other = (storages(program.graph_module) for program in found.programs.values())
+    one, other = (storage_keys(program.graph_module) for program in found.programs.values())
     assert one == other
-    assert len(one) == len(storages(mine))
+    assert len(one) == len(storage_keys(mine))
 
 
 def test_a_program_that_was_given_keeps_its_tensors() -> None:
     program = graphopt.capture(model(), X[:2])
     found = graphopt.optimize(program, X, "", None)
     assert found.program is program
-    assert storages(found.program.graph_module) == storages(program.graph_module)
+    assert storage_keys(found.program.graph_module) == storage_keys(program.graph_module)
 
 
 @pytest.mark.parametrize("passes", ["", PRUNE])
