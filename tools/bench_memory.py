@@ -30,6 +30,9 @@ from torch.nn import functional as F  # noqa: N812
 from graphopt.job.job import Job
 from graphopt.pipeline.pipeline import Pipeline
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tools.process_memory import memory
+
 _CASES = ["mlp:400:", "mlp:100:prune,svd,int8", "decoder:700:prune"]
 _SAMPLES = 64
 _WIDTH = 2048
@@ -66,14 +69,14 @@ def _measure(kind: str, millions: str, passes: str) -> dict[str, float]:
     make = {"mlp": _perceptron, "decoder": _decoder}[kind]
     _steps(*make(1, 64), passes, lowered=kind == "mlp", note=lambda _: None)
     torch.manual_seed(0)
-    empty = _status("VmRSS")
+    empty = memory("VmRSS")
     model, data = make(int(millions), _WIDTH)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     peaks: dict[str, float] = {}
 
     def note(step: str) -> None:
         if step:
-            peaks[step] = (_status("VmHWM") - empty) / weights
+            peaks[step] = (memory("VmHWM") - empty) / weights
         Path("/proc/self/clear_refs").write_text("5")
 
     note("")
@@ -132,12 +135,6 @@ class _Block(nn.Module):
         attended = F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2).flatten(2)
         x = x + self.out(attended)
         return x + self.down(F.gelu(self.up(self.between(x))))
-
-
-def _status(field: str) -> int:
-    """Return a figure of this process in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from graphopt.errors import GraphOptError
 from tools.fuzz_kinds import NAMES, Kind, kinds
+from tools.process_memory import memory
 
 MOST_GROWTH = 1 << 30  # bytes
 _MOST_MEMORY = 12 << 30  # of address space, so that a mutation that explodes leaves the machine alone
@@ -112,12 +113,6 @@ def work(name: str, seeds: Sequence[int], folder: Path, out: Connection) -> None
         elif grown > MOST_GROWTH:
             outcome = "growth", f"{grown / MOST_GROWTH:.1f} GB; {': '.join(outcome)}"
         out.send((seed, outcome))
-
-
-def memory(field: str) -> int:
-    """Return a size of this process in bytes: `VmRSS` now, `VmHWM` at its peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
 
 
 def outcomes(name: str, seeds: Sequence[int], seconds: float) -> Iterator[tuple[int, Outcome]]:

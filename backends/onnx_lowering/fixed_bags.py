@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from graphopt.ir.editor import Editor
-from graphopt.ir.graph import arguments
+from graphopt.ir.graph import arguments, erase_dead
 from graphopt.ir.torch_internals import OpOverload, statically_known_true
 
 aten = torch.ops.aten
@@ -50,9 +50,7 @@ def reduce_fixed_bags(gm: fx.GraphModule) -> None:
         name = bags.result.name
         editor.replace(bags.result, reduced)
         reduced.name = name
-        for unread in list(node.users):
-            gm.graph.erase_node(unread)
-        _erase_unread(gm.graph, node)
+        erase_dead(gm.graph)
     gm.recompile()
 
 
@@ -123,13 +121,3 @@ class _Reduction:
 
     def _call(self, target: OpOverload, *args: object) -> fx.Node:
         return self._editor.call(target, *args, like=self._bags.result)
-
-
-def _erase_unread(graph: fx.Graph, node: fx.Node) -> None:
-    """Erase a call and what was computed for it alone."""
-    pending = [node]
-    while pending:
-        current = pending.pop()
-        if current.op == "call_function" and not current.users:
-            pending += current.all_input_nodes
-            graph.erase_node(current)

@@ -51,7 +51,7 @@ def load_exported(archive: Archive) -> tuple[ExportedProgram, dict[str, str]]:
 
     Raises:
         HostileError: It holds something that could run code.
-        DamagedError: It is not a program that torch 2.13 writes.
+        DamagedError: It is not a program that torch writes.
     """
     model = _model_name(archive)
     _check_members(archive, model)
