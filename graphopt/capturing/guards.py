@@ -40,7 +40,7 @@ _BAGS = (
 
 
 def insert_guards(gm: fx.GraphModule) -> None:
-    """Guard LSTMs, bags and divisions that round, in place, in the bodies of regions too; guards that are there stay."""
+    """Guard LSTMs, bags and divisions that round, in place, in the bodies of regions too; guarded ones stay."""
     calm = not any(writes_in_place(node) for body in every_graph_module(gm) for node in body.graph.nodes)
     for fixed in fixed_shapes(gm):
         graph = fixed.gm.graph
