@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
+from collections.abc import Collection
 from typing import IO
 
 from rich import box
@@ -15,8 +17,9 @@ from graphopt.job.report import Latency, Report, Row
 
 _COLUMNS = ("step", "parameters", "FLOPs", "bytes on disk", "latency (quartiles)", "speed-up", "error", "")
 _BRIEF_COLUMNS = ("step", "params", "FLOPs", "bytes", "latency", "speed-up", "error", "")
+_WORTH = (1, 2, 3, 5, 6, 4)  # places of columns, those first whose parentheses say most
 _PARENTHESES = re.compile(r" \([^)]*\)")
-_WIDEST_STEP = 24
+_NARROWEST_STEP, _WIDEST_STEP = 12, 24
 _UNBOUNDED = 1000
 
 
@@ -27,42 +30,50 @@ def terminal(*, width: int | None = None, file: IO[str] | None = None) -> Consol
 
 def print_report(report: Report, console: Console) -> None:
     """Print the before/after table, the sites left alone, notes, and the files written."""
-    table = before_after(report)
     unbounded = console.options.update(width=_UNBOUNDED)
-    if console.measure(table, options=unbounded).maximum > console.width:
-        table = before_after(report, brief=True)
-    console.print(table)
+    brief: frozenset[int] | None = None
+
+    def fits(brief: frozenset[int] | None) -> bool:
+        return console.measure(before_after(report, brief=brief), options=unbounded).maximum <= console.width
+
+    if not fits(None):
+        brief = frozenset(_WORTH)
+        for place in _WORTH:
+            if fits(brief - {place}):
+                brief -= {place}
+    console.print(before_after(report, brief=brief), crop=False)
     if report.refusals:
         console.print(left_alone(report))
     for note in dict.fromkeys(report.notes):
         console.print(f"note: {note}", soft_wrap=True)
 
 
-def before_after(report: Report, *, brief: bool = False) -> Table:
+def before_after(report: Report, *, brief: Collection[int] | None = None) -> Table:
     """Build the table: a row for the original, each pass, and each artifact; columns that someone has an entry in.
 
     Args:
         report: what is shown.
-        brief: leave out what stands in parentheses, for a narrow terminal.
+        brief: for a narrow terminal: places of columns that leave out what stands in parentheses.
     """
     others = list(report.baselines.values())[1:]  # the first is in the first row
     rows = [report.original, *others, *report.rows[1:]]
     cells = [_cells(row, report) for row in rows]
-    names = _BRIEF_COLUMNS if brief else _COLUMNS
     table = new_table(f"{report.model}: {report.pipeline}")
-    table.add_column("step", overflow="fold", width=min(max(cell_len(row[0]) for row in cells), _WIDEST_STEP))
-    shown = [0, *(place for place in range(1, len(names)) if any(row[place] for row in cells))]
+    shown = [0, *(place for place in range(1, len(_COLUMNS)) if any(row[place] for row in cells))]
+    if brief is not None:
+        table.collapse_padding, table.pad_edge = True, False
+        for entries, place in itertools.product(cells, brief):
+            entries[place] = _PARENTHESES.sub("", entries[place])
+    table.add_column("step", overflow="fold", min_width=_NARROWEST_STEP, max_width=_WIDEST_STEP)  # it gives way
     for place in shown[1:]:
-        name = names[place] or report.metric or "agreement"
-        table.add_column(name, justify="right", no_wrap=True)
-    if brief:
-        table.collapse_padding = True
-        table.pad_edge = False
+        name = (_BRIEF_COLUMNS if place in (brief or ()) else _COLUMNS)[place]
+        widest = max(cell_len(row[place]) for row in cells)
+        title = name or report.metric or "agreement"
+        table.add_column(title, justify="right", overflow="fold", no_wrap=bool(name), min_width=widest)
     for row, entries in zip(rows, cells, strict=True):
-        given = [_PARENTHESES.sub("", entries[place]) if brief and place else entries[place] for place in shown]
         artifact = row.size is not None and row.label != report.original.label
         last = row is [report.original, *others][-1] or row is rows[-1]
-        table.add_row(*given, end_section=last, style="bold" if artifact else "")
+        table.add_row(*(entries[place] for place in shown), end_section=last, style="bold" if artifact else "")
     latency = next((row.latency for row in reversed(rows) if row.latency is not None), None)
     if latency is not None:
         paired = "paired " if any(row.latency and row.latency.speedup_spread for row in rows) else ""

@@ -80,3 +80,29 @@ def test_a_wide_terminal_shows_the_spread_and_a_narrow_one_does_not() -> None:
     narrow = printed(80, timed=True)
     assert any("2.31x" in line for line in narrow)
     assert not any("(2.18" in line for line in narrow)
+
+
+@pytest.mark.parametrize("metric", ["top1", "agreement_with_the_teacher"])
+@pytest.mark.parametrize("width", [60, 80, 100, 120])
+def test_the_step_gives_way_and_no_number_does(width: int, metric: str) -> None:
+    made = report(timed=True)
+    made.metric = metric
+    made.rows[3] = dataclasses.replace(made.rows[3], label="int8:observer=minmax", target="onnxruntime")
+    made.rows[4] = dataclasses.replace(made.rows[4], cost=made.rows[3].cost)
+    lines = shown(made, width)
+    assert width < 80 or max(map(len, lines)) <= width
+    assert "…" not in "".join(lines)
+    words = [word for line in lines for word in line.split()]
+    wanted = {"865k": 1, "34.5M": 1, "3.33MB": 1, "412k": 4, "15.1M": 4, "492kB": 1, "0.412": 1, "0.178": 1, "2.31x": 1}
+    wanted |= {"1.2e-02": 4, "99.44": 1, "99.30": 3, "100.00": 1}
+    assert {word: words.count(word) for word in wanted} == wanted
+
+
+def test_no_more_is_left_out_than_has_to_be() -> None:
+    lines = printed(120, timed=True)
+    (artifact,) = [line for line in lines if LABELS[3] in line]
+    assert "492kB (6.8x smaller)" in artifact
+    assert "2.31x (2.18-2.44)" in artifact
+    assert any("412k (48%)  15.1M (44%)" in line for line in lines)
+    full = shown(report(timed=True), 142)  # what fits with less room between columns is whole
+    assert any("0.178 ms (0.171-0.189)" in line and "1.2e-02 (34 dB)" in line for line in full)
