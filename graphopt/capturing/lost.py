@@ -23,7 +23,7 @@ def lost_in_eval(model: nn.Module, gm: fx.GraphModule) -> list[Note]:
         if rate and not any(owner == path or owner.startswith(f"{path}.") for owner in switched):
             lost.setdefault(f"{kind} stays off", []).append(f"{place} ({rate:.2g})")
         # an average over all batches (a momentum of None) counts them, and the count is no part of the graph
-        moves = path in switched and getattr(module, "momentum", None) is not None
+        moves = path in switched and getattr(module, "momentum", 0.0) is not None
         if f"{path}.running_mean".removeprefix(".") in read and not moves:
             lost.setdefault(f"{kind} keeps its statistics", []).append(place)
     return [Note("training", f"{what} when the program is trained: {_listed(at)}") for what, at in lost.items()]

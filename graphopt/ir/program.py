@@ -89,7 +89,7 @@ class Program:
     def train(self, mode: bool = True) -> Self:
         """Put BatchNorm and Dropout nodes in training (or evaluation) mode, in place; return the program.
 
-        What eval capture dropped (see `notes`) does not come back.
+        What eval capture dropped does not come back, and what is in a branch or loop stays as it is (see `notes`).
         """
         set_training(self.graph_module, mode)
         return self
