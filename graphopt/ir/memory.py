@@ -20,14 +20,15 @@ from safetensors.torch import load_file, save_file
 from graphopt.errors import UsageError
 from graphopt.files import ScratchDirectory
 
-LARGE = 1 << 28  # bytes; to look for circles takes a third of a second, and a step of ResNet-50 one or two
+LARGE = 1 << 26  # bytes
+_LARGER = 1 << 28  # bytes; to look for circles takes a third of a second, and a step of ResNet-50 one or two
 _KINDS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int8)  # of weights
 _MANY = 1 << 20  # numbers; to return pages takes some milliseconds
 
 
 def give_back(tensors: Iterable[torch.Tensor]) -> None:
-    """Let go of dead programs and return free pages, where tensors like these are large."""
-    if sum(tensor.nbytes for tensor in tensors) >= LARGE:
+    """Let go of dead programs and return free pages, where tensors like these are very large."""
+    if sum(tensor.nbytes for tensor in tensors) >= _LARGER:
         gc.collect()
         trim(_MANY)
 
