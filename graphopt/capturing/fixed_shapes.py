@@ -37,8 +37,8 @@ from graphopt.ir.regions import inputs as body_inputs
 from graphopt.ir.torch_internals import OpOverload
 
 _QUANTIZERS = Family("graphopt::quantize", "graphopt::dequantize", "graphopt::fake_quantize")
-_OF_FIRST = COPIES | CASTS | DROPOUTS | ACTIVATIONS | _QUANTIZERS | Family("_weight_norm")  # shaped as that is
-_OTHERS = MULTIPLICATIONS | DIVISIONS | SUMS | REORDERS | RESHAPES | Family("cat")
+_OF_FIRST = COPIES | CASTS | DROPOUTS | ACTIVATIONS | Family("_weight_norm")  # shaped as that is
+_OTHERS = MULTIPLICATIONS | DIVISIONS | SUMS | REORDERS | RESHAPES | _QUANTIZERS | Family("cat")
 
 
 class FixedShapes:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from pathlib import Path
 
 import torch
+from torch import fx
 
+from graphopt.capturing.guards import insert_guards
 from graphopt.capturing.model_calls import gradients_recorded
-from graphopt.errors import PassError
+from graphopt.capturing.unchecked_arguments import check_arguments
+from graphopt.errors import CaptureError, PassError
 from graphopt.files import MANIFEST
 from graphopt.ir.program import Program
 from graphopt.job import manifest
@@ -61,12 +65,36 @@ def carry_out(
         kind = registry.pass_class(entry.pass_name)
         with called(kind, "take its options", stored=True):
             instance = kind(build(kind.name, kind.options_type, entry.options))
-        made = apply(instance, programs.get(target, programs[""]), plan, stored=True)
+        before = programs.get(target, programs[""])
+        made = apply(instance, before, plan, stored=functools.partial(_made_safe, before, kind.name))
         runs = called(instance, "apply its stored plan: the program it makes does not run", stored=True)
         with runs, torch.no_grad():
             made.call_flat(made.flat_examples())  # what is stored may be of any type and shape
         programs[target] = made
     return {target: programs.get(target, programs[""]) for target in stored.programs}, plans
+
+
+def _made_safe(before: Program, pass_name: str, made: Program) -> Program:
+    """Return what a stored plan made of a program, checked and guarded as what a stranger's file holds.
+
+    Raises:
+        PassError: torch would use memory with it that is not the model's, and would not with the program before.
+    """
+    gm = made.copy().graph_module
+    wrong = _unsafe(gm)
+    if wrong is not None and _unsafe(before.graph_module) is None:  # a model in memory may compute what files must not
+        raise PassError(f"The stored plan of `{pass_name}` does not fit the model. {wrong}") from wrong
+    if wrong is None:
+        insert_guards(gm)
+    return made.with_graph(gm)
+
+
+def _unsafe(gm: fx.GraphModule) -> CaptureError | None:
+    try:
+        check_arguments(gm)
+    except CaptureError as err:
+        return err
+    return None
 
 
 def read_plans(stored: manifest.Manifest, directory: Path, registry: PassRegistry) -> list[tuple[str, Plan]]:

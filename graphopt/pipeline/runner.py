@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -114,28 +114,38 @@ def _planned(step: Step, program: Program, ctx: Context) -> Plan:
     return plan
 
 
-def apply(instance: Any, program: Program, plan: Plan, *, stored: bool = False, checked: bool = False) -> Program:
+def apply(
+    instance: Any,
+    program: Program,
+    plan: Plan,
+    *,
+    stored: Callable[[Program], Program] | None = None,
+    checked: bool = False,
+) -> Program:
     """Carry out a plan and check what every pass must keep. A plan without sites returns `program` itself.
 
     Args:
         instance: the pass.
         program: what the plan was made for.
         plan: what the pass decided.
-        stored: whether the plan comes from a file, see `called`.
+        stored: where the plan comes from a file, see `called`: what makes a program safe that is made of it.
         checked: whether what it makes of this very program was checked before.
     """
     if not plan.sites:
         return program
-    with called(instance, "apply its plan", stored=stored):
+    with called(instance, "apply its plan", stored=stored is not None):
         result = checked_program(instance, instance.apply(program, plan.on(program.device)))
     if result.graph_module is program.graph_module:
         raise VerifyError(f"Pass `{instance.name}` returned the program it was given. Work on `program.copy()`.")
     if checked:
         return result
     exact = instance.tolerance is not None
-    check_invariants(program, result, instance.name, changes_outputs=instance.changes_outputs, exact=exact)
-    if exact:
-        _check_exact(instance, program, result)
+    with called(instance, "make a program that runs", stored=stored is not None):
+        if stored is not None:
+            result = stored(result)
+        check_invariants(program, result, instance.name, changes_outputs=instance.changes_outputs, exact=exact)
+        if exact:
+            _check_exact(instance, program, result)
     return result
 
 

@@ -40,19 +40,21 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, low
         low: smallest stored integer.
         high: largest stored integer.
     """
+    _check_axis(x, scale, zero_point, axis)
     steps = _steps(x, scale, zero_point, axis)
     return steps.clamp_(low, high).to(storage_dtype(low, high))
 
 
 @quantize.register_fake
 def _(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, low: int, high: int) -> Tensor:
-    _check_axis(x, scale, axis)
+    _check_axis(x, scale, zero_point, axis)
     return torch.empty_like(x, dtype=storage_dtype(low, high))
 
 
 @torch.library.custom_op("graphopt::dequantize", mutates_args=())
 def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Tensor:
     """Return the real numbers that the integers `q` stand for, in the dtype of `scale`."""
+    _check_axis(q, scale, zero_point, axis)
     shift = _along(zero_point, q.dim(), axis)
     if q.dtype is torch.int32:
         return (q - shift.to(torch.int32)).to(scale.dtype) * _along(scale, q.dim(), axis)
@@ -62,7 +64,7 @@ def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -
 
 @dequantize.register_fake
 def _(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Tensor:
-    _check_axis(q, scale, axis)
+    _check_axis(q, scale, zero_point, axis)
     return torch.empty_like(q, dtype=scale.dtype)
 
 
@@ -89,13 +91,14 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None
     The gradient to `x` passes straight through where `x` is in range and stops where it saturates; the gradient
     to `scale` is that of learned step sizes (Esser et al. 2020, "Learned Step Size Quantization", equation 3).
     """
+    _check_axis(x, scale, zero_point, axis)
     steps = _steps(x, scale, zero_point, axis).clamp_(low, high)
     return (steps - _along(zero_point, x.dim(), axis).to(x.dtype)) * _along(scale, x.dim(), axis)
 
 
 @fake_quantize.register_fake
 def _(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, low: int, high: int) -> Tensor:
-    _check_axis(x, scale, axis)
+    _check_axis(x, scale, zero_point, axis)
     return torch.empty_like(x)
 
 
@@ -166,10 +169,15 @@ def _reduce(values: Tensor, scale: Tensor, axis: int | None) -> Tensor:
     return values.sum(dim=others) if others else values
 
 
-def _check_axis(x: Tensor, scale: Tensor, axis: int | None) -> None:
+def _check_axis(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> None:
+    """Refuse what would broadcast: the result has the shape of `x`."""
     if axis is None:
-        fits = scale.numel() == 1
+        fits = scale.numel() == 1 and zero_point.numel() == 1
     else:
-        fits = -x.dim() <= axis < x.dim() and scale.dim() == 1 and scale.shape[0] == x.shape[axis]
+        wanted = (x.shape[axis],) if -x.dim() <= axis < x.dim() else None
+        fits = scale.shape == wanted and zero_point.shape == wanted
     if not fits:
-        raise ValueError(f"Scales of shape {tuple(scale.shape)} do not fit axis {axis} of {tuple(x.shape)}.")
+        raise ValueError(
+            f"Scales of shape {tuple(scale.shape)} and zero points of shape {tuple(zero_point.shape)} do not fit axis "
+            f"{axis} of {tuple(x.shape)}."
+        )

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphopt.errors import PassError
 from graphopt.ir.aliasing import Storages, written_inputs
 from graphopt.ir.editor import Editor
 from graphopt.ir.graph import constant, erase_dead, tensor_attribute
@@ -65,7 +66,11 @@ def find_constants(
 
 
 def store_constants(program: Program, folds: Sequence[ConstantFold], tensors: Mapping[str, torch.Tensor]) -> Program:
-    """Read the stored tensors instead of computing them."""
+    """Read the stored tensors instead of computing them.
+
+    Raises:
+        PassError: one is not of the shape and type of what it stands for.
+    """
     program = program.copy()
     editor = Editor(program.graph_module, "fold")
     nodes = {node.name: node for node in program.graph.nodes}
@@ -73,6 +78,7 @@ def store_constants(program: Program, folds: Sequence[ConstantFold], tensors: Ma
     changed: list[fx.Node] = []
     for fold in folds:
         node = nodes[fold.node]
+        _check_fits(node, tensors[fold.name])
         kind = _kind(program.graph_module, node)
         editor.put(fold.name, tensors[fold.name], trainable=fold.trainable, kind_of=kind)
         with editor.graph.inserting_before(node):
@@ -86,6 +92,15 @@ def store_constants(program: Program, folds: Sequence[ConstantFold], tensors: Ma
     editor.propagate_from(changed)
     _erase_dead_writes(editor.graph)
     return program.with_graph(editor.finish())
+
+
+def _check_fits(node: fx.Node, stored: torch.Tensor) -> None:
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or (value.shape, value.dtype) != (stored.shape, stored.dtype):
+        raise PassError(
+            f"The plan stores {stored.dtype} of shape {tuple(stored.shape)} for `{node.name}`, which is another thing "
+            "in this program. Make the plan again."
+        )
 
 
 def _kind(gm: fx.GraphModule, node: fx.Node) -> torch.nn.Parameter | None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphopt.errors import PassError
 from graphopt.ir.aliasing import Storages
 from graphopt.ir.editor import Editor
 from graphopt.ir.graph import arguments
@@ -142,14 +143,21 @@ def find_no_ops(program: Program) -> tuple[list[str], list[Refusal]]:
 
 
 def drop_no_ops(program: Program, names: Sequence[str]) -> Program:
-    """Let the users of every named call read its input instead."""
+    """Let the users of every named call read its input instead.
+
+    Raises:
+        PassError: one does not return its input here.
+    """
     program = program.copy()
     editor = Editor(program.graph_module, "fold")
     nodes = {node.name: node for node in program.graph.nodes}
     for name in names:
         node = nodes[name]
         if not _is_settled_check(node):
-            node.replace_all_uses_with(_first_tensor(node))
+            source = _returned_input(node)
+            if source is None:
+                raise PassError(f"The plan drops `{name}`, which does something in this program. Make the plan again.")
+            node.replace_all_uses_with(source)
         editor.graph.erase_node(node)
     return program.with_graph(editor.finish())
 

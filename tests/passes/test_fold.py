@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from graphopt.backends.onnxruntime import OnnxRuntimeBackend
 from graphopt.capturing.capture import capture
+from graphopt.errors import PassError
 from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import origin
-from graphopt.passes.fold import Fold, FoldPlan
+from graphopt.passes.fold import Fold, FoldPlan, FoldRound
+from graphopt.passes.folding.constant_folding import ConstantFold
 from graphopt.pipeline.context import Context
 from graphopt.testing import CheckedPass, assert_same_program, check_pass, run_pass
 from tests.models import WeightNormed, WritesThroughViews, example
@@ -437,6 +439,22 @@ def test_calls_that_change_something_stay(name: str) -> None:
     assert len(operators(checked.after)) > 2
     x = noise(3, 4, 4, seed=2)
     assert torch.equal(checked.after(x), before(x))
+
+
+def test_a_plan_that_drops_what_does_something_is_refused() -> None:
+    program = capture(nn.Sequential(nn.Flatten(), nn.ReLU()), torch.randn(2, 3, 4))
+    (name,) = [node.name for node in program.graph.nodes if node.target is aten.relu.default]
+    plan = Fold().new_plan(sites=[name], rounds=(FoldRound(dropped=(name,)),))
+    with pytest.raises(PassError, match=f"The plan drops `{name}`, which does something in this program"):
+        Fold().apply(program, plan)
+
+
+@pytest.mark.parametrize("stored", [torch.ones(1, 1), torch.ones(3, 4, dtype=torch.float64)])
+def test_a_plan_that_stores_something_else_is_refused(stored: torch.Tensor) -> None:
+    program = capture(nn.Linear(4, 3), torch.randn(2, 4))
+    rounds = (FoldRound(constants=(ConstantFold("weight", "other", trainable=True),)),)
+    with pytest.raises(PassError, match="for `weight`, which is another thing in this program"):
+        Fold().apply(program, Fold().new_plan(sites=["weight"], rounds=rounds, tensors={"other": stored}))
 
 
 def test_an_input_handed_to_an_output_keeps_its_call() -> None:

@@ -132,6 +132,22 @@ def test_what_would_use_memory_of_others_is_refused(case: str) -> None:
         check_arguments(HOSTILE[case]())
 
 
+@pytest.mark.parametrize("quantizer", ["quantize", "dequantize", "fake_quantize"])
+def test_more_scales_than_there_are_rows(quantizer: str) -> None:
+    gm = graph_module(aten._weight_norm.default, torch.ones(1, 4), torch.ones(1, 1), 0)
+    gm.register_buffer("scales", torch.ones(9))
+    (norm,) = gm.graph.find_nodes(op="call_function", target=aten._weight_norm.default)
+    with gm.graph.inserting_before(norm):
+        scales = gm.graph.get_attr("scales")
+        target = getattr(torch.ops.graphopt, quantizer).default
+        limits = () if quantizer == "dequantize" else (0, 255)
+        norm.replace_input_with(
+            norm.args[0], gm.graph.call_function(target, (norm.args[0], scales, scales, 0, *limits))
+        )
+    with pytest.raises(CaptureError, match=f"calls `{quantizer}` on what it does not take .*do not fit axis 0"):
+        check_arguments(gm)
+
+
 @pytest.mark.parametrize("case", HONEST)
 def test_what_models_call_is_not(case: str) -> None:
     check_arguments(HONEST[case]())

@@ -141,6 +141,18 @@ def test_a_payload_that_the_plan_does_not_expect(
     assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("name", ["weight_ih_l0", "weight_hh_l0"])
+def test_a_payload_that_torch_would_read_beyond(name: str, tmp_path: Path) -> None:
+    program = graphopt.capture(nn.LSTM(8, 8, batch_first=True).eval(), (torch.randn(2, 5, 8),))
+    graphopt.optimize(program, None, [Random], plugins=[Random], lower=False).save(tmp_path)
+    tensors = load_file(tmp_path / "plans.safetensors")
+    replay(program, tmp_path / MANIFEST, REGISTRY)
+    save_file({**tensors, f"0/{name}": torch.ones(1, 1)}, tmp_path / "plans.safetensors")
+    edit(tmp_path, lambda data: data["sha256"].update({"plans.safetensors": sha256(tmp_path / "plans.safetensors")}))
+    with pytest.raises(PassError, match=r"plan of `random` does not fit the model\. The model calls `lstm` with w"):
+        replay(program, tmp_path / MANIFEST, REGISTRY)
+
+
 @pytest.mark.parametrize("sites", [["no such place"], ["0.bias", "0"], ["__class__"], [""], ["0.weight"] * 3])
 def test_a_plan_of_places_that_are_not_there(sites: list[str], folder: Path, result: graphopt.Result) -> None:
     edit(folder, lambda data: data["plans"][0].update(sites=sites))

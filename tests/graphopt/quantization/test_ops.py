@@ -76,6 +76,21 @@ def test_round_trip_is_within_half_a_step(values: list[float], scale: float, zer
     assert float((back - limited).abs().max()) <= step
 
 
+def test_scales_that_would_stretch_the_result_are_refused() -> None:
+    few, many = torch.ones(1), torch.ones(9)
+    x, q = torch.randn(1, 4), torch.ones(1, 4, dtype=torch.int32)
+    for call in (
+        lambda s, z: quantize(x, s, z, 0, 0, 255),
+        lambda s, z: fake_quantize(x, s, z, 0, 0, 255),
+        lambda s, z: dequantize(q, s, z, 0),
+        lambda s, z: dequantize(q, s, z, None),
+    ):
+        call(few, few)
+        for scale, zero in ((many, many), (few, many), (many, few)):
+            with pytest.raises(ValueError, match="do not fit axis"):
+                call(scale, zero)
+
+
 def test_fake_quantize_is_quantize_then_dequantize() -> None:
     x = torch.randn(64, generator=torch.Generator().manual_seed(0))
     found = fake_quantize(x, SCALE, ZERO, None, 0, 255)
