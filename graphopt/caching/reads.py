@@ -9,10 +9,12 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
+import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
+import pydantic
 import torch
 
 from graphopt.caching.digests import digest_of
@@ -22,6 +24,8 @@ from graphopt.data.split import place
 from graphopt.measure.budget import Timer
 from graphopt.measure.stopwatch import Stopwatch
 from graphopt.pipeline.context import Context
+
+_Count = Annotated[int, pydantic.Field(ge=0, le=sys.maxsize)]  # what `islice` takes
 
 
 @dataclass(frozen=True, order=True)
@@ -38,9 +42,9 @@ class Read:
 
     part: str
     labelled: bool
-    batch_size: int
-    limit: int | None
-    steps: int
+    batch_size: Annotated[_Count, pydantic.Field(ge=1)]
+    limit: _Count | None
+    steps: _Count
 
 
 @dataclass

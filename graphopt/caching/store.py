@@ -20,7 +20,7 @@ from pathlib import Path
 import pydantic
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 from graphopt.caching.reads import Read
 from graphopt.errors import UsageError, first_line
@@ -157,14 +157,16 @@ class Store:
             entry = CacheEntry.model_validate_json(text)
             tensors: Mapping[str, torch.Tensor] = {}
             if entry.payload:
-                if sha256(self._payload(entry)) != entry.payload:
+                # not mapped: a file that is cut short later would end the process; a quarter of `most` fits in memory
+                content = read_file(self._payload(entry), most=self.most // 4 + _MOST_OF_AN_ENTRY)
+                if hashlib.sha256(content).hexdigest() != entry.payload:
                     raise ValueError("its tensors are not those it was written with")
-                tensors = load_file(self._payload(entry))
+                tensors = load(content)
                 _touch(self._payload(entry))
             _touch(path)
         except FileNotFoundError:  # another process has let go of it
             return None
-        except (OSError, ValueError, safetensors.SafetensorError) as err:
+        except (OSError, ValueError, KeyError, safetensors.SafetensorError) as err:  # a key: a type that torch lacks
             logger.warning("%s in the cache is damaged and goes: %s", path.name, err)
             with contextlib.suppress(OSError):
                 path.unlink()

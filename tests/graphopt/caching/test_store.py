@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import hashlib
+import json
 import logging
 import os
 from pathlib import Path
@@ -49,7 +52,7 @@ def test_what_is_kept_comes_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".json", ".safetensors"])
-@pytest.mark.parametrize("damage", ["shorter", "changed", "gone", "a folder"])
+@pytest.mark.parametrize("damage", ["shorter", "changed", "gone", "a folder", "a FIFO", "/dev/zero", "itself"])
 def test_what_is_damaged_is_not_found(suffix: str, damage: str, tmp_path: Path) -> None:
     store = Store(tmp_path / "cache")
     store.add(KEY, ENTRY, TENSORS)
@@ -64,16 +67,42 @@ def test_what_is_damaged_is_not_found(suffix: str, damage: str, tmp_path: Path) 
         file.unlink()
         if damage == "a folder":
             file.mkdir()
+        elif damage == "a FIFO":
+            os.mkfifo(file)
+        elif damage != "gone":
+            file.symlink_to(file if damage == "itself" else damage)
     assert found(store) == []
     store.add(KEY, ENTRY, TENSORS) if damage != "a folder" else None
     assert len(found(store)) == (damage != "a folder")
 
 
+def test_tensors_do_not_change_with_their_file(tmp_path: Path) -> None:
+    store = Store(tmp_path / "cache")
+    store.add(KEY, ENTRY, TENSORS)
+    ((_, tensors),) = found(store)
+    (file,) = store.folder.glob("*.safetensors")
+    with file.open("r+b") as stream:
+        stream.write(bytes(file.stat().st_size))
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in TENSORS.items())
+    os.truncate(file, 8)  # where they are mapped, the next look at them ends the process
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in TENSORS.items())
+
+
+READS = [{"steps": 2**70}, {"steps": -5}, {"batch_size": 0}, {"batch_size": 2**70}, {"limit": -1}, {"limit": 2**70}]
+
+
 def test_an_entry_of_another_form_is_not_found(tmp_path: Path) -> None:
     store = Store(tmp_path / "cache")
     store.add(KEY, ENTRY, {})
-    for text in (b"[]", b'{"content": 1}', b'{"content": {}, "more": 1}', b"\xff", b"{" * 10**5):
-        (store.folder / f"{OTHER}-{store_module.hashlib.sha256(text).hexdigest()}.json").write_bytes(text)
+    read = dataclasses.asdict(ENTRY.reads[0][0])
+    reads = [json.dumps({"reads": [[read | other, "c"]], "content": {}}).encode() for other in READS]
+    header = b'{"w":{"dtype":"F8_E8M0","shape":[1],"data_offsets":[0,1]}}'  # which safetensors knows and torch does not
+    tensors = len(header).to_bytes(8, "little") + header + b"x"
+    payload = hashlib.sha256(tensors).hexdigest()
+    (store.folder / f"{payload}.safetensors").write_bytes(tensors)
+    reads.append(json.dumps({"payload": payload, "content": {}}).encode())
+    for text in (b"[]", b'{"content": 1}', b'{"content": {}, "more": 1}', b"\xff", b"{" * 10**5, *reads):
+        (store.folder / f"{OTHER}-{hashlib.sha256(text).hexdigest()}.json").write_bytes(text)
     assert found(store, OTHER) == []
     assert len(found(store)) == 1
 
