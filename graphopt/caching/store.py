@@ -13,6 +13,7 @@ import hashlib
 import logging
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ PLACE = "GRAPHOPT_CACHE"  # environment variable: the folder; empty for none
 MOST = 4 << 30  # bytes; what was used longest ago goes first
 _MOST_OF_AN_ENTRY = 1 << 26  # bytes of JSON
 _ENTRY = re.compile(r"[0-9a-f]{64}-([0-9a-f]{64})\.json")
-_PAYLOAD = re.compile(r"([0-9a-f]{64})\.safetensors")
+_PAYLOAD = re.compile(r"[0-9a-f]{64}\.safetensors")
 
 
 class CacheEntry(pydantic.BaseModel, extra="forbid", strict=True, frozen=True):
@@ -118,7 +119,11 @@ class Store:
             return False
 
     def usage(self) -> tuple[int, int]:
-        """Return how many entries there are, and bytes of all files."""
+        """Return how many entries there are, and bytes of all files.
+
+        Raises:
+            UsageError: the folder cannot be read.
+        """
         files = self._files()
         return sum(path.suffix == ".json" for path, _ in files), sum(status.st_size for _, status in files)
 
@@ -126,7 +131,7 @@ class Store:
         """Remove all entries.
 
         Raises:
-            UsageError: one cannot be removed.
+            UsageError: the folder cannot be read, or one cannot be removed.
         """
         try:
             for path, _ in self._files():
@@ -177,14 +182,21 @@ class Store:
         return self.folder / f"{entry.payload}.safetensors"
 
     def _files(self) -> list[tuple[Path, os.stat_result]]:
-        """List the files of the store, longest unused first."""
-        if not self._usable():
-            return []
+        """List the files of the store, and links that are called so, longest unused first.
+
+        Raises:
+            UsageError: the folder cannot be read.
+        """
         found = []
-        for path in self.folder.iterdir():
-            with contextlib.suppress(FileNotFoundError):
+        try:
+            for path in self.folder.iterdir() if self._usable() else ():
                 if _ENTRY.fullmatch(path.name) or _PAYLOAD.fullmatch(path.name):
-                    found.append((path, path.stat()))
+                    with contextlib.suppress(FileNotFoundError):
+                        status = path.lstat()
+                        if not stat.S_ISDIR(status.st_mode):  # which is not of ours
+                            found.append((path, status))
+        except OSError as err:
+            raise UsageError(f"Could not read the cache {self.folder}: {err.strerror or err}.") from err
         return sorted(found, key=lambda item: item[1].st_mtime_ns)
 
     def _shrink(self) -> None:

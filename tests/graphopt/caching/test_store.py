@@ -193,3 +193,40 @@ def test_clearing_what_cannot_be_removed(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(Path, "unlink", denied)
     with pytest.raises(UsageError, match=r"Could not clear the cache .*: Permission denied"):
         store.clear()
+
+
+def test_odd_things_in_the_folder_stop_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GRAPHOPT_CACHE", str(tmp_path / "cache"))
+    store = Store(tmp_path / "cache", most=12_000)
+    store.add(KEY, ENTRY, TENSORS)
+    link, gone, large, folder = (store.folder / f"{KEY}-{digit * 64}.json" for digit in "1234")
+    link.symlink_to(link)
+    gone.symlink_to(tmp_path / "nothing")
+    large.symlink_to(tmp_path / "large")
+    (tmp_path / "large").write_bytes(bytes(20_000))
+    for path in (folder, store.folder / f"{OTHER}.safetensors"):
+        path.mkdir()
+        (path / "of the user.txt").write_text("stays")
+    assert store.add(OTHER, ENTRY, {})
+    assert store.usage()[0] == 5
+    assert len(found(store)) == len(found(store, OTHER)) == 1
+    link.symlink_to(link)
+    assert run(["cache"]) == 0
+    assert run(["cache", "--clear"]) == 0
+    assert sorted(path.suffix for path in store.folder.iterdir()) == [".json", ".safetensors"]  # the two folders
+    assert (tmp_path / "large").exists()
+
+
+def test_a_folder_that_cannot_be_listed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GRAPHOPT_CACHE", str(tmp_path))
+    tmp_path.chmod(0o700)
+
+    def denied(*_: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", denied)
+    for command in (["cache"], ["cache", "--clear"]):
+        assert run(command) == 2
+        assert f"Could not read the cache {tmp_path}: Permission denied" in capsys.readouterr().err
