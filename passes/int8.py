@@ -58,7 +58,7 @@ class Int8(Pass[Int8Options, Int8Plan]):
     4. Activations that the integer range clamps anyway (ReLU, ReLU6 in front of an unsigned quantization) are dropped.
 
     Refused: operators without an integer kernel on the target, weights computed at run time, values that are not
-    float32 or are written in place, what `skip` names.
+    float32, have no elements or are written in place, what `skip` names.
     """
 
     name = "int8"

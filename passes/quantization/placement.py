@@ -7,8 +7,8 @@ It reads nothing but the graph and the target description. A value is in one of 
     integer     its producer is an integer kernel; every reader takes dequantize of the stored integers
 
 Refused, each with its reason: operators without an integer kernel on the target, weights computed at run time,
-values that are not float32, values written in place, kernels that would stand alone between float operators, and
-modules the user asked to leave.
+values that are not float32 or have no elements, values written in place, kernels that would stand alone between float
+operators, and modules the user asked to leave.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import fx
@@ -230,6 +231,8 @@ class _Placer:
         for value in (*kernel.operands, node):
             if not _is_float(value):
                 return f"`{value.name}` is {_dtype(value)}, not float32", "a value is not float32"
+            if _is_empty(value):
+                return f"`{value.name}` has no elements", "a value has no elements"
             if reason := self._written(value):
                 return reason, "written in place"
         parameters = {} if kernel.layer is None else {"weight": kernel.layer.weight, "bias": kernel.layer.bias}
@@ -254,9 +257,16 @@ class _Placer:
 
 
 def _is_float(node: fx.Node) -> bool:
+    return all(isinstance(leaf, torch.Tensor) and leaf.dtype is torch.float32 for leaf in _leaves(node))
+
+
+def _is_empty(node: fx.Node) -> bool:
+    return any(isinstance(size, int) and size == 0 for leaf in _leaves(node) for size in leaf.shape)
+
+
+def _leaves(node: fx.Node) -> Sequence[Any]:
     value = node.meta.get("val")
-    leaves = value if isinstance(value, list | tuple) else [value]
-    return all(isinstance(leaf, torch.Tensor) and leaf.dtype is torch.float32 for leaf in leaves)
+    return value if isinstance(value, list | tuple) else [value]
 
 
 def _dtype(node: fx.Node) -> str:

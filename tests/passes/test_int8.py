@@ -214,6 +214,26 @@ def test_leaves_other_dtypes() -> None:
     assert reasons(plan)["linear"].endswith("` is float64, not float32")
 
 
+@pytest.mark.parametrize("target", [ONNXRUNTIME, TENSORRT], ids=["onnxruntime", "tensorrt"])
+def test_leaves_what_has_no_elements(target: TargetDescription) -> None:
+    class Empty(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 0), nn.Linear(0, 4, bias=False), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(torch.cat([F.relu(self.b(F.relu(self.a(x)))), self.a(x)], 1))
+
+    program, plan = quantized(capture(Empty().eval(), (noise(2, 4),)), noise(8, 4), target=target)
+    assert plan.sites == ("linear_3",)
+    assert {name: reason for name, reason in reasons(plan).items() if name.startswith("linear")} == {
+        "linear": "`linear` has no elements",
+        "linear_1": "`relu` has no elements",
+        "linear_2": "`linear_2` has no elements",
+    }
+    assert program(noise(2, 4)).shape == (2, 4)
+
+
 def test_leaves_a_join_that_floats_read() -> None:
     class Mixed(nn.Module):
         def __init__(self) -> None:
