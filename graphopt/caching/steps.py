@@ -9,6 +9,7 @@ step made follows from that of the one before it, the plan, and the source of th
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -123,17 +124,27 @@ class StepCache:
             made = digest_of("applied", self._kind, self.memory.digest(before), digests.of_plan(plan))
             self.memory.follows(after, made)
 
-    def measured(self, program: Program, by: str, measure: Callable[[], dict[str, Json]]) -> dict[str, Json]:
+    def measured(
+        self,
+        program: Program,
+        by: str,
+        measure: Callable[[], dict[str, Json]],
+        check: Callable[[dict[str, Json]], object] = dict,
+    ) -> dict[str, Json]:
         """Return what was measured of a program, or measure and keep it.
 
         Args:
             program: the program.
             by: digest of all that it is measured with.
             measure: measures it.
+            check: raises a ValueError for what is of another form.
         """
         key = digest_of("measured", digests.of_libraries(), self.memory.digest(program), by)
         for entry, _ in self._kept(key):
-            return dict(entry.content)
+            found: dict[str, Json] = dict(entry.content)
+            with contextlib.suppress(ValueError):  # of another form, in spite of its key: then it is measured anew
+                check(found)
+                return found
         content = measure()
         self._add(key, CacheEntry(content=content), {})  # type: ignore[arg-type] # its own word for JSON
         return content

@@ -22,6 +22,7 @@ import graphopt
 from graphopt.axes import registry
 from graphopt.caching import digests
 from graphopt.caching.steps import Memory, StepCache
+from graphopt.caching.store import Store
 from graphopt.data import Samples
 from graphopt.errors import PassError
 from graphopt.ir.program import Program
@@ -422,6 +423,16 @@ def test_a_plan_that_a_pass_no_longer_reads_is_made_anew(plugin: Path, monkeypat
     monkeypatch.setattr(kind, "from_json", refuse)
     run(plugin)
     assert asked(plugin) == 2
+
+
+def test_what_is_measured_is_checked_where_it_is_found(tmp_path: Path) -> None:
+    def check(content: dict[str, Any]) -> None:
+        if content.keys() != {"cost"}:
+            raise ValueError
+
+    store = Store(tmp_path / "cache")
+    for made, expected in (({}, {}), ({"cost": 1}, {"cost": 1}), ({"cost": 2}, {"cost": 1})):
+        assert StepCache(Memory(), store).measured(CAPTURED, "", lambda made=made: made, check) == expected
 
 
 def test_tensors_of_a_plan_are_as_they_are_stored() -> None:
