@@ -98,11 +98,13 @@ def asks_the_user(program: Program) -> bool:
     for target in {node.target for body in bodies for node in body.graph.nodes if node.op == "call_function"}:
         found = find(rules, target)
         said = [] if found is None else [function for function in (found.infer, found.rewrite) if function is not None]
-        if isinstance(target, OpOverload) and target.namespace not in (*NAMESPACES, "prims"):
-            return True
-        if any(not is_ours(getattr(function, "__module__", "")) for function in said):
+        by = target.namespace if isinstance(target, OpOverload) else str(target.__module__).partition(".")[0]
+        if by not in _NAMESPACES or any(not is_ours(getattr(function, "__module__", "")) for function in said):
             return True
     return False
+
+
+_NAMESPACES = frozenset({*NAMESPACES, "prims", "torch", "_operator", "math"})
 
 
 def _values(node: fx.Node) -> str:

@@ -31,8 +31,9 @@ from graphopt.loading.python_files import module_name
 _STDLIB = Path(os.__file__).resolve().parent
 _DYNAMIC = frozenset(
     {
-        *("import_module", "__import__", "exec_module", "load_module", "spec_from_file_location"),
-        *("run_path", "run_module", "load_library", "CDLL", "LoadLibrary", "addsitedir"),
+        *("exec", "eval", "import_module", "__import__", "exec_module", "load_module", "spec_from_file_location"),
+        *("runpy", "__path__", "extend_path", "addsitedir", "sys.path", "sys.modules", "sys.meta_path"),
+        *("load_library", "CDLL", "LoadLibrary", "cpp_extension"),
     }
 )
 
@@ -99,7 +100,9 @@ class _Walk:
 
     def _read(self, name: str) -> Sequence[str]:
         """Note the source of a module, and return what it imports."""
-        spec = _spec(name)
+        spec, whole = _spec(name), _spec(name.removesuffix(".*"))
+        if name.endswith(".*") and whole is not None and whole.submodule_search_locations:
+            raise _UnfollowedError  # modules that the package names in its `__all__` are imported too
         if spec is None and name not in sys.modules:
             self.missing.add(name)
             return ()
@@ -145,13 +148,19 @@ def _distributions() -> Mapping[str, Sequence[str]]:
     return importlib.metadata.packages_distributions()
 
 
+@functools.cache
+def _homes(top: str) -> Mapping[Path, tuple[str, str]]:
+    """Return where a module may be installed, and with which distribution of which version."""
+    known = map(importlib.metadata.distribution, _distributions().get(top, ()))
+    whole = (one for one in known if one.read_text("RECORD") is not None)  # no checkout, whose files change without one
+    return {Path(str(one.locate_file(""))).resolve(): (one.metadata["Name"], one.version) for one in whole}
+
+
 def _versions(top: str, places: Sequence[Path]) -> dict[str, str]:
-    """Return the versions of what a module was installed with; none for a checkout, whose files change without one."""
-    known = [importlib.metadata.distribution(name) for name in _distributions().get(top, ())]
-    homes = {Path(str(one.locate_file(""))).resolve(): one for one in known if one.read_text("RECORD") is not None}
-    if not places or not all(any(place.is_relative_to(home) for home in homes) for place in places):
-        return {}
-    return {one.metadata["Name"]: one.version for one in homes.values()}
+    """Return the versions of what a module was installed with."""
+    homes = _homes(top)
+    found = [[known for home, known in homes.items() if place.is_relative_to(home)] for place in places]
+    return dict(itertools.chain(*found)) if all(found) else {}
 
 
 def _content(file: Path, name: str) -> bytes:
@@ -166,18 +175,17 @@ def _content(file: Path, name: str) -> bytes:
 @functools.lru_cache(maxsize=1024)
 def _imports(source: bytes, package: str) -> tuple[str, ...]:
     tree = ast.parse(source)
-    if any(name in _DYNAMIC for name in _names(tree)):
+    found = tuple(imports(tree, package))
+    if not _DYNAMIC.isdisjoint((*_names(tree), *found, *itertools.chain(*(name.split(".") for name in found)))):
         raise _UnfollowedError
-    return tuple(imports(tree, package))
+    return found
 
 
 def _names(tree: ast.AST) -> Iterator[str]:
-    """Yield what a file calls or reads by name; one of `_DYNAMIC` too where it runs text or changes what is found."""
+    """Yield what a file calls or reads by name; no method `eval`, which models have."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Name):
-            yield "__import__" if node.id in ("exec", "eval") else node.id
+            yield node.id
         elif isinstance(node, ast.Attribute):
-            of_sys = isinstance(node.value, ast.Name) and node.value.id == "sys"
-            yield "__import__" if of_sys and node.attr in ("path", "modules", "meta_path") else node.attr
-        elif isinstance(node, ast.alias):
-            yield node.name
+            yield node.attr if node.attr != "eval" else ""
+            yield f"{node.value.id}.{node.attr}" if isinstance(node.value, ast.Name) else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import itertools
 import shutil
@@ -94,6 +95,7 @@ FOLLOWED = {
     "itself": {"plugin.py": ""},
     "beside it": {"plugin.py": "import helper", "helper.py": ""},
     "from there": {"plugin.py": "from helper import x", "helper.py": "x = 1"},
+    "all of it": {"plugin.py": "from helper import *", "helper.py": "x = 1"},
     "two steps away": {"plugin.py": "import near", "near.py": "import far", "far.py": ""},
     "in a function": {"plugin.py": "def plan():\n    import helper", "helper.py": ""},
     "far in a function": {"plugin.py": "import near", "near.py": "def f():\n    from far import x", "far.py": "x = 1"},
@@ -167,12 +169,17 @@ def test_what_was_not_there_and_is_now(folder: Path) -> None:
         "def plan(): return eval('1')",
         "import runpy\ndef plan(): runpy.run_path('helper.py')",
         "import sys\ndef plan(): sys.path.insert(0, 'libraries')",
+        "from sys import path\ndef plan(): path.insert(0, 'libraries')",
         "import torch\ndef plan(): torch.ops.load_library('own.so')",
+        "from torch.utils.cpp_extension import load\ndef plan(): load('own', ['own.cpp'])",
         "import helper\ndef plan(): helper.get('own')",
+        "from own import *",
+        "__path__ = ['own']",
     ],
 )
 def test_what_is_known_when_it_runs_is_not_followed(folder: Path, text: str) -> None:
     write(folder, {"plugin.py": text, "helper.py": "from importlib import import_module as get"})
+    write(folder, {"own/__init__.py": "__all__ = ['part']", "own/part.py": ""})
     assert seen(folder / "plugin.py") is None
 
 
@@ -212,7 +219,7 @@ def test_what_is_installed_is_known_by_its_version(
         write(described, {metadata.name: text, "top_level.txt": name, "RECORD": ""})
     if kind == "a checkout":
         (described / "RECORD").unlink()
-    sources._distributions.cache_clear()
+    monkeypatch.setattr(sources, "_distributions", importlib.metadata.packages_distributions)
     before = seen(folder / "plugin.py")
     (place / name / "part.py").write_text("x = 1")
     assert (seen(folder / "plugin.py") != before) == counts
@@ -220,12 +227,13 @@ def test_what_is_installed_is_known_by_its_version(
     if kind == "installed":
         assert before[name] == "1.0"
         metadata.write_text(text.replace("1.0", "1.1"))
+        sources._homes.cache_clear()
         assert seen(folder / "plugin.py") != before
-    sources._distributions.cache_clear()
 
 
 def test_libraries_are_not_read(folder: Path) -> None:
-    write(folder, {"plugin.py": "import json, os.path, torch.nn.functional as F\nfrom numpy import array"})
+    source = "import json, os.path, sys, torch.nn.functional as F\nfrom numpy import array\n"
+    write(folder, {"plugin.py": f"{source}def plan(model): return model.eval(), sys.version, os.path"})
     found = seen(folder / "plugin.py")
     assert found is not None
     assert set(found) == {str((folder / "plugin.py").resolve()), "torch", "numpy"}
