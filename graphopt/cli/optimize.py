@@ -105,19 +105,21 @@ def command(
         used = [model, weights, *_paths(data, evaluation, passes), *(plugin or ())]
         rules = depfile_rules([item.path_in(directory) for item in backends], used)
 
+    progress = TerminalProgress()
     program, samples = source.load()
+    progress.done(f"{source.name}: loaded")
     job = Job(
         program,
         samples,
         evaluation=evaluation,
         backends=backends,
         seed=seed,
-        progress=TerminalProgress(),
+        progress=progress,
         name=source.name,
         device=computing,
         cache=cache,
     )
-    outcome = job.run(pipeline, hooks=[Dump(dump)] if dump else [], check=check)
+    outcome = job.run(pipeline, hooks=[progress, *([Dump(dump)] if dump else ())], check=check)
     if plan:
         result = job.undelivered(outcome)
         json.dump([found.to_json() for found in result.plans], sys.stdout, indent=1)
@@ -125,6 +127,8 @@ def command(
         check_gates(gates, result.report)
         return
     result = job.deliver(outcome, bench=bench, sizes=bench or any(gate.quantity == "size" for gate in gates))
+    if backends:
+        progress.done(f"{', '.join(item.name for item in backends)}: lowered, verified{' and timed' if times else ''}")
     try:
         check_gates(gates, result.report)
     except (GateError, UsageError) as err:

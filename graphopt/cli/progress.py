@@ -1,4 +1,4 @@
-"""Progress bars: only on a terminal, only for loops that last over two seconds."""
+"""Progress on a terminal: a line for what is done, a bar for a loop that lasts over two seconds."""
 
 from __future__ import annotations
 
@@ -7,12 +7,39 @@ import time
 from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
+from graphopt.errors import printable
+from graphopt.ir.program import Program
+from graphopt.pipeline.hooks import Hook
+from graphopt.pipeline.order import Step
+from graphopt.pipeline.plan import Plan
+
 T = TypeVar("T")
 _PATIENCE = 2.0  # seconds
 
 
-class TerminalProgress:
-    """Shows long loops on stderr with a bar and the time left."""
+class TerminalProgress(Hook):
+    """Says on stderr what is done and how long it took, and shows long loops with a bar and the time left."""
+
+    def __init__(self) -> None:
+        """Start the clock."""
+        self._since = time.monotonic()
+        self._steps = False
+
+    def done(self, text: str) -> None:
+        """Say what has been done since this was last called."""
+        before, self._since = self._since, time.monotonic()
+        if sys.stderr.isatty():
+            print(f"{self._since - before:7.1f} s  {printable(text)}", file=sys.stderr, flush=True)
+
+    def before(self, step: Step, program: Program, target: str) -> None:
+        """Say that the original is measured, before the first step."""
+        if not self._steps:
+            self.done("original: measured")
+        self._steps = True
+
+    def after(self, step: Step, before: Program, after: Program, plan: Plan, target: str) -> None:
+        """Say what a step did; that its result has been measured counts."""
+        self.done(f"{step.text}{f' for {target}' if target else ''}: {plan.summary()}")
 
     def track(self, steps: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
         """Yield from `steps`; the bar appears after two seconds."""
