@@ -142,10 +142,17 @@ def of_pass(instance: Any) -> str | None:
         return None
     if any("<locals>" in base.__qualname__ for base in kind.__mro__):
         return None
-    functions = [text for text in given if isinstance(text, str) and is_function_name(text)]
-    sources = sources_of([*(base.__module__ for base in kind.__mro__), *(text.split(":")[0] for text in functions)])
+    sources = sources_of(modules_of(instance))
     named = instance.name, f"{kind.__module__}.{kind.__qualname__}"
     return None if sources is None else digest_of(named, options, more, sources)
+
+
+def modules_of(instance: Any) -> list[str]:
+    """Name the modules of a pass: of its classes, and of functions that its options name."""
+    options = instance.options
+    given = pytree.tree_leaves([getattr(options, field.name) for field in dataclasses.fields(options)])
+    functions = [text for text in given if isinstance(text, str) and is_function_name(text)]
+    return [*(base.__module__ for base in type(instance).__mro__), *(text.split(":")[0] for text in functions)]
 
 
 _PLAIN = (bool, int, float, str, type(None), PurePath, enum.Enum)

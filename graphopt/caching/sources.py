@@ -19,7 +19,7 @@ import importlib.util
 import itertools
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
@@ -58,6 +58,21 @@ def sources_of(modules: Iterable[str]) -> dict[str, str] | None:
     except (_UnfollowedError, OSError, ImportError, SyntaxError, ValueError):
         return None
     return walk.found | dict.fromkeys(walk.missing - walk.there, "")
+
+
+def files_of(modules: Iterable[str], known: Container[str]) -> list[Path]:
+    """List the user's files that modules are made of, as far as they can be followed, and that were imported meanwhile.
+
+    Args:
+        modules: their names.
+        known: names of the modules that had been imported before.
+    """
+    sources = {name for module in modules for name in sources_of([module]) or ()}
+    files = {Path(name) for name in sources if os.path.isabs(name)}
+    imported = {name: file for name in list(sys.modules) if name not in known and (file := _loaded_from(name))}
+    places = {top: _places(_spec(top)) for top in {name.partition(".")[0] for name in imported if not is_ours(name)}}
+    users = {top for top, of in places.items() if not _versions(top, of) and not _is_of_python(top, of)}
+    return sorted(files | {file for name, file in imported.items() if name.partition(".")[0] in users})
 
 
 def is_ours(name: str) -> bool:

@@ -26,7 +26,8 @@ def rules(artifacts: Sequence[Path], inputs: Sequence[Path | None]) -> bytes:
         UsageError: a name cannot be written so that both understand it.
     """
     given = [item for item in inputs if item is not None]
-    files = [file for item in given for file in (item, *(sorted(item.rglob("*")) if item.is_dir() else ()))]
+    all_files = (file for item in given for file in (item, *(sorted(item.rglob("*")) if item.is_dir() else ())))
+    files = list(dict.fromkeys(all_files))
     targets, sources = (" ".join(map(_written, paths)) for paths in (artifacts, files))
     if found := _UNSAYABLE_BEFORE_THE_COLON.search(targets):
         raise _unsayable(str(artifacts[0]), found)

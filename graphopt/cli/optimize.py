@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,6 +27,7 @@ from graphopt.cli.arguments import (
 from graphopt.cli.depfile import rules as depfile_rules
 from graphopt.errors import GateError, UsageError
 from graphopt.files import REPORT, SCRATCH, replacing
+from graphopt.loading.functions import is_function_name
 from graphopt.pipeline.registry import DEFAULT_PASSES, DEFAULT_TARGET
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def command(
     from graphopt.pipeline.hooks import Dump
     from graphopt.pipeline.registry import backends_named
 
+    known = frozenset(sys.modules)
     arguments.check_format(format)
     source = ModelArguments(
         model=model, data=data, inputs=inputs, dynamic=dynamic, factory=factory, weights=weights, trust=trust, seed=seed
@@ -100,11 +102,14 @@ def command(
     times = bench and any(item.times_here for item in backends)
     check_measured(gates, evaluates=evaluation is not None, lowers=bool(backends) and not plan, times=times)
     failed = _directory_of_failure(directory, expected=bool(gates) and not plan)
-    rules = b""
-    if depfile is not None:
-        used = [model, weights, *_paths(data, evaluation, passes), *(plugin or ())]
-        rules = depfile_rules([item.path_in(directory) for item in backends], used)
 
+    def rules() -> bytes:
+        used = [model, weights, *_paths(data, evaluation, passes), *(plugin or ())]
+        sources = _sources(pipeline, known, factory, data, evaluation)
+        return depfile_rules([item.path_in(directory) for item in backends], [*used, *sources])
+
+    if depfile is not None:
+        rules()  # what it cannot say is refused before anything runs
     progress = TerminalProgress()
     program, samples = source.load()
     progress.done(f"{source.name}: loaded")
@@ -137,7 +142,7 @@ def command(
         raise type(err)(f"{err} The results are in {failed}; {directory} is as it was.") from err
     if depfile is not None:  # before the results: with them stands what they depend on
         with replacing(depfile) as temporary:
-            temporary.write_bytes(rules)
+            temporary.write_bytes(rules())
     result.save(directory)
     _print(result, directory, format)
 
@@ -199,3 +204,14 @@ def _paths(*arguments: str | None) -> list[Path]:
                 found.append(Path(text))
                 break
     return found
+
+
+def _sources(pipeline: Pipeline, known: Container[str], *functions: str | None) -> list[Path]:
+    """List the user's own source: of passes, and of functions that arguments name; relative in this directory."""
+    from graphopt.caching.digests import modules_of
+    from graphopt.caching.sources import files_of
+
+    named = [text.partition(":")[0] for text in functions if text and is_function_name(text)]
+    files = files_of([*named, *(name for step in pipeline.steps for name in modules_of(step.instance))], known)
+    here = Path.cwd()
+    return [file.relative_to(here) if file.is_relative_to(here) else file for file in files]

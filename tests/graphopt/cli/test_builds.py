@@ -221,6 +221,40 @@ def test_ninja_builds_again_when_what_the_depfile_names_changes(files: Files, tm
         _check_ninja(folder)
 
 
+SOURCES = {
+    "build_it": "import building.net as net\ndef build():\n    return net.Net()\n",
+    "building/__init__": "",
+    "building/net": "from torch import nn\nimport importlib\n_ = importlib.import_module('building.sizes')\n"
+    "def Net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(192, 4))\n",
+    "building/sizes": "",
+    "judge": "def score(model):\n    import judge_more\n    return 1.0\n",
+    "judge_more": "",
+    "plugin": "import plugin_options\nfrom graphopt import NoOptions, Pass, Plan\n"
+    "class Nothing(Pass[NoOptions, Plan]):\n    'Do nothing.'\n    name = 'nothing'\n"
+    "    def plan(self, program, ctx):\n        return self.new_plan(sites=())\n"
+    "    def apply(self, program, plan):\n        import plugin_lazily\n        return program\n",
+    "plugin_options": "",
+    "plugin_lazily": "",
+    "not_used": "",
+}
+
+
+def test_the_depfile_names_the_users_own_source(files: Files) -> None:
+    """What only some runs import counts too: passes whose plans are found in the cache do not plan."""
+    Path("building").mkdir()
+    for name, text in SOURCES.items():
+        Path(f"{name}.py").write_text(text)
+    command = (
+        "--factory build_it:build --eval judge:score --plugin plugin.py --passes nothing --no-bench --data data.npz"
+    )
+    code = f"from graphopt.cli.app import run; print(run('optimize {command} --depfile found.d -o out'.split()))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-B", "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.endswith("\n0\n"), done
+    found = Path("found.d").read_text().splitlines()[0].split()[1:]
+    assert sorted(found) == sorted(["data.npz", *(f"{name}.py" for name in SOURCES if name != "not_used")])
+
+
 def _check_ninja(folder: Path) -> None:
     def ninja() -> int:
         """Run it; return how often the command has run by then."""
