@@ -34,7 +34,7 @@ def apply_signature(model: ir.Model, inputs: tuple[TensorSpec, ...], outputs: tu
     Raises:
         LoweringError: an input or output is of a kind that ONNX or numpy has no equal of (complex numbers, bfloat16).
     """
-    _check_kinds((*inputs, *outputs))
+    check_kinds((*inputs, *outputs))
     OutputFixPass()(model)
     graph = model.graph
     if len(graph.inputs) != len(inputs) or len(graph.outputs) != len(outputs):
@@ -50,7 +50,12 @@ def apply_signature(model: ir.Model, inputs: tuple[TensorSpec, ...], outputs: tu
     _rename_nodes(graph)
 
 
-def _check_kinds(specs: Iterable[TensorSpec]) -> None:
+def check_kinds(specs: Iterable[TensorSpec]) -> None:
+    """Refuse inputs and outputs that ONNX or numpy has no equal of.
+
+    Raises:
+        LoweringError: one is complex, or bfloat16.
+    """
     for spec in specs:
         if spec.dtype.is_complex:
             raise LoweringError(

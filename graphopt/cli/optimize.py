@@ -124,6 +124,8 @@ def command(
         device=computing,
         cache=cache,
     )
+    if not plan:
+        job.check_targets()
     outcome = job.run(pipeline, hooks=[progress, *([Dump(dump)] if dump else ())], check=check)
     if plan:
         result = job.undelivered(outcome)

@@ -166,6 +166,17 @@ class Job:
 
     @random_state_kept()
     @gradients_recorded()
+    def check_targets(self) -> None:
+        """Refuse what is sure to be refused by a target, before passes work on it.
+
+        Raises:
+            LoweringError: a runtime does not compute in the program's types.
+        """
+        for item in self.backends:
+            item.accepts(self._given.to("cpu"))
+
+    @random_state_kept()
+    @gradients_recorded()
     @compiled_for_their_shapes()
     @device_memory()
     def run(self, pipeline: Pipeline, *, hooks: Sequence[Hook] = (), check: str = "fast") -> Outcome:

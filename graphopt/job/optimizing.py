@@ -94,5 +94,7 @@ def optimize(
         device=device,
         cache=cache,
     )
+    if lower:
+        job.check_targets()
     outcome = job.run(pipeline, hooks=hooks, check=check)
     return job.deliver(outcome, bench=bench) if lower else job.undelivered(outcome)

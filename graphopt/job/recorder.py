@@ -50,6 +50,8 @@ class Recorder(Hook):
         seconds = time.perf_counter() - self._started
         label = f"{step.text} (for {step.inserted_for})" if step.inserted_for else step.text
         self.report.add_plan(plan)
+        if not plan.sites and not step.inserted_for:
+            self.report.notes.append(f"{step.text}: it changed nothing ({plan.summary()})")
         self.report.rows.append(self._row(label, target, after, seconds, plan.summary()))
 
     def _row(self, label: str, target: str, program: Program, seconds: float | None, summary: str) -> Row:

@@ -130,6 +130,13 @@ class Backend(ABC):
         """Return where an artifact goes in `folder`: `onnxruntime.onnx`, or another stem."""
         return folder / f"{stem or self.name}{self.suffix}"
 
+    def accepts(self, program: Program) -> None:  # noqa: B027 - nothing is known to fail
+        """Look at a program before passes work on it: what is known by then to fail when it is lowered fails here.
+
+        Raises:
+            LoweringError: the runtime does not compute in the program's types.
+        """
+
     @abstractmethod
     def lower(self, program: Program, path: Path) -> Artifact:
         """Write `program` to `path` (see `path_in`), external data beside it where needed.
