@@ -47,7 +47,7 @@ def device_called(name: str | torch.device) -> torch.device:
     advice = f"Here there is {', '.join(here)}; `auto` is the accelerator where there is one."
     try:
         device = torch.device(name)
-    except RuntimeError as err:
+    except (RuntimeError, TypeError) as err:
         raise UsageError(f"`{cut(str(name), 40)}` is no name of a device. {advice}") from err
     if device.type != "cpu":
         device = torch.device(device.type, device.index or 0)

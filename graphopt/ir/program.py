@@ -22,7 +22,7 @@ from torch import fx
 from graphopt.errors import UsageError
 from graphopt.files import ScratchDirectory, failing_late, replacing
 from graphopt.ir.buffers import call_undoing_writes
-from graphopt.ir.devices import device_of, held_by
+from graphopt.ir.devices import device_called, device_of, held_by
 from graphopt.ir.examples import made_up_inputs
 from graphopt.ir.graph import copy_graph_module
 from graphopt.ir.ownership import own_tensors
@@ -131,8 +131,15 @@ class Program:
         return device_of({**held_by(self.graph_module), **examples})
 
     def to(self, device: str | torch.device) -> Program:
-        """Return the program on a device: itself where all its tensors are there, otherwise a copy."""
-        wanted = torch.empty(0, device=device).device  # `cuda` is `cuda:0`
+        """Return the program on a device: itself where all its tensors are there, otherwise a copy.
+
+        Raises:
+            UsageError: there is no such device.
+        """
+        try:
+            wanted = torch.empty(0, device=device).device  # `cuda` is `cuda:0`
+        except (AssertionError, ImportError, RuntimeError, TypeError):
+            wanted = device_called(device)  # which says what there is
         if self.devices == {wanted}:
             return self
         moved = self.copy()

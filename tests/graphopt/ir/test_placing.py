@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, fx, nn
 
 from graphopt.capturing.capture import capture
+from graphopt.errors import UsageError
 from graphopt.ir.placing import place
 from graphopt.ir.program import Program
 from graphopt.ir.torch_internals import pytree
@@ -71,6 +74,19 @@ def test_a_moved_program_runs_where_it_is() -> None:
     moved = capture(nn.Sequential(nn.Linear(4, 4), Sums()), torch.randn(2, 4)).to("meta")
     result = moved(torch.empty(7, 4, device="meta"))
     assert (result.device, tuple(result.shape)) == (META, (7, 4))
+
+
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [
+        ("gpu", "`gpu` is no name of a device. Here there is cpu"),
+        (torch.float16, "`torch.float16` is no name of a device. Here there is cpu"),
+        ("hpu", "There is no device `hpu:0` that torch"),
+    ],
+)
+def test_a_device_that_is_not_there(device: Any, said: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(said)):
+        capture(nn.Linear(4, 4), torch.randn(2, 4)).to(device)
 
 
 def test_tied_tensors_stay_tied() -> None:
