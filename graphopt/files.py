@@ -110,6 +110,18 @@ def replacing_directory(path: Path) -> Iterator[Path]:
         raise _unwritable(path, err) from err
 
 
+def remove_result(directory: Path) -> None:
+    """Remove the files of a result as its manifest knows them, and the directory if nothing else is in it."""
+    digests = _digests(directory / MANIFEST)
+    if digests is None:
+        return
+    with _locked(directory):
+        for name in (MANIFEST, REPORT, *(name for name in digests if _has(directory / name, digests[name]))):
+            (directory / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # somebody has other files there
+        directory.rmdir()
+
+
 def _unwritable(path: Path, err: OSError) -> UsageError:
     reason = err.strerror or f"the disk may be full ({err})"  # as NumPy says it, which drops the reason
     return UsageError(

@@ -26,8 +26,7 @@ from graphopt.cli.arguments import (
 )
 from graphopt.cli.depfile import rules as depfile_rules
 from graphopt.errors import GateError, UsageError
-from graphopt.files import REPORT, SCRATCH, replacing
-from graphopt.loading.functions import is_function_name
+from graphopt.files import REPORT, SCRATCH, remove_result, replacing
 from graphopt.pipeline.registry import DEFAULT_PASSES, DEFAULT_TARGET
 
 if TYPE_CHECKING:
@@ -146,6 +145,8 @@ def command(
         with replacing(depfile) as temporary:
             temporary.write_bytes(rules())
     result.save(directory)
+    if gates:
+        remove_result(failed)  # it is of an earlier run
     _print(result, directory, format)
 
 
@@ -212,6 +213,7 @@ def _sources(pipeline: Pipeline, known: Container[str], *functions: str | None) 
     """List the user's own source: of passes, and of functions that arguments name; relative in this directory."""
     from graphopt.caching.digests import modules_of
     from graphopt.caching.sources import files_of
+    from graphopt.loading.functions import is_function_name
 
     named = [text.partition(":")[0] for text in functions if text and is_function_name(text)]
     files = files_of([*named, *(name for step in pipeline.steps for name in modules_of(step.instance))], known)

@@ -92,6 +92,17 @@ def test_a_failed_gate_replaces_the_results_of_an_earlier_one(files: Files, fail
     assert not Path("build").exists()
 
 
+@pytest.mark.parametrize("foreign", [(), ("diary.txt",)])
+def test_results_of_a_failed_gate_go_when_all_gates_pass(files: Files, fails: Fails, foreign: tuple[str, ...]) -> None:
+    command = ("optimize", "model.pt", "--passes", "", "--no-bench", "-o", "build", "--fail-if")
+    fails(1, *command, "error>=0")
+    for name in foreign:
+        Path("build.failed", name).write_text("mine")
+    assert run([*command, "error>1"]) == 0
+    assert [path.name for path in Path().glob("build.failed/*")] == [*foreign]
+    assert Path("build.failed").exists() == bool(foreign)
+
+
 def test_what_no_run_wrote_is_not_replaced(files: Files, fails: Fails) -> None:
     Path("build.failed").mkdir()
     Path("build.failed/diary.txt").write_text("mine")
