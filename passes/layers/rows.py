@@ -9,6 +9,7 @@ At every output position y = sum over inputs and taps of W x, plus b, where
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -19,7 +20,7 @@ from graphopt.passes.layers.weighted_call import WeightedCall
 
 def positions(call: WeightedCall, output: torch.Tensor) -> int:
     """Return how many rows one batch has: every sample at every output position."""
-    return output.numel() // output.shape[_axis(call, output)]
+    return math.prod(output.movedim(_axis(call, output), -1).shape[:-1])
 
 
 def output_rows(call: WeightedCall, output: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
@@ -40,7 +41,7 @@ def input_rows(call: WeightedCall, x: torch.Tensor, chosen: torch.Tensor, output
         output: shape of its output.
     """
     if "conv" not in call.kind:
-        return x.reshape(-1, x.shape[-1])[chosen].to(working_dtype(x))[:, None, :, None]
+        return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])[chosen].to(working_dtype(x))[:, None, :, None]
     if x.dim() == len(call.kernel) + 1:  # without a batch
         x, output = x.unsqueeze(0), torch.Size([1, *output])
     patches = _patches(call, x, torch.unravel_index(chosen, (output[0], *output[2:])))  # (rows, *k, in)

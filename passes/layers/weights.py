@@ -26,7 +26,8 @@ def from_taps(call: WeightedCall, taps: torch.Tensor) -> torch.Tensor:
     if call.kind == "matmul":
         return taps[0, :, :, 0].t().contiguous()
     grouped = taps.transpose(1, 2) if call.kind == "transposed conv" else taps
-    return grouped.flatten(0, 1).reshape(-1, grouped.shape[2], *call.kernel).contiguous()
+    flat = grouped.flatten(0, 1)
+    return flat.reshape(*flat.shape[:2], *call.kernel).contiguous()
 
 
 def scale_outputs(call: WeightedCall, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

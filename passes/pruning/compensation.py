@@ -166,6 +166,8 @@ class _Walk:
             self._found.refusals.append(Refusal(site, f"not compensated: {reason}"))
 
     def _why_not(self, call: WeightedCall, twin: fx.Node) -> str:
+        if not tensor_attribute(self._gm, call.weight_name).numel():
+            return "its weight has no elements"
         others = other_users(call, self._gm)
         if others:
             return f"weight is shared with `{others[0].name}`"

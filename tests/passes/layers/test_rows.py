@@ -53,6 +53,8 @@ def check(layer: nn.Module, x: Tensor) -> None:
     [
         (nn.Linear(5, 3), (4, 5)),
         (nn.Linear(5, 3, bias=False), (4, 2, 3, 5)),
+        (nn.Linear(5, 0), (4, 5)),
+        (nn.Linear(0, 3), (4, 2, 0)),
         (AddMM(), (4, 5)),
         (MatMul(), (4, 3, 5)),
         (nn.Conv2d(4, 6, 3, padding="same", dilation=2), (2, 4, 5, 6)),

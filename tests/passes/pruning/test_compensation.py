@@ -228,6 +228,23 @@ def test_switched_off_means_plain_and_silent() -> None:
     assert "compensation" not in reasons(plan)
 
 
+def test_a_layer_without_outputs_is_no_layer_to_fit() -> None:
+    class Branched(Redundant):
+        def __init__(self) -> None:
+            super().__init__("linear")
+            self.empty, self.back = nn.Linear(6, 0), nn.Linear(0, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.back(self.empty(self.first(x)))
+
+    data = data_for("linear")
+    program = capture(Branched().double(), (data[:2],))
+    plan = plan_of(prune(), program, data)
+    assert len(plan.kept["first.weight"][0]) == 3
+    assert reasons(plan)["empty.weight"] == "not compensated: its weight has no elements"
+    assert measure(program, prune().apply(program, plan).call_flat, (data,)).relative < EXACT
+
+
 def test_a_layer_whose_samples_cannot_be_told_apart_is_left_alone() -> None:
     class Divided(Redundant):
         def forward(self, x: Tensor) -> Tensor:
