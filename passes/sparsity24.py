@@ -103,7 +103,7 @@ class Sparsity24(Pass[Sparsity24Options, Sparsity24Plan]):
     2. inputs or outputs that are not aligned as the kernels need, depthwise and transposed convolutions;
     3. the layers that read the program's inputs and make its outputs, unless `ends` says otherwise;
     4. weights that are computed, stored as integers, shared with other operators, or named by `skip`;
-    5. weights that have the pattern already, or hold NaN or infinite values.
+    5. weights that have the pattern already, no elements, or NaN or infinite values.
     """
 
     name = "sparsity24"

@@ -22,7 +22,7 @@ class SparseLayers:
 
     Attributes:
         sparse: layers whose stored weight has the pattern.
-        layers: layers with a stored weight.
+        layers: layers with a stored weight that has elements.
     """
 
     sparse: int
@@ -34,13 +34,13 @@ def sparse_layers(model: ir.Model, *, nonzeros: int, group: int) -> SparseLayers
     sparse = layers = 0
     for node in model.graph.all_nodes():
         weight = _weight(node)
-        if weight is None:
+        if weight is None or not weight.size:
             continue
         layers += 1
         rows = np.moveaxis(weight, _input_axis(node, weight), -1)
         if rows.shape[-1] % group == 0:
             counts = np.count_nonzero(rows.reshape(*rows.shape[:-1], -1, group), axis=-1)
-            sparse += bool(counts.max(initial=0) <= nonzeros)
+            sparse += bool(counts.max() <= nonzeros)
     return SparseLayers(sparse, layers)
 
 

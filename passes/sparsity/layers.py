@@ -80,6 +80,8 @@ def why_not(site: SparseSite, form: SparseFormat, gm: fx.GraphModule) -> tuple[s
     call, weight = site.calls[0], tensor_attribute(gm, site.weight_name)
     if call.kind == "transposed conv":
         return "a transposed convolution has no sparse kernel", ""
+    if not weight.numel():
+        return "its weight has no elements", ""
     inputs, outputs = call.in_features // call.groups, call.out_features
     if call.groups > 1 and inputs == 1:
         return "depthwise: one input channel for each output", ""

@@ -290,6 +290,15 @@ def test_refusals_name_the_reason(program: Program) -> None:
     assert found["hidden.weight"] == "named in skip"
 
 
+def test_weights_without_elements(tmp_path: Path) -> None:
+    program = capture(nn.Sequential(nn.Linear(16, 0), nn.Linear(0, 16), nn.Linear(16, 16)), torch.randn(2, 16))
+    plan = plan_of(program, ends=True)
+    assert plan.sites == ("2.weight",)
+    assert [reasons(plan)[name] for name in ("0.weight", "1.weight")] == ["its weight has no elements"] * 2
+    facts = TensorRTBackend().lower(Sparsity24().apply(program, plan), tmp_path / "model.onnx").facts
+    assert (facts["sparse_layers"], facts["layers"]) == (1, 1)
+
+
 def test_the_ends_stay_dense_unless_asked() -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.Softmax(-1))
     program = capture(model, torch.randn(2, 16))
