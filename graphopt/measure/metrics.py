@@ -130,6 +130,8 @@ def _scores_and_classes(outputs: Array, labels: Array, axis: int) -> tuple[Array
     labels = labels.argmax(axis) if labels.shape == outputs.shape else _numbers(outputs, labels)
     if not np.issubdtype(labels.dtype, np.integer) and not np.array_equal(labels, np.floor(labels)):
         raise DataError(f"The labels are not class numbers; {_OTHERWISE}.")
+    if not scores.shape[-1]:
+        raise DataError(f"The model's outputs, of shape {outputs.shape}, score 0 classes.")
     if scores.shape[-1] == 1:
         raise DataError(f"The model gives one number per label, which is right for every class; {_OTHERWISE}.")
     scores, labels = scores.reshape(-1, scores.shape[-1]), labels.reshape(-1).astype(np.int64)

@@ -236,6 +236,8 @@ def test_data_is_checked_against_the_model() -> None:
         ((SCORES[:, :1], SCORES[:, :1] + 100), identity, "are not one-hot"),
         ((SCORES[:, :1], torch.ones(4, 1)), identity, "one number per label, which is right for every class"),
         ((SCORES[:, :1], torch.zeros(4, dtype=torch.long)), identity, "one number per label"),
+        ((SCORES[:, :0], torch.zeros(4, dtype=torch.long)), identity, "score 0 classes"),
+        ((SCORES[:, :0], torch.full((4,), -100), "f1"), identity, "score 0 classes"),
         ((SCORES[:, :5], CLASSES.clamp(max=4), "top5"), identity, "One of 5 classes is always among the best 5"),
         ((SCORES[..., None], SCORES[:, None], "mae"), lambda x: x.expand(4, 7, 2), "cannot be compared"),
     ],
