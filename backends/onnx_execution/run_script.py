@@ -32,6 +32,9 @@ options = onnxruntime.SessionOptions()
 session = onnxruntime.InferenceSession(
     str(Path(__file__).resolve().parent / {file!r}), options, providers=["CPUExecutionProvider"]{disabled}
 )
+if not all("=" in word for word in sys.argv[1:]):
+    print(__doc__)
+    sys.exit(sys.argv[1:] not in (["--help"], ["-h"]))
 feed = {{
 {zeros}
 }}

@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime  # type: ignore[import-untyped]
 import pydantic
 
-from graphopt.errors import LoweringError, UsageError, cut, first_line, first_problem, printable
+from graphopt.errors import LoweringError, UsageError, cut, first_problem, printable
 from graphopt.ir.memory import trim
 from graphopt.ir.plain_data import Json
 from graphopt.targets.backend import Array
@@ -113,7 +113,7 @@ class SessionSettings:
 
 
 class OnnxSession:
-    """A loaded ONNX file: called with one array per input, returns one array per output, in order."""
+    """A loaded ONNX file: called with one array per input, in order or by name, returns one per output, in order."""
 
     def __init__(
         self,
@@ -154,17 +154,19 @@ class OnnxSession:
         self.inputs = tuple(value.name for value in self._session.get_inputs())
         self.outputs = tuple(value.name for value in self._session.get_outputs())
 
-    def __call__(self, *inputs: Array) -> tuple[Array, ...]:
+    def __call__(self, /, *inputs: Array, **named: Array) -> tuple[Array, ...]:
         """Run once.
 
         Raises:
             LoweringError: an input does not fit, or a kernel fails.
         """
-        if len(inputs) != len(self.inputs):
+        names = self.inputs[len(inputs) :]
+        if len(inputs) > len(self.inputs) or named.keys() != {*names}:
+            given = f"{len(inputs)} in order" + (f" and {', '.join(named)} by name" if named else "")
             raise LoweringError(
-                f"The artifact takes {len(self.inputs)} inputs ({', '.join(self.inputs)}), {len(inputs)} were given."
+                f"The artifact takes {len(self.inputs)} inputs ({', '.join(self.inputs)}), given were {given}."
             )
-        return tuple(self._run(None, inputs))
+        return tuple(self._run(None, (*inputs, *(named[name] for name in names))))
 
     def named(self, outputs: Sequence[str], inputs: Sequence[Array]) -> dict[str, Array]:
         """Run once and return some outputs by name."""
@@ -186,5 +188,6 @@ def _bytes_of(model: Path | bytes) -> int:
 
 
 def _reason(err: Exception) -> str:
-    said = first_line(err)
+    said = " ".join(str(err).split()).removesuffix(" Please fix either the inputs/outputs or the model.")
+    said = cut(said.rstrip("."))
     return said.split(" : ", 3)[-1] if said.startswith("[ONNXRuntimeError]") else said

@@ -6,6 +6,8 @@ What can is refused: integers for a float input are usually images that someone 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from graphopt.data.input_spec import Spec
@@ -36,7 +38,15 @@ def describe(spec: Spec) -> str:
     return f"{'x'.join(sizes) if spec.shape else 'a single number'} {_name(spec.dtype)}"
 
 
-def check_shape(found: tuple[int, ...], dtype_name: str, spec: Spec, where: str, *, is_batch: bool) -> None:
+def check_shape(
+    found: tuple[int, ...],
+    dtype_name: str,
+    spec: Spec,
+    where: str,
+    *,
+    is_batch: bool,
+    beside: Iterable[tuple[tuple[int, ...], Spec]],
+) -> None:
     """Compare the shape of data, known before any of it is read, with what an input takes.
 
     Args:
@@ -45,6 +55,7 @@ def check_shape(found: tuple[int, ...], dtype_name: str, spec: Spec, where: str,
         spec: What the model takes; its first axis counts samples and is not compared.
         where: The origin of the data, for messages.
         is_batch: Whether the data is one of the batches that are gone through.
+        beside: The shapes of the data of all inputs, with what those take.
 
     Raises:
         DataError: Rank or a size does not fit.
@@ -62,10 +73,12 @@ def check_shape(found: tuple[int, ...], dtype_name: str, spec: Spec, where: str,
     elif other := [n for n, want in enumerate(expected) if n and isinstance(want, int) and want != found[n]]:
         advice = "Resize or transpose the data"
         if len(other) == 1:
-            advice += (
-                f", or let that axis vary where the model is captured: --dynamic {spec.name}:{other[0]}, or "
-                f'dynamic_shapes={{"{spec.name}": {{{other[0]}: "length"}}}}'
-            )
+            axis = slice(other[0], other[0] + 1)
+            change = expected[axis], found[axis]
+            names = [one.name for had, one in beside if (tuple(one.shape)[axis], had[axis]) == change]
+            options = " ".join(f"--dynamic {name}:{other[0]}" for name in names)
+            shapes = ", ".join(f'"{name}": {{{other[0]}: "length"}}' for name in names)
+            advice += f", or let that axis vary where the model is captured: {options}, or dynamic_shapes={{{shapes}}}"
         if len(found) == 4 and found[1:] == (*expected[2:], expected[1]):
             advice = "The channels come last; move them with `x.transpose(0, 3, 1, 2)`"
     else:

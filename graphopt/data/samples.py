@@ -164,8 +164,10 @@ class Samples:
             raise DataError(f"A batch of {size} samples is empty; ask for at least 1.")
         left = limit
         for bound in self._bound():
-            for column, spec in zip(bound.inputs, self._specs or (), strict=self._specs is not None):
-                check_shape(column.shape, column.dtype_name, spec, bound.where, is_batch=bound.is_batch)
+            pairs = list(zip(bound.inputs, self._specs or (), strict=self._specs is not None))
+            beside = [(column.shape, spec) for column, spec in pairs]
+            for column, spec in pairs:
+                check_shape(column.shape, column.dtype_name, spec, bound.where, is_batch=bound.is_batch, beside=beside)
             stop = bound.count if left is None else min(bound.count, left)
             for start in range(0, stop, size):
                 end = min(start + size, stop)

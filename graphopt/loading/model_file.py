@@ -15,7 +15,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from graphopt.errors import LoadError, UsageError, cut, foreign_code, printable
-from graphopt.files import check_against_manifest, read_file
+from graphopt.files import MANIFEST, check_against_manifest, read_file
 from graphopt.loading.archive import Archive
 from graphopt.loading.contents import FileKind, identify
 from graphopt.loading.exported import load_archive, load_exported
@@ -94,7 +94,7 @@ def load_model(
     """
     if factory is not None:
         if path is not None and weights is not None:
-            raise UsageError("With `--factory` give the weights once: as the model path or as the weights option.")
+            raise UsageError("With `--factory` give the weights once: as the model path, or with --weights.")
         return _load_from_factory(factory, path if path is not None else weights, trust)
     if weights is not None:
         raise UsageError("Weights alone are not a model: add `--factory package.module:function`.")
@@ -134,6 +134,9 @@ def _read(path: Path) -> bytes:
         hint = f" Did you mean `{folder / near[0]}`?" if near else ""
         raise LoadError(f"There is no file `{path}`.{hint}") from err
     except IsADirectoryError as err:
+        if (path / MANIFEST).is_file():
+            program = next(iter(sorted(path.glob("program*.pt2"))), path / "program.pt2")
+            raise LoadError(f"`{path}` is the folder of a result, not a model file; give `{program}`.") from err
         raise LoadError(
             f"`{path}` is a directory, not a model file; give a file in it, or `--factory "
             "package.module:function` with a function that builds the model from it."

@@ -22,9 +22,9 @@ TARGET_NAME = "[A-Za-z0-9_-]+"  # files bear the names of targets
 
 
 class Session(Protocol):
-    """A loaded artifact: called with one array per input, returns one array per output, in order."""
+    """A loaded artifact: called with one array per input, in order or by name, returns one per output, in order."""
 
-    def __call__(self, *inputs: Array) -> tuple[Array, ...]:
+    def __call__(self, /, *inputs: Array, **named: Array) -> tuple[Array, ...]:
         """Run once."""
 
 

@@ -267,9 +267,14 @@ class TestSession:
 
     def test_inputs_that_do_not_fit(self, resnet: tuple[Program, Artifact]) -> None:
         session = resnet[1].session()
-        with pytest.raises(LoweringError, match=r"takes 1 inputs \(x\), 2 were given"):
+        with pytest.raises(LoweringError, match=r"takes 1 inputs \(x\), given were 2 in order"):
             session(np.zeros(1), np.zeros(1))
-        with pytest.raises(LoweringError, match=r"fails on inputs x: 1x2x16x16: .*Got invalid dimensions"):
+        with pytest.raises(LoweringError, match=r"takes 1 inputs \(x\), given were 0 in order and y by name"):
+            session(y=np.zeros(1))
+        with pytest.raises(LoweringError, match=r"given were 1 in order and x by name"):
+            session(np.zeros(1), x=np.zeros(1))
+        shape = r"fails on inputs x: 1x2x16x16: Got invalid dimensions for input: x .* index: 1 Got: 2 Expected: 3$"
+        with pytest.raises(LoweringError, match=shape):
             session(np.zeros((1, 2, 16, 16), np.float32))
 
     def test_recorded_options_reach_the_runtime(self) -> None:

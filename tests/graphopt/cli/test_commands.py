@@ -83,6 +83,20 @@ def test_the_artifact_runs_without_graphopt(files: Files, built: Built) -> None:
     assert "import graphopt" not in script.read_text()
 
 
+@pytest.mark.parametrize(("word", "code"), [("--help", 0), ("x.npy", 1)])
+def test_the_script_says_how_it_is_called(files: Files, built: Built, word: str, code: int) -> None:
+    built("model.graphopt")
+    command = [sys.executable, "-B", "model.graphopt/run.py", word]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=files.folder)
+    assert (done.returncode, done.stderr) == (code, "")
+    assert "python run.py [NAME=ARRAY.npy ...]" in done.stdout
+
+
+def test_it_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "graphopt", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{importlib.metadata.version('graphopt')}\n"
+
+
 def test_same_input_same_bytes_and_replay(files: Files, built: Built) -> None:
     for folder in ("model.graphopt", "two"):
         built(folder)

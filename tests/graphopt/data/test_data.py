@@ -245,6 +245,11 @@ def test_count(files: Path) -> None:
         ({"x": X[:, 0]}, [SPEC_X], "takes Nx2x3 float32, but the data has Nx3 float32. The first axis must count"),
         ({"x": X[..., None, None]}, [SPEC_X], "Reshape the data to 3 axes"),
         ({"x": X[:, :, :2]}, [SPEC_X], "let that axis vary where the model is captured: --dynamic x:2, or dynamic"),
+        (
+            {"x": X[:, :, :2], "y": X[:, 0, :2, None], "z": X[:, :, :2]},
+            [SPEC_X, InputSpec("y", (1, 2, 3), torch.float32), InputSpec("z", (1, 2, 3), torch.float32)],
+            '--dynamic x:2 --dynamic z:2, or dynamic_shapes={"x": {2: "length"}, "z": {2: "length"}}.',
+        ),
         ({"x": X.transpose(1, 2)}, [SPEC_X], "takes Nx2x3 float32, but the data has Nx3x2 float32. Resize"),
         ({"x": torch.ones(2, 8, 9, 3)}, [InputSpec("x", (1, 3, 8, 9))], "move them with `x.transpose(0, 3, 1, 2)`"),
         ({"x": X.to(torch.uint8)}, [SPEC_X], "has uint8: whether they must be scaled"),

@@ -8,6 +8,7 @@ import enum
 import io
 import json
 import os
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -387,6 +388,14 @@ def test_factories_that_fail(factories: str, function: str, kind: type[Exception
     assert reason in str(caught.value)
 
 
+def test_the_folder_of_a_result(tmp_path: Path) -> None:
+    for name in ("manifest.json", "program.onnxruntime.pt2", "program.tensorrt.pt2"):
+        (tmp_path / name).touch()
+    said = f"`{tmp_path}` is the folder of a result, not a model file; give `{tmp_path}/program.onnxruntime.pt2`."
+    with pytest.raises(LoadError, match=re.escape(said)):
+        load_model(tmp_path)
+
+
 @pytest.mark.parametrize("text", ["no_such_module_anywhere:build", "models/net.py:build", "justaname"])
 def test_factories_that_are_not_found(text: str) -> None:
     with pytest.raises(UsageError):
@@ -394,7 +403,7 @@ def test_factories_that_are_not_found(text: str) -> None:
 
 
 def test_arguments_that_contradict(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="give the weights once"):
+    with pytest.raises(UsageError, match=r"give the weights once: as the model path, or with --weights"):
         load_model(tmp_path / "a", factory="m:f", weights=tmp_path / "b")
     with pytest.raises(UsageError, match="Weights alone"):
         load_model(weights=tmp_path / "b")
