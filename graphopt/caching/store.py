@@ -74,7 +74,7 @@ class Store:
             home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         except RuntimeError:  # a user without a home
             return None if said is None else cls(Path(said))
-        return cls(Path(said) if said else home / "graphopt")
+        return cls(Path(said).expanduser() if said else home / "graphopt")
 
     def entries(self, key: str) -> Iterator[tuple[CacheEntry, Mapping[str, torch.Tensor]]]:
         """Yield what is kept under a key, with its tensors; what is damaged goes."""
@@ -98,7 +98,8 @@ class Store:
             logger.info("A plan with %d bytes of tensors is not kept: the cache holds %d.", size, self.most)
             return False
         try:
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if not self.folder.exists():
+                self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             if not self._usable():
                 return False
             with ScratchDirectory(self.folder) as scratch:
@@ -145,10 +146,14 @@ class Store:
             status = os.stat(self.folder)
         except OSError:
             return False
+        other = f"another folder in the environment variable {PLACE}"
+        if not stat.S_ISDIR(status.st_mode):
+            _say_once(f"The cache {self.folder} is a file, not a folder, and not used. Name {other}.")
+            return False
         if status.st_uid != os.getuid() or status.st_mode & 0o077:
             _say_once(
-                f"The cache {self.folder} is open to others and not used. Make it yours alone (chmod 700), or name "
-                f"another folder in the environment variable {PLACE}."
+                f"The cache {self.folder} is open to others and not used. Make it yours alone (chmod 700), "
+                f"or name {other}."
             )
             return False
         return True

@@ -15,12 +15,13 @@ def command(clear: Annotated[bool, typer.Option("--clear", help="Remove all of i
     if store is None:
         print(f"nothing is kept: the environment variable {PLACE} is empty")
         return
+    entries, size = store.usage()
     if clear:
         store.clear()
-    entries, size = store.usage()
-    print(f"{store.folder}: {entries} entries, {size / 2**20:.1f} MB of at most {MOST / 2**20:,.0f} MB")
-    if entries:
+    done = " removed" if clear else f" of at most {MOST / 2**20:,.0f} MB"
+    print(f"{store.folder}: {entries} entries, {size / 2**20:.1f} MB{done}")
+    if entries and not clear:
         print(
             "`graphopt cache --clear` removes them; `optimize --no-cache` does without; "
-            f"{PLACE} in the environment names another folder, or none"
+            f"{PLACE} in the environment names another folder; empty, it keeps nothing"
         )

@@ -140,6 +140,20 @@ def test_a_folder_of_others_is_not_used(tmp_path: Path, caplog: pytest.LogCaptur
     assert "is open to others and not used. Make it yours alone (chmod 700)" in caplog.text
 
 
+@pytest.mark.parametrize("mode", [0o644, 0o700])
+def test_a_file_in_its_place(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: int
+) -> None:
+    place = tmp_path / "cache"
+    place.touch(mode=mode)
+    monkeypatch.setenv("GRAPHOPT_CACHE", str(place))
+    assert found(Store(place)) == []
+    assert not Store(place).add(KEY, ENTRY, {})
+    assert run(["cache"]) == run(["cache", "--clear"]) == 0
+    (record,) = caplog.records
+    assert record.message.startswith(f"The cache {place} is a file, not a folder, and not used. Name another folder")
+
+
 def test_what_was_not_used_for_longest_goes_first(tmp_path: Path) -> None:
     store = Store(tmp_path / "cache", most=12_000)
     keys = [f"{index:064x}" for index in range(8)]
@@ -165,6 +179,8 @@ def test_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert Store.of_user() == Store(tmp_path / ".cache" / "graphopt")
+    monkeypatch.setenv("GRAPHOPT_CACHE", "~/mine")
+    assert Store.of_user() == Store(tmp_path / "mine")
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,8 +191,9 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
     (tmp_path / "cache" / "of the user.txt").write_text("stays")
     assert run(["cache"]) == 0
     assert "cache: 1 entries" in capsys.readouterr().out
+    taken = f"{Store(tmp_path / 'cache').usage()[1] / 2**20:.1f} MB"
     assert run(["cache", "--clear"]) == 0
-    assert "cache: 0 entries" in capsys.readouterr().out
+    assert capsys.readouterr().out.endswith(f"cache: 1 entries, {taken} removed\n")
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["of the user.txt"]
     monkeypatch.setenv("GRAPHOPT_CACHE", "")
     assert run(["cache"]) == 0
