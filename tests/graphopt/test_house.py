@@ -100,6 +100,7 @@ FLOORS = (
     ("ir",),
 )
 ALONE = (
+    "__main__",
     "errors",
     "files",
     "testing",
