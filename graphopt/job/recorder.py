@@ -62,7 +62,8 @@ class Recorder(Hook):
         """Return what is measured of a program, found in the cache where all that it is measured with has a digest."""
         if self.cache is None or self._by is None:
             return self._measured(program)
-        return row_from_json(self.cache.measured(program, self._by, lambda: row_to_json(self._measured(program))))
+        found = self.cache.measured(program, self._by, lambda: row_to_json(self._measured(program)), row_from_json)
+        return row_from_json(found)
 
     def _measured(self, program: Program) -> Row:
         error = None if program is self.original else self.probe.measure(program.call_flat, declared=program.outputs)

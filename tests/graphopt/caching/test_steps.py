@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import importlib.metadata
 import itertools
+import json
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -433,6 +435,17 @@ def test_what_is_measured_is_checked_where_it_is_found(tmp_path: Path) -> None:
     store = Store(tmp_path / "cache")
     for made, expected in (({}, {}), ({"cost": 1}, {"cost": 1}), ({"cost": 2}, {"cost": 1})):
         assert StepCache(Memory(), store).measured(CAPTURED, "", lambda made=made: made, check) == expected
+
+
+def test_entries_whose_content_is_of_another_form_are_made_anew(plugin: Path, tmp_path: Path) -> None:
+    first = run(plugin)
+    for file in (tmp_path / "cache").glob("*.json"):
+        text = json.dumps(json.loads(file.read_text()) | {"content": {}}).encode()
+        file.unlink()
+        file.with_name(f"{file.name[:64]}-{hashlib.sha256(text).hexdigest()}.json").write_bytes(text)
+    again = run(plugin)
+    assert asked(plugin) == 2
+    assert again.report.rows[-1].error == first.report.rows[-1].error
 
 
 def test_tensors_of_a_plan_are_as_they_are_stored() -> None:
