@@ -26,6 +26,7 @@ from graphopt.passes.quantization.placement import Placement, place
 from graphopt.passes.quantization.plan import Form, Int8Plan, LayerRecord, ValueRecord, stored_name
 from graphopt.passes.quantization.prepare import respell, spellings
 from graphopt.passes.quantization.rewrite import Rewriter
+from graphopt.passes.quantization.tables import quantize_tables, read_integers
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.pass_base import Pass
 from graphopt.quantization.formats import IntegerFormat
@@ -56,6 +57,7 @@ class Int8(Pass[Int8Options, Int8Plan]):
     2. Operators between them (add, mul, concatenation, pooling) follow where that keeps a chain in integers.
     3. Operators that only move values (reshape, slice, pad) run on the stored integers.
     4. Activations that the integer range clamps anyway (ReLU, ReLU6 in front of an unsigned quantization) are dropped.
+    5. Embedding tables are stored as integers, a scale for each row; what is read of them is float again.
 
     Refused: operators without an integer kernel on the target, weights computed at run time, values that are not
     float32, have no elements or are written in place, what `skip` names.
@@ -75,23 +77,26 @@ class Int8(Pass[Int8Options, Int8Plan]):
         prepared, originals = _prepared(program, respelled)
         gm = prepared.graph_module
         placement = place(gm, target, self.options.skip)
+        tables, tensors, float_tables = quantize_tables(gm, target, self.options.skip)
+        refusals = [*placement.refusals, *float_tables]
         if not placement.sites:
-            return self.new_plan(sites=(), refusals=placement.refusals)
+            sites = [table["site"] for table in tables]
+            return self.new_plan(sites=sites, refusals=refusals, tensors=tensors, tables=tuple(tables))
         calibration = Calibration.of(
             ctx, program, self.name, limit=self.options.samples, batch_size=self.options.batch_size
         )
         scales = self._choose_scales(placement, gm, calibration, originals, target)
         values = _value_records(placement, gm, scales, self.options.observer)
-        layers, tensors = self._quantize_layers(placement, gm, calibration, originals, scales, target)
-        tensors.update(_constants(values, gm))
+        layers, integers = self._quantize_layers(placement, gm, calibration, originals, scales, target)
         return self.new_plan(
-            sites=[site.node.name for site in placement.sites],
-            refusals=placement.refusals,
-            tensors=tensors,
+            sites=[*(table["site"] for table in tables), *(site.node.name for site in placement.sites)],
+            refusals=refusals,
+            tensors={**tensors, **integers, **_constants(values, gm)},
             respelled=respelled,
             values=tuple(values),
             layers=tuple(layers),
             dropped=tuple(node.name for node in placement.dropped),
+            tables=tuple(tables),
         )
 
     def apply(self, program: Program, plan: Int8Plan) -> Program:
@@ -99,6 +104,7 @@ class Int8(Pass[Int8Options, Int8Plan]):
         prepared, _ = _prepared(program, plan.respelled)
         editor = Editor(prepared.graph_module, self.name)
         Rewriter(editor, plan).run()
+        read_integers(editor, plan.tables, plan.tensors)
         return prepared.with_graph(editor.finish())
 
     def _choose_scales(

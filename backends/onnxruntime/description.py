@@ -42,11 +42,14 @@ _MOVES = tuple(
     )
 )  # fmt: skip
 
+_WEIGHT = IntegerFormat("int8", symmetric=True, low=-127, high=127, granularity="channel")
+
 DESCRIPTION = TargetDescription(
     name="onnxruntime",
     opset=20,
     activation=IntegerFormat("uint8", symmetric=False, low=0, high=255),
-    weight=IntegerFormat("int8", symmetric=True, low=-127, high=127, granularity="channel"),
+    weight=_WEIGHT,
+    table=_WEIGHT,
     operators=(*_CONVOLUTIONS, *_PRODUCTS, *_JOINS, *_SAME_SCALE, *_MOVES),
     channel_multiple=16,  # NCHWc and VNNI kernels work on blocks of 16 channels
     rank_multiple=16,

@@ -79,6 +79,7 @@ class TargetDescription:
         channel_multiple: channel counts the runtime's kernels like best.
         rank_multiple: the same for the inner size of factorised layers.
         sparsity: the pattern of sparse weights that has kernels, None for no such kernels.
+        table: integer format of embedding tables whose rows become floating when they are read, None for none.
     """
 
     name: str
@@ -89,6 +90,7 @@ class TargetDescription:
     channel_multiple: int = 1
     rank_multiple: int = 1
     sparsity: SparseFormat | None = None
+    table: IntegerFormat | None = None
     notes: tuple[str, ...] = field(default=())
 
     def rule(self, operator: str) -> OperatorRule | None:

@@ -48,6 +48,13 @@ class LayerRecord(TypedDict):
     bias_dtype: Literal["float", "int32"]
 
 
+class TableRecord(TypedDict):
+    """A read of an embedding table: the plan holds integers under `weight`, scales of rows under `WEIGHT_scale`."""
+
+    site: str
+    weight: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Int8Plan(Plan):
     """Placement, scales and weights.
@@ -57,12 +64,14 @@ class Int8Plan(Plan):
         values: every value that is stored as integers, in graph order.
         layers: every layer whose weight is, in graph order.
         dropped: activations left out because the integer range clamps the same.
+        tables: every read of an embedding table that is stored as integers, in graph order.
     """
 
     respelled: Mapping[str, str] = field(default_factory=dict)
     values: tuple[ValueRecord, ...] = ()
     layers: tuple[LayerRecord, ...] = ()
     dropped: tuple[str, ...] = ()
+    tables: tuple[TableRecord, ...] = ()
 
 
 def stored_name(node: str, what: str) -> str:

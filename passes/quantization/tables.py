@@ -1,0 +1,116 @@
+"""Embedding tables as integers, each row with a scale of its own.
+
+    embedding(w, ids)    ->    to(embedding(w_int, ids), float32) * embedding(s, ids)        s = max|row of w| / 127
+
+A row becomes floating when it is read: what is computed stays float, and the table takes a quarter of its bytes.
+
+Refused: tables that are small, computed at run time, not float32 or written to, whose values rounding would change too
+much; targets that read no integers by rows; what `skip` names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, fx
+
+from graphopt.ir.aliasing import Storages
+from graphopt.ir.editor import Editor
+from graphopt.ir.finite import all_finite
+from graphopt.ir.graph import constant
+from graphopt.ir.provenance import module_path
+from graphopt.passes.quantization.plan import TableRecord
+from graphopt.pipeline.plan import Refusal
+from graphopt.quantization.formats import IntegerFormat
+from graphopt.quantization.qparams import quantize_weight, weight_scales
+from graphopt.targets.description import TargetDescription
+
+aten = torch.ops.aten
+
+_SMALLEST = 1 << 16  # bytes; less is not worth three more operators
+_LEAST_SQNR = 30.0  # dB; rows of a normal distribution have 40
+
+
+def quantize_tables(
+    gm: fx.GraphModule, target: TargetDescription, skip: Sequence[str]
+) -> tuple[list[TableRecord], dict[str, Tensor], list[Refusal]]:
+    """Return a record for each read of a table, the integers and scales by name, and what stays float.
+
+    Args:
+        gm: the graph.
+        target: what the runtime can do.
+        skip: glob patterns of module paths or node names to leave float.
+    """
+    storages = Storages(gm.graph)
+    records: list[TableRecord] = []
+    tensors: dict[str, Tensor] = {}
+    refusals: list[Refusal] = []
+    for node in gm.graph.find_nodes(op="call_function", target=aten.embedding.default):
+        source, weight = node.args[0], constant(node.args[0], gm)
+        if weight is not None and weight.nbytes < _SMALLEST:
+            continue
+        reason = _why_not(node, weight, target.table, storages, skip)
+        name = f"{source.target}_rows"
+        if not reason and weight is not None and target.table is not None and name not in tensors:
+            scales = weight_scales(weight.detach(), target.table, 0)
+            integers = quantize_weight(weight.detach(), scales, target.table, 0)
+            ratio = _sqnr(weight.detach(), integers, scales)
+            if ratio < _LEAST_SQNR:
+                reason = f"8 bits a row leave it {ratio:.0f} dB, {_LEAST_SQNR:.0f} are wanted", "8 bits are too few"
+            else:
+                tensors |= {name: integers, f"{name}_scale": scales.unsqueeze(1)}
+        if reason:
+            refusals.append(Refusal(node.name, *reason))
+        else:
+            records.append(TableRecord(site=node.name, weight=name))
+    return records, tensors, refusals
+
+
+def read_integers(editor: Editor, records: Iterable[TableRecord], tensors: Mapping[str, Tensor]) -> None:
+    """Let every call that a record names read the stored integers."""
+    nodes = {node.name: node for node in editor.graph.nodes}
+    for record in records:
+        node = nodes[record["site"]]
+        dtype = node.meta["val"].dtype
+        with editor.graph.inserting_before(node):
+
+            def rows(name: str, node: fx.Node = node) -> fx.Node:
+                editor.put(name, tensors[name])
+                table = editor.read(name, like=node.args[0], site=node.name)  # type: ignore[arg-type]
+                return editor.call(aten.embedding.default, table, *node.args[1:], like=node, site=node.name)
+
+            integers, scale = rows(record["weight"]), rows(f"{record['weight']}_scale")
+            real = editor.call(aten.to.dtype, integers, dtype, like=node, site=node.name)
+            result = editor.call(aten.mul.Tensor, real, scale, like=node, site=node.name)
+        editor.replace(node, result)
+
+
+def _why_not(
+    node: fx.Node, weight: Tensor | None, table: IntegerFormat | None, storages: Storages, skip: Sequence[str]
+) -> tuple[str, str] | None:
+    """Return why a table stays float, and the same without particulars; None if nothing is known."""
+    path = module_path(node)
+    pattern = next((p for p in skip if fnmatchcase(path, p) or fnmatchcase(node.name, p)), None)
+    if pattern is not None:
+        return f"left float as asked (skip={pattern})", "left float as asked"
+    if weight is None:
+        return "its table is computed at run time", ""
+    if not weight.is_floating_point():
+        return "it is quantized already", ""
+    if weight.dtype is not torch.float32:
+        return f"its table is {str(weight.dtype).removeprefix('torch.')}, not float32", "its table is not float32"
+    if writers := storages.writes(node.args[0]):  # type: ignore[arg-type]
+        return f"`{writers[0].name}` writes to its table", "written in place"
+    if not all_finite(weight):
+        return "its table holds NaN or infinite values", ""
+    return None if table is not None else ("the target reads no stored integers by rows", "")
+
+
+def _sqnr(weight: Tensor, integers: Tensor, scales: Tensor) -> float:
+    """Return the power of a table's values over that of what rounding changes, in dB."""
+    noise = float((integers * scales.unsqueeze(1) - weight).square().sum(dtype=torch.float64))
+    signal = float(weight.square().sum(dtype=torch.float64))
+    return 10 * math.log10(signal / noise) if noise and signal else math.inf
