@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
@@ -217,7 +218,7 @@ class Job:
             seen = "chose by" if self._split.held_out else "may have fitted"
             report.notes.append(f"data: too few samples to keep some unseen: errors are taken on what passes {seen}")
         checks = [FullCheck()] if check == "full" else []
-        kept = StepCache(self._memory, Store.of_user()) if self.cache else None
+        kept = self._step_cache()
         if kept is not None:
             ctx = kept.reads.watch(ctx)
         recorder = Recorder(report, self.original, self._probe, self.metric, kept)
@@ -333,8 +334,11 @@ class Job:
 
     @functools.cached_property
     def _row(self) -> Row:
-        value = self.metric(self.original) if self.metric else None
-        return Row("original", cost=cost(self.original), metric=value)
+        recorder = Recorder(Report(self.name, ""), self.original, self._probe, self.metric, self._step_cache())
+        return dataclasses.replace(recorder.known(self.original), label="original")
+
+    def _step_cache(self) -> StepCache | None:
+        return StepCache(self._memory, Store.of_user()) if self.cache else None
 
     @functools.cached_property
     def _probe(self) -> Probe:

@@ -55,10 +55,10 @@ class Recorder(Hook):
         self.report.rows.append(self._row(label, target, after, seconds, plan.summary()))
 
     def _row(self, label: str, target: str, program: Program, seconds: float | None, summary: str) -> Row:
-        row = self._known(program)
+        row = self.known(program)
         return dataclasses.replace(row, label=label, target=target, seconds=seconds, summary=summary)
 
-    def _known(self, program: Program) -> Row:
+    def known(self, program: Program) -> Row:
         """Return what is measured of a program, found in the cache where all that it is measured with has a digest."""
         if self.cache is None or self._by is None:
             return self._measured(program)

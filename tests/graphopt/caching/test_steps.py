@@ -29,6 +29,7 @@ from graphopt.data import Samples
 from graphopt.errors import PassError
 from graphopt.ir.program import Program
 from graphopt.job.job import Job, Outcome
+from graphopt.measure.evaluate import Evaluator
 from graphopt.pipeline.order import Step
 from graphopt.pipeline.pipeline import Pipeline
 from graphopt.pipeline.plan import Plan
@@ -137,6 +138,23 @@ def test_a_plan_is_made_once(plugin: Path) -> None:
     assert not [note for note in first.report.notes if note.startswith("cache")]
     assert run(plugin, cache=False).report.rows[-1].error == first.report.rows[-1].error
     assert asked(plugin) == 2
+
+
+def test_what_is_judged_by_data_is_judged_once(plugin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The original too; a function of the user's may answer anything, and is asked again."""
+    judged: list[int] = []
+    call = Evaluator.__call__
+    monkeypatch.setattr(Evaluator, "__call__", lambda self, model: (judged.append(1), call(self, model))[1])
+    labels = torch.arange(len(X)) % 2
+    rows = [run(plugin, evaluation=(X, labels)).report.rows for _ in range(2)]
+    assert len(judged) == 2
+    assert [row.metric for row in rows[0]] == [row.metric for row in rows[1]]
+    run(plugin, evaluation=(X, 1 - labels))
+    run(plugin, evaluation=(X, labels), cache=False)
+    assert len(judged) == 6
+    for _ in range(2):
+        run(plugin, evaluation=lambda model: (judged.append(1), 0.5)[1])
+    assert len(judged) == 10
 
 
 def test_what_comes_after_a_changed_pass_is_made_again_and_what_comes_before_is_not(plugin: Path) -> None:
