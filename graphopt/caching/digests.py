@@ -22,6 +22,7 @@ from torch import fx
 from graphopt.axes.registry import built_in_rules, find
 from graphopt.caching.sources import is_ours, sources_of
 from graphopt.ir.contents import content
+from graphopt.ir.ownership import memory_key, storage_key
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import origin, user_line
 from graphopt.ir.regions import every_graph_module
@@ -78,11 +79,14 @@ def of_program(program: Program) -> str:
         for body in every_graph_module(program.graph_module)
     ]
     gm = program.graph_module
-    first: dict[int, str] = {}
+    storages, first = dict[Any, int](), dict[Any, str]()
     held = []
     for name, tensor in (*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)):
-        known = first.setdefault(id(tensor), name)  # a tied one is read once
-        held.append((name, known, type(tensor).__name__, tensor.requires_grad, tensor if known == name else None))
+        storage, memory = storage_key(tensor), memory_key(tensor)
+        known = first.setdefault(memory, name)  # a tied one is read once
+        place = storages.setdefault(storage, len(storages)), memory[len(storage) :]  # what shares memory, and how
+        own = type(tensor).__name__, tensor.requires_grad, tensor if known == name else None
+        held.append((name, first.setdefault(id(tensor), name), place, own))
     examples, structure = pytree.tree_flatten((program.example_args, dict(program.example_kwargs)))
     returned = program.graph.output_node().args
     return digest_of(graphs, str(returned), held, program.inputs, program.outputs, examples, str(structure))

@@ -15,7 +15,8 @@ def memory_key(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Return what two tensors have in common iff they are the same elements in the same order."""
     if not _has_memory(tensor):
         return (id(tensor),)
-    return (*storage_key(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+    view = tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+    return (*storage_key(tensor), *view, tensor.is_conj(), tensor.is_neg())
 
 
 def storage_key(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -25,6 +25,7 @@ from graphopt.axes import registry
 from graphopt.caching import digests
 from graphopt.caching.steps import Memory, StepCache
 from graphopt.caching.store import Store
+from graphopt.capturing.load import with_data
 from graphopt.data import Samples
 from graphopt.errors import PassError
 from graphopt.ir.program import Program
@@ -473,6 +474,73 @@ def test_tensors_of_a_plan_are_as_they_are_stored() -> None:
     assert len({tensor.untyped_storage().data_ptr() for tensor in plan.tensors.values()}) == 4
     assert all(tensor.is_contiguous() for tensor in plan.tensors.values())
     assert torch.equal(plan.tensors["c"], one.t())
+
+
+class Pair(nn.Module):
+    """Two layers of one size, whose weights are equal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
+        self.second.weight = nn.Parameter(self.first.weight.data.clone())
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.second(self.first(input).relu())
+
+
+def tied(pair: Pair) -> None:
+    pair.second.weight = pair.first.weight
+
+
+def one_memory(pair: Pair) -> None:
+    pair.second.weight = nn.Parameter(pair.first.weight.data)
+
+
+def one_storage(pair: Pair) -> None:
+    flat = torch.cat([weight.data.flatten() for weight in pair.parameters()])
+    pair.first.weight.data, pair.second.weight.data = flat.view(2, 6, 6)
+
+
+def one_storage_the_other_way_round(pair: Pair) -> None:
+    flat = torch.cat([weight.data.flatten() for weight in pair.parameters()])
+    pair.second.weight.data, pair.first.weight.data = flat.view(2, 6, 6)
+
+
+def other_strides(pair: Pair) -> None:
+    pair.second.weight.data = pair.second.weight.data.t().contiguous().t()
+
+
+LAYOUTS = (lambda pair: None, tied, one_memory, one_storage, one_storage_the_other_way_round, other_strides)
+
+
+def test_programs_whose_tensors_share_memory_in_other_ways_have_other_digests() -> None:
+    """What is one axis, and what may be pruned at all, follows from it."""
+    found = []
+    for arrange in (*LAYOUTS, one_storage):
+        pair = Pair().eval()
+        arrange(pair)
+        found.append(digests.of_program(with_data(pair, X[:2], share_tensors=True)[0]))
+    assert len(set(found)) == len(LAYOUTS)
+    assert found.index(found[-1]) == LAYOUTS.index(one_storage)
+
+
+@pytest.mark.parametrize("arranged", [(one_memory, None), (None, one_storage), (one_storage, None)])
+def test_plans_of_shared_weights_are_not_those_of_unshared_ones(
+    plugin: Path, arranged: tuple[Callable[[Pair], None] | None, ...]
+) -> None:
+    for arrange in arranged:
+        models = []
+        for _ in range(2):
+            pair = Pair().eval()
+            if arrange is not None:
+                arrange(pair)
+            models.append(pair)
+        found, fresh = (
+            graphopt.optimize(model, X, passes="prune:ratio=0.5:round_to=1", lower=False, target=None, cache=cache)
+            for model, cache in zip(models, (True, False), strict=True)
+        )
+        assert found.plans[0].to_json() == fresh.plans[0].to_json()
 
 
 def test_digests_tell_values_apart() -> None:
