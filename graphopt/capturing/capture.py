@@ -127,7 +127,7 @@ def from_module(
     for node in gm.graph.nodes:
         if node.op == "call_function" and not node.users:
             node.meta.setdefault("val", None)  # a file has no value for a check (torch 2.13), a trace has None
-    record_capture(gm.graph)
+    record_capture(gm)
     axes = AxisNames(leaf_shapes or [])
     inputs = _input_specs(gm, axes, tuple(args), dict(kwargs))
     outputs = _output_specs(gm, axes, Names(spec.name for spec in inputs))

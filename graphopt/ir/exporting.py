@@ -117,12 +117,14 @@ def _export(program: Exportable, gm: fx.GraphModule) -> Exported:
                 "ran last; `graphopt optimize --check full` names it."
             ) from err
     sources = {}
-    for node in again.graph.nodes:
+    for node in (node for module in every_graph_module(again.graph_module) for node in module.graph.nodes):
         notes = custom_notes(node)
         if _SOURCE in notes:
-            sources[node.name] = notes.pop(_SOURCE)
+            source = notes.pop(_SOURCE)
             node.meta["custom"] = notes
-    drop_process_traces(again.graph)
+            if node.graph is again.graph:
+                sources[node.name] = source  # what is in a body has the name of the call that holds it
+    drop_process_traces(again.graph_module)
     return Exported(again, sources)
 
 

@@ -14,9 +14,12 @@ from typing import Any
 from torch import fx
 
 from graphopt.ir.operators import short_name
+from graphopt.ir.regions import every_graph_module
 
 _KEY = "graphopt"
 _EXPORTED_AGAIN = re.compile("^(L__self__)+")  # what keys of a module stack start with: one more for each export
+_FRAMES = re.compile(r'^(?=\s*File ")', re.MULTILINE)
+_GENERATED = 'File "<eval_with_key>'  # code of a graph, numbered by how many the process has made
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,19 +63,22 @@ def record(node: fx.Node, value: Origin) -> None:
     node.meta["custom"] = {**custom_notes(node), _KEY: stored}
 
 
-def record_capture(graph: fx.Graph) -> None:
+def record_capture(gm: fx.GraphModule) -> None:
     """Give every freshly captured node its own origin; nodes that already carry one keep it."""
-    drop_process_traces(graph)
-    for node in graph.nodes:
+    drop_process_traces(gm)
+    for node in gm.graph.nodes:
         if node.op == "output" or origin(node) is not None:
             continue
         record(node, Origin(node.name, module_path(node), short_name(node)))
 
 
-def drop_process_traces(graph: fx.Graph) -> None:
+def drop_process_traces(gm: fx.GraphModule) -> None:
     """Remove what torch's exporter notes about this run of it: the same program must give the same bytes."""
-    for node in graph.nodes:
+    for node in (node for module in every_graph_module(gm) for node in module.graph.nodes):
         node.meta.pop("from_node", None)  # holds addresses
+        if trace := node.meta.pop("stack_trace", None):
+            written = "".join(frame for frame in _FRAMES.split(trace) if not frame.lstrip().startswith(_GENERATED))
+            node.meta.update({"stack_trace": written} if written else {})
         if "nn_module_stack" in node.meta:
             stack = node.meta["nn_module_stack"].items()
             node.meta["nn_module_stack"] = {_EXPORTED_AGAIN.sub(r"\1", key): module for key, module in stack}

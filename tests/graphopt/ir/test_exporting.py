@@ -11,6 +11,8 @@ from torch.export import ExportedProgram
 
 from graphopt import Program, capture, load
 from graphopt.ir.exporting import exported
+from graphopt.ir.provenance import user_line
+from graphopt.ir.regions import every_graph_module
 
 
 class Block(nn.Module):
@@ -91,3 +93,31 @@ def test_an_edit_in_a_branch_exports_anew() -> None:
     (sin,) = [node for branch in branches for node in branch.graph.nodes if node.target is torch.ops.aten.sin.default]
     sin.target = torch.ops.aten.cos.default
     assert exported(program) is not before
+
+
+def test_bodies_of_regions_hold_nothing_of_the_process_that_exported_them(tmp_path: Path) -> None:
+    """Neither addresses nor how many graphs it had generated code of: the same model gives the same bytes."""
+
+    class Regions(Block):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                y = self.conv(x).relu()
+            taken: torch.Tensor = torch.cond(x.sum() > 0, lambda y: y.relu() * 2, torch.tanh, (y.float(),))
+            return taken
+
+    torch.manual_seed(0)
+    model = Regions().eval()
+    one, two = (capture(model, torch.ones(2, 3, 6, 6)) for _ in range(2))
+    saved = [program.save(tmp_path / name) for program, name in ((one, "one.pt2"), (two, "two.pt2"))]
+    assert saved[0].read_bytes() == saved[1].read_bytes()
+    again = load(saved[0])
+    for program in (one, again):
+        graphs = every_graph_module(program.graph_module)
+        assert len(graphs) == 4
+        assert user_line(next(node for node in graphs[-1].graph.nodes if node.op == "call_function")).startswith(
+            __file__
+        )
+        for node in (node for graph in graphs for node in graph.graph.nodes):
+            assert "eval_with_key" not in node.meta.get("stack_trace", "")
+            assert not {"from_node", "graphopt.source"} & {*node.meta, *(node.meta.get("custom") or {})}
+    assert again.save(tmp_path / "again.pt2").read_bytes() == saved[0].read_bytes()
