@@ -87,11 +87,11 @@ class Int8(Pass[Int8Options, Int8Plan]):
         )
         scales = self._choose_scales(placement, gm, calibration, originals, target)
         values = _value_records(placement, gm, scales, self.options.observer)
-        layers, integers = self._quantize_layers(placement, gm, calibration, originals, scales, target)
+        layers, integers = self._quantize_layers(placement, gm, calibration, originals, scales, target, tensors)
         return self.new_plan(
             sites=[*(table["site"] for table in tables), *(site.node.name for site in placement.sites)],
             refusals=refusals,
-            tensors={**tensors, **integers, **_constants(values, gm)},
+            tensors={**integers, **_constants(values, gm)},
             respelled=respelled,
             values=tuple(values),
             layers=tuple(layers),
@@ -145,11 +145,12 @@ class Int8(Pass[Int8Options, Int8Plan]):
         originals: Mapping[str, str],
         scales: Mapping[fx.Node, QParams],
         target: TargetDescription,
+        tables: Mapping[str, Tensor],
     ) -> tuple[list[LayerRecord], dict[str, Tensor]]:
         sites = [(site, site.kernel.layer) for site in placement.sites if site.kernel.layer is not None]
         means = self._input_means([layer for _, layer in sites], calibration, originals)
         per_channel = self.options.weights == "channel"
-        quantizer = LayerQuantizer(gm, target.weight, per_channel=per_channel)
+        quantizer = LayerQuantizer(gm, target.weight, tables, per_channel=per_channel)
         layers = [
             quantizer.quantize(site, layer, scales[placement.root(layer.input)].scale, mean)
             for (site, layer), mean in zip(sites, means, strict=True)

@@ -37,11 +37,18 @@ class OwnWeightsPass(ir.passes.InPlacePass):
 
 
 def dequantizes_a_weight(node: ir.Node) -> bool:
-    """Whether a node dequantizes int8 that is stored in the model."""
+    """Whether a node dequantizes int8 that is stored in the model, the other way round perhaps."""
     if node.domain != "" or node.op_type != "DequantizeLinear":
         return False
     weight = node.inputs[_WEIGHT]
-    return weight is not None and weight.is_initializer() and weight.dtype == ir.DataType.INT8
+    return weight is not None and weight.dtype == ir.DataType.INT8 and _is_stored(weight)
+
+
+def _is_stored(value: ir.Value) -> bool:
+    producer = value.producer()
+    if producer is None or producer.op_type not in ("Transpose", "Reshape") or producer.inputs[0] is None:
+        return value.is_initializer()
+    return _is_stored(producer.inputs[0])
 
 
 def _copies_for_further_readers(graph: ir.Graph, node: ir.Node) -> list[ir.Node]:

@@ -10,6 +10,8 @@ equation 17, with measured means of the inputs.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, fx
 
@@ -17,7 +19,7 @@ from graphopt.ir.graph import constant, tensor_attribute
 from graphopt.passes.layers.weighted_call import WeightedCall
 from graphopt.passes.layers.weights import by_taps
 from graphopt.passes.quantization.placement import Site
-from graphopt.passes.quantization.plan import LayerRecord, stored_name
+from graphopt.passes.quantization.plan import LayerRecord, stored_name, table_name
 from graphopt.quantization.formats import IntegerFormat
 from graphopt.quantization.qparams import quantize_weight, weight_scales
 from graphopt.targets.description import OperatorRule
@@ -28,12 +30,23 @@ _INT32 = 2**31 - 1
 class LayerQuantizer:
     """Quantizes the layers of one program, weights that several layers share once."""
 
-    def __init__(self, gm: fx.GraphModule, integers: IntegerFormat, *, per_channel: bool) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, integers: IntegerFormat, tables: Mapping[str, Tensor], *, per_channel: bool
+    ) -> None:
+        """Prepare to quantize.
+
+        Args:
+            gm: the program's graph.
+            integers: how weights are stored.
+            tables: integers and scales of embedding tables, by name (see `quantize_tables`), which layers may share.
+            per_channel: whether scales differ along a weight's output channels.
+        """
         self._gm = gm
         self._integers = integers
         self._per_channel = per_channel
         self._stored: dict[tuple[str, int | None, bool], str] = {}
-        self.tensors: dict[str, Tensor] = {}
+        self._tables = tables
+        self.tensors: dict[str, Tensor] = dict(tables)
 
     def quantize(self, site: Site, layer: WeightedCall, input_scale: float, mean: Tensor | None) -> LayerRecord:
         """Quantize weight and bias of one layer.
@@ -87,10 +100,18 @@ class LayerQuantizer:
                 floor = (bias.detach().abs().double() / (x * _INT32 * 0.5)).float()
                 floor = floor.reshape(_sharing(layer), -1).amax(0)
                 scales = torch.maximum(scales, floor if axis is not None else floor.amax())
-            self.tensors[name] = quantize_weight(weight, scales, self._integers, axis)
-            self.tensors[f"{name}_scale"] = scales
+            if axis is not None and self._is_table(table_name(source), scales):
+                name = table_name(source)
+            else:
+                self.tensors[name] = quantize_weight(weight, scales, self._integers, axis)
+                self.tensors[f"{name}_scale"] = scales
             self._stored[key] = name
         return self._stored[key]
+
+    def _is_table(self, name: str, scales: Tensor) -> bool:
+        """Whether a table is stored under `name` with the same scales: its rows are a product's output channels."""
+        known = self._tables.get(f"{name}_scale")
+        return known is not None and torch.equal(known, scales)
 
     def _shift(
         self, layer: WeightedCall, name: str, weight: Tensor, axis: int | None, transposed: bool, mean: Tensor
@@ -101,7 +122,8 @@ class LayerQuantizer:
             shape = [1] * weight.dim()
             shape[axis] = -1
             scales = scales.reshape(shape)
-        rounded = self.tensors[name].double() * scales
+        integers = self.tensors[name]
+        rounded = (integers.t() if transposed and name in self._tables else integers).double() * scales
         change = by_taps(layer, (rounded.t() if transposed else rounded) - weight.double()).sum(3)
         return (change * mean.view(layer.groups, 1, -1)).sum(2).flatten()
 

@@ -36,7 +36,8 @@ class LayerRecord(TypedDict):
     """What becomes of one layer's weight and bias.
 
     `weight` and `bias` are names of new tensors; the plan holds `NAME` as well as `NAME_scale` for integers. `axis`:
-    of the stored weight, null for one scale. `transposed`: stored the other way round, for a product `x @ w`.
+    of the stored weight, null for one scale. `transposed`: stored the other way round, for a product `x @ w`; what is
+    stored for an embedding table that the layer shares is turned when it is read.
     """
 
     site: str
@@ -72,6 +73,11 @@ class Int8Plan(Plan):
     layers: tuple[LayerRecord, ...] = ()
     dropped: tuple[str, ...] = ()
     tables: tuple[TableRecord, ...] = ()
+
+
+def table_name(weight: str) -> str:
+    """Name the integers of an embedding table."""
+    return f"{weight}_rows"
 
 
 def stored_name(node: str, what: str) -> str:

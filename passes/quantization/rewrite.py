@@ -34,6 +34,7 @@ class Rewriter:
         self._graph = editor.graph
         self._tensors: Mapping[str, Tensor] = plan.tensors
         self._plan = plan
+        self._tables = {record["weight"] for record in plan.tables}
         self._nodes = {node.name: node for node in editor.graph.nodes}
         self._reads: dict[str, fx.Node] = {}
         self._takers: dict[str, fx.Node] = {}  # calls that took over the operands of a respelled layer
@@ -57,7 +58,8 @@ class Rewriter:
     def _rewrite_layer(self, layer: LayerRecord) -> None:
         node = self._nodes[layer["site"]]
         with self._graph.inserting_before(node):
-            weight = self._stored(layer["weight"], layer["axis"], node)
+            turned = layer["transposed"] and layer["weight"] in self._tables
+            weight = self._stored(layer["weight"], layer["axis"], node, turned=turned)
             bias = self._bias(layer, node)
         call = layer_call(node, self._editor.gm)
         assert call is not None  # the plan found it there
@@ -149,9 +151,11 @@ class Rewriter:
             self._put(stored_name(record["source"], "zero_point"), zero_point, like),
         )
 
-    def _stored(self, name: str, axis: int | None, like: fx.Node) -> fx.Node:
-        """Insert the dequantization of a stored tensor of the plan."""
+    def _stored(self, name: str, axis: int | None, like: fx.Node, *, turned: bool = False) -> fx.Node:
+        """Insert the dequantization of a stored tensor of the plan, of its transpose where it is `turned`."""
         integers = self._read(name, like)
+        if turned:
+            integers = self._editor.call(aten.t.default, integers, like=like, site=like.name)
         scale = self._read(f"{name}_scale", like)
         zero = torch.zeros(self._tensors[f"{name}_scale"].shape, dtype=self._tensors[name].dtype)
         zero_point = self._put(f"{name}_zero_point", zero, like)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -22,7 +23,8 @@ from graphopt.ir.editor import Editor
 from graphopt.ir.finite import all_finite
 from graphopt.ir.graph import constant
 from graphopt.ir.provenance import module_path
-from graphopt.passes.quantization.plan import TableRecord
+from graphopt.ir.torch_internals import OpOverload
+from graphopt.passes.quantization.plan import TableRecord, table_name
 from graphopt.pipeline.plan import Refusal
 from graphopt.quantization.formats import IntegerFormat
 from graphopt.quantization.qparams import quantize_weight, weight_scales
@@ -53,7 +55,7 @@ def quantize_tables(
         if weight is not None and weight.nbytes < _SMALLEST:
             continue
         reason = _why_not(node, weight, target.table, storages, skip)
-        name = f"{source.target}_rows"
+        name = table_name(str(source.target)) if isinstance(source, fx.Node) else ""
         if not reason and weight is not None and target.table is not None and name not in tensors:
             scales = weight_scales(weight.detach(), target.table, 0)
             integers = quantize_weight(weight.detach(), scales, target.table, 0)
@@ -61,7 +63,7 @@ def quantize_tables(
             if ratio < _LEAST_SQNR:
                 reason = f"8 bits a row leave it {ratio:.0f} dB, {_LEAST_SQNR:.0f} are wanted", "8 bits are too few"
             else:
-                tensors |= {name: integers, f"{name}_scale": scales.unsqueeze(1)}
+                tensors |= {name: integers, f"{name}_scale": scales}
         if reason:
             refusals.append(Refusal(node.name, *reason))
         else:
@@ -77,14 +79,17 @@ def read_integers(editor: Editor, records: Iterable[TableRecord], tensors: Mappi
         dtype = node.meta["val"].dtype
         with editor.graph.inserting_before(node):
 
-            def rows(name: str, node: fx.Node = node) -> fx.Node:
-                editor.put(name, tensors[name])
-                table = editor.read(name, like=node.args[0], site=node.name)  # type: ignore[arg-type]
-                return editor.call(aten.embedding.default, table, *node.args[1:], like=node, site=node.name)
+            def call(target: OpOverload, *args: Any, node: fx.Node = node) -> fx.Node:
+                return editor.call(target, *args, like=node, site=node.name)
 
-            integers, scale = rows(record["weight"]), rows(f"{record['weight']}_scale")
-            real = editor.call(aten.to.dtype, integers, dtype, like=node, site=node.name)
-            result = editor.call(aten.mul.Tensor, real, scale, like=node, site=node.name)
+            def read(name: str, node: fx.Node = node) -> fx.Node:
+                editor.put(name, tensors[name])
+                return editor.read(name, like=node.args[0], site=node.name)  # type: ignore[arg-type]
+
+            integers = call(aten.embedding.default, read(record["weight"]), *node.args[1:])
+            column = call(aten.unsqueeze.default, read(f"{record['weight']}_scale"), 1)
+            scale = call(aten.embedding.default, column, *node.args[1:])
+            result = call(aten.mul.Tensor, call(aten.to.dtype, integers, dtype), scale)
         editor.replace(node, result)
 
 
