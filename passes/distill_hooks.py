@@ -66,6 +66,7 @@ class DistillHooks(Pass[DistillHooksOptions, TapPlan]):
     name = "distill_hooks"
     options_type = DistillHooksOptions
     plan_type = TapPlan
+    cached = True
     tolerance = 0.0
     changes_outputs = True
 

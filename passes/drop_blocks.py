@@ -110,6 +110,7 @@ class DropBlocks(Pass[DropBlocksOptions, DropBlocksPlan]):
     name = "drop_blocks"
     options_type = DropBlocksOptions
     plan_type = DropBlocksPlan
+    cached = True
 
     def plan(self, program: Program, ctx: Context) -> DropBlocksPlan:
         """Measure every branch and choose the ones that go.

@@ -75,6 +75,7 @@ class Fold(Pass[NoOptions, FoldPlan]):
 
     name = "fold"
     plan_type = FoldPlan
+    cached = True
     # A fold rounds each weight once and drops the roundings of the call that goes: about 4 units of 2^-24 on the scale
     # of an output. Errors of 200 layers in a row that add up linearly are 200 * 4 * 2^-24 = 5e-5.
     tolerance = 1e-4

@@ -66,6 +66,7 @@ class Int8(Pass[Int8Options, Int8Plan]):
     name = "int8"
     options_type = Int8Options
     plan_type = Int8Plan
+    cached = True
     needs = ("folded",)
     after = ("drop_blocks", "prune", "svd", "recover", "sparsity24")
     reads_target = True

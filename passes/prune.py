@@ -69,6 +69,7 @@ class Prune(Pass[PruneOptions, PruningPlan]):
     name = "prune"
     options_type = PruneOptions
     plan_type = PruningPlan
+    cached = True
 
     def __init__(self, options: PruneOptions | None = None) -> None:
         """Take options; those that are measured in a runtime make the plan depend on the target."""

@@ -110,6 +110,7 @@ class Recover(Pass[RecoverOptions, RecoverPlan]):
     name = "recover"
     options_type = RecoverOptions
     plan_type = RecoverPlan
+    cached = True
 
     def plan(self, program: Program, ctx: Context) -> RecoverPlan:
         """Train a copy and store what it learned.

@@ -109,6 +109,7 @@ class Sparsity24(Pass[Sparsity24Options, Sparsity24Plan]):
     name = "sparsity24"
     options_type = Sparsity24Options
     plan_type = Sparsity24Plan
+    cached = True
     after = ("drop_blocks", "prune", "svd", "recover")
     reads_target = True
 

@@ -89,6 +89,7 @@ class Svd(Pass[SvdOptions, SvdPlan]):
     name = "svd"
     options_type = SvdOptions
     plan_type = SvdPlan
+    cached = True
 
     def plan(self, program: Program, ctx: Context) -> SvdPlan:
         """Decompose every layer, choose its rank, and keep the factors where they are smaller."""

@@ -136,27 +136,33 @@ def of_pass(instance: Any) -> str | None:
     """Return a digest of a pass: its options, and all source it is made of.
 
     Returns:
-        None where that is not all: a class inside a function, whose variables it may read, an instance that holds more
-        than options and plain values, or source that cannot be followed.
+        None where that is not all: its class does not say itself that plans may be kept, an option names a function of
+        the user's, an instance holds more than options and plain values, or source cannot be followed.
     """
     kind, more = type(instance), {name: value for name, value in vars(instance).items() if name != "options"}
-    options = instance.options
-    given = pytree.tree_leaves([getattr(options, field.name) for field in dataclasses.fields(options)])
-    if not all(isinstance(value, _PLAIN) for value in (*more.values(), *given)):
+    if vars(kind).get("cached") is not True or not all(
+        isinstance(value, _PLAIN) for value in (*more.values(), *_given(instance))
+    ):
         return None
-    if any("<locals>" in base.__qualname__ for base in kind.__mro__):
+    sources, named = sources_of(base.__module__ for base in kind.__mro__), sources_of(_functions(instance))
+    if sources is None or named is None or any(map(os.path.isabs, named)):
         return None
-    sources = sources_of(modules_of(instance))
-    named = instance.name, f"{kind.__module__}.{kind.__qualname__}"
-    return None if sources is None else digest_of(named, options, more, sources)
+    return digest_of(instance.name, f"{kind.__module__}.{kind.__qualname__}", instance.options, more, sources, named)
 
 
 def modules_of(instance: Any) -> list[str]:
     """Name the modules of a pass: of its classes, and of functions that its options name."""
+    return [*(base.__module__ for base in type(instance).__mro__), *_functions(instance)]
+
+
+def _functions(instance: Any) -> list[str]:
+    """Name the modules of functions that options name, or of what looks like one."""
+    return [text.split(":")[0] for text in _given(instance) if isinstance(text, str) and is_function_name(text)]
+
+
+def _given(instance: Any) -> list[Any]:
     options = instance.options
-    given = pytree.tree_leaves([getattr(options, field.name) for field in dataclasses.fields(options)])
-    functions = [text for text in given if isinstance(text, str) and is_function_name(text)]
-    return [*(base.__module__ for base in type(instance).__mro__), *(text.split(":")[0] for text in functions)]
+    return pytree.tree_leaves([getattr(options, field.name) for field in dataclasses.fields(options)])
 
 
 _PLAIN = (bool, int, float, str, type(None), PurePath, enum.Enum)

@@ -66,6 +66,9 @@ class Pass(ABC, Generic[OptionsT, PlanT]):
         reads_target: whether its plan depends on the target description; with several targets the pipeline forks here.
             An instance may decide by its options.
         changes_outputs: whether it may add or remove program outputs.
+        cached: whether its plans may be kept for later runs. It says that `plan` and `apply` read nothing but their
+            arguments, the options, and their source with what that imports: no file, no environment, no variable that
+            changes. A subclass says it anew.
     """
 
     name: ClassVar[str]
@@ -80,6 +83,7 @@ class Pass(ABC, Generic[OptionsT, PlanT]):
     conflicts: ClassVar[tuple[str, ...]] = ()
     reads_target: bool = False
     changes_outputs: ClassVar[bool] = False
+    cached: ClassVar[bool] = False
 
     def __init__(self, options: OptionsT | None = None) -> None:
         self.options: OptionsT = self.options_type() if options is None else options

@@ -61,6 +61,7 @@ class Counted(Pass[Options, Plan]):
 
     name = "counted"
     options_type = Options
+    cached = True
 
     def plan(self, program, ctx):
         with ASKED.open("a") as file:
@@ -284,22 +285,56 @@ def test_another_source_of_what_a_plugin_imports(plugin: Path, tmp_path: Path, m
     assert not torch.equal(weights[0], weights[2])
 
 
-def test_another_source_of_a_function_that_an_option_names(
+def test_a_function_of_the_users_that_an_option_names_is_asked_each_time(
     plugin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It may read anything; those of libraries are known by their version, and names of another kind are none."""
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(graphopt, "IMPORTED", float("inf"))
     source = PLUGIN.replace("    loss: bool = False\n", '    loss: bool = False\n    function: str = ""\n')
     plugin = written(tmp_path, source)
     losses = tmp_path / f"losses{plugin.stem}.py"
     losses.write_text("smooth = print\n")
-    for text in (f"{losses.stem}:smooth", "layer1:channels"):  # the second is no function
-        passes = f"counted:function={text}"
-        run(plugin, passes)
-        run(plugin, passes)
-    assert asked(plugin) == 2
-    losses.write_text("smooth = repr\n")
-    run(plugin, f"counted:function={losses.stem}:smooth")
-    assert asked(plugin) == 3
+    of_libraries = "torch.nn.functional:cross_entropy", "operator:add", "layer1:channels"
+    for text in (*of_libraries, f"{losses.stem}:smooth"):
+        for _ in range(2):
+            run(plugin, f"counted:function={text}")
+    assert asked(plugin) == len(of_libraries) + 2
+    prune = PassRegistry().pass_class("prune")
+    (step,) = Pipeline.parse(f"prune:criterion=taylor:loss={losses.stem}:smooth").steps
+    assert isinstance(step.instance, prune)
+    assert digests.of_pass(step.instance) is None
+
+
+KEPT = "\n    cached = True\n"
+
+
+@pytest.mark.parametrize("said", ["\n", KEPT.replace("True", "False")])
+def test_a_plugin_that_does_not_say_that_its_plans_may_be_kept_is_asked_each_time(
+    plugin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    """Its plan may read a file, the environment, or variables of modules; what comes after it is found all the same."""
+    reads = PLUGIN.replace("self.options.factor", 'float(os.environ["FACTOR"])').replace(
+        '"""\n\n', '"""\n\nimport os\n', 1
+    )
+    asking, after = written(tmp_path, reads.replace(KEPT, said)), written(tmp_path, PLUGIN.replace("counted", "after"))
+    samples = Samples.open(X, ["input"]).check(CAPTURED.inputs)
+    found = []
+    for factor in ("2", "3", "3"):
+        monkeypatch.setenv("FACTOR", factor)
+        pipeline = Pipeline.parse("counted,after", PassRegistry([asking, after]))
+        found.append(tensors(Job(CAPTURED, samples).run(pipeline))["0.weight"])
+    assert (asked(asking), asked(after)) == (3, 2)
+    assert not torch.equal(found[0], found[1])
+    assert torch.equal(found[1], found[2])
+
+
+@pytest.mark.parametrize("name", ["counted", "prune"])
+def test_a_class_says_so_itself(plugin: Path, name: str) -> None:
+    """What it adds to one whose plans may be kept may read anything."""
+    kind = PassRegistry([plugin]).pass_class(name)
+    assert digests.of_pass(kind()) is not None
+    assert digests.of_pass(type("Mine", (kind,), {"__module__": kind.__module__})()) is None
 
 
 def test_other_libraries(plugin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,7 +449,7 @@ def test_a_class_without_a_file_is_asked_each_time(plugin: Path, monkeypatch: py
     assert digests.of_pass(space["Counted"]()) is None
 
 
-@pytest.mark.parametrize("name", ["prune", "svd", "fold", "int8", "recover", "drop_blocks", "sparsity24"])
+@pytest.mark.parametrize("name", PassRegistry().names())
 def test_plans_of_built_in_passes_are_kept(name: str) -> None:
     assert digests.of_pass(PassRegistry().pass_class(name)()) is not None
 
@@ -427,11 +462,6 @@ def test_an_instance_that_holds_more_than_options_is_asked_each_time(plugin: Pat
     assert digests.of_pass(one) != digests.of_pass(other) is not None
     other.__dict__["threshold"] = [3]
     assert digests.of_pass(other) is None
-
-    class Inside(kind):  # type: ignore[valid-type,misc]
-        """Its plan may depend on what is around it."""
-
-    assert digests.of_pass(Inside()) is None
 
 
 def test_a_plan_that_a_pass_no_longer_reads_is_made_anew(plugin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
