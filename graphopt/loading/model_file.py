@@ -19,10 +19,11 @@ from graphopt.files import MANIFEST, check_against_manifest, read_file
 from graphopt.loading.archive import Archive
 from graphopt.loading.contents import FileKind, identify
 from graphopt.loading.exported import load_archive, load_exported
-from graphopt.loading.factories import apply_weights, build_model, describe, is_state_dict, read_weights
+from graphopt.loading.factories import apply_weights, build_model
 from graphopt.loading.functions import check_origin, importable
 from graphopt.loading.pickles import load_stock_pickle, load_trusted_pickle
 from graphopt.loading.refusal import DamagedError, HostileError, untrusted
+from graphopt.loading.state_dicts import describe, is_state_dict, read_weights
 
 _ADVICE = {
     FileKind.SAFETENSORS: "it holds weights without the model they belong to; add `--factory package.module:function` "

@@ -155,7 +155,10 @@ class _Builder:
         return {name: self.value(child, f"{path}.{name}".lstrip(".")) for name, child in children.items()}
 
     def ordered(self, record: Made, path: str) -> OrderedDict[Any, Any]:
-        return OrderedDict((key, self.value(item, path)) for key, item in _pairs(record))
+        made = OrderedDict((key, self.value(item, path)) for key, item in _pairs(record))
+        if record.state is not None:  # `_function` let no other through
+            made._metadata = _versions(self.value(record.state["_metadata"], path))  # type: ignore[attr-defined]
+        return made
 
     def tensor(self, record: Made, path: str) -> torch.Tensor:
         stored, offset, size, stride, requires_grad, hooks, *rest = record.arguments
@@ -356,6 +359,21 @@ def _pairs(record: Made) -> list[tuple[Any, Any]]:
 def _is_version_data(record: Made) -> bool:
     """Whether the attributes are those that `Module.state_dict` gives its dictionary: versions of modules."""
     return record.maker.name == _ORDERED and isinstance(record.state, dict) and set(record.state) == {"_metadata"}
+
+
+def _versions(found: Any) -> dict[str, dict[str, int]]:
+    """Return the version that a state dict gives each module, by the module's name."""
+    if not isinstance(found, dict) or not all(
+        type(name) is str and _is_version(entry) for name, entry in found.items()
+    ):
+        raise HostileError("it keeps something other than versions of modules in the `_metadata` of a state dict")
+    return {name: {"version": entry["version"]} for name, entry in found.items() if "version" in entry}
+
+
+def _is_version(entry: Any) -> bool:
+    # the second is written there by `load_state_dict(..., assign=True)`, and says how that loaded
+    known = isinstance(entry, dict) and entry.keys() <= {"version", "assign_to_params_buffers"}
+    return known and type(entry.get("version", 1)) is int
 
 
 def _check_no_hooks(hooks: Any, path: str) -> None:

@@ -1,0 +1,201 @@
+"""State dicts are loaded as `load_state_dict` of the model would load them, or refused in one sentence."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from graphopt.errors import LoadError
+from graphopt.loading import load_model
+
+FACTORIES = """
+import torch
+from torch import nn
+
+class Scaled(nn.Module):
+    "Keeps a number that is no tensor."
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.scale = 1.0
+    def get_extra_state(self):
+        return {"scale": self.scale}
+    def set_extra_state(self, state):
+        self.scale = state["scale"]
+
+class Migrated(nn.Linear):
+    "Version 1 stored the roots of its weights; there is no version 0."
+    _version = 2
+    def _load_from_state_dict(self, state, prefix, metadata, *others):
+        version = metadata.get("version")
+        if version not in (1, 2):
+            raise ValueError(f"version should be 1 or 2 instead of {version}")
+        if version == 1:
+            state[prefix + "weight"] = state[prefix + "weight"] ** 2
+        super()._load_from_state_dict(state, prefix, metadata, *others)
+
+class Shared(nn.Module):
+    "One memory under two names, once as it is and once transposed."
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(4, 4)
+        self.head = nn.Linear(4, 4, bias=False)
+        self.head.weight = self.table.weight
+        self.back = nn.Parameter(self.table.weight.detach().t())
+
+class Repeated(nn.Module):
+    "A buffer of one element that looks like four."
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mask", torch.zeros(1).expand(4))
+
+def scaled(): return Scaled()
+def nested(): return nn.Sequential(Scaled())
+def migrated(): return nn.Sequential(Migrated(3, 2))
+def shared(): return Shared()
+def repeated(): return Repeated()
+def lazy(): return nn.Sequential(nn.LazyLinear(4), nn.ReLU())
+def linear(): return nn.Linear(3, 2)
+def half(): return nn.Linear(3, 2).half()
+def norm(): return nn.BatchNorm1d(2)
+def counting():
+    model = nn.Module()
+    model.register_buffer("places", torch.arange(3, dtype=torch.int32))
+    return model
+"""
+
+
+class Loader:
+    """Loads weights into models of `FACTORIES`, written to a file first."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.path = folder / "w.pt"
+        self.name = name
+        self.scope: dict[str, Any] = {}
+        exec(FACTORIES, self.scope)
+
+    def make(self, factory: str) -> Any:
+        return self.scope[factory]()
+
+    def load(self, factory: str, state: Any, *, trust: bool = False) -> Any:
+        torch.save(state, self.path)
+        return load_model(self.path, factory=f"{self.name}:{factory}", trust=trust).model
+
+
+@pytest.fixture
+def loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Loader:
+    """Load into factories of the current directory."""
+    name = f"state_dicts_{abs(hash(tmp_path))}"
+    (tmp_path / f"{name}.py").write_text(FACTORIES)
+    monkeypatch.chdir(tmp_path)
+    return Loader(tmp_path, name)
+
+
+def as_checkpoint(state: Any) -> Any:
+    return {"epoch": 1, "model": state}
+
+
+def as_parallel(state: Any) -> Any:
+    wrapped = OrderedDict((f"module.{name}", value) for name, value in state.items())
+    versions = {f"module.{name}".rstrip("."): entry for name, entry in state._metadata.items()}
+    wrapped._metadata = {"": {"version": 1}, **versions}  # type: ignore[attr-defined]
+    return wrapped
+
+
+FORMS = (copy.copy, as_checkpoint, as_parallel)
+
+
+@pytest.mark.parametrize("trust", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("factory", ["scaled", "nested"])
+def test_state_that_is_no_tensor_is_loaded(factory: str, form: Callable[..., Any], trust: bool, loader: Loader) -> None:
+    model = loader.make(factory)
+    scaled = model if factory == "scaled" else model[0]
+    scaled.scale = 3.0
+    loaded = loader.load(factory, form(model.state_dict()), trust=trust)
+    torch.testing.assert_close(dict(loaded.state_dict()), dict(model.state_dict()))
+
+
+@pytest.mark.parametrize("trust", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_versions_of_modules_are_handed_on(form: Callable[..., Any], trust: bool, loader: Loader) -> None:
+    state = loader.make("migrated").state_dict()
+    assert torch.equal(loader.load("migrated", form(state), trust=trust)[0].weight, state["0.weight"])
+    state._metadata["0"]["version"] = 1
+    assert torch.equal(loader.load("migrated", form(state), trust=trust)[0].weight, state["0.weight"] ** 2)
+
+
+def test_versions_that_loading_left_marks_in(loader: Loader) -> None:
+    """`load_state_dict(..., assign=True)` writes into the versions of what it is given."""
+    state = loader.make("migrated").state_dict()
+    loader.make("migrated").load_state_dict(state, assign=True)
+    assert state._metadata["0"].keys() == {"version", "assign_to_params_buffers"}
+    assert torch.equal(loader.load("migrated", state)[0].weight, state["0.weight"])
+
+
+def test_a_model_that_asks_for_a_version_and_finds_none(loader: Loader) -> None:
+    state = dict(loader.make("migrated").state_dict())
+    said = r"cannot be put into the model that the factory built: ValueError: version should be 1 or 2 instead of None"
+    with pytest.raises(LoadError, match=said):
+        loader.load("migrated", state)
+    safetensors.torch.save_file(state, loader.path)
+    with pytest.raises(LoadError, match=r"does not say of which versions its modules are; .*torch.save"):
+        load_model(loader.path, factory=f"{loader.name}:migrated")
+
+
+@pytest.mark.parametrize(
+    "versions",
+    [3, ["0"], {1: {"version": 1}}, {"0": 2}, {"0": {"version": "2"}}, {"0": {"version": 2, "more": 1}}],
+    ids=str,
+)
+def test_versions_of_another_form_are_refused(versions: Any, loader: Loader) -> None:
+    state = loader.make("migrated").state_dict()
+    state._metadata = versions
+    with pytest.raises(LoadError, match="not weights alone: it keeps something other than versions of modules"):
+        loader.load("migrated", state)
+
+
+def test_versions_are_read_as_data(loader: Loader, touch_on_unpickle: object, marker: Path) -> None:
+    state = loader.make("migrated").state_dict()
+    state._metadata = {"0": {"version": touch_on_unpickle}}
+    with pytest.raises(LoadError, match="not weights alone: it needs"):
+        loader.load("migrated", state)
+    assert not marker.exists()
+    shared: list[Any] = []
+    for _ in range(25):
+        shared = [shared, shared]
+    state._metadata = {"0": {"version": shared}}
+    with pytest.raises(LoadError, match="not weights alone: it holds more than 1000000 values"):
+        loader.load("migrated", state)
+
+
+@pytest.mark.parametrize("held", [b"\x80\x02.", [b"x"], torch.zeros(3, dtype=torch.uint8), {"a": {1, 2}}], ids=str)
+def test_state_that_a_model_may_unpickle_needs_trust(held: Any, loader: Loader) -> None:
+    state = loader.make("scaled").state_dict()
+    state["_extra_state"] = {"scale": held}
+    with pytest.raises(LoadError, match=r"not weights alone: its `_extra_state` holds .*, pass `--trust`"):
+        loader.load("scaled", state)
+    assert str(loader.load("scaled", state, trust=True).scale) == str(held)
+    if isinstance(held, torch.Tensor):
+        safetensors.torch.save_file({**state, "_extra_state": held}, loader.path)
+        with pytest.raises(LoadError, match="not weights alone: its `_extra_state` holds"):
+            load_model(loader.path, factory=f"{loader.name}:scaled")
+
+
+def test_state_that_is_missing_left_over_or_not_taken(loader: Loader) -> None:
+    state = loader.make("scaled").state_dict()
+    state["_extra_state"] = {}
+    with pytest.raises(LoadError, match=r"cannot be put into the model that the factory built: KeyError: 'scale'\.$"):
+        loader.load("scaled", state)
+    del state["_extra_state"]
+    with pytest.raises(LoadError, match=r"1 of the model's tensors are not in the file \(_extra_state\)"):
+        loader.load("scaled", state)
+    with pytest.raises(LoadError, match=r"1 of the file's are not in the model \(_extra_state\)"):
+        loader.load("linear", {**loader.make("linear").state_dict(), "_extra_state": 1})
