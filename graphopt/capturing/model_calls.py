@@ -12,16 +12,18 @@ from torch import fx, nn
 
 from graphopt.errors import CaptureError, UsageError
 from graphopt.ir.global_state import outside_inference
+from graphopt.ir.lazy_modules import check_initialized
 from graphopt.ir.torch_internals import compiled_module, is_compiled, target_of_conversion
 
 
 def check_module(model: object) -> None:
-    """Raise `UsageError` unless `model` is a module."""
+    """Raise `UsageError` unless `model` is a module, and `CaptureError` while its tensors have no shapes."""
     if not isinstance(model, nn.Module):
         raise UsageError(
             f"The model is a {type(model).__name__}, not an nn.Module. A file is read by graphopt.load(path); a "
             "function becomes the forward of a module."
         )
+    check_initialized(model)
 
 
 def check_names(model: nn.Module) -> None:

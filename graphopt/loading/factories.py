@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from graphopt.errors import LoadError, cut, foreign_code, printable
+from graphopt.ir.lazy_modules import check_initialized
 from graphopt.ir.ownership import memory_key
 from graphopt.loading.functions import importable, resolve_function
 from graphopt.loading.state_dicts import StateDict, is_extra_state, some
@@ -48,16 +49,18 @@ def apply_weights(model: nn.Module, weights: StateDict, source: str) -> None:
     Raises:
         LoadError: Names are missing or left over, or shapes differ; the first few are named. Or the model's own code
             does not take them.
+        CaptureError: The model's tensors have no shapes yet.
     """
+    check_initialized(model)
 
     def failed(_: str, err: BaseException) -> LoadError:
         said = cut(printable(" ".join(str(err).split())), 400).rstrip(".")
-        versions = (
-            ""
-            if weights.versions is not None
-            else " The file does not say of which versions its modules are; one that `torch.save(model.state_dict(), "
-            "...)` wrote does."
-        )
+        versions = ""
+        if weights.versions is None and not isinstance(err, RuntimeError):  # torch's own, of shapes and memory
+            versions = (
+                " The file does not say of which versions its modules are, as one that `torch.save(model.state_dict(), "
+                "...)` wrote does."
+            )
         return LoadError(
             f"The weights in `{source}` cannot be put into the model that the factory built: {type(err).__name__}: "
             f"{said}.{versions}"

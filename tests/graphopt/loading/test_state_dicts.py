@@ -12,7 +12,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from graphopt.errors import LoadError
+import graphopt
+from graphopt.data import parse_input_spec
+from graphopt.errors import CaptureError, LoadError
 from graphopt.loading import load_model
 
 FACTORIES = """
@@ -146,7 +148,7 @@ def test_a_model_that_asks_for_a_version_and_finds_none(loader: Loader) -> None:
     with pytest.raises(LoadError, match=said):
         loader.load("migrated", state)
     safetensors.torch.save_file(state, loader.path)
-    with pytest.raises(LoadError, match=r"does not say of which versions its modules are; .*torch.save"):
+    with pytest.raises(LoadError, match=r"does not say of which versions its modules are, .*torch.save"):
         load_model(loader.path, factory=f"{loader.name}:migrated")
 
 
@@ -199,3 +201,21 @@ def test_state_that_is_missing_left_over_or_not_taken(loader: Loader) -> None:
         loader.load("scaled", state)
     with pytest.raises(LoadError, match=r"1 of the file's are not in the model \(_extra_state\)"):
         loader.load("linear", {**loader.make("linear").state_dict(), "_extra_state": 1})
+
+
+def test_models_whose_tensors_have_no_shape_yet(loader: Loader) -> None:
+    said = r"`0.weight`, `0.bias` of the model have no shape yet.*Run the model once"
+    with pytest.raises(CaptureError, match=said):
+        loader.load("lazy", {"0.weight": torch.ones(4, 3), "0.bias": torch.ones(4)})
+    torch.save(loader.make("lazy"), loader.path)
+    for model in (loader.make("lazy"), load_model(loader.path, trust=True).model):
+        with pytest.raises(CaptureError, match=said):
+            graphopt.optimize(model, torch.ones(4, 3))
+    for given in ({"factory": f"{loader.name}:lazy"}, {"path": loader.path, "trust": True}):
+        with pytest.raises(CaptureError, match=said):
+            graphopt.load(**given, inputs=[parse_input_spec("x=4x3:float32")])
+
+
+def test_buffers_that_nothing_can_be_copied_into(loader: Loader) -> None:
+    with pytest.raises(LoadError, match=r'parameter named "mask".* refers to a single memory location. Please clone'):
+        loader.load("repeated", {"mask": torch.ones(4)})
