@@ -38,20 +38,20 @@ from graphopt.capturing.safe_graphs import evaluated
 from graphopt.errors import CaptureError, ExampleError, UsageError
 from graphopt.ir.devices import OUT_OF_MEMORY, device_memory, device_of, held_by
 from graphopt.ir.dynamic_axes import LeafShapes, arranged
-from graphopt.ir.global_state import outside_inference, random_state_kept
+from graphopt.ir.global_state import one_thread_at_a_time, outside_inference, random_state_kept
 from graphopt.ir.names import Names
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import record_capture, user_line
 from graphopt.ir.regions import compiled_for_their_shapes
 from graphopt.ir.signature import Note, TensorSpec
-from graphopt.ir.torch_internals import arguments_by_name, is_function_transform, output_structure, patching, pytree
+from graphopt.ir.torch_internals import arguments_by_name, is_function_transform, output_structure, pytree
 
 logger = logging.getLogger(__name__)
 
 _SMALLEST_DYNAMIC_BATCH = 2  # torch.export specialises an axis of size 1
 
 
-@patching()
+@one_thread_at_a_time()
 @device_memory(CaptureError, "Capture the model on the CPU (`model.cpu()`), or on smaller example inputs.")
 @compiled_for_their_shapes()
 @random_state_kept()

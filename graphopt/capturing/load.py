@@ -39,7 +39,7 @@ from graphopt.errors import (
     printable,
 )
 from graphopt.ir.devices import OUT_OF_MEMORY
-from graphopt.ir.global_state import random_state_kept
+from graphopt.ir.global_state import one_thread_at_a_time, random_state_kept
 from graphopt.ir.program import SCHEMA, Program
 from graphopt.ir.signature import Note, TensorSpec
 from graphopt.ir.torch_internals import pytree
@@ -48,6 +48,7 @@ from graphopt.loading import LoadedModel, load_model
 _SIGNATURE = "graphopt.json"
 
 
+@one_thread_at_a_time()
 @random_state_kept()
 @gradients_recorded()
 def load(

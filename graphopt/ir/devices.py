@@ -58,9 +58,6 @@ def device_called(name: str | torch.device) -> torch.device:
     return device
 
 
-OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)  # says nothing of what was run: pass it on
-
-
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)  # tells nothing of what was run: to be passed on
 
 _FOR_PASSES = (

@@ -1,9 +1,11 @@
-"""What holds for a whole process: its random generators, and the mode in which its tensors are made."""
+"""What holds for a whole process: its random generators, the mode in which its tensors are made, and who may trace."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import random
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -66,3 +68,26 @@ def seeded(seed: int) -> RandomState:
 def outside_inference(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor, or a copy where it was made in inference mode, which is neither exported nor trained outside."""
     return tensor.clone() if tensor.is_inference() else tensor
+
+
+_working = threading.RLock()
+
+
+@contextlib.contextmanager
+def one_thread_at_a_time() -> Iterator[None]:
+    """Keep other threads from graphopt's work meanwhile; what one's own thread calls from within goes on.
+
+    Tracing is a state of the whole process, as are torch's settings and what graphopt patches in it, which is undone in
+    the order of a stack: of models traced at once one gets what is meant for the other (torch 2.13).
+    """
+    with _working:
+        yield
+
+
+def _work_anew() -> None:
+    """Let a forked process work: the thread that held the lock when it was forked may not be in it."""
+    global _working
+    _working = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_work_anew)

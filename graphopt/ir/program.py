@@ -24,6 +24,7 @@ from graphopt.files import ScratchDirectory, failing_late, replacing
 from graphopt.ir.buffers import call_undoing_writes
 from graphopt.ir.devices import device_called, device_of, held_by
 from graphopt.ir.examples import made_up_inputs
+from graphopt.ir.global_state import one_thread_at_a_time
 from graphopt.ir.graph import copy_graph_module
 from graphopt.ir.ownership import own_tensors
 from graphopt.ir.placing import place
@@ -193,6 +194,7 @@ class Program:
         """Return what each placeholder of the graph takes, for flat inputs in the order of `inputs`."""
         return flat_arguments(self.graph_module, *self.unflatten(tensors))
 
+    @one_thread_at_a_time()
     def export(self) -> ExportedProgram:
         """Export the graph again with the same signature and dynamic axes."""
         from graphopt.ir.exporting import export_again
@@ -226,6 +228,7 @@ class Program:
         """Copy graph and tensors."""
         return self.copy(share_tensors=False)
 
+    @one_thread_at_a_time()
     def _write(self, path: Path) -> None:
         from graphopt.ir.exporting import exported
 

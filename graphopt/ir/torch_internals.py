@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import threading
 from collections.abc import Iterator
 from typing import IO, Any
 from unittest import mock
@@ -28,6 +27,8 @@ from torch.fx.experimental import symbolic_shapes
 from torch.fx.experimental.proxy_tensor import make_fx  # traces one operator into what it decomposes to
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_symbols, statically_known_true
 from torch.utils import _pytree as pytree  # `torch.utils.pytree` lacks TreeSpec's fields and key paths (2.13)
+
+from graphopt.ir.global_state import one_thread_at_a_time
 
 __all__ = [
     "SHAPES_LOGGER",
@@ -55,7 +56,6 @@ __all__ = [
     "onnx_exporter",
     "optimization_hint",
     "output_structure",
-    "patching",
     "pytree",
     "set_output_structure",
     "statically_known_true",
@@ -63,7 +63,6 @@ __all__ = [
 ]
 
 SHAPES_LOGGER = symbolic_shapes.__name__  # where torch logs which line of a model guarded on a size
-_patching = threading.RLock()
 
 
 def optimization_hint(size: int | torch.SymInt, fallback: int) -> int:
@@ -162,13 +161,6 @@ def load_pt2(stream: IO[bytes]) -> tuple[dict[str, ExportedProgram], dict[str, s
     return contents.exported_programs, contents.extra_files
 
 
-@contextlib.contextmanager
-def patching() -> Iterator[None]:
-    """Keep other threads from patching torch meanwhile: patches are undone in the order of a stack."""
-    with _patching:
-        yield
-
-
 @functools.cache
 def _kept_signatures() -> tuple[property, Any]:
     """Return what the exporter reads off the source of each function of its library, which never changes, kept."""
@@ -190,7 +182,7 @@ def onnx_exporter() -> Iterator[None]:
     from onnxscript.values import TracedOnnxFunction
     from torch.onnx._internal.exporter import _schemas
 
-    with patching():
+    with one_thread_at_a_time():
         function_ir, signature = _kept_signatures()
         looked_for = functools.cache(export_utils._materialize_cpp_cia_ops)
         with (

@@ -24,7 +24,7 @@ from graphopt.files import ScratchDirectory
 from graphopt.ir.devices import device_called, device_memory
 from graphopt.ir.exporting import let_exports_read
 from graphopt.ir.finite import all_finite, computable
-from graphopt.ir.global_state import random_state_kept
+from graphopt.ir.global_state import one_thread_at_a_time, random_state_kept
 from graphopt.ir.memory import give_back
 from graphopt.ir.ownership import own_tensors, storage_keys
 from graphopt.ir.program import Program
@@ -104,6 +104,7 @@ class Job:
     _lent: frozenset[Hashable] = field(default=frozenset(), init=False, repr=False)  # storages of a module's tensors
 
     @classmethod
+    @one_thread_at_a_time()
     @random_state_kept()
     @device_memory()
     def open(
@@ -147,6 +148,7 @@ class Job:
         job._lent = lent
         return job
 
+    @one_thread_at_a_time()
     @gradients_recorded()
     def __post_init__(self) -> None:
         """Look at the weights and open the evaluation data: what is wrong is said before anything expensive runs.
@@ -165,6 +167,7 @@ class Job:
         _check_weights(self.original)
         self.metric = None if self.evaluation is None else _evaluator(self.evaluation, self.original)
 
+    @one_thread_at_a_time()
     @random_state_kept()
     @gradients_recorded()
     def check_targets(self) -> None:
@@ -176,6 +179,7 @@ class Job:
         for item in self.backends:
             item.accepts(self._given.to("cpu"))
 
+    @one_thread_at_a_time()
     @random_state_kept()
     @gradients_recorded()
     @compiled_for_their_shapes()
@@ -230,6 +234,7 @@ class Job:
             )
         return Outcome(pipeline, made.programs, set_aside(made.plans, made.programs.values()), report)
 
+    @one_thread_at_a_time()
     @random_state_kept()
     @gradients_recorded()
     @compiled_for_their_shapes()
@@ -274,6 +279,7 @@ class Job:
             ]
         return self._result(outcome, [found.kept_by(home) for found in deliveries])
 
+    @one_thread_at_a_time()
     def replay(self, stored: Manifest, directory: Path, registry: PassRegistry) -> Outcome:
         """Carry out stored plans on the original program instead of making them.
 
@@ -293,6 +299,7 @@ class Job:
         )
         return Outcome(pipeline, programs, tuple(plans), report)
 
+    @one_thread_at_a_time()
     @gradients_recorded()
     @device_memory()
     def undelivered(self, outcome: Outcome) -> Result:

@@ -13,6 +13,7 @@ import pydantic
 from graphopt.capturing.load import load
 from graphopt.errors import LoadError, UsageError, first_line, first_problem
 from graphopt.files import MANIFEST, REPORT
+from graphopt.ir.global_state import one_thread_at_a_time
 from graphopt.job import manifest
 from graphopt.job.replaying import read_plans
 from graphopt.job.report import Report
@@ -23,6 +24,7 @@ from graphopt.pipeline.registry import PassRegistry, backend
 logger = logging.getLogger(__name__)
 
 
+@one_thread_at_a_time()
 def open(directory: str | Path, *, plugins: Sequence[Path | str | type[Pass[Any, Any]]] = ()) -> Result:
     """Open a directory that `Result.save` or `graphopt optimize -o` wrote: programs, artifacts, plans and report.
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from graphopt.capturing.model_calls import gradients_recorded
-from graphopt.ir.global_state import random_state_kept
+from graphopt.ir.global_state import one_thread_at_a_time, random_state_kept
 from graphopt.ir.program import Program
 from graphopt.job.job import Job
 from graphopt.job.result import Result
@@ -22,6 +22,7 @@ from graphopt.pipeline.registry import DEFAULT_PASSES, DEFAULT_TARGET, PassRegis
 from graphopt.targets.backend import Backend
 
 
+@one_thread_at_a_time()
 @random_state_kept()  # the pipeline imports plugins
 @gradients_recorded()
 def optimize(
@@ -45,6 +46,8 @@ def optimize(
     cache: bool = True,
 ) -> Result:
     """Optimise a model for one or several runtimes.
+
+    Calls of several threads wait for each other, as all of graphopt's work does; several processes work at once.
 
     Args:
         model: a module (captured on the first samples of `data`; its tensors are read where they lie, and not written

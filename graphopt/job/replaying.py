@@ -14,6 +14,7 @@ from graphopt.capturing.model_calls import gradients_recorded
 from graphopt.capturing.unchecked_arguments import check_arguments
 from graphopt.errors import CaptureError, PassError
 from graphopt.files import MANIFEST
+from graphopt.ir.global_state import one_thread_at_a_time
 from graphopt.ir.program import Program
 from graphopt.job import manifest
 from graphopt.pipeline.contract import called
@@ -25,6 +26,7 @@ from graphopt.pipeline.runner import apply
 logger = logging.getLogger(__name__)
 
 
+@one_thread_at_a_time()
 def replay(program: Program, manifest_path: str | Path, registry: PassRegistry | None = None) -> dict[str, Program]:
     """Apply every plan of a manifest to the program they were made for.
 

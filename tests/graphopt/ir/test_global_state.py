@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import random
+import threading
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 
-from graphopt.ir.global_state import outside_inference, random_state_kept, seeded
+from graphopt.ir.global_state import one_thread_at_a_time, outside_inference, random_state_kept, seeded
 
 
 def drawn() -> list[float]:
@@ -64,3 +66,31 @@ def test_what_inference_made_is_trained_outside_it() -> None:
     assert outside_inference(made).requires_grad_().requires_grad
     plain = torch.ones(2)
     assert outside_inference(plain) is plain
+
+
+def _work() -> None:
+    with one_thread_at_a_time():
+        pass
+
+
+def test_a_process_forked_while_a_thread_works_can_work() -> None:
+    """Whether its thread is the one that works or another."""
+    forked = [multiprocessing.get_context("fork").Process(target=_work, daemon=True) for _ in range(2)]
+    working, started = threading.Event(), threading.Event()
+
+    def work() -> None:
+        with one_thread_at_a_time():
+            forked[0].start()
+            working.set()
+            started.wait(20)
+
+    other = threading.Thread(target=work)
+    other.start()
+    working.wait(20)
+    forked[1].start()
+    started.set()
+    other.join(20)
+    for process in forked:
+        process.join(20)
+        process.kill()
+    assert [process.exitcode for process in forked] == [0, 0]
