@@ -19,12 +19,18 @@ from graphopt.cli.arguments import (
     Weights,
     check_output,
 )
+from graphopt.errors import UsageError
 
 
 def command(
-    model: ModelPath,
-    manifest: Annotated[Path, typer.Argument(help="The manifest.json that `optimize` wrote.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory for the programs and artifacts.")],
+    model: ModelPath = None,
+    manifest: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="MANIFEST", help="The manifest.json that `optimize` wrote; the only path with --factory alone."
+        ),
+    ] = None,
     data: Data = None,
     inputs: Input = None,
     dynamic: Dynamic = None,
@@ -41,6 +47,13 @@ def command(
     from graphopt.pipeline.registry import PassRegistry, backends_named
 
     check_output(output)
+    if manifest is None and factory is not None:
+        model, manifest = None, model
+    if manifest is None:
+        raise UsageError(
+            "Give a model and the manifest of its result, `graphopt apply MODEL manifest.json`, or in the model's "
+            "place `--factory package.module:function`."
+        )
     stored = read(manifest)
     backends = backends_named([target for target in stored.programs if target])
     check_place(output, backends)

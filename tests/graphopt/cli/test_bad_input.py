@@ -292,3 +292,10 @@ def test_an_interrupt_leaves_nothing(files: Files, fails: Fails) -> None:
     assert said == "Interrupted. Nothing was left half-written."
     plugin.unlink()
     assert leftovers(files.folder) == []
+
+
+def test_paths_of_apply_that_are_too_few_or_too_many(files: Files, fails: Fails) -> None:
+    for given in ([], ["manifest.json"]):
+        assert "`graphopt apply MODEL manifest.json`, or" in fails(2, "apply", *given, "-o", "again")
+    assert "There is no m.json" in fails(2, "apply", "m.json", "--factory", "m:f", "-o", "again")
+    assert "unexpected extra argument" in fails(2, "apply", "model.pt", "m.json", "more.json", "-o", "again")

@@ -110,6 +110,17 @@ def test_same_input_same_bytes_and_replay(files: Files, built: Built) -> None:
     assert any("those of two;" in note for note in opened.report.notes)
 
 
+def test_replay_on_what_a_factory_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("factory_of_linear.py").write_text("import torch\ndef build():\n    return torch.nn.Linear(3, 2)\n")
+    torch.save(nn.Linear(3, 2).state_dict(), "w.pt")
+    options = ("--factory", "factory_of_linear:build", "--weights", "w.pt", "--input", "x=2x3:float32", "-o")
+    assert run(["optimize", *options, "first", "--passes", "", "--no-bench"]) == 0
+    assert run(["apply", "first/manifest.json", *options, "again"]) == 0
+    for name in ("onnxruntime.onnx", "program.pt2", "manifest.json"):
+        assert Path("again", name).read_bytes() == Path("first", name).read_bytes(), name
+
+
 def test_replay_on_another_model_is_refused(files: Files, built: Built, fails: Fails) -> None:
     built("model.graphopt")
     other = graphopt.load("model.pt")
