@@ -15,6 +15,7 @@ from graphopt.ir.lazy_modules import check_initialized
 from graphopt.ir.ownership import memory_key
 from graphopt.loading.functions import importable, resolve_function
 from graphopt.loading.state_dicts import StateDict, is_extra_state, some
+from graphopt.loading.stored_values import has_room, loses, overwritten, types_of
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +48,8 @@ def apply_weights(model: nn.Module, weights: StateDict, source: str) -> None:
     before every name (`module.`, `_orig_mod.`): one is left out where the rest fits better.
 
     Raises:
-        LoadError: Names are missing or left over, or shapes differ; the first few are named. Or the model's own code
-            does not take them.
+        LoadError: Names are missing or left over, shapes or types differ, or tensors that share memory are given other
+            values; the first few are named. Or the model's own code does not take them.
         CaptureError: The model's tensors have no shapes yet.
     """
     check_initialized(model)
@@ -84,10 +85,18 @@ def _fitting(model: nn.Module, weights: StateDict, source: str) -> StateDict:
         left_out = f" The names in the file start with `{some([prefix])}`, which was left out." if prefix else ""
         raise LoadError(
             f"The weights in `{source}` do not fit the model that the factory built: {said}.{left_out} "
-            "Use the factory of the very model these weights were saved from, with the same sizes."
+            "Use the factory of the very model these weights were saved from, with the same sizes and types."
         )
     if prefix:
         logger.warning("The names in `%s` start with `%s`, which is left out.", source, some([prefix]))
+    rounded = [
+        types_of(name, value, expected[name])
+        for name, value in fitting.values.items()
+        if not is_extra_state(name) and loses(expected[name].dtype, value)
+    ]
+    if rounded:
+        text = "%d tensors of `%s` are rounded to the type that the model has for them (%s)."
+        logger.warning(text, len(rounded), source, some(rounded))
     return fitting
 
 
@@ -95,6 +104,8 @@ def _misfits(expected: Mapping[str, Any], weights: Mapping[str, Any]) -> dict[st
     """Return what does not fit, by what is the matter with it."""
     tensors = {name: value for name, value in expected.items() if not is_extra_state(name)}
     given = {memory_key(tensors[name]) for name in weights if name in tensors}
+    fitting = {name: value for name, value in tensors.items() if name in weights and weights[name].shape == value.shape}
+    roomy = {name: value for name, value in fitting.items() if has_room(value.dtype, weights[name])}
     return {
         "of the model's tensors are not in the file": [
             name
@@ -107,8 +118,14 @@ def _misfits(expected: Mapping[str, Any], weights: Mapping[str, Any]) -> dict[st
         "differ in shape": [
             f"{name} is {_shape(weights[name])} in the file and {_shape(value)} in the model"
             for name, value in tensors.items()
-            if name in weights and weights[name].shape != value.shape
+            if name in weights and name not in fitting
         ],
+        "differ in type": [
+            types_of(name, weights[name], value)
+            for name, value in fitting.items()
+            if name not in roomy and not name.endswith("num_batches_tracked")
+        ],
+        "lie in the memory of others, which have other values in the file": overwritten(roomy, weights),
     }
 
 

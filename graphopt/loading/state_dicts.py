@@ -6,6 +6,7 @@ version, and those that keep more than tensors take it back (`set_extra_state`).
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from graphopt.loading.contents import FileKind, identify
 from graphopt.loading.functions import importable
 from graphopt.loading.pickles import load_plain_pickle, load_trusted_pickle
 from graphopt.loading.refusal import DamagedError, HostileError
+
+logger = logging.getLogger(__name__)
 
 # Keys under which training scripts keep the state dict of a checkpoint.
 _CHECKPOINT_KEYS = ("state_dict", "model_state_dict", "model", "net", "weights")
@@ -43,6 +46,11 @@ class StateDict:
 
     values: Mapping[str, Any]
     versions: Any = None
+
+    @classmethod
+    def of(cls, found: Mapping[str, Any]) -> StateDict:
+        """Return what a dictionary holds that `Module.state_dict` made."""
+        return cls(dict(found.items()), getattr(found, "_metadata", None))
 
     def as_torch(self) -> OrderedDict[str, Any]:
         """Return it as `Module.state_dict` makes it."""
@@ -118,12 +126,23 @@ def _check_plain(name: str, value: Any) -> None:
 
 
 def _state_dict(value: Any, source: str) -> StateDict:
-    nested = [value.get(key) for key in _CHECKPOINT_KEYS] if isinstance(value, Mapping) else []
-    found = [_of_module(item) for item in ([value] if is_state_dict(value) else [value, *nested])]
-    states = [item for item in found if is_state_dict(item)]
-    if len(states) != 1:
+    """Return the state dict that a value is, or holds under one of the names that training scripts give it."""
+    value = _of_module(value)
+    if is_state_dict(value):
+        return StateDict.of(value)
+    entries = value if isinstance(value, Mapping) else {}
+    named = {key: _of_module(entries.get(key)) for key in _CHECKPOINT_KEYS}
+    states = {key: state for key, state in named.items() if is_state_dict(state)}
+    if len(states) > 1:
+        raise LoadError(f"`{source}` holds several state dicts ({some(list(states))}). Save the one to use by itself.")
+    if not states:
         raise LoadError(f"`{source}` holds {describe(value)}, not a state dict (names and tensors).")
-    return StateDict(dict(states[0].items()), getattr(states[0], "_metadata", None))
+    ((taken, state),) = states.items()
+    models = (str(key) for key, item in entries.items() if isinstance(item, nn.Module) or is_state_dict(item))
+    others = [name for name in models if name != taken]
+    if others:
+        logger.warning("`%s` holds several state dicts: `%s` is taken, and not %s.", source, taken, some(others))
+    return StateDict.of(state)
 
 
 def _of_module(value: Any) -> Any:

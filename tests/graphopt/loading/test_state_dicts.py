@@ -219,3 +219,74 @@ def test_models_whose_tensors_have_no_shape_yet(loader: Loader) -> None:
 def test_buffers_that_nothing_can_be_copied_into(loader: Loader) -> None:
     with pytest.raises(LoadError, match=r'parameter named "mask".* refers to a single memory location. Please clone'):
         loader.load("repeated", {"mask": torch.ones(4)})
+
+
+@pytest.mark.parametrize(
+    ("factory", "name", "value", "said"),
+    [
+        ("linear", "weight", torch.ones(2, 3, dtype=torch.int8), "weight is int8 in the file and float32 in the model"),
+        ("linear", "weight", torch.ones(2, 3, dtype=torch.bool), "weight is bool in the file"),
+        ("linear", "bias", torch.ones(2, dtype=torch.cfloat), "bias is complex64 in the file and float32 in the model"),
+        ("counting", "places", torch.ones(3), "places is float32 in the file and int32 in the model"),
+        ("counting", "places", torch.tensor([0, 1, 2**40]), "places is int64 in the file and int32 in the model"),
+        ("linear", "bias", torch.ones(2).double() * 1e300, "bias is float64 in the file and float32 in the model"),
+        ("half", "bias", torch.tensor([1.0, -1e5]), "bias is float32 in the file and float16 in the model"),
+    ],
+    ids=str,
+)
+def test_types_that_do_not_hold_what_the_file_says(
+    factory: str, name: str, value: torch.Tensor, said: str, loader: Loader
+) -> None:
+    state = {**loader.make(factory).state_dict(), name: value}
+    with pytest.raises(LoadError, match=rf"do not fit the model .*: 1 differ in type \({said}"):
+        loader.load(factory, state)
+    kept = {**state, name: value[:1]}
+    with pytest.raises(LoadError, match="1 differ in shape"):
+        loader.load(factory, kept)
+
+
+def test_types_of_another_width_and_what_they_lose(loader: Loader, caplog: pytest.LogCaptureFixture) -> None:
+    state = loader.make("linear").state_dict()
+    for dtype in (torch.float16, torch.bfloat16, torch.float8_e4m3fn):
+        loaded = loader.load("linear", {name: value.to(dtype) for name, value in state.items()})
+        assert torch.equal(loaded.weight, state["weight"].to(dtype).float())
+    loaded = loader.load("half", {name: value.double() for name, value in loader.make("half").state_dict().items()})
+    assert loaded.weight.dtype == torch.float16
+    assert loader.load("counting", {"places": torch.tensor([5, 6, 7])}).places.tolist() == [5, 6, 7]
+    assert loader.load("norm", {**loader.make("norm").state_dict(), "num_batches_tracked": torch.tensor(1.0)})
+    assert not caplog.messages
+    state["bias"] = torch.tensor([1.0, float("nan")])
+    assert torch.equal(loader.load("half", state).weight, state["weight"].half())
+    assert caplog.messages == [
+        f"1 tensors of `{loader.path}` are rounded to the type that the model has for them (weight is float32 in the "
+        "file and float16 in the model)."
+    ]
+
+
+def test_one_tensor_of_the_model_is_given_other_values_under_each_of_its_names(loader: Loader) -> None:
+    model = loader.make("shared")
+    with torch.no_grad():
+        model.head.weight.copy_(torch.arange(16.0).reshape(4, 4))
+    state = model.state_dict()
+    assert torch.equal(loader.load("shared", state).back, state["table.weight"].t())
+    apart = {name: value.clone() for name, value in state.items()}
+    assert torch.equal(loader.load("shared", apart).back, state["table.weight"].t())
+    said = r"1 lie in the memory of others, which have other values in the file \(table.weight in that of head.weight\)"
+    with pytest.raises(LoadError, match=said):
+        loader.load("shared", {**state, "table.weight": state["table.weight"] + 1})
+    with pytest.raises(
+        LoadError, match=r"2 lie .*\(back in that of head.weight, table.weight in that of head.weight\)"
+    ):
+        loader.load("shared", {**state, "head.weight": state["table.weight"] + 1})
+    with pytest.raises(LoadError, match=r"1 lie .*\(back in that of (table|head).weight\)"):
+        loader.load("shared", {**state, "back": state["back"].t().contiguous()})
+
+
+def test_which_of_several_state_dicts_is_taken_is_said(loader: Loader, caplog: pytest.LogCaptureFixture) -> None:
+    state = loader.make("linear").state_dict()
+    other = {name: value + 1 for name, value in state.items()}
+    taken = loader.load("linear", {"epoch": 3, "ema": other, "model": state, "optimizer": {"state": {}}})
+    assert torch.equal(taken.weight, state["weight"])
+    assert caplog.messages == [f"`{loader.path}` holds several state dicts: `model` is taken, and not ema."]
+    with pytest.raises(LoadError, match=r"holds several state dicts \(model, net\)"):
+        loader.load("linear", {"net": other, "model": state})
