@@ -36,6 +36,7 @@ from graphopt.capturing.model_calls import (
 from graphopt.capturing.normal_form import normalise
 from graphopt.capturing.safe_graphs import evaluated
 from graphopt.errors import CaptureError, ExampleError, UsageError
+from graphopt.ir.contents import resolved
 from graphopt.ir.devices import OUT_OF_MEMORY, device_memory, device_of, held_by
 from graphopt.ir.dynamic_axes import LeafShapes, arranged
 from graphopt.ir.global_state import one_thread_at_a_time, outside_inference, random_state_kept
@@ -90,7 +91,7 @@ def capture(
     device = device_of(held_by(model))
 
     def example(tensor: torch.Tensor) -> torch.Tensor:
-        return outside_inference(tensor).to(device)
+        return outside_inference(resolved(tensor)).to(device)
 
     args = tuple(pytree.tree_map_only(torch.Tensor, example, args))
     kwargs = dict(pytree.tree_map_only(torch.Tensor, example, dict(kwargs or {})))

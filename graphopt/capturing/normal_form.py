@@ -5,6 +5,7 @@
    graph. Regions that change what is computed (`cond`, autocast that is on) stay, their bodies in normal form.
 3. In-place operators become their functional twins (`relu_` -> `relu`) wherever nobody else sees the write.
    Those that others do see (a write through a view of a value used later, to an input, to a buffer) stay.
+4. The memory of every tensor holds its values.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from torch import fx
 
 from graphopt.capturing.argument_places import place_arguments
 from graphopt.ir.aliasing import Storages, sharing_memory
+from graphopt.ir.contents import resolved
 from graphopt.ir.graph import assemble, erase_dead
 from graphopt.ir.names import unused
 from graphopt.ir.operators import functional_twin
+from graphopt.ir.ownership import change_tensors
 from graphopt.ir.regions import regions
 
 _SET_GRAD = "wrap_with_set_grad_enabled"
@@ -30,7 +33,9 @@ def normalise(gm: fx.GraphModule) -> fx.GraphModule:
     """Return `gm` in normal form. The graphs are changed in place, the module around the outer one is new."""
     place_arguments(gm)
     _normalise(gm, inside=False, cast=False)
-    return assemble(gm, gm.graph)
+    result = assemble(gm, gm.graph)
+    change_tensors([result], resolved)
+    return result
 
 
 def _normalise(gm: fx.GraphModule, *, inside: bool, cast: bool) -> None:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from graphopt.errors import DataError, first_line, printable
+from graphopt.ir.contents import resolved
 from graphopt.ir.global_state import outside_inference
 
 _READ_ERRORS = (
@@ -60,7 +61,7 @@ class TensorColumn:
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Return a view of the samples, detached and on the CPU; a copy where it could not be trained with."""
-        return outside_inference(part(self.tensor, start, stop).detach().cpu())
+        return outside_inference(resolved(part(self.tensor, start, stop).detach().cpu()))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from graphopt.errors import PassError
+from graphopt.ir.contents import resolved
 from graphopt.ir.devices import device_of, held_by
 from graphopt.ir.graph import assemble, erase_dead, fake_mode_of, readers, tensor_attribute
 from graphopt.ir.names import unused
@@ -74,7 +75,7 @@ class Editor:
         old = getattr(owner, leaf, None)
         if hasattr(owner, leaf):
             delattr(owner, leaf)
-        value = tensor.detach().to(self._device)
+        value = resolved(tensor.detach().to(self._device))
         like = old if isinstance(old, torch.nn.Parameter) else kind_of
         parameter = trainable or isinstance(kind_of, torch.nn.Parameter)
         if parameter and (value.is_floating_point() or value.is_complex()):

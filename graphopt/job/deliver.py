@@ -140,7 +140,7 @@ def flat(session: Session) -> Callable[[Batch], Batch]:
     """Let a session take and return flat tensors, as `Program.call_flat` does, on any device."""
 
     def call(batch: Batch) -> Batch:
-        outputs = session(*(tensor.cpu().numpy() for tensor in batch))
+        outputs = session(*(tensor.numpy(force=True) for tensor in batch))
         return tuple(torch.from_numpy(array).to(batch[0].device) for array in outputs)
 
     return call

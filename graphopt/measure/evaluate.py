@@ -179,8 +179,7 @@ def main_output(outputs: Any) -> Array:
         else:
             raise DataError(f"A metric needs tensors; the model returned a {type(outputs).__name__}.")
     if isinstance(outputs, torch.Tensor):
-        outputs = outputs.detach().cpu()
-        outputs = (outputs.float() if outputs.dtype == torch.bfloat16 else outputs).numpy()
+        outputs = (outputs.float() if outputs.dtype == torch.bfloat16 else outputs).numpy(force=True)
     array: Array = outputs
     return array
 

@@ -21,6 +21,7 @@ import pydantic
 import torch
 
 from graphopt.errors import PassError, first_problem
+from graphopt.ir.contents import resolved
 from graphopt.ir.ownership import storage_key
 from graphopt.ir.plain_data import Json
 
@@ -83,7 +84,7 @@ class Plan:
         moved: dict[str, torch.Tensor] = {}
         taken: set[Hashable] = set()
         for name, tensor in self.tensors.items():
-            there = tensor.detach().to(device).contiguous()
+            there = resolved(tensor.detach().to(device)).contiguous()
             moved[name] = there.clone() if storage_key(there) in taken else there
             taken.add(storage_key(there))
         return dataclasses.replace(self, tensors=moved)
