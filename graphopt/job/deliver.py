@@ -111,8 +111,20 @@ def deliver(
             found = compare(plain, artifact, inputs)
             row = _timed(row, found, "second")
             baseline = _timed(baseline, found, "first")
-    notes = tuple(f"{item.name}: {finding.text}" for finding in item.check(artifact))
-    return Delivery(artifact, row, baseline, notes)
+    said = [finding.text for finding in item.check(artifact)] + _what_does_not_pay(row, baseline)
+    return Delivery(artifact, row, baseline, tuple(f"{item.name}: {text}" for text in said))
+
+
+def _what_does_not_pay(row: Row, baseline: Row | None) -> list[str]:
+    """Say where an artifact is slower or larger than the original that it was compared with."""
+    said = []
+    spread = row.latency.speedup_spread if row.latency is not None else None
+    if spread is not None and spread[1] < 1:
+        said.append(f"the artifact is slower than the original ({spread[0]:.2f}-{spread[1]:.2f}x)")
+    if baseline is not None and row.size is not None and baseline.size is not None and row.size > baseline.size:
+        said.append(f"the artifact is larger than the original ({row.size / baseline.size:.2f}x)")
+    advice = "leave out passes from the last on, or let them leave layers as they are (options such as skip)"
+    return [f"{text}; {advice}" for text in said]
 
 
 def _timed(row: Row, found: Comparison, side: str) -> Row:

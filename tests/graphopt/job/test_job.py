@@ -22,6 +22,7 @@ from graphopt.ir.program import Program
 from graphopt.job import deliver
 from graphopt.job.job import Job
 from graphopt.job.report import Latency, Row
+from graphopt.measure.bench import Comparison, Spread, TimedPair, Timing
 from graphopt.pipeline.pipeline import Pipeline
 from graphopt.pipeline.registry import backends_named
 from graphopt.targets.backend import Artifact
@@ -197,6 +198,29 @@ def test_an_original_that_nothing_was_rewritten_in_is_as_fast_as_itself(monkeypa
         assert dataclasses.replace(latency, speedup=None) == before
     for text, fails in (("speedup<1", False), ("speedup>1", False), ("speedup<=1", True)):
         assert bool(Gate.parse(text).failures(report)) is fails
+
+
+@pytest.mark.parametrize(("ratio", "slower"), [(0.5, True), (2.0, False)])
+def test_an_artifact_that_does_not_pay_says_so(ratio: float, slower: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compare(*_: object) -> Comparison:
+        spreads = [Spread.of([value, value * 1.1]) for value in (1.0, 1.0 / ratio, ratio)]
+        timings = [Timing(spread, spread) for spread in spreads[:2]]
+        pair = TimedPair(timings[0], timings[1], spreads[2], spreads[2], 2)
+        return Comparison(pair, pair, 1, 1)
+
+    monkeypatch.setattr(deliver, "compare", compare)
+    notes = graphopt.optimize(model(), X, PRUNE).report.notes
+    said = [note for note in notes if "than the original" in note]
+    assert [note.split(";")[0] for note in said] == (
+        ["onnxruntime: the artifact is slower than the original (0.51-0.54x)"] if slower else []
+    )
+
+
+def test_an_artifact_that_grows_says_so() -> None:
+    row, before = Row("a.onnx", size=300), Row("original", size=200)
+    assert deliver._what_does_not_pay(row, None) == []
+    (said,) = deliver._what_does_not_pay(row, before)
+    assert said.startswith("the artifact is larger than the original (1.50x); leave out passes")
 
 
 def _latencies(row: Row) -> list[Latency]:
