@@ -15,7 +15,7 @@ from graphopt.ir.lazy_modules import check_initialized
 from graphopt.ir.ownership import memory_key
 from graphopt.loading.functions import importable, resolve_function
 from graphopt.loading.state_dicts import StateDict, is_extra_state, some
-from graphopt.loading.stored_values import has_room, loses, overwritten, types_of
+from graphopt.loading.stored_values import has_room, loses, overwritten, same_kind, types_of
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,9 @@ def _misfits(expected: Mapping[str, Any], weights: Mapping[str, Any]) -> dict[st
     tensors = {name: value for name, value in expected.items() if not is_extra_state(name)}
     given = {memory_key(tensors[name]) for name in weights if name in tensors}
     fitting = {name: value for name, value in tensors.items() if name in weights and weights[name].shape == value.shape}
-    roomy = {name: value for name, value in fitting.items() if has_room(value.dtype, weights[name])}
+    alike = {name for name, value in fitting.items() if same_kind(value.dtype, weights[name].dtype)}
+    roomy = {name: value for name, value in fitting.items() if name in alike and has_room(value.dtype, weights[name])}
+    others = [name for name in fitting if name not in roomy and not name.endswith("num_batches_tracked")]
     return {
         "of the model's tensors are not in the file": [
             name
@@ -120,10 +122,9 @@ def _misfits(expected: Mapping[str, Any], weights: Mapping[str, Any]) -> dict[st
             for name, value in tensors.items()
             if name in weights and name not in fitting
         ],
-        "differ in type": [
-            types_of(name, weights[name], value)
-            for name, value in fitting.items()
-            if name not in roomy and not name.endswith("num_batches_tracked")
+        "differ in type": [types_of(name, weights[name], tensors[name]) for name in others if name not in alike],
+        "have values beyond the range of the model's type": [
+            types_of(name, weights[name], tensors[name]) for name in others if name in alike
         ],
         "lie in the memory of others, which have other values in the file": overwritten(roomy, weights),
     }

@@ -361,19 +361,21 @@ def _is_version_data(record: Made) -> bool:
     return record.maker.name == _ORDERED and isinstance(record.state, dict) and set(record.state) == {"_metadata"}
 
 
-def _versions(found: Any) -> dict[str, dict[str, int]]:
-    """Return the version that a state dict gives each module, by the module's name."""
-    if not isinstance(found, dict) or not all(
-        type(name) is str and _is_version(entry) for name, entry in found.items()
-    ):
+def _versions(found: Any) -> dict[str, dict[str, Any]]:
+    """Return what a state dict says of each module, by the module's name: its version, and numbers of its hooks."""
+    if not _is_table_of(found, lambda entry: _is_table_of(entry, _is_note)):
         raise HostileError("it keeps something other than versions of modules in the `_metadata` of a state dict")
-    return {name: {"version": entry["version"]} for name, entry in found.items() if "version" in entry}
+    # what `load_state_dict(..., assign=True)` writes there says how that loaded
+    marked = "assign_to_params_buffers"
+    return {name: {key: note for key, note in entry.items() if key != marked} for name, entry in found.items()}
 
 
-def _is_version(entry: Any) -> bool:
-    # the second is written there by `load_state_dict(..., assign=True)`, and says how that loaded
-    known = isinstance(entry, dict) and entry.keys() <= {"version", "assign_to_params_buffers"}
-    return known and type(entry.get("version", 1)) is int
+def _is_note(value: Any) -> bool:
+    return type(value) in (bool, int, float, str, type(None)) or _is_table_of(value, _is_note)
+
+
+def _is_table_of(value: Any, good: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(type(key) is str and good(item) for key, item in value.items())
 
 
 def _check_no_hooks(hooks: Any, path: str) -> None:

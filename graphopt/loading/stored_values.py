@@ -12,17 +12,15 @@ from graphopt.ir.ownership import storage_key
 from graphopt.loading.state_dicts import dtype_name
 
 
-def has_room(dtype: torch.dtype, value: torch.Tensor) -> bool:
-    """Tell whether values can be stored as a type: of the same kind, integers as they are, others rounded at most.
+def same_kind(one: torch.dtype, other: torch.dtype) -> bool:
+    """Tell whether types differ in width at most; integers for other numbers are quantised, their scales elsewhere."""
+    return (one.is_complex, one.is_floating_point) == (other.is_complex, other.is_floating_point)
 
-    Integers in the place of other numbers are quantised weights, whose scales are elsewhere.
-    """
-    if dtype == value.dtype:
-        return True
-    if (dtype.is_complex, dtype.is_floating_point) != (value.is_complex(), value.is_floating_point()):
-        return False
+
+def has_room(dtype: torch.dtype, value: torch.Tensor) -> bool:
+    """Tell whether values can be stored as a type of their kind: integers as they are, others rounded at most."""
     if value.is_complex() or value.is_floating_point():
-        return torch.equal(_wide(value).isfinite(), _wide(value.to(dtype)).isfinite())
+        return dtype == value.dtype or torch.equal(_wide(value).isfinite(), _wide(value.to(dtype)).isfinite())
     return not loses(dtype, value)
 
 
