@@ -48,13 +48,13 @@ class Memory:
     def digest(self, program: Program) -> str:
         """Return the digest of a program, computed once."""
         if program not in self._digests:
-            self._digests[program] = digests.of_program(program)
-            self.alone |= digests.asks_the_user(program)
+            self.follows(program, digests.of_program(program))
         return self._digests[program]
 
     def follows(self, program: Program, digest: str) -> None:
         """Note the digest of a program that a plan made."""
         self._digests.setdefault(program, digest)
+        self.alone |= digests.asks_the_user(program)
 
     def entries(self, key: str) -> Iterator[_Kept]:
         """Yield what is kept under a key."""

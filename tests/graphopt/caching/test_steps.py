@@ -388,7 +388,11 @@ def test_operators_of_the_users_are_known_in_their_process_alone(plugin: Path) -
         def forward(self, input: Tensor) -> Tensor:
             return twice(self.linear(input))
 
-    in_memory_alone(plugin, graphopt.capture(Twice().eval(), X[:2]))
+    program = graphopt.capture(Twice().eval(), X[:2])
+    in_memory_alone(plugin, program)
+    made = Memory()  # of a pass that puts in an operator
+    made.follows(program, "of a plan")
+    assert made.alone
 
 
 def test_rules_of_the_users_are_known_in_their_process_alone(plugin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
