@@ -74,10 +74,16 @@ def exported(program: Exportable) -> Exported:
     return found
 
 
-def let_exports_read(program: Exportable, others: Mapping[int, torch.Tensor]) -> None:
-    """Keep what was exported of a program that now reads other tensors of equal values, given by the ids of the old."""
-    if program in _known:
-        _, found = _known[program]
+def let_exports_read(program: Exportable, others: Mapping[int, torch.Tensor], before: Exportable) -> None:
+    """Take over what was exported of a program that was the same, but for tensors of equal values.
+
+    Args:
+        program: now reads others.
+        others: they, by the ids of those in their place.
+        before: the same program, or the one it is a copy of, which is exported anew.
+    """
+    if before in _known:
+        _, found = _known.pop(before)
         for table in (found.program.state_dict, found.program.constants):
             table.update({name: others[id(held)] for name, held in table.items() if id(held) in others})
         _known[program] = (_state(program.graph_module), found)

@@ -19,19 +19,19 @@ from graphopt.capturing.model_calls import gradients_recorded
 from graphopt.data import Samples
 from graphopt.data.batches import Batch, SampleSource, batch_count, whole_batches
 from graphopt.data.split import Split, split
-from graphopt.errors import CaptureError, UsageError
+from graphopt.errors import UsageError
 from graphopt.files import ScratchDirectory
 from graphopt.ir.devices import device_called, device_memory
 from graphopt.ir.exporting import let_exports_read
-from graphopt.ir.finite import all_finite, computable
 from graphopt.ir.global_state import one_thread_at_a_time, random_state_kept
 from graphopt.ir.memory import give_back
 from graphopt.ir.ownership import own_tensors, storage_keys
 from graphopt.ir.program import Program
 from graphopt.ir.regions import compiled_for_their_shapes
+from graphopt.job.checks import State, check_as_handed_out, check_as_opened, check_weights, state_of
 from graphopt.job.deliver import Delivery, Originals, deliver
-from graphopt.job.manifest import Manifest
-from graphopt.job.payloads import set_aside
+from graphopt.job.manifest import Manifest, fingerprint
+from graphopt.job.payloads import lent_by, set_aside
 from graphopt.job.recorder import Recorder
 from graphopt.job.replaying import carry_out
 from graphopt.job.report import Report, Row
@@ -62,12 +62,14 @@ class Outcome:
         programs: the final program of each target, keyed by target name; "" where no pass asked for one.
         plans: (target, plan) in the order they were made; target "" before the pipeline forks.
         report: a row for the original and for each step, refusals and notes.
+        handed_out: fingerprints of those of the programs that a result holds, where they may be trained.
     """
 
     pipeline: Pipeline
     programs: dict[str, Program]
     plans: tuple[tuple[str, Plan], ...]
     report: Report
+    handed_out: dict[str, str] = field(default_factory=dict, repr=False)
 
 
 @dataclass(eq=False)
@@ -101,6 +103,7 @@ class Job:
     metric: Evaluator | FunctionEvaluator | None = field(default=None, init=False)
     _memory: Memory = field(default_factory=Memory, init=False, repr=False)
     _stopwatches: dict[str, Stopwatch] = field(default_factory=dict, init=False, repr=False)
+    _opened: State = field(default_factory=dict, init=False, repr=False)
     _lent: frozenset[Hashable] = field(default=frozenset(), init=False, repr=False)  # storages of a module's tensors
 
     @classmethod
@@ -124,7 +127,7 @@ class Job:
     ) -> Self:
         """Open a model and its data, once for every pipeline that runs on them; arguments are those of `optimize`.
 
-        A module must not be trained as long as the job is in use, which reads its tensors.
+        A module must not be trained, moved or cast as long as the job is in use, which reads its tensors.
 
         Raises:
             GraphOptError: a target is not known, the data do not fit, or the model cannot be captured.
@@ -164,7 +167,8 @@ class Job:
         self.original = self._given.to(self.device)
         if self.samples is not None:
             self.samples = self.samples.on(self.device)
-        _check_weights(self.original)
+        check_weights(self.original)
+        self._opened = state_of(self._given)
         self.metric = None if self.evaluation is None else _evaluator(self.evaluation, self.original)
 
     @one_thread_at_a_time()
@@ -197,6 +201,7 @@ class Job:
         """
         if check not in ("fast", "full"):
             raise UsageError(f"check={check!r} is not known. Use 'fast' or 'full'.")
+        check_as_opened(self._given, self._opened)
         report = self._new_report(pipeline)
         deciding = self.backends
         if not deciding and pipeline.fork() < len(pipeline.steps):
@@ -255,6 +260,8 @@ class Job:
         Raises:
             LoweringError: a program cannot be lowered, or its artifact computes something else.
         """
+        check_as_opened(self._given, self._opened)
+        check_as_handed_out(outcome.programs, outcome.handed_out)
         give_back(self.original.parameters())
         home = ScratchDirectory()
         original = self._given.to("cpu")
@@ -291,6 +298,7 @@ class Job:
         Raises:
             GraphOptError: as `replaying.replay` does.
         """
+        check_as_opened(self._given, self._opened)
         programs, plans = carry_out(self.original, stored, directory, registry)
         pipeline = Pipeline.parse(stored.pipeline, registry)
         report = self._new_report(pipeline)
@@ -304,15 +312,22 @@ class Job:
     @device_memory()
     def undelivered(self, outcome: Outcome) -> Result:
         """Return an outcome as a result without artifacts."""
+        check_as_handed_out(outcome.programs, outcome.handed_out)
         return self._result(outcome, [])
 
     def _result(self, outcome: Outcome, deliveries: Sequence[Delivery]) -> Result:
         give_back(self.original.parameters())
-        programs = {target: self._back(program) for target, program in outcome.programs.items()}
-        if self._lent:  # who is given a program may train it
-            own = own_tensors((program.graph_module for program in programs.values()), self._lent)
-            for program in programs.values():
-                let_exports_read(program, own)
+        unchanged = self._given.copy() if self._lent else self._given  # who is given a program may train it
+        programs = {
+            target: unchanged if program is self.original else program.to(self._given.device)
+            for target, program in outcome.programs.items()
+        }
+        given = [program for program in programs.values() if program is not self._given]
+        own = own_tensors((program.graph_module for program in given), self._lent | lent_by(outcome.plans))
+        for program in given:
+            let_exports_read(program, own, self._given if program is unchanged else program)
+        held = {target: program for target, program in programs.items() if program is outcome.programs[target]}
+        outcome.handed_out.update({target: fingerprint(program.evaluated()) for target, program in held.items()})
         report = outcome.report.copy()
         for found in deliveries:
             report.add_artifact(found.row, found.baseline)
@@ -328,10 +343,6 @@ class Job:
             seed=self.seed,
             plan_targets=[target for target, _ in outcome.plans],
         )
-
-    def _back(self, program: Program) -> Program:
-        """Return a program where the model was when it was given."""
-        return self._given if program is self.original else program.to(self._given.device)
 
     def _new_report(self, pipeline: Pipeline) -> Report:
         report = Report(self.name, str(pipeline), self.metric.name if self.metric else "", rows=[self._row])
@@ -356,30 +367,6 @@ class Job:
     def _split(self) -> Split | None:
         """What passes may fit, what they choose by, and what reports are made of: one split for whatever runs."""
         return None if self.samples is None else split(self.samples, self.original)
-
-
-def _check_weights(program: Program) -> None:
-    """Refuse a model with a weight that is not finite, which later would look like a fault of the data.
-
-    Infinity in what is not trained is how models mask what does not count.
-
-    Raises:
-        CaptureError: NaN anywhere, or infinity in a trained weight.
-    """
-    gm = program.graph_module
-    for name, tensor in (*gm.named_parameters(), *gm.named_buffers()):
-        if all_finite(tensor):
-            continue
-        values = computable(tensor)
-        nan = bool(values.isnan().any())
-        if not nan and not tensor.requires_grad:
-            continue
-        kind = "NaN" if nan else "infinite values"
-        bad = int((~values.isfinite()).sum())
-        raise CaptureError(
-            f"`{name}` of the model holds {kind} ({bad} of {tensor.numel()} values), so what it computes means "
-            "nothing. Load weights from before training diverged, or of a type that holds their values."
-        )
 
 
 def _evaluator(spec: Any, program: Program) -> Evaluator | FunctionEvaluator:

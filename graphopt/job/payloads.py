@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Hashable, Iterable
 
-from graphopt.ir.memory import mapped
+from graphopt.ir.memory import LARGE, mapped
 from graphopt.ir.ownership import storage_key, storage_keys
 from graphopt.ir.program import Program
 from graphopt.pipeline.plan import Plan
@@ -21,6 +21,15 @@ def set_aside(plans: Iterable[tuple[str, Plan]], programs: Iterable[Program]) ->
     """
     read = frozenset[Hashable]().union(*(storage_keys(program.graph_module) for program in programs))
     return tuple((target, _set_aside(plan, read)) for target, plan in plans)
+
+
+def lent_by(plans: Iterable[tuple[str, Plan]]) -> frozenset[Hashable]:
+    """Return where the tensors of plans lie that programs read as well, and who trains these must not change.
+
+    Those of large plans are not among them: they would take as much memory again.
+    """
+    small = [plan.tensors.values() for _, plan in plans if sum(one.nbytes for one in plan.tensors.values()) < LARGE]
+    return frozenset(storage_key(tensor) for tensors in small for tensor in tensors)
 
 
 def _set_aside(plan: Plan, read: frozenset[Hashable]) -> Plan:

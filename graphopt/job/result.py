@@ -26,7 +26,7 @@ class Result:
 
     Attributes:
         original: the program as captured; it may read the tensors of the module that `optimize` was given, and change
-            with them. None for a result that was opened.
+            with them, not with those of `programs`. None for a result that was opened.
         programs: the optimised program of each target, keyed by target name ("" where no pass asked for one).
         plans: every pass's plan, in pipeline order.
         report: the before/after table, refusals and notes.

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -227,3 +227,34 @@ def _latencies(row: Row) -> list[Latency]:
     assert row.latency is not None
     assert row.plain is not None
     return [row.latency, row.plain]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda mine: mine.double(), "`0.weight` was float32 and is float64"),
+        (lambda mine: nn.init.zeros_(mine[2].bias), "`2.bias` was written to"),
+    ],
+)
+def test_a_module_changed_after_the_job_was_opened_is_refused(change: Callable[[nn.Module], object], said: str) -> None:
+    mine = model()
+    job = Job.open(mine, X)
+    outcome = job.run(Pipeline.parse(""))
+    change(mine)
+    for work in (lambda: job.run(Pipeline.parse("")), lambda: job.deliver(outcome)):
+        with pytest.raises(UsageError, match=f"The model was changed after the job was opened on it: {said}. Open"):
+            work()
+
+
+def test_an_outcome_whose_program_was_trained_is_not_delivered_again() -> None:
+    job = Job.open(model(), X)
+    outcome = job.run(Pipeline.parse(PRUNE))
+    found = job.undelivered(outcome)
+    before = fingerprint(job.undelivered(outcome).program)
+    with torch.no_grad():
+        for parameter in found.program.parameters():
+            parameter.data.mul_(2)
+    for again in (job.deliver, job.undelivered):
+        with pytest.raises(UsageError, match="for onnxruntime was changed after it was handed out in a result"):
+            again(outcome)
+    assert fingerprint(job.undelivered(job.run(outcome.pipeline)).program) == before

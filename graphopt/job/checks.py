@@ -1,0 +1,82 @@
+"""What a job refuses: weights that mean nothing, a model or programs that were changed since."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from graphopt.errors import CaptureError, UsageError
+from graphopt.ir.finite import all_finite, computable
+from graphopt.ir.program import Program
+from graphopt.job.manifest import fingerprint
+
+State = Mapping[str, tuple[torch.dtype, torch.device, tuple[int, ...], int]]
+
+
+def check_weights(program: Program) -> None:
+    """Refuse a model with a weight that is not finite, which later would look like a fault of the data.
+
+    Infinity in what is not trained is how models mask what does not count.
+
+    Raises:
+        CaptureError: NaN anywhere, or infinity in a trained weight.
+    """
+    gm = program.graph_module
+    for name, tensor in (*gm.named_parameters(), *gm.named_buffers()):
+        if all_finite(tensor):
+            continue
+        values = computable(tensor)
+        nan = bool(values.isnan().any())
+        if not nan and not tensor.requires_grad:
+            continue
+        kind = "NaN" if nan else "infinite values"
+        bad = int((~values.isfinite()).sum())
+        raise CaptureError(
+            f"`{name}` of the model holds {kind} ({bad} of {tensor.numel()} values), so what it computes means "
+            "nothing. Load weights from before training diverged, or of a type that holds their values."
+        )
+
+
+def state_of(program: Program) -> State:
+    """Return what tells whether trained tensors were changed in place, or others put in their place, at no cost."""
+    return {
+        name: (one.dtype, one.device, tuple(one.shape), 0 if one.is_inference() else one._version)
+        for name, one in program.graph_module.named_parameters()
+    }
+
+
+def check_as_opened(program: Program, opened: State) -> None:
+    """Refuse a model that was changed since a job was opened on it, which knows it as it was.
+
+    Raises:
+        UsageError: naming a tensor that was.
+    """
+    for name, found in state_of(program).items():
+        pairs = zip(opened[name][:3], found[:3], strict=True)
+        changes = [
+            f"was {str(old).removeprefix('torch.')} and is {str(new).removeprefix('torch.')}"
+            for old, new in pairs
+            if old != new
+        ]
+        if found != opened[name]:
+            raise UsageError(
+                f"The model was changed after the job was opened on it: `{name}` {(changes or ['was written to'])[0]}. "
+                "Open a new job, on a copy if the model goes on being trained: graphopt.Job.open(copy.deepcopy(model))."
+            )
+
+
+def check_as_handed_out(programs: Mapping[str, Program], handed_out: Mapping[str, str]) -> None:
+    """Refuse programs that a result holds, and that were changed there.
+
+    Raises:
+        UsageError: naming the target of one.
+    """
+    for target, before in handed_out.items():
+        if fingerprint(programs[target].evaluated()) != before:
+            raise UsageError(
+                f"The program{f' for {target}' if target else ''} was changed after it was handed out in a result, "
+                "trained perhaps, and is not what the plans make any more. Run the pipeline again: "
+                "job.run(outcome.pipeline); what was trained is lowered by graphopt.optimize(result.program, "
+                'passes="").'
+            )
