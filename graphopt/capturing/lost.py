@@ -1,4 +1,8 @@
-"""What training does not bring back after capture in eval mode: randomness without a node, statistics that stay."""
+"""What training does not bring back after capture in eval mode.
+
+Randomness without a node, statistics that stay, and what a module does in a `train()` of its own, such as keeping parts
+in evaluation mode. What code does under `if self.training`, at a rate that no attribute states, is not seen.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ _RATE_CLASSES = ("Dropout", "DropPath", "StochasticDepth")
 
 
 def lost_in_eval(model: nn.Module, gm: fx.GraphModule) -> list[Note]:
-    """List modules that drop values or move statistics in training, and do not where their program is trained."""
+    """List modules that drop values or move statistics in training otherwise than where their program is trained."""
     switched = {module_path(node) for node in switchable(gm)}
     read = {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
     lost: dict[str, list[str]] = {}
@@ -26,7 +30,14 @@ def lost_in_eval(model: nn.Module, gm: fx.GraphModule) -> list[Note]:
         moves = path in switched and getattr(module, "momentum", 0.0) is not None
         if f"{path}.running_mean".removeprefix(".") in read and not moves:
             lost.setdefault(f"{kind} keeps its statistics", []).append(place)
+        inside = any(f"{owner}.".startswith(f"{path}.".removeprefix(".")) for owner in switched)
+        if inside and not isinstance(module, fx.GraphModule) and _trains_its_own_way(module):
+            lost.setdefault(f"{kind}.train() is not asked", []).append(place)
     return [Note("training", f"{what} when the program is trained: {_listed(at)}") for what, at in lost.items()]
+
+
+def _trains_its_own_way(module: nn.Module) -> bool:
+    return getattr(module.train, "__func__", None) is not nn.Module.train
 
 
 def _rate(module: nn.Module) -> float:

@@ -90,7 +90,8 @@ class Program:
     def train(self, mode: bool = True) -> Self:
         """Put BatchNorm and Dropout nodes in training (or evaluation) mode, in place; return the program.
 
-        What eval capture dropped does not come back, and what is in a branch or loop stays as it is (see `notes`).
+        What eval capture dropped does not come back, and what is in a branch or loop stays as it is; `notes` say what
+        was seen of that, which is not all: no attribute states what code does under `if self.training`.
         """
         set_training(self.graph_module, mode)
         return self

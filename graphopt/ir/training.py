@@ -2,7 +2,8 @@
 
 Capture in eval mode bakes `training=False` into such operators; only that flag changes here. A call that capture
 saw in training mode is random, or normalises by its batch, on purpose, and stays so. What the model did in Python
-under `if self.training` is gone from the graph and is reported at capture, as is what stays in evaluation mode.
+under `if self.training` is gone from the graph. What can be seen of that is reported at capture (`capturing/lost.py`):
+rates that modules state, a `train()` of their own, and what stays in evaluation mode.
 
 Which operators behave otherwise in training is read from their schemas: they have a flag.
 """

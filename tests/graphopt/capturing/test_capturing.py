@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from typing import Self
 
 import pytest
 import torch
@@ -178,6 +179,22 @@ def test_what_eval_loses_is_noted() -> None:
     assert [note.text for note in program.notes] == [
         "MultiheadAttention stays off when the program is trained: attention (0.1)"
     ]
+
+
+def test_a_module_that_sets_its_mode_itself_is_noted() -> None:
+    class Frozen(nn.Sequential):
+        def train(self, mode: bool = True) -> Self:
+            super().train(mode)
+            self[1].eval()
+            return self
+
+    layers = nn.Linear(4, 4), nn.BatchNorm1d(4)
+    program = capture(nn.Sequential(Frozen(*layers), nn.ReLU()), torch.randn(6, 4))
+    assert [note.text for note in program.notes] == ["Frozen.train() is not asked when the program is trained: 0"]
+    assert [note.text for note in capture(Frozen(*layers), torch.randn(6, 4)).notes] == [
+        "Frozen.train() is not asked when the program is trained: the model itself"
+    ]
+    assert capture(nn.Sequential(*layers), torch.randn(6, 4)).notes == ()
 
 
 def test_every_node_knows_its_origin_and_it_survives_export() -> None:
