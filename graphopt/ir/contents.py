@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy.typing as npt
 import torch
 
 
@@ -11,6 +14,11 @@ def resolved(tensor: torch.Tensor) -> torch.Tensor:
     Whoever reads the memory of one, as files and runtimes do, reads other numbers.
     """
     return tensor.resolve_conj().resolve_neg()
+
+
+def as_array(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    """Return what a tensor holds, wherever it is, as NumPy takes it."""
+    return resolved(tensor.detach().cpu()).numpy()
 
 
 def content(tensor: torch.Tensor) -> memoryview:

@@ -13,6 +13,7 @@ import torch
 
 from graphopt.data.batches import Batch
 from graphopt.files import ScratchDirectory
+from graphopt.ir.contents import as_array
 from graphopt.ir.memory import give_back
 from graphopt.ir.program import Program
 from graphopt.ir.torch_internals import output_structure, pytree
@@ -152,7 +153,7 @@ def flat(session: Session) -> Callable[[Batch], Batch]:
     """Let a session take and return flat tensors, as `Program.call_flat` does, on any device."""
 
     def call(batch: Batch) -> Batch:
-        outputs = session(*(tensor.numpy(force=True) for tensor in batch))
+        outputs = session(*map(as_array, batch))
         return tuple(torch.from_numpy(array).to(batch[0].device) for array in outputs)
 
     return call

@@ -18,6 +18,7 @@ from graphopt.data.batches import Batch, Labelled, batch_count
 from graphopt.data.input_spec import Spec
 from graphopt.data.samples import Samples
 from graphopt.errors import DataError, foreign_code
+from graphopt.ir.contents import as_array
 from graphopt.ir.program import Program
 from graphopt.loading.functions import is_function_name, resolve_function
 from graphopt.measure.metrics import METRICS, Metric, Scoring, find_metric
@@ -179,7 +180,7 @@ def main_output(outputs: Any) -> Array:
         else:
             raise DataError(f"A metric needs tensors; the model returned a {type(outputs).__name__}.")
     if isinstance(outputs, torch.Tensor):
-        outputs = (outputs.float() if outputs.dtype == torch.bfloat16 else outputs).numpy(force=True)
+        outputs = as_array(outputs.float() if outputs.dtype == torch.bfloat16 else outputs)
     array: Array = outputs
     return array
 
