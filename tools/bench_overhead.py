@@ -34,7 +34,7 @@ from graphopt.backends.onnxruntime import OnnxRuntimeBackend  # noqa: E402
 from graphopt.measure.equivalence import Probe  # noqa: E402
 from graphopt.statistics import calibration  # noqa: E402
 
-LIMIT = 2.5
+LIMIT = 2.3
 
 
 class Clock:
