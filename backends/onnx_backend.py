@@ -17,7 +17,6 @@ from graphopt.backends.onnx_lowering.artifacts import files_of, read_model, spec
 from graphopt.backends.onnx_lowering.lowering import Style, lower
 from graphopt.backends.onnx_lowering.saving import EXTERNAL_DATA_ABOVE, save
 from graphopt.backends.onnx_lowering.signature import check_kinds
-from graphopt.errors import LoweringError
 from graphopt.files import ScratchDirectory
 from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
@@ -71,15 +70,9 @@ class OnnxBackend(Backend):
         """Refuse types that numpy lacks; a program in a type that the runtime has few kernels for is lowered for it."""
         check_kinds((*program.inputs, *program.outputs))
         types = {tensor.dtype for tensor in (*program.state_dict().values(), *program.flat_examples())}
-        if types.isdisjoint((torch.bfloat16, torch.float64)):
-            return
-        try:
+        if not types.isdisjoint((torch.bfloat16, torch.float64)):
             with ScratchDirectory() as place:
                 self.session(self.lower(program, self.path_in(Path(place))))
-        except LoweringError as err:
-            if torch.float64 not in types:
-                raise
-            raise LoweringError(f"{err} Parts are in double precision: convert them with `model.float()`.") from err
 
     def lower(self, program: Program, path: Path) -> Artifact:
         """Write `program` as ONNX.

@@ -73,11 +73,13 @@ class OnnxRuntimeBackend(OnnxBackend):
             if not layers:
                 OnnxSession(path, settings)
         except LoweringError as err:
-            if _computes_in_bfloat16(program):
+            if _computes_in(torch.bfloat16, program):
                 raise LoweringError(
                     "ONNX Runtime has no bfloat16 kernels for some operators of the model. Convert it with "
                     f"`model.float()`, and leave out torch.autocast. The runtime says: {err}"
                 ) from err
+            if _computes_in(torch.float64, program):
+                raise LoweringError(f"{err} Parts are in double precision: convert them with `model.float()`.") from err
             raise
         return {"quantized": len(layers), "integer": sum(layer.integer for layer in layers)}
 
@@ -103,10 +105,10 @@ class OnnxRuntimeBackend(OnnxBackend):
         return f"{artifact.facts['integer']} of {quantized} quantized operators on integer kernels"
 
 
-def _computes_in_bfloat16(program: Program) -> bool:
-    """Whether a value is bfloat16, in the regions of autocast too."""
+def _computes_in(dtype: torch.dtype, program: Program) -> bool:
+    """Whether a value is of a type, in the regions of autocast too."""
     values = [node.meta.get("val") for body in graph_modules(program.graph_module) for node in body.graph.nodes]
-    return any(isinstance(leaf, torch.Tensor) and leaf.dtype is torch.bfloat16 for leaf in pytree.tree_leaves(values))
+    return any(isinstance(leaf, torch.Tensor) and leaf.dtype is dtype for leaf in pytree.tree_leaves(values))
 
 
 def _complaint(layer: Layer) -> str:

@@ -87,7 +87,7 @@ def deliver(
     """
     started = time.perf_counter()
     artifact = item.lower(program, item.path_in(home))  # which says what types the runtime lacks
-    inputs = tuple(tensor.cpu().numpy() for tensor in probe.batch)
+    inputs = tuple(map(as_array, probe.batch))
     session = artifact.session()
     item.verify(artifact, program, inputs, session)
     seconds = time.perf_counter() - started

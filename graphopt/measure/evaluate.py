@@ -67,7 +67,7 @@ class Evaluator:
                         f"The model returned {outputs.shape} for {count} samples; `{self.name}` needs one output "
                         "per sample along the first axis."
                     )
-                scoring.add(outputs[:count], labels.cpu().numpy())
+                scoring.add(outputs[:count], as_array(labels))
         return scoring.score()
 
 

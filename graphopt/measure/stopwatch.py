@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from graphopt.files import ScratchDirectory
+from graphopt.ir.contents import as_array
 from graphopt.ir.program import Program
 from graphopt.measure.bench import Spread, batch_of, time_in_turn
 from graphopt.targets.backend import Backend
@@ -50,6 +51,6 @@ class Stopwatch:
             home = ScratchDirectory()
             artifact = self.backend.lower(program, self.backend.path_in(Path(home.name), "timed"))
             session = artifact.session(threads=1)
-            feed = batch_of(artifact.inputs, [tensor.cpu().numpy() for tensor in program.flat_examples()], 1)
+            feed = batch_of(artifact.inputs, [*map(as_array, program.flat_examples())], 1)
             self._loaded[program] = _Loaded(lambda: session(*feed), home)
         return self._loaded[program].call

@@ -220,10 +220,8 @@ class _Placer:
 
     def _reason(self, node: fx.Node, kernel: Kernel) -> tuple[str, str]:
         """Return (reason, reason without particulars), empty if there is none."""
-        path = module_path(node)
-        pattern = next((p for p in self._skip if fnmatchcase(path, p) or fnmatchcase(node.name, p)), None)
-        if pattern is not None:
-            return f"left float as asked (skip={pattern})", "left float as asked"
+        if reasons := why_skipped(node, self._skip):
+            return reasons
         if kernel.problem:
             return kernel.problem, ""
         if not kernel.operands:
@@ -254,6 +252,13 @@ class _Placer:
     def _written(self, value: fx.Node) -> str:
         writers = self._storages.writes(value)
         return f"`{value.name}` shares memory with what `{writers[0].name}` writes in place" if writers else ""
+
+
+def why_skipped(node: fx.Node, skip: Sequence[str]) -> tuple[str, str] | None:
+    """Return (reason, reason without particulars) where a pattern of `skip` names a node or its module."""
+    path = module_path(node)
+    pattern = next((p for p in skip if fnmatchcase(path, p) or fnmatchcase(node.name, p)), None)
+    return None if pattern is None else (f"left float as asked (skip={pattern})", "left float as asked")
 
 
 def _is_float(node: fx.Node) -> bool:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -22,8 +21,8 @@ from graphopt.ir.aliasing import Storages
 from graphopt.ir.editor import Editor
 from graphopt.ir.finite import all_finite
 from graphopt.ir.graph import constant
-from graphopt.ir.provenance import module_path
 from graphopt.ir.torch_internals import OpOverload
+from graphopt.passes.quantization.placement import why_skipped
 from graphopt.passes.quantization.plan import TableRecord, table_name
 from graphopt.pipeline.plan import Refusal
 from graphopt.quantization.formats import IntegerFormat
@@ -97,10 +96,8 @@ def _why_not(
     node: fx.Node, weight: Tensor | None, table: IntegerFormat | None, storages: Storages, skip: Sequence[str]
 ) -> tuple[str, str] | None:
     """Return why a table stays float, and the same without particulars; None if nothing is known."""
-    path = module_path(node)
-    pattern = next((p for p in skip if fnmatchcase(path, p) or fnmatchcase(node.name, p)), None)
-    if pattern is not None:
-        return f"left float as asked (skip={pattern})", "left float as asked"
+    if reasons := why_skipped(node, skip):
+        return reasons
     if weight is None:
         return "its table is computed at run time", ""
     if not weight.is_floating_point():

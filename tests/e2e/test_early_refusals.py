@@ -43,6 +43,16 @@ def test_types_that_the_runtime_lacks(dtype: torch.dtype, said: str) -> None:
     assert graphopt.optimize(net(dtype), x, "fold", lower=False).artifacts == {}
 
 
+def test_what_has_another_reason_is_not_blamed_on_double_precision() -> None:
+    class Bessel(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.special.i0e(x)
+
+    with pytest.raises(LoweringError, match="has no ONNX form") as caught:
+        graphopt.optimize(Bessel(), torch.randn(32, 8, dtype=torch.float64), "fold", hooks=[Untouched()])
+    assert "double precision" not in str(caught.value)
+
+
 def test_double_precision_that_the_runtime_computes_in() -> None:
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).double().eval()
     found = graphopt.optimize(model, torch.randn(32, 8, dtype=torch.float64), "fold", bench=False)
