@@ -18,7 +18,7 @@ import torch
 from onnxscript import opset20
 
 import graphopt.quantization.ops  # noqa: F401  (registers the operators)
-from graphopt.quantization.ops import storage_dtype
+from graphopt.quantization.formats import storage_dtype
 
 # Its type variables describe arrays; in a translation the arguments are the exporter's symbolic values.
 op: Any = opset20

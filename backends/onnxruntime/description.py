@@ -42,12 +42,12 @@ _MOVES = tuple(
     )
 )  # fmt: skip
 
-_WEIGHT = IntegerFormat("int8", symmetric=True, low=-127, high=127, granularity="channel")
+_WEIGHT = IntegerFormat(8, granularity="channel", narrow=True)
 
 DESCRIPTION = TargetDescription(
     name="onnxruntime",
     opset=20,
-    activation=IntegerFormat("uint8", symmetric=False, low=0, high=255),
+    activation=IntegerFormat(8, signed=False, symmetric=False),
     weight=_WEIGHT,
     table=_WEIGHT,
     operators=(*_CONVOLUTIONS, *_PRODUCTS, *_JOINS, *_SAME_SCALE, *_MOVES),

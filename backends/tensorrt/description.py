@@ -45,8 +45,8 @@ _MOVES = tuple(
 DESCRIPTION = TargetDescription(
     name="tensorrt",
     opset=20,
-    activation=IntegerFormat("int8", symmetric=True, low=-128, high=127),
-    weight=IntegerFormat("int8", symmetric=True, low=-127, high=127, granularity="channel"),
+    activation=IntegerFormat(8),
+    weight=IntegerFormat(8, granularity="channel", narrow=True),
     operators=(*_CONVOLUTIONS, *_PRODUCTS, *_CHAINS, *_MOVES),
     channel_multiple=32,  # tensor-core tiles of int8 channels
     rank_multiple=32,

@@ -17,15 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_STORAGE = ((torch.uint8, 0, 255), (torch.int8, -128, 127), (torch.int32, -(2**31), 2**31 - 1))
-
-
-def storage_dtype(low: int, high: int) -> torch.dtype:
-    """Return the smallest integer dtype that holds `low` to `high`: unsigned when nothing is negative."""
-    for dtype, smallest, largest in _STORAGE:
-        if smallest <= low <= high <= largest:
-            return dtype
-    raise ValueError(f"No integer storage holds the range {low} to {high}; int32 is the widest.")
+from graphopt.quantization.formats import storage_dtype
 
 
 @torch.library.custom_op("graphopt::quantize", mutates_args=())

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from graphopt.quantization.formats import IntegerFormat
 from graphopt.quantization.histogram import Histogram
-from graphopt.quantization.ops import quantize, storage_dtype
+from graphopt.quantization.ops import quantize
 
 Reals = npt.NDArray[np.float64]
 Observer = Literal["minmax", "percentile", "mse"]
@@ -90,11 +90,6 @@ def from_range(low: float, high: float, integers: IntegerFormat, *, limit: float
     return QParams(float(scale), zero_point, integers.low, integers.high)
 
 
-def symmetric_zero_point(integers: IntegerFormat) -> int:
-    """Return the zero point of a symmetric format: 0 for signed integers, the middle for unsigned ones."""
-    return 0 if integers.low < 0 else (integers.low + integers.high + 1) // 2
-
-
 def weight_scales(weight: Tensor, integers: IntegerFormat, axis: int | None) -> Tensor:
     """Choose the scales of a weight, symmetric around 0: the largest magnitude is kept.
 
@@ -119,7 +114,7 @@ def weight_scales(weight: Tensor, integers: IntegerFormat, axis: int | None) -> 
 def quantize_weight(weight: Tensor, scales: Tensor, integers: IntegerFormat, axis: int | None) -> Tensor:
     """Round `weight` to the integers of `scales`, zero point 0, staying symmetric around 0."""
     steps = min(integers.high, -integers.low)
-    zero = torch.zeros_like(scales, dtype=storage_dtype(integers.low, integers.high))
+    zero = torch.zeros_like(scales, dtype=integers.dtype)
     integer: Tensor = quantize(weight.detach().float(), scales, zero, axis, -steps, steps)
     return integer
 
@@ -127,7 +122,7 @@ def quantize_weight(weight: Tensor, scales: Tensor, integers: IntegerFormat, axi
 def _scales(low: Reals, high: Reals, integers: IntegerFormat) -> tuple[Reals, Reals]:
     """Return scales and zero points of several ranges that all contain 0."""
     if integers.symmetric:
-        zero_point = symmetric_zero_point(integers)
+        zero_point = integers.zero_point
         scale = np.maximum(-low / (zero_point - integers.low), high / (integers.high - zero_point))
         return scale, np.full_like(scale, zero_point)
     scale = (high - low) / (integers.high - integers.low)

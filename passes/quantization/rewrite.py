@@ -21,7 +21,8 @@ from graphopt.ir.graph import constant
 from graphopt.ir.operators import short_name
 from graphopt.passes.layers.weighted_call import WeightedCall, layer_call, set_argument
 from graphopt.passes.quantization.plan import Int8Plan, LayerRecord, ValueRecord, stored_name
-from graphopt.quantization.ops import DEQUANTIZE, QUANTIZE, storage_dtype
+from graphopt.quantization.formats import storage_dtype
+from graphopt.quantization.ops import DEQUANTIZE, QUANTIZE
 
 aten = torch.ops.aten
 

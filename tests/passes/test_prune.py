@@ -115,7 +115,7 @@ def test_the_kept_count_is_rounded_up_and_never_below_the_minimum(options: dict[
 
 
 def test_the_targets_alignment_is_the_default_rounding() -> None:
-    whole = IntegerFormat("int8", symmetric=True, low=-128, high=127)
+    whole = IntegerFormat(8)
     target = TargetDescription(name="four", opset=20, activation=whole, weight=whole, channel_multiple=4)
     plan = plan_of(prune(ratio=0.5), Hidden(), VECTOR, targets=(target,))
     assert len(plan.groups["first:hidden"]) == 4

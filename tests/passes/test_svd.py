@@ -51,7 +51,7 @@ def plan_of(options: SvdOptions, program: Program, data: Tensor | None = None, m
 
 
 def target(multiple: int) -> TargetDescription:
-    form = IntegerFormat("int8", symmetric=True, low=-128, high=127)
+    form = IntegerFormat(8)
     return TargetDescription("made", opset=20, activation=form, weight=form, rank_multiple=multiple)
 
 

@@ -35,7 +35,7 @@ def program() -> Program:
 
 
 def _target(name: str, **alignment: int) -> TargetDescription:
-    signed = IntegerFormat("int8", symmetric=True, low=-127, high=127)
+    signed = IntegerFormat(8, narrow=True)
     return TargetDescription(name, 20, signed, signed, **alignment)
 
 

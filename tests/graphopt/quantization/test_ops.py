@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from graphopt.quantization.ops import dequantize, fake_quantize, observe, quantize, storage_dtype
+from graphopt.quantization.ops import dequantize, fake_quantize, observe, quantize
 
 OPS = torch.ops.graphopt
 SCALE, ZERO = torch.tensor(0.1), torch.tensor(3, dtype=torch.uint8)
@@ -42,19 +42,6 @@ def test_int32_is_exact_beyond_float_digits() -> None:
     q = torch.tensor([2**24 + 1, -(2**31)], dtype=torch.int32)
     real = dequantize(q, torch.tensor(1.0, dtype=torch.float64), torch.tensor(0, dtype=torch.int32), None)
     assert real.tolist() == [2**24 + 1, -(2**31)]
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "dtype"),
-    [(0, 255, torch.uint8), (0, 15, torch.uint8), (-128, 127, torch.int8), (-8, 7, torch.int8), (-1, 255, torch.int32)],
-)
-def test_storage(low: int, high: int, dtype: torch.dtype) -> None:
-    assert storage_dtype(low, high) is dtype
-
-
-def test_storage_has_an_end() -> None:
-    with pytest.raises(ValueError, match="int32 is the widest"):
-        storage_dtype(0, 2**40)
 
 
 @pytest.mark.parametrize(("scale", "axis"), [((2,), None), ((2,), 1), ((3,), 5)])

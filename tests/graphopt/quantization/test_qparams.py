@@ -15,10 +15,10 @@ from graphopt.quantization.histogram import Histogram
 from graphopt.quantization.ops import dequantize, quantize
 from graphopt.quantization.qparams import QParams, choose, from_range, quantize_weight, weight_scales
 
-UNSIGNED = IntegerFormat("uint8", symmetric=False, low=0, high=255)
-MIDDLE = IntegerFormat("uint8", symmetric=True, low=0, high=255)
-SIGNED = IntegerFormat("int8", symmetric=True, low=-128, high=127)
-WEIGHT = IntegerFormat("int8", symmetric=True, low=-127, high=127, granularity="channel")
+UNSIGNED = IntegerFormat(8, signed=False, symmetric=False)
+MIDDLE = IntegerFormat(8, signed=False)
+SIGNED = IntegerFormat(8)
+WEIGHT = IntegerFormat(8, granularity="channel", narrow=True)
 
 
 def histogram(values: torch.Tensor) -> Histogram:

@@ -28,7 +28,7 @@ from graphopt.pipeline.options import build
 from graphopt.quantization.formats import IntegerFormat
 from graphopt.targets.description import TargetDescription
 
-INT8 = IntegerFormat("int8", symmetric=True, low=-128, high=127)
+INT8 = IntegerFormat(8)
 TARGET = TargetDescription(name="here", opset=20, activation=INT8, weight=INT8)
 
 

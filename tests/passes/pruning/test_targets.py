@@ -30,7 +30,7 @@ from graphopt.testing import TensorSamples, check_pass, fingerprint
 from tests import models
 from tests.models import example
 
-INT8 = IntegerFormat("int8", symmetric=True, low=-128, high=127)
+INT8 = IntegerFormat(8)
 TARGET = TargetDescription(name="here", opset=20, activation=INT8, weight=INT8)
 
 
