@@ -20,6 +20,7 @@ import torch
 
 from graphopt.backends.onnx_execution.agreement import Reference, disagreements, relative_error
 from graphopt.backends.onnx_execution.batches import batches
+from graphopt.backends.onnx_execution.blame import skip_around, value_quantized
 from graphopt.backends.onnx_execution.replay import Deviation, Replay, perturbed, quantize_nodes
 from graphopt.backends.onnx_execution.session import OnnxSession, SessionSettings
 from graphopt.backends.onnx_lowering.exporter import SOURCE_PROPERTY
@@ -129,10 +130,15 @@ def _check_steps(program: Program, steps: Sequence[Deviation], where: str) -> No
     for step in steps:
         if step.largest > _ALLOWED_STEPS:
             raise LoweringError(
-                f"ONNX Runtime computes other integers than the program at `{step.node}`: off by {step.largest} steps, "
-                f"{step.share:.2%} of them differ, {where}, where rounding explains {_ALLOWED_STEPS}. Leave that "
-                "layer out of int8, or report the model."
+                f"ONNX Runtime computes other integers than the program for {value_quantized(program, step.node)}: off "
+                f"by {step.largest} steps, {step.share:.2%} of them differ, {where}, where rounding explains "
+                f"{_ALLOWED_STEPS}. Leave what is around float ({_remedy(program, step.node)}), and report the model."
             )
+
+
+def _remedy(program: Program, quantize: str) -> str:
+    around = skip_around(program, quantize)
+    return f"int8:skip={around}" if around else "leave out int8"
 
 
 def _reference(program: Program, codes: Mapping[str, torch.Tensor], feed: Tensors, wanted: Tensors) -> Reference:

@@ -13,6 +13,7 @@ from graphopt.backends.onnx_execution.session import OnnxSession, SessionSetting
 from graphopt.backends.onnx_lowering.lowering import Style
 from graphopt.backends.onnx_lowering.saving import EXTERNAL_DATA_ABOVE
 from graphopt.backends.onnx_lowering.simplification import simplify_where_smaller
+from graphopt.backends.onnxruntime.breakers import keep_apart
 from graphopt.backends.onnxruntime.description import DESCRIPTION
 from graphopt.backends.onnxruntime.fusion import Layer, quantized_layers
 from graphopt.backends.onnxruntime.integer_biases import has_float_layer_between_integers, store_integer_biases
@@ -53,7 +54,8 @@ class OnnxRuntimeBackend(OnnxBackend):
         return recorded_options(model)
 
     def prepare(self, model: ir.Model, program: Program) -> tuple[ir.Model, dict[str, Json]]:
-        """Store biases as integers where the runtime must not, and clean up where that was asked for."""
+        """Write what the runtime gets wrong another way, and clean up where that was asked for."""
+        keep_apart(model)
         if has_float_layer_between_integers(model):
             store_integer_biases(model)
         if not self._simplify:

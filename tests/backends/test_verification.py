@@ -111,7 +111,7 @@ def test_one_weight_off_by_a_few_is_found(integers: tuple[Program, Path], tmp_pa
 
     program, path = integers
     wrong = tampered(path, tmp_path, lambda model: stored(model, "blocks.0.first.stored.weight", change))
-    with pytest.raises(LoweringError, match=r"other integers than the program at `quantize_2`: off by \d+ steps"):
+    with pytest.raises(LoweringError, match=r"for the result of `conv2d` of `blocks\.0\.first`: off by \d+"):
         verify(wrong, program, None, SETTINGS)
 
 
@@ -121,7 +121,7 @@ def test_a_shifted_zero_point_is_found(integers: tuple[Program, Path], tmp_path:
         stored(model, str(quantize.inputs[2].name), lambda array: array + np.uint8(2))
 
     program, path = integers
-    with pytest.raises(LoweringError, match="other integers than the program at `quantize`"):
+    with pytest.raises(LoweringError, match="other integers than the program for input `x`: off by 2"):
         verify(tampered(path, tmp_path, change), program, None, SETTINGS)
 
 

@@ -1,0 +1,86 @@
+"""Operators that ONNX Runtime computes wrongly on integers, kept in float by a copy behind them.
+
+Given:   QuantizeLinear(Softmax(DequantizeLinear(q)))
+Result:  QuantizeLinear(Max(Softmax(DequantizeLinear(q))))
+
+The Max of one value is that value, which the optimizer does not know: it fuses nothing across it, whatever options the
+file is loaded with. Every entry was found by `tools/fuzz_runtime.py`, with the version it was last seen in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from graphopt.backends.onnx_lowering.values import value_names
+from graphopt.ir.names import Names
+
+
+@dataclass(frozen=True, slots=True)
+class Breaker:
+    """An operator between DequantizeLinear and QuantizeLinear that becomes a kernel which computes something else.
+
+    Attributes:
+        what: what is wrong with the kernel.
+        version: of onnxruntime, the last it was seen in.
+    """
+
+    what: str
+    version: str
+
+
+BREAKERS: Mapping[str, Breaker] = {
+    "Softmax": Breaker("QLinearSoftmax is off by tens of steps where logits lie close together", "1.31.1"),
+}
+
+# The optimizer moves quantizations across these, up and down.
+_MOVES = frozenset(
+    ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Gather", "MaxPool", "Identity", "Split")
+)
+
+
+def keep_apart(model: ir.Model) -> None:
+    """Put a copy behind every operator with a breaker that stands between integers."""
+    names = value_names(model)
+    for graph in model.graphs():
+        for node in list(graph):
+            if node.domain == "" and node.op_type in BREAKERS and _between_integers(node):
+                _copy(graph, node, names)
+
+
+def _between_integers(node: ir.Node) -> bool:
+    """Whether it reads integers, and is read as such, across moves perhaps."""
+    given = (value.producer() for value in node.inputs if value is not None)
+    return any(_meets(node, "DequantizeLinear", _producers) for node in given if node is not None) and any(
+        _meets(user, "QuantizeLinear", _readers) for user in node.outputs[0].consumers()
+    )
+
+
+def _meets(node: ir.Node, wanted: str, further: Callable[[ir.Node], Iterator[ir.Node]]) -> bool:
+    if node.op_type == wanted:
+        return True
+    return node.op_type in _MOVES and any(_meets(other, wanted, further) for other in further(node))
+
+
+def _producers(node: ir.Node) -> Iterator[ir.Node]:
+    source = node.inputs[0].producer() if node.inputs[0] is not None else None
+    if source is not None:
+        yield source
+
+
+def _readers(node: ir.Node) -> Iterator[ir.Node]:
+    for output in node.outputs:
+        yield from output.consumers()
+
+
+def _copy(graph: ir.Graph, node: ir.Node, names: Names) -> None:
+    result = node.outputs[0]
+    copy = ir.node("Max", [result], metadata_props=dict(node.metadata_props))
+    value = copy.outputs[0]
+    value.name, value.shape, value.type = names.new(f"{result.name}_copy"), result.shape, result.type
+    for use in list(result.uses()):
+        use.node.replace_input_with(use.idx, value)
+    graph.insert_after(node, copy)
+    copy.replace_input_with(0, result)
