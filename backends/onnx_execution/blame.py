@@ -31,7 +31,8 @@ def skip_around(program: Program, quantize: str) -> str:
 
 
 def _node(program: Program, name: str) -> fx.Node:
-    return next(node for node in program.graph.nodes if node.name == name)
+    found: fx.Node = next(node for node in program.graph.nodes if node.name == name)
+    return found
 
 
 def _captured(node: fx.Node) -> str:

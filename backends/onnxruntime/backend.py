@@ -16,7 +16,6 @@ from graphopt.backends.onnx_lowering.simplification import simplify_where_smalle
 from graphopt.backends.onnxruntime.breakers import keep_apart
 from graphopt.backends.onnxruntime.description import DESCRIPTION
 from graphopt.backends.onnxruntime.fusion import Layer, quantized_layers
-from graphopt.backends.onnxruntime.integer_biases import has_float_layer_between_integers, store_integer_biases
 from graphopt.backends.onnxruntime.options import recorded_options
 from graphopt.errors import LoweringError
 from graphopt.ir.plain_data import Json
@@ -56,8 +55,6 @@ class OnnxRuntimeBackend(OnnxBackend):
     def prepare(self, model: ir.Model, program: Program) -> tuple[ir.Model, dict[str, Json]]:
         """Write what the runtime gets wrong another way, and clean up where that was asked for."""
         keep_apart(model)
-        if has_float_layer_between_integers(model):
-            store_integer_biases(model)
         if not self._simplify:
             return model, {}
         model, said = simplify_where_smaller(model, program)

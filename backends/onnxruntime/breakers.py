@@ -3,6 +3,9 @@
 Given:   QuantizeLinear(Softmax(DequantizeLinear(q)))
 Result:  QuantizeLinear(Max(Softmax(DequantizeLinear(q))))
 
+Given:   QuantizeLinear(Conv(DequantizeLinear(q), w))          w: float
+Result:  QuantizeLinear(Max(Conv(DequantizeLinear(q), w)))
+
 The Max of one value is that value, which the optimizer does not know: it fuses nothing across it, whatever options the
 file is loaded with. Every entry was found by `tools/fuzz_runtime.py`, with the version it was last seen in.
 """
@@ -34,11 +37,13 @@ class Breaker:
 BREAKERS: Mapping[str, Breaker] = {
     "Softmax": Breaker("QLinearSoftmax is off by tens of steps where logits lie close together", "1.31.1"),
 }
+# WeightBiasQuantization (1.31.1) rounds a float weight that is left between integers, with one scale for all of it.
+_LAYERS = frozenset(("Conv", "ConvTranspose", "Gemm"))
 
-# The optimizer moves quantizations across these, up and down.
+# The optimizer moves quantizations across these, up and down, or drops them.
 _MOVES = frozenset(
     ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Gather", "MaxPool", "Identity", "Split")
-)
+) | {"Relu", "Clip"}
 
 
 def keep_apart(model: ir.Model) -> None:
@@ -46,8 +51,13 @@ def keep_apart(model: ir.Model) -> None:
     names = value_names(model)
     for graph in model.graphs():
         for node in list(graph):
-            if node.domain == "" and node.op_type in BREAKERS and _between_integers(node):
+            if node.domain == "" and (node.op_type in BREAKERS or _weight_is_float(node)) and _between_integers(node):
                 _copy(graph, node, names)
+
+
+def _weight_is_float(node: ir.Node) -> bool:
+    weight = node.inputs[1].producer() if node.op_type in _LAYERS and node.inputs[1] is not None else None
+    return node.op_type in _LAYERS and (weight is None or weight.op_type != "DequantizeLinear")
 
 
 def _between_integers(node: ir.Node) -> bool:

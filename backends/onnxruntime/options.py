@@ -6,7 +6,6 @@ import onnx_ir as ir
 
 from graphopt.backends.onnx_execution.session import PRECISE
 from graphopt.backends.onnx_lowering.own_weights import dequantizes_a_weight
-from graphopt.backends.onnxruntime.integer_biases import has_float_layer_between_integers
 from graphopt.ir.plain_data import Json
 
 # Both cost more than what they fuse: 0.49 ms a layer against 0.08 for Add and LayerNormalization, 0.42 against 0.25
@@ -14,8 +13,6 @@ from graphopt.ir.plain_data import Json
 _SLOWER_FUSIONS = ("BiasGeluFusion", "SkipLayerNormFusion")
 # Turns a quantized MatMul and its bias into a float Gemm before the integer kernels are chosen.
 _INTEGER_BREAKER = "MatMulAddFusion"
-# Rounds a weight that was left float to int8, one scale for all of it, where integers stand around its layer.
-_ROUNDS_FLOAT_WEIGHTS = "WeightBiasQuantization"
 
 
 def recorded_options(model: ir.Model) -> dict[str, Json]:
@@ -26,8 +23,6 @@ def recorded_options(model: ir.Model) -> dict[str, Json]:
         disabled += _SLOWER_FUSIONS
     if any(_loses_its_integers(node) for node in nodes):
         disabled.append(_INTEGER_BREAKER)
-    if has_float_layer_between_integers(model):
-        disabled.append(_ROUNDS_FLOAT_WEIGHTS)
     options: dict[str, Json] = {
         "threads": 0,
         "optimization": "all",
