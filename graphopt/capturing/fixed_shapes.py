@@ -36,7 +36,7 @@ from graphopt.ir.regions import Region, every_graph_module, regions
 from graphopt.ir.regions import inputs as body_inputs
 from graphopt.ir.torch_internals import OpOverload
 
-_QUANTIZERS = Family("graphopt::quantize", "graphopt::dequantize", "graphopt::fake_quantize")
+_QUANTIZERS = Family("graphopt::quantize", "graphopt::dequantize", "graphopt::fake_quantize", "graphopt::unpack")
 _OF_FIRST = COPIES | CASTS | DROPOUTS | ACTIVATIONS | Family("_weight_norm")  # shaped as that is
 _OTHERS = MULTIPLICATIONS | DIVISIONS | SUMS | REORDERS | RESHAPES | _QUANTIZERS | Family("cat")
 

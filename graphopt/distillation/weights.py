@@ -20,11 +20,11 @@ def trainable(program: Program) -> list[str]:
 
 
 def integer_weights(program: Program) -> list[str]:
-    """List the stored tensors that dequantize calls read: weights that quantization has frozen."""
+    """List the stored integers that are dequantized or unpacked: weights that quantization has frozen."""
     return [
         str(source.target)
         for node in program.graph.nodes
-        if node.op == "call_function" and short_name(node) == "dequantize"
+        if node.op == "call_function" and short_name(node) in ("dequantize", "unpack")
         for source in node.all_input_nodes[:1]
         if source.op == "get_attr"
     ]

@@ -21,7 +21,7 @@ from graphopt.ir.program import Program
 from graphopt.ir.regions import Region, region
 from graphopt.ir.torch_internals import FakeTensorMode, OperatorBase, OpOverload, optimization_hint, pytree
 from graphopt.measure.flop_formulas import FORMULAS
-from graphopt.quantization.ops import DEQUANTIZE, QUANTIZE
+from graphopt.quantization.ops import DEQUANTIZE, QUANTIZE, UNPACK
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ def weights(program: Program) -> dict[tuple[Any, ...], torch.Tensor]:
     integers, scaling = set(), set()
     for node in program.graph.nodes:
         if node.target in (QUANTIZE, DEQUANTIZE):
-            first, *others = (argument.target for argument in node.args[:3] if isinstance(argument, fx.Node))
+            first, *others = (_stored(argument) for argument in node.args[:3] if isinstance(argument, fx.Node))
             integers.add(first)
             scaling.update(others)
 
@@ -83,6 +83,12 @@ def weights(program: Program) -> dict[tuple[Any, ...], torch.Tensor]:
 
     named = (*gm.named_parameters(), *gm.named_buffers())
     return {memory_key(tensor): tensor for name, tensor in named if is_weight(name, tensor)}
+
+
+def _stored(node: fx.Node) -> Any:
+    """Return the name of a stored tensor, also where it is packed and the node unpacks it."""
+    source = node.args[0] if node.target is UNPACK else node
+    return source.target if isinstance(source, fx.Node) else None
 
 
 def _is_mask(tensor: torch.Tensor) -> bool:

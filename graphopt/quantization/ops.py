@@ -2,12 +2,14 @@
 
     quantize(x)      = clamp(round(x / scale) + zero_point, low, high)      float -> int8, uint8 or int32
     dequantize(q)    = (q - zero_point) * scale                             integer -> dtype of scale
+    unpack(bytes)    = (each byte >> 0, bits, 2 * bits, ..) % 2**bits + low    uint8 -> int8 or uint8
     fake_quantize(x) = dequantize(quantize(x))                              differentiable, for training
     observe(x)       = x                                                    marks a value to collect statistics of
 
 Rounding is half to even and the quotient is a true division, as ONNX QuantizeLinear defines them. `scale` and
-`zero_point` are scalars, or vectors along `axis`. Registered on import; they survive `torch.export`, `.pt2` and
-`torch.onnx.export(custom_translation_table=...)`.
+`zero_point` are scalars, or vectors along `axis`; what is dequantized may also have one for each `block` of consecutive
+values along `axis`, as in ONNX DequantizeLinear of opset 21. Registered on import; they survive `torch.export`, `.pt2`
+and `torch.onnx.export(custom_translation_table=...)`.
 """
 
 from __future__ import annotations
@@ -44,33 +46,45 @@ def _(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, low: int, 
 
 
 @torch.library.custom_op("graphopt::dequantize", mutates_args=())
-def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Tensor:
-    """Return the real numbers that the integers `q` stand for, in the dtype of `scale`."""
-    _check_axis(q, scale, zero_point, axis)
-    shift = _along(zero_point, q.dim(), axis)
+def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, block: int | None = None) -> Tensor:
+    """Return the real numbers that the integers `q` stand for, in the dtype of `scale`.
+
+    Args:
+        q: any integers.
+        scale: scalar, or (q.shape[axis],); with `block` of the shape of `q` but for `axis`, along which there is one
+            for each block, the last one shorter perhaps.
+        zero_point: the integer that stands for 0, shape of `scale`; with `block` it may be one for all.
+        axis: the axis that scales differ along, None for one scale.
+        block: consecutive values along `axis` that share a scale, None where each has its own.
+    """
+    _check_scales(q, scale, zero_point, axis, block)
+    shift, factor = (_spread(vector, q, axis, block) for vector in (zero_point, scale))
     if q.dtype is torch.int32:
-        return (q - shift.to(torch.int32)).to(scale.dtype) * _along(scale, q.dim(), axis)
+        return (q - shift.to(torch.int32)).to(scale.dtype) * factor
     # differences of 8-bit integers are exact in every floating type
-    return q.to(scale.dtype).sub_(shift.to(scale.dtype)).mul_(_along(scale, q.dim(), axis))
+    return q.to(scale.dtype).sub_(shift.to(scale.dtype)).mul_(factor)
 
 
 @dequantize.register_fake
-def _(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Tensor:
-    _check_axis(q, scale, zero_point, axis)
+def _(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, block: int | None = None) -> Tensor:
+    _check_scales(q, scale, zero_point, axis, block)
     return torch.empty_like(q, dtype=scale.dtype)
 
 
 def _dequantize_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, scale, zero_point, ctx.axis = inputs
+    q, scale, zero_point, ctx.axis, ctx.block = inputs
     ctx.save_for_backward(q, scale, zero_point)
 
 
 def _dequantize_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     q, scale, zero_point = ctx.saved_tensors
     if not ctx.needs_input_grad[1]:
-        return None, None, None, None
-    centred = q.to(grad.dtype) - _along(zero_point, q.dim(), ctx.axis).to(grad.dtype)
-    return None, _reduce(grad * centred, scale, ctx.axis), None, None
+        return None, None, None, None, None
+    slope = grad * (q.to(grad.dtype) - _spread(zero_point, q, ctx.axis, ctx.block).to(grad.dtype))
+    if ctx.block is None:
+        return None, _reduce(slope, scale, ctx.axis), None, None, None
+    blocks = torch.arange(q.shape[ctx.axis], device=q.device) // ctx.block
+    return None, torch.zeros_like(scale).index_add_(ctx.axis, blocks, slope), None, None, None
 
 
 dequantize.register_autograd(_dequantize_backward, setup_context=_dequantize_setup)
@@ -133,10 +147,47 @@ def _observe_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
 
 observe.register_autograd(_observe_backward)
 
+
+@torch.library.custom_op("graphopt::unpack", mutates_args=())
+def unpack(packed: Tensor, size: int, bits: int, low: int) -> Tensor:
+    """Return the integers that `pack` put into bytes.
+
+    Args:
+        packed: (..., bytes) uint8, the first integer in the lowest bits.
+        size: integers along the last axis; bits beyond them are not read.
+        bits: of one integer: 1, 2 or 4.
+        low: the integer whose bits are 0.
+
+    Returns:
+        (..., size) int8 where `low` is negative, else uint8.
+    """
+    _check_packed(packed, size, bits)
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+    codes = (packed.unsqueeze(-1) >> shifts).bitwise_and_((1 << bits) - 1).flatten(-2)[..., :size]
+    return codes.to(_packed_dtype(bits, low)) + low
+
+
+@unpack.register_fake
+def _(packed: Tensor, size: int, bits: int, low: int) -> Tensor:
+    _check_packed(packed, size, bits)
+    return packed.new_empty((*packed.shape[:-1], size), dtype=_packed_dtype(bits, low))
+
+
+def pack(integers: Tensor, bits: int, low: int) -> Tensor:
+    """Put integers in [low, low + 2**bits) into bytes, several along the last axis in each; see `unpack`."""
+    per_byte = 8 // bits
+    codes = (integers.to(torch.int16) - low).to(torch.uint8)
+    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % per_byte))
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
+    grouped = codes.reshape(*codes.shape[:-1], codes.shape[-1] // per_byte, per_byte)
+    return (grouped << shifts).sum(-1, dtype=torch.uint8)
+
+
 # The operators as they stand in graphs.
 QUANTIZE = torch.ops.graphopt.quantize.default
 DEQUANTIZE = torch.ops.graphopt.dequantize.default
 OBSERVE = torch.ops.graphopt.observe.default
+UNPACK = torch.ops.graphopt.unpack.default
 
 
 def _steps(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Tensor:
@@ -151,6 +202,14 @@ def _along(vector: Tensor, rank: int, axis: int | None) -> Tensor:
     shape = [1] * rank
     shape[axis] = -1
     return vector.reshape(shape)
+
+
+def _spread(vector: Tensor, x: Tensor, axis: int | None, block: int | None) -> Tensor:
+    """Broadcast a scale or zero point to `x`, repeating those of blocks."""
+    if block is None or axis is None or vector.dim() == 0:
+        return _along(vector, x.dim(), None if block is not None else axis)
+    size = x.shape[axis]
+    return vector.repeat_interleave(min(block, max(size, 1)), axis).narrow(axis, 0, size)
 
 
 def _reduce(values: Tensor, scale: Tensor, axis: int | None) -> Tensor:
@@ -173,3 +232,33 @@ def _check_axis(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) 
             f"Scales of shape {tuple(scale.shape)} and zero points of shape {tuple(zero_point.shape)} do not fit axis "
             f"{axis} of {tuple(x.shape)}."
         )
+
+
+def _check_scales(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, block: int | None) -> None:
+    """Refuse what would broadcast, of scales of blocks too."""
+    if block is None:
+        _check_axis(q, scale, zero_point, axis)
+        return
+    if axis is None or block < 1 or not -q.dim() <= axis < q.dim():
+        raise ValueError(f"There are no blocks of {block} along axis {axis} of {tuple(q.shape)}.")
+    wanted = list(q.shape)
+    wanted[axis] = -(-wanted[axis] // block)
+    if scale.shape != tuple(wanted) or zero_point.shape not in ((), scale.shape):
+        raise ValueError(
+            f"Scales of shape {tuple(scale.shape)} and zero points of shape {tuple(zero_point.shape)} do not fit "
+            f"blocks of {block} along axis {axis} of {tuple(q.shape)}."
+        )
+
+
+def _check_packed(packed: Tensor, size: int, bits: int) -> None:
+    if bits not in (1, 2, 4) or packed.dtype is not torch.uint8 or packed.dim() == 0:
+        raise ValueError(f"Integers of {bits} bits are not read from {packed.dtype} of {packed.dim()} axes.")
+    if not 0 <= 8 * packed.shape[-1] - size * bits < 8:
+        raise ValueError(f"{size} integers of {bits} bits are not in {packed.shape[-1]} bytes.")
+
+
+def _packed_dtype(bits: int, low: int) -> torch.dtype:
+    dtype = storage_dtype(low, low + (1 << bits) - 1)
+    if dtype is torch.int32:
+        raise ValueError(f"Integers of {bits} bits from {low} on do not fit 8 bits.")
+    return dtype

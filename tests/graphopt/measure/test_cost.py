@@ -286,3 +286,19 @@ def test_every_product_counts_twice_its_multiply_adds(name: str) -> None:
 
 def test_every_product_of_the_family_is_counted_by_hand() -> None:
     assert set(PRODUCTS_BY_HAND) >= PRODUCTS.names
+
+
+def test_packed_zero_points_are_no_weights() -> None:
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows = nn.Buffer(torch.full((6, 4), 0x21, dtype=torch.uint8))
+            self.zeros = nn.Buffer(torch.full((6, 1), 0x32, dtype=torch.uint8))
+            self.scale = nn.Buffer(torch.ones(6, 2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            unpack = torch.ops.graphopt.unpack
+            zeros = unpack(self.zeros, 2, 4, 0)
+            return x @ torch.ops.graphopt.dequantize(unpack(self.rows, 8, 4, 0), self.scale, zeros, 1, 4).t()
+
+    assert cost(capture(Packed(), (torch.ones(2, 8),))).parameters == 6 * 4

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from graphopt.quantization.ops import dequantize, fake_quantize, observe, quantize
+from graphopt.quantization.ops import dequantize, fake_quantize, observe, pack, quantize, unpack
 
 OPS = torch.ops.graphopt
 SCALE, ZERO = torch.tensor(0.1), torch.tensor(3, dtype=torch.uint8)
@@ -103,6 +103,65 @@ def test_gradient_of_dequantize() -> None:
     assert torch.autograd.gradcheck(lambda s: dequantize(q, s, zero, 0), (scale,))
 
 
+def test_gradient_of_dequantize_in_blocks() -> None:
+    q = torch.tensor([[1, -2, 5], [3, 4, -6]], dtype=torch.int8)
+    scale = torch.tensor([[0.5, 1.0], [2.0, 0.25]], dtype=torch.float64, requires_grad=True)
+    for zero in (torch.tensor(1, dtype=torch.int8), torch.ones(2, 2, dtype=torch.int8)):
+        assert torch.autograd.gradcheck(lambda s, zero=zero: dequantize(q, s, zero, 1, 2), (scale,))
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+@pytest.mark.parametrize("block", [1, 2, 3, 4, 9])
+def test_blocks_along_an_axis(axis: int, block: int) -> None:
+    q = torch.arange(3 * 4 * 5, dtype=torch.uint8).reshape(3, 4, 5)
+    shape = list(q.shape)
+    shape[axis] = -(-shape[axis] // block)
+    scale, zero = torch.rand(shape), torch.randint(0, 9, shape, dtype=torch.uint8)
+    found = dequantize(q, scale, zero, axis, block)
+    for place in range(q.shape[axis]):
+        at, of_block = q.select(axis, place).float(), place // block
+        wanted = (at - zero.select(axis, of_block).float()) * scale.select(axis, of_block)
+        torch.testing.assert_close(found.select(axis, place), wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("scale", "zero", "axis", "block"),
+    [((4, 1), (), 1, 2), ((4, 2), (4, 1), 1, 2), ((1, 2), (), 1, 2), ((4, 2), (1,), 1, 2), ((4, 3), (), 1, 0),
+     ((4, 3), (), None, 1), ((4, 2), (), 2, 2)],
+)  # fmt: skip
+def test_scales_that_do_not_fit_blocks_are_refused(
+    scale: tuple[int, ...], zero: tuple[int, ...], axis: int | None, block: int
+) -> None:
+    q = torch.ones(4, 3, dtype=torch.int8)
+    with pytest.raises(ValueError, match="block"):
+        dequantize(q, torch.ones(scale), torch.zeros(zero, dtype=torch.int8), axis, block)
+
+
+@given(st.sampled_from([1, 2, 4]), st.integers(0, 17), st.booleans(), st.integers(0, 2**32 - 1))
+def test_packed_integers_come_back(bits: int, size: int, signed: bool, seed: int) -> None:
+    low = -(1 << bits - 1) if signed else 0
+    made = torch.randint(low, low + (1 << bits), (2, 3, size), generator=torch.Generator().manual_seed(seed))
+    integers = made.to(torch.int8 if signed else torch.uint8)
+    packed = pack(integers, bits, low)
+    assert packed.shape == (2, 3, -(-size * bits // 8))
+    found = unpack(packed, size, bits, low)
+    assert found.dtype is integers.dtype
+    assert torch.equal(found, integers)
+
+
+def test_the_first_integer_is_in_the_lowest_bits() -> None:
+    assert pack(torch.tensor([1, 2, 3]), 4, 0).tolist() == [0x21, 0x03]
+    assert pack(torch.tensor([-8, 7]), 4, -8).tolist() == [0xF0]
+
+
+@pytest.mark.parametrize(("count", "size", "bits", "low"), [(2, 5, 4, 0), (2, 2, 4, 0), (2, 3, 3, 0), (2, 4, 4, 250)])
+def test_packed_integers_that_do_not_fit_are_refused(count: int, size: int, bits: int, low: int) -> None:
+    with pytest.raises(ValueError, match="bits"):
+        unpack(torch.zeros(3, count, dtype=torch.uint8), size, bits, low)
+    with torch._subclasses.FakeTensorMode(), pytest.raises(ValueError, match="bits"):
+        unpack(torch.empty(3, count, dtype=torch.uint8), size, bits, low)
+
+
 def test_operators_are_well_formed() -> None:
     """Schema, fake kernels, autograd registration and dynamic shapes, by torch's own checker."""
     x = torch.randn(3, 4, 5, requires_grad=True)
@@ -111,6 +170,8 @@ def test_operators_are_well_formed() -> None:
     torch.library.opcheck(quantize, (x.detach(), scale.detach(), zero, 1, -128, 127))
     torch.library.opcheck(fake_quantize, (x, scale, zero, 1, -8, 7))
     torch.library.opcheck(dequantize, (q, scale, zero, 1))
+    torch.library.opcheck(dequantize, (q, torch.rand(3, 4, 3).requires_grad_(), zero[0], 2, 2))
+    torch.library.opcheck(unpack, (torch.randint(0, 255, (3, 5), dtype=torch.uint8), 9, 4, -8))
     torch.library.opcheck(observe, (x, "name"))
 
 
