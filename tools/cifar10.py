@@ -1,7 +1,7 @@
 """CIFAR-10 and the ResNets trained on it, as the benchmarks read them from `--data DIR`.
 
-The directory holds `cifar10_train_5k.npz`, `cifar10_test.npz` (images as a reversible delta filter) and
-`cifar10_resnet20.safetensors`, `cifar10_resnet56.safetensors`.
+The directory holds `cifar10_train_5k.npz`, `cifar10_test.npz` (images as a reversible delta filter),
+`cifar10_resnet20.safetensors`, `cifar10_resnet56.safetensors` and `cifar10_mlperf_tiny_resnet8.safetensors`.
 """
 
 from __future__ import annotations
@@ -56,18 +56,58 @@ class CifarResNet(nn.Module):
         return self.linear(avg_pool2d(x, x.shape[3]).flatten(1))
 
 
-def trained_resnet(data: Path, depth: int) -> CifarResNet:
-    """Return ResNet-20 or ResNet-56 with its trained weights, in evaluation mode."""
+class Unit(nn.Module):
+    """Convolution and BatchNorm, padded as TensorFlow pads: behind the image where it cannot be on both sides."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, 3, stride)
+        self.bn = nn.BatchNorm2d(outputs, eps=1e-3)
+        self.padding = (1, 1, 1, 1) if stride == 1 else (0, 1, 0, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (batch, inputs, h, w) to (batch, outputs, h / stride, w / stride)."""
+        return self.bn(self.conv(pad(x, self.padding)))
+
+
+class TinyResNet(nn.Module):
+    """ResNet-8 of MLPerf Tiny, for images of values 0 to 255."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = Unit(3, 16, 1)
+        self.a1, self.a2 = Unit(16, 16, 1), Unit(16, 16, 1)
+        self.b1, self.b2, self.bs = Unit(16, 32, 2), Unit(32, 32, 1), nn.ModuleDict({"conv": nn.Conv2d(16, 32, 1, 2)})
+        self.c1, self.c2, self.cs = Unit(32, 64, 2), Unit(64, 64, 1), nn.ModuleDict({"conv": nn.Conv2d(32, 64, 1, 2)})
+        self.fc = nn.Linear(64, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map images (batch, 3, 32, 32) to logits (batch, 10)."""
+        x = relu(self.stem(x))
+        x = relu(self.a2(relu(self.a1(x))) + x)
+        x = relu(self.b2(relu(self.b1(x))) + self.bs["conv"](x))
+        x = relu(self.c2(relu(self.c1(x))) + self.cs["conv"](x))
+        return self.fc(avg_pool2d(x, x.shape[3]).flatten(1))
+
+
+def trained_resnet(data: Path, depth: int) -> nn.Module:
+    """Return ResNet-8, -20 or -56 with its trained weights, in evaluation mode."""
+    if depth == 8:
+        tiny = TinyResNet()
+        tiny.load_state_dict(load_file(data / "cifar10_mlperf_tiny_resnet8.safetensors"), strict=False)
+        return tiny.eval()
     model = CifarResNet(depth)
     model.load_state_dict(load_file(data / f"cifar10_resnet{depth}.safetensors"), strict=False)
     return model.eval()
 
 
-def images(data: Path, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Read `name`.npz: normalised images (count, 3, 32, 32) and labels (count,)."""
+def images(data: Path, name: str, *, normalised: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """Read `name`.npz: images (count, 3, 32, 32), normalised or of values 0 to 255, and labels (count,)."""
     stored = np.load(data / f"{name}.npz")
     planes = np.cumsum(np.cumsum(stored["x_delta"], 2, dtype=np.uint8), 3, dtype=np.uint8)
     rgb = np.stack([planes[1] + planes[0], planes[0], planes[2] + planes[0]], 1)
+    if not normalised:
+        return torch.from_numpy(rgb).float(), torch.from_numpy(stored["y"]).long()
     scaled = torch.from_numpy(rgb).float() / 255
     mean, deviation = (torch.tensor(values).view(1, 3, 1, 1) for values in (_MEAN, _DEVIATION))
     return (scaled - mean) / deviation, torch.from_numpy(stored["y"]).long()
