@@ -31,8 +31,9 @@ from graphopt.pipeline.context import Context
 from graphopt.pipeline.pass_base import Pass
 from graphopt.quantization.formats import IntegerFormat
 from graphopt.quantization.histogram import ChannelMean, Histogram
+from graphopt.quantization.observers import choose
 from graphopt.quantization.ops import quantize
-from graphopt.quantization.qparams import Observer, QParams, choose, from_range
+from graphopt.quantization.qparams import QParams, from_range
 from graphopt.statistics.calibration import Calibration
 from graphopt.targets.description import TargetDescription
 
@@ -41,7 +42,7 @@ from graphopt.targets.description import TargetDescription
 class Int8Options:
     """Options of int8."""
 
-    observer: Observer = "mse"  # how ranges are chosen: every value, all but the outermost, least squared error
+    observer: Literal["minmax", "percentile", "mse", "entropy"] = "mse"  # how ranges are chosen, see `observers`
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99  # percent of values kept in range by `percentile`
     samples: Annotated[int, Field(ge=1)] = 512  # calibration samples used
     batch_size: Annotated[int, Field(ge=1)] = 32  # samples per calibration step; does not change the result

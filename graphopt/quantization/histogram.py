@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 BINS = 4096  # at least 8 bins for each of 256 integer levels
+_MOVING = 0.01  # weight of the latest of many updates in a moving average
 _SMALLEST_EXPONENT = -120  # keeps 2**-k finite in float32
 
 
@@ -113,6 +114,36 @@ class Histogram:
         start = int(index[0])
         merged = torch.zeros(int(index[-1]) - start + 1, dtype=torch.int64).index_add_(0, index - start, counts)
         return start - self.first, merged
+
+
+class MovingRange:
+    """Moving average of the smallest and largest value of each update, the mean of the first hundred.
+
+    It depends on what is one update: whoever wants the same for any batch size gives it single samples.
+
+    Attributes:
+        low: average of the smallest, at most 0.
+        high: average of the largest, at least 0.
+    """
+
+    key = "moving range"
+
+    def __init__(self) -> None:
+        self.low = 0.0
+        self.high = 0.0
+        self._updates = 0
+
+    def update(self, x: Tensor) -> None:
+        """Take in the range of `x`."""
+        if x.numel() == 0:
+            return
+        low, high = (float(bound) for bound in torch.aminmax(x.detach()))
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise NotFiniteError
+        self._updates += 1
+        share = max(1 / self._updates, _MOVING)
+        self.low += share * (min(low, 0.0) - self.low)
+        self.high += share * (max(high, 0.0) - self.high)
 
 
 class ChannelMean:

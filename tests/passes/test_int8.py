@@ -413,7 +413,7 @@ def test_bias_correction_keeps_the_mean(layer: nn.Module, shape: tuple[int, ...]
     assert errors[True] < 0.5 * errors[False]
 
 
-@pytest.mark.parametrize("observer", ["minmax", "percentile", "mse"])
+@pytest.mark.parametrize("observer", ["minmax", "percentile", "mse", "entropy"])
 def test_observers(observer: str) -> None:
     options = build("int8", Int8Options, {"observer": observer})
     program, plan = quantized(TwoConvs(), images(), options=options)

@@ -1,0 +1,118 @@
+"""Which range of a value's statistics integers should cover.
+
+minmax      all of it
+average     the moving average of the samples' own smallest and largest
+percentile  all but the outermost values
+mse         where the squared error is least: with the power of the values given, where their SQNR is largest
+entropy     where the integers' distribution is nearest that of the values: KL divergence (Migacz 2017, "8-bit inference
+            with TensorRT")
+
+The last two try ranges that shrink on one side after the other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+
+from graphopt.quantization.formats import IntegerFormat
+from graphopt.quantization.histogram import Histogram, MovingRange
+from graphopt.quantization.qparams import TINY, QParams, Reals, from_range, scales_of
+
+Observer = Literal["minmax", "average", "percentile", "mse", "entropy"]
+
+_CANDIDATES = 64  # clipping points tried per side
+_NARROWEST = 0.2  # smallest share of the full range tried
+_SWEEPS = 2  # rounds of improving one side after the other
+
+_Loss = Callable[[float, float], float]  # of a range
+
+
+def statistic(observer: Observer) -> Histogram | MovingRange:
+    """Return the empty statistic that an observer chooses by."""
+    return MovingRange() if observer == "average" else Histogram()
+
+
+def choose(
+    seen: Histogram | MovingRange,
+    integers: IntegerFormat,
+    observer: Observer,
+    *,
+    percentile: float = 99.99,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
+) -> QParams:
+    """Choose scale and zero point for the values that a statistic saw.
+
+    Args:
+        seen: what was observed: a histogram, of an average a moving range.
+        integers: the format to store in.
+        observer: how, see the module's table.
+        percentile: share of values kept in range by the percentile observer, in percent.
+        bounds: values are limited to this range by an activation that the integer range is to replace. The
+            range of the result does not exceed it.
+    """
+    low, high = max(seen.low, bounds[0]), min(seen.high, bounds[1])
+    if isinstance(seen, Histogram) and high - low >= TINY:
+        if observer == "percentile":
+            low, high = _percentile_range(seen, percentile, low, high)
+        elif observer in ("mse", "entropy"):
+            low, high = _shrunk(_loss(observer, seen, integers, low, high), low, high)
+    return from_range(low, high, integers, limit=bounds[1])
+
+
+def _percentile_range(histogram: Histogram, percentile: float, low: float, high: float) -> tuple[float, float]:
+    """Clip equal shares of both tails, but never across 0."""
+    counts, centres = histogram.counts.numpy(), histogram.centres.numpy()
+    tail = counts.sum() * (1 - percentile / 100) / 2
+    lowest = centres[np.searchsorted(np.cumsum(counts), tail, side="right")]
+    highest = centres[len(counts) - 1 - np.searchsorted(np.cumsum(counts[::-1]), tail, side="right")]
+    return max(low, min(float(lowest), 0.0)), min(high, max(float(highest), 0.0))
+
+
+def _shrunk(loss: _Loss, low: float, high: float) -> tuple[float, float]:
+    """Shrink one side after the other to where a loss is least; of equals the widest range."""
+    shares = np.linspace(1.0, _NARROWEST, _CANDIDATES)
+    best_low, best_high = low, high
+    for _ in range(_SWEEPS):
+        best_high = high * float(min(shares, key=lambda share: loss(best_low, high * share)))
+        best_low = low * float(min(shares, key=lambda share: loss(low * share, best_high)))
+    return best_low, best_high
+
+
+def _loss(observer: Observer, histogram: Histogram, integers: IntegerFormat, low: float, high: float) -> _Loss:
+    counts, centres = histogram.counts.double().numpy(), histogram.centres.numpy()
+    seen = counts > 0
+    counts, centres = counts[seen], np.clip(centres[seen], low, high)
+    loss = _squared_error if observer == "mse" else _divergence
+    return lambda least, most: loss(counts, centres, integers, least, most)
+
+
+def _stored(centres: Reals, integers: IntegerFormat, low: float, high: float) -> tuple[Reals, Reals, float]:
+    """Return the integers of values in a range, what they stand for, and their scale."""
+    scales, zero_points = scales_of(np.array([low]), np.array([high]), integers)
+    steps = np.clip(np.rint(centres / scales) + zero_points, integers.low, integers.high)
+    return steps, (steps - zero_points) * scales, float(scales[0])
+
+
+def _squared_error(counts: Reals, centres: Reals, integers: IntegerFormat, low: float, high: float) -> float:
+    _, back, _ = _stored(centres, integers, low, high)
+    return float(((back - centres) ** 2 * counts).sum())
+
+
+def _divergence(counts: Reals, centres: Reals, integers: IntegerFormat, low: float, high: float) -> float:
+    """Return how far the values, those out of range moved to its ends, are from what integers tell of those inside."""
+    steps, _, scale = _stored(centres, integers, low, high)
+    inside = (centres >= low - scale / 2) & (centres <= high + scale / 2)
+    if not inside.any():
+        return math.inf
+    values = np.where(inside, counts, 0.0)
+    first, last = np.flatnonzero(inside)[[0, -1]]
+    levels = (steps - integers.low).astype(np.int64)[inside]
+    each = np.bincount(levels, counts[inside]) / np.maximum(np.bincount(levels), 1)  # spread evenly over its bins
+    values[first] += counts[:first].sum()
+    values[last] += counts[last + 1 :].sum()
+    p, q = values[inside] / counts.sum(), each[levels] / counts[inside].sum()
+    return float((p * np.log(p / q)).sum())
