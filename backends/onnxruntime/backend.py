@@ -17,6 +17,7 @@ from graphopt.backends.onnxruntime.breakers import keep_apart
 from graphopt.backends.onnxruntime.description import DESCRIPTION
 from graphopt.backends.onnxruntime.fusion import Layer, quantized_layers
 from graphopt.backends.onnxruntime.options import recorded_options
+from graphopt.backends.onnxruntime.prelu import take_prelu_apart
 from graphopt.errors import LoweringError
 from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
@@ -53,7 +54,8 @@ class OnnxRuntimeBackend(OnnxBackend):
         return recorded_options(model)
 
     def prepare(self, model: ir.Model, program: Program) -> tuple[ir.Model, dict[str, Json]]:
-        """Write what the runtime gets wrong another way, and clean up where that was asked for."""
+        """Write what the runtime is slow at or gets wrong another way, and clean up where that was asked for."""
+        take_prelu_apart(model)
         keep_apart(model)
         if not self._simplify:
             return model, {}

@@ -8,6 +8,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from graphopt.backends.onnx_execution.session import OnnxSession, SessionSettings
 from graphopt.backends.onnx_lowering.duplicates import DuplicateInitializersPass
 from graphopt.backends.onnx_lowering.global_pooling import GlobalPoolingPass
 from graphopt.backends.onnx_lowering.own_weights import OwnWeightsPass
@@ -15,6 +16,7 @@ from graphopt.backends.onnx_lowering.saturation import SaturatedClampPass
 from graphopt.backends.onnx_lowering.signature import apply_signature
 from graphopt.backends.onnx_lowering.stored_weights import StoredWeightsPass
 from graphopt.backends.onnx_lowering.values import values_of
+from graphopt.backends.onnxruntime.prelu import take_prelu_apart
 from graphopt.ir.signature import TensorSpec
 
 HEADER = '<ir_version: 10, opset_import: ["" : 20]>'
@@ -34,6 +36,32 @@ def model(text: str, **initializers: np.ndarray) -> ir.Model:
 
 def operators(built: ir.Model) -> list[str]:
     return [node.op_type for node in built.graph]
+
+
+class TestPRelu:
+    @pytest.mark.parametrize(
+        ("slopes", "wanted"),
+        [
+            (np.array([[0.25]], np.float32), ["LeakyRelu"]),
+            (np.array([[0.25], [-0.5], [2], [0]], np.float32), ["Relu", "Mul", "Relu", "Mul", "Add"]),
+            (np.array([[0.25], [-0.5], [2], [0]], np.float64), ["Relu", "Mul", "Relu", "Mul", "Add"]),
+        ],
+    )
+    def test_is_the_same_number_in_every_digit(self, slopes: np.ndarray, wanted: list[str]) -> None:
+        kind = "float" if slopes.dtype == np.float32 else "double"
+        built = model(f"g ({kind}[n,4,9] x) => ({kind}[n,4,9] y) {{ y = PRelu(x, a) }}", a=slopes)
+        x = np.random.default_rng(0).standard_normal((2, 4, 9)).astype(slopes.dtype)
+        x[:, :, :4] = np.nan, np.inf, -np.inf, 0.0
+        take_prelu_apart(built)
+        assert sorted(operators(built)) == sorted(wanted)
+        (found,) = OnnxSession(ir.to_proto(built).SerializeToString(), SessionSettings(threads=1))(x)
+        wanted_numbers = torch.prelu(torch.from_numpy(x), torch.from_numpy(slopes.reshape(-1)))
+        np.testing.assert_array_equal(found, wanted_numbers.numpy())
+
+    def test_computed_slopes_are_left(self) -> None:
+        built = model("g (float[n,4,9] x, float[4,1] a) => (float[n,4,9] y) { y = PRelu(x, a) }")
+        take_prelu_apart(built)
+        assert operators(built) == ["PRelu"]
 
 
 class TestGlobalPooling:
