@@ -61,7 +61,7 @@ class _Observer(Walker):
         """Run one call; normalise by the batch if it is a BatchNorm, and note the moments of what enters."""
         if node in self._watched:
             key = (_target(node.args[_MEAN]), _target(node.args[_VARIANCE]))
-            _pool(self._moments.setdefault(key, Moments()), args[_INPUT])
+            pool_channels(self._moments.setdefault(key, Moments()), args[_INPUT])
             args = _by_batch(args)
         return super().call(node, args, kwargs)
 
@@ -77,8 +77,8 @@ class _Observer(Walker):
         return found
 
 
-def _pool(moments: Moments, values: torch.Tensor) -> None:
-    """Take in one batch, (samples, channels, ...), channel by channel."""
+def pool_channels(moments: Moments, values: torch.Tensor) -> None:
+    """Take in one batch, (samples, channels, ...), channel by channel, on the CPU."""
     wide = values if values.dtype in (torch.float32, torch.float64) else values.float()
     axes = [axis for axis in range(wide.dim()) if axis != 1]
     variance, mean = (t.to("cpu", torch.float64) for t in torch.var_mean(wide, axes, correction=0))

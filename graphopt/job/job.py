@@ -36,6 +36,7 @@ from graphopt.job.recorder import Recorder
 from graphopt.job.replaying import carry_out
 from graphopt.job.report import Report, Row
 from graphopt.job.result import Result
+from graphopt.job.sample_notes import sample_notes
 from graphopt.measure.cost import cost
 from graphopt.measure.equivalence import Probe
 from graphopt.measure.evaluate import Evaluator, FunctionEvaluator, evaluator
@@ -226,6 +227,7 @@ class Job:
         if self._split and not self._split.unseen and lossy:
             seen = "chose by" if self._split.held_out else "may have fitted"
             report.notes.append(f"data: too few samples to keep some unseen: errors are taken on what passes {seen}")
+        report.notes += [f"data: {note}" for note in (self._sample_notes if lossy else ())]
         checks = [FullCheck()] if check == "full" else []
         kept = self._step_cache()
         if kept is not None:
@@ -362,6 +364,10 @@ class Job:
     def _probe(self) -> Probe:
         judging = self._split and (self._split.unseen or self._split.held_out or self._split.fitted)
         return Probe(self.original, _probe_inputs(self.original, judging))
+
+    @functools.cached_property
+    def _sample_notes(self) -> list[str]:
+        return [] if self._split is None else sample_notes(self.original, self._split.fitted)
 
     @functools.cached_property
     def _split(self) -> Split | None:
