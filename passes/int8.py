@@ -8,40 +8,44 @@ and dequantize stand is read from the target description.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor, fx
 
+from graphopt.data.batches import Batch, whole_batches
 from graphopt.ir.editor import Editor
-from graphopt.ir.graph import constant
 from graphopt.ir.program import Program
 from graphopt.passes.layers.weighted_call import WeightedCall
+from graphopt.passes.quantization.choice import choose_forms
 from graphopt.passes.quantization.layers import LayerQuantizer
 from graphopt.passes.quantization.placement import Placement, place
-from graphopt.passes.quantization.plan import Form, Int8Plan, LayerRecord, ValueRecord, stored_name
+from graphopt.passes.quantization.plan import Int8Plan, LayerRecord
 from graphopt.passes.quantization.prepare import respell, spellings
 from graphopt.passes.quantization.rewrite import Rewriter
+from graphopt.passes.quantization.scales import choose_scales, constant_integers, value_records
 from graphopt.passes.quantization.tables import quantize_tables, read_integers
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.pass_base import Pass
 from graphopt.quantization.formats import IntegerFormat
 from graphopt.quantization.histogram import ChannelMean, Histogram
 from graphopt.quantization.observers import choose
-from graphopt.quantization.ops import quantize
-from graphopt.quantization.qparams import QParams, from_range
+from graphopt.quantization.qparams import QParams
 from graphopt.statistics.calibration import Calibration
-from graphopt.targets.description import TargetDescription
+from graphopt.targets.description import Scales, TargetDescription
+
+_DEFAULT: Mapping[str, Scales | None] = {"auto": None, "static": "static", "dynamic": "dynamic"}
+_COMPARED = 32  # samples by which layers choose between static and dynamic scales
+_COMPARED_AT_ONCE = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Int8Options:
     """Options of int8."""
 
+    mode: Literal["auto", "static", "dynamic"] = "auto"  # when scales of activations are chosen: see below
     observer: Literal["minmax", "percentile", "mse", "entropy"] = "mse"  # how ranges are chosen, see `observers`
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99  # percent of values kept in range by `percentile`
     samples: Annotated[int, Field(ge=1)] = 512  # calibration samples used
@@ -77,23 +81,22 @@ class Int8(Pass[Int8Options, Int8Plan]):
         target = ctx.need_target(self.name)
         respelled = spellings(program.graph, target)
         prepared, originals = _prepared(program, respelled)
-        gm = prepared.graph_module
-        placement = place(gm, target, self.options.skip)
-        tables, tensors, float_tables = quantize_tables(gm, target, self.options.skip)
-        refusals = [*placement.refusals, *float_tables]
-        if not placement.sites:
-            sites = [table["site"] for table in tables]
-            return self.new_plan(sites=sites, refusals=refusals, tensors=tensors, tables=tuple(tables))
-        calibration = Calibration.of(
-            ctx, program, self.name, limit=self.options.samples, batch_size=self.options.batch_size
-        )
-        scales = self._choose_scales(placement, gm, calibration, originals, target)
-        values = _value_records(placement, gm, scales, self.options.observer)
+        gm, skip = prepared.graph_module, self.options.skip
+        placement = place(gm, target, skip, default=_DEFAULT[self.options.mode])
+        tables, tensors, float_tables = quantize_tables(gm, target, skip)
+        calibration = self._calibration(placement, program, ctx)
+        scales = choose_scales(placement, gm, calibration, originals, target.activation, self._choose)
+        if self.options.mode == "auto" and calibration is not None:
+            choice = choose_forms(placement, prepared, scales, target, self._compared(program, ctx))
+            if choice:
+                placement = place(gm, target, skip, choice)
+                scales = choose_scales(placement, gm, calibration, originals, target.activation, self._choose)
+        values = value_records(placement, gm, scales, self.options.observer)
         layers, integers = self._quantize_layers(placement, gm, calibration, originals, scales, target, tensors)
         return self.new_plan(
             sites=[*(table["site"] for table in tables), *(site.node.name for site in placement.sites)],
-            refusals=refusals,
-            tensors={**integers, **_constants(values, gm)},
+            refusals=[*placement.refusals, *float_tables],
+            tensors={**integers, **constant_integers(values, gm)},
             respelled=respelled,
             values=tuple(values),
             layers=tuple(layers),
@@ -109,32 +112,16 @@ class Int8(Pass[Int8Options, Int8Plan]):
         read_integers(editor, plan.tables, plan.tensors)
         return prepared.with_graph(editor.finish())
 
-    def _choose_scales(
-        self,
-        placement: Placement,
-        gm: fx.GraphModule,
-        calibration: Calibration,
-        originals: Mapping[str, str],
-        target: TargetDescription,
-    ) -> dict[fx.Node, QParams]:
-        """Choose the parameters of every value that has a scale of its own."""
-        values = [*placement.integers, *placement.reads]
-        roots = [node for node in values if placement.root(node) is node]
-        gates = {site.node: site for site in placement.sites if site.kernel.name == "sigmoid"}
-        observed = [node for node in roots if node not in gates and constant(node, gm) is None]
-        names = [originals.get(node.name, node.name) for node in observed]
-        histograms = dict(zip(observed, calibration.gather((n, Histogram()) for n in names), strict=True))
-        scales: dict[fx.Node, QParams] = {}
-        for node in gm.graph.nodes:
-            if node in histograms:
-                limits = placement.dropped.get(node, (-math.inf, math.inf))
-                scales[node] = self._choose(histograms[node], target.activation, limits)
-            elif node in gates:  # between 0 and the sigmoid of the largest input
-                largest = scales[placement.root(gates[node].kernel.operands[0])].range[1]
-                scales[node] = from_range(0.0, 1 / (1 + math.exp(-largest)), target.activation)
-            elif node in placement.reads and (value := constant(node, gm)) is not None:
-                scales[node] = from_range(float(value.detach().min()), float(value.detach().max()), target.activation)
-        return scales
+    def _calibration(self, placement: Placement, program: Program, ctx: Context) -> Calibration | None:
+        """Return what saw the samples; None where nothing needs them and there are none."""
+        if not placement.sites or (ctx.samples is None and all(site.dynamic for site in placement.sites)):
+            return None
+        return Calibration.of(ctx, program, self.name, limit=self.options.samples, batch_size=self.options.batch_size)
+
+    def _compared(self, program: Program, ctx: Context) -> Iterator[Batch]:
+        """Yield samples by which layers choose; none are read where no layer has a choice."""
+        samples = ctx.need_samples(self.name, "to choose how layers are quantized")
+        yield from whole_batches(samples, _COMPARED_AT_ONCE, _COMPARED, fixed=program.batch_size)
 
     def _choose(self, histogram: Histogram, integers: IntegerFormat, limits: tuple[float, float]) -> QParams:
         return choose(histogram, integers, self.options.observer, percentile=self.options.percentile, bounds=limits)
@@ -143,7 +130,7 @@ class Int8(Pass[Int8Options, Int8Plan]):
         self,
         placement: Placement,
         gm: fx.GraphModule,
-        calibration: Calibration,
+        calibration: Calibration | None,
         originals: Mapping[str, str],
         scales: Mapping[fx.Node, QParams],
         target: TargetDescription,
@@ -154,16 +141,16 @@ class Int8(Pass[Int8Options, Int8Plan]):
         per_channel = self.options.weights == "channel"
         quantizer = LayerQuantizer(gm, target.weight, tables, per_channel=per_channel)
         layers = [
-            quantizer.quantize(site, layer, scales[placement.root(layer.input)].scale, mean)
+            quantizer.quantize(site, layer, None if site.dynamic else scales[placement.root(layer.input)].scale, mean)
             for (site, layer), mean in zip(sites, means, strict=True)
         ]
         return layers, quantizer.tensors
 
     def _input_means(
-        self, layers: Sequence[WeightedCall], calibration: Calibration, originals: Mapping[str, str]
+        self, layers: Sequence[WeightedCall], calibration: Calibration | None, originals: Mapping[str, str]
     ) -> Sequence[Tensor | None]:
         """Return the mean of each layer's input per channel where biases are to be corrected by it."""
-        if not self.options.bias_correction:
+        if not self.options.bias_correction or calibration is None:
             return [None] * len(layers)
         inputs = ((originals.get(layer.input.name, layer.input.name), layer.input_axis) for layer in layers)
         return [found.mean for found in calibration.gather((name, ChannelMean(axis)) for name, axis in inputs)]
@@ -175,46 +162,3 @@ def _prepared(program: Program, respelled: Mapping[str, str]) -> tuple[Program, 
     editor = Editor(prepared.graph_module, "int8")
     originals = respell(editor, respelled)
     return prepared.with_graph(editor.finish()), originals
-
-
-def _value_records(
-    placement: Placement, gm: fx.GraphModule, scales: Mapping[fx.Node, QParams], observer: str
-) -> list[ValueRecord]:
-    moves = {site.node for site in placement.sites if site.rule.role == "move"}
-    records = []
-    for node in gm.graph.nodes:
-        if node not in placement.integers and node not in placement.reads:
-            continue
-        form: Form = "move" if node in moves else "constant" if constant(node, gm) is not None else "quantize"
-        readers = placement.reads.get(node) if node not in placement.integers else None
-        source = placement.root(node)
-        chosen = scales[source]
-        records.append(
-            ValueRecord(
-                value=node.name,
-                form=form,
-                source=source.name,
-                readers=[reader.name for reader in readers] if readers is not None else None,
-                scale=chosen.scale,
-                zero_point=chosen.zero_point,
-                low=chosen.low,
-                high=chosen.high,
-                observer=observer if form == "quantize" else "",
-            )
-        )
-    return records
-
-
-def _constants(values: list[ValueRecord], gm: fx.GraphModule) -> dict[str, Tensor]:
-    """Return the integers of constant operands."""
-    nodes = {node.name: node for node in gm.graph.nodes}
-    tensors = {}
-    for record in values:
-        if record["form"] == "constant":
-            value = constant(nodes[record["value"]], gm)
-            assert value is not None
-            scale, zero = torch.tensor(record["scale"]), torch.tensor(record["zero_point"])
-            tensors[stored_name(record["value"], "integers")] = quantize(
-                value.detach(), scale, zero, None, record["low"], record["high"]
-            )
-    return tensors

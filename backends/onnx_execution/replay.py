@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import fx
 
-import graphopt.quantization.ops  # noqa: F401  (registers the operators)
 from graphopt.ir.program import Program
 from graphopt.ir.torch_internals import pytree
 from graphopt.ir.walker import Walker
+from graphopt.quantization.ops import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 
 Tensors = tuple[torch.Tensor, ...]
+Codes = Mapping[str, Tensors]  # by quantization: the integers, of a dynamic one their scale and zero point too
 
 _MOST_KEPT = 1 << 27  # bytes of dequantized weights
 
@@ -52,18 +53,18 @@ class Replay(Walker):
                 their integers then come in either order.
         """
         super().__init__(program)
-        self._codes: Mapping[str, torch.Tensor] = {}
+        self._codes: Codes = {}
         self._exact = exact
         self._noise = noise
         self._weights: dict[fx.Node, torch.Tensor] = {}
         self.steps: list[Deviation] = []
 
-    def outputs(self, inputs: Tensors, codes: Mapping[str, torch.Tensor] | None = None) -> Tensors:
+    def outputs(self, inputs: Tensors, codes: Codes | None = None) -> Tensors:
         """Return the flat outputs; `steps` then says how far each quantization was off.
 
         Args:
             inputs: flat inputs.
-            codes: the runtime's integers by quantize node of the original program. Nodes without are computed.
+            codes: what the runtime has by quantization of the original program. Nodes without are computed.
         """
         self.steps = []
         self._codes = codes or {}
@@ -82,18 +83,18 @@ class Replay(Walker):
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             return None  # it asserts the dtype of the trace, which an exact run widens
         result = super().call(node, args, kwargs)
-        if node.target is torch.ops.graphopt.dequantize.default and _is_stored(node.args[0]):
+        if node.target is DEQUANTIZE and _is_stored(node.args[0]):
             result = self._widened(result)
             if sum(known.nbytes for known in self._weights.values()) + result.nbytes <= _MOST_KEPT:
                 self._weights[node] = result
             return result
-        if node.target is torch.ops.graphopt.dequantize.default and self._noise is not None:
+        if node.target is DEQUANTIZE and self._noise is not None:
             return perturbed(result, self._noise)
-        if node.target is torch.ops.graphopt.quantize.default:
-            codes = self._codes.get(node.name)
-            if codes is not None:
-                self.steps.append(_step(node.name, result, codes))
-                return codes
+        codes = self._codes.get(node.name)
+        if codes is not None:
+            dynamic = isinstance(result, tuple)
+            self.steps.append((_dynamic_step if dynamic else _step)(node.name, result if dynamic else (result,), codes))
+            return self._widened(codes) if dynamic else codes[0]
         return self._widened(result)
 
     def _widened(self, value: Any) -> Any:
@@ -110,19 +111,31 @@ class Replay(Walker):
 
 def quantize_nodes(program: Program) -> list[str]:
     """List the quantizations of a program whose integers a runtime can be asked for."""
-    return [node.name for node in program.graph.nodes if node.target is torch.ops.graphopt.quantize.default]
+    return [node.name for node in program.graph.nodes if node.target in (QUANTIZE, DYNAMIC_QUANTIZE)]
 
 
 def _is_stored(argument: object) -> bool:
     return isinstance(argument, fx.Node) and argument.op == "get_attr"
 
 
-def _step(source: str, computed: torch.Tensor, codes: torch.Tensor) -> Deviation:
-    if torch.equal(computed, codes):
+def _step(source: str, computed: Tensors, codes: Tensors) -> Deviation:
+    (mine,), (found,) = computed, codes
+    if torch.equal(mine, found):
         return Deviation(source, 0, 0.0)
-    wide = torch.int64 if computed.dtype is torch.int32 else torch.int16
-    difference = computed.to(wide).sub_(codes).abs_()
+    wide = torch.int64 if mine.dtype is torch.int32 else torch.int16
+    difference = mine.to(wide).sub_(found).abs_()
     return Deviation(source, int(difference.max()), int(difference.count_nonzero()) / difference.numel())
+
+
+def _dynamic_step(source: str, computed: Tensors, codes: Tensors) -> Deviation:
+    """Compare what two sets of integers stand for, in steps of the runtime's scale: their scales need not be equal."""
+    if computed[0].numel() == 0:
+        return Deviation(source, 0, 0.0)
+    (mine, own_scale, own_zero), (found, scale, zero) = (
+        [part.double() for part in parts] for parts in (computed, codes)
+    )
+    steps = ((mine - own_zero) * (own_scale / scale) - (found - zero)).abs_().round_()
+    return Deviation(source, int(steps.max()), int(steps.count_nonzero()) / steps.numel())
 
 
 def perturbed(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -3,7 +3,7 @@
 Without integers: outputs agree to float tolerance (`agreement`). With integers, in three steps that leave nothing to
 accumulate and nothing to trust:
 
-1. A copy of the file that also returns the integers of every QuantizeLinear runs beside the artifact. Its outputs
+1. A copy of the file that also returns the integers of every quantization runs beside the artifact. Its outputs
    are those of the artifact, bit for bit, so its integers are the artifact's.
 2. The program is run piece by piece from those integers (`replay`); each piece must arrive within one step of the
    next.
@@ -12,18 +12,19 @@ accumulate and nothing to trust:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx
 import torch
 
 from graphopt.backends.onnx_execution.agreement import Reference, disagreements, relative_error
 from graphopt.backends.onnx_execution.batches import batches
 from graphopt.backends.onnx_execution.blame import skip_around, value_quantized
-from graphopt.backends.onnx_execution.replay import Deviation, Replay, perturbed, quantize_nodes
+from graphopt.backends.onnx_execution.replay import Codes, Deviation, Replay, perturbed, quantize_nodes
 from graphopt.backends.onnx_execution.session import OnnxSession, SessionSettings
-from graphopt.backends.onnx_lowering.exporter import SOURCE_PROPERTY
+from graphopt.backends.onnx_lowering.exporter import QUANTIZERS, SOURCE_PROPERTY
 from graphopt.errors import LoweringError
 from graphopt.ir.program import Program
 from graphopt.targets.backend import Array, Session
@@ -87,20 +88,20 @@ class IntegerProbe:
     def __init__(self, path: Path, program: Program, settings: SessionSettings) -> None:
         model = onnx.load(path, load_external_data=False)
         known = set(quantize_nodes(program))
-        self._values: dict[str, str] = {}  # program node: ONNX value
+        self._values: dict[str, list[str]] = {}  # program node: ONNX values
         for node in model.graph.node:
             source = next((entry.value for entry in node.metadata_props if entry.key == SOURCE_PROPERTY), "")
-            if node.op_type == "QuantizeLinear" and source in known:
-                self._values[source] = node.output[0]
+            if node.op_type in QUANTIZERS and source in known:
+                self._values[source] = list(node.output)
         returned = {value.name for value in model.graph.output}
-        for name in dict.fromkeys(self._values.values()):
+        for name in dict.fromkeys(name for values in self._values.values() for name in values):
             if name not in returned:
                 model.graph.output.append(onnx.ValueInfoProto(name=name))
         self._path = path
         self._session = OnnxSession(model.SerializeToString(), settings, folder=path.parent)
 
-    def codes(self, arrays: Sequence[Array], found: Sequence[Array]) -> Mapping[str, torch.Tensor]:
-        """Return the runtime's integers by program node.
+    def codes(self, arrays: Sequence[Array], found: Sequence[Array]) -> Codes:
+        """Return the runtime's integers by program node, of dynamic ones with their scales and zero points.
 
         Raises:
             LoweringError: asking for them changed the outputs, so they prove nothing.
@@ -113,7 +114,10 @@ class IntegerProbe:
                     f"ONNX Runtime computes output `{name}` of {self._path.name} differently when it also returns "
                     "the integers on the way, so they cannot be verified. Please report the model."
                 )
-        return {source: torch.from_numpy(results[value]) for source, value in self._values.items()}
+        return {
+            source: tuple(torch.from_numpy(np.asarray(results[value])) for value in values)
+            for source, values in self._values.items()
+        }
 
 
 def _check_signature(session: OnnxSession, program: Program, path: Path) -> None:
@@ -141,7 +145,7 @@ def _remedy(program: Program, quantize: str) -> str:
     return f"int8:skip={around}" if around else "leave out int8"
 
 
-def _reference(program: Program, codes: Mapping[str, torch.Tensor], feed: Tensors, wanted: Tensors) -> Reference:
+def _reference(program: Program, codes: Codes, feed: Tensors, wanted: Tensors) -> Reference:
     def rerun(seed: int) -> Tensors:
         generator = torch.Generator().manual_seed(seed)
         return Replay(program, noise=generator).outputs(tuple(perturbed(tensor, generator) for tensor in feed), codes)

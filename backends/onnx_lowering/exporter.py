@@ -27,12 +27,15 @@ from graphopt.ir.exporting import exported
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import module_path, user_line
 from graphopt.ir.torch_internals import onnx_exporter
+from graphopt.quantization.ops import DYNAMIC_QUANTIZE, QUANTIZE
 
 logger = logging.getLogger(__name__)
 
 SOURCE_PROPERTY = "graphopt.source"  # key of an ONNX node's metadata: the program's name of a quantization
 MODULE_PROPERTY = "graphopt.module"  # the module whose forward ran it
 
+QUANTIZERS = ("QuantizeLinear", "DynamicQuantizeLinear")
+_QUANTIZES = re.compile(r"graphopt\.(dynamic_)?quantize\.")
 _CALL = "pkg.torch.onnx.fx_node"  # where the exporter writes the call an ONNX node translates
 _UNTRANSLATED = re.compile(
     r"No ONNX function found for <OpOverload\(op='(?P<op>[^']+)', overload='(?P<overload>[^']+)'"
@@ -42,7 +45,7 @@ _UNTRANSLATED = re.compile(
 def export(program: Program, opset: int) -> ir.Model:
     """Translate a program; arguments and results that are no tensors are left out.
 
-    Every ONNX node carries the module path it comes from as metadata, and every QuantizeLinear its program node.
+    Every ONNX node carries the module path it comes from as metadata, and every quantization its program node.
 
     Raises:
         LoweringError: an operator has no ONNX form.
@@ -130,9 +133,9 @@ def _quantizers(model: ir.Model, graph: fx.Graph) -> dict[str, fx.Node]:
 
     The exporter renames calls when it decomposes; it neither adds, drops nor reorders quantizations.
     """
-    calls = list(graph.find_nodes(op="call_function", target=torch.ops.graphopt.quantize.default))
-    described = (node for node in model.graph.all_nodes() if node.op_type == "QuantizeLinear")
-    names = [_exported_name(node) for node in described if "graphopt.quantize." in node.metadata_props.get(_CALL, "")]
+    calls = [node for node in graph.nodes if node.target in (QUANTIZE, DYNAMIC_QUANTIZE)]
+    described = (node for node in model.graph.all_nodes() if node.op_type in QUANTIZERS)
+    names = [_exported_name(node) for node in described if _QUANTIZES.search(node.metadata_props.get(_CALL, ""))]
     if len(names) != len(calls):  # some range has no QuantizeLinear: names are all there is
         by_name = {node.name: node for node in calls}
         return {name: by_name[name] for name in names if name in by_name}

@@ -2,6 +2,7 @@
 
     quantize        QuantizeLinear, after a Clip where the range is narrower than the integer type
     dequantize      DequantizeLinear
+    dynamic_quantize  DynamicQuantizeLinear
     fake_quantize   QuantizeLinear, DequantizeLinear
     observe         nothing
 
@@ -33,6 +34,7 @@ def table() -> dict[Callable[..., Any], Callable[..., Any]]:
     return {
         ops.quantize.default: _quantize,
         ops.dequantize.default: _dequantize,
+        ops.dynamic_quantize.default: _dynamic_quantize,
         ops.fake_quantize.default: _fake_quantize,
         ops.observe.default: _observe,
     }
@@ -56,6 +58,10 @@ def _dequantize(q: Any, scale: Any, zero_point: Any, axis: int | None) -> Any:
         return op.DequantizeLinear(q, _vector(scale, axis), axis=along)
     zero = op.Cast(_vector(zero_point, axis), to=q.dtype)
     return op.DequantizeLinear(q, _vector(scale, axis), zero, axis=along)
+
+
+def _dynamic_quantize(x: Any) -> Any:
+    return op.DynamicQuantizeLinear(x)
 
 
 def _fake_quantize(x: Any, scale: Any, zero_point: Any, axis: int | None, low: int, high: int) -> Any:

@@ -16,6 +16,7 @@ from graphopt.backends.onnx_lowering.simplification import simplify_where_smalle
 from graphopt.backends.onnxruntime.breakers import keep_apart
 from graphopt.backends.onnxruntime.description import DESCRIPTION
 from graphopt.backends.onnxruntime.fusion import Layer, quantized_layers
+from graphopt.backends.onnxruntime.integer_products import write_integer_products
 from graphopt.backends.onnxruntime.options import recorded_options
 from graphopt.backends.onnxruntime.prelu import take_prelu_apart
 from graphopt.errors import LoweringError
@@ -57,6 +58,7 @@ class OnnxRuntimeBackend(OnnxBackend):
         """Write what the runtime is slow at or gets wrong another way, and clean up where that was asked for."""
         take_prelu_apart(model)
         keep_apart(model)
+        write_integer_products(model)
         if not self._simplify:
             return model, {}
         model, said = simplify_where_smaller(model, program)

@@ -9,19 +9,21 @@ exact) with a float result.
 from __future__ import annotations
 
 from graphopt.quantization.formats import IntegerFormat
-from graphopt.targets.description import OperatorRule, TargetDescription
+from graphopt.targets.description import OperatorRule, Scales, TargetDescription
 
 # Clamps that the range of the quantization behind them carries out; the runtime would need them gone to fuse.
 _CLAMPS = ("relu", "relu6", "hardtanh", "clamp", "clamp_min")
+
+_BOTH: tuple[Scales, ...] = ("static", "dynamic")  # ConvInteger is slower than float: convolutions have one
 
 _CONVOLUTIONS = tuple(
     OperatorRule(f"conv{rank}d", output="always", weight_axis=0, bias="float", absorbs=_CLAMPS) for rank in (1, 2)
 )
 _PRODUCTS = (
     # A float bias keeps a Gemm float; an int32 one reaches QGemm, with or without a quantized result.
-    OperatorRule("gemm", output="wanted", weight_axis=0, bias="int32", absorbs=_CLAMPS),
+    OperatorRule("gemm", output="wanted", scales=_BOTH, weight_axis=0, bias="int32", absorbs=_CLAMPS),
     # MatMulIntegerToFloat; quantizing the result of a transformer's products costs four times the error.
-    OperatorRule("matmul", output="never", weight_axis=1),
+    OperatorRule("matmul", output="never", scales=_BOTH, weight_axis=1),
 )
 _JOINS = (
     OperatorRule("add", role="join", absorbs=_CLAMPS),

@@ -34,6 +34,7 @@ _INTEGER_KERNELS = {
         "MatMulNBits",
         "QGemm",
     ),
+    "MatMulInteger": ("MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"),
     "Add": ("QLinearAdd",),
     "Mul": ("QLinearMul",),
     "MaxPool": ("MaxPool", "NhwcMaxPool"),
@@ -110,6 +111,8 @@ def _kernel(name: str, kernels: dict[str, str]) -> str:
 def _is_quantized(node: ir.Node) -> bool:
     if node.domain != "":
         return False
+    if node.op_type == "MatMulInteger":
+        return True
     if node.op_type in _LAYERS:
         return len(node.inputs) >= 2 and all(_dequantizes(value) for value in node.inputs[:2])
     if node.op_type in _FOLLOWERS:

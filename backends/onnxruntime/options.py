@@ -29,7 +29,8 @@ def recorded_options(model: ir.Model) -> dict[str, Json]:
         "spinning": False,
         "disabled_optimizers": disabled,
     }
-    return {**options, "config": PRECISE} if any(dequantizes_a_weight(node) for node in nodes) else options
+    integers = any(node.op_type == "MatMulInteger" or dequantizes_a_weight(node) for node in nodes)
+    return {**options, "config": PRECISE} if integers else options
 
 
 def _loses_its_integers(node: ir.Node) -> bool:

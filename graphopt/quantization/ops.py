@@ -3,6 +3,7 @@
     quantize(x)      = clamp(round(x / scale) + zero_point, low, high)      float -> int8, uint8 or int32
     dequantize(q)    = (q - zero_point) * scale                             integer -> dtype of scale
     unpack(bytes)    = (each byte >> 0, bits, 2 * bits, ..) % 2**bits + low    uint8 -> int8 or uint8
+    dynamic_quantize(x) = quantize(x) by the range of x itself              float -> uint8, scale, zero point
     fake_quantize(x) = dequantize(quantize(x))                              differentiable, for training
     observe(x)       = x                                                    marks a value to collect statistics of
 
@@ -88,6 +89,31 @@ def _dequantize_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 dequantize.register_autograd(_dequantize_backward, setup_context=_dequantize_setup)
+
+
+@torch.library.custom_op("graphopt::dynamic_quantize", mutates_args=())
+def dynamic_quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Round `x` to uint8 by its own range, as ONNX DynamicQuantizeLinear does.
+
+        scale = (max(x, 0) - min(x, 0)) / 255        zero_point = round(-min(x, 0) / scale)
+
+    Args:
+        x: any floating tensor. Every value of it, whatever sample it belongs to, has a say in the scale.
+
+    Returns:
+        Integers of the shape of `x`, and their scale and zero point, scalars.
+    """
+    bounds = x.new_zeros(2) if x.numel() == 0 else torch.stack(torch.aminmax(x))
+    low, high = bounds[0].clamp(max=0), bounds[1].clamp(min=0)
+    scale = torch.where(high == low, 1.0, (high - low) / 255)
+    zero_point = torch.round(-low / scale).clamp_(0, 255)
+    integers = torch.round(x / scale).add_(zero_point).clamp_(0, 255)
+    return integers.to(torch.uint8), scale, zero_point.to(torch.uint8)
+
+
+@dynamic_quantize.register_fake
+def _(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x, dtype=torch.uint8), x.new_empty(()), x.new_empty((), dtype=torch.uint8)
 
 
 @torch.library.custom_op("graphopt::fake_quantize", mutates_args=())
@@ -186,6 +212,7 @@ def pack(integers: Tensor, bits: int, low: int) -> Tensor:
 # The operators as they stand in graphs.
 QUANTIZE = torch.ops.graphopt.quantize.default
 DEQUANTIZE = torch.ops.graphopt.dequantize.default
+DYNAMIC_QUANTIZE = torch.ops.graphopt.dynamic_quantize.default
 OBSERVE = torch.ops.graphopt.observe.default
 UNPACK = torch.ops.graphopt.unpack.default
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 from graphopt.quantization.formats import IntegerFormat
 
+Scales = Literal["static", "dynamic"]
 Role = Literal["compute", "join", "same_scale", "move", "read"]
 
 
@@ -35,6 +36,8 @@ class OperatorRule:
         role: see above.
         output: of a compute kernel, whether its result is quantized: "always" (the kernel fuses only then), "wanted"
             (where integer kernels alone read it) or "never".
+        scales: of a compute kernel, when the scale of its operand may be chosen: "static", from data beforehand, or
+            "dynamic", by the kernel itself from each batch; its result is then float.
         weight_axis: axis of the weight along which scales may differ (-1: the last), None for one scale or no weight.
         bias: how the bias is stored next to an integer kernel.
         absorbs: activations that move in front of the quantization of its result when they alone read it; with
@@ -44,6 +47,7 @@ class OperatorRule:
     operator: str
     role: Role = "compute"
     output: Literal["always", "wanted", "never"] = "always"
+    scales: tuple[Scales, ...] = ("static",)
     weight_axis: int | None = None
     bias: Literal["float", "int32"] = "float"
     absorbs: tuple[str, ...] = ()

@@ -48,16 +48,17 @@ class LayerQuantizer:
         self._tables = tables
         self.tensors: dict[str, Tensor] = dict(tables)
 
-    def quantize(self, site: Site, layer: WeightedCall, input_scale: float, mean: Tensor | None) -> LayerRecord:
+    def quantize(self, site: Site, layer: WeightedCall, input_scale: float | None, mean: Tensor | None) -> LayerRecord:
         """Quantize weight and bias of one layer.
 
         Args:
             site: where it is placed.
             layer: the layer there.
-            input_scale: scale of its input.
+            input_scale: scale of its input, None where its kernel chooses it.
             mean: mean of its input per channel, to correct the bias.
         """
-        transposed = site.kernel.name == "matmul" and layer.kind == "linear"
+        product = site.kernel.name == "matmul" or site.dynamic
+        transposed = product and layer.kind == "linear"
         weight, bias = tensor_attribute(self._gm, layer.weight_name).detach(), constant(layer.bias, self._gm)
         axis = self._axis(site.rule, layer, transposed)
         name = self._store_weight(
@@ -67,12 +68,13 @@ class LayerQuantizer:
         bias_name = self._store_bias(site, bias, shift, name, input_scale)
         return LayerRecord(
             site=site.node.name,
-            kernel=site.kernel.name,
+            kernel="matmul" if product else site.kernel.name,
+            scales="dynamic" if site.dynamic else "static",
             weight=name,
             axis=axis,
             transposed=transposed,
             bias=bias_name,
-            bias_dtype=site.rule.bias,
+            bias_dtype="float" if site.dynamic else site.rule.bias,
         )
 
     def _axis(self, rule: OperatorRule, layer: WeightedCall, transposed: bool) -> int | None:
@@ -87,7 +89,7 @@ class LayerQuantizer:
         axis: int | None,
         transposed: bool,
         bias: Tensor | None,
-        x: float,
+        x: float | None,
         site: Site,
     ) -> str:
         source = layer.weight_name
@@ -95,7 +97,7 @@ class LayerQuantizer:
         if key not in self._stored:
             name = f"{source}_int8" + ("_t" if transposed else "") + ("" if axis is not None else "_tensor")
             scales = weight_scales(weight, self._integers, axis)
-            if site.rule.bias == "int32" and bias is not None:
+            if site.rule.bias == "int32" and bias is not None and x is not None:
                 # a bias far larger than the weights must still fit int32
                 floor = (bias.detach().abs().double() / (x * _INT32 * 0.5)).float()
                 floor = floor.reshape(_sharing(layer), -1).amax(0)
@@ -127,13 +129,15 @@ class LayerQuantizer:
         change = by_taps(layer, (rounded.t() if transposed else rounded) - weight.double()).sum(3)
         return (change * mean.view(layer.groups, 1, -1)).sum(2).flatten()
 
-    def _store_bias(self, site: Site, bias: Tensor | None, shift: Tensor | None, weight: str, x: float) -> str | None:
-        if bias is None and (shift is None or site.kernel.name == "matmul"):
+    def _store_bias(
+        self, site: Site, bias: Tensor | None, shift: Tensor | None, weight: str, x: float | None
+    ) -> str | None:
+        if bias is None and (shift is None or site.dynamic or site.kernel.name == "matmul"):
             return None
         value = (bias.detach().double() if bias is not None else 0.0) - (shift if shift is not None else 0.0)
         assert isinstance(value, Tensor)
         name = stored_name(site.node.name, "bias")
-        if site.rule.bias == "float":
+        if site.rule.bias == "float" or x is None:
             self.tensors[name] = value.float()
             return name
         scale = (self.tensors[f"{weight}_scale"] * torch.tensor(x, dtype=torch.float32)).reshape(-1)

@@ -13,7 +13,7 @@ operators, and modules the user asked to leave.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -32,7 +32,9 @@ from graphopt.passes.quantization.kernels import HEAVY, Kernel, clamp_range, ker
 from graphopt.pipeline.globs import check_globs
 from graphopt.pipeline.plan import Refusal
 from graphopt.quantization.ops import DEQUANTIZE
-from graphopt.targets.description import OperatorRule, TargetDescription
+from graphopt.targets.description import OperatorRule, Scales, TargetDescription
+
+Choice = Scales | Refusal
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,12 +47,14 @@ class Site:
         rule: the target's rule for it.
         end: the value whose quantization ends it: the call itself or the activation it absorbs. None when its
             result stays float.
+        dynamic: whether its kernel chooses the scale of its operand.
     """
 
     node: fx.Node
     kernel: Kernel
     rule: OperatorRule
     end: fx.Node | None
+    dynamic: bool = False
 
 
 @dataclass(eq=False)
@@ -79,25 +83,42 @@ class Placement:
         return value
 
 
-def place(gm: fx.GraphModule, target: TargetDescription, skip: Sequence[str] = ()) -> Placement:
+def place(
+    gm: fx.GraphModule,
+    target: TargetDescription,
+    skip: Sequence[str] = (),
+    choice: Mapping[fx.Node, Choice] | None = None,
+    default: Scales | None = None,
+) -> Placement:
     """Decide where integers stand in `gm`.
 
     Args:
         gm: a prepared graph (`prepare.respell`).
         target: what the runtime can do.
         skip: glob patterns of module paths or node names to leave float.
+        choice: of layers, when their scales are chosen, or why they stay float.
+        default: when those of all other layers are; None for what the target's kernel is best at.
 
     Raises:
         UsageError: a pattern matches neither.
     """
-    return _Placer(gm, target, skip).run()
+    return _Placer(gm, target, skip, choice or {}, default).run()
 
 
 class _Placer:
-    def __init__(self, gm: fx.GraphModule, target: TargetDescription, skip: Sequence[str]) -> None:
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        target: TargetDescription,
+        skip: Sequence[str],
+        choice: Mapping[fx.Node, Choice],
+        default: Scales | None,
+    ) -> None:
         self._gm = gm
         self._target = target
         self._skip = skip
+        self._choice = choice
+        self._default = default
         self._kernels = {node: kernel for node in gm.graph.nodes if (kernel := kernel_of(node, gm)) is not None}
         self._problems: dict[fx.Node, Refusal | None] = {}
         self._storages = Storages(gm.graph)
@@ -131,6 +152,9 @@ class _Placer:
         problem = self._problem(node)
         if problem is not None:
             self._result.refusals.append(problem)
+            return
+        if self._scales(node, rule) == "dynamic":
+            self._result.sites.append(Site(node, kernel, rule, None, dynamic=True))
             return
         end = self._end(node, rule)
         if rule.output == "never" or (rule.output == "wanted" and not self._only_integers[end]):
@@ -207,6 +231,8 @@ class _Placer:
         rule = self._target.rule(kernel.name) if kernel is not None else None
         if kernel is None or rule is None or value not in kernel.operands or self._problem(user) is not None:
             return False
+        if rule.role == "compute" and self._scales(user, rule) == "dynamic":
+            return False
         if rule.role == "compute":
             return kernel.layer is None or value not in (kernel.layer.weight, kernel.layer.bias)
         return rule.role in ("same_scale", "move") and self._only_integers[user]
@@ -222,6 +248,11 @@ class _Placer:
         """Return (reason, reason without particulars), empty if there is none."""
         if reasons := why_skipped(node, self._skip):
             return reasons
+        chosen, rule = self._choice.get(node), self._target.rule(kernel.name)
+        if isinstance(chosen, Refusal):
+            return str(chosen.reason), chosen.kind
+        if rule is not None and rule.role == "compute" and self._scales(node, rule) not in rule.scales:
+            return f"no kernel of {self._target.name} takes it with {self._default} scales", ""
         if kernel.problem:
             return kernel.problem, ""
         if not kernel.operands:
@@ -248,6 +279,10 @@ class _Placer:
             if not all_finite(constant(parameter, self._gm)):  # type: ignore[arg-type]
                 return f"its {role} holds NaN or infinite values", ""
         return "", ""
+
+    def _scales(self, node: fx.Node, rule: OperatorRule) -> Scales:
+        chosen = self._choice.get(node)
+        return chosen if isinstance(chosen, str) else self._default or rule.scales[0]
 
     def _written(self, value: fx.Node) -> str:
         writers = self._storages.writes(value)

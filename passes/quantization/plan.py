@@ -9,6 +9,7 @@ from typing import Literal
 from typing_extensions import TypedDict  # pydantic reads plans, and takes no other before Python 3.12
 
 from graphopt.pipeline.plan import Plan
+from graphopt.targets.description import Scales
 
 Form = Literal["quantize", "move", "constant"]
 
@@ -35,6 +36,7 @@ class ValueRecord(TypedDict):
 class LayerRecord(TypedDict):
     """What becomes of one layer's weight and bias.
 
+    `scales`: whether the scale of its input is one of the plan's, or chosen by the kernel from each batch.
     `weight` and `bias` are names of new tensors; the plan holds `NAME` as well as `NAME_scale` for integers. `axis`:
     of the stored weight, null for one scale. `transposed`: stored the other way round, for a product `x @ w`; what is
     stored for an embedding table that the layer shares is turned when it is read.
@@ -42,6 +44,7 @@ class LayerRecord(TypedDict):
 
     site: str
     kernel: str
+    scales: Scales
     weight: str
     axis: int | None
     transposed: bool

@@ -11,7 +11,9 @@ move(dequantize(q)) -> dequantize(move(q))
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -22,7 +24,7 @@ from graphopt.ir.operators import short_name
 from graphopt.passes.layers.weighted_call import WeightedCall, layer_call, set_argument
 from graphopt.passes.quantization.plan import Int8Plan, LayerRecord, ValueRecord, stored_name
 from graphopt.quantization.formats import storage_dtype
-from graphopt.quantization.ops import DEQUANTIZE, QUANTIZE
+from graphopt.quantization.ops import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 
 aten = torch.ops.aten
 
@@ -39,6 +41,7 @@ class Rewriter:
         self._nodes = {node.name: node for node in editor.graph.nodes}
         self._reads: dict[str, fx.Node] = {}
         self._takers: dict[str, fx.Node] = {}  # calls that took over the operands of a respelled layer
+        self._dynamic: dict[fx.Node, fx.Node] = {}
         self._first_input = next(node for node in editor.graph.nodes if node.op == "placeholder")
 
     def run(self) -> None:
@@ -65,7 +68,8 @@ class Rewriter:
         call = layer_call(node, self._editor.gm)
         assert call is not None  # the plan found it there
         if layer["kernel"] == "matmul":
-            self._nodes[node.name] = self._product(call, weight, bias)
+            x = self._read_dynamically(call) if layer["scales"] == "dynamic" else call.input
+            self._nodes[node.name] = self._product(node, x, weight, bias)
         elif layer["kernel"] == "gemm" and len(node.meta["val"].shape) > 2:
             self._nodes[node.name] = self._flattened(call, weight, bias)
         else:
@@ -84,11 +88,20 @@ class Rewriter:
         kind = next((tensor for tensor in learned if tensor.dim() == 1), learned[0] if learned else None)
         return self._read(name, node, trainable=True, kind_of=kind)
 
-    def _product(self, call: WeightedCall, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
+    def _read_dynamically(self, call: WeightedCall) -> fx.Node:
+        """Return the input of a layer as its own range quantizes it, once for all layers that read it so."""
+        x = call.input
+        if x not in self._dynamic:
+            with self._graph.inserting_before(call.node):  # the first that reads it so
+                parts = self._call(DYNAMIC_QUANTIZE, x, like=call.node)
+                items = [self._call(operator.getitem, parts, item, like=call.node) for item in range(3)]
+                self._dynamic[x] = self._call(DEQUANTIZE, *items, None, like=call.node)
+        return self._dynamic[x]
+
+    def _product(self, node: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
         """Rewrite linear, addmm, mm or matmul as `x @ w` plus a bias."""
-        node = call.node
         with self._graph.inserting_before(node):
-            product = self._editor.call(aten.matmul.default, call.input, weight, like=node, site=node.name)
+            product = self._editor.call(aten.matmul.default, x, weight, like=node, site=node.name)
             self._takers[node.name] = product
             if bias is not None:
                 product = self._editor.call(aten.add.Tensor, product, bias, like=node, site=node.name)
@@ -142,6 +155,9 @@ class Rewriter:
         scale, zero_point = self._qparams(record, node)
         bounds = record["low"], record["high"]
         return self._editor.call(QUANTIZE, node, scale, zero_point, None, *bounds, like=node, site=record["value"])
+
+    def _call(self, target: Any, *args: Any, like: fx.Node) -> fx.Node:
+        return self._editor.call(target, *args, like=like, site=like.name)
 
     def _qparams(self, record: ValueRecord, like: fx.Node) -> tuple[fx.Node, fx.Node]:
         dtype = storage_dtype(record["low"], record["high"])

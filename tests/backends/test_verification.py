@@ -136,7 +136,7 @@ def test_replay_starts_each_piece_from_the_runtimes_integers(integers: tuple[Pro
     first = program.graph.find_nodes(op="call_function", target=torch.ops.graphopt.quantize.default)[0]
     codes = torch.zeros(first.meta["val"].shape[1:], dtype=torch.uint8).expand(2, -1, -1, -1)
     replay = Replay(program)
-    other = replay.outputs(x, {names[0]: codes})
+    other = replay.outputs(x, {names[0]: (codes,)})
     assert [step.node for step in replay.steps] == names[:1]
     assert replay.steps[0].largest > 1
     assert not torch.equal(other[0], outputs[0])

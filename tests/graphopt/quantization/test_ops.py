@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from graphopt.quantization.ops import dequantize, fake_quantize, observe, pack, quantize, unpack
+from graphopt.quantization.ops import dequantize, dynamic_quantize, fake_quantize, observe, pack, quantize, unpack
 
 OPS = torch.ops.graphopt
 SCALE, ZERO = torch.tensor(0.1), torch.tensor(3, dtype=torch.uint8)
@@ -193,3 +194,24 @@ def test_survive_export_and_files() -> None:
     stream.seek(0)
     loaded = torch.export.load(stream)
     torch.testing.assert_close(loaded.module()(torch.ones(5, 3)), Net()(torch.ones(5, 3)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "values", [[-1.0, 0.0, 3.0], [2.0, 5.0], [-4.0, -1.0], [0.0, 0.0], [1e-38, -1e-38], [7.0]], ids=str
+)
+def test_dynamic_quantize_is_that_of_onnx(values: list[float]) -> None:
+    from onnx.reference.ops.op_dynamic_quantize_linear import DynamicQuantizeLinear
+
+    x = torch.tensor(values)
+    found = dynamic_quantize(x)
+    wanted = DynamicQuantizeLinear.eval(x.numpy())
+    if x.any():  # ONNX leaves the scale of zeros open
+        for mine, theirs in zip(found, wanted, strict=True):
+            torch.testing.assert_close(mine, torch.from_numpy(np.asarray(theirs)), rtol=1e-6, atol=0)
+    step = float(found[1])
+    torch.testing.assert_close(dequantize(*found, None), x, rtol=0, atol=step / 2 * 1.001)
+
+
+def test_dynamic_quantize_of_nothing() -> None:
+    integers, scale, zero_point = dynamic_quantize(torch.empty(0, 3))
+    assert (tuple(integers.shape), float(scale), int(zero_point)) == ((0, 3), 1.0, 0)

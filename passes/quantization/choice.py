@@ -1,0 +1,105 @@
+"""Chooses for each layer whether its activations have static scales, dynamic ones, or stay float.
+
+A layer is run in each way its kernels allow beside the float one, on the float network's own activations; how far its
+outputs are off decides, sample by sample: scales that fit the largest sample are of no use to the small ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphopt.data.batches import Batch
+from graphopt.ir.graph import constant
+from graphopt.ir.program import Program
+from graphopt.passes.layers.weighted_call import WeightedCall
+from graphopt.passes.quantization.placement import Choice, Placement
+from graphopt.pipeline.plan import Refusal
+from graphopt.quantization.ops import dequantize, dynamic_quantize, fake_quantize
+from graphopt.quantization.qparams import QParams, quantize_weight, weight_scales
+from graphopt.statistics.alternatives import Alternative, compare
+from graphopt.targets.description import TargetDescription
+
+_LEAST_GAIN = 3.0  # dB that dynamic scales must bring: their kernels are slower
+_WANTED = 20.0  # dB at which nothing more is asked of static scales
+_LEAST = 6.0  # dB below which a layer stays float
+
+
+def choose_forms(
+    placement: Placement,
+    program: Program,
+    scales: Mapping[fx.Node, QParams],
+    target: TargetDescription,
+    batches: Iterable[Batch],
+) -> dict[fx.Node, Choice]:
+    """Return the layers that are not to have the scales they were placed with.
+
+    Args:
+        placement: every layer with static scales where its kernels take them.
+        program: the prepared program.
+        scales: parameters of its values.
+        target: what the runtime can do.
+        batches: samples to compare on.
+    """
+    asked: dict[fx.Node, dict[str, Alternative]] = {}
+    gm = program.graph_module
+    for site in placement.sites:
+        layer = site.kernel.layer
+        if layer is None or site.dynamic or "dynamic" not in site.rule.scales:
+            continue
+        weight = _rounded(layer, gm, target)
+        static = _static(scales[placement.root(layer.input)])
+        asked[site.node] = {"static": _with(layer, weight, static), "dynamic": _with(layer, weight, _dynamic)}
+    found = compare(program, batches, asked)
+    return {node: choice for node, ratios in found.items() if (choice := _choice(node, ratios)) is not None}
+
+
+def _choice(node: fx.Node, sqnr: Mapping[str, float]) -> Choice | None:
+    static, dynamic = sqnr["static"], sqnr["dynamic"]
+    if max(static, dynamic) < _LEAST:
+        reason = f"8 bits leave its result {static:.0f} dB, {dynamic:.0f} with dynamic scales"
+        return Refusal(node.name, reason, "8 bits are too few")
+    return "dynamic" if static < _WANTED and dynamic > static + _LEAST_GAIN else None
+
+
+def _with(layer: WeightedCall, weight: Tensor, read: Callable[[Tensor], Tensor]) -> Alternative:
+    """Return the layer's call with a rounded weight and an input that is read through `read`."""
+
+    def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        def given(argument: Any, value: Any) -> Any:
+            return read(value) if argument is layer.input else weight if argument is layer.weight else value
+
+        args = tuple(given(argument, value) for argument, value in zip(layer.node.args, args, strict=True))
+        kwargs = {name: given(layer.node.kwargs[name], value) for name, value in kwargs.items()}
+        result: Tensor = layer.node.target(*args, **kwargs)  # type: ignore[operator]
+        return result
+
+    return run
+
+
+def _rounded(layer: WeightedCall, gm: fx.GraphModule, target: TargetDescription) -> Tensor:
+    weight = constant(layer.weight, gm)
+    assert weight is not None  # it is placed
+    axis = layer.weight_axis
+    weight_scale = weight_scales(weight.detach(), target.weight, axis)
+    zero = torch.zeros_like(weight_scale, dtype=torch.int8)
+    rounded: Tensor = dequantize(quantize_weight(weight, weight_scale, target.weight, axis), weight_scale, zero, axis)
+    return rounded
+
+
+def _static(chosen: QParams) -> Callable[[Tensor], Tensor]:
+    scale, zero_point = torch.tensor(chosen.scale), torch.tensor(chosen.zero_point)
+
+    def read(x: Tensor) -> Tensor:
+        result: Tensor = fake_quantize(x, scale, zero_point, None, chosen.low, chosen.high)
+        return result
+
+    return read
+
+
+def _dynamic(x: Tensor) -> Tensor:
+    result: Tensor = dequantize(*dynamic_quantize(x), None)
+    return result

@@ -1,0 +1,103 @@
+"""Chooses the scale and zero point of every value that is stored as integers, from what calibration saw."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, fx
+
+from graphopt.ir.graph import constant
+from graphopt.passes.quantization.placement import Placement
+from graphopt.passes.quantization.plan import Form, ValueRecord, stored_name
+from graphopt.quantization.formats import IntegerFormat
+from graphopt.quantization.histogram import Histogram
+from graphopt.quantization.ops import quantize
+from graphopt.quantization.qparams import QParams, from_range
+from graphopt.statistics.calibration import Calibration
+
+# of the values seen, the format to store in, and the range that an activation clamps to
+Chooser = Callable[[Histogram, IntegerFormat, tuple[float, float]], QParams]
+
+
+def choose_scales(
+    placement: Placement,
+    gm: fx.GraphModule,
+    calibration: Calibration | None,
+    originals: Mapping[str, str],
+    integers: IntegerFormat,
+    choose: Chooser,
+) -> dict[fx.Node, QParams]:
+    """Choose the parameters of every value that has a scale of its own.
+
+    Args:
+        placement: where integers stand in `gm`.
+        gm: the prepared graph.
+        calibration: what calibration saw in the graph before it was prepared; None where nothing has a scale.
+        originals: names of nodes there, where they differ.
+        integers: how activations are stored.
+        choose: how a range is chosen.
+    """
+    values = [*placement.integers, *placement.reads]
+    roots = [node for node in values if placement.root(node) is node]
+    gates = {site.node: site for site in placement.sites if site.kernel.name == "sigmoid"}
+    observed = [node for node in roots if node not in gates and constant(node, gm) is None]
+    requests = [(originals.get(node.name, node.name), Histogram()) for node in observed]
+    found = calibration.gather(requests) if calibration is not None else []
+    histograms = dict(zip(observed, found, strict=True))
+    scales: dict[fx.Node, QParams] = {}
+    for node in gm.graph.nodes:
+        if node in histograms:
+            limits = placement.dropped.get(node, (-math.inf, math.inf))
+            scales[node] = choose(histograms[node], integers, limits)
+        elif node in gates:  # between 0 and the sigmoid of the largest input
+            largest = scales[placement.root(gates[node].kernel.operands[0])].range[1]
+            scales[node] = from_range(0.0, 1 / (1 + math.exp(-largest)), integers)
+        elif node in placement.reads and (value := constant(node, gm)) is not None:
+            scales[node] = from_range(float(value.detach().min()), float(value.detach().max()), integers)
+    return scales
+
+
+def value_records(
+    placement: Placement, gm: fx.GraphModule, scales: Mapping[fx.Node, QParams], observer: str
+) -> list[ValueRecord]:
+    """Describe every value that is stored as integers, in graph order."""
+    moves = {site.node for site in placement.sites if site.rule.role == "move"}
+    records = []
+    for node in gm.graph.nodes:
+        if node not in placement.integers and node not in placement.reads:
+            continue
+        form: Form = "move" if node in moves else "constant" if constant(node, gm) is not None else "quantize"
+        readers = placement.reads.get(node) if node not in placement.integers else None
+        source = placement.root(node)
+        chosen = scales[source]
+        records.append(
+            ValueRecord(
+                value=node.name,
+                form=form,
+                source=source.name,
+                readers=[reader.name for reader in readers] if readers is not None else None,
+                scale=chosen.scale,
+                zero_point=chosen.zero_point,
+                low=chosen.low,
+                high=chosen.high,
+                observer=observer if form == "quantize" else "",
+            )
+        )
+    return records
+
+
+def constant_integers(values: list[ValueRecord], gm: fx.GraphModule) -> dict[str, Tensor]:
+    """Return the integers of constant operands by the names they are stored under."""
+    nodes = {node.name: node for node in gm.graph.nodes}
+    tensors = {}
+    for record in values:
+        if record["form"] == "constant":
+            value = constant(nodes[record["value"]], gm)
+            assert value is not None
+            scale, zero = torch.tensor(record["scale"]), torch.tensor(record["zero_point"])
+            tensors[stored_name(record["value"], "integers")] = quantize(
+                value.detach(), scale, zero, None, record["low"], record["high"]
+            )
+    return tensors

@@ -1,0 +1,38 @@
+"""Running calls in other ways beside their own."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from graphopt.capturing.capture import capture
+from graphopt.statistics.alternatives import compare
+
+
+def test_shares_of_noise_are_taken_sample_by_sample() -> None:
+    program = capture(nn.Sequential(nn.ReLU(), nn.Hardtanh(-100, 100)), torch.ones(2, 4))
+    first, second = program.graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default) + (
+        program.graph.find_nodes(op="call_function", target=torch.ops.aten.hardtanh.default)
+    )
+    batch = torch.tensor([[1.0] * 4, [100.0] * 4])  # the same difference is 1 % of one sample, 100 % of the other
+
+    def off_by_one(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        return torch.relu(args[0]) + 1
+
+    def the_same(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        return args[0]
+
+    found = compare(program, [(batch,), (batch,)], {first: {"off": off_by_one}, second: {"same": the_same}})
+    assert found[first]["off"] == pytest.approx(-10 * math.log10((1 + 1e-4) / 2))
+    assert found[second]["same"] == math.inf  # the program goes on from its own results
+
+
+def test_noise_without_signal_has_no_bound() -> None:
+    program = capture(nn.ReLU(), torch.ones(2, 4))
+    node = program.graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default)[0]
+    found = compare(program, [(-torch.ones(2, 4),)], {node: {"off": lambda args, kwargs: args[0]}})
+    assert found[node]["off"] == -math.inf

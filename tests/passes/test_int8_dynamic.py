@@ -1,0 +1,104 @@
+"""int8 whose kernels choose the scales of activations themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from graphopt.backends.onnxruntime import OnnxRuntimeBackend
+from graphopt.backends.onnxruntime.description import DESCRIPTION as ONNXRUNTIME
+from graphopt.backends.tensorrt.description import DESCRIPTION as TENSORRT
+from graphopt.errors import DataError
+from graphopt.ir.program import Program
+from graphopt.measure.equivalence import measure
+from graphopt.passes.int8 import Int8, Int8Options
+from graphopt.passes.quantization.plan import Int8Plan
+from graphopt.pipeline.context import Context
+from graphopt.targets.description import TargetDescription
+from graphopt.testing import TensorSamples, check_pass
+from tests.passes.int8_models import folded, kernels, noise, reasons
+
+
+class Head(nn.Module):
+    """A convolution, then two layers that read the same value, and one without a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(8, 16, 1)
+        self.query, self.key = nn.Linear(16, 24), nn.Linear(16, 24, bias=False)
+        self.out = nn.Linear(24, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).transpose(1, 2).relu()
+        return self.out(self.query(x) * self.key(x))
+
+
+@pytest.fixture(scope="module")
+def head() -> Program:
+    return folded(Head(), noise(16, 8, 5))
+
+
+def planned(
+    program: Program, data: Tensor | None, mode: str = "auto", target: TargetDescription = ONNXRUNTIME
+) -> tuple[Program, Int8Plan]:
+    instance = Int8(Int8Options(mode=mode))  # type: ignore[arg-type]
+    samples = None if data is None else TensorSamples((data,))
+    plan = instance.plan(program, Context(original=program, target=target, samples=samples))
+    return instance.apply(program, plan), plan
+
+
+def by_layer(plan: Int8Plan) -> dict[str, str]:
+    return {layer["weight"].removesuffix("_int8_t").removesuffix("_int8"): layer["scales"] for layer in plan.layers}
+
+
+def test_needs_no_data_and_reaches_the_kernels(head: Program, tmp_path: Path) -> None:
+    program, plan = planned(head, None, "dynamic")
+    assert by_layer(plan) == dict.fromkeys(("query.weight", "key.weight", "out.weight"), "dynamic")
+    assert reasons(plan) == {"conv1d": "no kernel of onnxruntime takes it with dynamic scales"}
+    x = noise(16, 8, 5)
+    assert measure(head, program.call_flat, (x,)).sqnr > 30
+    backend = OnnxRuntimeBackend()
+    artifact = backend.lower(program, tmp_path / "a.onnx")
+    assert backend.verify(artifact, program) < 0.05
+    assert artifact.facts == artifact.facts | {"quantized": 3, "integer": 3}
+    found = kernels(program, tmp_path, x)
+    assert (found["DynamicQuantizeLinear"], found["MatMulIntegerToFloat"], found["DynamicQuantizeMatMul"]) == (1, 2, 1)
+
+
+def test_keeps_the_contract_of_passes(head: Program) -> None:
+    check_pass(Int8(Int8Options(mode="dynamic")), head, (noise(4, 8, 5),), target=ONNXRUNTIME)
+
+
+def test_matrices_with_a_bias(tmp_path: Path) -> None:
+    program = folded(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)), noise(16, 16))
+    made, _ = planned(program, None, "dynamic")
+    backend = OnnxRuntimeBackend()
+    artifact = backend.lower(made, tmp_path / "a.onnx")
+    backend.verify(artifact, made)
+    assert "MatMulAddFusion" not in artifact.session_options["disabled_optimizers"]
+    assert artifact.facts == artifact.facts | {"quantized": 2, "integer": 2}
+
+
+def test_static_scales_need_data(head: Program) -> None:
+    for mode in ("auto", "static"):
+        with pytest.raises(DataError, match="needs data"):
+            planned(head, None, mode)
+
+
+def test_targets_without_such_kernels(head: Program) -> None:
+    _, plan = planned(head, None, "dynamic", TENSORRT)
+    assert plan.layers == ()
+    assert set(reasons(plan).values()) == {"no kernel of tensorrt takes it with dynamic scales"}
+
+
+@pytest.mark.parametrize(("order", "scales"), [(range(32), "dynamic"), ([*range(0, 32, 8)] * 8, "static")])
+def test_chooses_by_what_scales_leave_of_small_samples(order: Sequence[int], scales: str) -> None:
+    """Scales that a kernel chooses help where a batch holds samples of one magnitude, and not where it holds all."""
+    x = noise(32, 8, seed=3) * torch.tensor([1e-3, 1e-1, 1e1, 1e3]).repeat_interleave(8).unsqueeze(1)
+    program = folded(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), x)
+    _, plan = planned(program, x[list(order)])
+    assert by_layer(plan) == {"0.weight": scales, "2.weight": scales}
