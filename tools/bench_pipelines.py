@@ -22,6 +22,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import onnx
 import torch
 from cifar10 import images, trained_resnet
 from rich.console import Console
@@ -134,7 +135,9 @@ def _deviation(artifact: Artifact, program: Program, samples: tuple[object, ...]
     """Return the largest difference of an integer in steps, and of an output in units of the float tolerance."""
     settings = SessionSettings.of(artifact.session_options)
     session, replay = OnnxSession(artifact.path, settings), Replay(program)
-    probe = IntegerProbe(artifact.path, program, settings) if quantize_nodes(program) else None
+    probe = (
+        IntegerProbe(onnx.load(artifact.path), artifact.path, program, settings) if quantize_nodes(program) else None
+    )
     steps, floats = 0, 0.0
     for _, arrays in batches(program, samples):  # type: ignore[arg-type]
         found = session(*arrays)

@@ -19,7 +19,7 @@ import torch
 Tensors = tuple[torch.Tensor, ...]
 
 # Errors of sums in two orders are draws from one distribution; the largest of many elements varies by less than this.
-_WORSE_THAN_TORCH = 8.0
+WORSE_THAN_TORCH = 8.0
 _PERTURBED_RUNS = 8  # of two equal values, either comes first in half of them
 
 
@@ -94,7 +94,7 @@ def _float_disagreement(reference: Reference, index: int, want: torch.Tensor, go
         return ""
     exact = reference.exact()[index]
     own = relative_error(exact, want)
-    allowed = _WORSE_THAN_TORCH * own
+    allowed = WORSE_THAN_TORCH * own
     found = relative_error(exact, got)
     if found <= allowed:
         return ""

@@ -115,6 +115,8 @@ def quantize_nodes(program: Program) -> list[str]:
 
 
 def _is_stored(argument: object) -> bool:
+    if isinstance(argument, fx.Node) and argument.target is torch.ops.graphopt.unpack.default:
+        argument = argument.args[0]
     return isinstance(argument, fx.Node) and argument.op == "get_attr"
 
 

@@ -13,10 +13,15 @@ from graphopt.backends.onnx_lowering.exporter import export
 from graphopt.backends.onnx_lowering.global_pooling import GlobalPoolingPass
 from graphopt.backends.onnx_lowering.metadata import StripMetadataPass
 from graphopt.backends.onnx_lowering.own_weights import OwnWeightsPass
+from graphopt.backends.onnx_lowering.plain_rows import PlainRowsPass
 from graphopt.backends.onnx_lowering.saturation import SaturatedClampPass
 from graphopt.backends.onnx_lowering.signature import apply_signature
 from graphopt.backends.onnx_lowering.stored_weights import StoredWeightsPass
 from graphopt.ir.program import Program
+from graphopt.quantization.ops import DEQUANTIZE
+
+_BLOCKS = 21  # the opset whose DequantizeLinear has blocks
+_BLOCK_ARGUMENT = 4  # its place among those of `dequantize`
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +32,13 @@ class Style:
         opset: the opset to emit.
         global_pooling: whether spatial means become GlobalAveragePool.
         own_weights: whether operators may not share stored weights and their zero points.
+        kernels: rewrites to operators of the runtime's own, of what has plain arithmetic otherwise.
     """
 
     opset: int
     global_pooling: bool = False
     own_weights: bool = False
+    kernels: tuple[type[ir.passes.InPlacePass], ...] = ()
 
 
 def lower(program: Program, style: Style) -> ir.Model:
@@ -40,10 +47,12 @@ def lower(program: Program, style: Style) -> ir.Model:
     Raises:
         LoweringError: an operator has no ONNX form.
     """
-    model = export(program, style.opset)
+    model = export(program, max(style.opset, _BLOCKS) if _has_blocks(program) else style.opset)
     passes: list[ir.passes.PassBase] = [
         StripMetadataPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        *(kernel() for kernel in style.kernels),
+        PlainRowsPass(),
         StoredWeightsPass(),
         SaturatedClampPass(),
         *([GlobalPoolingPass()] if style.global_pooling else []),
@@ -61,3 +70,7 @@ def lower(program: Program, style: Style) -> ir.Model:
         step(model)
     apply_signature(model, program.inputs, program.outputs)
     return model
+
+
+def _has_blocks(program: Program) -> bool:
+    return any(node.target is DEQUANTIZE and len(node.args) > _BLOCK_ARGUMENT for node in program.graph.nodes)

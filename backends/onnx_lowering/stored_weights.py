@@ -4,7 +4,7 @@ Given:   w: int8 (out, in) stored;  y = MatMul(x, Transpose(DequantizeLinear(w, 
 Result:  w': int8 (in, out) stored; y = MatMul(x, DequantizeLinear(w', scale, axis=1))
 
 Reshape and Squeeze of a stored weight (a 1x1 convolution used as a matrix) likewise, where one axis still carries
-the scales. Left alone: weights that are computed or are graph inputs. The old weight stays for whoever else uses it.
+the scales. Left alone: weights that are computed or graph inputs, scales for blocks. The old weight stays for others.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _move(graph: ir.Graph, node: ir.Node, names: Names) -> bool:
     if node.domain != "" or (node.op_type != "Transpose" and node.op_type not in _RESHAPES):
         return False
     dequantize = node.inputs[0].producer() if node.inputs[0] is not None else None
-    if dequantize is None or dequantize.op_type != "DequantizeLinear":
+    if dequantize is None or dequantize.op_type != "DequantizeLinear" or "block_size" in dequantize.attributes:
         return False
     weight = dequantize.inputs[0]
     if weight is None or not weight.is_initializer() or weight.is_graph_input() or weight.const_value is None:

@@ -1,7 +1,7 @@
 """Graph quantization operators as ONNX operators: the table the exporter consults.
 
     quantize        QuantizeLinear, after a Clip where the range is narrower than the integer type
-    dequantize      DequantizeLinear
+    dequantize      DequantizeLinear; of blocks, and `unpack`, operators of graphopt's own (`packed_operators`)
     dynamic_quantize  DynamicQuantizeLinear
     fake_quantize   QuantizeLinear, DequantizeLinear
     observe         nothing
@@ -19,6 +19,7 @@ import torch
 from onnxscript import opset20
 
 import graphopt.quantization.ops  # noqa: F401  (registers the operators)
+from graphopt.backends.onnx_lowering.packed_operators import dequantize_blocks, unpack
 from graphopt.quantization.formats import storage_dtype
 
 # Its type variables describe arrays; in a translation the arguments are the exporter's symbolic values.
@@ -37,6 +38,7 @@ def table() -> dict[Callable[..., Any], Callable[..., Any]]:
         ops.dynamic_quantize.default: _dynamic_quantize,
         ops.fake_quantize.default: _fake_quantize,
         ops.observe.default: _observe,
+        ops.unpack.default: unpack,
     }
 
 
@@ -51,7 +53,9 @@ def _quantize(x: Any, scale: Any, zero_point: Any, axis: int | None, low: int, h
     return op.QuantizeLinear(x, _vector(scale, axis), zero, axis=_NO_AXIS if axis is None else axis)
 
 
-def _dequantize(q: Any, scale: Any, zero_point: Any, axis: int | None) -> Any:
+def _dequantize(q: Any, scale: Any, zero_point: Any, axis: int | None, block: int | None = None) -> Any:
+    if axis is not None and block is not None:
+        return dequantize_blocks(q, scale, zero_point, axis, block)
     along = _NO_AXIS if axis is None else axis
     if q.dtype == ir.DataType.INT32:
         # DequantizeLinear takes int32 only without a zero point: a bias has none.

@@ -13,6 +13,7 @@ from graphopt.backends.onnx_execution.session import OnnxSession, SessionSetting
 from graphopt.backends.onnx_lowering.lowering import Style
 from graphopt.backends.onnx_lowering.saving import EXTERNAL_DATA_ABOVE
 from graphopt.backends.onnx_lowering.simplification import simplify_where_smaller
+from graphopt.backends.onnxruntime.block_kernels import BlockKernelsPass
 from graphopt.backends.onnxruntime.breakers import keep_apart
 from graphopt.backends.onnxruntime.description import DESCRIPTION
 from graphopt.backends.onnxruntime.fusion import Layer, quantized_layers
@@ -32,7 +33,9 @@ class OnnxRuntimeBackend(OnnxBackend):
     """Lowers to ONNX for ONNX Runtime's CPU execution provider."""
 
     name: ClassVar[str] = "onnxruntime"
-    style: ClassVar[Style] = Style(opset=DESCRIPTION.opset, global_pooling=True, own_weights=True)
+    style: ClassVar[Style] = Style(
+        opset=DESCRIPTION.opset, global_pooling=True, own_weights=True, kernels=(BlockKernelsPass,)
+    )
 
     def __init__(self, *, simplify: bool = False, external_data_above: int = EXTERNAL_DATA_ABOVE) -> None:
         """Prepare to lower.

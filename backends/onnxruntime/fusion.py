@@ -22,6 +22,7 @@ from graphopt.files import ScratchDirectory
 # Operators that pay for quantizing: those whose float form is a loss worth reporting.
 _LAYERS = ("Conv", "Gemm", "MatMul")
 _FOLLOWERS = ("Add", "Mul", "MaxPool", "AveragePool", "GlobalAveragePool", "Concat", "Sigmoid", "LeakyRelu")
+_STORED = ("MatMulNBits", "GatherBlockQuantized")  # read integers that are stored, whatever else they read
 _RESHAPES = ("Squeeze", "Unsqueeze", "Reshape", "Flatten", "Transpose")
 _INTEGER_KERNELS = {
     "Conv": ("QLinearConv", "ConvInteger"),
@@ -43,6 +44,8 @@ _INTEGER_KERNELS = {
     "Concat": ("QLinearConcat", "Concat"),
     "Sigmoid": ("QLinearSigmoid",),
     "LeakyRelu": ("QLinearLeakyRelu",),
+    "MatMulNBits": ("MatMulNBits",),
+    "GatherBlockQuantized": ("GatherBlockQuantized",),
 }
 
 
@@ -110,7 +113,7 @@ def _kernel(name: str, kernels: dict[str, str]) -> str:
 
 def _is_quantized(node: ir.Node) -> bool:
     if node.domain != "":
-        return False
+        return node.domain == "com.microsoft" and node.op_type in _STORED
     if node.op_type == "MatMulInteger":
         return True
     if node.op_type in _LAYERS:

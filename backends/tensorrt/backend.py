@@ -12,6 +12,7 @@ from graphopt.backends.onnx_execution.batches import batches
 from graphopt.backends.onnx_lowering.artifacts import read_model
 from graphopt.backends.onnx_lowering.lowering import Style
 from graphopt.backends.tensorrt import engine
+from graphopt.backends.tensorrt.block_weights import BlockWeightsPass
 from graphopt.backends.tensorrt.description import DESCRIPTION
 from graphopt.backends.tensorrt.rules import check_model
 from graphopt.backends.tensorrt.sparsity import sparse_layers
@@ -36,7 +37,7 @@ class TensorRTBackend(OnnxBackend):
 
     name: ClassVar[str] = "tensorrt"
     times_here: ClassVar[bool] = False
-    style: ClassVar[Style] = Style(opset=DESCRIPTION.opset)
+    style: ClassVar[Style] = Style(opset=DESCRIPTION.opset, kernels=(BlockWeightsPass,))
     remark: ClassVar[str] = (
         "ONNX Runtime stands in for TensorRT here: its numbers, not its speed. Build with trtexec there."
     )

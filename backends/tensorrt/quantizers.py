@@ -35,6 +35,11 @@ class Quantizer:
     of_constant: bool
 
     @property
+    def in_blocks(self) -> bool:
+        """Whether several values along the axis share a scale."""
+        return "block_size" in self.node.attributes
+
+    @property
     def per_channel(self) -> bool:
         """Whether there is more than one scale."""
         return self.scale is not None and self.scale.size > 1

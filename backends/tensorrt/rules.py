@@ -175,7 +175,7 @@ def weight_scales_along_outputs(model: ir.Model) -> Iterator[Finding]:
     """Scales per output channel: axis 0 of a convolution, 1 of a transposed one, the last of a matrix product."""
     for node in model.graph.all_nodes():
         weight = dequantizer_of(node.inputs[1]) if len(node.inputs) > 1 else None
-        if weight is None or not weight.per_channel:
+        if weight is None or not weight.per_channel or weight.in_blocks:
             continue
         wanted = _output_axis(node, weight)
         if wanted is not None and weight.axis != wanted:
