@@ -25,13 +25,12 @@ from graphopt.passes.quantization.placement import Placement, place
 from graphopt.passes.quantization.plan import Int8Plan, LayerRecord
 from graphopt.passes.quantization.prepare import respell, spellings
 from graphopt.passes.quantization.rewrite import Rewriter
-from graphopt.passes.quantization.scales import choose_scales, constant_integers, value_records
+from graphopt.passes.quantization.scales import Observing, choose_scales, constant_integers, value_records
 from graphopt.passes.quantization.tables import quantize_tables, read_integers
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.pass_base import Pass
-from graphopt.quantization.formats import IntegerFormat
-from graphopt.quantization.histogram import ChannelMean, Histogram
-from graphopt.quantization.observers import choose
+from graphopt.quantization.histogram import ChannelMean
+from graphopt.quantization.observers import Observer
 from graphopt.quantization.qparams import QParams
 from graphopt.statistics.calibration import Calibration
 from graphopt.targets.description import Scales, TargetDescription
@@ -46,7 +45,7 @@ class Int8Options:
     """Options of int8."""
 
     mode: Literal["auto", "static", "dynamic"] = "auto"  # when scales of activations are chosen: see below
-    observer: Literal["minmax", "percentile", "mse", "entropy"] = "mse"  # how ranges are chosen, see `observers`
+    observer: Observer | Literal["auto"] = "auto"  # how ranges are chosen: by kind of operator, or see `observers`
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99  # percent of values kept in range by `percentile`
     samples: Annotated[int, Field(ge=1)] = 512  # calibration samples used
     batch_size: Annotated[int, Field(ge=1)] = 32  # samples per calibration step; does not change the result
@@ -85,13 +84,14 @@ class Int8(Pass[Int8Options, Int8Plan]):
         placement = place(gm, target, skip, default=_DEFAULT[self.options.mode])
         tables, tensors, float_tables = quantize_tables(gm, target, skip)
         calibration = self._calibration(placement, program, ctx)
-        scales = choose_scales(placement, gm, calibration, originals, target.activation, self._choose)
+        observing = Observing(self.options.observer, self.options.percentile)
+        scales = choose_scales(placement, gm, calibration, originals, target.activation, observing)
         if self.options.mode == "auto" and calibration is not None:
             choice = choose_forms(placement, prepared, scales, target, self._compared(program, ctx))
             if choice:
                 placement = place(gm, target, skip, choice)
-                scales = choose_scales(placement, gm, calibration, originals, target.activation, self._choose)
-        values = value_records(placement, gm, scales, self.options.observer)
+                scales = choose_scales(placement, gm, calibration, originals, target.activation, observing)
+        values = value_records(placement, gm, scales, observing)
         layers, integers = self._quantize_layers(placement, gm, calibration, originals, scales, target, tensors)
         return self.new_plan(
             sites=[*(table["site"] for table in tables), *(site.node.name for site in placement.sites)],
@@ -116,15 +116,14 @@ class Int8(Pass[Int8Options, Int8Plan]):
         """Return what saw the samples; None where nothing needs them and there are none."""
         if not placement.sites or (ctx.samples is None and all(site.dynamic for site in placement.sites)):
             return None
-        return Calibration.of(ctx, program, self.name, limit=self.options.samples, batch_size=self.options.batch_size)
+        per_sample = self.options.observer == "average"  # it asks for the range of each
+        together = 1 if per_sample else self.options.batch_size
+        return Calibration.of(ctx, program, self.name, limit=self.options.samples, batch_size=together)
 
     def _compared(self, program: Program, ctx: Context) -> Iterator[Batch]:
         """Yield samples by which layers choose; none are read where no layer has a choice."""
         samples = ctx.need_samples(self.name, "to choose how layers are quantized")
         yield from whole_batches(samples, _COMPARED_AT_ONCE, _COMPARED, fixed=program.batch_size)
-
-    def _choose(self, histogram: Histogram, integers: IntegerFormat, limits: tuple[float, float]) -> QParams:
-        return choose(histogram, integers, self.options.observer, percentile=self.options.percentile, bounds=limits)
 
     def _quantize_layers(
         self,

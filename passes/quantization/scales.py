@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, fx
@@ -12,13 +14,34 @@ from graphopt.ir.graph import constant
 from graphopt.passes.quantization.placement import Placement
 from graphopt.passes.quantization.plan import Form, ValueRecord, stored_name
 from graphopt.quantization.formats import IntegerFormat
-from graphopt.quantization.histogram import Histogram
+from graphopt.quantization.observers import Observer, choose, statistic
 from graphopt.quantization.ops import quantize
 from graphopt.quantization.qparams import QParams, from_range
 from graphopt.statistics.calibration import Calibration
 
-# of the values seen, the format to store in, and the range that an activation clamps to
-Chooser = Callable[[Histogram, IntegerFormat, tuple[float, float]], QParams]
+_PRODUCTS = {"gemm", "matmul", "batched_matmul"}
+
+
+@dataclass(frozen=True, slots=True)
+class Observing:
+    """How the ranges of a program's values are chosen.
+
+    Attributes:
+        observer: for every value, or "auto": what products alone read keeps all of its values, everything else has the
+            least squared error. The few large values of a transformer carry its meaning: on MiniLM, STS-B loses 0.14
+            points so, and 0.36 with the least squared error, while ResNet-20 is 1.0 dB nearer the original with that.
+        percentile: percent of values that "percentile" keeps in range.
+    """
+
+    observer: Observer | Literal["auto"]
+    percentile: float
+
+    def of(self, value: fx.Node, placement: Placement) -> Observer:
+        """Return the observer of one value with a scale of its own."""
+        if self.observer != "auto":
+            return self.observer
+        readers = [site.kernel.name for site in placement.sites if value in map(placement.root, site.kernel.operands)]
+        return "minmax" if readers and _PRODUCTS.issuperset(readers) else "mse"
 
 
 def choose_scales(
@@ -27,7 +50,7 @@ def choose_scales(
     calibration: Calibration | None,
     originals: Mapping[str, str],
     integers: IntegerFormat,
-    choose: Chooser,
+    observing: Observing,
 ) -> dict[fx.Node, QParams]:
     """Choose the parameters of every value that has a scale of its own.
 
@@ -37,20 +60,21 @@ def choose_scales(
         calibration: what calibration saw in the graph before it was prepared; None where nothing has a scale.
         originals: names of nodes there, where they differ.
         integers: how activations are stored.
-        choose: how a range is chosen.
+        observing: how ranges are chosen.
     """
     values = [*placement.integers, *placement.reads]
     roots = [node for node in values if placement.root(node) is node]
     gates = {site.node: site for site in placement.sites if site.kernel.name == "sigmoid"}
     observed = [node for node in roots if node not in gates and constant(node, gm) is None]
-    requests = [(originals.get(node.name, node.name), Histogram()) for node in observed]
+    observers = {node: observing.of(node, placement) for node in observed}
+    requests = [(originals.get(node.name, node.name), statistic(observers[node])) for node in observed]
     found = calibration.gather(requests) if calibration is not None else []
-    histograms = dict(zip(observed, found, strict=True))
+    seen = dict(zip(observed, found, strict=True))
     scales: dict[fx.Node, QParams] = {}
     for node in gm.graph.nodes:
-        if node in histograms:
+        if node in seen:
             limits = placement.dropped.get(node, (-math.inf, math.inf))
-            scales[node] = choose(histograms[node], integers, limits)
+            scales[node] = choose(seen[node], integers, observers[node], percentile=observing.percentile, bounds=limits)
         elif node in gates:  # between 0 and the sigmoid of the largest input
             largest = scales[placement.root(gates[node].kernel.operands[0])].range[1]
             scales[node] = from_range(0.0, 1 / (1 + math.exp(-largest)), integers)
@@ -60,7 +84,7 @@ def choose_scales(
 
 
 def value_records(
-    placement: Placement, gm: fx.GraphModule, scales: Mapping[fx.Node, QParams], observer: str
+    placement: Placement, gm: fx.GraphModule, scales: Mapping[fx.Node, QParams], observing: Observing
 ) -> list[ValueRecord]:
     """Describe every value that is stored as integers, in graph order."""
     moves = {site.node for site in placement.sites if site.rule.role == "move"}
@@ -82,7 +106,7 @@ def value_records(
                 zero_point=chosen.zero_point,
                 low=chosen.low,
                 high=chosen.high,
-                observer=observer if form == "quantize" else "",
+                observer=observing.of(source, placement) if form == "quantize" else "",
             )
         )
     return records

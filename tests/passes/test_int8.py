@@ -413,7 +413,7 @@ def test_bias_correction_keeps_the_mean(layer: nn.Module, shape: tuple[int, ...]
     assert errors[True] < 0.5 * errors[False]
 
 
-@pytest.mark.parametrize("observer", ["minmax", "percentile", "mse", "entropy"])
+@pytest.mark.parametrize("observer", ["minmax", "average", "percentile", "mse", "entropy"])
 def test_observers(observer: str) -> None:
     options = build("int8", Int8Options, {"observer": observer})
     program, plan = quantized(TwoConvs(), images(), options=options)
@@ -422,14 +422,34 @@ def test_observers(observer: str) -> None:
     assert measure(reference, program.call_flat, (images(),)).sqnr > 25
 
 
+def test_observers_by_kind_of_operator() -> None:
+    """What products alone read keeps all its values; what a convolution reads, or both, has the least error."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.shared, self.last = nn.Conv1d(4, 8, 1), nn.Conv1d(8, 5, 1), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            y = torch.tanh(self.conv(x))
+            return self.shared(y), self.last(y), self.last(torch.tanh(y))
+
+    _, plan = quantized(Both(), noise(16, 4, 6))
+    seen = {record["value"]: record["observer"] for record in plan.values if record["form"] == "quantize"}
+    assert seen == {"x": "mse", "conv1d": "mse", "tanh": "mse", "conv1d_1": "mse", "tanh_1": "minmax"}
+
+
 def test_one_scale_per_weight() -> None:
     _, plan = quantized(TwoConvs(), images(), options=Int8Options(weights="tensor"))
     assert {layer["axis"] for layer in plan.layers} == {None}
 
 
-def test_batch_size_does_not_matter() -> None:
-    _, one = quantized(Head(), images(), options=Int8Options(batch_size=1))
-    _, other = quantized(Head(), images(), options=Int8Options(batch_size=16))
+@pytest.mark.parametrize("observer", ["auto", "average"])
+def test_batch_size_does_not_matter(observer: str) -> None:
+    _, one = quantized(
+        edge(Head), images(), options=build("int8", Int8Options, {"observer": observer, "batch_size": 1})
+    )
+    _, other = quantized(edge(Head), images(), options=build("int8", Int8Options, {"observer": observer}))
     for left, right in zip(one.values, other.values, strict=True):
         assert left["scale"] == pytest.approx(right["scale"], rel=1e-5)  # convolutions sum in another order
         assert left["zero_point"] == right["zero_point"]
