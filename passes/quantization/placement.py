@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from graphopt.ir.graph import constant
 from graphopt.ir.operators import plain_name, short_name
 from graphopt.ir.provenance import module_path
 from graphopt.passes.layers.recognition import Unweighted
+from graphopt.passes.layers.skipping import why_skipped
 from graphopt.passes.layers.weighted_call import IN_A_REGION, regions_with_layers
 from graphopt.passes.quantization.kernels import HEAVY, Kernel, clamp_range, kernel_of
 from graphopt.pipeline.globs import check_globs
@@ -287,13 +287,6 @@ class _Placer:
     def _written(self, value: fx.Node) -> str:
         writers = self._storages.writes(value)
         return f"`{value.name}` shares memory with what `{writers[0].name}` writes in place" if writers else ""
-
-
-def why_skipped(node: fx.Node, skip: Sequence[str]) -> tuple[str, str] | None:
-    """Return (reason, reason without particulars) where a pattern of `skip` names a node or its module."""
-    path = module_path(node)
-    pattern = next((p for p in skip if fnmatchcase(path, p) or fnmatchcase(node.name, p)), None)
-    return None if pattern is None else (f"left float as asked (skip={pattern})", "left float as asked")
 
 
 def _is_float(node: fx.Node) -> bool:

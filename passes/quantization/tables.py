@@ -22,7 +22,7 @@ from graphopt.ir.editor import Editor
 from graphopt.ir.finite import all_finite
 from graphopt.ir.graph import constant
 from graphopt.ir.torch_internals import OpOverload
-from graphopt.passes.quantization.placement import why_skipped
+from graphopt.passes.layers.skipping import why_skipped
 from graphopt.passes.quantization.plan import TableRecord, table_name
 from graphopt.pipeline.plan import Refusal
 from graphopt.quantization.formats import IntegerFormat
