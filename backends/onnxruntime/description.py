@@ -9,7 +9,7 @@ exact) with a float result.
 from __future__ import annotations
 
 from graphopt.quantization.formats import IntegerFormat
-from graphopt.targets.description import OperatorRule, Scales, TargetDescription
+from graphopt.targets.description import FloatKernels, OperatorRule, Scales, TargetDescription
 
 # Clamps that the range of the quantization behind them carries out; the runtime would need them gone to fuse.
 _CLAMPS = ("relu", "relu6", "hardtanh", "clamp", "clamp_min")
@@ -55,6 +55,8 @@ DESCRIPTION = TargetDescription(
     operators=(*_CONVOLUTIONS, *_PRODUCTS, *_JOINS, *_SAME_SCALE, *_MOVES),
     channel_multiple=16,  # NCHWc and VNNI kernels work on blocks of 16 channels
     rank_multiple=16,
+    # Its CPU kernels compute in float32: around what is to be computed in float16 it converts back and forth.
+    floats=(FloatKernels("float16", computes=False),),
     notes=(
         "On x86 without VNNI, products of uint8 and int8 saturate in 16 bits unless the session is precise "
         "(`session.x64quantprecision`), as the recorded options make it; it is slower there.",

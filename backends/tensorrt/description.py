@@ -8,7 +8,7 @@ convolution's epilogue.
 from __future__ import annotations
 
 from graphopt.quantization.formats import IntegerFormat
-from graphopt.targets.description import OperatorRule, SparseFormat, TargetDescription
+from graphopt.targets.description import FloatKernels, OperatorRule, SparseFormat, TargetDescription
 
 # Run in the epilogue of the kernel in front, before its result is quantized.
 _ACTIVATIONS = (
@@ -50,6 +50,13 @@ DESCRIPTION = TargetDescription(
     operators=(*_CONVOLUTIONS, *_PRODUCTS, *_CHAINS, *_MOVES),
     channel_multiple=32,  # tensor-core tiles of int8 channels
     rank_multiple=32,
+    floats=(
+        FloatKernels("float16"),
+        FloatKernels(
+            "bfloat16",  # parser and builder refuse these (1.7.1)
+            without=("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "gru", "hardswish"),
+        ),
+    ),
     # Sparse tensor cores (compute capability 8.0 on) read two of every four input channels; the alignment is what
     # NVIDIA's own recipe asks of a layer (apex, contrib/sparsity: inputs by 16, outputs by 8).
     sparsity=SparseFormat(nonzeros=2, group=4, inputs_multiple=16, outputs_multiple=8),

@@ -95,6 +95,7 @@ def command(
     directory = output or _default_directory(source)
     arguments.check_output(directory, dump=dump, depfile=depfile)
     backends = backends_named(target or [DEFAULT_TARGET])
+    pipeline.check_targets(item.description for item in backends)
     computing = None if device is None else device_called(device)
     if not plan:
         check_place(directory, backends)

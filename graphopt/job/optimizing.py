@@ -18,7 +18,7 @@ from graphopt.pipeline.context import Loss, Progress
 from graphopt.pipeline.hooks import Hook
 from graphopt.pipeline.pass_base import Pass
 from graphopt.pipeline.pipeline import Pipeline
-from graphopt.pipeline.registry import DEFAULT_PASSES, DEFAULT_TARGET, PassRegistry
+from graphopt.pipeline.registry import DEFAULT_PASSES, DEFAULT_TARGET, PassRegistry, backends_named
 from graphopt.targets.backend import Backend
 
 
@@ -84,10 +84,12 @@ def optimize(
         GraphOptError: see its subclasses; nothing is left behind.
     """
     pipeline = Pipeline.parse(passes, PassRegistry(plugins))
+    backends = backends_named(target)
+    pipeline.check_targets(item.description for item in backends)
     job = Job.open(
         model,
         data,
-        target=target,
+        target=backends,
         eval=eval,
         loss=loss,
         seed=seed,

@@ -160,7 +160,8 @@ class Report:
         return [row for row in self.rows[1:] if row.size is not None]
 
     def add_plan(self, plan: Plan) -> None:
-        """Take over the refusals of a plan."""
+        """Take over the refusals and notes of a plan."""
+        self.notes += [f"{plan.pass_name}: {note}" for note in plan.notes]
         self.refusals += [(plan.pass_name, refusal) for refusal in plan.refusals]
 
     def refusal_counts(self) -> list[tuple[str, str, int, str]]:

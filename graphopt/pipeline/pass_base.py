@@ -37,6 +37,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from graphopt.ir.program import Program
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.plan import Plan, Refusal
+from graphopt.targets.description import TargetDescription
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,13 @@ class Pass(ABC, Generic[OptionsT, PlanT]):
 
     def __init__(self, options: OptionsT | None = None) -> None:
         self.options: OptionsT = self.options_type() if options is None else options
+
+    def accepts(self, target: TargetDescription) -> None:
+        """Look at a target before anything runs: what is not for it fails here.
+
+        Raises:
+            LoweringError: it says why, and what to do instead.
+        """
 
     @abstractmethod
     def plan(self, program: Program, ctx: Context) -> PlanT:

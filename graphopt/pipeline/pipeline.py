@@ -22,6 +22,7 @@ from graphopt.pipeline.options import build, changed
 from graphopt.pipeline.order import AnyPass, Step, check_order, complete
 from graphopt.pipeline.pass_base import Pass
 from graphopt.pipeline.registry import PassRegistry
+from graphopt.targets.description import TargetDescription
 
 _LARGEST_FILE = 1 << 20  # bytes
 _FORM = "Expected one [[pass]] table per pass, with `name` and its options."
@@ -82,6 +83,17 @@ class Pipeline:
                 options = "".join(f"{key} = {_toml(value)}\n" for key, value in changed(step.instance.options).items())
                 tables.append(f'[[pass]]\nname = "{step.name}"\n{options}')
         return "\n".join(tables)
+
+    def check_targets(self, targets: Iterable[TargetDescription]) -> None:
+        """Refuse passes that are not for one of the targets.
+
+        Raises:
+            LoweringError: a pass says why.
+        """
+        for target in targets:
+            for step in self.steps:
+                with called(step.instance, "look at its target"):
+                    step.instance.accepts(target)
 
     def fork(self) -> int:
         """Return the index of the first step that reads a target description; their number if none does."""

@@ -51,6 +51,7 @@ class Plan:
         refusals: places that were matched and left alone.
         tensors: payload by name: factors, scales, trained weights. Stored as safetensors.
         measured: times or scores that steered a decision. Recorded, not reproducible.
+        notes: what a user should know, for the report.
     """
 
     # how `from_json` reads: what is not declared is refused
@@ -64,6 +65,7 @@ class Plan:
     refusals: tuple[Refusal, ...] = ()
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
     measured: Mapping[str, Json] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse a field that manifests use themselves."""

@@ -71,6 +71,21 @@ class SparseFormat:
 
 
 @dataclass(frozen=True, slots=True)
+class FloatKernels:
+    """What the runtime can do in a floating type of 16 bits.
+
+    Attributes:
+        dtype: "float16" or "bfloat16".
+        computes: whether kernels compute in it; if not, weights can be stored in it, and are converted when loaded.
+        without: operators that have no kernel in it, by their ATen names.
+    """
+
+    dtype: str
+    computes: bool = True
+    without: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class TargetDescription:
     """What passes need to know about a runtime.
 
@@ -84,6 +99,7 @@ class TargetDescription:
         rank_multiple: the same for the inner size of factorised layers.
         sparsity: the pattern of sparse weights that has kernels, None for no such kernels.
         table: integer format of embedding tables whose rows become floating when they are read, None for none.
+        floats: what it can do in floating types of 16 bits; others it refuses.
     """
 
     name: str
@@ -95,11 +111,16 @@ class TargetDescription:
     rank_multiple: int = 1
     sparsity: SparseFormat | None = None
     table: IntegerFormat | None = None
+    floats: tuple[FloatKernels, ...] = ()
     notes: tuple[str, ...] = field(default=())
 
     def rule(self, operator: str) -> OperatorRule | None:
         """Return the rule of an operator, None if the runtime has no integer kernel for it."""
         return next((rule for rule in self.operators if rule.operator == operator), None)
+
+    def float_kernels(self, dtype: str) -> FloatKernels | None:
+        """Return what the runtime can do in a floating type of 16 bits, None if it refuses it."""
+        return next((kernels for kernels in self.floats if kernels.dtype == dtype), None)
 
 
 def channel_multiple(targets: tuple[TargetDescription, ...]) -> int:
