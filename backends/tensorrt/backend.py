@@ -9,6 +9,8 @@ import onnx_ir as ir
 
 from graphopt.backends.onnx_backend import OnnxBackend
 from graphopt.backends.onnx_execution.batches import batches
+from graphopt.backends.onnx_execution.session import OnnxSession
+from graphopt.backends.onnx_execution.stand_in import stand_in
 from graphopt.backends.onnx_lowering.artifacts import read_model
 from graphopt.backends.onnx_lowering.lowering import Style
 from graphopt.backends.tensorrt import engine
@@ -19,7 +21,7 @@ from graphopt.backends.tensorrt.sparsity import sparse_layers
 from graphopt.errors import LoweringError
 from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
-from graphopt.targets.backend import Artifact, Finding
+from graphopt.targets.backend import Array, Artifact, Finding, Session
 from graphopt.targets.description import TargetDescription
 
 # ONNX Runtime's optimizer moves and merges quantizations; left alone it computes them one by one, as the file says.
@@ -74,6 +76,20 @@ class TensorRTBackend(OnnxBackend):
     def check(self, artifact: Artifact) -> list[Finding]:
         """Apply the rules TensorRT was measured to follow."""
         return check_model(read_model(artifact.path))
+
+    def session(self, artifact: Artifact, **options: Json) -> OnnxSession:
+        """Load the artifact in ONNX Runtime, with float32 in place of bfloat16, which that does not compute in."""
+        return super().session(stand_in(artifact), **options)
+
+    def verify(
+        self,
+        artifact: Artifact,
+        program: Program,
+        inputs: tuple[Array, ...] | None = None,
+        session: Session | None = None,
+    ) -> float:
+        """Compare the artifact with `program` in ONNX Runtime, as `session` runs it."""
+        return super().verify(stand_in(artifact), program, inputs, session)
 
     def summary(self, artifact: Artifact) -> str:
         """Say what TensorRT's builder made of the artifact."""
