@@ -17,10 +17,13 @@ from graphopt.backends.onnx_lowering.artifacts import files_of, read_model, spec
 from graphopt.backends.onnx_lowering.lowering import Style, lower
 from graphopt.backends.onnx_lowering.saving import EXTERNAL_DATA_ABOVE, save
 from graphopt.backends.onnx_lowering.signature import check_kinds
+from graphopt.errors import LoweringError
 from graphopt.files import ScratchDirectory
 from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
 from graphopt.targets.backend import Array, Artifact, Backend, Session
+
+_SAID = {True: "double precision", False: "bfloat16"}
 
 
 class OnnxBackend(Backend):
@@ -72,7 +75,12 @@ class OnnxBackend(Backend):
         types = {tensor.dtype for tensor in (*program.state_dict().values(), *program.flat_examples())}
         if not types.isdisjoint((torch.bfloat16, torch.float64)):
             with ScratchDirectory() as place:
-                self.session(self.lower(program, self.path_in(Path(place))))
+                artifact = self.lower(program, self.path_in(Path(place)))
+                try:
+                    self.session(artifact)
+                except LoweringError as err:
+                    said = f"Parts are in {_SAID[torch.float64 in types]}: convert them with `model.float()`."
+                    raise LoweringError(f"{err} {said}") from err
 
     def lower(self, program: Program, path: Path) -> Artifact:
         """Write `program` as ONNX.

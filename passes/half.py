@@ -113,7 +113,7 @@ class Half(Pass[HalfOptions, HalfPlan]):
             f"{target.name} has no {self._kind} kernels: weights are stored in it and computed with in float32, so "
             "that the file is smaller and nothing is faster (int8 is, where its kernels are)"
         )
-        notes = (said,) if self.options.compute == "auto" else ()
+        notes = (said,) if weights and self.options.compute == "auto" else ()
         return self.new_plan(sites=weights, refusals=refusals, weights=tuple(weights), notes=notes)
 
     def _plan_computing(self, program: Program, ctx: Context, wishes: Wishes) -> HalfPlan:

@@ -38,6 +38,18 @@ def check_weights(program: Program) -> None:
         )
 
 
+def notes_on_types(program: Program) -> list[str]:
+    """Say what a model of other floating types than float32 cannot have."""
+    weights = [tensor.dtype for tensor in program.parameters() if tensor.is_floating_point()]
+    others = [str(dtype).removeprefix("torch.") for dtype in dict.fromkeys(weights) if dtype is not torch.float32]
+    if not others:
+        return []
+    return [
+        f"model: it has weights of {' and '.join(others)}, which passes that quantize leave alone, and few kernels of "
+        "a CPU compute in; convert it with `model.float()`"
+    ]
+
+
 def state_of(program: Program) -> State:
     """Return what tells whether trained tensors were changed in place, or others put in their place, at no cost."""
     return {

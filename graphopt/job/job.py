@@ -28,7 +28,7 @@ from graphopt.ir.memory import give_back
 from graphopt.ir.ownership import own_tensors, storage_keys
 from graphopt.ir.program import Program
 from graphopt.ir.regions import compiled_for_their_shapes
-from graphopt.job.checks import State, check_as_handed_out, check_as_opened, check_weights, state_of
+from graphopt.job.checks import State, check_as_handed_out, check_as_opened, check_weights, notes_on_types, state_of
 from graphopt.job.deliver import Delivery, Originals, deliver
 from graphopt.job.manifest import Manifest, fingerprint
 from graphopt.job.payloads import lent_by, set_aside
@@ -350,6 +350,7 @@ class Job:
         report = Report(self.name, str(pipeline), self.metric.name if self.metric else "", rows=[self._row])
         report.notes += [f"{note.subject}: {note.text}" for note in self.original.notes]
         report.notes += [f"data: {note}" for note in (self.samples.notes if self.samples else ())]
+        report.notes += notes_on_types(self.original)
         return report
 
     @functools.cached_property

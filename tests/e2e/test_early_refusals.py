@@ -43,6 +43,12 @@ def test_types_that_the_runtime_lacks(dtype: torch.dtype, said: str) -> None:
     assert graphopt.optimize(net(dtype), x, "fold", lower=False).artifacts == {}
 
 
+def test_types_that_the_stand_in_of_the_runtime_lacks() -> None:
+    x = torch.randn(32, 3, 8, 8, dtype=torch.float64)
+    with pytest.raises(LoweringError, match=r"Parts are in double precision: convert them with `model\.float\(\)`\."):
+        graphopt.optimize(net(torch.float64), x, "int8", target="tensorrt", hooks=[Untouched()])
+
+
 def test_what_has_another_reason_is_not_blamed_on_double_precision() -> None:
     class Bessel(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -64,6 +70,9 @@ def test_a_pass_that_changed_nothing_says_so() -> None:
     notes = graphopt.optimize(net(torch.float16), x, "int8", lower=False).report.notes
     assert [note for note in notes if note.startswith("int8: it changed nothing (matched ")] != []
     assert not [note for note in notes if "fold" in note]
+    (said,) = [note for note in notes if note.startswith("model: it has weights of float16")]
+    assert "passes that quantize leave alone" in said
+    assert said.endswith("convert it with `model.float()`")
 
 
 def test_on_the_command_line(
