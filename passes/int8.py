@@ -78,10 +78,8 @@ class Int8(Pass[Int8Options, Int8Plan]):
     def plan(self, program: Program, ctx: Context) -> Int8Plan:
         """Place integers, calibrate, and choose scales and integer weights."""
         target = ctx.need_target(self.name)
-        respelled = spellings(program.graph, target)
-        prepared, originals = _prepared(program, respelled)
+        respelled, prepared, originals, placement = self._placed(program, target)
         gm, skip = prepared.graph_module, self.options.skip
-        placement = place(gm, target, skip, default=_DEFAULT[self.options.mode])
         tables, tensors, float_tables = quantize_tables(gm, target, skip)
         calibration = self._calibration(placement, program, ctx)
         observing = Observing(self.options.observer, self.options.percentile)
@@ -111,6 +109,19 @@ class Int8(Pass[Int8Options, Int8Plan]):
         Rewriter(editor, plan).run()
         read_integers(editor, plan.tables, plan.tensors)
         return prepared.with_graph(editor.finish())
+
+    def _placed(
+        self, program: Program, target: TargetDescription
+    ) -> tuple[dict[str, str], Program, dict[str, str], Placement]:
+        """Respell and place; what does not end up on integers keeps its spelling."""
+        respelled = spellings(program.graph_module, target)
+        while True:
+            prepared, originals = _prepared(program, respelled)
+            placement = place(prepared.graph_module, target, self.options.skip, default=_DEFAULT[self.options.mode])
+            placed = {originals.get(site.node.name) for site in placement.sites}
+            if placed >= respelled.keys():
+                return respelled, prepared, originals, placement
+            respelled = {name: spelling for name, spelling in respelled.items() if name in placed}
 
     def _calibration(self, placement: Placement, program: Program, ctx: Context) -> Calibration | None:
         """Return what saw the samples; None where nothing needs them and there are none."""

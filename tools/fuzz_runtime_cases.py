@@ -315,14 +315,12 @@ def _of_description(info: Any, number: int, seed: int) -> Case | None:
     torch.manual_seed(seed)
     name = f"{info.name}{'.' + info.variant_test_name if info.variant_test_name else ''}"
     rng = random.Random(f"{seed} {name} {number}")
-    samples = [s for s in info.sample_inputs("cpu", torch.float32) if isinstance(s.input, Tensor)][:24]
+    samples = [s for s in info.sample_inputs("cpu", torch.float32) if _is_plain(s.input)][:24]
     if not samples:
         return None
     sample = rng.choice(samples)
     data = sample.input.detach().contiguous()
     others, structure = pytree.tree_flatten((sample.args, sample.kwargs))
-    if data.dtype is not torch.float32 or not 0 < data.numel() <= _MOST_ELEMENTS or not data.dim():
-        return None
     case = Case(f"{'Q ' if number & 1 else ''}{name}{' Q' if number & 2 else ''}", data, fixed=True)
     draw = Draw(rng, case, integers=False)
     held = [draw.held(v.detach()) if isinstance(v, Tensor) else (lambda v=v: v) for v in others]
@@ -339,3 +337,9 @@ def _of_description(info: Any, number: int, seed: int) -> Case | None:
     if number & 2:
         case.round(draw)
     return case
+
+
+def _is_plain(value: Any) -> bool:
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.dtype is not torch.float32:
+        return False
+    return bool(value.dim() and 0 < value.numel() <= _MOST_ELEMENTS and value.isfinite().all())

@@ -11,6 +11,7 @@ from graphopt.backends.onnx_lowering.branch_outputs import BranchOutputsPass
 from graphopt.backends.onnx_lowering.duplicates import DuplicateInitializersPass
 from graphopt.backends.onnx_lowering.exporter import export
 from graphopt.backends.onnx_lowering.global_pooling import GlobalPoolingPass
+from graphopt.backends.onnx_lowering.integer_relu import IntegerReluPass
 from graphopt.backends.onnx_lowering.metadata import StripMetadataPass
 from graphopt.backends.onnx_lowering.own_weights import OwnWeightsPass
 from graphopt.backends.onnx_lowering.plain_rows import PlainRowsPass
@@ -31,12 +32,14 @@ class Style:
     Attributes:
         opset: the opset to emit.
         global_pooling: whether spatial means become GlobalAveragePool.
+        integer_relu: whether Relu between integers becomes LeakyRelu.
         own_weights: whether operators may not share stored weights and their zero points.
         kernels: rewrites to operators of the runtime's own, of what has plain arithmetic otherwise.
     """
 
     opset: int
     global_pooling: bool = False
+    integer_relu: bool = False
     own_weights: bool = False
     kernels: tuple[type[ir.passes.InPlacePass], ...] = ()
 
@@ -54,6 +57,7 @@ def lower(program: Program, style: Style) -> ir.Model:
         *(kernel() for kernel in style.kernels),
         PlainRowsPass(),
         StoredWeightsPass(),
+        *([IntegerReluPass()] if style.integer_relu else []),
         SaturatedClampPass(),
         *([GlobalPoolingPass()] if style.global_pooling else []),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),

@@ -2,6 +2,8 @@
 
 avg_pool2d(x, k, .., divisor_override=d)     avg_pool2d(x, k, ..) * (|k| / d)       it ignores the divisor
 rrelu(x, lower, upper)                       leaky_relu(x, (lower + upper) / 2)     it knows neither
+log_sigmoid(x)                               -softplus(-x)                          it takes a logarithm of 0
+batch_norm(x, .., training=True)             (x - mean(x)) * rsqrt(var(x) + eps)    it takes the running statistics
 div(x, y, rounding) of integers              floor_divide(x - fmod(x, y), y)        it does so in single precision
 x / y, x % y of integers                     see `ir/divisions`                     runtimes end the process
 copy(x, smaller)                             copy(x, expand_as(smaller, x))         the result has the smaller shape
@@ -24,6 +26,7 @@ from graphopt.ir.graph import arguments
 from graphopt.ir.operators import Family
 from graphopt.ir.provenance import user_line
 from graphopt.ir.regions import graph_modules
+from graphopt.ir.torch_internals import OpOverload
 
 aten = torch.ops.aten
 _NUMBERS_OF_TENSORS = Family("item", "_local_scalar_dense")
@@ -61,6 +64,11 @@ def _other_words(node: fx.Node, editor: Editor) -> fx.Node | None:
         given = arguments(node, ("self", "lower", "upper"))
         slope = (given["lower"] + given["upper"]) / 2
         return editor.call(aten.leaky_relu.default, given["self"], slope, like=node)
+    if node.target is aten.log_sigmoid.default:
+        turned = editor.call(aten.neg.default, node.args[0], like=node)
+        return editor.call(aten.neg.default, editor.call(aten.softplus.default, turned, like=node), like=node)
+    if node.target is aten.batch_norm.default:
+        return _normalised(node, editor)
     if node.target in (aten.copy.default, aten.copy_.default):
         target, source = node.args[:2]
         if source.meta["val"].shape != target.meta["val"].shape:  # type: ignore[union-attr]
@@ -96,6 +104,26 @@ def _pool(node: fx.Node, editor: Editor) -> fx.Node | None:
     without = {**given, "count_include_pad": True, "divisor_override": None}
     pooled = editor.call(node.target, *without.values(), like=node)  # type: ignore[arg-type]
     return editor.call(aten.mul.Tensor, pooled, size / divisor, like=node)
+
+
+def _normalised(node: fx.Node, editor: Editor) -> fx.Node | None:
+    """Normalise by the statistics of the batch, where it is these that are asked for."""
+    given = arguments(node, ("input", "weight", "bias", "training", "eps"))
+    if not given["training"]:
+        return None
+
+    def call(target: OpOverload, *args: object) -> fx.Node:
+        return editor.call(target, *args, like=node)
+
+    rank = given["input"].meta["val"].dim()
+    axes, along = [0, *range(2, rank)], [-1, *[1] * (rank - 2)]
+    centred = call(aten.sub.Tensor, given["input"], call(aten.mean.dim, given["input"], axes, True))
+    variance = call(aten.mean.dim, call(aten.mul.Tensor, centred, centred), axes, True)
+    result = call(aten.mul.Tensor, centred, call(aten.rsqrt.default, call(aten.add.Scalar, variance, given["eps"])))
+    for applied, parameter in ((aten.mul.Tensor, given["weight"]), (aten.add.Tensor, given["bias"])):
+        if parameter is not None:
+            result = call(applied, result, call(aten.reshape.default, parameter, along))
+    return result
 
 
 def _quotient(node: fx.Node, editor: Editor) -> fx.Node:

@@ -34,7 +34,11 @@ class OnnxRuntimeBackend(OnnxBackend):
 
     name: ClassVar[str] = "onnxruntime"
     style: ClassVar[Style] = Style(
-        opset=DESCRIPTION.opset, global_pooling=True, own_weights=True, kernels=(BlockKernelsPass,)
+        opset=DESCRIPTION.opset,
+        global_pooling=True,
+        integer_relu=True,
+        own_weights=True,
+        kernels=(BlockKernelsPass,),
     )
 
     def __init__(self, *, simplify: bool = False, external_data_above: int = EXTERNAL_DATA_ABOVE) -> None:

@@ -6,13 +6,16 @@ Result:  QuantizeLinear(Max(Softmax(DequantizeLinear(q))))
 Given:   QuantizeLinear(Conv(DequantizeLinear(q), w))          w: float
 Result:  QuantizeLinear(Max(Conv(DequantizeLinear(q), w)))
 
+Given:   QuantizeLinear(DequantizeLinear(q, s, z), t, y)       other scales; the optimizer would round once
+Result:  QuantizeLinear(Max(DequantizeLinear(q, s, z)), t, y)
+
 The Max of one value is that value, which the optimizer does not know: it fuses nothing across it, whatever options the
 file is loaded with. Every entry was found by `tools/fuzz_runtime.py`, with the version it was last seen in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -47,12 +50,15 @@ _MOVES = frozenset(
 
 
 def keep_apart(model: ir.Model) -> None:
-    """Put a copy behind every operator with a breaker that stands between integers."""
+    """Put a copy behind every operator with a breaker that stands between integers, and between two quantizations."""
     names = value_names(model)
     for graph in model.graphs():
-        for node in list(graph):
-            if node.domain == "" and (node.op_type in BREAKERS or _weight_is_float(node)) and _between_integers(node):
-                _copy(graph, node, names)
+        for node in [node for node in graph if node.domain == ""]:
+            readers = list(node.outputs[0].consumers())
+            if node.op_type == "DequantizeLinear":
+                _copy(graph, node, [reader for reader in readers if reader.op_type == "QuantizeLinear"], names)
+            elif (node.op_type in BREAKERS or _weight_is_float(node)) and _between_integers(node):
+                _copy(graph, node, readers, names)
 
 
 def _weight_is_float(node: ir.Node) -> bool:
@@ -85,12 +91,16 @@ def _readers(node: ir.Node) -> Iterator[ir.Node]:
         yield from output.consumers()
 
 
-def _copy(graph: ir.Graph, node: ir.Node, names: Names) -> None:
+def _copy(graph: ir.Graph, node: ir.Node, readers: Sequence[ir.Node], names: Names) -> None:
+    """Let some readers of a result read a copy of it."""
+    if not readers:
+        return
     result = node.outputs[0]
     copy = ir.node("Max", [result], metadata_props=dict(node.metadata_props))
     value = copy.outputs[0]
     value.name, value.shape, value.type = names.new(f"{result.name}_copy"), result.shape, result.type
-    for use in list(result.uses()):
-        use.node.replace_input_with(use.idx, value)
     graph.insert_after(node, copy)
-    copy.replace_input_with(0, result)
+    for reader in readers:
+        for place, given in enumerate(reader.inputs):
+            if given is result:
+                reader.replace_input_with(place, value)

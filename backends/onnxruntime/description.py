@@ -31,6 +31,8 @@ _JOINS = (
     OperatorRule("cat", role="join"),
     OperatorRule("sigmoid", role="join"),
     OperatorRule("leaky_relu", role="join"),
+    OperatorRule("relu", role="join"),  # written as LeakyRelu with slope 0; its own form only clamps
+    OperatorRule("hardsigmoid", role="join"),  # likewise, of the operand's integers with another zero point
     OperatorRule("avg_pool2d", role="join"),
     OperatorRule("global_average_pool", role="join"),
 )

@@ -86,7 +86,8 @@ def functional_twin(target: Any) -> OpOverload | None:
     packet = getattr(torch.ops.aten, name[:-1], None)
 
     def taken(operator: OpOverload) -> list[tuple[str, str]]:
-        return [(argument.name, str(argument.type)) for argument in operator._schema.arguments]
+        first, *others = operator._schema.arguments  # `self`, or `input` of `dropout`
+        return [("", str(first.type)), *((argument.name, str(argument.type)) for argument in others)]
 
     for overload in (target._overloadname, *(packet.overloads() if packet is not None else ())):
         twin = getattr(packet, overload, None)

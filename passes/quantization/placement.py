@@ -168,6 +168,8 @@ class _Placer:
         if not any(ready):
             return
         problem = self._problem(node)
+        if problem is None and kernel.name == "hardsigmoid" and self._has_given_range(kernel.operands[0]):
+            problem = Refusal(node.name, "the range of its operand cannot be chosen for it")
         end = node if rule.role in ("same_scale", "move") else self._end(node, rule)
         if problem is None and not all(ready) and not self._only_integers[end]:
             reason = "some of its operands are float, and float operators read its result"
@@ -191,6 +193,12 @@ class _Placer:
             limits = clamp_range(site.end)
             assert limits is not None  # only clamps are absorbed where the range is asymmetric
             result.dropped[site.end] = limits
+
+    def _has_given_range(self, value: fx.Node) -> bool:
+        """Whether the scale of a value follows from something else than what was observed of it."""
+        root = self._result.root(value)
+        kernel = self._kernels.get(root)
+        return root in self._result.dropped or (kernel is not None and kernel.name == "hardsigmoid")
 
     def _place_reads(self) -> None:
         """Let float operators that may do so read what was quantized for others."""

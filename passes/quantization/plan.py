@@ -11,15 +11,16 @@ from typing_extensions import TypedDict  # pydantic reads plans, and takes no ot
 from graphopt.pipeline.plan import Plan
 from graphopt.targets.description import Scales
 
-Form = Literal["quantize", "move", "constant"]
+Form = Literal["quantize", "move", "constant", "hard_sigmoid"]
 
 
 class ValueRecord(TypedDict):
     """How one value of the prepared graph is stored.
 
     `form`: "quantize" puts a quantize/dequantize pair behind it, "move" says that its producer runs on stored
-    integers, "constant" that it is stored as integers in the program. `readers`: calls that read it quantized, null
-    for all. `source`: the value whose scale it has (itself unless scales are shared).
+    integers, "constant" that it is stored as integers in the program, "hard_sigmoid" that it is computed by reading its
+    operand's integers with another zero point (`given_scales`). `readers`: calls that read it quantized, null for all.
+    `source`: the value whose scale it has (itself unless scales are shared).
     """
 
     value: str

@@ -1,20 +1,29 @@
 """Spells operators the way a target's integer kernels want them, before anything is placed.
 
 silu(x)            -> mul(x, sigmoid(x))                    where the target has kernels for the two
+hardswish(x)       -> mul(x, hardsigmoid(x))                likewise
+prelu(x, a)        -> leaky_relu(x, a)                      one slope in all
+                      add(x, relu(mul(x, a - 1)))           no slope is larger than 1
+                      add(x, mul(relu(mul(x, -1)), 1 - a))  otherwise
 mean(x, spatial)   -> [flatten](adaptive_avg_pool(x, 1))    where it has one for global pooling
+
+A spelling of `prelu` is exact for finite x, as integers are. What is placed on integers in none of its parts keeps its
+own spelling (`int8`): on floats none of these is faster.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from graphopt.ir.editor import Editor
-from graphopt.ir.graph import arguments
+from graphopt.ir.finite import all_finite
+from graphopt.ir.graph import arguments, constant
 from graphopt.ir.operators import short_name
 from graphopt.passes.quantization.kernels import rank, spatial_mean
+from graphopt.passes.quantization.plan import stored_name
 from graphopt.targets.description import TargetDescription
 
 aten = torch.ops.aten
@@ -23,48 +32,120 @@ _GLOBAL_POOL = {
     4: aten.adaptive_avg_pool2d.default,
     5: aten.adaptive_avg_pool3d.default,
 }
+# Operator: its spelling, and the kernels that a target must have for it.
+_ACTIVATIONS = {"silu": ("mul_sigmoid", {"mul", "sigmoid"}), "hardswish": ("mul_hardsigmoid", {"mul", "hardsigmoid"})}
 
 
-def spellings(graph: fx.Graph, target: TargetDescription) -> dict[str, str]:
+def spellings(gm: fx.GraphModule, target: TargetDescription) -> dict[str, str]:
     """Return how each node is to be spelled, by name."""
     known = {rule.operator for rule in target.operators}
     found = {}
-    for node in graph.nodes:
-        if node.op != "call_function":
+    for node in gm.graph.nodes:
+        if node.op != "call_function" or (name := short_name(node)) in known:
             continue
-        name = short_name(node)
-        if name == "silu" and {"sigmoid", "mul"} <= known and "silu" not in known:
-            found[node.name] = "mul_sigmoid"
+        if name in _ACTIVATIONS and _ACTIVATIONS[name][1] <= known:
+            found[node.name] = _ACTIVATIONS[name][0]
         elif name == "mean" and "global_average_pool" in known and spatial_mean(node):
             found[node.name] = "global_average_pool"
+        elif name == "prelu" and (spelling := _of_prelu(node, gm, known)):
+            found[node.name] = spelling
     return found
 
 
 def respell(editor: Editor, wanted: Mapping[str, str]) -> dict[str, str]:
-    """Respell nodes in place. Returns the old name of each new node that computes what an old one did."""
+    """Respell nodes in place.
+
+    Returns:
+        The old name of each new node that computes what an old one did, "" for nodes that compute something else.
+    """
     renamed = {}
     for node in list(editor.graph.nodes):
         spelling = wanted.get(node.name)
         if spelling is None:
             continue
-        made = _mul_sigmoid(editor, node) if spelling == "mul_sigmoid" else _global_pool(editor, node)
-        renamed.update({new.name: node.name for new in made})
+        with editor.graph.inserting_before(node):
+            made, same = _SPELL[spelling](editor, node)
+        renamed.update({new.name: node.name if new in same else "" for new in made})
         editor.replace(node, made[-1])
     return renamed
 
 
-def _mul_sigmoid(editor: Editor, node: fx.Node) -> Sequence[fx.Node]:
-    x = node.args[0]
-    with editor.graph.inserting_before(node):
-        gate = editor.call(aten.sigmoid.default, x, like=node)
-        return [editor.call(aten.mul.Tensor, x, gate, like=node)]
+_Made = tuple[Sequence[fx.Node], Sequence[fx.Node]]  # new calls in order, and those that compute what the old one did
 
 
-def _global_pool(editor: Editor, node: fx.Node) -> Sequence[fx.Node]:
+def _gated(gate: Callable[..., object]) -> Callable[[Editor, fx.Node], _Made]:
+    def spell(editor: Editor, node: fx.Node) -> _Made:
+        x = node.args[0]
+        factor = editor.call(gate, x, like=node)
+        product = editor.call(aten.mul.Tensor, x, factor, like=node)
+        return [factor, product], [product]
+
+    return spell
+
+
+def _global_pool(editor: Editor, node: fx.Node) -> _Made:
     x = node.args[0]
     assert isinstance(x, fx.Node)
-    with editor.graph.inserting_before(node):
-        pool = editor.call(_GLOBAL_POOL[rank(x)], x, [1] * (rank(x) - 2), like=node)
-        if arguments(node, ())["keepdim"]:
-            return [pool]
-        return [pool, editor.call(aten.flatten.using_ints, pool, 1, like=node)]
+    pool = editor.call(_GLOBAL_POOL[rank(x)], x, [1] * (rank(x) - 2), like=node)
+    if arguments(node, ())["keepdim"]:
+        return [pool], [pool]
+    flat = editor.call(aten.flatten.using_ints, pool, 1, like=node)
+    return [pool, flat], [pool, flat]
+
+
+def _of_prelu(node: fx.Node, gm: fx.GraphModule, known: set[str]) -> str:
+    """Return the spelling of a prelu, "" for none."""
+    slopes = constant(node.args[1], gm)
+    if slopes is None or not all_finite(slopes):
+        return ""
+    if slopes.numel() == 1:
+        return "leaky_relu" if "leaky_relu" in known else ""
+    if not {"add", "mul"} <= known:
+        return ""
+    return "add_relu" if bool((slopes <= 1).all()) else "add_mul_relu"
+
+
+def _leaky_relu(editor: Editor, node: fx.Node) -> _Made:
+    slope = float(_slopes(editor, node))
+    made = [editor.call(aten.leaky_relu.default, node.args[0], slope, like=node)]
+    return made, made
+
+
+def _add_relu(editor: Editor, node: fx.Node) -> _Made:
+    x, slopes = node.args[0], _slopes(editor, node)
+    below = editor.call(aten.mul.Tensor, x, _constant(editor, node, "slopes", slopes - 1), like=node)
+    below_zero = editor.call(aten.relu.default, below, like=node)
+    result = editor.call(aten.add.Tensor, x, below_zero, like=node)
+    return [below, below_zero, result], [result]
+
+
+def _add_mul_relu(editor: Editor, node: fx.Node) -> _Made:
+    x, slopes = node.args[0], _slopes(editor, node)
+    turned = editor.call(aten.mul.Tensor, x, _constant(editor, node, "sign", torch.tensor(-1.0)), like=node)
+    below_zero = editor.call(aten.relu.default, turned, like=node)
+    scaled = editor.call(aten.mul.Tensor, below_zero, _constant(editor, node, "slopes", 1 - slopes), like=node)
+    result = editor.call(aten.add.Tensor, x, scaled, like=node)
+    return [turned, below_zero, scaled, result], [result]
+
+
+def _slopes(editor: Editor, node: fx.Node) -> Tensor:
+    """Return the slopes of a prelu, of a shape that broadcasts with what it is applied to."""
+    slopes = constant(node.args[1], editor.gm)
+    assert slopes is not None  # by `_of_prelu`
+    x = node.args[0]
+    assert isinstance(x, fx.Node)
+    return slopes.detach().reshape(-1, *[1] * (rank(x) - 2)) if rank(x) > 1 else slopes.detach()
+
+
+def _constant(editor: Editor, node: fx.Node, what: str, value: Tensor) -> fx.Node:
+    return editor.read(editor.put(stored_name(node.name, what), value), like=node)
+
+
+_SPELL: dict[str, Callable[[Editor, fx.Node], _Made]] = {
+    "mul_sigmoid": _gated(aten.sigmoid.default),
+    "mul_hardsigmoid": _gated(aten.hardsigmoid.default),
+    "global_average_pool": _global_pool,
+    "leaky_relu": _leaky_relu,
+    "add_relu": _add_relu,
+    "add_mul_relu": _add_mul_relu,
+}

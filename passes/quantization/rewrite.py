@@ -7,6 +7,7 @@ linear(x, w, b)     -> linear(x, dequantize(w_int), dequantize(b_int)),  or  x @
 relu(conv(..))      -> conv(..)                                          where quantize clamps the same
 v                   -> dequantize(quantize(v))                           for the readers the plan names
 move(dequantize(q)) -> dequantize(move(q))
+hardsigmoid(dequantize(q, s, z)) -> dequantize(quantize(relu(dequantize(q, s, z - 3 / s)), 6 / 255, 0), 1 / 255, 0)
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from graphopt.ir.editor import Editor
 from graphopt.ir.graph import constant
 from graphopt.ir.operators import short_name
 from graphopt.passes.layers.weighted_call import WeightedCall, layer_call, set_argument
+from graphopt.passes.quantization.given_scales import WIDTH, steps_of_shift
 from graphopt.passes.quantization.plan import Int8Plan, LayerRecord, ValueRecord, stored_name
 from graphopt.quantization.formats import storage_dtype
 from graphopt.quantization.ops import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
@@ -122,12 +124,15 @@ class Rewriter:
 
     def _rewrite_value(self, record: ValueRecord, moving: set[fx.Node]) -> None:
         node = self._nodes[record["value"]]
+        clamp_scale = None
+        if record["form"] == "hard_sigmoid":
+            node, clamp_scale = self._shifted(node, record)
         users = list(node.users)
         if record["readers"] is not None:
             readers = {self._takers.get(name, self._nodes[name]) for name in record["readers"]}
             users = [user for user in users if user in readers]
         with self._graph.inserting_after(_last_input(node)):
-            stored = self._integers(node, record)
+            stored = self._integers(node, record, clamp_scale)
         if not isinstance(stored.meta["val"], Tensor):
             return  # a list of moved values; its items have records of their own
         movers = [user for user in users if user in moving]
@@ -142,8 +147,26 @@ class Rewriter:
         for user in others:
             user.replace_input_with(node, real)
 
-    def _integers(self, node: fx.Node, record: ValueRecord) -> fx.Node:
-        """Return the node that holds the integers of a value."""
+    def _shifted(self, node: fx.Node, record: ValueRecord) -> tuple[fx.Node, fx.Node]:
+        """Rewrite `hardsigmoid` as a clamp of other numbers; return the clamp and the scale to store it with."""
+        real = node.args[0]
+        assert isinstance(real, fx.Node)  # the dequantization of its operand, whose record came before
+        stored, scale, zero_point = real.args[:3]
+        values = [constant(read, self._editor.gm) for read in (scale, zero_point)]
+        assert values[0] is not None
+        assert values[1] is not None
+        shift = steps_of_shift(float(values[0]))
+        lower = self._put(stored_name(record["value"], "zero_point_of_operand"), values[1] - shift, node)
+        with self._graph.inserting_before(node):
+            moved = self._editor.call(DEQUANTIZE, stored, scale, lower, None, like=node, site=record["value"])
+            clamp = self._editor.call(aten.relu.default, moved, like=node, site=record["value"])
+        self._editor.replace(node, clamp)
+        self._nodes[record["value"]] = clamp
+        width = torch.tensor(WIDTH / (record["high"] - record["low"]), dtype=torch.float32)
+        return clamp, self._put(stored_name(record["value"], "scale_of_clamp"), width, clamp)
+
+    def _integers(self, node: fx.Node, record: ValueRecord, scale: fx.Node | None) -> fx.Node:
+        """Return the node that holds the integers of a value; they may be stored with another scale than read."""
         if record["form"] == "move":
             if short_name(node) == "pad":  # what is padded is 0, which is stored as the zero point
                 node.args = (node.args[0], node.args[1], "constant", float(record["zero_point"]))
@@ -152,9 +175,11 @@ class Rewriter:
             return node
         if record["form"] == "constant":
             return self._read(stored_name(record["value"], "integers"), node)
-        scale, zero_point = self._qparams(record, node)
+        scale_of_reads, zero_point = self._qparams(record, node)
         bounds = record["low"], record["high"]
-        return self._editor.call(QUANTIZE, node, scale, zero_point, None, *bounds, like=node, site=record["value"])
+        return self._editor.call(
+            QUANTIZE, node, scale or scale_of_reads, zero_point, None, *bounds, like=node, site=record["value"]
+        )
 
     def _call(self, target: Any, *args: Any, like: fx.Node) -> fx.Node:
         return self._editor.call(target, *args, like=like, site=like.name)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.ir.graph import constant
+from graphopt.passes.quantization.given_scales import dividing_shift, given_scale, given_sites, read_shifted
 from graphopt.passes.quantization.placement import Placement
 from graphopt.passes.quantization.plan import Form, ValueRecord, stored_name
 from graphopt.quantization.formats import IntegerFormat
@@ -58,14 +59,14 @@ def choose_scales(
         placement: where integers stand in `gm`.
         gm: the prepared graph.
         calibration: what calibration saw in the graph before it was prepared; None where nothing has a scale.
-        originals: names of nodes there, where they differ.
+        originals: names of nodes there, where they differ; "" for what is not there.
         integers: how activations are stored.
         observing: how ranges are chosen.
     """
     values = [*placement.integers, *placement.reads]
     roots = [node for node in values if placement.root(node) is node]
-    gates = {site.node: site for site in placement.sites if site.kernel.name == "sigmoid"}
-    observed = [node for node in roots if node not in gates and constant(node, gm) is None]
+    given, shifted = given_sites(placement, originals), read_shifted(placement)
+    observed = [node for node in roots if node not in given and constant(node, gm) is None]
     observers = {node: observing.of(node, placement) for node in observed}
     requests = [(originals.get(node.name, node.name), statistic(observers[node])) for node in observed]
     found = calibration.gather(requests) if calibration is not None else []
@@ -75,11 +76,12 @@ def choose_scales(
         if node in seen:
             limits = placement.dropped.get(node, (-math.inf, math.inf))
             scales[node] = choose(seen[node], integers, observers[node], percentile=observing.percentile, bounds=limits)
-        elif node in gates:  # between 0 and the sigmoid of the largest input
-            largest = scales[placement.root(gates[node].kernel.operands[0])].range[1]
-            scales[node] = from_range(0.0, 1 / (1 + math.exp(-largest)), integers)
+        elif node in given:
+            scales[node] = given_scale(given[node], placement, scales, gm, integers)
         elif node in placement.reads and (value := constant(node, gm)) is not None:
             scales[node] = from_range(float(value.detach().min()), float(value.detach().max()), integers)
+        if node in shifted:
+            scales[node] = dividing_shift(scales[node], integers)
     return scales
 
 
@@ -88,11 +90,13 @@ def value_records(
 ) -> list[ValueRecord]:
     """Describe every value that is stored as integers, in graph order."""
     moves = {site.node for site in placement.sites if site.rule.role == "move"}
+    shifted = {site.node for site in placement.sites if site.kernel.name == "hardsigmoid"}
     records = []
     for node in gm.graph.nodes:
         if node not in placement.integers and node not in placement.reads:
             continue
         form: Form = "move" if node in moves else "constant" if constant(node, gm) is not None else "quantize"
+        form = "hard_sigmoid" if node in shifted else form
         readers = placement.reads.get(node) if node not in placement.integers else None
         source = placement.root(node)
         chosen = scales[source]

@@ -16,6 +16,29 @@ from graphopt.ir.training import set_argument
 
 STYLE = Style(opset=20)
 
+
+class Scaled(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.factor
+
+
+class BatchStatistics(nn.Module):
+    """Has running statistics and does not use them."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(channels)
+        self.norm.weight.data.uniform_(0.5, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean, var = self.norm.running_mean.clone(), self.norm.running_var.clone()
+        return nn.functional.batch_norm(x, mean, var, self.norm.weight, self.norm.bias, training=True)
+
+
 SERVED = {
     "2d": (
         nn.Sequential(
@@ -28,11 +51,16 @@ SERVED = {
         (2, 3, 9, 9),
     ),
     "3d": (nn.AvgPool3d(2, divisor_override=5), (2, 3, 4, 4, 5)),
+    "log of small": (nn.Sequential(Scaled(200.0), nn.LogSigmoid()), (2, 3, 9)),
+    "norms by the batch": (
+        nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False), Scaled(3.0), BatchStatistics(3)),
+        (2, 3, 9),
+    ),
 }
 
 
 @pytest.mark.parametrize("name", SERVED)
-def test_a_pool_with_its_own_divisor_and_a_random_slope_compute_what_torch_does(name: str, tmp_path: Path) -> None:
+def test_what_the_exporter_gets_wrong_computes_what_torch_does(name: str, tmp_path: Path) -> None:
     model, shape = SERVED[name]
     backend = OnnxRuntimeBackend()
     program = capture(model, torch.randn(shape))

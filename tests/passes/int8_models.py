@@ -142,6 +142,28 @@ class Gate(nn.Module):
         return self.out(x * self.squeeze(F.adaptive_avg_pool2d(x, 1)).sigmoid())
 
 
+class HardActivations(nn.Module):
+    """What the runtime has no integer kernel for, in others that have one; a ReLU of what is read twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Conv2d(n, 8, 1) for n in (3, 8, 8, 8))
+        self.squeeze, self.out, self.slopes, self.slope = (
+            nn.Conv2d(8, 8, 1),
+            nn.Conv2d(8, 4, 1),
+            nn.PReLU(8),
+            nn.PReLU(),
+        )
+        self.register_buffer("steep", torch.linspace(-0.5, 2.0, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.hardswish(self.a(x))
+        x = x * F.hardsigmoid(self.squeeze(F.adaptive_avg_pool2d(x, 1)))
+        x = self.slopes(self.b(x))
+        x = self.slope(F.prelu(self.c(x), self.steep))
+        return self.out(x + self.d(x.relu()))
+
+
 class Shuffle(nn.Module):
     """Grouped and depthwise convolutions, a channel shuffle, chunk and concatenation."""
 
@@ -207,6 +229,11 @@ EDGES: list[tuple[type[nn.Module], Tensor, dict[str, int]]] = [
     (SharedWeight, images(4), {"QLinearConv": 2}),
     (ConstantOperand, images(), {"QLinearConv": 2, "QLinearAdd": 1, "QLinearMul": 0}),
     (Gate, images(), {"QLinearConv": 3, "QLinearMul": 2, "QLinearSigmoid": 2, "QLinearGlobalAveragePool": 1}),
+    (
+        HardActivations,
+        images(),
+        {"QLinearConv": 6, "QLinearLeakyRelu": 4, "QLinearMul": 5, "QLinearAdd": 3, "QuantizeLinear": 1},
+    ),
     (Shuffle, images(4), {"QLinearConv": 4, "QLinearConcat": 1, "DequantizeLinear": 1}),
     (Pools, images(), {"QLinearConv": 2, "QLinearAveragePool": 1, "MaxPool": 0}),
     (Perceptron, noise(16, 8), {"QGemm": 2, "Relu": 0}),

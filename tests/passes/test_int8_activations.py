@@ -1,0 +1,81 @@
+"""Activations without an integer kernel of their own: what they are made of, their scales, and when they stay float."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own name for it
+from torch import Tensor, nn
+
+from graphopt.backends.onnxruntime.description import DESCRIPTION
+from graphopt.passes.quantization.given_scales import dividing_shift, steps_of_shift
+from graphopt.quantization.qparams import QParams
+from tests.passes.int8_models import folded, images, operators, quantized, reasons
+
+
+class Gates(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = self.a(x)
+        gate = F.hardsigmoid(x)
+        return x, gate, self.b(gate)
+
+
+def test_hardsigmoid_of_integers_is_right_to_half_a_step() -> None:
+    data = 4 * images()
+    program, plan = quantized(folded(Gates(), data), data)
+    assert [record["form"] for record in plan.values].count("hard_sigmoid") == 1
+    given, gate, _ = program(data)
+    assert given.min() < -4
+    assert given.max() > 4
+    assert (gate - F.hardsigmoid(given)).abs().max() <= 0.501 / 255
+
+
+@pytest.mark.parametrize("bounds", [(-20.0, 20.0), (-0.4, 5.0), (-3.0, 3.0), (0.0, 0.01), (-100.0, 0.0), (-50, 690)])
+def test_scales_that_divide_the_shift(bounds: tuple[float, float]) -> None:
+    scale = float(np.float32((bounds[1] - bounds[0]) / 255))
+    chosen = QParams(scale, round(-bounds[0] / scale), 0, 255)
+    found = dividing_shift(chosen, DESCRIPTION.activation)
+    steps = steps_of_shift(found.scale)
+    assert abs(steps * found.scale - 3) < 1e-6
+    assert found.zero_point >= steps  # the zero point of x + 3 is an integer that is stored, too
+    assert found.range[0] <= min(bounds[0], -3) + found.scale
+    assert found.range[1] >= bounds[1] - found.scale
+
+
+class Float(nn.Module):
+    """Activations of floats, beside a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.slopes = nn.Conv2d(3, 3, 1), nn.PReLU(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.slopes(F.hardswish(torch.tanh(x))).exp() + self.conv(x)
+
+
+def test_activations_of_floats_are_spelled_as_before() -> None:
+    program, plan = quantized(Float(), images())
+    assert plan.respelled == {}
+    found = operators(program)
+    assert (found["hardswish"], found["prelu"], found["leaky_relu"]) == (1, 1, 0)
+
+
+class Clamped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.hardsigmoid(self.a(x).relu()))
+
+
+def test_a_range_that_clamps_is_not_widened() -> None:
+    """The scale of what ends a ReLU starts at 0 in its place."""
+    program, plan = quantized(Clamped(), images())
+    assert reasons(plan) == {"hardsigmoid": "the range of its operand cannot be chosen for it"}
+    assert operators(program)["hardsigmoid"] == 1
