@@ -179,3 +179,42 @@ class ChannelMean:
             raise NotFiniteError
         self._sum = total if self._count == 0 else self._sum + total
         self._count += x.numel() // x.shape[self.axis]
+
+
+class ChannelRange:
+    """Smallest, largest and mean square of each index along one axis.
+
+    Attributes:
+        axis: the axis that is kept.
+        low: (channels,) float64; empty before the first update.
+        high: likewise.
+    """
+
+    def __init__(self, axis: int) -> None:
+        self.axis = axis
+        self.low = self.high = self._squares = torch.zeros(0, dtype=torch.float64)
+        self._count = 0
+
+    @property
+    def key(self) -> str:
+        """What is gathered, for caching."""
+        return f"range along {self.axis}"
+
+    @property
+    def square(self) -> Tensor:
+        """Mean square over every other axis, (channels,) float64."""
+        return self._squares / max(self._count, 1)
+
+    def update(self, x: Tensor) -> None:
+        """Take in the values of `x`."""
+        if x.numel() == 0:
+            return
+        rows = x.detach().movedim(self.axis, 0).flatten(1)
+        low, high = (bound.double().cpu() for bound in torch.aminmax(rows, dim=1))
+        squares = rows.double().square().sum(1).cpu()
+        if not bool(torch.isfinite(squares).all()):
+            raise NotFiniteError
+        if self._count:
+            low, high, squares = low.minimum(self.low), high.maximum(self.high), squares + self._squares
+        self.low, self.high, self._squares = low, high, squares
+        self._count += rows.shape[1]

@@ -24,8 +24,8 @@ from graphopt.ir.graph import tensor_attribute
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import origin, record
 from graphopt.passes.folding.affine import Affine, affine, is_batch_norm
-from graphopt.passes.folding.channel_path import path_to_layer
 from graphopt.passes.folding.likeness import indistinguishable
+from graphopt.passes.layers.channel_path import path_to_layer
 from graphopt.passes.layers.growth import too_large
 from graphopt.passes.layers.weighted_call import WeightedCall, set_argument, uses, weighted_call
 from graphopt.passes.layers.weights import response_to, scale_inputs, scale_outputs

@@ -40,7 +40,7 @@ from graphopt.ir.operators import (
 )
 from graphopt.ir.program import Program
 from graphopt.passes.folding.likeness import indistinguishable
-from graphopt.passes.folding.reordering import axes_before
+from graphopt.passes.layers.reordering import axes_before
 from graphopt.pipeline.plan import Refusal
 
 aten = torch.ops.aten

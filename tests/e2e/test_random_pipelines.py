@@ -27,6 +27,7 @@ PASSES = {
     "sparsity24": ("", ":force=yes:refit=no"),
     "distill_hooks": ("",),
     "fold": ("",),
+    "equalize": ("", ":gain=0"),
     "int8": ("", ":weights=tensor:bias_correction=no"),
 }
 

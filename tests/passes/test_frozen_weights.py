@@ -16,6 +16,7 @@ from graphopt.pipeline.registry import PassRegistry
 PIPELINES = {
     "distill_hooks": "distill_hooks",
     "drop_blocks": "drop_blocks:blocks=1",
+    "equalize": "equalize:gain=0",
     "fold": "fold",
     "int8": "int8",
     "prune": "prune:ratio=0.5:round_to=1",

@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from graphopt.ir.operators import COPIES, REORDERS, RESHAPES, SIZES, Family, writes_in_place
-from graphopt.passes.folding.reordering import axes_before
+from graphopt.passes.layers.reordering import axes_before
 from graphopt.passes.layers.weighted_call import WeightedCall, weighted_call
 
 _RESHAPES = RESHAPES | COPIES
@@ -36,7 +36,7 @@ def path_to_layer(
         call = weighted_call(node, gm)
         if call is not None:
             return call, _obstacle([reader, *path], call, axis)
-        step = _step(node, axis)
+        step = step_back(node, axis)
         if step is None:
             return None, ""
         source, axis = step
@@ -45,7 +45,7 @@ def path_to_layer(
 
 def _obstacle(path: list[fx.Node], call: WeightedCall, axis: int | None) -> str:
     for follower, node in itertools.pairwise(path):
-        others = (user for user in node.users if user is not follower and not _reads_only_shape(user, node))
+        others = (user for user in node.users if user is not follower and not reads_only_shape(user, node))
         other = next(others, None)
         if other is not None:
             what = "an output of the program" if other.op == "output" else f"`{other.name}`"
@@ -55,12 +55,12 @@ def _obstacle(path: list[fx.Node], call: WeightedCall, axis: int | None) -> str:
     return ""
 
 
-def _reads_only_shape(user: fx.Node, node: fx.Node) -> bool:
+def reads_only_shape(user: fx.Node, node: fx.Node) -> bool:
     """Whether `user` would return the same for any other values in `node`."""
     return user in SIZES or (user in _LIKE_ANOTHER and user.args[0] is not node)
 
 
-def _step(node: fx.Node, axis: int | None) -> tuple[fx.Node, int | None] | None:
+def step_back(node: fx.Node, axis: int | None) -> tuple[fx.Node, int | None] | None:
     """Return the input of a view-like `node` and where `axis` lies in it."""
     if writes_in_place(node) or not node.args or not isinstance(node.args[0], fx.Node):
         return None

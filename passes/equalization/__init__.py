@@ -1,0 +1,1 @@
+"""How equalize decides: where channels can be scaled, and by how much."""
