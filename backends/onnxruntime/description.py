@@ -9,7 +9,7 @@ exact) with a float result.
 from __future__ import annotations
 
 from graphopt.quantization.formats import IntegerFormat
-from graphopt.targets.description import FloatKernels, OperatorRule, Scales, TargetDescription
+from graphopt.targets.description import FloatKernels, OperatorRule, Scales, StoredRule, TargetDescription
 
 # Clamps that the range of the quantization behind them carries out; the runtime would need them gone to fuse.
 _CLAMPS = ("relu", "relu6", "hardtanh", "clamp", "clamp_min")
@@ -48,6 +48,8 @@ _MOVES = tuple(
 
 _WEIGHT = IntegerFormat(8, granularity="channel", narrow=True)
 
+_BLOCKS = (16, 32, 64, 128, 256)
+
 DESCRIPTION = TargetDescription(
     name="onnxruntime",
     opset=20,
@@ -55,6 +57,10 @@ DESCRIPTION = TargetDescription(
     weight=_WEIGHT,
     table=_WEIGHT,
     operators=(*_CONVOLUTIONS, *_PRODUCTS, *_JOINS, *_SAME_SCALE, *_MOVES),
+    stored=(  # MatMulNBits and GatherBlockQuantized
+        StoredRule("linear", bits=(2, 4, 8), blocks=_BLOCKS),
+        StoredRule("embedding", bits=(2, 4, 8), blocks=_BLOCKS),
+    ),
     channel_multiple=16,  # NCHWc and VNNI kernels work on blocks of 16 channels
     rank_multiple=16,
     # Its CPU kernels compute in float32: around what is to be computed in float16 it converts back and forth.

@@ -8,7 +8,7 @@ convolution's epilogue.
 from __future__ import annotations
 
 from graphopt.quantization.formats import IntegerFormat
-from graphopt.targets.description import FloatKernels, OperatorRule, SparseFormat, TargetDescription
+from graphopt.targets.description import FloatKernels, OperatorRule, SparseFormat, StoredRule, TargetDescription
 
 # Run in the epilogue of the kernel in front, before its result is quantized.
 _ACTIVATIONS = (
@@ -48,6 +48,8 @@ DESCRIPTION = TargetDescription(
     activation=IntegerFormat(8),
     weight=IntegerFormat(8, granularity="channel", narrow=True),
     operators=(*_CONVOLUTIONS, *_PRODUCTS, *_CHAINS, *_MOVES),
+    # DequantizeLinear with blocks; what it takes for a last block that is shorter is not documented.
+    stored=(StoredRule("linear", bits=(4, 8), blocks=(16, 32, 64, 128, 256), symmetric=True, ragged=False),),
     channel_multiple=32,  # tensor-core tiles of int8 channels
     rank_multiple=32,
     floats=(

@@ -86,6 +86,25 @@ class FloatKernels:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredRule:
+    """As which integers an operator that computes in floating point reads its weight.
+
+    Attributes:
+        operator: "linear", a product with a stored matrix, or "embedding", a read of rows of one.
+        bits: of an integer.
+        blocks: numbers of consecutive inputs that may share a scale; all inputs of an output always may.
+        symmetric: whether all zero points must be in the middle of the range.
+        ragged: whether the last block of a row may be shorter than the others.
+    """
+
+    operator: Literal["linear", "embedding"]
+    bits: tuple[int, ...]
+    blocks: tuple[int, ...]
+    symmetric: bool = False
+    ragged: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class TargetDescription:
     """What passes need to know about a runtime.
 
@@ -98,6 +117,7 @@ class TargetDescription:
         channel_multiple: channel counts the runtime's kernels like best.
         rank_multiple: the same for the inner size of factorised layers.
         sparsity: the pattern of sparse weights that has kernels, None for no such kernels.
+        stored: weights that are read as integers by operators that compute in floating point.
         table: integer format of embedding tables whose rows become floating when they are read, None for none.
         floats: what it can do in floating types of 16 bits; others it refuses.
     """
@@ -112,6 +132,7 @@ class TargetDescription:
     sparsity: SparseFormat | None = None
     table: IntegerFormat | None = None
     floats: tuple[FloatKernels, ...] = ()
+    stored: tuple[StoredRule, ...] = ()
     notes: tuple[str, ...] = field(default=())
 
     def rule(self, operator: str) -> OperatorRule | None:
@@ -121,6 +142,10 @@ class TargetDescription:
     def float_kernels(self, dtype: str) -> FloatKernels | None:
         """Return what the runtime can do in a floating type of 16 bits, None if it refuses it."""
         return next((kernels for kernels in self.floats if kernels.dtype == dtype), None)
+
+    def stored_rule(self, operator: str) -> StoredRule | None:
+        """Return as what an operator reads stored integers, None if the runtime has no kernel that does."""
+        return next((rule for rule in self.stored if rule.operator == operator), None)
 
 
 def channel_multiple(targets: tuple[TargetDescription, ...]) -> int:
