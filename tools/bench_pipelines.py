@@ -22,7 +22,6 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import onnx
 import torch
 from cifar10 import images, trained_resnet
 from rich.console import Console
@@ -34,6 +33,7 @@ import graphopt
 from graphopt.backends.onnx_execution.agreement import half_of_the_digits, relative_error
 from graphopt.backends.onnx_execution.batches import batches
 from graphopt.backends.onnx_execution.replay import Replay, quantize_nodes
+from graphopt.backends.onnx_execution.rounded_activations import without_rounding
 from graphopt.backends.onnx_execution.session import OnnxSession, SessionSettings
 from graphopt.backends.onnx_execution.verification import IntegerProbe
 from graphopt.errors import LoweringError
@@ -136,7 +136,9 @@ def _deviation(artifact: Artifact, program: Program, samples: tuple[object, ...]
     settings = SessionSettings.of(artifact.session_options)
     session, replay = OnnxSession(artifact.path, settings), Replay(program)
     probe = (
-        IntegerProbe(onnx.load(artifact.path), artifact.path, program, settings) if quantize_nodes(program) else None
+        IntegerProbe(without_rounding(artifact.path), artifact.path, program, settings)
+        if quantize_nodes(program)
+        else None
     )
     steps, floats = 0, 0.0
     for _, arrays in batches(program, samples):  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ the file itself may be no further from it than that rounding explains.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -13,6 +14,7 @@ import torch
 from torch import fx
 
 from graphopt.backends.onnx_execution.replay import Replay
+from graphopt.ir.program import Program
 from graphopt.quantization.ops import DEQUANTIZE
 
 aten = torch.ops.aten
@@ -27,17 +29,20 @@ _TURNS = (aten.t.default, aten.transpose.int, aten.permute.default)
 _LEVEL, _ROUNDS, _EXACT = "accuracy_level", 4, 1
 
 
-def take_out_rounding(model: onnx.ModelProto) -> bool:
-    """Let products take their activations as they are; return whether any has rounded them."""
-    levels = [
-        attribute
-        for node in model.graph.node
-        for attribute in node.attribute
-        if node.op_type == "MatMulNBits" and attribute.name == _LEVEL and attribute.i == _ROUNDS
-    ]
-    for level in levels:
-        level.i = _EXACT
-    return bool(levels)
+def multiplies_blocks(program: Program) -> bool:
+    """Whether a program has products with blocks of integers, whose kernels may round."""
+    places = ((node, _ACTIVATIONS.get(node.target)) for node in program.graph.nodes)
+    return any(place is not None and _block(node.args[place + 1]) for node, place in places)
+
+
+def without_rounding(path: Path) -> onnx.ModelProto:
+    """Read an artifact such that its products take their activations as they are."""
+    model = onnx.load(path, load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "MatMulNBits" and attribute.name == _LEVEL and attribute.i == _ROUNDS:
+                attribute.i = _EXACT
+    return model
 
 
 class RoundedActivations(Replay):

@@ -32,7 +32,7 @@ from graphopt.backends.onnx_execution.agreement import (
 from graphopt.backends.onnx_execution.batches import batches
 from graphopt.backends.onnx_execution.blame import skip_around, value_quantized
 from graphopt.backends.onnx_execution.replay import Codes, Deviation, Replay, perturbed, quantize_nodes
-from graphopt.backends.onnx_execution.rounded_activations import RoundedActivations, take_out_rounding
+from graphopt.backends.onnx_execution.rounded_activations import RoundedActivations, multiplies_blocks, without_rounding
 from graphopt.backends.onnx_execution.session import OnnxSession, SessionSettings
 from graphopt.backends.onnx_lowering.exporter import QUANTIZERS, SOURCE_PROPERTY
 from graphopt.errors import LoweringError
@@ -69,10 +69,11 @@ def verify(
     if not isinstance(session, OnnxSession):
         session = OnnxSession(path, settings)
     _check_signature(session, program, path)
-    model = onnx.load(path, load_external_data=False)
-    rounds = take_out_rounding(model)
-    exact = OnnxSession(model.SerializeToString(), settings, folder=path.parent) if rounds else session
-    probe = IntegerProbe(model, path, program, settings) if quantize_nodes(program) else None
+    exact, probe = session, None
+    if rounds := multiplies_blocks(program):
+        exact = OnnxSession(without_rounding(path).SerializeToString(), settings, folder=path.parent)
+    if quantize_nodes(program):
+        probe = IntegerProbe(without_rounding(path), path, program, settings)
     replay = Replay(program)
     worst = 0.0
     for index, (where, arrays) in enumerate(batches(program, inputs)):

@@ -26,6 +26,7 @@ from graphopt.passes.layers.skipping import why_skipped
 from graphopt.passes.quantization.plan import TableRecord, table_name
 from graphopt.pipeline.plan import Refusal
 from graphopt.quantization.formats import IntegerFormat
+from graphopt.quantization.ops import DEQUANTIZE
 from graphopt.quantization.qparams import quantize_weight, weight_scales
 from graphopt.targets.description import TargetDescription
 
@@ -53,6 +54,8 @@ def quantize_tables(
         source, weight = node.args[0], constant(node.args[0], gm)
         if weight is not None and weight.nbytes < _SMALLEST:
             continue
+        if any(user.target is DEQUANTIZE for user in node.users):
+            continue  # scales of a table that is stored as integers already
         reason = _why_not(node, weight, target.table, storages, skip)
         name = table_name(str(source.target)) if isinstance(source, fx.Node) else ""
         if not reason and weight is not None and target.table is not None and name not in tensors:

@@ -36,6 +36,7 @@ PASSES = {
     "sparsity24:ends=yes": "stem.weight, body.weight, head.weight",
     "drop_blocks:criterion=last": "body:convolution",
     "int8": "stem, body, head",
+    "weights": "head",
     "half": "stem, body, head",
 }
 

@@ -229,10 +229,12 @@ def test_data_are_needed_where_a_method_looks_at_them(words: Program) -> None:
 
 
 def test_int8_leaves_what_is_stored_as_integers(words: Program) -> None:
-    result = Weights().apply(words, plan_of(words))
-    plan = Int8().plan(result, Context(result, target=TARGET, samples=TensorSamples((IDS,))))
-    assert plan.sites == ()
-    assert set(reasons(plan).values()) == {"it is quantized already"}  # type: ignore[arg-type]
+    table = made(lambda m, x: m.table(x), IDS, table=nn.Embedding(4200, WIDTH))
+    for program, options in ((words, {}), (table, {"block": 16})):  # scales of 67 KB, which are read like a table
+        result = Weights().apply(program, plan_of(program, **options))
+        later = Int8().plan(result, Context(result, target=TARGET, samples=TensorSamples((IDS,))))
+        assert later.sites == ()
+        assert set(reasons(later).values()) == {"it is quantized already"}  # type: ignore[arg-type]
 
 
 def half(program_layer: nn.Linear) -> nn.Parameter:
