@@ -7,7 +7,7 @@ outputs nearest those of the original, on samples that nothing was fitted to.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -30,22 +30,27 @@ from graphopt.statistics.memory import peak_bytes_per_sample
 MEMORY = 2 << 30  # bytes of activations of both programs held at once
 _BATCH = 64  # samples run at once
 _JUDGED = 128  # samples whose outputs are compared
+_TOO_FEW = Refusal(
+    "compensation",
+    f"not compensated: too few samples, at least {FEWEST} are needed to fit some and judge by others",
+    "not compensated: too few samples",
+)
 
 
 def reconstruct(
     original: Program,
-    pruned: Program,
+    prune: Callable[[], Program],
     axes: Axes,
     kept: Mapping[int, Sequence[int]],
     ctx: Context,
     limit: int,
     made_by: str,
 ) -> tuple[Compensation, dict[str, float]]:
-    """Find the tensors that `pruned` should have, from at most `limit` samples.
+    """Find the tensors that a pruned program should have, from at most `limit` samples.
 
     Args:
         original: the program before the removal.
-        pruned: the program after it; the new tensors take the place of its own.
+        prune: makes the program after it, if it is looked at: the new tensors take the place of its own.
         axes: of `original`.
         kept: the indices each axis keeps.
         ctx: whose samples are run, at least one batch of them.
@@ -60,15 +65,14 @@ def reconstruct(
         in dB.
     """
     samples = ctx.need_samples("prune", "to make up for what is removed")
+    if ctx.held_out is None:
+        return Compensation(refusals=[_TOO_FEW]), {}
     batches, left_out = usable(original, samples, _batches(original, samples, limit))
-    judges: list[Batch] = []
-    if ctx.held_out is not None:
-        judges, unjudged = usable(original, ctx.held_out, _batches(original, ctx.held_out, _JUDGED))
-        left_out += unjudged
+    judges, unjudged = usable(original, ctx.held_out, _batches(original, ctx.held_out, _JUDGED))
+    left_out += unjudged
     if not batches or not judges:
-        reason = f"not compensated: too few samples, at least {FEWEST} are needed to fit some and judge by others"
-        left_out.append(Refusal("compensation", reason, "not compensated: too few samples"))
-        return Compensation(refusals=left_out), {}
+        return Compensation(refusals=[*left_out, _TOO_FEW]), {}
+    pruned = prune()
     probes = [Probe(original, batch) for batch in judges]
 
     def nearness(candidate: Program) -> float:

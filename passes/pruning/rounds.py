@@ -162,7 +162,7 @@ class _Rounds:
         if self._ctx.samples is None:
             return Compensation(refusals=[Refusal("compensation", "not compensated: there is no data")]), {}
         limit = self._options.samples
-        return reconstruct(self._program, self._pruned(), self._axes, self._found.kept, self._ctx, limit, "prune")
+        return reconstruct(self._program, self._pruned, self._axes, self._found.kept, self._ctx, limit, "prune")
 
     def _pruned(self) -> Program:
         gm = remove(self._program.graph_module, self._axes, self._found.kept, "prune")
