@@ -2,11 +2,12 @@
 
     python tools/bench_pipelines.py --data DIR [--demo demo/model.pt] [--models demo resnet56 vit bert] [--json FILE]
 
-Every artifact is reloaded from disk and compared with its program at batch sizes 1, 3 and 8. "steps" is the largest
-difference of an integer on the way, where each piece of the program starts from the runtime's own integers: the bound
-is 1. "float" is the largest difference of an output from the last integers on, in units of the float tolerance: the
-bound is 1. "end to end" is what both add up to, relative to the largest output, at batch 1. For tensorrt, tensorrt-rtx
-parses the artifact and builds its engine; "weights" is the memory its builder reports over that of the float32 engine.
+Every artifact is reloaded from disk and compared with its program at batch sizes 1, 3 and 8, dear ones at 1 and 3.
+"steps" is the largest difference of an integer on the way, where each piece of the program starts from the runtime's
+own integers: the bound is 1. "float" is the largest difference of an output from the last integers on, in units of the
+float tolerance: the bound is 1. "end to end" is what both add up to, relative to the largest output, at batch 1. For
+tensorrt, tensorrt-rtx parses the artifact and builds its engine; "weights" is the memory its builder reports over that
+of the float32 engine.
 The exit code is 1 if any artifact is not equal to its program, or not built.
 
 The demo model is the trained file given, or one with random weights; the ResNet is trained; the others are random.

@@ -219,7 +219,7 @@ UNPACK = torch.ops.graphopt.unpack.default
 
 def _steps(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Tensor:
     """Return round(x / scale) + zero_point as a new floating tensor."""
-    return torch.round(x / _along(scale, x.dim(), axis)).add_(_along(zero_point, x.dim(), axis).to(x.dtype))
+    return (x / _along(scale, x.dim(), axis)).round_().add_(_along(zero_point, x.dim(), axis).to(x.dtype))
 
 
 def _along(vector: Tensor, rank: int, axis: int | None) -> Tensor:

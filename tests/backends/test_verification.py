@@ -22,6 +22,7 @@ from graphopt.backends.onnx_lowering.lowering import Style, lower
 from graphopt.backends.onnx_lowering.saving import save
 from graphopt.errors import LoweringError
 from graphopt.ir.program import Program
+from graphopt.measure.cost import cost
 from tests.backends.quantized import IntegerResNet
 from tests.models import Residual
 
@@ -151,6 +152,11 @@ class TestBatches:
         assert len({row.tobytes() for row in rows}) == 8
         assert sorted(rows[2]) == sorted(rows[0])  # shuffled, so that values stay valid
         np.testing.assert_array_equal(dict(batches(program, None))["at batch size 8"][0].reshape(8, -1), rows)
+
+    def test_a_dear_program_is_run_at_fewer_sizes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        program = capture(Residual().eval(), torch.randn(2, 3, 8, 8))
+        monkeypatch.setattr("graphopt.backends.onnx_execution.batches._MOST_FLOPS", 12 * cost(program).flops - 1)
+        assert [*dict(batches(program, None))] == ["at batch size 1", "at batch size 3"]
 
     def test_given_samples_are_cycled_through(self) -> None:
         program = capture(Residual().eval(), torch.randn(2, 3, 8, 8))
