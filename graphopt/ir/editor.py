@@ -19,9 +19,10 @@ from graphopt.ir.devices import device_of, held_by
 from graphopt.ir.graph import assemble, erase_dead, fake_mode_of, readers, tensor_attribute
 from graphopt.ir.names import unused
 from graphopt.ir.operators import short_name
+from graphopt.ir.propagation import Propagation
 from graphopt.ir.provenance import Origin, origin, record, user_line
 from graphopt.ir.regions import Region, inputs, region, results
-from graphopt.ir.torch_internals import FakeTensor, FakeTensorMode, enable_python_dispatcher, free_symbols, pytree
+from graphopt.ir.torch_internals import FakeTensor, FakeTensorMode, free_symbols, pytree
 
 
 class Editor:
@@ -32,6 +33,7 @@ class Editor:
         self.graph = gm.graph
         self._made_by = made_by
         self._mode = fake_mode_of(gm) if mode is None else mode
+        self._propagation = Propagation(self._mode)
 
     def call(self, target: Callable[..., Any], *args: Any, like: fx.Node, site: str = "", **kwargs: Any) -> fx.Node:
         """Insert a call at the graph's insertion point, descending from `like`.
@@ -111,9 +113,7 @@ class Editor:
             return
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         try:
-            # Without the Python dispatcher aten.pad, among others, fixes a symbolic batch to its example size.
-            with enable_python_dispatcher(), self._mode:
-                value = node.target(*args, **kwargs)  # type: ignore[operator]
+            value = self._propagation.call(node, args, kwargs)
         except Exception as err:  # whatever an operator's fake kernel raises is about this one node
             raise PassError(
                 f"Pass `{self._made_by}` built `{node.format_node()}`, which cannot run on the shapes it is "

@@ -16,6 +16,7 @@ from graphopt.errors import VerifyError
 from graphopt.ir.finite import all_finite
 from graphopt.ir.graph import fake_mode_of
 from graphopt.ir.program import Program
+from graphopt.ir.propagation import Propagation
 from graphopt.ir.provenance import user_line
 from graphopt.ir.torch_internals import enable_python_dispatcher, pytree, statically_known_true
 from graphopt.ir.walker import Walker
@@ -103,7 +104,7 @@ def _check_values(program: Program, pass_name: str) -> None:
                 f"Pass `{pass_name}` left node `{node.name}` without meta['val']. Build it with `Editor.call`."
             )
     try:
-        stale = _Propagation(program).stale()
+        stale = _Recorded(program).stale()
     except RuntimeError as err:
         raise VerifyError(f"After pass `{pass_name}` the program cannot run: {err}.") from err
     if stale is not None:
@@ -119,15 +120,19 @@ def _is_region(node: fx.Node, gm: fx.GraphModule) -> bool:
     return node.op == "get_attr" and isinstance(operator.attrgetter(str(node.target))(gm), torch.nn.Module)
 
 
-class _Propagation(Walker):
+class _Recorded(Walker):
     """Runs a program on fake tensors and compares each result with what the node records."""
 
-    _stale: tuple[fx.Node, str, str] | None = None
+    def __init__(self, program: Program) -> None:
+        super().__init__(program)
+        self._stale: tuple[fx.Node, str, str] | None = None
+        self._mode = fake_mode_of(program.graph_module)
+        self._propagation = Propagation(self._mode)
 
     def stale(self) -> tuple[fx.Node, str, str] | None:
         """Return the first node whose recorded value differs, with both descriptions."""
         values = [node.meta["val"] for node in self.program.graph.nodes if node.op == "placeholder"]
-        with enable_python_dispatcher(), fake_mode_of(self.program.graph_module):
+        with enable_python_dispatcher(), self._mode:
             self.run([value for value in values if isinstance(value, torch.Tensor)])
         return self._stale
 
@@ -141,7 +146,7 @@ class _Propagation(Walker):
 
     def call(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one call and compare what it gives."""
-        value = super().call(node, args, kwargs)
+        value = self._propagation.call(node, args, kwargs)
         self._compare(node, node.meta["val"], value)
         return value
 

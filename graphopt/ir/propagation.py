@@ -1,0 +1,74 @@
+"""Running calls on fake tensors, equal calls once.
+
+A fake tensor with a symbolic size costs a millisecond to make, and most calls of a deep network are like an earlier
+one: of ResNet-50's 121 folded layers 40 differ. Calls are equal where operator, arguments, and shapes, strides and
+types of their tensors are; what they give is then one fake tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.ir.aliasing import shared_inputs, written_inputs
+from graphopt.ir.torch_internals import FakeTensor, FakeTensorMode, OpOverload, enable_python_dispatcher
+
+_OURS = ("aten", "graphopt")  # operators whose shapes follow from their arguments: who knows what a stranger's do
+_DEPENDS_ON_DATA = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+
+
+class Propagation:
+    """Runs calls in one fake mode, for as long as a graph is looked at."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        self._mode = mode
+        self._known: dict[Hashable, Any] = {}
+
+    def call(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what the call of `node` gives for these arguments; calls of plain operators may share a result."""
+        key = _described((args, kwargs)) if _is_plain(node) else None
+        if key is not None and (node.target, key) in self._known:
+            return self._known[node.target, key]
+        # Without the Python dispatcher aten.pad, among others, fixes a symbolic batch to its example size.
+        with enable_python_dispatcher(), self._mode:
+            value = node.target(*args, **kwargs)  # type: ignore[operator]
+        if key is not None:
+            self._known[node.target, key] = value
+        return value
+
+
+def _is_plain(node: fx.Node) -> bool:
+    """Whether a call gives new memory, whose shape follows from those of its arguments."""
+    target = node.target
+    if not isinstance(target, OpOverload) or target.namespace not in _OURS:
+        return False
+    return not (_DEPENDS_ON_DATA.intersection(target.tags) or shared_inputs(node) or written_inputs(node))
+
+
+def _described(value: Any) -> Hashable | None:
+    """Return all of an argument that the shape of a result may depend on; None for what is not known here."""
+    if isinstance(value, list | tuple):
+        items = tuple(map(_described, value))
+        return None if None in items else (type(value), items)
+    if isinstance(value, dict):
+        return _described(tuple(value.items()))
+    if isinstance(value, torch.Tensor):
+        return _tensor(value)
+    if isinstance(value, torch.SymInt):
+        return torch.SymInt, value.node.expr
+    known = isinstance(value, _CONSTANTS) or value is None
+    return (type(value), value) if known else None  # with the type: 1, 1.0 and True are equal
+
+
+_CONSTANTS = (bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
+
+
+def _tensor(value: torch.Tensor) -> Hashable | None:
+    if type(value) is not FakeTensor or value.layout is not torch.strided or value.constant is not None:
+        return None
+    sizes = _described((*value.shape, *value.stride(), value.storage_offset()))
+    flags = value.is_conj(), value.is_neg(), value.requires_grad
+    return FakeTensor, value.dtype, value.device, value.dim(), sizes, flags
