@@ -40,6 +40,7 @@ from graphopt.ir.contents import resolved
 from graphopt.ir.devices import OUT_OF_MEMORY, device_memory, device_of, held_by
 from graphopt.ir.dynamic_axes import LeafShapes, arranged
 from graphopt.ir.global_state import one_thread_at_a_time, outside_inference, random_state_kept
+from graphopt.ir.lifting import record_ranges
 from graphopt.ir.names import Names
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import record_capture, user_line
@@ -236,6 +237,7 @@ def _capture(
 
     def program(exported: ExportedProgram, wanted: LeafShapes, notes: Sequence[Note] = ()) -> Program:
         module = exported.module(check_guards=False)  # 2.13 adds a `_guards_fn` call without that argument
+        record_ranges(module)
         found = from_module(module, args, kwargs, wanted)
         return dataclasses.replace(found, notes=(*given, *notes, *lost_in_eval(model, found.graph_module)))
 

@@ -16,6 +16,7 @@ from graphopt.errors import CaptureError, first_line
 from graphopt.ir.devices import OUT_OF_MEMORY
 from graphopt.ir.dynamic_axes import LeafShapes, arranged
 from graphopt.ir.graph import copy_graph_module
+from graphopt.ir.lifting import lifted
 from graphopt.ir.provenance import custom_notes, drop_process_traces
 from graphopt.ir.regions import every_graph_module
 from graphopt.ir.signature import TensorSpec
@@ -61,7 +62,7 @@ _known: weakref.WeakKeyDictionary[Exportable, tuple[object, Exported]] = weakref
 
 
 def exported(program: Exportable) -> Exported:
-    """Export `program` in evaluation mode, once for as long as its graph stands: ResNet-50 takes a second.
+    """Export `program` in evaluation mode, once for as long as its graph stands, without a trace where none is needed.
 
     Raises:
         CaptureError: as `export_again`.
@@ -69,7 +70,7 @@ def exported(program: Exportable) -> Exported:
     state = _state(program.graph_module)
     known, found = _known.get(program, (None, None))
     if found is None or known != state:
-        found = _export(program, _named(program.graph_module, evaluated=True))
+        found = _lifted(program) or _export(program, _named(program.graph_module, evaluated=True))
         _known[program] = (state, found)
     return found
 
@@ -102,6 +103,15 @@ def export_again(program: Exportable) -> Exported:
         CaptureError: a rewrite tied a dynamic axis to one size; the message names it.
     """
     return _export(program, _named(program.graph_module))
+
+
+def _lifted(program: Exportable) -> Exported | None:
+    gm = copy_graph_module(program.graph_module)
+    set_training(gm, False)
+    found = lifted(gm, program.inputs, tuple(program.example_args), program.example_kwargs)
+    if found is None:
+        return None
+    return Exported(found, {node.name: node.name for node in found.graph.nodes if node.op == "call_function"})
 
 
 def _export(program: Exportable, gm: fx.GraphModule) -> Exported:

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher  # without it aten.pad fixes a symbolic batch to its hint
 from torch._export import utils as export_utils  # where an export looks for operators
+from torch._export.verifier import TrainingIRVerifier  # of what an export gives; a program by default is stricter
 from torch._guards import detect_fake_mode  # the mode of recorded values: their symbols belong to it
 from torch._ops import HigherOrderOperator, OperatorBase, OpOverload, OpOverloadPacket  # what graphs call
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # what `meta["val"]` holds
@@ -39,7 +40,9 @@ __all__ = [
     "OpOverloadPacket",
     "OperatorBase",
     "ShapeEnv",
+    "TrainingIRVerifier",
     "arguments_by_name",
+    "calling_convention",
     "compiled_module",
     "compiler_settings",
     "copy_code_generator",
@@ -97,6 +100,14 @@ def output_structure(gm: fx.GraphModule) -> pytree.TreeSpec:
     structure = gm._out_spec
     assert isinstance(structure, pytree.TreeSpec)  # torch.export always sets it
     return structure
+
+
+def calling_convention(graph: fx.Graph) -> tuple[list[str], pytree.TreeSpec, pytree.TreeSpec] | None:
+    """Return the names of a graph's arguments, and how they and its results are arranged; None for a plain graph."""
+    info = getattr(graph._codegen, "pytree_info", None)
+    if info is None or info.out_spec is None:
+        return None
+    return list(info.orig_args), info.in_spec, info.out_spec
 
 
 def copy_structures(source: fx.GraphModule, target: fx.GraphModule) -> None:
