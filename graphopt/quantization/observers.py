@@ -12,6 +12,7 @@ The last two try ranges that shrink on one side after the other.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Literal
@@ -74,6 +75,7 @@ def _percentile_range(histogram: Histogram, percentile: float, low: float, high:
 
 def _shrunk(loss: _Loss, low: float, high: float) -> tuple[float, float]:
     """Shrink one side after the other to where a loss is least; of equals the widest range."""
+    loss = functools.cache(loss)  # where a side is 0, or has not moved, the ranges tried are the same again
     shares = np.linspace(1.0, _NARROWEST, _CANDIDATES)
     best_low, best_high = low, high
     for _ in range(_SWEEPS):
