@@ -34,12 +34,18 @@ _PASSES = {"float16": "half", "bfloat16": "bfloat16"}  # by the type that they s
 
 
 @dataclass(frozen=True, slots=True)
-class HalfOptions:
-    """Options of half and bfloat16."""
+class BFloat16Options:
+    """Options of bfloat16, and of half."""
 
     compute: Literal["auto", "yes", "no"] = "auto"  # in 16 bits where the target's kernels do; always; never: stored
     skip: tuple[str, ...] = ()  # glob patterns of module paths or nodes to leave in float32
     keep: tuple[str, ...] = ()  # glob patterns of further operators that compute in float32: gelu, matmul
+
+
+@dataclass(frozen=True, slots=True)
+class HalfOptions(BFloat16Options):
+    """Options of half."""
+
     samples: Annotated[int, Field(ge=1)] = 64  # calibration samples whose values are looked at for overflow
     batch_size: Annotated[int, Field(ge=1)] = 16  # samples per calibration step; does not change the result
 
@@ -73,7 +79,7 @@ class Half(Pass[HalfOptions, HalfPlan]):
 
     name = "half"
     dtype: ClassVar[torch.dtype] = torch.float16
-    options_type = HalfOptions
+    options_type: ClassVar[type[BFloat16Options]] = HalfOptions
     plan_type = HalfPlan
     cached = True
     needs = ("folded",)
@@ -179,5 +185,6 @@ class BFloat16(Half):
 
     name = "bfloat16"
     dtype = torch.bfloat16
+    options_type = BFloat16Options
     cached = True
     conflicts = ("half",)

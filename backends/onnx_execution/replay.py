@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphopt.ir.operators import MOVES
 from graphopt.ir.program import Program
 from graphopt.ir.torch_internals import pytree
 from graphopt.ir.walker import Walker
@@ -49,8 +50,8 @@ class Replay(Walker):
         Args:
             program: what to run.
             exact: compute every float32 value in float64.
-            noise: change the last digits of what is computed out of a runtime's integers: values that are equal by
-                their integers then come in either order.
+            noise: change the last digits of what is computed out of a runtime's integers, and of what is rounded to 16
+                bits: values that are equal by these then come in either order.
         """
         super().__init__(program)
         self._codes: Codes = {}
@@ -95,14 +96,12 @@ class Replay(Walker):
             dynamic = isinstance(result, tuple)
             self.steps.append((_dynamic_step if dynamic else _step)(node.name, result if dynamic else (result,), codes))
             return self._widened(codes) if dynamic else codes[0]
+        if self._noise is not None and _is_half(result) and node not in MOVES:
+            return perturbed(result, self._noise, units=4)
         return self._widened(result)
 
     def _widened(self, value: Any) -> Any:
-        if (
-            self._exact
-            and isinstance(value, torch.Tensor)
-            and value.dtype in (torch.float32, torch.float16, torch.bfloat16)
-        ):
+        if self._exact and (_is_half(value) or (isinstance(value, torch.Tensor) and value.dtype is torch.float32)):
             return value.double()
         if isinstance(value, tuple | list):
             return type(value)(self._widened(item) for item in value)
@@ -140,9 +139,13 @@ def _dynamic_step(source: str, computed: Tensors, codes: Tensors) -> Deviation:
     return Deviation(source, int(steps.max()), int(steps.count_nonzero()) / steps.numel())
 
 
-def perturbed(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Change the last three bits of each number's significand."""
+def _is_half(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+
+
+def perturbed(tensor: torch.Tensor, generator: torch.Generator, *, units: int = 8) -> torch.Tensor:
+    """Change each number by up to so many units in the last place."""
     if not tensor.is_floating_point():
         return tensor
     noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype) - 0.5
-    return tensor * (1 + 16 * torch.finfo(tensor.dtype).eps * noise)
+    return tensor * (1 + 2 * units * torch.finfo(tensor.dtype).eps * noise)

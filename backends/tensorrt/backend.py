@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from graphopt.backends.onnx_backend import OnnxBackend
 from graphopt.backends.onnx_execution.batches import batches
+from graphopt.backends.onnx_execution.run_script import run_script
 from graphopt.backends.onnx_execution.session import OnnxSession
 from graphopt.backends.onnx_execution.stand_in import stand_in
 from graphopt.backends.onnx_lowering.artifacts import read_model
@@ -90,6 +91,13 @@ class TensorRTBackend(OnnxBackend):
     ) -> float:
         """Compare the artifact with `program` in ONNX Runtime, as `session` runs it."""
         return super().verify(stand_in(artifact), program, inputs, session)
+
+    def run_script(self, artifact: Artifact) -> str:
+        """Return a script that runs the artifact in ONNX Runtime, and says where that cannot."""
+        if stand_in(artifact) is artifact:
+            return super().run_script(artifact)
+        remark = "ONNX Runtime has no bfloat16 kernels and refuses this file. Build it with trtexec."
+        return run_script(artifact.path.name, artifact.inputs, artifact.session_options, remark=remark)
 
     def summary(self, artifact: Artifact) -> str:
         """Say what TensorRT's builder made of the artifact."""

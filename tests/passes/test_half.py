@@ -20,7 +20,7 @@ from graphopt.errors import DataError, LoweringError, UsageError
 from graphopt.ir.invariants import check_invariants
 from graphopt.ir.program import Program
 from graphopt.passes.fold import Fold
-from graphopt.passes.half import BFloat16, Half, HalfOptions, HalfPlan
+from graphopt.passes.half import BFloat16, Half, HalfPlan
 from graphopt.pipeline.context import Context
 from graphopt.targets.description import TargetDescription
 from graphopt.testing import TensorSamples, assert_same_program, check_pass
@@ -52,7 +52,7 @@ def planned(
     **options: object,
 ) -> HalfPlan:
     ctx = Context(program, targets=(target,), target=target, samples=TensorSamples(data) if data else None)
-    return kind(HalfOptions(**options)).plan(program, ctx)  # type: ignore[arg-type]
+    return kind(kind.options_type(**options)).plan(program, ctx)
 
 
 def halved(program: Program, *data: Tensor, kind: type[Half] = Half, **options: object) -> Program:
@@ -336,5 +336,23 @@ def test_tensorrt_builds_it_and_its_stand_in_computes_the_same(kind: type[Half],
     assert str(artifact.facts["engine"]).startswith("built by")
     assert backend.check(artifact) == []
     assert backend.verify(artifact, after) < torch.finfo(kind.dtype).eps
+    script = backend.run_script(artifact)
+    assert ("ONNX Runtime has no bfloat16 kernels" in script) == (kind is BFloat16)
     left = [reason for reason in reasons(plan).values() if "no kernel" in reason]  # type: ignore[arg-type]
     assert left == ([] if kind is Half else ["tensorrt has no kernel of it in bfloat16"])
+
+
+@needs_parser
+def test_places_of_equal_values_may_be_either(tmp_path: Path) -> None:
+    class Segmented(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x).argmax(1)
+
+    images = noise(2, 3, 32, 32)
+    after = halved(folded(Segmented(), images))
+    backend = TensorRTBackend()
+    assert backend.verify(backend.lower(after, tmp_path / "tensorrt.onnx"), after, (noise(8, 3, 32, 32).numpy(),)) == 0
