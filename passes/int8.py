@@ -23,7 +23,7 @@ from graphopt.passes.quantization.choice import choose_forms
 from graphopt.passes.quantization.layers import LayerQuantizer
 from graphopt.passes.quantization.placement import Placement, place
 from graphopt.passes.quantization.plan import Int8Plan, LayerRecord
-from graphopt.passes.quantization.prepare import respell, spellings
+from graphopt.passes.quantization.prepare import respell, spellings, stays_respelled
 from graphopt.passes.quantization.rewrite import Rewriter
 from graphopt.passes.quantization.scales import Observing, choose_scales, constant_integers, value_records
 from graphopt.passes.quantization.tables import quantize_tables, read_integers
@@ -118,10 +118,10 @@ class Int8(Pass[Int8Options, Int8Plan]):
         while True:
             prepared, originals = _prepared(program, respelled)
             placement = place(prepared.graph_module, target, self.options.skip, default=_DEFAULT[self.options.mode])
-            placed = {originals.get(site.node.name) for site in placement.sites}
-            if placed >= respelled.keys():
+            kept = stays_respelled(respelled, originals, placement)
+            if kept == respelled:
                 return respelled, prepared, originals, placement
-            respelled = {name: spelling for name, spelling in respelled.items() if name in placed}
+            respelled = kept
 
     def _calibration(self, placement: Placement, program: Program, ctx: Context) -> Calibration | None:
         """Return what saw the samples; None where nothing needs them and there are none."""

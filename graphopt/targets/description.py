@@ -118,6 +118,7 @@ class TargetDescription:
         rank_multiple: the same for the inner size of factorised layers.
         sparsity: the pattern of sparse weights that has kernels, None for no such kernels.
         stored: weights that are read as integers by operators that compute in floating point.
+        norms_as_convolutions: whether a norm of stored statistics between integers is best written as a convolution.
         table: integer format of embedding tables whose rows become floating when they are read, None for none.
         floats: what it can do in floating types of 16 bits; others it refuses.
     """
@@ -131,6 +132,7 @@ class TargetDescription:
     rank_multiple: int = 1
     sparsity: SparseFormat | None = None
     table: IntegerFormat | None = None
+    norms_as_convolutions: bool = False
     floats: tuple[FloatKernels, ...] = ()
     stored: tuple[StoredRule, ...] = ()
     notes: tuple[str, ...] = field(default=())

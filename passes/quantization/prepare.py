@@ -5,10 +5,11 @@ hardswish(x)       -> mul(x, hardsigmoid(x))                likewise
 prelu(x, a)        -> leaky_relu(x, a)                      one slope in all
                       add(x, relu(mul(x, a - 1)))           no slope is larger than 1
                       add(x, mul(relu(mul(x, -1)), 1 - a))  otherwise
+batch_norm(x, ..)  -> conv(x, w, b, groups=channels)        1 x 1, of what integers are read of
 mean(x, spatial)   -> [flatten](adaptive_avg_pool(x, 1))    where it has one for global pooling
 
-A spelling of `prelu` is exact for finite x, as integers are. What is placed on integers in none of its parts keeps its
-own spelling (`int8`): on floats none of these is faster.
+A spelling of `prelu` is exact for finite x, as integers are. What does not end up between integers keeps its own
+spelling (`stays_respelled`): on floats none of these is faster.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from graphopt.ir.finite import all_finite
 from graphopt.ir.graph import arguments, constant
 from graphopt.ir.operators import short_name
 from graphopt.passes.quantization.kernels import rank, spatial_mean
+from graphopt.passes.quantization.placement import Placement, Site
 from graphopt.passes.quantization.plan import stored_name
 from graphopt.targets.description import TargetDescription
 
@@ -47,6 +49,8 @@ def spellings(gm: fx.GraphModule, target: TargetDescription) -> dict[str, str]:
             found[node.name] = _ACTIVATIONS[name][0]
         elif name == "mean" and "global_average_pool" in known and spatial_mean(node):
             found[node.name] = "global_average_pool"
+        elif name == "batch_norm" and target.norms_as_convolutions and _is_fixed_norm(node, gm) and rank(node) in _CONV:
+            found[node.name] = "convolution"
         elif name == "prelu" and (spelling := _of_prelu(node, gm, known)):
             found[node.name] = spelling
     return found
@@ -70,6 +74,20 @@ def respell(editor: Editor, wanted: Mapping[str, str]) -> dict[str, str]:
     return renamed
 
 
+def stays_respelled(respelled: Mapping[str, str], originals: Mapping[str, str], placement: Placement) -> dict[str, str]:
+    """Return the spellings that end up on integers; a norm must stand between integers to be worth a convolution."""
+    sites = {site.node for site in placement.sites}
+
+    def pays(site: Site) -> bool:
+        if respelled.get(originals.get(site.node.name, "")) != "convolution":
+            return True
+        reads_integers = all(operand in placement.integers for operand in site.kernel.operands)
+        return reads_integers and site.end is not None and not sites.isdisjoint(site.end.users)
+
+    placed = {originals.get(site.node.name) for site in placement.sites if pays(site)}
+    return {name: spelling for name, spelling in respelled.items() if name in placed}
+
+
 _Made = tuple[Sequence[fx.Node], Sequence[fx.Node]]  # new calls in order, and those that compute what the old one did
 
 
@@ -91,6 +109,33 @@ def _global_pool(editor: Editor, node: fx.Node) -> _Made:
         return [pool], [pool]
     flat = editor.call(aten.flatten.using_ints, pool, 1, like=node)
     return [pool, flat], [pool, flat]
+
+
+def _is_fixed_norm(node: fx.Node, gm: fx.GraphModule) -> bool:
+    """Whether a norm of stored statistics, whatever is left out of its weight and bias."""
+    given = arguments(node, ())
+    stored = [given[name] for name in ("weight", "bias") if given[name] is not None]
+    stored += [given["running_mean"], given["running_var"]]
+    values = [constant(value, gm) for value in stored]
+    return not given["training"] and all(value is not None and all_finite(value) for value in values)
+
+
+def _convolution(editor: Editor, node: fx.Node) -> _Made:
+    given = arguments(node, ())
+    read = {name: constant(given[name], editor.gm) for name in ("weight", "bias", "running_mean", "running_var")}
+    mean, variance = read["running_mean"], read["running_var"]
+    assert mean is not None  # by `_is_fixed_norm`
+    assert variance is not None
+    scale = (variance.detach().double() + given["eps"]).rsqrt()
+    scale = scale if read["weight"] is None else scale * read["weight"].detach().double()
+    shift = -mean.detach().double() * scale
+    shift = shift if read["bias"] is None else shift + read["bias"].detach().double()
+    spatial = rank(node) - 2
+    weight = _constant(editor, node, "weight", scale.float().reshape(-1, *[1] * (spatial + 1)))
+    bias = _constant(editor, node, "shift", shift.float())
+    ones, zeros = [1] * spatial, [0] * spatial
+    made = [editor.call(_CONV[rank(node)], given["input"], weight, bias, ones, zeros, ones, len(scale), like=node)]
+    return made, made
 
 
 def _of_prelu(node: fx.Node, gm: fx.GraphModule, known: set[str]) -> str:
@@ -141,10 +186,12 @@ def _constant(editor: Editor, node: fx.Node, what: str, value: Tensor) -> fx.Nod
     return editor.read(editor.put(stored_name(node.name, what), value), like=node)
 
 
+_CONV = {3: aten.conv1d.default, 4: aten.conv2d.default}
 _SPELL: dict[str, Callable[[Editor, fx.Node], _Made]] = {
     "mul_sigmoid": _gated(aten.sigmoid.default),
     "mul_hardsigmoid": _gated(aten.hardsigmoid.default),
     "global_average_pool": _global_pool,
+    "convolution": _convolution,
     "leaky_relu": _leaky_relu,
     "add_relu": _add_relu,
     "add_mul_relu": _add_mul_relu,

@@ -164,6 +164,23 @@ class HardActivations(nn.Module):
         return self.out(x + self.d(x.relu()))
 
 
+class PreActivation(nn.Module):
+    """DenseNet's layers: norms, which nothing in front of them takes in, of integers and of floats."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(8, 4, 1)
+        self.first, self.second, self.third = nn.BatchNorm2d(3), nn.BatchNorm2d(4), nn.BatchNorm2d(8, affine=False)
+        for norm in (self.first, self.second, self.third):
+            norm.running_mean.normal_(generator=torch.Generator().manual_seed(1))
+            norm.running_var.uniform_(0.5, 2, generator=torch.Generator().manual_seed(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(self.first(torch.tanh(x)).relu()).relu()
+        x = torch.cat([x, self.b(self.second(x).relu())], 1)
+        return self.c(self.third(x).relu())
+
+
 class Shuffle(nn.Module):
     """Grouped and depthwise convolutions, a channel shuffle, chunk and concatenation."""
 
@@ -233,6 +250,11 @@ EDGES: list[tuple[type[nn.Module], Tensor, dict[str, int]]] = [
         HardActivations,
         images(),
         {"QLinearConv": 6, "QLinearLeakyRelu": 4, "QLinearMul": 5, "QLinearAdd": 3, "QuantizeLinear": 1},
+    ),
+    (
+        PreActivation,
+        images(),
+        {"QLinearConv": 5, "QLinearConcat": 1, "BatchNormalization": 1, "DequantizeLinear": 1, "QuantizeLinear": 1},
     ),
     (Shuffle, images(4), {"QLinearConv": 4, "QLinearConcat": 1, "DequantizeLinear": 1}),
     (Pools, images(), {"QLinearConv": 2, "QLinearAveragePool": 1, "MaxPool": 0}),
