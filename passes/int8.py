@@ -24,6 +24,7 @@ from graphopt.passes.quantization.layers import LayerQuantizer
 from graphopt.passes.quantization.placement import Placement, place
 from graphopt.passes.quantization.plan import Int8Plan, LayerRecord
 from graphopt.passes.quantization.prepare import respell, spellings, stays_respelled
+from graphopt.passes.quantization.recurrent import lstm_call, record_lstms, rewrite_lstms
 from graphopt.passes.quantization.rewrite import Rewriter
 from graphopt.passes.quantization.scales import Observing, choose_scales, constant_integers, value_records
 from graphopt.passes.quantization.tables import quantize_tables, read_integers
@@ -44,7 +45,7 @@ _COMPARED_AT_ONCE = 8
 class Int8Options:
     """Options of int8."""
 
-    mode: Literal["auto", "static", "dynamic"] = "auto"  # when scales of activations are chosen: see below
+    mode: Literal["auto", "static", "dynamic"] = "auto"  # how scales of activations are chosen, see `Int8`
     observer: Observer | Literal["auto"] = "auto"  # how ranges are chosen: by kind of operator, or see `observers`
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99  # percent of values kept in range by `percentile`
     samples: Annotated[int, Field(ge=1)] = 512  # calibration samples used
@@ -61,7 +62,12 @@ class Int8(Pass[Int8Options, Int8Plan]):
     2. Operators between them (add, mul, concatenation, pooling) follow where that keeps a chain in integers.
     3. Operators that only move values (reshape, slice, pad) run on the stored integers.
     4. Activations that the integer range clamps anyway (ReLU, ReLU6 in front of an unsigned quantization) are dropped.
-    5. Embedding tables are stored as integers, a scale for each row; what is read of them is float again.
+    5. LSTMs run layer by layer on integer weights, whose kernels choose the scales of activations.
+    6. Embedding tables are stored as integers, a scale for each row; what is read of them is float again.
+
+    Scales of activations are static, chosen here from data, or dynamic, chosen by a kernel from each batch (so that a
+    sample's result depends on those beside it). By default a layer has dynamic ones where static ones leave too little
+    of small samples, and stays float where both do.
 
     Refused: operators without an integer kernel on the target, weights computed at run time, values that are not
     float32, have no elements or are written in place, what `skip` names.
@@ -91,15 +97,18 @@ class Int8(Pass[Int8Options, Int8Plan]):
                 scales = choose_scales(placement, gm, calibration, originals, target.activation, observing)
         values = value_records(placement, gm, scales, observing)
         layers, integers = self._quantize_layers(placement, gm, calibration, originals, scales, target, tensors)
+        lstms = [call for site in placement.sites if (call := lstm_call(site.node)) is not None]
+        recurrent, gates = record_lstms(lstms, gm, target.weight)
         return self.new_plan(
             sites=[*(table["site"] for table in tables), *(site.node.name for site in placement.sites)],
             refusals=[*placement.refusals, *float_tables],
-            tensors={**integers, **constant_integers(values, gm)},
+            tensors={**integers, **gates, **constant_integers(values, gm)},
             respelled=respelled,
             values=tuple(values),
             layers=tuple(layers),
             dropped=tuple(node.name for node in placement.dropped),
             tables=tuple(tables),
+            recurrent=tuple(recurrent),
         )
 
     def apply(self, program: Program, plan: Int8Plan) -> Program:
@@ -108,6 +117,7 @@ class Int8(Pass[Int8Options, Int8Plan]):
         editor = Editor(prepared.graph_module, self.name)
         Rewriter(editor, plan).run()
         read_integers(editor, plan.tables, plan.tensors)
+        rewrite_lstms(editor, plan.recurrent, plan.tensors)
         return prepared.with_graph(editor.finish())
 
     def _placed(

@@ -15,8 +15,12 @@ def value_quantized(program: Program, quantize: str) -> str:
     """Say in words whose result a quantize node rounds."""
     value = _node(program, quantize).args[0]
     assert isinstance(value, fx.Node)  # what is quantized is computed or an input
-    if value.op == "placeholder":
-        return f"input `{value.name}`"
+    return f"input `{value.name}`" if value.op == "placeholder" else value_computed(program, value.name)
+
+
+def value_computed(program: Program, name: str) -> str:
+    """Say in words whose result a node computes."""
+    value = _node(program, name)
     known = origin(value)
     where = f" of `{path}`" if (path := module_path(value)) else ""
     return f"the result of `{known.op if known is not None and known.op else value.name}`{where}"

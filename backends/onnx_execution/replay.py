@@ -14,14 +14,18 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphopt.backends.onnx_execution.agreement import WORSE_THAN_TORCH, half_of_the_digits, relative_error
 from graphopt.ir.operators import MOVES
 from graphopt.ir.program import Program
 from graphopt.ir.torch_internals import pytree
 from graphopt.ir.walker import Walker
 from graphopt.quantization.ops import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
+from graphopt.quantization.recurrent import DYNAMIC_LSTM, lstm
 
 Tensors = tuple[torch.Tensor, ...]
-Codes = Mapping[str, Tensors]  # by quantization: the integers, of a dynamic one their scale and zero point too
+# By quantization: its integers, of a dynamic one their scale and zero point too. By LSTM on integers: its results,
+# which depend on integers of every step that no one sees.
+Codes = Mapping[str, Tensors]
 
 _MOST_KEPT = 1 << 27  # bytes of dequantized weights
 
@@ -39,6 +43,21 @@ class Deviation:
     node: str
     largest: int
     share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """How far the results of an LSTM on integers are from those of the same weights without rounding what they read.
+
+    Attributes:
+        node: the program's node.
+        error: that of the runtime's, relative to the largest value.
+        allowed: what rounding explains: a few times what it does to the program's own.
+    """
+
+    node: str
+    error: float
+    allowed: float
 
 
 class Replay(Walker):
@@ -59,15 +78,16 @@ class Replay(Walker):
         self._noise = noise
         self._weights: dict[fx.Node, torch.Tensor] = {}
         self.steps: list[Deviation] = []
+        self.drifts: list[Drift] = []
 
     def outputs(self, inputs: Tensors, codes: Codes | None = None) -> Tensors:
-        """Return the flat outputs; `steps` then says how far each quantization was off.
+        """Return the flat outputs; `steps` and `drifts` then say how far each quantization and LSTM was off.
 
         Args:
             inputs: flat inputs.
             codes: what the runtime has by quantization of the original program. Nodes without are computed.
         """
-        self.steps = []
+        self.steps, self.drifts = [], []
         self._codes = codes or {}
         result = self.run([self._widened(tensor) for tensor in inputs])
         # a parameter that is returned as it is would still ask for gradients
@@ -83,7 +103,8 @@ class Replay(Walker):
             return self._weights[node]
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             return None  # it asserts the dtype of the trace, which an exact run widens
-        result = super().call(node, args, kwargs)
+        recurrent = node.target is DYNAMIC_LSTM
+        result: Any = lstm(*args, read=_unrounded) if recurrent and self._exact else super().call(node, args, kwargs)
         if node.target is DEQUANTIZE and _is_stored(node.args[0]):
             result = self._widened(result)
             if sum(known.nbytes for known in self._weights.values()) + result.nbytes <= _MOST_KEPT:
@@ -92,6 +113,9 @@ class Replay(Walker):
         if node.target is DEQUANTIZE and self._noise is not None:
             return perturbed(result, self._noise)
         codes = self._codes.get(node.name)
+        if codes is not None and recurrent:
+            self.drifts.append(_drift(node.name, lstm(*args, read=_unrounded), result, codes))
+            return self._widened(codes)
         if codes is not None:
             dynamic = isinstance(result, tuple)
             self.steps.append((_dynamic_step if dynamic else _step)(node.name, result if dynamic else (result,), codes))
@@ -110,7 +134,7 @@ class Replay(Walker):
 
 def quantize_nodes(program: Program) -> list[str]:
     """List the quantizations of a program whose integers a runtime can be asked for."""
-    return [node.name for node in program.graph.nodes if node.target in (QUANTIZE, DYNAMIC_QUANTIZE)]
+    return [node.name for node in program.graph.nodes if node.target in (QUANTIZE, DYNAMIC_QUANTIZE, DYNAMIC_LSTM)]
 
 
 def _is_stored(argument: object) -> bool:
@@ -137,6 +161,18 @@ def _dynamic_step(source: str, computed: Tensors, codes: Tensors) -> Deviation:
     )
     steps = ((mine - own_zero) * (own_scale / scale) - (found - zero)).abs_().round_()
     return Deviation(source, int(steps.max()), int(steps.count_nonzero()) / steps.numel())
+
+
+def _drift(source: str, exact: Tensors, computed: Tensors, codes: Tensors) -> Drift:
+    own, found = (
+        max(relative_error(want, have) for want, have in zip(exact, results, strict=True))
+        for results in (computed, codes)
+    )
+    return Drift(source, found, WORSE_THAN_TORCH * own + half_of_the_digits(torch.float32))
+
+
+def _unrounded(value: torch.Tensor) -> torch.Tensor:
+    return value
 
 
 def _is_half(value: object) -> bool:

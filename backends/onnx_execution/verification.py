@@ -30,8 +30,9 @@ from graphopt.backends.onnx_execution.agreement import (
     relative_error,
 )
 from graphopt.backends.onnx_execution.batches import batches
-from graphopt.backends.onnx_execution.blame import skip_around, value_quantized
-from graphopt.backends.onnx_execution.replay import Codes, Deviation, Replay, perturbed, quantize_nodes
+from graphopt.backends.onnx_execution.blame import skip_around, value_computed, value_quantized
+from graphopt.backends.onnx_execution.lstm_twins import add_twins
+from graphopt.backends.onnx_execution.replay import Codes, Deviation, Drift, Replay, perturbed, quantize_nodes
 from graphopt.backends.onnx_execution.rounded_activations import RoundedActivations, multiplies_blocks, without_rounding
 from graphopt.backends.onnx_execution.session import OnnxSession, SessionSettings
 from graphopt.backends.onnx_lowering.exporter import QUANTIZERS, SOURCE_PROPERTY
@@ -83,6 +84,7 @@ def verify(
         reference = _reference(program, codes, feed, replay.outputs(feed, codes))
         got = tuple(torch.from_numpy(array) for array in found)
         _check_steps(program, replay.steps, where)
+        _check_drifts(program, replay.drifts, where)
         for wrong in disagreements(reference, got):
             raise LoweringError(
                 f"{path.name} computes something else than the program: output `{program.outputs[wrong.output].name}` "
@@ -109,6 +111,8 @@ class IntegerProbe:
             source = next((entry.value for entry in node.metadata_props if entry.key == SOURCE_PROPERTY), "")
             if node.op_type in QUANTIZERS and source in known:
                 self._values[source] = list(node.output)
+        for source, values in add_twins(model, self._values).items():
+            self._values[source] = values
         returned = {value.name for value in model.graph.output}
         for name in dict.fromkeys(name for values in self._values.values() for name in values):
             if name not in returned:
@@ -153,6 +157,17 @@ def _check_steps(program: Program, steps: Sequence[Deviation], where: str) -> No
                 f"ONNX Runtime computes other integers than the program for {value_quantized(program, step.node)}: off "
                 f"by {step.largest} steps, {step.share:.2%} of them differ, {where}, where rounding explains "
                 f"{_ALLOWED_STEPS}. Leave what is around float ({_remedy(program, step.node)}), and report the model."
+            )
+
+
+def _check_drifts(program: Program, drifts: Sequence[Drift], where: str) -> None:
+    for drift in drifts:
+        if drift.error > drift.allowed:
+            layer = value_computed(program, drift.node)
+            raise LoweringError(
+                f"ONNX Runtime computes {layer} otherwise than the program: off by {drift.error:.3g} of its largest "
+                f"value, {where}, where rounding explains {drift.allowed:.3g}. Leave it float "
+                f"({_remedy(program, drift.node)}), or report the model."
             )
 
 

@@ -28,14 +28,15 @@ from graphopt.ir.program import Program
 from graphopt.ir.provenance import module_path, user_line
 from graphopt.ir.torch_internals import onnx_exporter
 from graphopt.quantization.ops import DYNAMIC_QUANTIZE, QUANTIZE
+from graphopt.quantization.recurrent import DYNAMIC_LSTM
 
 logger = logging.getLogger(__name__)
 
 SOURCE_PROPERTY = "graphopt.source"  # key of an ONNX node's metadata: the program's name of a quantization
 MODULE_PROPERTY = "graphopt.module"  # the module whose forward ran it
 
-QUANTIZERS = ("QuantizeLinear", "DynamicQuantizeLinear")
-_QUANTIZES = re.compile(r"graphopt\.(dynamic_)?quantize\.")
+QUANTIZERS = ("QuantizeLinear", "DynamicQuantizeLinear", "DynamicQuantizeLSTM")
+_QUANTIZES = re.compile(r"graphopt\.(quantize|dynamic_quantize|dynamic_lstm)\.")
 _CALL = "pkg.torch.onnx.fx_node"  # where the exporter writes the call an ONNX node translates
 _UNTRANSLATED = re.compile(
     r"No ONNX function found for <OpOverload\(op='(?P<op>[^']+)', overload='(?P<overload>[^']+)'"
@@ -133,7 +134,7 @@ def _quantizers(model: ir.Model, graph: fx.Graph) -> dict[str, fx.Node]:
 
     The exporter renames calls when it decomposes; it neither adds, drops nor reorders quantizations.
     """
-    calls = [node for node in graph.nodes if node.target in (QUANTIZE, DYNAMIC_QUANTIZE)]
+    calls = [node for node in graph.nodes if node.target in (QUANTIZE, DYNAMIC_QUANTIZE, DYNAMIC_LSTM)]
     described = (node for node in model.graph.all_nodes() if node.op_type in QUANTIZERS)
     names = [_exported_name(node) for node in described if _QUANTIZES.search(node.metadata_props.get(_CALL, ""))]
     if len(names) != len(calls):  # some range has no QuantizeLinear: names are all there is

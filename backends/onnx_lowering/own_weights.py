@@ -1,4 +1,4 @@
-"""Give every operator a stored weight and a zero point of its own, which ONNX Runtime may have to rewrite for it.
+"""Give every operator stored weights and zero points of its own, which ONNX Runtime may have to rewrite for it.
 
 Given:   d = DequantizeLinear(w, s, zero); Conv(x, d); Conv(y, d)
 Result:  Conv(x, DequantizeLinear(w, s, w_zero_point))
@@ -7,7 +7,7 @@ Result:  Conv(x, DequantizeLinear(w, s, w_zero_point))
 
 On x86 without VNNI the runtime turns int8 weights to uint8 where it is asked to be precise, and fails on what it has
 turned already ("Attempt to replace the existing tensor", 1.31.1). It folds the Reshape before: the file holds the
-weight once. Left alone: what has one reader.
+weight once. Left alone: what has one reader. An LSTM reads its integers itself, without a DequantizeLinear.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import onnx_ir as ir
 from graphopt.backends.onnx_lowering.values import store, value_names
 from graphopt.ir.names import Names
 
-_WEIGHT, _ZERO_POINT = 0, 2  # among the inputs of DequantizeLinear
+# operator: which of its inputs are a stored weight and the zero point of that
+_STORED = {"DequantizeLinear": ((0, 2),), "DynamicQuantizeLSTM": ((1, 9), (2, 11))}
 
 
 class OwnWeightsPass(ir.passes.InPlacePass):
@@ -30,18 +31,18 @@ class OwnWeightsPass(ir.passes.InPlacePass):
         names = value_names(model)
         for graph in model.graphs():
             latest: dict[ir.Value, ir.Value] = {}  # of each stored weight, what its last reader reads
-            for node in [node for node in graph if dequantizes_a_weight(node)]:
-                for own in (node, *_copies_for_further_readers(graph, node)):
-                    modified |= _separate(graph, own, latest, names)
+            for node in [node for node in graph if reads_stored_integers(node)]:
+                copies = _copies_for_further_readers(graph, node) if node.op_type == "DequantizeLinear" else []
+                for own in (node, *copies):
+                    for weight, zero in _STORED[own.op_type]:
+                        modified |= _separate(graph, own, weight, zero, latest, names)
         return ir.passes.PassResult(model, modified=modified)
 
 
-def dequantizes_a_weight(node: ir.Node) -> bool:
-    """Whether a node dequantizes int8 that is stored in the model, the other way round perhaps."""
-    if node.domain != "" or node.op_type != "DequantizeLinear":
-        return False
-    weight = node.inputs[_WEIGHT]
-    return weight is not None and weight.dtype == ir.DataType.INT8 and _is_stored(weight)
+def reads_stored_integers(node: ir.Node) -> bool:
+    """Whether a node reads int8 that is stored in the model, the other way round perhaps."""
+    weights = (node.inputs[weight] for weight, _ in _STORED.get(node.op_type, ()))
+    return any(weight is not None and weight.dtype == ir.DataType.INT8 and _is_stored(weight) for weight in weights)
 
 
 def _is_stored(value: ir.Value) -> bool:
@@ -62,19 +63,21 @@ def _copies_for_further_readers(graph: ir.Graph, node: ir.Node) -> list[ir.Node]
     return copies
 
 
-def _separate(graph: ir.Graph, node: ir.Node, latest: dict[ir.Value, ir.Value], names: Names) -> bool:
-    """Let a dequantization share nothing with those of the weights seen so far."""
-    weight, zero = node.inputs[_WEIGHT], node.inputs[_ZERO_POINT] if len(node.inputs) > _ZERO_POINT else None
-    assert weight is not None  # by `dequantizes_a_weight`
+def _separate(
+    graph: ir.Graph, node: ir.Node, weight_at: int, zero_at: int, latest: dict[ir.Value, ir.Value], names: Names
+) -> bool:
+    """Let a node share nothing with those that read the weights seen so far."""
+    weight, zero = node.inputs[weight_at], node.inputs[zero_at] if len(node.inputs) > zero_at else None
+    assert weight is not None  # by `reads_stored_integers`
     shared = zero is not None and zero.const_value is not None and len(list(zero.uses())) > 1
     if zero is not None and zero.const_value is not None and shared:
         own = store(graph, names.new(f"{weight.name}_zero_point"), zero.const_value.numpy())
-        node.replace_input_with(_ZERO_POINT, own)
+        node.replace_input_with(zero_at, own)
     if weight not in latest:
         latest[weight] = weight
         return shared
     latest[weight] = _reshaped_to_itself(graph, node, latest[weight], names)
-    node.replace_input_with(_WEIGHT, latest[weight])
+    node.replace_input_with(weight_at, latest[weight])
     return True
 
 

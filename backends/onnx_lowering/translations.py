@@ -3,6 +3,7 @@
     quantize        QuantizeLinear, after a Clip where the range is narrower than the integer type
     dequantize      DequantizeLinear; of blocks, and `unpack`, operators of graphopt's own (`packed_operators`)
     dynamic_quantize  DynamicQuantizeLinear
+    dynamic_lstm    DynamicQuantizeLSTM of ONNX Runtime
     fake_quantize   QuantizeLinear, DequantizeLinear
     observe         nothing
 
@@ -19,8 +20,10 @@ import torch
 from onnxscript import opset20
 
 import graphopt.quantization.ops  # noqa: F401  (registers the operators)
+from graphopt.backends.onnx_lowering.contrib_operators import dynamic_lstm
 from graphopt.backends.onnx_lowering.packed_operators import dequantize_blocks, unpack
 from graphopt.quantization.formats import storage_dtype
+from graphopt.quantization.recurrent import DYNAMIC_LSTM
 
 # Its type variables describe arrays; in a translation the arguments are the exporter's symbolic values.
 op: Any = opset20
@@ -36,6 +39,7 @@ def table() -> dict[Callable[..., Any], Callable[..., Any]]:
         ops.quantize.default: _quantize,
         ops.dequantize.default: _dequantize,
         ops.dynamic_quantize.default: _dynamic_quantize,
+        DYNAMIC_LSTM: dynamic_lstm,
         ops.fake_quantize.default: _fake_quantize,
         ops.observe.default: _observe,
         ops.unpack.default: unpack,

@@ -25,6 +25,7 @@ _PRODUCTS = (
     # MatMulIntegerToFloat; quantizing the result of a transformer's products costs four times the error.
     OperatorRule("matmul", output="never", scales=_BOTH, weight_axis=1),
 )
+_RECURRENT = (OperatorRule("lstm", output="never", scales=("dynamic",)),)  # DynamicQuantizeLSTM
 _JOINS = (
     OperatorRule("add", role="join", absorbs=_CLAMPS),
     OperatorRule("mul", role="join", absorbs=_CLAMPS),
@@ -57,7 +58,7 @@ DESCRIPTION = TargetDescription(
     weight=_WEIGHT,
     norms_as_convolutions=True,
     table=_WEIGHT,
-    operators=(*_CONVOLUTIONS, *_PRODUCTS, *_JOINS, *_SAME_SCALE, *_MOVES),
+    operators=(*_CONVOLUTIONS, *_PRODUCTS, *_RECURRENT, *_JOINS, *_SAME_SCALE, *_MOVES),
     stored=(  # MatMulNBits and GatherBlockQuantized
         StoredRule("linear", bits=(2, 4, 8), blocks=_BLOCKS),
         StoredRule("embedding", bits=(2, 4, 8), blocks=_BLOCKS),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,8 +14,18 @@ from graphopt.data.batches import Batch
 from graphopt.ir.program import Program
 from graphopt.ir.walker import Walker
 
-# Takes the arguments of a call and returns another result for it.
-Alternative = Callable[[tuple[Any, ...], dict[str, Any]], Tensor]
+
+@dataclass(frozen=True, eq=False)
+class Alternative:
+    """Another way to run a call.
+
+    Attributes:
+        run: takes the arguments of the call and returns another result for it.
+        compared: takes such a result, or the call's own, and returns what is compared, with samples first.
+    """
+
+    run: Callable[[tuple[Any, ...], dict[str, Any]], Any]
+    compared: Callable[[Any], Tensor] = lambda result: result
 
 
 def compare(
@@ -25,7 +36,7 @@ def compare(
     Args:
         program: what is run, batch by batch.
         batches: flat inputs.
-        alternatives: by name, of calls of the program whose results are tensors.
+        alternatives: by name, of calls of the program.
     """
     if not alternatives:
         return {}
@@ -51,7 +62,8 @@ class _Comparer(Walker):
         """Run one call and what is to be compared with it; the program goes on with its own result."""
         result = super().call(node, args, kwargs)
         for name, alternative in self._alternatives.get(node, {}).items():
-            self.shares[node][name] += _noise_shares(result, alternative(args, kwargs))
+            found = alternative.run(args, kwargs)
+            self.shares[node][name] += _noise_shares(alternative.compared(result), alternative.compared(found))
         return result
 
 

@@ -6,6 +6,7 @@ outputs are off decides, sample by sample: scales that fit the largest sample ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -17,9 +18,12 @@ from graphopt.ir.graph import constant
 from graphopt.ir.program import Program
 from graphopt.passes.layers.weighted_call import WeightedCall
 from graphopt.passes.quantization.placement import Choice, Placement
+from graphopt.passes.quantization.recurrent import lstm_call, stored_lstm
 from graphopt.pipeline.plan import Refusal
+from graphopt.quantization.formats import IntegerFormat
 from graphopt.quantization.ops import dequantize, dynamic_quantize, fake_quantize
 from graphopt.quantization.qparams import QParams, quantize_weight, weight_scales
+from graphopt.quantization.recurrent import dynamic_lstm
 from graphopt.statistics.alternatives import Alternative, compare
 from graphopt.targets.description import TargetDescription
 
@@ -48,6 +52,8 @@ def choose_forms(
     gm = program.graph_module
     for site in placement.sites:
         layer = site.kernel.layer
+        if site.kernel.name == "lstm":
+            asked[site.node] = {"dynamic": _integer_lstm(site.node, gm, target.weight)}
         if layer is None or site.dynamic or "dynamic" not in site.rule.scales:
             continue
         weight = _rounded(layer, gm, target)
@@ -58,11 +64,13 @@ def choose_forms(
 
 
 def _choice(node: fx.Node, sqnr: Mapping[str, float]) -> Choice | None:
-    static, dynamic = sqnr["static"], sqnr["dynamic"]
-    if max(static, dynamic) < _LEAST:
-        reason = f"8 bits leave its result {static:.0f} dB, {dynamic:.0f} with dynamic scales"
-        return Refusal(node.name, reason, "8 bits are too few")
-    return "dynamic" if static < _WANTED and dynamic > static + _LEAST_GAIN else None
+    best = max(sqnr.values())
+    if best < _LEAST:
+        return Refusal(
+            node.name, f"8 bits leave its result {best:.0f} dB, {_LEAST:.0f} are wanted", "8 bits are too few"
+        )
+    static = sqnr.get("static", math.inf)
+    return "dynamic" if static < _WANTED and sqnr["dynamic"] > static + _LEAST_GAIN else None
 
 
 def _with(layer: WeightedCall, weight: Tensor, read: Callable[[Tensor], Tensor]) -> Alternative:
@@ -77,7 +85,21 @@ def _with(layer: WeightedCall, weight: Tensor, read: Callable[[Tensor], Tensor])
         result: Tensor = layer.node.target(*args, **kwargs)  # type: ignore[operator]
         return result
 
-    return run
+    return Alternative(run)
+
+
+def _integer_lstm(node: fx.Node, gm: fx.GraphModule, integers: IntegerFormat) -> Alternative:
+    """Return a layer of an LSTM on integers."""
+    call = lstm_call(node)
+    assert call is not None  # it is placed
+    stored = stored_lstm(call, gm, integers)
+
+    def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor]:
+        x, states = args[0], args[1]
+        found, _, _ = dynamic_lstm(x.transpose(0, 1) if call.batch_first else x, *states, *stored.values())
+        return (found.permute(2, 0, 1, 3).flatten(2) if call.batch_first else found.transpose(1, 2).flatten(2),)
+
+    return Alternative(run, lambda result: result[0] if call.batch_first else result[0].transpose(0, 1))
 
 
 def _rounded(layer: WeightedCall, gm: fx.GraphModule, target: TargetDescription) -> Tensor:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import operator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from graphopt.ir.operators import (
 )
 from graphopt.ir.torch_internals import OpOverload
 from graphopt.passes.layers.weighted_call import WeightedCall, layer_call
+from graphopt.passes.quantization.recurrent import lstm_call
 
 # Work that would pay for integers: reported when a target has no kernel for it.
 HEAVY = PRODUCTS | ALL_CONVOLUTIONS | ATTENTION | RECURRENT
@@ -48,12 +50,14 @@ class Kernel:
         name: as target descriptions name it.
         operands: the tensors it computes on, weight and bias excluded; attribute reads among them are constants.
         layer: what is known of it as a layer, None if it has no weight.
+        parameters: what it learned, by role.
         problem: why it cannot run on integers on any target, "" if it can.
     """
 
     name: str
     operands: tuple[fx.Node, ...]
     layer: WeightedCall | None = None
+    parameters: Mapping[str, fx.Node] = field(default_factory=dict)
     problem: str = ""
 
 
@@ -70,6 +74,8 @@ def kernel_of(node: fx.Node, gm: fx.GraphModule) -> Kernel | None:
     layer = layer_call(node, gm)
     if layer is not None:
         return _convolution(layer) if "conv" in layer.kind else _product(layer)
+    if name == "lstm":
+        return _recurrent(node)
     if name in ("mm", "matmul"):
         return Kernel("batched_matmul", tuple(node.all_input_nodes))
     if name in ("add", "mul", "cat"):
@@ -110,7 +116,7 @@ def _convolution(layer: WeightedCall) -> Kernel:
     spatial = len(layer.kernel)
     name = f"conv{spatial}d" if layer.kind == "conv" else f"conv_transpose{spatial}d"
     problem = "" if rank(layer.input) == spatial + 2 else "its input has no batch axis"
-    return Kernel(name, (layer.input,), layer, problem)
+    return Kernel(name, (layer.input,), layer, _parameters(layer), problem)
 
 
 def _product(layer: WeightedCall) -> Kernel:
@@ -120,7 +126,19 @@ def _product(layer: WeightedCall) -> Kernel:
     if rank(layer.input) < 2 or rank(layer.weight) != 2:
         problem = "its input has no batch axis"
     flat = layer.bias is not None and (rank(layer.input) == 2 or _static(layer.input))
-    return Kernel("gemm" if flat else "matmul", (layer.input,), layer, problem)
+    return Kernel("gemm" if flat else "matmul", (layer.input,), layer, _parameters(layer), problem)
+
+
+def _parameters(layer: WeightedCall) -> Mapping[str, fx.Node]:
+    return {"weight": layer.weight, **({} if layer.bias is None else {"bias": layer.bias})}
+
+
+def _recurrent(node: fx.Node) -> Kernel:
+    call = lstm_call(node)
+    if call is None:
+        return Kernel("lstm", tuple(node.all_input_nodes), problem="it has projections or packed sequences")
+    names = (f"parameter `{parameter.target}`" for parameter in call.parameters)
+    return Kernel("lstm", (call.x, *call.states), parameters=dict(zip(names, call.parameters, strict=True)))
 
 
 def _elementwise(node: fx.Node, name: str) -> Kernel:

@@ -144,7 +144,7 @@ class _Placer:
 
     def _check_skip(self) -> None:
         nodes = [node for node in self._gm.graph.nodes if node.op == "call_function"]
-        layers = [module_path(node) or node.name for node, kernel in self._kernels.items() if kernel.layer is not None]
+        layers = [module_path(node) or node.name for node, kernel in self._kernels.items() if kernel.parameters]
         others = [name for node in nodes for name in (module_path(node), node.name)]
         check_globs("skip", self._skip, layers, kind="module or operator", others=others)
 
@@ -272,10 +272,7 @@ class _Placer:
                 return f"`{value.name}` has no elements", "a value has no elements"
             if reason := self._written(value):
                 return reason, "written in place"
-        parameters = {} if kernel.layer is None else {"weight": kernel.layer.weight, "bias": kernel.layer.bias}
-        for role, parameter in parameters.items():
-            if parameter is None:
-                continue
+        for role, parameter in kernel.parameters.items():
             if parameter.target is DEQUANTIZE:
                 return "it is quantized already", ""
             if constant(parameter, self._gm) is None:

@@ -60,6 +60,13 @@ class TableRecord(TypedDict):
     weight: str
 
 
+class RecurrentRecord(TypedDict):
+    """A layer of an LSTM: the plan holds its tensors as those of the node `stored`."""
+
+    site: str
+    stored: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Int8Plan(Plan):
     """Placement, scales and weights.
@@ -70,6 +77,7 @@ class Int8Plan(Plan):
         layers: every layer whose weight is, in graph order.
         dropped: activations left out because the integer range clamps the same.
         tables: every read of an embedding table that is stored as integers, in graph order.
+        recurrent: every layer of an LSTM whose weights are, in graph order.
     """
 
     respelled: Mapping[str, str] = field(default_factory=dict)
@@ -77,6 +85,7 @@ class Int8Plan(Plan):
     layers: tuple[LayerRecord, ...] = ()
     dropped: tuple[str, ...] = ()
     tables: tuple[TableRecord, ...] = ()
+    recurrent: tuple[RecurrentRecord, ...] = ()
 
 
 def table_name(weight: str) -> str:

@@ -7,6 +7,7 @@ prelu(x, a)        -> leaky_relu(x, a)                      one slope in all
                       add(x, mul(relu(mul(x, -1)), 1 - a))  otherwise
 batch_norm(x, ..)  -> conv(x, w, b, groups=channels)        1 x 1, of what integers are read of
 mean(x, spatial)   -> [flatten](adaptive_avg_pool(x, 1))    where it has one for global pooling
+lstm, n layers     -> n lstms of one layer                  where it has one for LSTMs
 
 A spelling of `prelu` is exact for finite x, as integers are. What does not end up between integers keeps its own
 spelling (`stays_respelled`): on floats none of these is faster.
@@ -26,6 +27,7 @@ from graphopt.ir.operators import short_name
 from graphopt.passes.quantization.kernels import rank, spatial_mean
 from graphopt.passes.quantization.placement import Placement, Site
 from graphopt.passes.quantization.plan import stored_name
+from graphopt.passes.quantization.recurrent import layer_by_layer, lstm_call
 from graphopt.targets.description import TargetDescription
 
 aten = torch.ops.aten
@@ -43,7 +45,12 @@ def spellings(gm: fx.GraphModule, target: TargetDescription) -> dict[str, str]:
     known = {rule.operator for rule in target.operators}
     found = {}
     for node in gm.graph.nodes:
-        if node.op != "call_function" or (name := short_name(node)) in known:
+        if node.op != "call_function":
+            continue
+        name = short_name(node)
+        if name == "lstm" and name in known and (call := lstm_call(node)) is not None and call.layers > 1:
+            found[node.name] = "lstm_layers"
+        if name in known:
             continue
         if name in _ACTIVATIONS and _ACTIVATIONS[name][1] <= known:
             found[node.name] = _ACTIVATIONS[name][0]
@@ -66,6 +73,9 @@ def respell(editor: Editor, wanted: Mapping[str, str]) -> dict[str, str]:
     for node in list(editor.graph.nodes):
         spelling = wanted.get(node.name)
         if spelling is None:
+            continue
+        if spelling == "lstm_layers":
+            renamed.update(layer_by_layer(editor, node))
             continue
         with editor.graph.inserting_before(node):
             made, same = _SPELL[spelling](editor, node)

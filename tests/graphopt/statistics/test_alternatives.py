@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.capturing.capture import capture
-from graphopt.statistics.alternatives import compare
+from graphopt.statistics.alternatives import Alternative, compare
 
 
 def test_shares_of_noise_are_taken_sample_by_sample() -> None:
@@ -26,7 +26,11 @@ def test_shares_of_noise_are_taken_sample_by_sample() -> None:
     def the_same(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         return args[0]
 
-    found = compare(program, [(batch,), (batch,)], {first: {"off": off_by_one}, second: {"same": the_same}})
+    found = compare(
+        program,
+        [(batch,), (batch,)],
+        {first: {"off": Alternative(off_by_one)}, second: {"same": Alternative(the_same)}},
+    )
     assert found[first]["off"] == pytest.approx(-10 * math.log10((1 + 1e-4) / 2))
     assert found[second]["same"] == math.inf  # the program goes on from its own results
 
@@ -34,5 +38,5 @@ def test_shares_of_noise_are_taken_sample_by_sample() -> None:
 def test_noise_without_signal_has_no_bound() -> None:
     program = capture(nn.ReLU(), torch.ones(2, 4))
     node = program.graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default)[0]
-    found = compare(program, [(-torch.ones(2, 4),)], {node: {"off": lambda args, kwargs: args[0]}})
+    found = compare(program, [(-torch.ones(2, 4),)], {node: {"off": Alternative(lambda args, kwargs: args[0])}})
     assert found[node]["off"] == -math.inf
