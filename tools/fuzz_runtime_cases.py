@@ -255,7 +255,7 @@ class Case(nn.Module):
         """Let a call follow; False where it is None, fails, or gives what is no finite tensor of floats."""
         try:
             value = call(self._value) if call is not None else None
-        except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError):
+        except Exception:  # operators raise anything
             return False
         good = isinstance(value, Tensor) and value.dtype is torch.float32 and 0 < value.numel() <= _MOST_ELEMENTS
         if not good or not bool(value.isfinite().all()):

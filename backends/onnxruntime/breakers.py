@@ -24,6 +24,21 @@ from graphopt.backends.onnx_lowering.values import value_names
 from graphopt.ir.names import Names
 
 
+def _always(node: ir.Node) -> bool:
+    return True
+
+
+def _weight_is_float(node: ir.Node) -> bool:
+    weight = node.inputs[1].producer() if node.inputs[1] is not None else None
+    return weight is None or weight.op_type != "DequantizeLinear"
+
+
+def _counts_what_is_beyond(node: ir.Node) -> bool:
+    """Whether windows may end behind the padding, where padding counts."""
+    given = node.attributes
+    return bool(given.get_int("ceil_mode", 0) and given.get_int("count_include_pad", 0))
+
+
 @dataclass(frozen=True, slots=True)
 class Breaker:
     """An operator between DequantizeLinear and QuantizeLinear that becomes a kernel which computes something else.
@@ -31,17 +46,22 @@ class Breaker:
     Attributes:
         what: what is wrong with the kernel.
         version: of onnxruntime, the last it was seen in.
+        wrong: which of its nodes it is wrong for.
     """
 
     what: str
     version: str
+    wrong: Callable[[ir.Node], bool] = _always
 
 
+_ROUNDED = Breaker(
+    "WeightBiasQuantization rounds a float weight, with one scale for all of it", "1.31.1", _weight_is_float
+)
 BREAKERS: Mapping[str, Breaker] = {
     "Softmax": Breaker("QLinearSoftmax is off by tens of steps where logits lie close together", "1.31.1"),
+    "AveragePool": Breaker("QLinearAveragePool counts what is behind the padding", "1.31.1", _counts_what_is_beyond),
+    **dict.fromkeys(("Conv", "ConvTranspose", "Gemm"), _ROUNDED),
 }
-# WeightBiasQuantization (1.31.1) rounds a float weight that is left between integers, with one scale for all of it.
-_LAYERS = frozenset(("Conv", "ConvTranspose", "Gemm"))
 
 # The optimizer moves quantizations across these, up and down, or drops them.
 _MOVES = frozenset(
@@ -54,16 +74,13 @@ def keep_apart(model: ir.Model) -> None:
     names = value_names(model)
     for graph in model.graphs():
         for node in [node for node in graph if node.domain == ""]:
+            if node.op_type == "AveragePool" and not any(node.attributes.get_ints("pads", ())):
+                node.attributes.add(ir.AttrInt64("count_include_pad", 0))  # there is no padding to count
             readers = list(node.outputs[0].consumers())
             if node.op_type == "DequantizeLinear":
                 _copy(graph, node, [reader for reader in readers if reader.op_type == "QuantizeLinear"], names)
-            elif (node.op_type in BREAKERS or _weight_is_float(node)) and _between_integers(node):
+            elif node.op_type in BREAKERS and _between_integers(node) and BREAKERS[node.op_type].wrong(node):
                 _copy(graph, node, readers, names)
-
-
-def _weight_is_float(node: ir.Node) -> bool:
-    weight = node.inputs[1].producer() if node.op_type in _LAYERS and node.inputs[1] is not None else None
-    return node.op_type in _LAYERS and (weight is None or weight.op_type != "DequantizeLinear")
 
 
 def _between_integers(node: ir.Node) -> bool:

@@ -179,6 +179,28 @@ def test_a_softmax_between_integers_stays_float(tmp_path: Path, monkeypatch: pyt
         BACKEND.verify(fused, program)
 
 
+def test_a_pool_that_reaches_beyond_its_padding_is_right(tmp_path: Path) -> None:
+    """ONNX Runtime's integer kernel counts what is behind the padding; without padding none has to count."""
+
+    class Pools(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.roundings = nn.ModuleList(Rounded(scale, 128) for scale in (0.03, 0.02, 0.02))
+            self.pools = nn.ModuleList((nn.AvgPool2d(2, ceil_mode=True), nn.AvgPool2d(3, 2, 1, ceil_mode=True)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.roundings[0](x)
+            for pool, rounding in zip(self.pools, self.roundings[1:], strict=True):
+                x = rounding(pool(x))
+            return x
+
+    program = program_of(Pools(), 2, 3, 11, 11)
+    artifact = BACKEND.lower(program, tmp_path / "pools.onnx")
+    BACKEND.verify(artifact, program)
+    counts = kernel_counts(artifact.path, SessionSettings.of(artifact.session_options))
+    assert (counts["QLinearAveragePool"], counts["AveragePool"]) == (1, 1)
+
+
 class ReluBetween(nn.Module):
     def __init__(self) -> None:
         super().__init__()
