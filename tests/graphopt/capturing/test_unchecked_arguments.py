@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, fx, nn
 
+import graphopt.quantization.ops  # noqa: F401  (registers the operators)
 from graphopt.capturing.argument_places import place_arguments
 from graphopt.capturing.capture import capture
 from graphopt.capturing.public_operators import use_public_operators
@@ -132,19 +133,38 @@ def test_what_would_use_memory_of_others_is_refused(case: str) -> None:
         check_arguments(HOSTILE[case]())
 
 
-@pytest.mark.parametrize("quantizer", ["quantize", "dequantize", "fake_quantize"])
-def test_more_scales_than_there_are_rows(quantizer: str) -> None:
+@pytest.mark.parametrize(
+    ("quantizer", "further", "said"),
+    [
+        ("quantize", (0, 255), "do not fit axis 0"),
+        ("dequantize", (), "do not fit axis 0"),
+        ("dequantize", (2,), "do not fit blocks of 2 along axis 0"),
+        ("fake_quantize", (0, 255), "do not fit axis 0"),
+    ],
+)
+def test_more_scales_than_there_are_rows(quantizer: str, further: tuple[int, ...], said: str) -> None:
     gm = graph_module(aten._weight_norm.default, torch.ones(1, 4), torch.ones(1, 1), 0)
     gm.register_buffer("scales", torch.ones(9))
     (norm,) = gm.graph.find_nodes(op="call_function", target=aten._weight_norm.default)
     with gm.graph.inserting_before(norm):
         scales = gm.graph.get_attr("scales")
         target = getattr(torch.ops.graphopt, quantizer).default
-        limits = () if quantizer == "dequantize" else (0, 255)
         norm.replace_input_with(
-            norm.args[0], gm.graph.call_function(target, (norm.args[0], scales, scales, 0, *limits))
+            norm.args[0], gm.graph.call_function(target, (norm.args[0], scales, scales, 0, *further))
         )
-    with pytest.raises(CaptureError, match=f"calls `{quantizer}` on what it does not take .*do not fit axis 0"):
+    with pytest.raises(CaptureError, match=f"calls `{quantizer}` on what it does not take .*{said}"):
+        check_arguments(gm)
+
+
+def test_more_integers_than_there_are_bytes() -> None:
+    gm = graph_module(aten._weight_norm.default, torch.ones(1, 4), torch.ones(1, 1), 0)
+    gm.register_buffer("packed", torch.ones(1, 2, dtype=torch.uint8))
+    (norm,) = gm.graph.find_nodes(op="call_function", target=aten._weight_norm.default)
+    with gm.graph.inserting_before(norm):
+        packed = gm.graph.get_attr("packed")
+        unpacked = gm.graph.call_function(torch.ops.graphopt.unpack.default, (packed, 1 << 40, 4, 0))
+        norm.replace_input_with(norm.args[0], unpacked)
+    with pytest.raises(CaptureError, match=r"calls `unpack` on what it does not take .*are not in 2 bytes"):
         check_arguments(gm)
 
 

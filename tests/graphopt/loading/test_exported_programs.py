@@ -212,14 +212,18 @@ def test_quantized_program_of_graphopt_loads(tmp_path: Path) -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             scale, zero = torch.tensor(0.5), torch.tensor(0)
             q = torch.ops.graphopt.quantize(torch.ops.graphopt.observe(x, "here"), scale, zero, None, -128, 127)
-            return torch.ops.graphopt.dequantize(q, scale, zero, None)  # type: ignore[no-any-return]
+            packed = torch.tensor([[0x21]], dtype=torch.uint8)
+            weight = torch.ops.graphopt.dequantize(
+                torch.ops.graphopt.unpack(packed, 2, 4, 0), torch.ones(1, 1), torch.tensor(0, dtype=torch.uint8), 1, 2
+            )
+            return torch.ops.graphopt.dequantize(q, scale, zero, None) + weight.sum()  # type: ignore[no-any-return]
 
     importlib.import_module("graphopt.quantization.ops")
     with (tmp_path / "q.pt2").open("wb") as file:
         torch.export.save(torch.export.export(Quantized(), (torch.ones(2, 3),)), file)
     loaded = load_model(tmp_path / "q.pt2").model
     assert isinstance(loaded, torch.export.ExportedProgram)
-    torch.testing.assert_close(loaded.module()(torch.full((2, 3), 0.7)), torch.full((2, 3), 0.5))
+    torch.testing.assert_close(loaded.module()(torch.full((2, 3), 0.7)), torch.full((2, 3), 3.5))
 
 
 def test_control_flow_and_sizes_from_data_load(tmp_path: Path) -> None:
