@@ -39,9 +39,12 @@ def main() -> None:
 
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(384, 6, 1536, batch_first=True, activation="gelu")
+    encoder = nn.TransformerEncoder(layer, 6)
+    for weight in encoder.parameters():  # copies of one layer would be stored once
+        nn.init.normal_(weight, std=0.02)
     subjects = {
         "ResNet-18": (torchvision.models.resnet18(), torch.randn(2, 3, 224, 224)),
-        "encoder, 6 x 384": (nn.TransformerEncoder(layer, 6), torch.randn(2, 64, 384)),
+        "encoder, 6 x 384": (encoder, torch.randn(2, 64, 384)),
     }
     print(*said_of_processor("model name"))
     for name, (model, example) in subjects.items():
