@@ -1,7 +1,7 @@
 """Running calls on fake tensors, equal calls once.
 
 A fake tensor with a symbolic size costs a millisecond to make, and most calls of a deep network are like an earlier
-one: of ResNet-50's 121 folded layers 40 differ. Calls are equal where operator, arguments, and shapes, strides and
+one: of the 122 of a folded ResNet-50 42 differ. Calls are equal where operator, arguments, and shapes, strides and
 types of their tensors are; what they give is then one fake tensor.
 """
 
