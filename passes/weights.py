@@ -133,10 +133,11 @@ class Weights(Pass[WeightsOptions, WeightsPlan]):
         """Round every weight whose inputs can be looked at, value by value."""
         by_value: dict[str, list[MatrixSite]] = {}
         for site in forms:
-            if site.calls and site.calls[0].in_features <= WIDEST:
+            reason = _why_without_data(site)
+            if not reason:
                 by_value.setdefault(site.calls[0].input.name, []).append(site)
             elif site.calls:
-                text = f"rounded by {self._without_data}: {site.calls[0].in_features} inputs, more than {WIDEST}"
+                text = f"rounded by {self._without_data}: {reason}"
                 work.notes.append(Refusal(site.weight_name, text, "rounded without regard to the data"))
         wanted = [
             (name, Covariance(sites[0].calls[0].input_axis), sites[0].calls[0].in_features)
@@ -145,7 +146,7 @@ class Weights(Pass[WeightsOptions, WeightsPlan]):
         for name, covariance in gather_covariances(ctx, program, self.name, wanted, samples=self.options.samples):
             moments = covariance.about_zero().cpu()
             if self.options.method == "awq":
-                work.scale_inputs(name, [site for site in by_value[name] if not site.shared], forms, moments)
+                work.scale_inputs(name, [site for site in by_value[name] if len(site.calls) == 1], forms, moments)
             for site in by_value[name]:
                 work.round(site, forms[site], self._without_data, moments)
 
@@ -201,6 +202,16 @@ class _Work:
         self.inputs.append(InputRecord(value=value, readers=[node.name for node in nodes], norm=norm))
         self.factors[scaling_name(value)] = divisor.reciprocal()
         self._divisors.update(dict.fromkeys(sites, divisor))
+
+
+def _why_without_data(site: MatrixSite) -> str:
+    """Return why no value decides how a weight is rounded, "" where one does."""
+    if site.reads:
+        return "its rows are read as they are, too"
+    if len({call.input for call in site.calls}) > 1:
+        return "it is multiplied with several values"
+    inputs = site.calls[0].in_features
+    return f"{inputs} inputs, more than {WIDEST}" if inputs > WIDEST else ""
 
 
 def _tensors(stored: Iterable[StoredMatrix]) -> dict[str, Tensor]:

@@ -53,11 +53,6 @@ class MatrixSite:
     turned: bool
 
     @property
-    def shared(self) -> bool:
-        """Whether it is read more than once."""
-        return len(self.nodes) > 1
-
-    @property
     def nodes(self) -> tuple[fx.Node, ...]:
         """Everything that reads it."""
         return (*(call.node for call in self.calls), *self.reads)

@@ -188,10 +188,17 @@ def test_data_make_products_more_exact(method: str, gain: float) -> None:
     program, data = correlated()
     plain, better = (plan_of(program, data, method=name) for name in ("mse", method))
     wanted = program(data)
-    errors = [float((Weights().apply(program, plan)(data) - wanted).norm()) for plan in (plain, better)]
+    errors = [float((Weights().apply(program, plan)(data) - wanted).detach().norm()) for plan in (plain, better)]
     assert errors[1] < errors[0] / 10 ** (gain / 20)
     assert {record["method"] for record in better.weights.values()} == {method}
     assert all(record["output_sqnr"] is not None for record in better.weights.values())
+
+
+def test_a_table_is_not_rounded_for_a_product(words: Program) -> None:
+    plan = plan_of(words, IDS, method="gptq")
+    methods = {name: record["method"] for name, record in plan.weights.items()}
+    assert methods == {"head.weight": "mse", "inner.weight": "gptq", "back.weight": "gptq"}
+    assert reasons(plan) == {"head.weight": "rounded by mse: its rows are read as they are, too"}
 
 
 def test_scales_of_inputs_go_into_the_norm_that_makes_them_or_a_multiplication() -> None:
