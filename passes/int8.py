@@ -8,6 +8,7 @@ and dequantize stand is read from the target description.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -33,12 +34,13 @@ from graphopt.pipeline.pass_base import Pass
 from graphopt.quantization.histogram import ChannelMean
 from graphopt.quantization.observers import Observer
 from graphopt.quantization.qparams import QParams
-from graphopt.statistics.calibration import Calibration
+from graphopt.statistics.calibration import Calibration, read_batches
 from graphopt.targets.description import Scales, TargetDescription
 
 _DEFAULT: Mapping[str, Scales | None] = {"auto": None, "static": "static", "dynamic": "dynamic"}
 _COMPARED = 32  # samples by which layers choose between static and dynamic scales
 _COMPARED_AT_ONCE = 8
+_ROUNDED_BY = 128  # samples that weights are rounded by
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,10 @@ class Int8Options:
     samples: Annotated[int, Field(ge=1)] = 512  # calibration samples used
     batch_size: Annotated[int, Field(ge=1)] = 32  # samples per calibration step; does not change the result
     weights: Literal["channel", "tensor"] = "channel"  # one weight scale per output channel, or one in all
-    bias_correction: bool = True  # correct biases for the mean error that rounding weights causes
+    weight_bits: Annotated[int, Field(ge=2, le=8)] = 8  # of a weight; fewer lie in bytes, for studies of accuracy
+    accuracy: Literal["fast", "balanced", "best"] = "balanced"  # what the next two are where nothing is said of them
+    bias_correction: bool | None = None  # biases make up for the mean error of rounded weights; none: but for fast
+    rounding: Literal["nearest", "gptq"] | None = None  # of weights: by their inputs with gptq; none: for best
     skip: tuple[str, ...] = ()  # glob patterns of module paths or nodes to leave float
 
 
@@ -83,7 +88,7 @@ class Int8(Pass[Int8Options, Int8Plan]):
 
     def plan(self, program: Program, ctx: Context) -> Int8Plan:
         """Place integers, calibrate, and choose scales and integer weights."""
-        target = ctx.need_target(self.name)
+        target = self._target(ctx)
         respelled, prepared, originals, placement = self._placed(program, target)
         gm, skip = prepared.graph_module, self.options.skip
         tables, tensors, float_tables = quantize_tables(gm, target, skip)
@@ -96,13 +101,16 @@ class Int8(Pass[Int8Options, Int8Plan]):
                 placement = place(gm, target, skip, choice)
                 scales = choose_scales(placement, gm, calibration, originals, target.activation, observing)
         values = value_records(placement, gm, scales, observing)
-        layers, integers = self._quantize_layers(placement, gm, calibration, originals, scales, target, tensors)
+        quantizer = LayerQuantizer(gm, target.weight, tensors, per_channel=self.options.weights == "channel")
+        if self._rounding == "gptq" and placement.sites:
+            quantizer.round_by_inputs(placement.sites, prepared, self._batches(program, ctx), ctx.progress)
+        layers = self._quantize_layers(quantizer, placement, calibration, originals, scales)
         lstms = [call for site in placement.sites if (call := lstm_call(site.node)) is not None]
         recurrent, gates = record_lstms(lstms, gm, target.weight)
         return self.new_plan(
             sites=[*(table["site"] for table in tables), *(site.node.name for site in placement.sites)],
             refusals=[*placement.refusals, *float_tables],
-            tensors={**integers, **gates, **constant_integers(values, gm)},
+            tensors={**quantizer.tensors, **gates, **constant_integers(values, gm)},
             respelled=respelled,
             values=tuple(values),
             layers=tuple(layers),
@@ -146,31 +154,43 @@ class Int8(Pass[Int8Options, Int8Plan]):
         samples = ctx.need_samples(self.name, "to choose how layers are quantized")
         yield from whole_batches(samples, _COMPARED_AT_ONCE, _COMPARED, fixed=program.batch_size)
 
+    @property
+    def _rounding(self) -> Literal["nearest", "gptq"]:
+        return self.options.rounding or ("gptq" if self.options.accuracy == "best" else "nearest")
+
+    def _target(self, ctx: Context) -> TargetDescription:
+        """Return the target, with weights of as many bits as asked for."""
+        target = ctx.need_target(self.name)
+        weight = dataclasses.replace(target.weight, bits=self.options.weight_bits)
+        return dataclasses.replace(target, weight=weight)
+
+    def _batches(self, program: Program, ctx: Context) -> list[Batch]:
+        samples = ctx.need_samples(self.name, "to round weights by what they are multiplied with")
+        return read_batches(
+            program, samples, limit=min(self.options.samples, _ROUNDED_BY), batch_size=_COMPARED_AT_ONCE
+        )
+
     def _quantize_layers(
         self,
+        quantizer: LayerQuantizer,
         placement: Placement,
-        gm: fx.GraphModule,
         calibration: Calibration | None,
         originals: Mapping[str, str],
         scales: Mapping[fx.Node, QParams],
-        target: TargetDescription,
-        tables: Mapping[str, Tensor],
-    ) -> tuple[list[LayerRecord], dict[str, Tensor]]:
+    ) -> list[LayerRecord]:
         sites = [(site, site.kernel.layer) for site in placement.sites if site.kernel.layer is not None]
         means = self._input_means([layer for _, layer in sites], calibration, originals)
-        per_channel = self.options.weights == "channel"
-        quantizer = LayerQuantizer(gm, target.weight, tables, per_channel=per_channel)
-        layers = [
+        return [
             quantizer.quantize(site, layer, None if site.dynamic else scales[placement.root(layer.input)].scale, mean)
             for (site, layer), mean in zip(sites, means, strict=True)
         ]
-        return layers, quantizer.tensors
 
     def _input_means(
         self, layers: Sequence[WeightedCall], calibration: Calibration | None, originals: Mapping[str, str]
     ) -> Sequence[Tensor | None]:
         """Return the mean of each layer's input per channel where biases are to be corrected by it."""
-        if not self.options.bias_correction or calibration is None:
+        wanted = self.options.bias_correction
+        if calibration is None or not (self.options.accuracy != "fast" if wanted is None else wanted):
             return [None] * len(layers)
         inputs = ((originals.get(layer.input.name, layer.input.name), layer.input_axis) for layer in layers)
         return [found.mean for found in calibration.gather((name, ChannelMean(axis)) for name, axis in inputs)]

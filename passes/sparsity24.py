@@ -23,17 +23,16 @@ from graphopt.ir.editor import Editor
 from graphopt.ir.graph import constant, tensor_attribute
 from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
+from graphopt.passes.layers.input_moments import InputMoments, gather
+from graphopt.passes.layers.weights import as_rows, as_weight
 from graphopt.passes.sparsity.layers import (
     SparseSite,
-    as_rows,
-    as_weight,
     at_the_ends,
     find_sites,
     has_pattern,
     named,
     why_not,
 )
-from graphopt.passes.sparsity.moments import InputMoments, gather
 from graphopt.passes.sparsity.selection import fit, sparsify
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.globs import check_globs

@@ -18,10 +18,10 @@ from torch import Tensor, fx
 
 from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
+from graphopt.passes.layers.gptq import round_in_order
 from graphopt.passes.weight_only.awq import input_scales, norm_of
-from graphopt.passes.weight_only.blocks import to_integers
+from graphopt.passes.weight_only.blocks import block_size, to_integers
 from graphopt.passes.weight_only.forms import form_of
-from graphopt.passes.weight_only.gptq import round_in_order
 from graphopt.passes.weight_only.plan import InputRecord, WeightsPlan, scaling_name
 from graphopt.passes.weight_only.rewrite import MatrixRewriter
 from graphopt.passes.weight_only.rounding import DataFree, choose_scales
@@ -179,7 +179,9 @@ class _Work:
             moments = None if moments is None else moments / torch.outer(divisor, divisor).double()
         scales = choose_scales(matrix, form, method)
         if self._options.method == "gptq" and moments is not None:
-            integers = round_in_order(matrix, scales, form, moments, self._options.damping)
+            blocks = torch.arange(matrix.shape[1]) // block_size(form, matrix.shape[1])  # of each column
+            scale, zero = scales.scale[:, blocks], scales.zero[:, blocks]
+            integers = round_in_order(matrix, scale, zero, form, moments, self._options.damping)
             called = "gptq"
         else:
             integers = to_integers(matrix, scales, form)

@@ -86,6 +86,9 @@ def _shrunk(loss: _Loss, low: float, high: float) -> tuple[float, float]:
 
 def _loss(observer: Observer, histogram: Histogram, integers: IntegerFormat, low: float, high: float) -> _Loss:
     counts, centres = histogram.counts.double().numpy(), histogram.centres.numpy()
+    zero = -histogram.first
+    if observer == "entropy" and zero + 1 < len(counts):
+        counts[zero] = min(counts[zero], counts[zero + 1])  # what ReLU made 0 is exact in any range
     seen = counts > 0
     counts, centres = counts[seen], np.clip(centres[seen], low, high)
     loss = _squared_error if observer == "mse" else _divergence

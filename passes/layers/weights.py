@@ -8,6 +8,8 @@ transposed conv (in, out/groups, *k)        (groups, out/groups, in/groups, prod
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from graphopt.passes.layers.weighted_call import WeightedCall
@@ -28,6 +30,16 @@ def from_taps(call: WeightedCall, taps: torch.Tensor) -> torch.Tensor:
     grouped = taps.transpose(1, 2) if call.kind == "transposed conv" else taps
     flat = grouped.flatten(0, 1)
     return flat.reshape(*flat.shape[:2], *call.kernel).contiguous()
+
+
+def as_rows(call: WeightedCall, weight: torch.Tensor) -> torch.Tensor:
+    """Return the weight as (groups, outputs, taps * inputs), channels innermost."""
+    return by_taps(call, weight.detach()).transpose(2, 3).flatten(2)
+
+
+def as_weight(call: WeightedCall, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return rows in the layout of the weight."""
+    return from_taps(call, torch.unflatten(rows, 2, (math.prod(call.kernel), -1)).transpose(2, 3)).to(dtype)
 
 
 def scale_outputs(call: WeightedCall, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

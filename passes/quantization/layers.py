@@ -10,16 +10,20 @@ equation 17, with measured means of the inputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
 
+from graphopt.data.batches import Batch
 from graphopt.ir.graph import constant, tensor_attribute
+from graphopt.ir.program import Program
 from graphopt.passes.layers.weighted_call import WeightedCall
 from graphopt.passes.layers.weights import by_taps
 from graphopt.passes.quantization.placement import Site
 from graphopt.passes.quantization.plan import LayerRecord, stored_name, table_name
+from graphopt.passes.quantization.rounding import Rounded, round_by_inputs
+from graphopt.pipeline.context import Progress
 from graphopt.quantization.formats import IntegerFormat
 from graphopt.quantization.qparams import quantize_weight, weight_scales
 from graphopt.targets.description import OperatorRule
@@ -46,7 +50,22 @@ class LayerQuantizer:
         self._per_channel = per_channel
         self._stored: dict[tuple[str, int | None, bool], str] = {}
         self._tables = tables
+        self._rounded: Mapping[str, Rounded] = {}
         self.tensors: dict[str, Tensor] = dict(tables)
+
+    def round_by_inputs(
+        self, sites: Iterable[Site], program: Program, batches: Sequence[Batch], progress: Progress
+    ) -> None:
+        """Round the weights of layers by what they are multiplied with; the others go to the nearest integers.
+
+        Args:
+            sites: where layers are placed in the program.
+            program: what the batches are run through.
+            batches: calibration samples.
+            progress: is told.
+        """
+        axes = {layer: self._axis(site.rule, layer) for site in sites if (layer := site.kernel.layer) is not None}
+        self._rounded = round_by_inputs(program, axes, self._integers, batches, progress)
 
     def quantize(self, site: Site, layer: WeightedCall, input_scale: float | None, mean: Tensor | None) -> LayerRecord:
         """Quantize weight and bias of one layer.
@@ -60,7 +79,8 @@ class LayerQuantizer:
         product = site.kernel.name == "matmul" or site.dynamic
         transposed = product and layer.kind == "linear"
         weight, bias = tensor_attribute(self._gm, layer.weight_name).detach(), constant(layer.bias, self._gm)
-        axis = self._axis(site.rule, layer, transposed)
+        axis = self._axis(site.rule, layer)
+        axis = None if axis is None else 1 - axis if transposed else axis
         name = self._store_weight(
             layer, weight.t() if transposed else weight, axis, transposed, bias, input_scale, site
         )
@@ -77,10 +97,11 @@ class LayerQuantizer:
             bias_dtype="float" if site.dynamic else site.rule.bias,
         )
 
-    def _axis(self, rule: OperatorRule, layer: WeightedCall, transposed: bool) -> int | None:
+    def _axis(self, rule: OperatorRule, layer: WeightedCall) -> int | None:
+        """Return the axis of a layer's weight that its scales differ along, None for one scale."""
         if not self._per_channel or rule.weight_axis is None or self._integers.granularity == "tensor":
             return None
-        return 1 if transposed else layer.weight_axis
+        return layer.weight_axis
 
     def _store_weight(
         self,
@@ -96,7 +117,8 @@ class LayerQuantizer:
         key = (source, axis, transposed)
         if key not in self._stored:
             name = f"{source}_int8" + ("_t" if transposed else "") + ("" if axis is not None else "_tensor")
-            scales = weight_scales(weight, self._integers, axis)
+            given = self._rounded.get(source)
+            scales = weight_scales(weight, self._integers, axis) if given is None else given.scales.to(weight.device)
             if site.rule.bias == "int32" and bias is not None and x is not None:
                 # a bias far larger than the weights must still fit int32
                 floor = (bias.detach().abs().double() / (x * _INT32 * 0.5)).float()
@@ -105,7 +127,11 @@ class LayerQuantizer:
             if axis is not None and self._is_table(table_name(source), scales):
                 name = table_name(source)
             else:
-                self.tensors[name] = quantize_weight(weight, scales, self._integers, axis)
+                if given is not None and torch.equal(scales, given.scales.to(weight.device)):
+                    integers = given.integers.t().contiguous() if transposed else given.integers
+                else:
+                    integers = quantize_weight(weight, scales, self._integers, axis)
+                self.tensors[name] = integers.to(weight.device)
                 self.tensors[f"{name}_scale"] = scales
             self._stored[key] = name
         return self._stored[key]

@@ -28,7 +28,7 @@ from graphopt.passes.layers.weighted_call import (
     uses,
     weighted_call,
 )
-from graphopt.passes.layers.weights import by_taps, from_taps
+from graphopt.passes.layers.weights import as_rows
 from graphopt.pipeline.plan import Refusal
 from graphopt.targets.description import SparseFormat
 
@@ -119,16 +119,6 @@ def at_the_ends(gm: fx.GraphModule) -> set[fx.Node]:
 def named(site: SparseSite, globs: Sequence[str]) -> bool:
     """Whether one of `globs` matches the weight's name."""
     return any(fnmatch.fnmatchcase(site.weight_name, glob) for glob in globs)
-
-
-def as_rows(call: WeightedCall, weight: torch.Tensor) -> torch.Tensor:
-    """Return the weight as (groups, outputs, inputs of the reduction), channels innermost."""
-    return by_taps(call, weight.detach()).transpose(2, 3).flatten(2)
-
-
-def as_weight(call: WeightedCall, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return rows in the layout of the weight."""
-    return from_taps(call, torch.unflatten(rows, 2, (math.prod(call.kernel), -1)).transpose(2, 3)).to(dtype)
 
 
 def has_pattern(rows: torch.Tensor, form: SparseFormat) -> bool:

@@ -19,7 +19,7 @@ from graphopt.capturing.capture import capture
 from graphopt.errors import DataError, PassError, UsageError
 from graphopt.ir.program import Program
 from graphopt.ir.walker import Walker
-from graphopt.passes.sparsity import moments as moments_module
+from graphopt.passes.layers import input_moments as moments_module
 from graphopt.passes.sparsity.layers import find_sites
 from graphopt.passes.sparsity.selection import fit, sparsify
 from graphopt.passes.sparsity24 import Sparsity24, Sparsity24Options, Sparsity24Plan

@@ -13,27 +13,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from graphopt.passes.weight_only.blocks import Scales, block_size
 from graphopt.quantization.formats import IntegerFormat
 
 _TOGETHER = 128  # columns whose errors are handed on to those behind them at once
 _MOST_DAMPING = 1.0
 
 
-def round_in_order(matrix: Tensor, scales: Scales, form: IntegerFormat, moments: Tensor, damping: float) -> Tensor:
+def round_in_order(
+    matrix: Tensor, scale: Tensor, zero: Tensor, form: IntegerFormat, moments: Tensor, damping: float
+) -> Tensor:
     """Return the integers (rows, columns) of a weight.
 
     Args:
         matrix: the weight (rows, columns).
-        scales: of its blocks.
+        scale: of each of its numbers, (rows, columns).
+        zero: the integers that stand for 0, likewise.
         form: integers to store.
         moments: E[x x^T] of what it is multiplied with, (columns, columns) float64.
         damping: what is added to the diagonal, as a share of its mean.
     """
     order = torch.argsort(moments.diagonal(), descending=True, stable=True)
     upper = _inverse_factor(moments[order][:, order], damping).float()
-    columns = torch.arange(matrix.shape[1])[order] // block_size(form, matrix.shape[1])
-    scale, zero = scales.scale[:, columns], scales.zero[:, columns]  # (rows, columns) in the order of rounding
+    scale, zero = scale[:, order], zero[:, order]
     left = matrix[:, order].clone()
     integers = torch.empty_like(left)
     for start in range(0, left.shape[1], _TOGETHER):

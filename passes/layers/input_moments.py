@@ -9,6 +9,7 @@ blocks have in common is left out, so what is settled in one block is not made u
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -18,12 +19,26 @@ from graphopt.ir.program import Program
 from graphopt.ir.walker import Walker
 from graphopt.passes.layers.rows import input_rows, positions
 from graphopt.passes.layers.weighted_call import WeightedCall
-from graphopt.passes.sparsity.layers import SparseSite
 from graphopt.pipeline.context import Progress
 from graphopt.quantization.histogram import NotFiniteError
 from graphopt.statistics.covariance import MEMORY, WIDEST, portions
 from graphopt.statistics.memory import peak_bytes_per_sample
 from graphopt.statistics.moments import Moments, representative
+
+
+class Shared(Protocol):
+    """A weight and the calls that read it, all in the same layout."""
+
+    @property
+    def weight_name(self) -> str:
+        """Qualified name of the weight."""
+
+    @property
+    def calls(self) -> Sequence[WeightedCall]:
+        """In graph order."""
+
+
+SharedT = TypeVar("SharedT", bound=Shared)
 
 
 class InputMoments:
@@ -59,7 +74,7 @@ class InputMoments:
         return [moments.about_zero() for moments in self._blocks.values()]
 
 
-def block_of(site: SparseSite, multiple: int) -> int:
+def block_of(site: Shared, multiple: int) -> int:
     """Return how many inputs share a matrix: all where that fits in memory, else a multiple of `multiple`."""
     if site.calls[0].fan_in <= WIDEST:
         return site.calls[0].fan_in
@@ -67,8 +82,8 @@ def block_of(site: SparseSite, multiple: int) -> int:
 
 
 def gather(
-    program: Program, sites: Sequence[SparseSite], batches: Sequence[Batch], multiple: int, progress: Progress
-) -> Iterator[tuple[SparseSite, InputMoments]]:
+    program: Program, sites: Sequence[SharedT], batches: Sequence[Batch], multiple: int, progress: Progress
+) -> Iterator[tuple[SharedT, InputMoments]]:
     """Yield each site with the moments of its inputs, in an order that keeps memory bounded.
 
     Args:
@@ -82,7 +97,7 @@ def gather(
         DataError: a value on the way is NaN or infinite.
     """
 
-    def held(site: SparseSite) -> int:
+    def held(site: SharedT) -> int:
         return 8 * site.calls[0].groups * site.calls[0].fan_in * block_of(site, multiple)
 
     matrices = [held(site) for site in sites]
@@ -100,8 +115,8 @@ def gather(
 
 
 def _walk(
-    program: Program, sites: Sequence[SparseSite], found: Mapping[str, InputMoments], batches: Sequence[Batch]
-) -> Iterator[SparseSite]:
+    program: Program, sites: Sequence[SharedT], found: Mapping[str, InputMoments], batches: Sequence[Batch]
+) -> Iterator[SharedT]:
     """Walk through the program with all batches at once; yield each site when `found` has all that its calls read."""
     left = {site.weight_name: len(site.calls) for site in sites}
     wanted = {call.node: (site, call) for site in sites for call in site.calls}
