@@ -19,7 +19,7 @@ from graphopt.backends.onnx_lowering.values import store, value_names
 from graphopt.ir.names import Names
 
 # operator: which of its inputs are a stored weight and the zero point of that
-_STORED = {"DequantizeLinear": ((0, 2),), "DynamicQuantizeLSTM": ((1, 9), (2, 11))}
+_STORED = {"DequantizeLinear": ((0, 2),), "MatMulInteger": ((1, 3),), "DynamicQuantizeLSTM": ((1, 9), (2, 11))}
 
 
 class OwnWeightsPass(ir.passes.InPlacePass):
@@ -31,7 +31,7 @@ class OwnWeightsPass(ir.passes.InPlacePass):
         names = value_names(model)
         for graph in model.graphs():
             latest: dict[ir.Value, ir.Value] = {}  # of each stored weight, what its last reader reads
-            for node in [node for node in graph if reads_stored_integers(node)]:
+            for node in [node for node in graph if stored_integers(node)]:
                 copies = _copies_for_further_readers(graph, node) if node.op_type == "DequantizeLinear" else []
                 for own in (node, *copies):
                     for weight, zero in _STORED[own.op_type]:
@@ -39,17 +39,18 @@ class OwnWeightsPass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=modified)
 
 
-def reads_stored_integers(node: ir.Node) -> bool:
-    """Whether a node reads int8 that is stored in the model, the other way round perhaps."""
+def stored_integers(node: ir.Node) -> list[ir.Value]:
+    """Return the int8 weights stored in the model that a node reads, the other way round perhaps."""
     weights = (node.inputs[weight] for weight, _ in _STORED.get(node.op_type, ()))
-    return any(weight is not None and weight.dtype == ir.DataType.INT8 and _is_stored(weight) for weight in weights)
+    found = (_stored(weight) for weight in weights if weight is not None and weight.dtype == ir.DataType.INT8)
+    return [value for value in found if value is not None]
 
 
-def _is_stored(value: ir.Value) -> bool:
+def _stored(value: ir.Value) -> ir.Value | None:
     producer = value.producer()
     if producer is None or producer.op_type not in ("Transpose", "Reshape") or producer.inputs[0] is None:
-        return value.is_initializer()
-    return _is_stored(producer.inputs[0])
+        return value if value.is_initializer() else None
+    return _stored(producer.inputs[0])
 
 
 def _copies_for_further_readers(graph: ir.Graph, node: ir.Node) -> list[ir.Node]:
@@ -68,7 +69,7 @@ def _separate(
 ) -> bool:
     """Let a node share nothing with those that read the weights seen so far."""
     weight, zero = node.inputs[weight_at], node.inputs[zero_at] if len(node.inputs) > zero_at else None
-    assert weight is not None  # by `reads_stored_integers`
+    assert weight is not None  # by `stored_integers`
     shared = zero is not None and zero.const_value is not None and len(list(zero.uses())) > 1
     if zero is not None and zero.const_value is not None and shared:
         own = store(graph, names.new(f"{weight.name}_zero_point"), zero.const_value.numpy())

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from graphopt.backends.onnxruntime.backend import OnnxRuntimeBackend
+from graphopt.backends.onnxruntime.backend import OnnxRuntimeAvx2Backend, OnnxRuntimeBackend
 
-__all__ = ["OnnxRuntimeBackend"]
+__all__ = ["OnnxRuntimeAvx2Backend", "OnnxRuntimeBackend"]

@@ -15,7 +15,7 @@ from graphopt.backends.onnx_lowering.saving import EXTERNAL_DATA_ABOVE
 from graphopt.backends.onnx_lowering.simplification import simplify_where_smaller
 from graphopt.backends.onnxruntime.block_kernels import BlockKernelsPass
 from graphopt.backends.onnxruntime.breakers import keep_apart
-from graphopt.backends.onnxruntime.description import DESCRIPTION
+from graphopt.backends.onnxruntime.description import DESCRIPTION, DESCRIPTION_AVX2
 from graphopt.backends.onnxruntime.fusion import Layer, quantized_layers
 from graphopt.backends.onnxruntime.integer_products import write_integer_products
 from graphopt.backends.onnxruntime.options import recorded_options
@@ -25,8 +25,11 @@ from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
 from graphopt.ir.regions import graph_modules
 from graphopt.ir.torch_internals import pytree
+from graphopt.measure.processor import said_of_processor
 from graphopt.targets.backend import Artifact, Finding
 from graphopt.targets.description import TargetDescription
+
+_VNNI = ("avx512_vnni", "avx_vnni")  # as the kernel calls it
 
 
 class OnnxRuntimeBackend(OnnxBackend):
@@ -103,6 +106,20 @@ class OnnxRuntimeBackend(OnnxBackend):
             if not layer.integer
         ]
 
+    def advice(self, artifact: Artifact) -> list[str]:
+        """Say which target is faster or more exact on a processor like this one, where products are integers."""
+        flags = set(" ".join(said_of_processor("flags")).split())
+        if "avx2" not in flags or ("config" not in artifact.session_options and self.name == DESCRIPTION.name):
+            return []
+        if flags.isdisjoint(_VNNI) == (self.name == DESCRIPTION_AVX2.name):
+            return []
+        if self.name == DESCRIPTION_AVX2.name:
+            return [f"this processor has VNNI: --target {DESCRIPTION.name} is as fast on it, with weights of 8 bits"]
+        return [
+            "this processor has no VNNI, and products of 8-bit weights are slow on it: to deploy on one like it, take "
+            "--target onnxruntime:x86-avx2 (weights of 7 bits)"
+        ]
+
     def integer_operators(self, artifact: Artifact) -> list[Layer]:
         """List the quantized operators of an artifact with the kernel each reaches."""
         return quantized_layers(artifact.path, SessionSettings.of(artifact.session_options))
@@ -113,6 +130,17 @@ class OnnxRuntimeBackend(OnnxBackend):
         if not quantized:
             return f"{artifact.facts.get('operators', 0)} operators, float"
         return f"{artifact.facts['integer']} of {quantized} quantized operators on integer kernels"
+
+
+class OnnxRuntimeAvx2Backend(OnnxRuntimeBackend):
+    """Lowers for x86 without VNNI (AVX2, AVX-512 before it), where products of 8-bit integers saturate or are slow."""
+
+    name: ClassVar[str] = DESCRIPTION_AVX2.name
+
+    @property
+    def description(self) -> TargetDescription:
+        """What passes need to know about the runtime on such processors."""
+        return DESCRIPTION_AVX2
 
 
 def _computes_in(dtype: torch.dtype, program: Program) -> bool:

@@ -8,6 +8,8 @@ exact) with a float result.
 
 from __future__ import annotations
 
+import dataclasses
+
 from graphopt.quantization.formats import IntegerFormat
 from graphopt.targets.description import FloatKernels, OperatorRule, Scales, StoredRule, TargetDescription
 
@@ -71,4 +73,16 @@ DESCRIPTION = TargetDescription(
         "On x86 without VNNI, products of uint8 and int8 saturate in 16 bits unless the session is precise "
         "(`session.x64quantprecision`), as the recorded options make it; it is slower there.",
     ),
+)
+
+_SEVEN_BITS = IntegerFormat(7, granularity="channel", narrow=True)
+
+# Two products of 255 and 63 fit into the 16 bits that such processors add them up in: exact without asking for it.
+# ResNet-18: 1.87x of float where the precise session gives 1.40x, at 31.5 dB and 34.2 dB (AVX2, one thread).
+DESCRIPTION_AVX2 = dataclasses.replace(
+    DESCRIPTION,
+    name="onnxruntime-x86-avx2",
+    weight=_SEVEN_BITS,
+    table=_SEVEN_BITS,
+    notes=("Weights have 7 bits, which x86 without VNNI multiplies without saturation, fast; right anywhere.",),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from graphopt.backends.onnx_execution.session import PRECISE
-from graphopt.backends.onnx_lowering.own_weights import reads_stored_integers
+from graphopt.backends.onnx_lowering.own_weights import stored_integers
 from graphopt.ir.plain_data import Json
 
 # Both cost more than what they fuse: 0.49 ms a layer against 0.08 for Add and LayerNormalization, 0.42 against 0.25
@@ -13,6 +13,8 @@ from graphopt.ir.plain_data import Json
 _SLOWER_FUSIONS = ("BiasGeluFusion", "SkipLayerNormFusion")
 # Turns a quantized MatMul and its bias into a float Gemm before the integer kernels are chosen.
 _INTEGER_BREAKER = "MatMulAddFusion"
+
+_LARGEST = (2**15 - 1) // (2 * 255)
 
 
 def recorded_options(model: ir.Model) -> dict[str, Json]:
@@ -29,8 +31,16 @@ def recorded_options(model: ir.Model) -> dict[str, Json]:
         "spinning": False,
         "disabled_optimizers": disabled,
     }
-    integers = any(node.op_type == "MatMulInteger" or reads_stored_integers(node) for node in nodes)
-    return {**options, "config": PRECISE} if integers else options
+    saturating = any(_saturates(value) for node in nodes for value in stored_integers(node))
+    return {**options, "config": PRECISE} if saturating else options
+
+
+def _saturates(weight: ir.Value) -> bool:
+    """Whether two products of a weight and 255 may exceed 16 bits, which x86 without VNNI adds them up in."""
+    if weight.const_value is None:
+        return True
+    values = weight.const_value.numpy()
+    return bool(values.size) and max(int(values.max()), -int(values.min())) > _LARGEST
 
 
 def _loses_its_integers(node: ir.Node) -> bool:

@@ -112,7 +112,9 @@ def deliver(
             found = compare(plain, artifact, inputs)
             row = _timed(row, found, "second")
             baseline = _timed(baseline, found, "first")
-    said = [finding.text for finding in item.check(artifact)] + _what_does_not_pay(row, baseline)
+    said = (
+        [finding.text for finding in item.check(artifact)] + item.advice(artifact) + _what_does_not_pay(row, baseline)
+    )
     return Delivery(artifact, row, baseline, tuple(f"{item.name}: {text}" for text in said))
 
 

@@ -164,6 +164,8 @@ def backend_of(file: Path, *, preferred: str) -> Backend | None:
 def backends_named(target: str | Backend | Sequence[str | Backend] | None) -> tuple[Backend, ...]:
     """Return the backends that a target argument names: text with commas, backends, or a sequence of both.
 
+    A runtime on certain processors may be a target of its own: "onnxruntime:x86-avx2" is "onnxruntime-x86-avx2".
+
     Raises:
         UsageError: there is no such backend, two have one name, or one a name that files cannot bear
             or that is not its description's.
@@ -176,7 +178,7 @@ def backends_named(target: str | Backend | Sequence[str | Backend] | None) -> tu
     found: list[Backend] = []
     for item in listed:
         if isinstance(item, str):
-            found += [backend(name.strip()) for name in item.split(",") if name.strip()]
+            found += [backend(name.strip().replace(":", "-", 1)) for name in item.split(",") if name.strip()]
         else:
             found.append(item)
     names = [item.name for item in found]

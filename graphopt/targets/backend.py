@@ -151,6 +151,10 @@ class Backend(ABC):
     def check(self, artifact: Artifact) -> list[Finding]:
         """Say what the runtime will refuse, compute wrongly, or run slowly. Empty: nothing."""
 
+    def advice(self, artifact: Artifact) -> list[str]:
+        """Say what would suit a machine like this one better. Empty: nothing."""
+        return []
+
     @abstractmethod
     def verify(
         self,

@@ -1,0 +1,60 @@
+"""ONNX Runtime on processors without VNNI: a target of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from graphopt.backends.onnxruntime import OnnxRuntimeAvx2Backend, OnnxRuntimeBackend
+from graphopt.backends.onnxruntime import backend as module
+from graphopt.backends.onnxruntime.description import DESCRIPTION_AVX2
+from graphopt.pipeline.registry import backends_named
+from graphopt.targets.backend import Artifact
+from tests.passes.int8_models import TwoConvs, images, quantized
+
+VNNI, PLAIN, ARM = ["fpu avx2 avx512_vnni"], ["fpu avx2 avx512f"], ["asimd i8mm"]
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
+    made = {}
+    for backend in (OnnxRuntimeBackend(), OnnxRuntimeAvx2Backend()):
+        program, _ = quantized(TwoConvs(), images(), target=backend.description)
+        artifact = backend.lower(program, backend.path_in(tmp_path_factory.mktemp(backend.name)))
+        backend.verify(artifact, program)
+        made[backend.name] = artifact
+    return made
+
+
+def test_files_and_names(artifacts: dict[str, Artifact]) -> None:
+    assert [item.name for item in backends_named("onnxruntime:x86-avx2,onnxruntime")] == [*reversed(artifacts)]
+    assert Path(artifacts["onnxruntime-x86-avx2"].path).name == "onnxruntime-x86-avx2.onnx"
+
+
+def test_seven_bits_need_no_precise_session(artifacts: dict[str, Artifact]) -> None:
+    assert "config" in artifacts["onnxruntime"].session_options
+    assert "config" not in artifacts["onnxruntime-x86-avx2"].session_options
+    program, _ = quantized(TwoConvs(), images(), target=DESCRIPTION_AVX2)
+    stored = [tensor for tensor in program.state_dict().values() if tensor.dtype is torch.int8]
+    assert max(int(tensor.abs().max()) for tensor in stored) == 63
+
+
+@pytest.mark.parametrize(
+    ("target", "flags", "said"),
+    [
+        ("onnxruntime", PLAIN, "no VNNI"),
+        ("onnxruntime", VNNI, None),
+        ("onnxruntime-x86-avx2", VNNI, "has VNNI"),
+        ("onnxruntime-x86-avx2", PLAIN, None),
+        ("onnxruntime", ARM, None),
+    ],
+)
+def test_says_what_suits_the_machine(
+    artifacts: dict[str, Artifact], target: str, flags: list[str], said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "said_of_processor", lambda *names: flags)
+    artifact = artifacts[target]
+    advice = artifact.backend.advice(artifact)
+    assert (said in advice[0]) if said else advice == []
