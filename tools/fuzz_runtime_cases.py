@@ -257,8 +257,7 @@ class Case(nn.Module):
             value = call(self._value) if call is not None else None
         except Exception:  # operators raise anything
             return False
-        good = isinstance(value, Tensor) and value.dtype is torch.float32 and 0 < value.numel() <= _MOST_ELEMENTS
-        if not good or not bool(value.isfinite().all()):
+        if not _is_plain(value):
             return False
         self._value = value
         self.calls.append(call)  # type: ignore[arg-type]
@@ -315,7 +314,7 @@ def _of_description(info: Any, number: int, seed: int) -> Case | None:
     torch.manual_seed(seed)
     name = f"{info.name}{'.' + info.variant_test_name if info.variant_test_name else ''}"
     rng = random.Random(f"{seed} {name} {number}")
-    samples = [s for s in info.sample_inputs("cpu", torch.float32) if _is_plain(s.input)][:24]
+    samples = [s for s in info.sample_inputs("cpu", torch.float32) if _is_plain(s.input) and s.input.dim()][:24]
     if not samples:
         return None
     sample = rng.choice(samples)
@@ -340,6 +339,7 @@ def _of_description(info: Any, number: int, seed: int) -> Case | None:
 
 
 def _is_plain(value: Any) -> bool:
+    """Whether a value is a finite tensor of floats, neither empty nor large."""
     if not isinstance(value, Tensor) or value.layout is not torch.strided or value.dtype is not torch.float32:
         return False
-    return bool(value.dim() and 0 < value.numel() <= _MOST_ELEMENTS and value.isfinite().all())
+    return 0 < value.numel() <= _MOST_ELEMENTS and bool(value.isfinite().all())

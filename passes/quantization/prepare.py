@@ -2,6 +2,7 @@
 
 silu(x)            -> mul(x, sigmoid(x))                    where the target has kernels for the two
 hardswish(x)       -> mul(x, hardsigmoid(x))                likewise
+relu6(x + 3) / 6   -> hardsigmoid(x)                        likewise; 6 * hardsigmoid(x) where nothing takes a sixth
 prelu(x, a)        -> leaky_relu(x, a)                      one slope in all
                       add(x, relu(mul(x, a - 1)))           no slope is larger than 1
                       add(x, mul(relu(mul(x, -1)), 1 - a))  otherwise
@@ -28,6 +29,7 @@ from graphopt.passes.quantization.kernels import rank, spatial_mean
 from graphopt.passes.quantization.placement import Placement, Site
 from graphopt.passes.quantization.plan import stored_name
 from graphopt.passes.quantization.recurrent import layer_by_layer, lstm_call
+from graphopt.passes.quantization.written_out import hard_sigmoid_of, six_hard_sigmoids_of
 from graphopt.targets.description import TargetDescription
 
 aten = torch.ops.aten
@@ -52,7 +54,13 @@ def spellings(gm: fx.GraphModule, target: TargetDescription) -> dict[str, str]:
             found[node.name] = "lstm_layers"
         if name in known:
             continue
-        if name in _ACTIVATIONS and _ACTIVATIONS[name][1] <= known:
+        if "hardsigmoid" in known and hard_sigmoid_of(node) is not None:
+            found[node.name] = "hardsigmoid"
+        elif {"mul", "hardsigmoid"} <= known and six_hard_sigmoids_of(node) is not None:
+            found[node.name] = "six_hardsigmoids"
+        elif name in known:
+            continue
+        elif name in _ACTIVATIONS and _ACTIVATIONS[name][1] <= known:
             found[node.name] = _ACTIVATIONS[name][0]
         elif name == "mean" and "global_average_pool" in known and spatial_mean(node):
             found[node.name] = "global_average_pool"
@@ -109,6 +117,17 @@ def _gated(gate: Callable[..., object]) -> Callable[[Editor, fx.Node], _Made]:
         return [factor, product], [product]
 
     return spell
+
+
+def _hardsigmoid(editor: Editor, node: fx.Node) -> _Made:
+    made = [editor.call(aten.hardsigmoid.default, hard_sigmoid_of(node), like=node)]
+    return made, made
+
+
+def _six_hardsigmoids(editor: Editor, node: fx.Node) -> _Made:
+    sixth = editor.call(aten.hardsigmoid.default, six_hard_sigmoids_of(node), like=node)
+    result = editor.call(aten.mul.Tensor, sixth, _constant(editor, node, "six", torch.tensor(6.0)), like=node)
+    return [sixth, result], [result]
 
 
 def _global_pool(editor: Editor, node: fx.Node) -> _Made:
@@ -200,6 +219,8 @@ _CONV = {3: aten.conv1d.default, 4: aten.conv2d.default}
 _SPELL: dict[str, Callable[[Editor, fx.Node], _Made]] = {
     "mul_sigmoid": _gated(aten.sigmoid.default),
     "mul_hardsigmoid": _gated(aten.hardsigmoid.default),
+    "hardsigmoid": _hardsigmoid,
+    "six_hardsigmoids": _six_hardsigmoids,
     "global_average_pool": _global_pool,
     "convolution": _convolution,
     "leaky_relu": _leaky_relu,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +11,10 @@ import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import Tensor, nn
 
 from graphopt.backends.onnxruntime.description import DESCRIPTION
+from graphopt.measure.equivalence import measure
 from graphopt.passes.quantization.given_scales import dividing_shift, steps_of_shift
 from graphopt.quantization.qparams import QParams
-from tests.passes.int8_models import folded, images, operators, quantized, reasons
+from tests.passes.int8_models import folded, images, kernels, operators, quantized, reasons
 
 
 class Gates(nn.Module):
@@ -79,3 +82,35 @@ def test_a_range_that_clamps_is_not_widened() -> None:
     program, plan = quantized(Clamped(), images())
     assert reasons(plan) == {"hardsigmoid": "the range of its operand cannot be chosen for it"}
     assert operators(program)["hardsigmoid"] == 1
+
+
+class WrittenOut(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(n, 4, 1) for n in (3, 4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        x = self.b(x * (F.relu6(x + 3) / 6))
+        return self.c(x * F.hardtanh(x + 3.0, 0, 6) * (1 / 6))  # the last factor is folded into the layer
+
+
+class OtherNumbers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.b(x * (F.relu6(x + 2) / 6) + (x + 3).clamp(0, 5) / 6)
+
+
+def test_written_out_it_is_the_same(tmp_path: Path) -> None:
+    original = folded(WrittenOut(), images())
+    program, plan = quantized(original, images())
+    assert measure(original, program.call_flat, (images(),)).sqnr > 25
+    assert sorted(plan.respelled.values()) == ["hardsigmoid", "six_hardsigmoids"]
+    found = kernels(program, tmp_path, images())
+    assert (found["QLinearConv"], found["QLinearLeakyRelu"], found["QLinearMul"]) == (3, 2, 3)
+    _, other = quantized(OtherNumbers(), images())
+    assert other.respelled == {}
