@@ -40,16 +40,26 @@ _LEAST_SQNR = {8: 30.0, 4: 12.0, 3: 8.0, 2: 4.0}  # dB of an embedding table; ro
 
 @dataclass(frozen=True, slots=True)
 class WeightsOptions:
-    """Options of weights."""
+    """How weights are stored, and which.
 
-    bits: int = 4  # of a weight: 8, 4, 3 or 2; 3 are stored in 4
-    block: Annotated[int, Field(ge=0)] = 32  # weights of a row that share a scale; 0: all of them
-    symmetric: bool | None = None  # one zero point for all; none: where the target takes no other
-    method: Literal["rtn", "mse", "hqq", "gptq", "awq"] = "mse"  # how weights are rounded; gptq and awq need data
-    tables: bool = True  # embedding tables too
-    samples: Annotated[int, Field(ge=1)] = 256  # calibration samples used
-    damping: Annotated[float, Field(gt=0, le=1)] = 0.01  # of gptq, as a share of the mean squared input
-    skip: tuple[str, ...] = ()  # glob patterns of module paths, weights or nodes to leave float
+    bits: of a weight: 8, 4, 3 (stored in 4) or 2.
+    block: weights of a row that share a scale; 0: all of them.
+    symmetric: whether all blocks have the same zero point; none: where the target takes no other.
+    method: how weights are rounded; gptq and awq need data.
+    tables: embedding tables too.
+    samples: calibration samples used.
+    damping: of gptq, as a share of the mean squared input.
+    skip: what is left float, as globs of module paths, weights or nodes.
+    """
+
+    bits: int = 4
+    block: Annotated[int, Field(ge=0)] = 32
+    symmetric: bool | None = None
+    method: Literal["rtn", "mse", "hqq", "gptq", "awq"] = "mse"
+    tables: bool = True
+    samples: Annotated[int, Field(ge=1)] = 256
+    damping: Annotated[float, Field(gt=0, le=1)] = 0.01
+    skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the bits."""

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from graphopt.ir.graph import arguments, constant
 from graphopt.passes.layers.weighted_call import uses
-from graphopt.passes.weight_only.blocks import to_integers, to_reals
+from graphopt.passes.weight_only.blocks import portions, to_integers, to_reals
 from graphopt.passes.weight_only.rounding import choose_scales
 from graphopt.quantization.formats import IntegerFormat
 
@@ -51,8 +51,11 @@ def input_scales(matrices: Sequence[tuple[Tensor, IntegerFormat]], moments: Tens
 
 def product_error(matrix: Tensor, other: Tensor, moments: Tensor) -> float:
     """Return E of the squared difference of the products with two matrices, summed over outputs."""
-    change = (matrix - other).double()
-    return float(((change @ moments) * change).sum())
+    total = 0.0
+    for rows in portions(matrix):
+        change = (matrix[rows] - other[rows]).double()
+        total += float(((change @ moments) * change).sum())
+    return total
 
 
 def norm_of(value: fx.Node, readers: Sequence[fx.Node], gm: fx.GraphModule) -> str:

@@ -40,16 +40,21 @@ def in_blocks(matrix: Tensor, size: int) -> Tensor:
     return torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % size)).reshape(len(matrix), -1, size)
 
 
-def portions(rows: Tensor) -> Iterator[Tensor]:
+def portions(matrix: Tensor) -> Iterator[slice]:
     """Cut a matrix into runs of rows that fit in memory several times."""
-    yield from torch.split(rows, max(1, _ELEMENTS // max(1, rows.shape[1])))
+    step = max(1, _ELEMENTS // max(1, matrix.shape[1]))
+    yield from (slice(start, start + step) for start in range(0, len(matrix), step))
 
 
 def to_integers(matrix: Tensor, scales: Scales, form: IntegerFormat) -> Tensor:
     """Round a matrix to the integers of its blocks, (rows, columns) of the format's type."""
     size = block_size(form, matrix.shape[1])
-    steps = torch.round(in_blocks(matrix, size) / scales.scale.unsqueeze(2)) + scales.zero.unsqueeze(2)
-    return steps.clamp_(form.low, form.high).flatten(1)[:, : matrix.shape[1]].to(form.dtype)
+    result = torch.empty(matrix.shape, dtype=form.dtype)
+    for rows in portions(matrix):
+        steps = torch.round(in_blocks(matrix[rows], size) / scales.scale[rows].unsqueeze(2))
+        steps = steps.add_(scales.zero[rows].unsqueeze(2)).clamp_(form.low, form.high)
+        result[rows] = steps.flatten(1)[:, : matrix.shape[1]].to(form.dtype)
+    return result
 
 
 def to_reals(integers: Tensor, scales: Scales, form: IntegerFormat) -> Tensor:
@@ -57,6 +62,20 @@ def to_reals(integers: Tensor, scales: Scales, form: IntegerFormat) -> Tensor:
     size = block_size(form, integers.shape[1])
     blocks = in_blocks(integers.float(), size) - scales.zero.unsqueeze(2)
     return (blocks * scales.scale.unsqueeze(2)).flatten(1)[:, : integers.shape[1]]
+
+
+def noise(matrix: Tensor, integers: Tensor, scales: Scales, form: IntegerFormat) -> float:
+    """Return the sum of the squared differences of a matrix and what its integers stand for."""
+    total = 0.0
+    for rows in portions(matrix):
+        of_rows = Scales(scales.scale[rows], scales.zero[rows])
+        total += float((to_reals(integers[rows], of_rows, form) - matrix[rows]).square_().sum(dtype=torch.float64))
+    return total
+
+
+def power(matrix: Tensor, mean: Tensor | float = 0.0) -> float:
+    """Return the sum of the squares of a matrix less a row."""
+    return sum(float((matrix[rows] - mean).square_().sum(dtype=torch.float64)) for rows in portions(matrix))
 
 
 def covering(low: Tensor, high: Tensor, form: IntegerFormat) -> Scales:

@@ -39,7 +39,7 @@ def choose_scales(matrix: Tensor, form: IntegerFormat, method: DataFree, weights
     importance = None if weights is None else in_blocks(weights.float().unsqueeze(0), size)
     found = []
     for rows in portions(matrix):
-        blocks = in_blocks(rows, size)
+        blocks = in_blocks(matrix[rows], size)
         scales = covering(*bounds(blocks), form)
         if method == "mse":
             scales = _least_squares(blocks, form, importance)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from graphopt.passes.weight_only.awq import product_error
-from graphopt.passes.weight_only.blocks import Scales, block_size, to_reals
+from graphopt.passes.weight_only.blocks import Scales, block_size, noise, power, to_reals
 from graphopt.passes.weight_only.forms import stored_bits, stored_bytes
 from graphopt.passes.weight_only.plan import RowsRecord, stored_as
 from graphopt.passes.weight_only.sites import MatrixSite
@@ -48,7 +48,6 @@ def store(
     """
     bits = stored_bits(form.bits)
     low = -(1 << bits - 1) if form.symmetric else 0
-    rounded = to_reals(integers, scales, form)
     zero = scales.zero.to(form.dtype) if not form.symmetric else torch.zeros((), dtype=form.dtype)
     name = stored_as(site.weight_name, form.bits)
     tensors = {
@@ -66,8 +65,8 @@ def store(
         low=low,
         symmetric=form.symmetric,
         method=method,
-        sqnr=_ratio(float(matrix.double().square().sum()), float((rounded - matrix).double().square().sum())),
-        output_sqnr=None if moments is None else _of_products(matrix, rounded, moments),
+        sqnr=_ratio(power(matrix), noise(matrix, integers, scales, form)),
+        output_sqnr=None if moments is None else _of_products(matrix, to_reals(integers, scales, form), moments),
         bytes=[matrix.numel() * matrix.element_size(), stored_bytes(rows, columns, form)],
     )
     return StoredMatrix(record, {key: tensor.contiguous() for key, tensor in tensors.items()})
@@ -75,8 +74,7 @@ def store(
 
 def spread_sqnr(matrix: Tensor, integers: Tensor, scales: Scales, form: IntegerFormat) -> float:
     """Return the power of what tells rows apart over that of what rounding changes, in dB; inf without a change."""
-    noise = float((to_reals(integers, scales, form) - matrix).square().sum(dtype=torch.float64))
-    found = _ratio(float((matrix - matrix.mean(0)).square().sum(dtype=torch.float64)), noise)
+    found = _ratio(power(matrix, matrix.mean(0)), noise(matrix, integers, scales, form))
     return math.inf if found is None else found
 
 
