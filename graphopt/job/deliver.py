@@ -22,6 +22,7 @@ from graphopt.job.report import Latency, Row
 from graphopt.measure.bench import Comparison, Spread, Timing, compare
 from graphopt.measure.cost import cost
 from graphopt.measure.equivalence import Probe
+from graphopt.measure.left_float import left_float
 from graphopt.targets.backend import Artifact, Backend, Session
 
 
@@ -112,9 +113,8 @@ def deliver(
             found = compare(plain, artifact, inputs)
             row = _timed(row, found, "second")
             baseline = _timed(baseline, found, "first")
-    said = (
-        [finding.text for finding in item.check(artifact)] + item.advice(artifact) + _what_does_not_pay(row, baseline)
-    )
+    said = [finding.text for finding in item.check(artifact)]
+    said += [*left_float(program), *item.advice(artifact), *_what_does_not_pay(row, baseline)]
     return Delivery(artifact, row, baseline, tuple(f"{item.name}: {text}" for text in said))
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from graphopt.quantization.recurrent import DYNAMIC_LSTM
+
 Shape = Sequence[int]
 
 aten = torch.ops.aten
@@ -44,6 +46,12 @@ def _trilinear(*args: Any, **_: Any) -> int:
     return 2 * math.prod(np.broadcast_shapes(*shapes))
 
 
+def _dynamic_lstm(
+    x: Shape, h: Shape, c: Shape, weight: Shape, weight_scale: Shape, recurrent: Shape, *_: Any, **__: Any
+) -> int:
+    return 2 * math.prod(x[:2]) * (math.prod(weight) + math.prod(recurrent))
+
+
 FORMULAS: dict[Any, Callable[..., int]] = {
     aten.mv: _with_vector,
     aten.addmv: _added(_with_vector),
@@ -55,4 +63,5 @@ FORMULAS: dict[Any, Callable[..., int]] = {
     aten._trilinear: _trilinear,
     aten._cdist_forward: _distances,
     aten._euclidean_dist: _distances,
+    DYNAMIC_LSTM.overloadpacket: _dynamic_lstm,
 }

@@ -1,0 +1,47 @@
+"""What is said of what stays float32 in a quantized program."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from graphopt.capturing.capture import capture
+from graphopt.measure.cost import cost
+from graphopt.measure.left_float import left_float
+from graphopt.passes.int8 import Int8Options
+from tests.passes.int8_models import images, noise, quantized
+
+
+class Mixed(nn.Module):
+    """A transposed convolution has no integer kernel; the table beside it is too uneven for 8 bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.up = nn.Conv2d(3, 16, 3, padding=1), nn.ConvTranspose2d(16, 16, 3, padding=1)
+        self.register_buffer("table", torch.ones(1, 16, 40, 40))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.conv(x).relu()) * self.table  # type: ignore[operator]
+
+
+def test_names_layers_and_weights_with_their_shares() -> None:
+    x = images(size=40, count=4)
+    original = capture(Mixed().eval(), (x,))
+    assert left_float(original) == []
+    program, _ = quantized(original, x)
+    layers, weights = left_float(program)
+    assert layers == "84% of the operations are of layers that compute in float32: `up` 84%"
+    assert weights.endswith("of the bytes of weights are float32: `table` 0.10 MB")
+
+
+def test_says_nothing_of_what_is_integer() -> None:
+    program, _ = quantized(nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 3)), images())
+    assert left_float(program) == []
+
+
+def test_lstms_on_integers_count_as_before() -> None:
+    x = noise(4, 5, 6)
+    original = capture(nn.LSTM(6, 8, num_layers=2, bidirectional=True, batch_first=True).eval(), (x,))
+    program, _ = quantized(original, x, options=Int8Options(mode="dynamic"))
+    assert left_float(program) == []
+    assert cost(program).flops == cost(original).flops
