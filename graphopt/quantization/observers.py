@@ -8,6 +8,10 @@ entropy     where the integers' distribution is nearest that of the values: KL d
             with TensorRT")
 
 The last two try ranges that shrink on one side after the other.
+
+Tried and left out: ranges by the error of the layers that read a value. Of ten shares of its range the best for each
+layer of ResNet-20 is 0.2 dB nearer its output than what `mse` chose (mean of 20 layers; 1.2 dB at most), for running
+each layer with each share.
 """
 
 from __future__ import annotations

@@ -1,6 +1,9 @@
 """Rounds weights by what they are multiplied with: scales of the least expected error, and GPTQ's order of rounding.
 
 |x (W' - W)|^2 = (w' - w) H (w' - w)^T for each output        H = E[x x^T], of a convolution the patch under its kernel
+
+What is left to win with 8 bits is little: of ResNet-20, 31.6 dB with the nearest integers, 32.1 so, and 32.4 with exact
+weights; so rounding is not learned (AdaRound). With 4 bits it is 15.2 dB and 20.6.
 """
 
 from __future__ import annotations
