@@ -18,6 +18,7 @@ from graphopt.ir.operators import (
     MAX_POOLS,
     SCALED_DROPOUTS,
     Family,
+    plain_name,
     writes_in_place,
 )
 from graphopt.passes.layers.channel_path import reads_only_shape, step_back
@@ -26,7 +27,8 @@ from graphopt.pipeline.plan import Refusal
 
 Absorber = Literal["layer", "norm", "multiply"]
 
-_HOMOGENEOUS = Family("relu", "leaky_relu") | SCALED_DROPOUTS | MAX_POOLS | AVERAGE_POOLS | ADAPTIVE_AVERAGE_POOLS
+_POOLS = MAX_POOLS | AVERAGE_POOLS | ADAPTIVE_AVERAGE_POOLS
+_HOMOGENEOUS = Family("relu", "leaky_relu") | SCALED_DROPOUTS | _POOLS
 _NORMS = Family("layer_norm", "rms_norm")
 
 
@@ -108,9 +110,9 @@ def _step(node: fx.Node, axis: int) -> tuple[fx.Node, int] | None:
         return None
     source = node.args[0] if node.args else None
     if isinstance(source, fx.Node) and node in _HOMOGENEOUS:
-        slope = arguments(node, ()).get("negative_slope", 0.0)
-        same_rank = source.meta["val"].dim() == node.meta["val"].dim()
-        return (source, axis) if same_rank and not isinstance(slope, fx.Node) else None
+        slope, rank = arguments(node, ()).get("negative_slope", 0.0), node.meta["val"].dim()
+        pooled = int(plain_name(node)[-2]) if node in _POOLS else 0  # axes, the last: of `max_pool2d` two
+        return (source, axis) if axis < rank - pooled and not isinstance(slope, fx.Node) else None
     moved = step_back(node, axis)
     return None if moved is None or moved[1] is None else (moved[0], moved[1])
 

@@ -11,6 +11,7 @@ from graphopt.capturing.capture import capture
 from graphopt.ir.program import Program
 from graphopt.measure.equivalence import measure
 from graphopt.passes.equalization.noise import best_scale, noise
+from graphopt.passes.equalization.sites import find_sites
 from graphopt.passes.equalize import Equalize, EqualizeOptions, EqualizePlan
 from graphopt.passes.int8 import Int8
 from graphopt.pipeline.context import Context
@@ -200,3 +201,27 @@ def test_the_model_of_noise_is_what_rounding_adds() -> None:
     assert float((noise(seen, [weight[None, :, :, None]], scale) * power / added.mean()).mean()) == pytest.approx(
         1, rel=0.1
     )
+
+
+class PooledFeatures(nn.Module):
+    """Pools along the axis that the layers around them make and read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made = nn.ModuleList(nn.Linear(4, 8) for _ in range(4))
+        self.read = nn.ModuleList(nn.Linear(width, 2) for width in (8, 4, 4, 8))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        rows = [layer(x) for layer in self.made]
+        same = F.avg_pool1d(rows[0], 3, 1, 1), F.max_pool1d(rows[1], 2), F.adaptive_avg_pool1d(rows[2], 4)
+        return [layer(y) for layer, y in zip(self.read, (*same, F.max_pool2d(rows[3], 3, 1, 1)), strict=True)]
+
+
+def test_channels_that_are_pooled_together_have_one_scale() -> None:
+    program = capture(PooledFeatures().eval(), (drawn(2, 5, 4),))
+    sites, refusals = find_sites(program.graph_module, multiply=False)
+    assert not sites
+    assert {refusal.reason for refusal in refusals if "pool" in refusal.site} == {
+        f"`{name}` does not pass a factor of its channels"
+        for name in ("avg_pool1d", "max_pool1d", "adaptive_avg_pool1d", "max_pool2d")
+    }
