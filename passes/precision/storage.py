@@ -3,7 +3,7 @@
     w    ->    to(w', float32)        w' = w in 16 bits; the runtime converts it back once, when it loads the file
 
 Left in float32, each with its reason: what is written to, what 16 bits cannot hold, scales of integers and what stands
-beside them, what `skip` names. Weights of a few kilobytes stay as they are and go unmentioned.
+beside them, what `skip` names. Weights of a few kilobytes stay as they are, and go unmentioned beside larger ones.
 """
 
 from __future__ import annotations
@@ -36,10 +36,17 @@ def stored_halves(gm: fx.GraphModule, dtype: torch.dtype, wishes: Wishes) -> tup
     """
     storages = Storages(gm.graph)
     reads: dict[object, list[fx.Node]] = {}
+    small = 0
     for node in gm.graph.find_nodes(op="get_attr"):
         tensor = constant(node, gm)
-        if tensor is not None and tensor.dtype is torch.float32 and tensor.numel() > _FOLDED:
+        if tensor is None or tensor.dtype is not torch.float32:
+            continue
+        if tensor.numel() > _FOLDED:
             reads.setdefault(memory_key(tensor), []).append(node)
+        elif not _of_integers([node]):
+            small += 1
+    if small and not reads:
+        return [], [Refusal("the program", f"none of its {small} weights has more than {_FOLDED} numbers")]
     names: list[str] = []
     refusals = []
     for nodes in reads.values():

@@ -319,6 +319,13 @@ def test_a_runtime_without_kernels_gets_weights_of_half_the_bytes(tmp_path: Path
     assert {r.site: r.reason for r in small.refusals} == {"back.weight": "left float as asked (skip=back)"}
 
 
+def test_a_model_of_small_weights_is_told_so() -> None:
+    plan = planned(of(torch.relu)[0], target=STORES)
+    assert {r.site: r.reason for r in plan.refusals} == {
+        "the program": "none of its 2 weights has more than 8192 numbers"
+    }
+
+
 class Untouchable(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         raise AssertionError("it was run")
