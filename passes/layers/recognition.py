@@ -60,7 +60,7 @@ class Unweighted:
         if weighted_call(call.node, self._gm) is not None:
             return ""
         if getattr(call.weight.target, "namespace", "") == "graphopt":
-            return f"its weight is stored as integers (`{call.weight.name}`): int8 comes last"
+            return f"its weight is stored as integers (`{call.weight.name}`): int8 and weights come last"
         for what, read in (("weight", call.weight), ("bias", call.bias)):
             if read is not None and read.op != "get_attr":
                 return self.why_computed(what, read)

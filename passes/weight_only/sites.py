@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from graphopt.ir.aliasing import Storages
 from graphopt.ir.finite import all_finite
 from graphopt.ir.graph import constant, tensor_attribute
-from graphopt.ir.operators import ALL_CONVOLUTIONS, RECURRENT, short_name
+from graphopt.ir.operators import ALL_CONVOLUTIONS, EMBEDDINGS, RECURRENT, short_name
 from graphopt.ir.provenance import module_path
 from graphopt.passes.layers.recognition import Layers, Unweighted
 from graphopt.passes.layers.weighted_call import (
@@ -32,6 +32,7 @@ from graphopt.passes.layers.weighted_call import (
 )
 from graphopt.pipeline.globs import check_globs
 from graphopt.pipeline.plan import Refusal
+from graphopt.quantization.ops import DEQUANTIZE
 
 aten = torch.ops.aten
 
@@ -81,8 +82,10 @@ def find_sites(gm: fx.GraphModule) -> tuple[list[MatrixSite], list[Refusal]]:
             readers.setdefault(id(constant(call.weight, gm)), []).append(call)
         elif table is not None and table.is_floating_point():
             readers.setdefault(id(table), []).append(node)
-        elif node in ALL_CONVOLUTIONS or node in RECURRENT:
-            text = f"no kernel of `{short_name(node)}` reads stored integers and multiplies floating point"
+        elif _is_read(node) and table is None:
+            refusals.append(Refusal(node.name, "its table is computed at run time"))
+        elif node in ALL_CONVOLUTIONS or node in RECURRENT or (node in EMBEDDINGS and not _is_embedding(node)):
+            text = f"no kernel of `{short_name(node)}` reads stored integers and computes in floating point"
             refusals.append(Refusal(node.name, text, text.replace("`", "")))
         elif is_layer(node):
             refusals.append(Refusal(node.name, _why_no_layer(layer_call(node, gm), unweighted, gm)))
@@ -121,7 +124,13 @@ def _why_no_layer(call: WeightedCall | None, unweighted: Unweighted, gm: fx.Grap
 
 
 def _is_read(node: fx.Node) -> bool:
-    return node.target is aten.embedding.default and isinstance(node.args[0], fx.Node)
+    """Whether rows of a table are read, and not the scales of one that is stored as integers."""
+    scales = any(user.target is DEQUANTIZE for user in node.users)
+    return _is_embedding(node) and isinstance(node.args[0], fx.Node) and not scales
+
+
+def _is_embedding(node: fx.Node) -> bool:
+    return node.target is aten.embedding.default
 
 
 def _site(group: Sequence[WeightedCall | fx.Node]) -> MatrixSite:

@@ -235,12 +235,12 @@ def test_data_are_needed_where_a_method_looks_at_them(words: Program) -> None:
             plan_of(words, method=method)
 
 
-def test_int8_leaves_what_is_stored_as_integers(words: Program) -> None:
+def test_what_is_stored_as_integers_is_left(words: Program) -> None:
     table = made(lambda m, x: m.table(x), IDS, table=nn.Embedding(4200, WIDTH))
     for program, options in ((words, {}), (table, {"block": 16})):  # scales of 67 KB, which are read like a table
         result = Weights().apply(program, plan_of(program, **options))
         later = Int8().plan(result, Context(result, target=TARGET, samples=TensorSamples((IDS,))))
-        assert later.sites == ()
+        assert later.sites == plan_of(result, bits=8, block=16).sites == ()
         assert set(reasons(later).values()) == {"it is quantized already"}  # type: ignore[arg-type]
 
 
@@ -276,7 +276,10 @@ REFUSED: dict[str, tuple[Callable[[], Program], dict[str, object], str]] = {
     "convolution": (
         lambda: made(lambda m, x: m.conv(x), conv=nn.Conv1d(5, 8, 3)),
         {},
-        "no kernel of `conv1d` reads stored integers and multiplies floating point",
+        "no kernel of `conv1d` reads stored integers and computes in floating point",
+    ),
+    "bag": (
+        lambda: made(lambda m, x: m.bag(x), IDS, bag=nn.EmbeddingBag(ROWS, 64)), {}, "no kernel of `embedding_bag`"
     ),
     "skipped": (lambda: made(lambda m, x: m.fc(x), fc=layer()), {"skip": ("fc",)}, "left float as asked (skip=fc)"),
     "block": (
