@@ -43,6 +43,8 @@ _FURTHER = (
     "svd:rank=4,fold",
     "sparsity24:criterion=sqnr:force=yes",
     "int8:observer=percentile:weights=tensor",
+    "equalize:gain=0,int8:observer=entropy:accuracy=best",
+    "int8:observer=average:weight_bits=4",
     "drop_blocks:blocks=1:criterion=cosine",
 )
 _CLOSE = 1.25  # errors of two roundings of one thing
