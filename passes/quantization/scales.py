@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,12 +37,18 @@ class Observing:
     observer: Observer | Literal["auto"]
     percentile: float
 
-    def of(self, value: fx.Node, placement: Placement) -> Observer:
-        """Return the observer of one value with a scale of its own."""
+    def of(self, values: Iterable[fx.Node], placement: Placement) -> dict[fx.Node, Observer]:
+        """Return the observer of each value with a scale of its own."""
+        readers: dict[fx.Node, set[str]] = {}
+        for site in placement.sites:
+            for operand in site.kernel.operands:
+                readers.setdefault(placement.root(operand), set()).add(site.kernel.name)
+        return {value: self._by_readers(readers.get(value, set())) for value in values}
+
+    def _by_readers(self, kernels: set[str]) -> Observer:
         if self.observer != "auto":
             return self.observer
-        readers = [site.kernel.name for site in placement.sites if value in map(placement.root, site.kernel.operands)]
-        return "minmax" if readers and _PRODUCTS.issuperset(readers) else "mse"
+        return "minmax" if kernels and kernels <= _PRODUCTS else "mse"
 
 
 def choose_scales(
@@ -67,7 +73,7 @@ def choose_scales(
     roots = [node for node in values if placement.root(node) is node]
     given, shifted = given_sites(placement, originals), read_shifted(placement)
     observed = [node for node in roots if node not in given and constant(node, gm) is None]
-    observers = {node: observing.of(node, placement) for node in observed}
+    observers = observing.of(observed, placement)
     requests = [(originals.get(node.name, node.name), statistic(observers[node])) for node in observed]
     found = calibration.gather(requests) if calibration is not None else []
     seen = dict(zip(observed, found, strict=True))
@@ -89,6 +95,7 @@ def value_records(
     placement: Placement, gm: fx.GraphModule, scales: Mapping[fx.Node, QParams], observing: Observing
 ) -> list[ValueRecord]:
     """Describe every value that is stored as integers, in graph order."""
+    observers = observing.of(map(placement.root, [*placement.integers, *placement.reads]), placement)
     moves = {site.node for site in placement.sites if site.rule.role == "move"}
     shifted = {site.node for site in placement.sites if site.kernel.name == "hardsigmoid"}
     records = []
@@ -110,7 +117,7 @@ def value_records(
                 zero_point=chosen.zero_point,
                 low=chosen.low,
                 high=chosen.high,
-                observer=observing.of(source, placement) if form == "quantize" else "",
+                observer=observers[source] if form == "quantize" else "",
             )
         )
     return records
