@@ -69,6 +69,10 @@ def lifted(
         return None
     graph = gm.graph
     given = graph.find_nodes(op="placeholder")
+    taken = {node.name for node in graph.nodes}
+    for node in given:
+        if str(node.target) not in taken:  # a graph calls `input` `input_1`, and a file knows inputs by these names
+            node.name = str(node.target)
     names, structure, returned = called
     specs = _lift(graph, held)
     specs += [InputSpec(InputKind.USER_INPUT, TensorArgument(node.name), None) for node in given]

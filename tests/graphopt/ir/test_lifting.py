@@ -158,3 +158,10 @@ def test_an_axis_that_was_fixed_is_not_passed_over(program: Program) -> None:
     first, *others = program.inputs
     claimed = dataclasses.replace(first, shape=(*first.shape[:2], "height", "width"))
     assert lift(dataclasses.replace(program, inputs=(claimed, *others))) is None
+
+
+def test_a_file_keeps_the_names_of_inputs(tmp_path: Path) -> None:
+    """Plans know a program by its code: a copy of a graph calls `input` `input_1`, its file must not."""
+    program = capture(nn.Sequential(nn.Linear(4, 8), nn.ReLU()).eval(), (torch.randn(2, 4),)).copy()
+    program.save(tmp_path / "a.pt2")
+    assert load(tmp_path / "a.pt2").graph_module.code == program.graph_module.code
