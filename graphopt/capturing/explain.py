@@ -19,6 +19,9 @@ from graphopt.errors import first_line
 from graphopt.ir.torch_internals import SHAPES_LOGGER
 
 _AXIS = re.compile(r"L\['(?P<input>\w+)'\](?P<path>(\[[^\]]+\])*)\.size\(\)\[(?P<axis>\d+)\]")
+_NAMED_AXIS = re.compile(
+    r"You marked (?P<name>\w+) as dynamic but your code specialized it to be a constant \((?P<size>\d+)\)"
+)
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 _OWN = str(Path(__file__).parents[1])
 
@@ -39,6 +42,13 @@ def explain(err: BaseException, retrace: Callable[[], object] | None = None) -> 
             f"axis {axis['axis']} of input `{name}` was fixed to one size{where}. Write sizes as `x.shape[i]` or -1 "
             f"instead of numbers there, or declare the axis static: dynamic_shapes={{'{axis['input']}': "
             f"{{{axis['axis']}: None}}}}."
+        )
+    if named := _NAMED_AXIS.search(text):
+        where = _line_that_fixed(retrace) if retrace else ""
+        return (
+            f"axis `{named['name']}`, dynamic as asked, was fixed to {named['size']}{where}. Write sizes as "
+            "`x.shape[i]` or -1 instead of numbers there, or leave the axis static; the steps that nn.LSTM, nn.GRU "
+            "and nn.RNN take are always fixed by torch.export."
         )
     where = _user_frame_in(text) or _raised_at(err)
     if "data-dependent" in text or "Could not guard" in text:

@@ -94,6 +94,20 @@ def test_a_fixed_batch_is_reported_with_the_line_that_fixed_it() -> None:
     assert "test_capturing.py" in note.text
 
 
+def test_a_named_axis_that_was_fixed_is_reported_with_the_line_that_fixed_it() -> None:
+    class Steps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(4, 3, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.lstm(x)[0]
+
+    said = r"axis `steps`, dynamic as asked, was fixed to 5 at .*test_capturing.py:\d+.*nn.LSTM"
+    with pytest.raises(CaptureError, match=said):
+        capture(Steps(), torch.randn(2, 5, 4), dynamic_shapes={"x": {1: torch.export.Dim("steps")}})
+
+
 def test_data_dependent_branch_is_explained() -> None:
     class Branch(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
