@@ -53,7 +53,7 @@ class Int8Options:
     samples: Annotated[int, Field(ge=1)] = 512  # calibration samples used
     batch_size: Annotated[int, Field(ge=1)] = 32  # samples per calibration step; does not change the result
     weights: Literal["channel", "tensor"] = "channel"  # one weight scale per output channel, or one in all
-    weight_bits: Annotated[int, Field(ge=2, le=8)] = 8  # of a weight; fewer lie in bytes, for studies of accuracy
+    weight_bits: Annotated[int, Field(ge=2, le=8)] = 8  # of a weight, at most; fewer lie in bytes, for studies
     accuracy: Literal["fast", "balanced", "best"] = "balanced"  # what the next two are where nothing is said of them
     bias_correction: bool | None = None  # biases make up for the mean error of rounded weights; none: but for fast
     rounding: Literal["nearest", "gptq"] | None = None  # of weights: by their inputs with gptq; none: for best
@@ -159,9 +159,9 @@ class Int8(Pass[Int8Options, Int8Plan]):
         return self.options.rounding or ("gptq" if self.options.accuracy == "best" else "nearest")
 
     def _target(self, ctx: Context) -> TargetDescription:
-        """Return the target, with weights of as many bits as asked for."""
+        """Return the target, with weights of no more bits than asked for."""
         target = ctx.need_target(self.name)
-        weight = dataclasses.replace(target.weight, bits=self.options.weight_bits)
+        weight = dataclasses.replace(target.weight, bits=min(target.weight.bits, self.options.weight_bits))
         return dataclasses.replace(target, weight=weight)
 
     def _batches(self, program: Program, ctx: Context) -> list[Batch]:

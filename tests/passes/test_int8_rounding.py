@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -61,6 +62,13 @@ def test_weights_of_few_bits(layer: tuple[Program, Tensor]) -> None:
         stored = plan.tensors[name]
         assert stored.dtype is torch.int8
         assert int(stored.abs().max()) == 3
+
+
+def test_a_target_may_take_fewer_bits(layer: tuple[Program, Tensor]) -> None:
+    target = dataclasses.replace(ONNXRUNTIME, weight=dataclasses.replace(ONNXRUNTIME.weight, bits=7))
+    _, plan = quantized(*layer, target=target)
+    (name,) = {record["weight"] for record in plan.layers}
+    assert int(plan.tensors[name].abs().max()) == 63
 
 
 def test_accuracy_says_what_is_done(layer: tuple[Program, Tensor]) -> None:
