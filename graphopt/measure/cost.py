@@ -12,14 +12,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from graphopt.ir.graph import arguments
-from graphopt.ir.operators import ATTENTION, RECURRENT_LAYERS, Family
+from graphopt.ir.operators import ATTENTION, CONVOLUTIONS, RECURRENT_LAYERS, Family
 from graphopt.ir.ownership import memory_key, storage_key
 from graphopt.ir.program import Program
 from graphopt.ir.regions import Region, region
-from graphopt.ir.torch_internals import FakeTensorMode, OperatorBase, OpOverload, optimization_hint, pytree
+from graphopt.ir.torch_internals import (
+    FakeTensorMode,
+    OperatorBase,
+    OpOverload,
+    is_composite,
+    optimization_hint,
+    pytree,
+)
 from graphopt.measure.flop_formulas import FORMULAS
 from graphopt.quantization.ops import DEQUANTIZE, QUANTIZE, UNPACK
 
@@ -116,6 +123,7 @@ def _flops(program: Program) -> int:
     return total // (sizes[0] if sizes else program.batch_size or 1)
 
 
+_LAYERS = CONVOLUTIONS | Family("linear")  # of all calls most, and torch's counter takes milliseconds for each
 _VECTOR_PRODUCTS = Family("linalg_vecdot")
 _FREE = {torch.Tag.pointwise, torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 
@@ -128,8 +136,10 @@ def node_flops(node: fx.Node) -> int:
     found = region(node, owner) if owner is not None else None
     if found is not None:
         return _region_flops(found)
-    if isinstance(node.target, OpOverload) and (node.target.is_view or _FREE.intersection(node.target.tags)):
+    if isinstance(node.target, OpOverload) and _is_free(node.target):
         return 0
+    if node in _LAYERS:
+        return _layer_flops(node)
     if node in RECURRENT_LAYERS:  # torch's counter does not know their kernels
         return _recurrent_flops(node)
     if node in ATTENTION:
@@ -142,6 +152,24 @@ def node_flops(node: fx.Node) -> int:
     if any(argument.op == "get_attr" and "val" not in argument.meta for argument in node.all_input_nodes):
         return _counted(node.target, args, kwargs)  # branches are not to be kept alive
     return _remembered(node.target, args, kwargs)
+
+
+@functools.cache
+def _is_free(operator: OpOverload[..., Any]) -> bool:
+    """Whether calls of an operator count nothing: no formula is known for it, and it is not made of others."""
+    if operator.is_view or _FREE.intersection(operator.tags):
+        return True
+    known = operator._overloadpacket in FORMULAS or operator._overloadpacket in flop_registry
+    return not known and not is_composite(operator)
+
+
+def _layer_flops(node: fx.Node) -> int:
+    """Count every weight of an output channel once for each element of the result, or of the input in its features."""
+    given = arguments(node, ("input", "weight"))
+    weight = _described(given["weight"]).shape
+    if node in CONVOLUTIONS:
+        return int(2 * math.prod(_described(node).shape) * math.prod(weight[1:]))
+    return int(2 * math.prod(_described(given["input"]).shape) * math.prod(weight[:-1]))
 
 
 def _region_flops(found: Region) -> int:
