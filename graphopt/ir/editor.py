@@ -33,7 +33,7 @@ class Editor:
         self.graph = gm.graph
         self._made_by = made_by
         self._mode = fake_mode_of(gm) if mode is None else mode
-        self._propagation = Propagation(self._mode)
+        self._propagation = Propagation(self._mode, "editing")
 
     def call(self, target: Callable[..., Any], *args: Any, like: fx.Node, site: str = "", **kwargs: Any) -> fx.Node:
         """Insert a call at the graph's insertion point, descending from `like`.

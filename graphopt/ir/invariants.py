@@ -97,7 +97,7 @@ def _check_dynamic(program: Program, pass_name: str) -> None:
 
 
 def _check_values(program: Program, pass_name: str) -> None:
-    """Compare every recorded `meta["val"]` with one fresh fake propagation."""
+    """Compare every recorded `meta["val"]` with a fake propagation of its own, which reads none of them but inputs'."""
     for node in program.graph.nodes:
         if node.op != "output" and "val" not in node.meta and not _is_region(node, program.graph_module):
             raise VerifyError(
@@ -127,7 +127,7 @@ class _Recorded(Walker):
         super().__init__(program)
         self._stale: tuple[fx.Node, str, str] | None = None
         self._mode = fake_mode_of(program.graph_module)
-        self._propagation = Propagation(self._mode)
+        self._propagation = Propagation(self._mode, "checking")
 
     def stale(self) -> tuple[fx.Node, str, str] | None:
         """Return the first node whose recorded value differs, with both descriptions."""

@@ -1,8 +1,9 @@
 """Running calls on fake tensors, equal calls once.
 
 A fake tensor with a symbolic size costs a millisecond to make, and most calls of a deep network are like an earlier
-one: of the 122 of a folded ResNet-50 42 differ. Calls are equal where operator, arguments, and shapes, strides and
-types of their tensors are; what they give is then one fake tensor.
+one: of the 122 of a folded ResNet-50 42 differ, and a pass leaves most as they were. Calls are equal where operator,
+arguments, and shapes, strides and types of their tensors are; what they give is then one fake tensor, in every program
+of one fake mode. Who checks what is recorded knows nothing of who recorded it.
 """
 
 from __future__ import annotations
@@ -18,34 +19,55 @@ from graphopt.ir.torch_internals import FakeTensor, FakeTensorMode, OpOverload, 
 
 _OURS = ("aten", "graphopt")  # operators whose shapes follow from their arguments: who knows what a stranger's do
 _DEPENDS_ON_DATA = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+_MOST_KNOWN = 4096  # results of a mode, a few kilobytes each
+_KNOWN = "graphopt.propagated"  # in a mode's own dictionary, so that what is known goes with it
 
 
 class Propagation:
-    """Runs calls in one fake mode, for as long as a graph is looked at."""
+    """Runs calls in one fake mode."""
 
-    def __init__(self, mode: FakeTensorMode) -> None:
+    def __init__(self, mode: FakeTensorMode, purpose: str) -> None:
+        """Prepare to run calls.
+
+        Args:
+            mode: of their tensors.
+            purpose: what for; tensors are shared with those who run calls for the same.
+        """
         self._mode = mode
-        self._known: dict[Hashable, Any] = {}
+        self._known: dict[Hashable, Any] = vars(mode).setdefault(f"{_KNOWN} {purpose}", {})
 
     def call(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what the call of `node` gives for these arguments; calls of plain operators may share a result."""
-        key = _described((args, kwargs)) if _is_plain(node) else None
-        if key is not None and (node.target, key) in self._known:
-            return self._known[node.target, key]
+        described = _described((args, kwargs)) if _is_plain(node) else None
+        key = None if described is None else (node.target, described, _surroundings())
+        if key is not None and key in self._known:
+            return self._known[key]
         # Without the Python dispatcher aten.pad, among others, fixes a symbolic batch to its example size.
         with enable_python_dispatcher(), self._mode:
             value = node.target(*args, **kwargs)  # type: ignore[operator]
         if key is not None:
-            self._known[node.target, key] = value
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            self._known[key] = value
         return value
 
 
 def _is_plain(node: fx.Node) -> bool:
-    """Whether a call gives new memory, whose shape follows from those of its arguments."""
+    """Whether a call gives new memory, whose shape follows from those of its arguments and which nobody writes to.
+
+    A write in place may change the shape that a tensor is known by: `x.t_()`.
+    """
     target = node.target
     if not isinstance(target, OpOverload) or target.namespace not in _OURS:
         return False
+    if any(node in written_inputs(user) for user in node.users):
+        return False
     return not (_DEPENDS_ON_DATA.intersection(target.tags) or shared_inputs(node) or written_inputs(node))
+
+
+def _surroundings() -> Hashable:
+    """Return what else the type of a result, or whether it is trained, may depend on."""
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()
 
 
 def _described(value: Any) -> Hashable | None:
@@ -71,4 +93,10 @@ def _tensor(value: torch.Tensor) -> Hashable | None:
         return None
     sizes = _described((*value.shape, *value.stride(), value.storage_offset()))
     flags = value.is_conj(), value.is_neg(), value.requires_grad
-    return FakeTensor, value.dtype, value.device, value.dim(), sizes, flags
+    return FakeTensor, value.dtype, value.device, _cast_there(value.device.type), value.dim(), sizes, flags
+
+
+def _cast_there(kind: str) -> torch.dtype | None:
+    """Return the type that autocast computes in on a kind of device, None where it is off."""
+    known = torch.amp.is_autocast_available(kind)
+    return torch.get_autocast_dtype(kind) if known and torch.is_autocast_enabled(kind) else None

@@ -1,4 +1,4 @@
-"""Propagation: equal calls of plain operators run once, all others every time."""
+"""Propagation: equal calls of plain operators run once in a mode, all others every time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphopt import Program, capture
+from graphopt.ir import propagation
 from graphopt.ir.graph import fake_mode_of
+from graphopt.ir.invariants import check_invariants
 from graphopt.ir.propagation import Propagation
 
 aten = torch.ops.aten
@@ -32,12 +34,12 @@ def program() -> Program:
     return capture(Calls(), torch.randn(2, 3, 4))
 
 
-def results(program: Program, target: Any) -> list[Any]:
-    propagation = Propagation(fake_mode_of(program.graph_module))
+def results(program: Program, target: Any, purpose: str = "a test") -> list[Any]:
+    propagated = Propagation(fake_mode_of(program.graph_module), purpose)
     found = []
     for node in program.graph.find_nodes(op="call_function", target=target):
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda used: used.meta["val"])
-        found.append(propagation.call(node, args, kwargs))
+        found.append(propagated.call(node, args, kwargs))
     return found
 
 
@@ -57,3 +59,41 @@ def test_equal_numbers_of_another_type_are_another_call(program: Program) -> Non
 def test_views_and_what_depends_on_data_run_every_time(program: Program, target: Any) -> None:
     one, other = results(program, target)
     assert one is not other
+
+
+def test_what_is_known_is_shared_by_those_who_run_calls_for_the_same(program: Program) -> None:
+    one, other, checked = (results(program.copy(), aten.relu.default, what)[0] for what in ("a", "a", "check"))
+    assert one is other
+    assert one is not checked
+
+
+def test_autocast_and_the_default_type_make_another_call(program: Program) -> None:
+    plain = results(program, aten.add.Tensor)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert results(program, aten.add.Tensor)[0] is not plain
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert results(program, aten.add.Tensor)[0] is not plain
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert results(program, aten.add.Tensor)[0] is plain
+
+
+def test_no_more_is_known_than_so_much(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(propagation, "_MOST_KNOWN", 1)
+    assert len({id(value) for value in results(program, aten.clamp.default, "bounded")}) == 2
+    mode = fake_mode_of(program.graph_module)
+    assert [len(known) for name, known in vars(mode).items() if name.endswith("bounded")] == [1]
+
+
+def test_a_result_that_is_turned_in_place_is_no_other_calls() -> None:
+    class Turned(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            turned = x.relu()
+            turned.t_()
+            return turned, x.relu()
+
+    turning = capture(Turned(), torch.randn(2, 3))
+    for _ in range(2):
+        check_invariants(turning, turning.copy(), "a test")
+    assert [one.shape[1] for one in results(turning, aten.relu.default)] == [3, 3]
