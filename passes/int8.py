@@ -9,20 +9,19 @@ and dequantize stand is read from the target description.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field
-from torch import Tensor, fx
+from torch import fx
 
 from graphopt.data.batches import Batch, whole_batches
 from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
-from graphopt.passes.layers.weighted_call import WeightedCall
 from graphopt.passes.quantization.choice import choose_forms
 from graphopt.passes.quantization.layers import LayerQuantizer
-from graphopt.passes.quantization.placement import Placement, place
+from graphopt.passes.quantization.placement import Placement, Site, place
 from graphopt.passes.quantization.plan import Int8Plan, LayerRecord
 from graphopt.passes.quantization.prepare import respell, spellings, stays_respelled
 from graphopt.passes.quantization.recurrent import lstm_call, record_lstms, rewrite_lstms
@@ -94,9 +93,10 @@ class Int8(Pass[Int8Options, Int8Plan]):
         tables, tensors, float_tables = quantize_tables(gm, target, skip)
         calibration = self._calibration(placement, program, ctx)
         observing = Observing(self.options.observer, self.options.percentile)
-        scales = choose_scales(placement, gm, calibration, originals, target.activation, observing)
+        means = [request for _, request in self._means_wanted(placement, originals)]
+        scales = choose_scales(placement, gm, calibration, originals, target.activation, observing, means)
         if self.options.mode == "auto" and calibration is not None:
-            choice = choose_forms(placement, prepared, scales, target, self._compared(program, ctx))
+            choice = choose_forms(placement, prepared, scales, target, lambda: self._compared(program, ctx))
             if choice:
                 placement = place(gm, target, skip, choice)
                 scales = choose_scales(placement, gm, calibration, originals, target.activation, observing)
@@ -179,21 +179,31 @@ class Int8(Pass[Int8Options, Int8Plan]):
         scales: Mapping[fx.Node, QParams],
     ) -> list[LayerRecord]:
         sites = [(site, site.kernel.layer) for site in placement.sites if site.kernel.layer is not None]
-        means = self._input_means([layer for _, layer in sites], calibration, originals)
+        means = {}
+        if calibration is not None:
+            wanted = self._means_wanted(placement, originals)
+            found = calibration.gather(request for _, request in wanted)
+            means = {site: seen.mean for (site, _), seen in zip(wanted, found, strict=True)}
         return [
-            quantizer.quantize(site, layer, None if site.dynamic else scales[placement.root(layer.input)].scale, mean)
-            for (site, layer), mean in zip(sites, means, strict=True)
+            quantizer.quantize(
+                site, layer, None if site.dynamic else scales[placement.root(layer.input)].scale, means.get(site)
+            )
+            for site, layer in sites
         ]
 
-    def _input_means(
-        self, layers: Sequence[WeightedCall], calibration: Calibration | None, originals: Mapping[str, str]
-    ) -> Sequence[Tensor | None]:
-        """Return the mean of each layer's input per channel where biases are to be corrected by it."""
+    def _means_wanted(
+        self, placement: Placement, originals: Mapping[str, str]
+    ) -> list[tuple[Site, tuple[str, ChannelMean]]]:
+        """Return the layers whose biases are to be corrected by the mean of their input per channel, and what tells."""
         wanted = self.options.bias_correction
-        if calibration is None or not (self.options.accuracy != "fast" if wanted is None else wanted):
-            return [None] * len(layers)
-        inputs = ((originals.get(layer.input.name, layer.input.name), layer.input_axis) for layer in layers)
-        return [found.mean for found in calibration.gather((name, ChannelMean(axis)) for name, axis in inputs)]
+        if not (self.options.accuracy != "fast" if wanted is None else wanted):
+            return []
+        layers = [(site, site.kernel.layer) for site in placement.sites]
+        return [
+            (site, (originals.get(layer.input.name, layer.input.name), ChannelMean(layer.input_axis)))
+            for site, layer in layers
+            if layer is not None
+        ]
 
 
 def _prepared(program: Program, respelled: Mapping[str, str]) -> tuple[Program, dict[str, str]]:

@@ -1,7 +1,8 @@
 """Chooses for each layer whether its activations have static scales, dynamic ones, or stay float.
 
-A layer is run in each way its kernels allow beside the float one, on the float network's own activations; how far its
-outputs are off decides, sample by sample: scales that fit the largest sample are of no use to the small ones.
+A layer is run beside the float one with static scales, and where those leave too little with dynamic ones, on the float
+network's own activations; how far its outputs are off decides, sample by sample: scales that fit the largest sample are
+of no use to the small ones.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def choose_forms(
     program: Program,
     scales: Mapping[fx.Node, QParams],
     target: TargetDescription,
-    batches: Iterable[Batch],
+    batches: Callable[[], Iterable[Batch]],
 ) -> dict[fx.Node, Choice]:
     """Return the layers that are not to have the scales they were placed with.
 
@@ -46,20 +47,25 @@ def choose_forms(
         program: the prepared program.
         scales: parameters of its values.
         target: what the runtime can do.
-        batches: samples to compare on.
+        batches: reads the samples to compare on.
     """
-    asked: dict[fx.Node, dict[str, Alternative]] = {}
+    first: dict[fx.Node, dict[str, Alternative]] = {}
+    second: dict[fx.Node, dict[str, Alternative]] = {}
     gm = program.graph_module
     for site in placement.sites:
         layer = site.kernel.layer
         if site.kernel.name == "lstm":
-            asked[site.node] = {"dynamic": _integer_lstm(site.node, gm, target.weight)}
+            first[site.node] = {"dynamic": _integer_lstm(site.node, gm, target.weight)}
         if layer is None or site.dynamic or "dynamic" not in site.rule.scales:
             continue
         weight = _rounded(layer, gm, target)
         static = _static(scales[placement.root(layer.input)])
-        asked[site.node] = {"static": _with(layer, weight, static), "dynamic": _with(layer, weight, _dynamic)}
-    found = compare(program, batches, asked)
+        first[site.node] = {"static": _with(layer, weight, static)}
+        second[site.node] = {"dynamic": _with(layer, weight, _dynamic)}
+    found = compare(program, batches(), first)
+    wanting = {node: other for node, other in second.items() if found[node]["static"] < _WANTED}
+    for node, ratios in compare(program, batches(), wanting).items() if wanting else ():
+        found[node].update(ratios)
     return {node: choice for node, ratios in found.items() if (choice := _choice(node, ratios)) is not None}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +15,7 @@ from graphopt.passes.quantization.given_scales import dividing_shift, given_scal
 from graphopt.passes.quantization.placement import Placement
 from graphopt.passes.quantization.plan import Form, ValueRecord, stored_name
 from graphopt.quantization.formats import IntegerFormat
+from graphopt.quantization.histogram import Statistic
 from graphopt.quantization.observers import Observer, choose, statistic
 from graphopt.quantization.ops import quantize
 from graphopt.quantization.qparams import QParams, from_range
@@ -58,6 +59,7 @@ def choose_scales(
     originals: Mapping[str, str],
     integers: IntegerFormat,
     observing: Observing,
+    also: Sequence[tuple[str, Statistic]] = (),
 ) -> dict[fx.Node, QParams]:
     """Choose the parameters of every value that has a scale of its own.
 
@@ -68,6 +70,7 @@ def choose_scales(
         originals: names of nodes there, where they differ; "" for what is not there.
         integers: how activations are stored.
         observing: how ranges are chosen.
+        also: what else calibration is to gather in the same run over the samples, for those who ask next.
     """
     values = [*placement.integers, *placement.reads]
     roots = [node for node in values if placement.root(node) is node]
@@ -75,6 +78,8 @@ def choose_scales(
     observed = [node for node in roots if node not in given and constant(node, gm) is None]
     observers = observing.of(observed, placement)
     requests = [(originals.get(node.name, node.name), statistic(observers[node])) for node in observed]
+    if calibration is not None:
+        calibration.gather([*requests, *also])
     found = calibration.gather(requests) if calibration is not None else []
     seen = dict(zip(observed, found, strict=True))
     scales: dict[fx.Node, QParams] = {}

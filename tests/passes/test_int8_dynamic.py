@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -16,8 +17,10 @@ from graphopt.errors import DataError
 from graphopt.ir.program import Program
 from graphopt.measure.equivalence import measure
 from graphopt.passes.int8 import Int8, Int8Options
+from graphopt.passes.quantization import choice
 from graphopt.passes.quantization.plan import Int8Plan
 from graphopt.pipeline.context import Context
+from graphopt.statistics import calibration
 from graphopt.targets.description import TargetDescription
 from graphopt.testing import TensorSamples, check_pass
 from tests.passes.int8_models import folded, kernels, noise, reasons
@@ -102,3 +105,14 @@ def test_chooses_by_what_scales_leave_of_small_samples(order: Sequence[int], sca
     program = folded(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), x)
     _, plan = planned(program, x[list(order)])
     assert by_layer(plan) == {"0.weight": scales, "2.weight": scales}
+
+
+def test_nothing_is_run_that_decides_nothing(head: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One run over the samples for ranges and means, and dynamic scales only where static ones leave too little."""
+    observed, compared = mock.Mock(wraps=calibration.observe), mock.Mock(wraps=choice.compare)
+    monkeypatch.setattr(calibration, "observe", observed)
+    monkeypatch.setattr(choice, "compare", compared)
+    _, plan = planned(head, noise(16, 8, 5))
+    assert set(by_layer(plan).values()) == {"static"}
+    assert observed.call_count == 1
+    assert [set(names) for (_, _, asked), _ in compared.call_args_list for names in asked.values()] == [{"static"}] * 3
