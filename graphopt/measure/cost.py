@@ -15,7 +15,17 @@ from torch import fx
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from graphopt.ir.graph import arguments
-from graphopt.ir.operators import ATTENTION, CONVOLUTIONS, RECURRENT_LAYERS, Family
+from graphopt.ir.operators import (
+    ADAPTIVE_AVERAGE_POOLS,
+    ATTENTION,
+    AVERAGE_POOLS,
+    CONVOLUTIONS,
+    MAX_POOLS,
+    NORMALISATIONS,
+    RECURRENT_LAYERS,
+    SOFTMAXES,
+    Family,
+)
 from graphopt.ir.ownership import memory_key, storage_key
 from graphopt.ir.program import Program
 from graphopt.ir.regions import Region, region
@@ -125,6 +135,7 @@ def _flops(program: Program) -> int:
 
 _LAYERS = CONVOLUTIONS | Family("linear")  # of all calls most, and torch's counter takes milliseconds for each
 _VECTOR_PRODUCTS = Family("linalg_vecdot")
+_WITHOUT_PRODUCTS = NORMALISATIONS | SOFTMAXES | MAX_POOLS | AVERAGE_POOLS | ADAPTIVE_AVERAGE_POOLS
 _FREE = {torch.Tag.pointwise, torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 
 
@@ -157,7 +168,7 @@ def node_flops(node: fx.Node) -> int:
 @functools.cache
 def _is_free(operator: OpOverload[..., Any]) -> bool:
     """Whether calls of an operator count nothing: no formula is known for it, and it is not made of others."""
-    if operator.is_view or _FREE.intersection(operator.tags):
+    if operator.is_view or operator in _WITHOUT_PRODUCTS or _FREE.intersection(operator.tags):
         return True
     known = operator._overloadpacket in FORMULAS or operator._overloadpacket in flop_registry
     return not known and not is_composite(operator)
