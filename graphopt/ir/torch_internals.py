@@ -182,16 +182,42 @@ def _kept_signatures() -> tuple[property, Any]:
     return property(functools.cache(read.fget)), functools.cache(_schemas.op_signature_from_function)
 
 
+@functools.cache
+def _reading_what_is_recorded() -> type[fx.Interpreter]:
+    """Return what the exporter looks for promoted types with, without running calls that it leaves as they are."""
+    from torch.onnx._internal.fx.passes import type_promotion
+
+    class Reading(type_promotion._TypePromotionInterpreter):
+        _node: fx.Node
+        _changed = False  # from the first call on that is, values are others than recorded
+
+        def run_node(self, n: fx.Node) -> Any:
+            self._node = n
+            return super().run_node(n)
+
+        def _run_node_and_set_meta(self, node: fx.Node) -> Any:  # of what is new, or has new arguments
+            self._changed = True
+            return super()._run_node_and_set_meta(node)
+
+        def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            recorded = None if self._changed else self._node.meta.get("val")
+            return super().call_function(target, args, kwargs) if recorded is None else recorded
+
+    return Reading
+
+
 @contextlib.contextmanager
 def onnx_exporter() -> Iterator[None]:
     """Have `torch.onnx.export` to one's own thread, without what it does over and over.
 
     It reads its whole library of translations in every export, a second of each (2.13): now the source of a function
     is read once in a process, and what was registered since the last export is there. For new composite operators it
-    looks in every namespace, several times in an export and a quarter of a second of each: once meanwhile.
+    looks in every namespace, several times in an export and a quarter of a second of each: once meanwhile. To promote
+    types it runs on fake tensors what it has just traced on them: as far as nothing is promoted it reads them.
     """
     from onnxscript.values import TracedOnnxFunction
     from torch.onnx._internal.exporter import _schemas
+    from torch.onnx._internal.fx.passes import type_promotion
 
     with one_thread_at_a_time():
         function_ir, signature = _kept_signatures()
@@ -200,6 +226,7 @@ def onnx_exporter() -> Iterator[None]:
             mock.patch.object(TracedOnnxFunction, "function_ir", function_ir),
             mock.patch.object(_schemas, "op_signature_from_function", signature),
             mock.patch.object(export_utils, "_materialize_cpp_cia_ops", looked_for),
+            mock.patch.object(type_promotion, "_TypePromotionInterpreter", _reading_what_is_recorded()),
         ):
             yield
 

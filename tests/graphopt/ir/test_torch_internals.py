@@ -13,12 +13,13 @@ import torch
 from onnxscript._internal import ast_utils
 from onnxscript.function_libs.torch_lib import registration
 from onnxscript.values import TracedOnnxFunction
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._export import utils as export_utils
 from torch.export import Dim
 from torch.onnx._internal.exporter import _schemas
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.onnx._internal.exporter._torchlib import _torchlib_registry
+from torch.onnx._internal.fx.passes import type_promotion
 
 import graphopt.quantization.ops  # noqa: F401
 from graphopt.ir import torch_internals
@@ -265,3 +266,25 @@ def test_operators_are_looked_for_once_an_export_and_all_found() -> None:
             assert look.call_count == times
         export_utils._collect_all_valid_cia_ops()
     assert look.call_count > 3
+
+
+def test_types_are_promoted_as_torch_does_and_calls_before_that_are_not_run() -> None:
+    class Mixed(nn.Module):
+        def forward(self, x: Tensor, i: Tensor) -> tuple[Tensor, ...]:
+            plain = (x.relu() + x).exp()
+            return plain, (plain + i).relu() * 2, i.sigmoid(), i.sum(0)
+
+    args = torch.randn(2, 3), torch.ones(2, 3, dtype=torch.int32)
+    batch = ({0: Dim.DYNAMIC}, {0: Dim.DYNAMIC})
+    exports = [torch.export.export(Mixed(), args, dynamic_shapes=batch).run_decompositions({}) for _ in range(2)]
+    theirs, ours = (export.graph_module for export in exports)
+    type_promotion.InsertTypePromotion(theirs).run()
+    call = fx.Interpreter.call_function
+    with onnx_exporter(), mock.patch.object(fx.Interpreter, "call_function", autospec=True, side_effect=call) as run:
+        type_promotion.InsertTypePromotion(ours).run()
+    targets = [given.args[1] for given in run.call_args_list]
+    assert aten.exp.default not in targets
+    assert targets.count(aten.relu.default) == 1  # the second
+    assert str(ours.graph) == str(theirs.graph)
+    assert [str(n.meta.get("val")) for n in ours.graph.nodes] == [str(n.meta.get("val")) for n in theirs.graph.nodes]
+    assert torch.ops.prims.convert_element_type.default in {node.target for node in ours.graph.nodes}
