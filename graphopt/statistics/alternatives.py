@@ -34,15 +34,16 @@ def compare(
     """Return the signal-to-noise ratio of each alternative of each call in dB, over the samples' mean share of noise.
 
     Args:
-        program: what is run, batch by batch.
+        program: what is run, call by call for all batches.
         batches: flat inputs.
         alternatives: by name, of calls of the program.
     """
     if not alternatives:
         return {}
     walker = _Comparer(program, alternatives)
-    for batch in batches:
-        walker.run(batch)
+    walker.start(list(batches))
+    for _ in program.graph.nodes:  # one call after the other, each for every batch
+        walker.step()
     return {
         node: {name: _decibels(shares) for name, shares in by_name.items()} for node, by_name in walker.shares.items()
     }

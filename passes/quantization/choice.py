@@ -7,6 +7,7 @@ of no use to the small ones.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -52,16 +53,20 @@ def choose_forms(
     first: dict[fx.Node, dict[str, Alternative]] = {}
     second: dict[fx.Node, dict[str, Alternative]] = {}
     gm = program.graph_module
+
+    @functools.lru_cache(maxsize=1)  # of the layer that is being compared: all together are as large as the program
+    def rounded(layer: WeightedCall) -> Tensor:
+        return _rounded(layer, gm, target)
+
     for site in placement.sites:
         layer = site.kernel.layer
         if site.kernel.name == "lstm":
             first[site.node] = {"dynamic": _integer_lstm(site.node, gm, target.weight)}
         if layer is None or site.dynamic or "dynamic" not in site.rule.scales:
             continue
-        weight = _rounded(layer, gm, target)
         static = _static(scales[placement.root(layer.input)])
-        first[site.node] = {"static": _with(layer, weight, static)}
-        second[site.node] = {"dynamic": _with(layer, weight, _dynamic)}
+        first[site.node] = {"static": _with(layer, rounded, static)}
+        second[site.node] = {"dynamic": _with(layer, rounded, _dynamic)}
     found = compare(program, batches(), first)
     wanting = {node: other for node, other in second.items() if found[node]["static"] < _WANTED}
     for node, ratios in compare(program, batches(), wanting).items() if wanting else ():
@@ -79,10 +84,14 @@ def _choice(node: fx.Node, sqnr: Mapping[str, float]) -> Choice | None:
     return "dynamic" if static < _WANTED and sqnr["dynamic"] > static + _LEAST_GAIN else None
 
 
-def _with(layer: WeightedCall, weight: Tensor, read: Callable[[Tensor], Tensor]) -> Alternative:
-    """Return the layer's call with a rounded weight and an input that is read through `read`."""
+def _with(
+    layer: WeightedCall, rounded: Callable[[WeightedCall], Tensor], read: Callable[[Tensor], Tensor]
+) -> Alternative:
+    """Return the layer's call with its weight rounded and an input that is read through `read`."""
 
     def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        weight = rounded(layer)
+
         def given(argument: Any, value: Any) -> Any:
             return read(value) if argument is layer.input else weight if argument is layer.weight else value
 
