@@ -40,6 +40,7 @@ _DEFAULT: Mapping[str, Scales | None] = {"auto": None, "static": "static", "dyna
 _COMPARED = 32  # samples by which layers choose between static and dynamic scales
 _COMPARED_AT_ONCE = 8
 _ROUNDED_BY = 128  # samples that weights are rounded by
+_PERCENTILE = 99.99
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ class Int8Options:
 
     mode: Literal["auto", "static", "dynamic"] = "auto"  # how scales of activations are chosen, see `Int8`
     observer: Observer | Literal["auto"] = "auto"  # how ranges are chosen: by kind of operator, or see `observers`
-    percentile: Annotated[float, Field(gt=50, le=100)] = 99.99  # percent of values kept in range by `percentile`
+    percentile: Annotated[float, Field(gt=50, le=100)] = _PERCENTILE  # percent of values kept in range by `percentile`
     samples: Annotated[int, Field(ge=1)] = 512  # calibration samples used
     batch_size: Annotated[int, Field(ge=1)] = 32  # samples per calibration step; does not change the result
     weights: Literal["channel", "tensor"] = "channel"  # one weight scale per output channel, or one in all
@@ -57,6 +58,13 @@ class Int8Options:
     bias_correction: bool | None = None  # biases make up for the mean error of rounded weights; none: but for fast
     rounding: Literal["nearest", "gptq"] | None = None  # of weights: by their inputs with gptq; none: for best
     skip: tuple[str, ...] = ()  # glob patterns of module paths or nodes to leave float
+
+    def __post_init__(self) -> None:
+        """Refuse what would change nothing."""
+        if self.percentile != _PERCENTILE and self.observer != "percentile":
+            raise ValueError(f"observer={self.observer} reads no `percentile`; observer=percentile does")
+        if self.observer != "auto" and self.mode == "dynamic":
+            raise ValueError("mode=dynamic chooses no ranges, so no `observer` either")
 
 
 class Int8(Pass[Int8Options, Int8Plan]):

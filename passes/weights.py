@@ -36,6 +36,7 @@ from graphopt.statistics.covariance import WIDEST, Covariance, gather_covariance
 logger = logging.getLogger(__name__)
 
 _LEAST_SQNR = {8: 30.0, 4: 12.0, 3: 8.0, 2: 4.0}  # dB of an embedding table; rows of a normal distribution have 46 to 9
+_SAMPLES, _DAMPING = 256, 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +63,13 @@ class WeightsOptions:
     skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Check the bits."""
+        """Check the bits, and refuse what would change nothing."""
         if self.bits not in _LEAST_SQNR:
             raise ValueError("bits must be 8, 4, 3 or 2")
+        if self.damping != _DAMPING and self.method != "gptq":
+            raise ValueError(f"method={self.method} reads no `damping`; method=gptq does")
+        if self.samples != _SAMPLES and self.method not in ("gptq", "awq"):
+            raise ValueError(f"method={self.method} reads no `samples`; method=gptq and method=awq do")
 
 
 class Weights(Pass[WeightsOptions, WeightsPlan]):

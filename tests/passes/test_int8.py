@@ -510,3 +510,11 @@ def test_values_called_like_methods_of_modules() -> None:
     (value,) = plan.values
     assert hasattr(nn.Module, value["value"])
     assert f"int8_{value['value']}.scale" in program.state_dict()
+
+
+@pytest.mark.parametrize(
+    "given", [{"percentile": "99"}, {"percentile": "99", "observer": "mse"}, {"mode": "dynamic", "observer": "mse"}]
+)
+def test_options_that_nothing_reads_are_refused(given: dict[str, str]) -> None:
+    with pytest.raises(UsageError, match="reads no `percentile`|no `observer` either"):
+        build("int8", Int8Options, given)

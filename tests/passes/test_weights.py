@@ -347,6 +347,12 @@ def test_other_bits_are_a_mistake() -> None:
         build("weights", WeightsOptions, {"bits": "5"})
 
 
+@pytest.mark.parametrize("given", [{"damping": "0.1"}, {"method": "awq", "damping": "0.1"}, {"samples": "9"}])
+def test_options_that_nothing_reads_are_refused(given: dict[str, str]) -> None:
+    with pytest.raises(UsageError, match="reads no `(damping|samples)`; method=gptq"):
+        build("weights", WeightsOptions, given)
+
+
 def test_the_runtime_computes_the_same_on_its_own_kernels(words: Program, tmp_path: Path) -> None:
     result = Weights().apply(words, plan_of(words))
     backend = OnnxRuntimeBackend()
