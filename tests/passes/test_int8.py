@@ -516,5 +516,5 @@ def test_values_called_like_methods_of_modules() -> None:
     "given", [{"percentile": "99"}, {"percentile": "99", "observer": "mse"}, {"mode": "dynamic", "observer": "mse"}]
 )
 def test_options_that_nothing_reads_are_refused(given: dict[str, str]) -> None:
-    with pytest.raises(UsageError, match="reads no `percentile`|no `observer` either"):
+    with pytest.raises(UsageError, match=r"reads no `percentile`|no `observer` either"):
         build("int8", Int8Options, given)

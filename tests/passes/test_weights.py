@@ -349,7 +349,7 @@ def test_other_bits_are_a_mistake() -> None:
 
 @pytest.mark.parametrize("given", [{"damping": "0.1"}, {"method": "awq", "damping": "0.1"}, {"samples": "9"}])
 def test_options_that_nothing_reads_are_refused(given: dict[str, str]) -> None:
-    with pytest.raises(UsageError, match="reads no `(damping|samples)`; method=gptq"):
+    with pytest.raises(UsageError, match=r"reads no `(damping|samples)`; method=gptq"):
         build("weights", WeightsOptions, given)
 
 
