@@ -51,39 +51,18 @@ def dynamic_lstm(
 
 
 @dynamic_lstm.register_fake
-def _(
-    x: Tensor,
-    h: Tensor,
-    c: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    recurrent: Tensor,
-    recurrent_scale: Tensor,
-    bias: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    directions, batch, hidden = h.shape
-    _check_shapes(x, c, weight, weight_scale, recurrent, recurrent_scale, bias, sizes=(directions, batch, hidden))
-    return x.new_empty((x.shape[0], directions, batch, hidden)), torch.empty_like(h), torch.empty_like(c)
+def _(x: Tensor, h: Tensor, c: Tensor, *stored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    _check_shapes(x, h, c, *stored)
+    return x.new_empty((x.shape[0], *h.shape)), torch.empty_like(h), torch.empty_like(c)
 
 
 DYNAMIC_LSTM = torch.ops.graphopt.dynamic_lstm.default
 
 
-def lstm(
-    x: Tensor,
-    h: Tensor,
-    c: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    recurrent: Tensor,
-    recurrent_scale: Tensor,
-    bias: Tensor,
-    *,
-    read: Read,
-) -> tuple[Tensor, Tensor, Tensor]:
+def lstm(x: Tensor, h: Tensor, c: Tensor, *stored: Tensor, read: Read) -> tuple[Tensor, Tensor, Tensor]:
     """Run what `dynamic_lstm` runs on inputs and hidden states that are read through `read`."""
-    directions, batch, hidden = h.shape
-    _check_shapes(x, c, weight, weight_scale, recurrent, recurrent_scale, bias, sizes=(directions, batch, hidden))
+    _check_shapes(x, h, c, *stored)
+    weight, weight_scale, recurrent, recurrent_scale, bias = stored
     ends = [
         _one_way(
             x if index == 0 else x.flip(0),
@@ -94,7 +73,7 @@ def lstm(
             bias[index].reshape(2, -1).sum(0),
             read,
         )
-        for index in range(directions)
+        for index in range(len(h))
     ]
     ways = [states if index == 0 else states.flip(0) for index, (states, _, _) in enumerate(ends)]
     return torch.stack(ways, 1), torch.stack([end[1] for end in ends]), torch.stack([end[2] for end in ends])
@@ -113,28 +92,19 @@ def _one_way(
     return states, h.clone(), c.clone()
 
 
-def _check_shapes(
-    x: Tensor,
-    c: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    recurrent: Tensor,
-    recurrent_scale: Tensor,
-    bias: Tensor,
-    *,
-    sizes: tuple[int, int, int],
-) -> None:
+def _check_shapes(x: Tensor, h: Tensor, c: Tensor, *stored: Tensor) -> None:
     """Refuse what would broadcast."""
-    directions, batch, hidden = sizes
-    wanted = (
-        (x, (x.shape[0], batch, x.shape[-1]), "the input"),
-        (c, sizes, "the cell state"),
-        (weight, (directions, x.shape[-1], 4 * hidden), "the weight"),
-        (weight_scale, (directions, 4 * hidden), "its scale"),
-        (recurrent, (directions, hidden, 4 * hidden), "the recurrent weight"),
-        (recurrent_scale, (directions, 4 * hidden), "its scale"),
-        (bias, (directions, 8 * hidden), "the bias"),
-    )
-    for tensor, shape, what in wanted:
+    directions, batch, hidden = h.shape
+    gates = 4 * hidden
+    wanted = {
+        "the input": (x, (x.shape[0], batch, x.shape[-1])),
+        "the cell state": (c, (directions, batch, hidden)),
+        "the weight": (stored[0], (directions, x.shape[-1], gates)),
+        "its scale": (stored[1], (directions, gates)),
+        "the recurrent weight": (stored[2], (directions, hidden, gates)),
+        "the recurrent scale": (stored[3], (directions, gates)),
+        "the bias": (stored[4], (directions, 2 * gates)),
+    }
+    for what, (tensor, shape) in wanted.items():
         if directions not in (1, 2) or tuple(tensor.shape) != shape:
             raise ValueError(f"An LSTM of {directions} directions and {hidden} units: {what} is {tuple(tensor.shape)}.")
