@@ -63,25 +63,29 @@ def carry_out(
     if stored.other_libraries():
         logger.warning("The plans were made with other versions: %s.", "; ".join(stored.other_libraries()))
     programs, plans = {"": program}, read_plans(stored, directory, registry)
+    bare = dict(programs)  # without guards, which the passes that made the plans have not seen
     for (target, plan), entry in zip(plans, stored.plans, strict=True):
         kind = registry.pass_class(entry.pass_name)
         with called(kind, "take its options", stored=True):
             instance = kind(build(kind.name, kind.options_type, entry.options))
-        before = programs.get(target, programs[""])
-        made = apply(instance, before, plan, stored=functools.partial(_made_safe, before, kind.name))
+        before, unguarded = bare.get(target, bare[""]), [bare.get(target, bare[""])]
+        made = apply(instance, before, plan, stored=functools.partial(_made_safe, before, kind.name, unguarded))
         runs = called(instance, "apply its stored plan: the program it makes does not run", stored=True)
         with runs, torch.no_grad():
             made.call_flat(made.flat_examples())  # what is stored may be of any type and shape
-        programs[target] = made
+        programs[target], bare[target] = made, unguarded[-1]
     return {target: programs.get(target, programs[""]) for target in stored.programs}, plans
 
 
-def _made_safe(before: Program, pass_name: str, made: Program) -> Program:
+def _made_safe(before: Program, pass_name: str, unguarded: list[Program], made: Program) -> Program:
     """Return what a stored plan made of a program, checked and guarded as what a stranger's file holds.
+
+    What it was before goes to `unguarded`.
 
     Raises:
         PassError: torch would use memory with it that is not the model's, and would not with the program before.
     """
+    unguarded.append(made)
     gm = made.copy().graph_module
     wrong = _unsafe(gm)
     if wrong is not None and _unsafe(before.graph_module) is None:  # a model in memory may compute what files must not

@@ -37,8 +37,8 @@ class MatrixRewriter:
         """Scale values, then let every reader of a weight read its integers."""
         for record in self._plan.inputs:
             self._scale_input(record)
-        for name, rows in self._plan.weights.items():
-            whole: fx.Node | None = None
+        for name in self._plan.sites:  # in graph order, which a mapping out of a file has not
+            rows, whole = self._plan.weights[name], None
             for site in rows["sites"]:
                 node = self._node(site)
                 if node.target is aten.embedding.default:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 import graphopt
 from graphopt.job.result import Result
@@ -88,3 +88,24 @@ def _check_opened(opened: Result, result: Result, inputs: torch.Tensor) -> None:
 
 def _assert_equal(found: Sequence[torch.Tensor], made: Sequence[torch.Tensor]) -> None:
     torch.testing.assert_close(list(found), list(made), rtol=0, atol=0)
+
+
+class Steps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.lstm = nn.Linear(32, 32), nn.LSTM(32, 8, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lstm(self.first(x))[0]
+
+
+def test_a_pass_behind_another_is_replayed_on_what_it_was_planned_on(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    data = torch.randn(16, 5, 32)
+    result = graphopt.optimize(Steps().eval(), data, "weights:block=0,int8:mode=dynamic", None, bench=False)
+    assert all(plan.sites for plan in result.plans)
+    result.save(tmp_path / "out")
+    assert result.original is not None
+    replayed = graphopt.replay(result.original, tmp_path / "out" / "manifest.json")
+    made = {name: fingerprint(program) for name, program in result.programs.items()}
+    assert {name: fingerprint(program) for name, program in replayed.items()} == made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -351,6 +352,14 @@ def test_other_bits_are_a_mistake() -> None:
 def test_options_that_nothing_reads_are_refused(given: dict[str, str]) -> None:
     with pytest.raises(UsageError, match=r"reads no `(damping|samples)`; method=gptq"):
         build("weights", WeightsOptions, given)
+
+
+def test_a_plan_out_of_a_file_whose_names_are_sorted_gives_the_same_graph(words: Program) -> None:
+    plan = plan_of(words)
+    for names in (sorted(plan.weights), sorted(plan.weights, reverse=True)):
+        stored = dataclasses.replace(plan, weights={name: plan.weights[name] for name in names})
+        found, wanted = (Weights().apply(words, one).graph_module.code for one in (stored, plan))
+        assert found == wanted
 
 
 def test_the_runtime_computes_the_same_on_its_own_kernels(words: Program, tmp_path: Path) -> None:
