@@ -36,6 +36,7 @@ from graphopt.ir.torch_internals import (
     OpOverload,
     TrainingIRVerifier,
     calling_convention,
+    forget_guards,
     free_symbols,
     pytree,
 )
@@ -46,10 +47,12 @@ _PREFIX = {InputKind.PARAMETER: "p_", InputKind.BUFFER: "b_"}
 
 
 def record_ranges(gm: fx.GraphModule) -> None:
-    """Note what the dynamic axes of a fresh trace may be: it can be lifted from now on."""
+    """Note what the dynamic axes of a fresh trace may be: it can be lifted from now on, unless they depend on more."""
     values = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
     symbols = {symbol for value in values if isinstance(value, torch.Tensor) for symbol in free_symbols(value)}
     env = fake_mode_of(gm).shape_env
+    if env and env.guards:
+        return
     gm.meta[_RANGES] = {symbol: env.var_to_range[symbol] for symbol in sorted(symbols, key=str)} if env else {}
 
 
@@ -80,7 +83,7 @@ def lifted(
     results: Any = tuple(output.args[0])  # type: ignore[arg-type]
     output.args = (results,)
     found = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in results]
-    return ExportedProgram(
+    program = ExportedProgram(
         root=nn.Module(),
         graph=graph,
         graph_signature=ExportGraphSignature(specs, found),
@@ -90,6 +93,8 @@ def lifted(
         example_inputs=(args, dict(kwargs)),
         verifiers=[TrainingIRVerifier],
     )
+    forget_guards(program)  # what capture found is in the ranges; the others passes came by
+    return program
 
 
 def _held(gm: fx.GraphModule) -> dict[str, tuple[InputKind, torch.Tensor]] | None:

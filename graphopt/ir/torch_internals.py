@@ -102,6 +102,11 @@ def output_structure(gm: fx.GraphModule) -> pytree.TreeSpec:
     return structure
 
 
+def forget_guards(program: ExportedProgram) -> None:
+    """Drop what an exported program would assert of sizes, which it reads off its symbols when it is made (2.13)."""
+    program._guards_code = []
+
+
 def calling_convention(graph: fx.Graph) -> tuple[list[str], pytree.TreeSpec, pytree.TreeSpec] | None:
     """Return the names of a graph's arguments, and how they and its results are arranged; None for a plain graph."""
     info = getattr(graph._codegen, "pytree_info", None)

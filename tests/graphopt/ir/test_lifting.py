@@ -36,7 +36,7 @@ class Net(nn.Module):
 def program() -> Program:
     """A captured network."""
     torch.manual_seed(0)
-    return capture(Net().eval(), (torch.randn(2, 3, 6, 6),), {"scale": torch.randn(2, 1, 1, 1)})
+    return capture(Net().eval(), (torch.randn(2, 3, 6, 6),), {"scale": torch.tensor(1.5)})
 
 
 def lift(program: Program) -> ExportedProgram | None:
@@ -64,7 +64,7 @@ def test_it_is_what_a_trace_gives(program: Program) -> None:
     assert all(found.state_dict[name] is tensor for name, tensor in program.graph_module.named_parameters())
     assert exported(program).sources == {n.name: n.name for n in program.graph.nodes if n.op == "call_function"}
     for rows in (1, 5):
-        x, scale = torch.randn(rows, 3, 6, 6), torch.randn(rows, 1, 1, 1)
+        x, scale = torch.randn(rows, 3, 6, 6), torch.tensor(1.5)
         torch.testing.assert_close(found.module(check_guards=False)(x, scale=scale), program(x, scale=scale))
 
 
@@ -73,7 +73,7 @@ def test_plain_torch_and_graphopt_load_it(program: Program, tmp_path: Path) -> N
     assert found is not None
     torch.export.save(found, stream)
     stream.seek(0)
-    x, scale = torch.randn(4, 3, 6, 6), torch.randn(4, 1, 1, 1)
+    x, scale = torch.randn(4, 3, 6, 6), torch.tensor(1.5)
     plain = torch.export.load(stream)
     torch.testing.assert_close(plain.module()(x, scale=scale), program(x, scale=scale))
     again = load(program.save(tmp_path / "net.pt2"))
@@ -97,6 +97,20 @@ def test_what_passes_ask_of_a_batch_does_not_limit_it() -> None:
     assert found is not None
     assert found.range_constraints[symbol] == before
     assert before.upper > 15
+    torch.export.save(found, file := io.BytesIO())
+    file.seek(0)
+    for own in (found, torch.export.load(file)):
+        assert own.module()(torch.randn(20, 3)).shape == (20, 3)  # which asserts what it knows of sizes
+
+
+def test_a_size_that_capture_asked_about_is_left_to_a_trace() -> None:
+    class Asks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            torch._check(x.shape[0] + x.shape[1] != 100)
+            return x.relu()
+
+    both = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    assert lift(capture(Asks(), (torch.randn(2, 3),), dynamic_shapes=(both,))) is None
 
 
 class Cases:
