@@ -14,16 +14,23 @@ from graphopt.ir.program import Program
 from graphopt.pipeline.registry import PassRegistry
 
 PIPELINES = {
+    "bfloat16": "bfloat16",
     "distill_hooks": "distill_hooks",
     "drop_blocks": "drop_blocks:blocks=1",
     "equalize": "equalize:gain=0",
     "fold": "fold",
+    "half": "half:compute=yes",
     "int8": "int8",
     "prune": "prune:ratio=0.5:round_to=1",
     "recover": "prune:ratio=0.5:round_to=1,recover:epochs=1",
     "sparsity24": "sparsity24:force=yes",
     "svd": "svd:ratio=0.3",
+    "weights": "weights",
 }
+
+
+def target(passes: str) -> str:
+    return "tensorrt" if passes == "bfloat16" else "onnxruntime"
 
 
 class Block(nn.Module):
@@ -72,7 +79,7 @@ def test_every_pass_is_tried() -> None:
 @pytest.mark.parametrize("passes", [*PIPELINES.values(), "fold,svd:ratio=0.3,prune:ratio=0.3:round_to=1,int8"])
 def test_a_frozen_backbone_stays_frozen_and_the_head_trained(passes: str) -> None:
     data = torch.randn(32, 3, 8, 8)
-    result = graphopt.optimize(net(backbone=False, head=True), data, passes, "onnxruntime", lower=False, bench=False)
+    result = graphopt.optimize(net(backbone=False, head=True), data, passes, target(passes), lower=False, bench=False)
     assert any(plan.sites for plan in result.plans)
     trained = {name: parameter.requires_grad for name, parameter in result.program.graph_module.named_parameters()}
     assert not [name for name, value in trained.items() if value and "backbone" in name]
@@ -84,7 +91,8 @@ def test_a_frozen_backbone_stays_frozen_and_the_head_trained(passes: str) -> Non
 @pytest.mark.parametrize("passes", PIPELINES.values())
 def test_nothing_frozen_becomes_trained_under_any_name(passes: str) -> None:
     data = torch.randn(32, 3, 8, 8)
-    frozen = graphopt.optimize(net(backbone=False, head=False), data, passes, lower=False, bench=False).program
+    program = net(backbone=False, head=False)
+    frozen = graphopt.optimize(program, data, passes, target(passes), lower=False, bench=False).program
     assert not [name for name, one in frozen.graph_module.named_parameters() if one.requires_grad]
 
 
