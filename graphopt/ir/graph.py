@@ -119,3 +119,12 @@ def _attribute(gm: torch.nn.Module, name: str) -> Any:
     for part in name.split("."):
         value = getattr(value, part)
     return value
+
+
+def behind_inputs(node: fx.Node) -> fx.Node:
+    """Return the node behind which a call on `node` may stand: behind every input for an input."""
+    if node.op != "placeholder":
+        return node
+    while node.next.op == "placeholder":
+        node = node.next
+    return node

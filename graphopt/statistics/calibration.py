@@ -16,6 +16,7 @@ from torch import fx
 from graphopt.data.batches import Batch, SampleSource, whole_batches
 from graphopt.errors import DataError, PassError
 from graphopt.ir.editor import Editor
+from graphopt.ir.graph import behind_inputs
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import module_path
 from graphopt.ir.walker import Walker
@@ -147,7 +148,7 @@ def insert_observers(program: Program, names: Iterable[str]) -> Program:
         if name not in nodes:
             raise PassError(f"There is no node `{name}` to observe in the program. This is a bug in the pass.")
         node = nodes[name]
-        with editor.graph.inserting_after(_last_of_its_kind(node)):
+        with editor.graph.inserting_after(behind_inputs(node)):
             observer = editor.call(OBSERVE, node, name, like=node, site=name)
         node.replace_all_uses_with(observer, delete_user_cb=lambda user, own=observer: user is not own)
     return program.with_graph(editor.finish())
@@ -186,15 +187,6 @@ def update(statistic: Statistic, value: torch.Tensor, node: fx.Node, name: str, 
             f"Calibration batch {index} makes {where} NaN or infinite. Leave out the samples that do, or "
             "check that they are scaled as in training."
         ) from err
-
-
-def _last_of_its_kind(node: fx.Node) -> fx.Node:
-    """Return the node behind which calls may be inserted: behind all inputs for an input."""
-    if node.op != "placeholder":
-        return node
-    while node.next.op == "placeholder":
-        node = node.next
-    return node
 
 
 def check_batch(program: Program, batch: Batch, index: int) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from graphopt.ir.aliasing import Storages
 from graphopt.ir.editor import Editor
-from graphopt.ir.graph import readers, tensor_attribute
+from graphopt.ir.graph import behind_inputs, readers, tensor_attribute
 from graphopt.ir.operators import CASTS
 from graphopt.ir.ownership import change_tensors, memory_key
 from graphopt.passes.layers.weighted_call import set_argument
@@ -42,7 +42,7 @@ def read_in_float32(editor: Editor, names: Iterable[str]) -> None:
     for name in names:
         reads = readers(editor.graph, name)
         users = [list(node.users) for node in reads]
-        with editor.graph.inserting_after(_behind(reads[0])):
+        with editor.graph.inserting_after(behind_inputs(reads[0])):
             wide = editor.call(aten.to.dtype, reads[0], torch.float32, like=reads[0], site=name)
         for node, its in zip(reads, users, strict=True):
             for user in its:
@@ -93,7 +93,7 @@ class Caster:
         if (value, wanted) not in self._cast:
             source = self._cast_from(value)
             direct = source is not None and (_is(source, torch.bool) or _is(source, torch.float64))
-            with self._editor.graph.inserting_after(_behind(value)):
+            with self._editor.graph.inserting_after(behind_inputs(value)):
                 cast = self._editor.call(
                     aten.to.dtype, source if direct else value, wanted, like=value, site=value.name
                 )
@@ -112,7 +112,7 @@ class Caster:
         if mask not in self._clamped:
             bound = torch.finfo(self._dtype).max / 2
             wide = self._wide(mask)
-            with self._editor.graph.inserting_after(_behind(wide)):
+            with self._editor.graph.inserting_after(behind_inputs(wide)):
                 self._clamped[mask] = self._editor.call(
                     aten.clamp.default, wide, -bound, bound, like=mask, site=mask.name
                 )
@@ -122,12 +122,3 @@ class Caster:
 def _is(node: fx.Node, dtype: torch.dtype) -> bool:
     value = node.meta.get("val")
     return isinstance(value, Tensor) and value.dtype is dtype
-
-
-def _behind(node: fx.Node) -> fx.Node:
-    """Return the node behind which a call on `node` may stand: behind every input for an input."""
-    if node.op != "placeholder":
-        return node
-    while node.next.op == "placeholder":
-        node = node.next
-    return node
