@@ -18,8 +18,8 @@ from typing import Annotated
 
 import torch
 import typer
-from bench_int8 import Encoder
 from process_memory import memory
+from quantization_subjects import Encoder
 from rich.console import Console
 from rich.table import Table
 

@@ -142,6 +142,17 @@ def time_in_turn(first: Callable[[], object], second: Callable[[], object], *, s
         seconds: time to spend, after the warm-up.
     """
     calls = [first] if second is first else [first, second]
+    wall, cpu = in_turn(calls, seconds=seconds)
+    times = [Timing(*map(Spread.of, both)) for both in zip(wall, cpu, strict=True)]
+    return TimedPair(times[0], times[-1], ratios(wall[0], wall[-1]), ratios(cpu[0], cpu[-1]), len(wall[0]))
+
+
+def in_turn(calls: Sequence[Callable[[], object]], *, seconds: float) -> tuple[list[list[float]], list[list[float]]]:
+    """Call all in turn for about `seconds`, and seven rounds at least.
+
+    Returns:
+        The milliseconds that a call of each takes, a value a round: wall-clock, and process CPU time.
+    """
     repeats = [_burst(call) for call in calls]
     wall: list[list[float]] = [[] for _ in calls]
     cpu: list[list[float]] = [[] for _ in calls]
@@ -153,8 +164,12 @@ def time_in_turn(first: Callable[[], object], second: Callable[[], object], *, s
             wall[index].append(waited)
             cpu[index].append(worked)
         rounds += 1
-    times = [Timing(*map(Spread.of, both)) for both in zip(wall, cpu, strict=True)]
-    return TimedPair(times[0], times[-1], _ratios(wall[0], wall[-1]), _ratios(cpu[0], cpu[-1]), rounds)
+    return wall, cpu
+
+
+def ratios(first: Sequence[float], second: Sequence[float]) -> Spread:
+    """Return how the times of rounds lie, each over the second's of the same round."""
+    return Spread.of([one / max(other, 1e-9) for one, other in zip(first, second, strict=True)])
 
 
 def batch_of(specs: Sequence[TensorSpec], inputs: Sequence[Array] | None, batch: int) -> tuple[Array, ...]:
@@ -194,7 +209,3 @@ def _time(call: Callable[[], object], repeats: int) -> tuple[float, float]:
         call()
     waited, worked = time.perf_counter() - wall, time.process_time() - cpu
     return waited * 1000 / repeats, worked * 1000 / repeats
-
-
-def _ratios(first: Sequence[float], second: Sequence[float]) -> Spread:
-    return Spread.of([one / max(other, 1e-9) for one, other in zip(first, second, strict=True)])

@@ -11,7 +11,7 @@ import torch
 
 from graphopt.errors import UsageError
 from graphopt.ir.signature import TensorSpec
-from graphopt.measure.bench import Spread, batch_of, compare, time_in_turn
+from graphopt.measure.bench import Spread, batch_of, compare, in_turn, time_in_turn
 from graphopt.targets.backend import Artifact
 
 IMAGE = TensorSpec("x", ("batch", 3), torch.float32)
@@ -134,3 +134,15 @@ def test_artifacts_of_a_fixed_batch_are_timed_at_it() -> None:
     pair = [artifact(backend, name, (fixed,)) for name in ("slow", "fast")]
     assert compare(*pair, batch=2, seconds=0).batch == 5
     assert {rows for *_, rows in backend.sessions} == {5}
+
+
+def test_any_number_take_turns_forth_and_back() -> None:
+    order = []
+
+    def call(name: str) -> None:
+        order.append(name)
+        _spin(0.004)
+
+    wall, cpu = in_turn([lambda name=name: call(name) for name in "abc"], seconds=0)  # type: ignore[misc]
+    assert [len(times) for times in (*wall, *cpu)] == [7] * 6
+    assert "".join(order).endswith("abccbaabccbaabccbaabc")
