@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from graphopt.capturing.capture import capture
     from graphopt.capturing.load import load as load
+    from graphopt.data.served import ServedInput
     from graphopt.errors import (
         CaptureError,
         DataError,
@@ -65,6 +66,7 @@ _HOMES = {
     "graphopt.pipeline.hooks": ("Hook",),
     "graphopt.capturing.load": ("load",),
     "graphopt.job.job": ("Job",),
+    "graphopt.data.served": ("ServedInput",),
     "graphopt.job.opening": ("open",),
     "graphopt.job.optimizing": ("optimize",),
     "graphopt.pipeline.pass_base": ("NoOptions", "Pass"),
@@ -82,6 +84,7 @@ __all__ = [
     *("capture", "load", "open", "optimize", "replay"),
     *("Program", "TensorSpec", "Pipeline", "Pass", "NoOptions", "Plan", "Refusal", "Context", "Editor", "Hook"),
     *("Job", "Result", "Report", "Artifact", "Backend", "Finding", "Session", "TargetDescription"),
+    "ServedInput",
     *_HOMES["graphopt.errors"],
 ]
 

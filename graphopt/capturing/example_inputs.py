@@ -12,6 +12,7 @@ from torch import nn
 
 from graphopt.capturing.model_calls import uncompiled
 from graphopt.data import InputSpec, Samples
+from graphopt.data.served import ServedInput
 from graphopt.errors import CaptureError, UsageError
 from graphopt.ir.devices import held_by
 from graphopt.ir.examples import drawn
@@ -66,27 +67,36 @@ def open_for(model: nn.Module, data: Any) -> Samples:
     return Samples.open(data, [name for name, _ in parameters], required=required)
 
 
-def example_inputs(model: nn.Module, data: Any, *, whole: bool = False) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def example_inputs(
+    model: nn.Module, data: Any, served: Sequence[ServedInput] = (), *, whole: bool = False
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the first two samples of `data`, or its `whole` first batch, as the arguments of a module.
+
+    What of it is as `served` becomes what the module takes.
 
     Raises:
         DataError: the data cannot be read, or has other names than the module's inputs.
     """
     samples = open_for(model, data)
-    first = _first(samples, model, whole)
+    first = _first(samples, model, served, whole)
     if _takes_any_number(model) and samples.names[0].isdigit():  # arrays without names are numbered
         return tuple(first.values()), {}
     return _arrange(first, model)
 
 
-def _first(samples: Samples, model: nn.Module, whole: bool) -> dict[str, torch.Tensor]:
+def _first(samples: Samples, model: nn.Module, served: Sequence[ServedInput], whole: bool) -> dict[str, torch.Tensor]:
     """Return the first samples by name; numpy's double precision becomes single where the model knows no double."""
     found = samples.first_batch() if whole else samples.first(2)
-    known = {tensor.dtype for tensor in held_by(model).values()}
+    known = {tensor.dtype: None for tensor in held_by(model).values()}
     single = torch.float32 in known and torch.float64 not in known
     # copies: a program that keeps views of the first samples keeps all of them
     batch = (t.float() if single and t.dtype is torch.float64 else t.clone() for t in found)
-    return dict(zip(samples.names, batch, strict=True))
+    first = dict(zip(samples.names, batch, strict=True))
+    floating = next((dtype for dtype in known if dtype.is_floating_point), torch.float32)
+    for one in served:
+        if one.name in first:  # others are refused when the model is captured
+            first[one.name] = one.taken(first[one.name], floating)
+    return first
 
 
 def _arrange(values: Mapping[str, torch.Tensor], model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -25,7 +25,9 @@ from graphopt.capturing.model_calls import (
     uncompiled,
 )
 from graphopt.capturing.safe_graphs import evaluated
+from graphopt.capturing.served_head import serve
 from graphopt.data import InputSpec, Samples
+from graphopt.data.served import Served, ServedInput, advice, served_inputs
 from graphopt.errors import (
     CaptureError,
     DataError,
@@ -60,6 +62,7 @@ def load(
     factory: str | None = None,
     weights: str | Path | None = None,
     dynamic_shapes: Mapping[str, Any] | None = None,
+    served: Served = (),
     seed: int = 0,
 ) -> Program:
     """Load a model file as a program. Its contents decide what it is, not its ending.
@@ -72,11 +75,12 @@ def load(
         factory: `package.module:function` that builds the module.
         weights: `.safetensors` or weights-only `.pt` for `factory`.
         dynamic_shapes: further dynamic axes, as `capture` takes them.
+        served: inputs that the program is to take otherwise than the model, as `optimize` does.
         seed: of random example inputs.
 
     Raises:
         LoadError: missing, damaged, of another kind, or not trusted.
-        UsageError: `inputs` or `dynamic_shapes` for what brings its own.
+        UsageError: `inputs` or `dynamic_shapes` for what brings its own, or `served` for what is not there.
         CaptureError: not traceable, or no example inputs to trace it with.
     """
     return load_with_data(
@@ -87,6 +91,7 @@ def load(
         factory=factory,
         weights=weights,
         dynamic_shapes=dynamic_shapes,
+        served=served,
         seed=seed,
     )[0]
 
@@ -100,6 +105,7 @@ def load_with_data(
     factory: str | None = None,
     weights: str | Path | None = None,
     dynamic_shapes: Mapping[str, Any] | None = None,
+    served: Served = (),
     seed: int = 0,
 ) -> tuple[Program, Samples | None]:
     """Load a model file as a program, and open its data, once for both. Arguments and errors are those of `load`."""
@@ -116,11 +122,12 @@ def load_with_data(
             "Leave the shapes out."
         )
     if isinstance(loaded.model, ExportedProgram):
-        return with_data(_from_file(loaded, loaded.model, dynamic_shapes), data)
+        return with_data(_from_file(loaded, loaded.model, dynamic_shapes), data, served=served)
     if data is not None:
-        return with_data(loaded.model, data, dynamic_shapes, share_tensors=True)
+        return with_data(loaded.model, data, dynamic_shapes, served=served, share_tensors=True)
     args, kwargs = random_examples(loaded.model, inputs, seed=seed, source=loaded.source)
-    return capture(loaded.model, args, kwargs, dynamic_shapes, share_tensors=True), None
+    program = capture(loaded.model, args, kwargs, dynamic_shapes, share_tensors=True)
+    return serve(program, served_inputs(served)), None
 
 
 def _from_file(loaded: LoadedModel, exported: ExportedProgram, dynamic_shapes: Mapping[str, Any] | None) -> Program:
@@ -220,18 +227,24 @@ def _renamed(spec: TensorSpec, name: str, shape: Sequence[Any]) -> TensorSpec:
 
 
 def with_data(
-    model: nn.Module | Program, data: Any, dynamic_shapes: Any = None, *, share_tensors: bool = False
+    model: nn.Module | Program,
+    data: Any,
+    dynamic_shapes: Any = None,
+    *,
+    served: Served = (),
+    share_tensors: bool = False,
 ) -> tuple[Program, Samples | None]:
     """Open data once: capture a module on its first samples, unless it is a program, and bind it to the inputs.
 
     Raises:
-        UsageError: the model is no module, or a program and dynamic axes are given.
+        UsageError: the model is no module, a program and dynamic axes are given, or no input can be `served` so.
         DataError: there is none for a module, it cannot be read, does not fit, or the model fails on it.
         CaptureError: the model cannot be captured.
     """
+    heads = served_inputs(served)
     if isinstance(model, Program):
         _check_no_shapes(dynamic_shapes, "the model")
-        program, samples = model, data
+        program, samples = serve(model, heads), data
     else:
         check_module(model)
         if data is None:
@@ -240,7 +253,7 @@ def with_data(
                 "graphopt.capture(model, (example,))."
             )
         samples = open_for(model, data)
-        program = capture_on(model, samples, dynamic_shapes, share_tensors=share_tensors)
+        program = serve(capture_on(model, samples, dynamic_shapes, heads, share_tensors=share_tensors), heads)
         if program.batch_size is not None:
             _check_not_single(model, data)
     if data is None:
@@ -277,23 +290,32 @@ def _check_not_single(model: nn.Module, data: Any) -> None:
         )
 
 
-def capture_on(model: nn.Module, data: Any, dynamic_shapes: Any = None, *, share_tensors: bool = False) -> Program:
-    """Capture a module on the first samples of its data.
+def capture_on(
+    model: nn.Module,
+    data: Any,
+    dynamic_shapes: Any = None,
+    served: Sequence[ServedInput] = (),
+    *,
+    share_tensors: bool = False,
+) -> Program:
+    """Capture a module on what it takes of the first samples of its data, some of which may be as `served`.
 
     Raises:
         DataError: the data cannot be read, or the model fails on them.
         CaptureError: the model cannot be captured.
     """
     model, samples = uncompiled(model), open_for(model, data)
-    args, kwargs = example_inputs(model, samples)
+    args, kwargs = example_inputs(model, samples, served)
     try:
         return capture(model, args, kwargs, dynamic_shapes, share_tensors=share_tensors)
     except ExampleError as err:
-        own_args, own_kwargs = example_inputs(model, samples, whole=True)
+        own_args, own_kwargs = example_inputs(model, samples, served, whole=True)
         with contextlib.suppress(ExampleError):  # a model may take batches of one size only: that of its data
             return capture(model, own_args, own_kwargs, dynamic_shapes, share_tensors=share_tensors)
         shapes = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (*args, *kwargs.values()))
+        of_bytes = [name for name, t in zip(samples.names, samples.first(1), strict=True) if t.dtype is torch.uint8]
+        hint = f", or {advice(of_bytes[0], torch.uint8)}" if of_bytes and not served else ""
         raise DataError(
             f"The model fails on the first samples of the data ({shapes}): {err.reason}. Give samples of the shape and "
-            "dtype that the model takes."
+            f"dtype that the model takes{hint}."
         ) from err

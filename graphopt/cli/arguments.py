@@ -32,6 +32,14 @@ Dynamic = Annotated[
     list[str] | None,
     typer.Option("--dynamic", help="A further dynamic axis beside the batch: input:axis, such as tokens:1."),
 ]
+Served = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--served",
+        help="Let the result take an input as it is served, with bytes made floats inside: "
+        "x:uint8:nhwc:scale=1/255:mean=0.5:std=0.5, or a mean and std for each channel. DATA are served likewise.",
+    ),
+]
 Factory = Annotated[str | None, typer.Option(help="package.module:function that builds the model.")]
 Weights = Annotated[Path | None, typer.Option(help="Weights for --factory: .safetensors or a state dict.")]
 Trust = Annotated[
@@ -51,6 +59,7 @@ class ModelArguments:
     data: str | None = None
     inputs: Sequence[str] | None = None
     dynamic: Sequence[str] | None = None
+    served: Sequence[str] | None = None
     factory: str | None = None
     weights: Path | None = None
     trust: bool = False
@@ -74,6 +83,7 @@ class ModelArguments:
             factory=self.factory,
             weights=self.weights,
             dynamic_shapes=_dynamic_shapes(self.dynamic),
+            served=self.served or (),
             seed=self.seed,
         )
 

@@ -21,6 +21,7 @@ from graphopt.cli.arguments import (
     ModelArguments,
     ModelPath,
     Seed,
+    Served,
     Trust,
     Weights,
 )
@@ -56,6 +57,7 @@ def command(
     ] = None,
     inputs: Input = None,
     dynamic: Dynamic = None,
+    served: Served = None,
     factory: Factory = None,
     weights: Weights = None,
     trust: Trust = False,
@@ -79,6 +81,7 @@ def command(
     from graphopt.cli.gates import Gate, check_measured
     from graphopt.cli.gates import check as check_gates
     from graphopt.cli.progress import TerminalProgress
+    from graphopt.data.served import served_inputs
     from graphopt.ir.devices import device_called
     from graphopt.job.job import Job
     from graphopt.job.result import check_place
@@ -88,7 +91,15 @@ def command(
     known = frozenset(sys.modules)
     arguments.check_format(format)
     source = ModelArguments(
-        model=model, data=data, inputs=inputs, dynamic=dynamic, factory=factory, weights=weights, trust=trust, seed=seed
+        model=model,
+        data=data,
+        inputs=inputs,
+        dynamic=dynamic,
+        served=served,
+        factory=factory,
+        weights=weights,
+        trust=trust,
+        seed=seed,
     )
     gates = [Gate.parse(text) for text in fail_if or ()]
     pipeline = _pipeline(passes, plugin or ())
@@ -123,6 +134,7 @@ def command(
         name=source.name,
         device=computing,
         cache=cache,
+        served=served_inputs(served or ()),
     )
     if not plan:
         job.check_targets()

@@ -41,6 +41,7 @@ def command(
     seed: Seed = 0,
 ) -> None:
     """Carry out stored plans on the model they were made for, and lower the result."""
+    from graphopt.data.served import served_inputs
     from graphopt.job.job import Job
     from graphopt.job.manifest import read
     from graphopt.job.result import check_place
@@ -58,10 +59,19 @@ def command(
     backends = backends_named([target for target in stored.programs if target])
     check_place(output, backends)
     source = ModelArguments(
-        model=model, data=data, inputs=inputs, dynamic=dynamic, factory=factory, weights=weights, trust=trust, seed=seed
+        model=model,
+        data=data,
+        inputs=inputs,
+        dynamic=dynamic,
+        served=stored.served,
+        factory=factory,
+        weights=weights,
+        trust=trust,
+        seed=seed,
     )
     program, samples = source.load()
-    job = Job(program, samples, backends=backends, seed=stored.seed, name=stored.model)
+    heads = served_inputs(stored.served)
+    job = Job(program, samples, backends=backends, seed=stored.seed, name=stored.model, served=heads)
     outcome = job.replay(stored, manifest.parent, PassRegistry(plugin or ()))
     for path in sorted(job.deliver(outcome, bench=False).save(output)):
         print(path)

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import torch
 
 from graphopt.data.input_spec import Spec
+from graphopt.data.served import advice
 from graphopt.errors import DataError
 
 
@@ -102,7 +103,7 @@ def _convert(tensor: torch.Tensor, spec: Spec, where: str) -> tuple[torch.Tensor
     elif _is_integer(found) and wanted.is_floating_point:
         reason = (
             "whether they must be scaled (such as x / 255, or by mean and deviation) only you know; convert them to "
-            f"{_name(wanted)} the way the model was trained"
+            f"{_name(wanted)} the way the model was trained, or {advice(spec.name, found)}"
         )
     else:
         reason = f"convert it to {_name(wanted)} first"

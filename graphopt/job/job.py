@@ -18,6 +18,7 @@ from graphopt.capturing.load import with_data
 from graphopt.capturing.model_calls import gradients_recorded
 from graphopt.data import Samples
 from graphopt.data.batches import Batch, SampleSource, batch_count, whole_batches
+from graphopt.data.served import Served, ServedInput, served_inputs
 from graphopt.data.split import Split, split
 from graphopt.errors import UsageError
 from graphopt.files import ScratchDirectory
@@ -88,6 +89,7 @@ class Job:
         name: what reports call the model.
         device: where passes compute, "auto" for the accelerator if there is one; None: where the model is.
         cache: whether plans are kept, and those of the same passes on the same things are used again.
+        served: which of its inputs the original takes as they are served, not as the model takes them.
         metric: what `evaluation` says of a model, None without it.
     """
 
@@ -101,6 +103,7 @@ class Job:
     name: str = "program"
     device: str | torch.device | None = None
     cache: bool = True
+    served: tuple[ServedInput, ...] = ()
     metric: Evaluator | FunctionEvaluator | None = field(default=None, init=False)
     _memory: Memory = field(default_factory=Memory, init=False, repr=False)
     _stopwatches: dict[str, Stopwatch] = field(default_factory=dict, init=False, repr=False)
@@ -125,6 +128,7 @@ class Job:
         name: str | None = None,
         device: str | torch.device | None = None,
         cache: bool = True,
+        served: Served = (),
     ) -> Self:
         """Open a model and its data, once for every pipeline that runs on them; arguments are those of `optimize`.
 
@@ -134,7 +138,8 @@ class Job:
             GraphOptError: a target is not known, the data do not fit, or the model cannot be captured.
         """
         backends = backends_named(target)
-        program, samples = with_data(model, data, dynamic_shapes, share_tensors=True)
+        heads = served_inputs(served)
+        program, samples = with_data(model, data, dynamic_shapes, served=heads, share_tensors=True)
         name = name or ("program" if isinstance(model, Program) else type(model).__name__)
         lent = frozenset() if isinstance(model, Program) else storage_keys(program.graph_module)
         job = cls(
@@ -148,6 +153,7 @@ class Job:
             name=name,
             device=device,
             cache=cache,
+            served=heads,
         )
         job._lent = lent
         return job
@@ -344,6 +350,7 @@ class Job:
             pipeline=outcome.pipeline.text,
             seed=self.seed,
             plan_targets=[target for target, _ in outcome.plans],
+            served=self.served,
         )
 
     def _new_report(self, pipeline: Pipeline) -> Report:

@@ -72,6 +72,7 @@ class Manifest(pydantic.BaseModel, extra="forbid", strict=True, frozen=True):
         model: what reports call the model.
         original: fingerprint of the unoptimised program.
         pipeline: as the user wrote it.
+        served: inputs that the original takes as they are served, as `ServedInput.parse` reads them.
         seed: every random draw descended from it.
         libraries: installed versions of what decides the bytes of an artifact.
         cpu: the instruction sets of the machine.
@@ -84,6 +85,7 @@ class Manifest(pydantic.BaseModel, extra="forbid", strict=True, frozen=True):
     model: str
     original: _Digest
     pipeline: str
+    served: list[str] = []
     seed: int
     libraries: dict[str, str]
     cpu: list[str]

@@ -11,6 +11,7 @@ from typing import Any
 import pydantic
 
 from graphopt.capturing.load import load
+from graphopt.data.served import served_inputs
 from graphopt.errors import LoadError, UsageError, first_line, first_problem
 from graphopt.files import MANIFEST, REPORT
 from graphopt.ir.global_state import one_thread_at_a_time
@@ -64,6 +65,7 @@ def open(directory: str | Path, *, plugins: Sequence[Path | str | type[Pass[Any,
         seed=stored.seed,
         plan_targets=[target for target, _ in plans],
         fingerprint=stored.original,
+        served=served_inputs(stored.served),
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from graphopt.capturing.model_calls import gradients_recorded
+from graphopt.data.served import Served
 from graphopt.ir.global_state import one_thread_at_a_time, random_state_kept
 from graphopt.ir.program import Program
 from graphopt.job.job import Job
@@ -44,6 +45,7 @@ def optimize(
     name: str | None = None,
     device: str | torch.device | None = None,
     cache: bool = True,
+    served: Served = (),
 ) -> Result:
     """Optimise a model for one or several runtimes.
 
@@ -75,6 +77,9 @@ def optimize(
             get a copy there.
         cache: whether plans of passes are kept on disk (`graphopt cache` says where), and those that the same passes
             made of the same things before are used again.
+        served: inputs that the result is to take as they are served, not as the model takes them:
+            "x:uint8:nhwc:scale=1/255:mean=0.485,0.456,0.406:std=0.229,0.224,0.225" (see `ServedInput`). `data`, `eval`
+            and the original that the result is compared with are served likewise.
 
     Returns:
         The programs, plans, artifacts and the report. Artifacts live in a temporary directory for as long as anybody
@@ -98,6 +103,7 @@ def optimize(
         name=name,
         device=device,
         cache=cache,
+        served=served,
     )
     if lower:
         job.check_targets()

@@ -12,7 +12,7 @@ from torch import fx
 from graphopt.capturing.guards import insert_guards
 from graphopt.capturing.model_calls import gradients_recorded
 from graphopt.capturing.unchecked_arguments import check_arguments
-from graphopt.errors import CaptureError, PassError
+from graphopt.errors import CaptureError, PassError, printable
 from graphopt.files import MANIFEST
 from graphopt.ir.global_state import one_thread_at_a_time
 from graphopt.ir.program import Program
@@ -58,7 +58,8 @@ def carry_out(
         raise PassError(
             f"The plans in {directory / MANIFEST} were made for another program: its fingerprint is "
             f"{stored.original[:16]}..., this one's is {found[:16]}.... "
-            "Load the model the same way (same file, same torch version, same dynamic axes)."
+            "Load the model the same way (same file, same torch version, same dynamic axes"
+            f"{', ' + ', '.join(f'served={printable(one)!r}' for one in stored.served) if stored.served else ''})."
         )
     if stored.other_libraries():
         logger.warning("The plans were made with other versions: %s.", "; ".join(stored.other_libraries()))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from graphopt.data.served import ServedInput
 from graphopt.errors import LoadError, UsageError
 from graphopt.files import MANIFEST, REPORT, check_replaceable, replacing_directory, sha256
 from graphopt.ir.program import Program
@@ -35,6 +36,7 @@ class Result:
         seed: every random draw descended from it.
         plan_targets: the target each plan was made for, "" before the pipeline forked.
         fingerprint: of the original as it was captured.
+        served: which inputs are taken as they are served, not as the model takes them.
     """
 
     original: Program | None
@@ -46,6 +48,7 @@ class Result:
     seed: int
     plan_targets: list[str]
     fingerprint: str = ""
+    served: Sequence[ServedInput] = ()
 
     def __post_init__(self) -> None:
         """Note what was captured and what was lowered."""
@@ -115,6 +118,7 @@ class Result:
             model=self.report.model,
             original=self.fingerprint,
             pipeline=self.pipeline,
+            served=[str(one) for one in self.served],
             seed=self.seed,
             libraries=manifest.library_versions(),
             cpu=manifest.cpu_features(),

@@ -115,8 +115,11 @@ def test_replay_on_what_a_factory_builds(tmp_path: Path, monkeypatch: pytest.Mon
     Path("factory_of_linear.py").write_text("import torch\ndef build():\n    return torch.nn.Linear(3, 2)\n")
     torch.save(nn.Linear(3, 2).state_dict(), "w.pt")
     options = ("--factory", "factory_of_linear:build", "--weights", "w.pt", "--input", "x=2x3:float32", "-o")
-    assert run(["optimize", *options, "first", "--passes", "", "--no-bench"]) == 0
+    served = ("--served", "input:uint8:scale=1/255")  # which the manifest says when it is replayed
+    assert run(["optimize", *options, "first", *served, "--passes", "", "--no-bench"]) == 0
     assert run(["apply", "first/manifest.json", *options, "again"]) == 0
+    (spec,) = graphopt.open("again").artifact.inputs
+    assert (spec.name, spec.dtype) == ("input", torch.uint8)
     for name in ("onnxruntime.onnx", "program.pt2", "manifest.json"):
         assert Path("again", name).read_bytes() == Path("first", name).read_bytes(), name
 
