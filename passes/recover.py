@@ -21,7 +21,7 @@ from pydantic import Field
 from graphopt.data.batches import Batch
 from graphopt.data.split import FEWEST
 from graphopt.distillation.addresses import resolve
-from graphopt.distillation.augment import flip, shift, takes_images
+from graphopt.distillation.augment import channel_axis, flip, shift
 from graphopt.distillation.cuts import auto_taps
 from graphopt.distillation.loop import Schedule, View
 from graphopt.distillation.losses import tap_loss_for
@@ -137,7 +137,8 @@ class Recover(Pass[RecoverOptions, RecoverPlan]):
         views = self._views(program) if self.options.epochs else ()
         schedule = Schedule(self.options.epochs, _WARMUP, _PATIENCE)
         rates = (self.options.lr,) if self.options.lr else _rates(program)
-        found = recover(student, teacher, objective, training, held, batch_size, schedule, rates, _view(views), ctx)
+        view = _view(views, program)
+        found = recover(student, teacher, objective, training, held, batch_size, schedule, rates, view, ctx)
         if found.refusal:
             refusals.append(Refusal("program", found.refusal, found.refusal.partition(":")[0]))
         plan = self.new_plan(
@@ -190,7 +191,7 @@ class Recover(Pass[RecoverOptions, RecoverPlan]):
     def _views(self, program: Program) -> tuple[str, ...]:
         wanted = self.options.augment or ()
         if AUTO in wanted:
-            return ("flip", "shift") if takes_images(program) else ()
+            return ("flip", "shift") if channel_axis(program) else ()
         if wanted and len(program.inputs[0].shape) != 4:
             raise PassError(
                 f"recover:augment={'+'.join(wanted)} moves images, and the first input is {program.inputs[0]}. "
@@ -220,13 +221,14 @@ def _rates(program: Program) -> tuple[float, ...]:
     return _RATES_WITH_BATCH_NORM if batch_norms(program) else _RATES_WITHOUT
 
 
-def _view(names: Sequence[str]) -> View:
+def _view(names: Sequence[str], program: Program) -> View:
     """Return a function that makes new views of the first input, an image, and passes others on."""
+    channels = channel_axis(program) or 1
 
     def view(batch: Batch, generator: torch.Generator) -> Batch:
         images, *others = batch
         for name in names:
-            images = _VIEWS[name](images, generator)
+            images = _VIEWS[name](images.movedim(channels, 1), generator).movedim(1, channels)
         return (images, *others)
 
     return view

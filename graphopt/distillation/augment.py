@@ -15,14 +15,21 @@ _SMALLEST = 16  # pixels a side; below it a shifted crop loses too much
 _REACH = 8  # an image is shifted by at most this fraction of its side
 
 
-def takes_images(program: Program) -> bool:
-    """Whether the one input of `program` looks like images: (batch, 1 | 3 | 4, at least 16, at least 16), floating."""
-    if len(program.inputs) != 1:
-        return False
+def channel_axis(program: Program) -> int | None:
+    """Return the axis of the channels of images, 1 or 3; None where the inputs of `program` look like no images.
+
+    Images are one input of floats or bytes: (batch, 1 | 3 | 4, at least 16, at least 16), or channels last.
+    """
     spec = program.inputs[0]
-    if len(spec.shape) != 4 or not spec.dtype.is_floating_point or spec.shape[1] not in _CHANNELS:
-        return False
-    return all(isinstance(size, str) or size >= _SMALLEST for size in spec.shape[2:])
+    if len(program.inputs) != 1 or len(spec.shape) != 4:
+        return None
+    if not spec.dtype.is_floating_point and spec.dtype is not torch.uint8:
+        return None
+    for axis, sides in ((1, spec.shape[2:]), (3, spec.shape[1:3])):
+        large = all(isinstance(size, str) or size >= _SMALLEST for size in sides)
+        if spec.shape[axis] in _CHANNELS and large:
+            return axis
+    return None
 
 
 def flip(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

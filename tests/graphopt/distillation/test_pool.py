@@ -8,7 +8,7 @@ from torch import nn
 
 from graphopt.capturing.capture import capture
 from graphopt.data.batches import Batch
-from graphopt.distillation.augment import flip, shift, takes_images
+from graphopt.distillation.augment import channel_axis, flip, shift
 from graphopt.distillation.pool import Pool
 from graphopt.testing import TensorSamples
 
@@ -78,8 +78,14 @@ def test_shift_moves_each_image_and_repeats_its_border() -> None:
 
 
 @pytest.mark.parametrize(
-    ("example", "images"),
-    [(torch.zeros(2, 3, 16, 16), True), (torch.zeros(2, 8, 16, 16), False), (torch.zeros(2, 3, 16), False)],
+    ("example", "axis"),
+    [
+        (torch.zeros(2, 3, 16, 16), 1),
+        (torch.zeros(2, 16, 16, 3, dtype=torch.uint8), 3),
+        (torch.zeros(2, 8, 16, 16), None),
+        (torch.zeros(2, 3, 16), None),
+        (torch.zeros(2, 3, 16, 16, dtype=torch.int64), None),
+    ],
 )
-def test_what_looks_like_images(example: torch.Tensor, images: bool) -> None:
-    assert takes_images(capture(nn.ReLU(), example)) is images
+def test_what_looks_like_images(example: torch.Tensor, axis: int | None) -> None:
+    assert channel_axis(capture(nn.ReLU(), example)) == axis
