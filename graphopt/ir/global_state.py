@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from graphopt.ir.memory import what_is_there_set_aside
+
 
 @dataclass(frozen=True)
 class RandomState:
@@ -78,9 +80,10 @@ def one_thread_at_a_time() -> Iterator[None]:
     """Keep other threads from graphopt's work meanwhile; what one's own thread calls from within goes on.
 
     Tracing is a state of the whole process, as are torch's settings and what graphopt patches in it, which is undone in
-    the order of a stack: of models traced at once one gets what is meant for the other (torch 2.13).
+    the order of a stack: of models traced at once one gets what is meant for the other (torch 2.13). Python does not
+    look for dead circles in what was there before.
     """
-    with _working:
+    with _working, what_is_there_set_aside():
         yield
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import random
 import threading
@@ -94,3 +95,9 @@ def test_a_process_forked_while_a_thread_works_can_work() -> None:
         process.join(20)
         process.kill()
     assert [process.exitcode for process in forked] == [0, 0]
+
+
+def test_work_sets_aside_what_is_there() -> None:
+    with one_thread_at_a_time():
+        assert gc.get_freeze_count()
+    assert gc.get_freeze_count() == 0

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
+import sys
 import weakref
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from graphopt.ir.memory import give_back, trim
+from graphopt.ir import memory
+from graphopt.ir.memory import give_back, trim, what_is_there_set_aside
 
 
 class Circle:
@@ -22,18 +25,73 @@ class Circle:
 
 @pytest.fixture(autouse=True)
 def without_collections() -> Iterator[None]:
-    gc.disable()
+    before = gc.get_threshold()
+    gc.set_threshold(0)
     yield
-    gc.enable()
+    gc.set_threshold(*before)
+
+
+def dead_circle() -> weakref.ref[Circle]:
+    return weakref.ref(Circle())
 
 
 @pytest.mark.parametrize(("numbers", "left"), [(1 << 26, False), (1 << 24, True)])
 def test_dead_circles_go_where_tensors_are_large(numbers: int, left: bool) -> None:
-    circle = Circle()
-    known = weakref.ref(circle)
-    del circle
+    known = dead_circle()
     give_back([torch.empty(numbers, device="meta")])
     assert (known() is not None) == left
+
+
+def test_only_what_is_made_meanwhile_is_looked_at() -> None:
+    before = dead_circle()
+    with contextlib.suppress(KeyError), what_is_there_set_aside():
+        with what_is_there_set_aside():
+            within = dead_circle()
+        gc.collect()
+        assert (before() is not None, within()) == (True, None)
+        raise KeyError
+    assert gc.get_freeze_count() == 0
+    gc.collect()
+    assert before() is None
+
+
+def test_all_is_looked_at_where_tensors_are_large() -> None:
+    before = dead_circle()
+    with what_is_there_set_aside():
+        give_back([torch.empty(1 << 26, device="meta")])
+        assert (before(), gc.get_freeze_count()) == (None, 0)
+
+
+def test_all_is_looked_at_first_where_much_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = []
+    for used in (1000, 1200, 1251, 1500):
+        monkeypatch.setattr(sys, "getallocatedblocks", lambda used=used: used)
+        known.append(dead_circle())
+        if used == 1000:
+            monkeypatch.setattr(memory, "_blocks", 1000)
+        with what_is_there_set_aside():
+            assert [one() is None for one in known] == [used == 1251] * len(known)
+        known = [one for one in known if one() is not None]
+
+
+def test_what_others_set_aside_stays_there() -> None:
+    gc.freeze()
+    try:
+        before = gc.get_freeze_count()
+        with what_is_there_set_aside():
+            kept = [Circle() for _ in range(1000)]
+        assert before - 500 < gc.get_freeze_count() <= before, len(kept)
+    finally:
+        gc.unfreeze()
+
+
+def test_nothing_is_set_aside_where_python_does_not_look() -> None:
+    gc.disable()
+    try:
+        with what_is_there_set_aside():
+            assert gc.get_freeze_count() == 0
+    finally:
+        gc.enable()
 
 
 def test_pages_are_returned_where_the_library_can(monkeypatch: pytest.MonkeyPatch) -> None:
