@@ -4,6 +4,9 @@ A fake tensor with a symbolic size costs a millisecond to make, and most calls o
 one: of the 122 of a folded ResNet-50 42 differ, and a pass leaves most as they were. Calls are equal where operator,
 arguments, and shapes, strides and types of their tensors are; what they give is then one fake tensor, in every program
 of one fake mode. Who checks what is recorded knows nothing of who recorded it.
+
+BatchNorm in inference gives what its input is like. Of torch it is known by running a decomposition of ten steps: half
+of what propagating a pruned ResNet-50 takes.
 """
 
 from __future__ import annotations
@@ -44,12 +47,25 @@ class Propagation:
             return self._known[key]
         # Without the Python dispatcher aten.pad, among others, fixes a symbolic batch to its example size.
         with enable_python_dispatcher(), self._mode:
-            value = node.target(*args, **kwargs)  # type: ignore[operator]
+            like = _like_its_input(node.target, args) if key is not None else None
+            value = torch.empty_like(like) if like is not None else node.target(*args, **kwargs)  # type: ignore[operator]
         if key is not None:
             if len(self._known) >= _MOST_KNOWN:
                 self._known.clear()
             self._known[key] = value
         return value
+
+
+def _like_its_input(target: object, args: tuple[Any, ...]) -> torch.Tensor | None:
+    """Return the operand that the result of a call is like in shape, strides and type; None where only a run tells."""
+    if target is not torch.ops.aten.batch_norm.default:
+        return None
+    x, weight, bias, mean, variance, training = args[:6]
+    if training or mean is None or variance is None or not x.is_floating_point() or _cast_there(x.device.type):
+        return None
+    vectors = [vector for vector in (weight, bias, mean, variance) if vector is not None]
+    fitting = x.dim() > 1 and isinstance(x.shape[1], int)
+    return x if fitting and all((*v.shape, v.dtype) == (x.shape[1], x.dtype) for v in vectors) else None
 
 
 def _is_plain(node: fx.Node) -> bool:

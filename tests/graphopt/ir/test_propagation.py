@@ -13,6 +13,7 @@ from graphopt.ir import propagation
 from graphopt.ir.graph import fake_mode_of
 from graphopt.ir.invariants import check_invariants
 from graphopt.ir.propagation import Propagation
+from graphopt.ir.torch_internals import enable_python_dispatcher
 
 aten = torch.ops.aten
 
@@ -97,3 +98,70 @@ def test_a_result_that_is_turned_in_place_is_no_other_calls() -> None:
     for _ in range(2):
         check_invariants(turning, turning.copy(), "a test")
     assert [one.shape[1] for one in results(turning, aten.relu.default)] == [3, 3]
+
+
+class Normed(nn.Module):
+    """Means and variances of six channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+
+@pytest.fixture(scope="module")
+def normed() -> Program:
+    return capture(Normed(), torch.randn(2, 6, 4, 5))
+
+
+def normalised(program: Program, x: Tensor, purpose: str, **changed: Any) -> Tensor:
+    """Propagate its BatchNorm with another input."""
+    (node,) = program.graph.find_nodes(op="call_function", target=aten.batch_norm.default)
+    args = [x, *(node.args[i].meta["val"] for i in range(1, 5)), *node.args[5:]]
+    for position, value in changed.items():
+        args[int(position[1:])] = value
+    return Propagation(fake_mode_of(program.graph_module), purpose).call(node, tuple(args), {})
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda batch: torch.empty(batch, 6, 4, 5),
+        lambda batch: torch.empty(batch, 4, 5, 6).permute(0, 3, 1, 2),
+        lambda batch: torch.empty(6, batch, 4, 5).transpose(0, 1),
+        lambda batch: torch.empty(batch, 6, 1, 1).expand(batch, 6, 4, 5),
+        lambda batch: torch.empty(batch, 8, 4, 9)[:, 1:7, :, ::2],
+        lambda batch: torch.empty(2, 6),
+        lambda batch: torch.empty(0, 6, 2, 3, 4),
+    ],
+)
+def test_what_normalisation_gives_is_what_torch_says(normed: Program, made: Any) -> None:
+    mode = fake_mode_of(normed.graph_module)
+    (node,) = normed.graph.find_nodes(op="call_function", target=aten.batch_norm.default)
+    with mode, enable_python_dispatcher():
+        x = made(normed.graph.find_nodes(op="placeholder")[0].meta["val"].shape[0])
+        wanted = node.target(x, *(node.args[i].meta["val"] for i in range(1, 5)), *node.args[5:])
+    found = normalised(normed, x, "shapes")
+    assert (found.shape, found.stride(), found.dtype) == (wanted.shape, wanted.stride(), wanted.dtype)
+
+
+def test_normalisation_of_what_does_not_fit_fails(normed: Program) -> None:
+    with fake_mode_of(normed.graph_module):
+        five, x, doubles = torch.empty(5), torch.empty(2, 6, 4, 5), torch.empty(2, 6, 4, 5, dtype=torch.float64)
+    for position in ("_1", "_2", "_3", "_4"):
+        with pytest.raises(RuntimeError, match=r"to match|must match|contain|broadcast|expand"):
+            normalised(normed, x, "unlike", **{position: five})
+    assert normalised(normed, doubles, "types").dtype is torch.float64
+
+
+def test_of_training_and_autocast_torch_is_asked() -> None:
+    vectors = [torch.empty(6)] * 4
+    for device, training, known in (("cpu", False, True), ("cpu", True, False), ("meta", False, True)):
+        x = torch.empty(2, 6, 4, 5, device=device)
+        found = propagation._like_its_input(aten.batch_norm.default, (x, *vectors, training, 0.1, 1e-5, True))
+        assert (found is x) == known
+    with torch.autocast("cpu", torch.bfloat16):
+        x = torch.empty(2, 6, 4, 5)
+        assert propagation._like_its_input(aten.batch_norm.default, (x, *vectors, False, 0.1, 1e-5, True)) is None
