@@ -52,10 +52,14 @@ def round_in_order(
 
 
 def _inverse_factor(moments: Tensor, damping: float) -> Tensor:
-    """Return the upper Cholesky factor of the inverse of damped moments; damped more where there is none."""
+    """Return the upper Cholesky factor of the inverse of damped moments; damped more where there is none.
+
+    It is that of moments as shares of their mean: those of denormals have an inverse beyond float32.
+    """
     mean = float(moments.diagonal().mean())
+    moments = moments / (mean or 1.0)
     while True:
-        damped = moments + torch.eye(len(moments), dtype=moments.dtype) * (damping * mean or 1.0)
+        damped = moments + torch.eye(len(moments), dtype=moments.dtype) * (damping if mean else 1.0)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not bool(failed) or damping >= _MOST_DAMPING:
             break
