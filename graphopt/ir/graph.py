@@ -122,9 +122,9 @@ def _attribute(gm: torch.nn.Module, name: str) -> Any:
 
 
 def behind_inputs(node: fx.Node) -> fx.Node:
-    """Return the node behind which a call on `node` may stand: behind every input for an input."""
-    if node.op != "placeholder":
+    """Return the node behind which a call on `node` may stand: behind every input for an input or a stored tensor."""
+    if node.op not in ("placeholder", "get_attr"):
         return node
-    while node.next.op == "placeholder":
+    while node.next.op in ("placeholder", "get_attr"):
         node = node.next
     return node

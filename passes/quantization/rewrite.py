@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.ir.editor import Editor
-from graphopt.ir.graph import constant
+from graphopt.ir.graph import behind_inputs, constant
 from graphopt.ir.operators import short_name
 from graphopt.passes.layers.weighted_call import WeightedCall, layer_call, set_argument
 from graphopt.passes.quantization.given_scales import WIDTH, steps_of_shift
@@ -131,7 +131,7 @@ class Rewriter:
         if record["readers"] is not None:
             readers = {self._takers.get(name, self._nodes[name]) for name in record["readers"]}
             users = [user for user in users if user in readers]
-        with self._graph.inserting_after(_last_input(node)):
+        with self._graph.inserting_after(behind_inputs(node)):
             stored = self._integers(node, record, clamp_scale)
         if not isinstance(stored.meta["val"], Tensor):
             return  # a list of moved values; its items have records of their own
@@ -142,7 +142,7 @@ class Rewriter:
         if not others:
             return
         scale, zero_point = self._qparams(record, node)
-        with self._graph.inserting_after(_last_input(stored)):
+        with self._graph.inserting_after(behind_inputs(stored)):
             real = self._editor.call(DEQUANTIZE, stored, scale, zero_point, None, like=node, site=record["value"])
         for user in others:
             user.replace_input_with(node, real)
@@ -215,12 +215,3 @@ class Rewriter:
             with self._graph.inserting_before(self._first_input):
                 self._reads[name] = self._editor.read(name, like=like, site=like.name)
         return self._reads[name]
-
-
-def _last_input(node: fx.Node) -> fx.Node:
-    """Return the node behind which calls may stand: behind every input for an input, else behind `node`."""
-    if node.op not in ("placeholder", "get_attr"):
-        return node
-    while node.next.op in ("placeholder", "get_attr"):
-        node = node.next
-    return node
