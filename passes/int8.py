@@ -192,12 +192,10 @@ class Int8(Pass[Int8Options, Int8Plan]):
             wanted = self._means_wanted(placement, originals)
             found = calibration.gather(request for _, request in wanted)
             means = {site: seen.mean for (site, _), seen in zip(wanted, found, strict=True)}
-        return [
-            quantizer.quantize(
-                site, layer, None if site.dynamic else scales[placement.root(layer.input)].scale, means.get(site)
-            )
-            for site, layer in sites
-        ]
+        read = {site: None if site.dynamic else scales[placement.root(layer.input)].scale for site, layer in sites}
+        for site, layer in sites:
+            quantizer.leave_room(site, layer, read[site])
+        return [quantizer.quantize(site, layer, read[site], means.get(site)) for site, layer in sites]
 
     def _means_wanted(
         self, placement: Placement, originals: Mapping[str, str]

@@ -29,6 +29,7 @@ from graphopt.quantization.qparams import quantize_weight, weight_scales
 from graphopt.targets.description import OperatorRule
 
 _INT32 = 2**31 - 1
+_Key = tuple[str, int | None, bool]
 
 
 class LayerQuantizer:
@@ -48,7 +49,8 @@ class LayerQuantizer:
         self._gm = gm
         self._integers = integers
         self._per_channel = per_channel
-        self._stored: dict[tuple[str, int | None, bool], str] = {}
+        self._stored: dict[_Key, str] = {}
+        self._floors: dict[_Key, Tensor] = {}
         self._tables = tables
         self._rounded: Mapping[str, Rounded] = {}
         self.tensors: dict[str, Tensor] = dict(tables)
@@ -67,6 +69,21 @@ class LayerQuantizer:
         axes = {layer: self._axis(site.rule, layer) for site in sites if (layer := site.kernel.layer) is not None}
         self._rounded = round_by_inputs(program, axes, self._integers, batches, progress)
 
+    def leave_room(self, site: Site, layer: WeightedCall, input_scale: float | None) -> None:
+        """Let the scales of a layer's weight be so large that its bias fits int32, whoever else reads the weight.
+
+        Call it for every layer before the first is quantized.
+        """
+        bias = constant(layer.bias, self._gm)
+        if site.rule.bias != "int32" or bias is None or input_scale is None:
+            return
+        key = self._key(site, layer)
+        # a bias far larger than the weights must still fit int32
+        floor = (bias.detach().abs().double() / (input_scale * _INT32 * 0.5)).float()
+        floor = floor.reshape(_sharing(layer), -1).amax(0)
+        floor = floor if key[1] is not None else floor.amax()
+        self._floors[key] = torch.maximum(floor, self._floors.get(key, floor))
+
     def quantize(self, site: Site, layer: WeightedCall, input_scale: float | None, mean: Tensor | None) -> LayerRecord:
         """Quantize weight and bias of one layer.
 
@@ -76,19 +93,14 @@ class LayerQuantizer:
             input_scale: scale of its input, None where its kernel chooses it.
             mean: mean of its input per channel, to correct the bias.
         """
-        product = site.kernel.name == "matmul" or site.dynamic
-        transposed = product and layer.kind == "linear"
         weight, bias = tensor_attribute(self._gm, layer.weight_name).detach(), constant(layer.bias, self._gm)
-        axis = self._axis(site.rule, layer)
-        axis = None if axis is None else 1 - axis if transposed else axis
-        name = self._store_weight(
-            layer, weight.t() if transposed else weight, axis, transposed, bias, input_scale, site
-        )
+        key = _, axis, transposed = self._key(site, layer)
+        name = self._store_weight(key, weight.t() if transposed else weight)
         shift = None if mean is None else self._shift(layer, name, weight, axis, transposed, mean)
         bias_name = self._store_bias(site, bias, shift, name, input_scale)
         return LayerRecord(
             site=site.node.name,
-            kernel="matmul" if product else site.kernel.name,
+            kernel="matmul" if _is_product(site) else site.kernel.name,
             scales="dynamic" if site.dynamic else "static",
             weight=name,
             axis=axis,
@@ -103,27 +115,19 @@ class LayerQuantizer:
             return None
         return layer.weight_axis
 
-    def _store_weight(
-        self,
-        layer: WeightedCall,
-        weight: Tensor,
-        axis: int | None,
-        transposed: bool,
-        bias: Tensor | None,
-        x: float | None,
-        site: Site,
-    ) -> str:
-        source = layer.weight_name
-        key = (source, axis, transposed)
+    def _key(self, site: Site, layer: WeightedCall) -> _Key:
+        """Return what the weight of a layer is stored by: its name, the axis of its scales, whether it is turned."""
+        transposed = _is_product(site) and layer.kind == "linear"
+        axis = self._axis(site.rule, layer)
+        return layer.weight_name, None if axis is None else 1 - axis if transposed else axis, transposed
+
+    def _store_weight(self, key: _Key, weight: Tensor) -> str:
+        source, axis, transposed = key
         if key not in self._stored:
             name = f"{source}_int8" + ("_t" if transposed else "") + ("" if axis is not None else "_tensor")
             given = self._rounded.get(source)
             scales = weight_scales(weight, self._integers, axis) if given is None else given.scales.to(weight.device)
-            if site.rule.bias == "int32" and bias is not None and x is not None:
-                # a bias far larger than the weights must still fit int32
-                floor = (bias.detach().abs().double() / (x * _INT32 * 0.5)).float()
-                floor = floor.reshape(_sharing(layer), -1).amax(0)
-                scales = torch.maximum(scales, floor if axis is not None else floor.amax())
+            scales = torch.maximum(scales, self._floors.get(key, scales))
             if axis is not None and self._is_table(table_name(source), scales):
                 name = table_name(source)
             else:
@@ -171,6 +175,11 @@ class LayerQuantizer:
         self.tensors[name] = (value / scale.double()).round_().clamp_(-_INT32, _INT32).to(torch.int32)
         self.tensors[f"{name}_scale"] = scale.contiguous()
         return name
+
+
+def _is_product(site: Site) -> bool:
+    """Whether a layer becomes a product, to which its bias is added."""
+    return site.kernel.name == "matmul" or site.dynamic
 
 
 def _sharing(layer: WeightedCall) -> int:

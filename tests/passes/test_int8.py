@@ -314,6 +314,25 @@ def test_shared_weight_is_stored_once() -> None:
     assert len(stored) == 1
 
 
+def test_a_shared_weight_leaves_room_for_every_bias() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.second.weight = self.first.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x))
+
+    model, data = seeded(Tied()), noise(16, 6)
+    with torch.no_grad():
+        model.get_parameter("second.bias").fill_(1e7)
+    program, plan = quantized(capture(model, data), data)
+    assert [layer["bias_dtype"] for layer in plan.layers] == ["int32", "int32"]
+    with torch.no_grad():
+        torch.testing.assert_close(program(data), model(data), rtol=1e-5, atol=0)
+
+
 def test_weight_that_floats_read_too_stays() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
