@@ -1,8 +1,9 @@
 """A copy of an artifact that ONNX Runtime's CPU can run, which has no bfloat16 kernels: float32 in its place.
 
     Cast(x, to=bfloat16) -> MatMul(.., w)      Cast(x, to=float32) -> MatMul(.., w as float32)
+    Cast(w, to=bfloat16) -> Gather             w rounded, as float32 -> Gather
 
-Weights keep the values they were rounded to; what is computed is not rounded.
+Weights keep the values they were rounded to, or are rounded to where they are read; what is computed is not rounded.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import onnx_ir as ir
 
 from graphopt.backends.onnx_lowering.artifacts import read_model
 from graphopt.backends.onnx_lowering.saving import save
-from graphopt.backends.onnx_lowering.values import values_of
+from graphopt.backends.onnx_lowering.values import store, value_names, values_of
 from graphopt.files import ScratchDirectory
 from graphopt.targets.backend import Artifact
 
@@ -27,6 +28,7 @@ def stand_in(artifact: Artifact) -> Artifact:
     model = read_model(artifact.path)
     if all(value.dtype != _NARROW for value in values_of(model)):
         return artifact
+    _round_weights(model)
     for value in values_of(model):
         if value.dtype == _NARROW:
             value.dtype = _WIDE
@@ -41,6 +43,19 @@ def stand_in(artifact: Artifact) -> Artifact:
     home = ScratchDirectory()
     files = save(model, Path(home.name) / artifact.path.name)
     return dataclasses.replace(artifact, path=files[0], files=files, home=home)
+
+
+def _round_weights(model: ir.Model) -> None:
+    """Store what the model makes of its weights by casts."""
+    names = value_names(model)
+    for graph in model.graphs():
+        for node in [node for node in graph if node.op_type == "Cast" and node.attributes.get_int("to") == _NARROW]:
+            given, result = node.inputs[0], node.outputs[0]
+            if given is None or given.const_value is None or result.is_graph_output():
+                continue
+            rounded = given.const_value.numpy().astype(_NARROW.numpy())
+            result.replace_all_uses_with(store(graph, names.new(f"{given.name}_rounded"), rounded))
+            graph.remove(node, safe=True)
 
 
 def _widened(tensor: ir.TensorProtocol) -> ir.TensorProtocol:

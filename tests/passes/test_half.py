@@ -357,6 +357,26 @@ def test_tensorrt_builds_it_and_its_stand_in_computes_the_same(kind: type[Half],
     assert left == ([] if kind is Half else ["tensorrt has no kernel of it in bfloat16"])
 
 
+class Table(nn.Module):
+    """A table of which rows are looked up in 16 bits, and cut out in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(20, 8)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        return self.table(ids), self.table.weight[ids]
+
+
+def test_the_stand_in_rounds_a_weight_that_is_rounded_where_it_is_read(tmp_path: Path) -> None:
+    program = capture(Table().eval(), (torch.randint(0, 20, (2, 5)),))
+    plan = planned(program, kind=BFloat16)
+    assert plan.weights == ()
+    after = BFloat16().apply(program, plan)
+    backend = TensorRTBackend()
+    assert backend.verify(backend.lower(after, tmp_path / "tensorrt.onnx"), after) == 0
+
+
 @needs_parser
 def test_places_of_equal_values_may_be_either(tmp_path: Path) -> None:
     class Segmented(nn.Module):
