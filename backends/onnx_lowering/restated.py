@@ -6,6 +6,7 @@ log_sigmoid(x)                               -softplus(-x)                      
 batch_norm(x, .., training=True)             (x - mean(x)) * rsqrt(var(x) + eps)    it takes the running statistics
 div(x, y, rounding) of integers              floor_divide(x - fmod(x, y), y)        it does so in single precision
 x / y, x % y of integers                     see `ir/divisions`                     runtimes end the process
+attention(q, k, v) of rank 2 or 3            squeeze(attention(unsqueeze(q), ..))    it takes rank 4 alone
 copy(x, smaller)                             copy(x, expand_as(smaller, x))         the result has the smaller shape
 item(x) // y, item(x) % y                    refused where y may be -1           runtimes end the process
 lstm with projections                        refused: the LSTM of ONNX has none
@@ -69,6 +70,8 @@ def _other_words(node: fx.Node, editor: Editor) -> fx.Node | None:
         return editor.call(aten.neg.default, editor.call(aten.softplus.default, turned, like=node), like=node)
     if node.target is aten.batch_norm.default:
         return _normalised(node, editor)
+    if node.target is aten.scaled_dot_product_attention.default:
+        return _with_heads(node, editor)
     if node.target in (aten.copy.default, aten.copy_.default):
         target, source = node.args[:2]
         if source.meta["val"].shape != target.meta["val"].shape:  # type: ignore[union-attr]
@@ -104,6 +107,27 @@ def _pool(node: fx.Node, editor: Editor) -> fx.Node | None:
     without = {**given, "count_include_pad": True, "divisor_override": None}
     pooled = editor.call(node.target, *without.values(), like=node)  # type: ignore[arg-type]
     return editor.call(aten.mul.Tensor, pooled, size / divisor, like=node)
+
+
+def _with_heads(node: fx.Node, editor: Editor) -> fx.Node | None:
+    """Let attention without an axis of heads have one of size 1; heads that share keys are the first of three axes."""
+    given = arguments(node, ())
+    rank = given["query"].meta["val"].dim()
+    if rank not in (2, 3):
+        return None
+    axes = [0] * (4 - rank) if rank == 2 or given["enable_gqa"] else [1]
+    for name in ("query", "key", "value", "attn_mask"):
+        value = given[name]
+        if value is None or value.meta["val"].dim() < rank:  # a mask of fewer axes broadcasts
+            continue
+        for axis in axes:
+            value = editor.call(aten.unsqueeze.default, value, axis, like=node)
+        given[name] = value
+    scale, shared = given.pop("scale"), given.pop("enable_gqa")
+    result = editor.call(node.target, *given.values(), scale=scale, enable_gqa=shared, like=node)  # type: ignore[arg-type]
+    for axis in axes:
+        result = editor.call(aten.squeeze.dim, result, axis, like=node)
+    return result
 
 
 def _normalised(node: fx.Node, editor: Editor) -> fx.Node | None:

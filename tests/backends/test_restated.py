@@ -67,6 +67,33 @@ def test_what_the_exporter_gets_wrong_computes_what_torch_does(name: str, tmp_pa
     assert backend.verify(backend.lower(program, tmp_path / "model.onnx"), program) < 1e-5
 
 
+class Attention(nn.Module):
+    """Attends without an axis of heads: of 2 and of 3 axes, masked and not, heads that share keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys = nn.Parameter(torch.randn(2, 5, 8))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        attend = nn.functional.scaled_dot_product_attention
+        scores = x @ x.transpose(1, 2)
+        queries = x.mean(0).expand(4, 5, 8) * torch.arange(1.0, 5.0).view(4, 1, 1)
+        return (
+            attend(x, x, x * 2),
+            attend(x, x, x, attn_mask=scores, scale=0.3),
+            attend(x, x, x, attn_mask=scores[0] > 0),
+            attend(x, x, x, is_causal=True),
+            attend(self.keys[0], self.keys[1], x[0]),
+            attend(queries, self.keys, self.keys, enable_gqa=True),
+        )
+
+
+def test_attention_without_heads(tmp_path: Path) -> None:
+    backend = OnnxRuntimeBackend()
+    program = capture(Attention(), torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0)))
+    assert backend.verify(backend.lower(program, tmp_path / "model.onnx"), program) < 1e-5
+
+
 class Copies(nn.Module):
     """Copies a row, a number, another type and the whole into tensors of its own."""
 
