@@ -160,26 +160,33 @@ def _draws(node: fx.Node) -> bool:
 def wrong_batch(model: nn.Module, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """Say at which batch size a program with a dynamic batch is not the model, "" if at none tried.
 
-    A Python branch on the batch size leaves no trace in the graph: only running it shows.
+    A Python branch on the batch size leaves no trace in the graph, nor does an operator that takes one size alone where
+    what torch knows of its shapes does not ask: only running it shows.
     """
     leaves, spec = pytree.tree_flatten((args, kwargs))
     batched = iter([spec.batched for spec in program.inputs])
     is_batched = [isinstance(leaf, torch.Tensor) and next(batched) for leaf in leaves]
-    for size in _CHECKED_BATCHES if any(is_batched) else ():
+    rows = [leaf.shape[0] for leaf, flag in zip(leaves, is_batched, strict=True) if flag]
+    failed: list[str] = []
+    for size in (*_CHECKED_BATCHES, 2 * rows[0]) if rows else ():
+        if size not in _CHECKED_BATCHES and not failed:
+            break
         sized = [_resized(leaf, size) if flag else leaf for leaf, flag in zip(leaves, is_batched, strict=True)]
         other_args, other_kwargs = pytree.tree_unflatten(sized, spec)
         try:
             expected = run_model(model, other_args, other_kwargs)
             worst = _disagreement(program, expected, other_args, other_kwargs)
-        except CaptureError:
-            continue  # the model itself does not take this size
+        except CaptureError as err:
+            if size > 1:  # what takes one sample alone otherwise than several still takes any number of these
+                failed.append(f"at batch {size} the model fails ({getattr(err, 'reason', first_line(err))})")
+            continue
         except OUT_OF_MEMORY:
             raise
         except Exception as err:  # the traced graph may fail in any kernel
             worst = first_line(err)
         if worst:
             return f"at batch {size} the captured program differs from the model ({worst})"
-    return ""
+    return failed[0] if len(failed) > 1 else ""
 
 
 def _resized(tensor: torch.Tensor, size: int) -> torch.Tensor:

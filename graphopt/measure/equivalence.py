@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from graphopt.data.batches import Batch
-from graphopt.errors import VerifyError
+from graphopt.data.batches import Batch, batch_count
+from graphopt.errors import CaptureError, VerifyError, foreign_code
 from graphopt.ir.finite import computable
 from graphopt.ir.program import Program
 from graphopt.ir.signature import TensorSpec
@@ -74,12 +74,25 @@ def measure(
 
 
 class Probe:
-    """Inputs on which many candidates are compared with one program, which runs on them once."""
+    """Inputs on which many candidates are compared with one program, which runs on them once.
+
+    Raises:
+        CaptureError: the program fails on them.
+    """
 
     def __init__(self, reference: Program, batch: Batch) -> None:
         self.batch = batch
         self._reference = reference.evaluated()
-        with torch.no_grad():
+
+        def failed(said: str, _: BaseException) -> CaptureError:
+            inputs = ", ".join(map(str, reference.inputs))
+            return CaptureError(
+                f"The program fails on {batch_count(batch)} of the samples, though it says it takes {inputs}: "
+                f"{said}. If it takes no other number of them than it was captured with, capture it so "
+                f"(dynamic_shapes={{'{reference.inputs[0].name}': {{0: None}}}}); otherwise leave out what it fails on."
+            )
+
+        with torch.no_grad(), foreign_code(failed):
             self._wanted = self._reference.call_flat(batch)
 
     @property

@@ -349,6 +349,29 @@ def test_a_model_that_takes_one_sample_only_stays_at_one(batch: int) -> None:
     assert note.text.startswith("The batch size is fixed to 1: with more samples the model raises RuntimeError")
 
 
+@torch.library.custom_op("graphopt_test::four_rows", mutates_args=())
+def four_rows(x: torch.Tensor) -> torch.Tensor:
+    return x + torch.ones(4, x.shape[1])
+
+
+@four_rows.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+class FourRows(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = four_rows(x)
+        return y
+
+
+def test_a_batch_that_only_kernels_know_to_be_fixed_is_fixed() -> None:
+    program = capture(FourRows(), torch.randn(4, 3))
+    assert program.batch_size == 4
+    (note,) = program.notes
+    assert note.text.startswith("The batch size is fixed: at batch 3 the model fails (RuntimeError: The size of tensor")
+
+
 class Noisy(nn.Module):
     def __init__(self, mode: str) -> None:
         super().__init__()

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from graphopt import capture
-from graphopt.errors import VerifyError
+from graphopt.errors import CaptureError, VerifyError
 from graphopt.ir.signature import TensorSpec
 from graphopt.measure import equivalence
-from graphopt.measure.equivalence import Equivalence, compare_outputs, measure
+from graphopt.measure.equivalence import Equivalence, Probe, compare_outputs, measure
 
 SPEC = (TensorSpec("logits", ("batch", 3), torch.float32),)
 
@@ -203,6 +203,12 @@ def test_outputs_that_are_declared_and_missing_or_not_declared_are_told(declared
     found = measure(program, lambda _: outputs, batch, declared=specs)
     assert found.differs
     assert (found.relative, found.sqnr) == (math.inf, -math.inf)
+
+
+def test_a_reference_that_fails_on_samples_says_so() -> None:
+    program = capture(nn.Embedding(4, 2), torch.zeros(2, 3, dtype=torch.int64))
+    with pytest.raises(CaptureError, match=r"fails on 5 .*it takes input: batchx3 int64: IndexError"):
+        Probe(program, (torch.full((5, 3), 4),))
 
 
 def test_an_infinity_that_is_missing_is_an_error_without_bound() -> None:
