@@ -83,7 +83,7 @@ def check_pass(
 
     1. Neither `plan` nor `apply` changes the program it is given.
     2. The result lints, keeps the signature unless declared otherwise, has on every node a `meta["val"]` equal to
-       a fresh fake propagation, no dangling attribute and no NaN parameter (`invariants.check_invariants`).
+       what fake propagation gives, no dangling attribute and no NaN parameter (`invariants.check_invariants`).
     3. A plan without sites changes nothing, one with sites changes something; every refusal gives a reason.
     4. Planning again gives the same plan; a plan that went through its files gives the same bytes.
     5. An exact pass keeps the outputs within its tolerance.
