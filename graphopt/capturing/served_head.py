@@ -1,6 +1,6 @@
 """Lets a program take its inputs as they are served.
 
-    f(x), x float    ->    f((to(permute(x), float) - shift) * factor), x uint8
+    f(x), x float    ->    f((permute(to(x, float)) - shift) * factor), x uint8
 
 The product stands last: `fold` takes it into a convolution behind it whatever lies between, the difference where no
 zero padding does. What is 0 or 1 is left out.
@@ -93,10 +93,10 @@ def _steps(editor: Editor, node: fx.Node, spec: TensorSpec, served: ServedInput)
     computed = torch.float64 if spec.dtype is torch.float64 else torch.float32
     shift, factor = served.affine(spec.shape)
     steps: list[_Step] = []
+    if served.dtype is not computed:  # first: TensorRT moves no bytes
+        steps.append((aten.to.dtype, (computed,)))
     if served.layout:
         steps += [(aten.permute.default, (order,)), (aten.contiguous.default, ())]
-    if served.dtype is not computed:
-        steps.append((aten.to.dtype, (computed,)))
     if bool((shift != 0).any()):
         steps.append((aten.sub.Tensor, (_operand(editor, node, shift.to(computed)),)))
     if bool((factor != 1).any()):
