@@ -532,8 +532,44 @@ def test_values_called_like_methods_of_modules() -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [{"percentile": "99"}, {"percentile": "99", "observer": "mse"}, {"mode": "dynamic", "observer": "mse"}]
+    "given",
+    [
+        {"percentile": "99"},
+        {"percentile": "99", "observer": "mse"},
+        {"mode": "dynamic", "observer": "mse"},
+        {"weights": "float", "weight_bits": "4"},
+        {"weights": "float", "mode": "dynamic"},
+        {"weights": "float", "bias_correction": "yes"},
+    ],
 )
 def test_options_that_nothing_reads_are_refused(given: dict[str, str]) -> None:
-    with pytest.raises(UsageError, match=r"reads no `percentile`|no `observer` either"):
+    with pytest.raises(UsageError, match=r"reads no `percentile`|no `observer` either|rounds activations alone"):
         build("int8", Int8Options, given)
+
+
+@pytest.mark.parametrize("target", [ONNXRUNTIME, TENSORRT], ids=lambda target: target.name)
+def test_activations_alone_are_rounded(target: TargetDescription) -> None:
+    """Where they are with weights, too, by the same scales; weights and biases stay as they are."""
+    program, data = folded(Residual(), images()), images()
+    given, plan = quantized(program, data, target=target, options=Int8Options(weights="float"))
+    _, whole = quantized(program, data, target=target)
+    assert plan.values == whole.values
+    assert (plan.layers, plan.tables, plan.dropped) == ((), (), whole.dropped)
+    assert "slower than float32" in plan.notes[0]
+    kept = given.state_dict()
+    assert all(torch.equal(kept[name], tensor) for name, tensor in program.state_dict().items())
+    assert 25 < measure(program, given.call_flat, (data,)).sqnr < 60
+
+
+def test_a_layer_that_takes_no_static_scales_rounds_no_activations() -> None:
+    model = nn.LSTM(4, 8, batch_first=True)
+    _, plan = quantized(model, noise(8, 5, 4), options=Int8Options(weights="float"))
+    assert list(reasons(plan).values()) == ["no kernel of onnxruntime takes it with static scales"]
+
+
+def test_weights_that_stay_float_stay_so_in_the_runtime(tmp_path: Path) -> None:
+    data = images()
+    given, _ = quantized(TwoConvs(), data, options=Int8Options(weights="float"))
+    ran = kernels(given, tmp_path, data)
+    assert ran["QLinearConv"] == 0
+    assert ran["Conv"] + ran["FusedConv"] == 2
