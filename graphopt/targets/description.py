@@ -10,6 +10,7 @@ from math import lcm
 from typing import Literal
 
 from graphopt.quantization.formats import IntegerFormat
+from graphopt.targets.costs import CostTable
 
 Scales = Literal["static", "dynamic"]
 Role = Literal["compute", "join", "same_scale", "move", "read"]
@@ -121,6 +122,7 @@ class TargetDescription:
         norms_as_convolutions: whether a norm of stored statistics between integers is best written as a convolution.
         table: integer format of embedding tables whose rows become floating when they are read, None for none.
         floats: what it can do in floating types of 16 bits; others it refuses.
+        costs: how long its kernels take, None where nobody has measured them.
     """
 
     name: str
@@ -135,6 +137,7 @@ class TargetDescription:
     norms_as_convolutions: bool = False
     floats: tuple[FloatKernels, ...] = ()
     stored: tuple[StoredRule, ...] = ()
+    costs: CostTable | None = None
     notes: tuple[str, ...] = field(default=())
 
     def rule(self, operator: str) -> OperatorRule | None:
