@@ -21,9 +21,10 @@ from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
 from graphopt.passes.quantization.choice import choose_forms
 from graphopt.passes.quantization.layers import LayerQuantizer
-from graphopt.passes.quantization.placement import Placement, Site, place
+from graphopt.passes.quantization.placement import Placement, Site
+from graphopt.passes.quantization.placing import Placer
 from graphopt.passes.quantization.plan import Int8Plan, LayerRecord
-from graphopt.passes.quantization.prepare import respell, spellings, stays_respelled
+from graphopt.passes.quantization.prepare import Prepared
 from graphopt.passes.quantization.recurrent import lstm_call, record_lstms, rewrite_lstms
 from graphopt.passes.quantization.rewrite import Rewriter
 from graphopt.passes.quantization.scales import Observing, choose_scales, constant_integers, value_records
@@ -62,6 +63,7 @@ class Int8Options:
     bias_correction: bool | None = None  # biases make up for the mean error of rounded weights; none: but for fast
     rounding: Literal["nearest", "gptq"] | None = None  # of weights: by their inputs with gptq; none: for best
     skip: tuple[str, ...] = ()  # glob patterns of module paths or nodes to leave float
+    guard: Literal["costs", "none"] = "costs"  # whether what is faster as float stays so, by the target's cost table
 
     def __post_init__(self) -> None:
         """Refuse what would change nothing."""
@@ -113,8 +115,10 @@ class Int8(Pass[Int8Options, Int8Plan]):
     def plan(self, program: Program, ctx: Context) -> Int8Plan:
         """Place integers, calibrate, and choose scales and integer weights."""
         target = self._target(ctx)
-        respelled, prepared, originals, placement = self._placed(program, target)
-        gm, skip = prepared.graph_module, self.options.skip
+        placer, skip = self._placer(target), self.options.skip
+        placed, placement = placer.run(program)
+        prepared, originals = placed.program, placed.originals
+        gm = prepared.graph_module
         tables, tensors, float_tables = quantize_tables(gm, target, skip) if self._rounds_weights else ([], {}, [])
         calibration = self._calibration(placement, program, ctx)
         observing = Observing(self.options.observer, self.options.percentile)
@@ -123,7 +127,7 @@ class Int8(Pass[Int8Options, Int8Plan]):
         if self.options.mode == "auto" and self._rounds_weights and calibration is not None:
             choice = choose_forms(placement, prepared, scales, target, lambda: self._compared(program, ctx))
             if choice:
-                placement = place(gm, target, skip, choice)
+                placement = placer.again(placed, choice)
                 scales = choose_scales(placement, gm, calibration, originals, target.activation, observing)
         values = value_records(placement, gm, scales, observing)
         quantizer = LayerQuantizer(gm, target.weight, tensors, per_channel=self.options.weights == "channel")
@@ -136,7 +140,7 @@ class Int8(Pass[Int8Options, Int8Plan]):
             sites=[*(table["site"] for table in tables), *(site.node.name for site in placement.sites)],
             refusals=[*placement.refusals, *float_tables],
             tensors={**quantizer.tensors, **gates, **constant_integers(values, gm)},
-            respelled=respelled,
+            respelled=placed.respelled,
             values=tuple(values),
             layers=tuple(layers),
             dropped=tuple(node.name for node in placement.dropped),
@@ -147,25 +151,16 @@ class Int8(Pass[Int8Options, Int8Plan]):
 
     def apply(self, program: Program, plan: Int8Plan) -> Program:
         """Insert what the plan says."""
-        prepared, _ = _prepared(program, plan.respelled)
+        prepared = Prepared.of(program, plan.respelled).program
         editor = Editor(prepared.graph_module, self.name)
         Rewriter(editor, plan).run()
         read_integers(editor, plan.tables, plan.tensors)
         rewrite_lstms(editor, plan.recurrent, plan.tensors)
         return prepared.with_graph(editor.finish())
 
-    def _placed(
-        self, program: Program, target: TargetDescription
-    ) -> tuple[dict[str, str], Program, dict[str, str], Placement]:
-        """Respell and place; what does not end up on integers keeps its spelling."""
-        respelled = spellings(program.graph_module, target)
-        while True:
-            prepared, originals = _prepared(program, respelled)
-            placement = place(prepared.graph_module, target, self.options.skip, default=self._scales)
-            kept = stays_respelled(respelled, originals, placement)
-            if kept == respelled:
-                return respelled, prepared, originals, placement
-            respelled = kept
+    def _placer(self, target: TargetDescription) -> Placer:
+        costs = target.costs if self.options.guard == "costs" else None
+        return Placer(target, self.options.skip, self._scales, costs)
 
     def _calibration(self, placement: Placement, program: Program, ctx: Context) -> Calibration | None:
         """Return what saw the samples; None where nothing needs them and there are none."""
@@ -239,11 +234,3 @@ class Int8(Pass[Int8Options, Int8Plan]):
             for site, layer in layers
             if layer is not None
         ]
-
-
-def _prepared(program: Program, respelled: Mapping[str, str]) -> tuple[Program, dict[str, str]]:
-    """Return a copy with nodes respelled, and the original name of each new node."""
-    prepared = program.copy()
-    editor = Editor(prepared.graph_module, "int8")
-    originals = respell(editor, respelled)
-    return prepared.with_graph(editor.finish()), originals

@@ -9,8 +9,10 @@ exact) with a float result.
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 from graphopt.quantization.formats import IntegerFormat
+from graphopt.targets.costs import read_costs
 from graphopt.targets.description import FloatKernels, OperatorRule, Scales, StoredRule, TargetDescription
 
 # Clamps that the range of the quantization behind them carries out; the runtime would need them gone to fuse.
@@ -84,5 +86,6 @@ DESCRIPTION_AVX2 = dataclasses.replace(
     name="onnxruntime-x86-avx2",
     weight=_SEVEN_BITS,
     table=_SEVEN_BITS,
+    costs=read_costs(Path(__file__).with_name("costs_x86_avx2.json")),
     notes=("Weights have 7 bits, which x86 without VNNI multiplies without saturation, fast; right anywhere.",),
 )

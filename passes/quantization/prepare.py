@@ -17,6 +17,7 @@ spelling (`stays_respelled`): on floats none of these is faster.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -25,6 +26,7 @@ from graphopt.ir.editor import Editor
 from graphopt.ir.finite import all_finite
 from graphopt.ir.graph import arguments, constant
 from graphopt.ir.operators import short_name
+from graphopt.ir.program import Program
 from graphopt.passes.quantization.kernels import rank, spatial_mean
 from graphopt.passes.quantization.placement import Placement, Site
 from graphopt.passes.quantization.plan import stored_name
@@ -40,6 +42,37 @@ _GLOBAL_POOL = {
 }
 # Operator: its spelling, and the kernels that a target must have for it.
 _ACTIVATIONS = {"silu": ("mul_sigmoid", {"mul", "sigmoid"}), "hardswish": ("mul_hardsigmoid", {"mul", "hardsigmoid"})}
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A program with nodes respelled.
+
+    Attributes:
+        source: the program before.
+        respelled: how nodes of it are spelled, by name.
+        program: the program after, a copy.
+        originals: the old name of each new node that computes what an old one did, "" for the other new nodes.
+        units: for each new node the name of the node that it helps to spell.
+    """
+
+    source: Program
+    respelled: Mapping[str, str]
+    program: Program
+    originals: Mapping[str, str]
+    units: Mapping[str, str]
+
+    @classmethod
+    def of(cls, source: Program, respelled: Mapping[str, str]) -> Prepared:
+        """Respell nodes in a copy."""
+        program = source.copy()
+        editor = Editor(program.graph_module, "int8")
+        originals, units = respell(editor, respelled)
+        return cls(source, respelled, program.with_graph(editor.finish()), originals, units)
+
+    def unit(self, node: fx.Node) -> str:
+        """Return the name in the source of a node, or of what it helps to spell."""
+        return self.units.get(node.name, node.name)
 
 
 def spellings(gm: fx.GraphModule, target: TargetDescription) -> dict[str, str]:
@@ -71,25 +104,29 @@ def spellings(gm: fx.GraphModule, target: TargetDescription) -> dict[str, str]:
     return found
 
 
-def respell(editor: Editor, wanted: Mapping[str, str]) -> dict[str, str]:
+def respell(editor: Editor, wanted: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
     """Respell nodes in place.
 
     Returns:
-        The old name of each new node that computes what an old one did, "" for nodes that compute something else.
+        The old name of each new node that computes what an old one did, "" for nodes that compute something else; and
+        for each new node the name of the one that it helps to spell.
     """
-    renamed = {}
+    renamed, units = {}, {}
     for node in list(editor.graph.nodes):
         spelling = wanted.get(node.name)
         if spelling is None:
             continue
         if spelling == "lstm_layers":
-            renamed.update(layer_by_layer(editor, node))
+            made = layer_by_layer(editor, node)
+            renamed.update(made)
+            units.update(dict.fromkeys(made, node.name))
             continue
         with editor.graph.inserting_before(node):
-            made, same = _SPELL[spelling](editor, node)
-        renamed.update({new.name: node.name if new in same else "" for new in made})
-        editor.replace(node, made[-1])
-    return renamed
+            made_nodes, same = _SPELL[spelling](editor, node)
+        renamed.update({new.name: node.name if new in same else "" for new in made_nodes})
+        units.update({new.name: node.name for new in made_nodes})
+        editor.replace(node, made_nodes[-1])
+    return renamed, units
 
 
 def stays_respelled(respelled: Mapping[str, str], originals: Mapping[str, str], placement: Placement) -> dict[str, str]:

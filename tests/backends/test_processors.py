@@ -9,11 +9,14 @@ import torch
 
 from graphopt.backends.onnxruntime import OnnxRuntimeAvx2Backend, OnnxRuntimeBackend
 from graphopt.backends.onnxruntime import backend as module
-from graphopt.backends.onnxruntime.description import DESCRIPTION_AVX2
+from graphopt.backends.onnxruntime.description import DESCRIPTION, DESCRIPTION_AVX2
+from graphopt.passes.int8 import Int8Options
 from graphopt.pipeline.registry import backends_named
 from graphopt.targets.backend import Artifact
+from graphopt.targets.costs import Work
 from tests.passes.int8_models import TwoConvs, images, quantized
 
+UNGUARDED = Int8Options(guard="none")  # networks so small are faster as float
 VNNI, PLAIN, ARM = ["fpu avx2 avx512_vnni"], ["fpu avx2 avx512f"], ["asimd i8mm"]
 
 
@@ -21,7 +24,7 @@ VNNI, PLAIN, ARM = ["fpu avx2 avx512_vnni"], ["fpu avx2 avx512f"], ["asimd i8mm"
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     made = {}
     for backend in (OnnxRuntimeBackend(), OnnxRuntimeAvx2Backend()):
-        program, _ = quantized(TwoConvs(), images(), target=backend.description)
+        program, _ = quantized(TwoConvs(), images(), target=backend.description, options=UNGUARDED)
         artifact = backend.lower(program, backend.path_in(tmp_path_factory.mktemp(backend.name)))
         backend.verify(artifact, program)
         made[backend.name] = artifact
@@ -36,7 +39,7 @@ def test_files_and_names(artifacts: dict[str, Artifact]) -> None:
 def test_seven_bits_need_no_precise_session(artifacts: dict[str, Artifact]) -> None:
     assert "config" in artifacts["onnxruntime"].session_options
     assert "config" not in artifacts["onnxruntime-x86-avx2"].session_options
-    program, _ = quantized(TwoConvs(), images(), target=DESCRIPTION_AVX2)
+    program, _ = quantized(TwoConvs(), images(), target=DESCRIPTION_AVX2, options=UNGUARDED)
     stored = [tensor for tensor in program.state_dict().values() if tensor.dtype is torch.int8]
     assert max(int(tensor.abs().max()) for tensor in stored) == 63
 
@@ -58,3 +61,12 @@ def test_says_what_suits_the_machine(
     artifact = artifacts[target]
     advice = artifact.backend.advice(artifact)
     assert (said in advice[0]) if said else advice == []
+
+
+def test_costs_are_shipped_where_they_were_measured() -> None:
+    assert DESCRIPTION.costs is None
+    assert DESCRIPTION_AVX2.costs is not None
+    assert DESCRIPTION_AVX2.costs.target == DESCRIPTION_AVX2.name
+    large = Work(operations=2 * 56 * 56 * 64 * 576, elements=2 * 56 * 56 * 64)  # a layer of ResNet-18
+    integer, floating = (DESCRIPTION_AVX2.costs.seconds("conv2d", form, large) or 0.0 for form in ("static", "float"))
+    assert 1e-4 < integer < floating < 1e-2

@@ -201,6 +201,15 @@ def test_every_package_is_shipped() -> None:
                 continue
             on_disk.add(".".join([name, *init.parent.relative_to(ROOT / folder).parts]))
     assert set(settings["packages"]) == on_disk
+    data = {
+        str(file.relative_to(ROOT))
+        for folder, globs in settings["package-data"].items()
+        for pattern in globs
+        for file in (ROOT / settings["package-dir"][folder]).glob(pattern)
+    }
+    assert data == {
+        str(file.relative_to(ROOT)) for name in ("passes", "backends") for file in ROOT.glob(f"{name}/**/*.json")
+    }
 
 
 @pytest.mark.parametrize("statement", ["import graphopt", "from graphopt.cli.app import run; run(['--help'])"])

@@ -1,0 +1,155 @@
+"""The guard: leaves in float what integers would not make faster, by the costs of the target's kernels.
+
+A placement becomes the question of `graphopt.measure.cut`: each site may be float instead, each value between them may
+have to change its form. Sites that spell one operator anew stand together: they are float as that operator, or none
+is. What the table does not know stays where it was placed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import fx
+
+from graphopt.ir.graph import constant
+from graphopt.ir.operators import SIZES, short_name
+from graphopt.measure.cut import Crossing, Operator, islands, on_integers, seconds
+from graphopt.measure.work import Workload, special_kernel, special_move
+from graphopt.passes.quantization.kernels import kernel_of
+from graphopt.passes.quantization.placement import Placement, Site
+from graphopt.passes.quantization.prepare import Prepared
+from graphopt.pipeline.plan import Refusal
+from graphopt.targets.costs import CostTable, Form, Work
+
+_SURELY = 1.1  # float times count for more: tables are off by a tenth on what they were not fitted to
+_WORTH = 0.002  # of the time of all that is placed, that less is not worth an island
+
+
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """One call that is to be paid for: what a cost table is asked."""
+
+    kernel: str
+    form: Form
+    work: Work
+
+
+@dataclass(frozen=True, slots=True)
+class Handover:
+    """A value that may have to change its form on its way from who makes it to who reads it.
+
+    Attributes:
+        node: what computes it.
+        producer: the unit that does, "" for a float operator.
+        readers: likewise what reads it.
+        form: whether its scale is static or dynamic.
+    """
+
+    node: fx.Node
+    producer: str
+    readers: tuple[str, ...]
+    form: Form
+
+
+class Accounts:
+    """What the sites of a placement would have to pay for, in either form."""
+
+    def __init__(self, placement: Placement, prepared: Prepared) -> None:
+        """Prepare to count what is placed in a program."""
+        self._placement = placement
+        self._prepared = prepared
+        self._gm = prepared.program.graph_module
+        self._work, self._work_before = Workload(prepared.program), Workload(prepared.source)
+        self._present = {node.name for node in prepared.program.graph.nodes}
+        self._before = {node.name: node for node in prepared.source.graph.nodes}
+        self.sites: dict[str, list[Site]] = {}  # by unit
+        for site in placement.sites:
+            self.sites.setdefault(prepared.unit(site.node), []).append(site)
+
+    def on_integers(self, unit: str) -> list[Charge]:
+        """Return what a unit pays for where it is placed; what only moves values pays as much in either form."""
+        return [self._charge(site) for site in self.sites[unit] if site.rule.role != "move"]
+
+    def as_float(self, unit: str) -> list[Charge]:
+        """Return what it pays for as it was written, with what nobody else reads of that."""
+        charges, left = list[Charge](), [self._before[unit]]
+        if all(site.rule.role == "move" for site in self.sites[unit]):
+            return charges
+        while left:
+            node = left.pop()
+            kernel = kernel_of(node, self._prepared.source.graph_module)
+            name = short_name(node) if kernel is None else special_kernel(kernel.name, node)
+            charges.append(Charge(name, "float", self._work_before.of(node)))
+            inputs = [read for read in node.all_input_nodes if read.op == "call_function"]
+            left += [read for read in inputs if read.name not in self._present and read.name not in self.sites]
+        return charges
+
+    def _charge(self, site: Site) -> Charge:
+        form: Form = "dynamic" if site.dynamic else "static"
+        return Charge(special_kernel(site.kernel.name, site.node), form, self._work.of(site.node))
+
+    def values(self) -> list[Handover]:
+        """Return every value that may change its form."""
+        ends = {site.end: self._prepared.unit(site.node) for site in self._placement.sites if site.end is not None}
+        static = {site.node: self._prepared.unit(site.node) for site in self._placement.sites if not site.dynamic}
+        operands, dynamic = dict.fromkeys(ends), dict[fx.Node, list[str]]()
+        for site in self._placement.sites:
+            for operand in site.kernel.operands:
+                if site.dynamic:
+                    dynamic.setdefault(operand, []).append(self._prepared.unit(site.node))
+                elif constant(operand, self._gm) is None:
+                    operands[operand] = None
+        found = []
+        for node in operands:
+            producer = ends.get(node, "")
+            readers = tuple(static.get(user, "") for user in node.users if user not in SIZES)
+            if any(reader != producer for reader in readers):
+                found.append(Handover(node, producer, readers, "static"))
+        return found + [Handover(node, "", tuple(readers), "dynamic") for node, readers in dynamic.items()]
+
+    def moving(self, what: str, value: Handover) -> Charge:
+        """Return what is paid for turning a value into integers or back."""
+        work = Work(0, self._work.elements(value.node))
+        return Charge(special_move(what, value.node), value.form, work)
+
+
+def unpaying(accounts: Accounts, table: CostTable) -> dict[str, Refusal]:
+    """Return the units that take surely less time in float, with what was found.
+
+    Args:
+        accounts: of a placement.
+        table: the target's.
+    """
+    operators = [_operator(unit, accounts, table) for unit in accounts.sites]
+    crossings = [_crossing(value, accounts, table) for value in accounts.values()]
+    doubted = [one if one.floating is None else replace(one, floating=_SURELY * one.floating) for one in operators]
+    chosen = on_integers(doubted, crossings)
+    everything = seconds(operators, crossings, accounts.sites)
+    found = {}
+    for island in islands(operators, crossings, chosen):
+        if island.integer - island.floating < _WORTH * everything:
+            continue
+        others = {1: "", 2: " with 1 other"}.get(len(island.operators), f" with {len(island.operators) - 1} others")
+        times = f"{1e6 * island.integer:.0f} us as integers, {1e6 * island.floating:.0f} us as float"
+        reason = f"it takes{others} {times}, by the costs of {table.target}"
+        found.update({unit: Refusal(unit, reason, f"faster as float on {table.target}") for unit in island.operators})
+    return found
+
+
+def _operator(unit: str, accounts: Accounts, table: CostTable) -> Operator:
+    integer, floating = (
+        [table.seconds(charge.kernel, charge.form, charge.work) for charge in charges]
+        for charges in (accounts.on_integers(unit), accounts.as_float(unit))
+    )
+    if None not in integer and None not in floating:
+        return Operator(unit, sum(filter(None, integer)), sum(filter(None, floating)))
+    placed = any(site.rule.role == "compute" for site in accounts.sites[unit])
+    return Operator(unit, 0.0, None if placed else 0.0)
+
+
+def _crossing(value: Handover, accounts: Accounts, table: CostTable) -> Crossing:
+    times = {}
+    for way in ("quantize", "dequantize"):
+        charge = accounts.moving(way, value)
+        times[way] = table.seconds(charge.kernel, charge.form, charge.work) or 0.0
+    return Crossing(value.producer, value.readers, **times)

@@ -1,0 +1,120 @@
+"""The guard: what the target's kernels do faster in float stays float, and is said to, with both times."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from graphopt.backends.onnxruntime.description import DESCRIPTION
+from graphopt.ir.program import Program
+from graphopt.passes.int8 import Int8, Int8Options
+from graphopt.passes.quantization.plan import Int8Plan
+from graphopt.targets.costs import CostTable, KernelCost
+from graphopt.targets.description import TargetDescription
+from tests.passes.int8_models import folded, images, operators, quantized, reasons
+
+CONVOLUTIONS = ("conv2d", "conv2d_first", "conv2d_pointwise", "conv2d_depthwise")
+MOVES = ("quantize", "dequantize", "quantize_map", "dequantize_map")
+
+
+class Chain(nn.Module):
+    """Three convolutions and a product, an activation between them that is spelled anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.deep = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.last, self.head = nn.Conv2d(8, 8, 1), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.deep(torch.relu(self.first(x)))
+        return self.head(self.last(nn.functional.hardswish(y)).mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def chain() -> Program:
+    return folded(Chain(), images(count=4))
+
+
+def costing(
+    integer: float = 1, floating: float = 1, moving: float = 0, **others: tuple[float, float]
+) -> TargetDescription:
+    """Describe a target whose kernels take so many microseconds, `others` by name on integers and as float."""
+    times = dict.fromkeys((*CONVOLUTIONS, "gemm", "matmul", "global_average_pool"), (integer, floating))
+    times |= {"hardsigmoid": (0, 0), "mul": (0, 0), "hardswish": (0, 0), **others}
+    costs = [
+        KernelCost(name, form, us * 1e-6, 0, 0)
+        for name, both in times.items()
+        for form, us in zip(("static", "float"), both, strict=True)
+    ]
+    costs += [KernelCost(name, "static", moving * 1e-6, 0, 0) for name in MOVES]
+    return dataclasses.replace(DESCRIPTION, costs=CostTable("here", "a processor", "a runtime", tuple(costs)))
+
+
+def planned(program: Program, target: TargetDescription, **options: Any) -> Int8Plan:
+    return quantized(program, images(count=4), target=target, options=Int8Options(mode="static", **options))[1]
+
+
+def decisions(plan: Int8Plan) -> dict[str, Any]:
+    return {name: value for name, value in plan.to_json().items() if name != "options"}
+
+
+def test_where_integers_are_slow_everything_stays_float(chain: Program) -> None:
+    plan = planned(chain, costing(integer=7, floating=3))
+    assert plan.sites == plan.values == plan.layers == ()
+    said, by = reasons(plan), "by the costs of here"
+    assert said["conv2d"] == said["conv2d_1"] == f"it takes with 1 other 14 us as integers, 6 us as float, {by}"
+    assert said["conv2d_2"] == said["linear"] == f"it takes with 2 others 21 us as integers, 9 us as float, {by}"
+    assert "faster as float on here" in plan.summary()
+
+
+def test_where_they_are_fast_nothing_changes(chain: Program) -> None:
+    guarded, unguarded = (planned(chain, costing(integer=1, floating=2), guard=guard) for guard in ("costs", "none"))
+    assert decisions(guarded) == decisions(unguarded)
+    assert len(guarded.layers) == 4
+
+
+def test_without_a_table_nothing_changes(chain: Program) -> None:
+    assert decisions(planned(chain, DESCRIPTION)) == decisions(planned(chain, costing(integer=9), guard="none"))
+
+
+@pytest.mark.parametrize(("moving", "left"), [(1, ["conv2d_1"]), (8, [])])
+def test_one_layer_goes_back_where_turning_its_values_costs_less(chain: Program, moving: int, left: list[str]) -> None:
+    plan = planned(chain, costing(floating=30, moving=moving, conv2d_depthwise=(9, 2)))
+    layers = [layer["site"] for layer in plan.layers]
+    assert [name for name in ("conv2d", "conv2d_1", "conv2d_2", "linear") if name not in layers] == left
+
+
+def test_an_activation_goes_back_to_how_it_was_written(chain: Program) -> None:
+    program, plan = quantized(
+        chain,
+        images(count=4),
+        target=costing(floating=5, moving=1, hardsigmoid=(9, 9), hardswish=(9, 1)),
+        options=Int8Options(mode="static"),
+    )
+    assert reasons(plan)["hardswish"] == "it takes 9 us as integers, 3 us as float, by the costs of here"
+    assert len(plan.layers) == 4
+    assert operators(program)["hardswish"] == 1
+    assert "hardsigmoid" not in operators(program)
+
+
+def test_what_the_table_does_not_know_stays_where_it_was(chain: Program) -> None:
+    target = costing(integer=9, floating=1)
+    assert target.costs is not None
+    known = tuple(cost for cost in target.costs.costs if cost.kernel != "conv2d_pointwise")
+    target = dataclasses.replace(target, costs=dataclasses.replace(target.costs, costs=known))
+    assert [layer["site"] for layer in planned(chain, target).layers] == ["conv2d_2"]
+
+
+def test_a_plan_is_carried_out_without_a_clock(chain: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = planned(chain, costing(floating=3, moving=1, conv2d_first=(9, 2)))
+    stored = Int8Plan.from_json(json.loads(json.dumps(plan.to_json())), plan.tensors)
+    for clock in ("time", "perf_counter", "process_time", "monotonic"):
+        monkeypatch.setattr(time, clock, lambda: pytest.fail("a clock was read"))
+    x = images(count=2)
+    torch.testing.assert_close(Int8().apply(chain, stored)(x), Int8().apply(chain, plan)(x), rtol=0, atol=0)
