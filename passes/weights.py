@@ -19,13 +19,13 @@ from torch import Tensor, fx
 from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
 from graphopt.passes.layers.gptq import round_in_order
+from graphopt.passes.layers.matrix_sites import MatrixSite, check_skip, find_sites
 from graphopt.passes.weight_only.awq import input_scales, norm_of
 from graphopt.passes.weight_only.blocks import block_size, to_integers
 from graphopt.passes.weight_only.forms import form_of
 from graphopt.passes.weight_only.plan import InputRecord, WeightsPlan, scaling_name
 from graphopt.passes.weight_only.rewrite import MatrixRewriter
 from graphopt.passes.weight_only.rounding import DataFree, choose_scales
-from graphopt.passes.weight_only.sites import MatrixSite, check_skip, find_sites
 from graphopt.passes.weight_only.storing import StoredMatrix, spread_sqnr, store
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.pass_base import Pass

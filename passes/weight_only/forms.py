@@ -7,8 +7,8 @@ from typing import Protocol
 from torch import fx
 
 from graphopt.ir.graph import tensor_attribute
+from graphopt.passes.layers.matrix_sites import MatrixSite
 from graphopt.passes.weight_only.blocks import block_size
-from graphopt.passes.weight_only.sites import MatrixSite
 from graphopt.pipeline.plan import Refusal
 from graphopt.quantization.formats import Block, IntegerFormat
 from graphopt.targets.description import StoredRule, TargetDescription

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from graphopt.passes.layers.matrix_sites import MatrixSite
 from graphopt.passes.weight_only.awq import product_error
 from graphopt.passes.weight_only.blocks import Scales, block_size, noise, power, to_reals
 from graphopt.passes.weight_only.forms import stored_bits, stored_bytes
 from graphopt.passes.weight_only.plan import RowsRecord, stored_as
-from graphopt.passes.weight_only.sites import MatrixSite
 from graphopt.quantization.formats import IntegerFormat
 from graphopt.quantization.ops import pack
 

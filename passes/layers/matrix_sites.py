@@ -1,6 +1,7 @@
-"""Which weights of a graph may be stored as integers that are multiplied in floating point.
+"""Which weights of a graph may be stored in another form, from which they become floating to be multiplied.
 
 linear(x, w, b), addmm, mm, matmul     w, or its transpose, as rows, one for each output
+convolutions, where asked for          likewise, a column for each input and tap
 embedding(w, ids)                      its rows
 
 A weight that several of them read is one site. Each refusal names the layer or the weight.
@@ -30,6 +31,7 @@ from graphopt.passes.layers.weighted_call import (
     uses,
     weighted_call,
 )
+from graphopt.passes.layers.weights import by_taps
 from graphopt.pipeline.globs import check_globs
 from graphopt.pipeline.plan import Refusal
 from graphopt.quantization.ops import DEQUANTIZE
@@ -45,7 +47,7 @@ class MatrixSite:
         weight_name: its first name.
         calls: products with it.
         reads: embeddings of its rows.
-        turned: whether it is stored as (inputs, outputs).
+        turned: whether it is a matrix stored as (inputs, outputs).
     """
 
     weight_name: str
@@ -59,9 +61,9 @@ class MatrixSite:
         return (*(call.node for call in self.calls), *self.reads)
 
     def rows(self, gm: fx.GraphModule) -> Tensor:
-        """Return the weight as (rows, columns), float32."""
+        """Return the weight as (rows, columns), float32; columns of a convolution are inputs, and taps in each."""
         weight = tensor_attribute(gm, self.weight_name).detach()
-        return weight.t().contiguous() if self.turned else weight
+        return by_taps(self.calls[0], weight).flatten(0, 1).flatten(1).contiguous() if self.calls else weight
 
     def skipped(self, globs: Iterable[str]) -> str | None:
         """Return the glob that names a module or operator that reads it, or the weight; None if none does."""
@@ -69,8 +71,13 @@ class MatrixSite:
         return next((glob for glob in globs if any(fnmatchcase(name, glob) for name in names)), None)
 
 
-def find_sites(gm: fx.GraphModule) -> tuple[list[MatrixSite], list[Refusal]]:
-    """List the weights that may be stored as rows of integers, in graph order, and what may not."""
+def find_sites(gm: fx.GraphModule, *, convolutions: bool = False) -> tuple[list[MatrixSite], list[Refusal]]:
+    """List the weights that may be stored as rows of something else, in graph order, and what may not.
+
+    Args:
+        gm: the graph.
+        convolutions: whether weights of convolutions may.
+    """
     readers: dict[int, list[WeightedCall | fx.Node]] = {}
     layers, unweighted = Layers(gm), Unweighted(gm)
     closed = regions_with_layers(gm)
@@ -78,14 +85,16 @@ def find_sites(gm: fx.GraphModule) -> tuple[list[MatrixSite], list[Refusal]]:
     for node in gm.graph.nodes:
         call = weighted_call(node, gm)
         table = constant(node.args[0], gm) if _is_read(node) else None
-        if call is not None and "conv" not in call.kind:
+        if call is not None and (convolutions or "conv" not in call.kind):
             readers.setdefault(id(constant(call.weight, gm)), []).append(call)
         elif table is not None and table.is_floating_point():
             readers.setdefault(id(table), []).append(node)
         elif _is_read(node) and table is None:
             refusals.append(Refusal(node.name, "its table is computed at run time"))
-        elif node in ALL_CONVOLUTIONS or node in RECURRENT or (node in EMBEDDINGS and not _is_embedding(node)):
+        elif _reads_otherwise(node, convolutions):
             text = f"no kernel of `{short_name(node)}` reads stored integers and computes in floating point"
+            if convolutions:
+                text = f"weights of `{short_name(node)}` are read as they are"
             refusals.append(Refusal(node.name, text, text.replace("`", "")))
         elif is_layer(node):
             refusals.append(Refusal(node.name, _why_no_layer(layer_call(node, gm), unweighted, gm)))
@@ -123,6 +132,13 @@ def _why_no_layer(call: WeightedCall | None, unweighted: Unweighted, gm: fx.Grap
     return unweighted.why(call)
 
 
+def _reads_otherwise(node: fx.Node, convolutions: bool) -> bool:
+    """Whether an operator reads weights in no form that is asked for."""
+    if node in ALL_CONVOLUTIONS:
+        return not convolutions or not is_layer(node)
+    return node in RECURRENT or (node in EMBEDDINGS and not _is_embedding(node))
+
+
 def _is_read(node: fx.Node) -> bool:
     """Whether rows of a table are read, and not the scales of one that is stored as integers."""
     scales = any(user.target is DEQUANTIZE for user in node.users)
@@ -153,8 +169,10 @@ def _why_not(site: MatrixSite, gm: fx.GraphModule, storages: Storages) -> tuple[
     others = [user for user in uses(gm, site.weight_name) if user not in known]
     if others:
         return f"`{others[0].name}` reads it too, in floating point", "something else reads it too"
-    if (site.turned and site.reads) or len({call.kind == "matmul" for call in site.calls}) > 1:
+    if (site.turned and site.reads) or len({call.kind for call in site.calls}) > 1:
         return "it is read both ways round", ""
+    if len({call.groups for call in site.calls}) > 1:
+        return "it is read in other groups, too", ""
     reads = (node for node in gm.graph.nodes if constant(node, gm) is weight)
     if writers := [writer for read in reads for writer in storages.writes(read)]:
         return f"`{writers[0].name}` writes to it", "written in place"
