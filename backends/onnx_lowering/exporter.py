@@ -19,6 +19,7 @@ from torch.onnx import OnnxExporterError
 from graphopt.backends.onnx_lowering.decomposition import Decomposed
 from graphopt.backends.onnx_lowering.fixed_bags import reduce_fixed_bags
 from graphopt.backends.onnx_lowering.restated import restate
+from graphopt.backends.onnx_lowering.stored_bytes import keep_bytes
 from graphopt.backends.onnx_lowering.tensor_results import only_tensors
 from graphopt.backends.onnx_lowering.translations import table
 from graphopt.capturing.guards import take_out_guards
@@ -58,6 +59,7 @@ def export(program: Program, opset: int) -> ir.Model:
     take_out_guards(own.graph_module)
     reduce_fixed_bags(own.graph_module)
     restate(own.graph_module)
+    keep_bytes(own)
     with (
         onnx_exporter(),
         warnings.catch_warnings(),

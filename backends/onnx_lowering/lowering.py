@@ -17,6 +17,7 @@ from graphopt.backends.onnx_lowering.own_weights import OwnWeightsPass
 from graphopt.backends.onnx_lowering.plain_rows import PlainRowsPass
 from graphopt.backends.onnx_lowering.saturation import SaturatedClampPass
 from graphopt.backends.onnx_lowering.signature import apply_signature
+from graphopt.backends.onnx_lowering.stored_bytes import StoredBytesPass
 from graphopt.backends.onnx_lowering.stored_weights import StoredWeightsPass
 from graphopt.ir.program import Program
 from graphopt.quantization.ops import DEQUANTIZE
@@ -53,6 +54,7 @@ def lower(program: Program, style: Style) -> ir.Model:
     model = export(program, max(style.opset, _BLOCKS) if _has_blocks(program) else style.opset)
     passes: list[ir.passes.PassBase] = [
         StripMetadataPass(),
+        StoredBytesPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         *(kernel() for kernel in style.kernels),
         PlainRowsPass(),

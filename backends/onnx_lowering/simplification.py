@@ -1,7 +1,8 @@
 """onnxsim as a guarded clean-up: kept only if it makes the graph smaller and ONNX Runtime still computes the same.
 
 It is known to add nodes to a graph that is optimized already, and it folds the dequantization of stored integer
-weights, which undoes quantization; so models with quantized weights keep their constants out of its reach.
+weights, which undoes quantization, and what is looked up by stored bytes; so models with such weights keep their
+constants out of its reach.
 """
 
 from __future__ import annotations
@@ -33,9 +34,11 @@ def simplify_where_smaller(model: ir.Model, program: Program) -> tuple[ir.Model,
     if bytes_of_weights(model) > MOST_IN_A_MESSAGE:
         return model, "left out: the model is too large for one protobuf"
     proto = ir.to_proto(model)
-    quantized = any(node.op_type in _QUANTIZERS for node in model.graph)
+    small = any(node.op_type in _QUANTIZERS for node in model.graph) or any(
+        value.dtype == ir.DataType.UINT8 for value in model.graph.initializers.values()
+    )
     try:
-        simplified, _ = onnxsim.simplify(proto, check_n=0, skip_constant_folding=quantized, certify=False)
+        simplified, _ = onnxsim.simplify(proto, check_n=0, skip_constant_folding=small, certify=False)
     except Exception as err:  # onnxsim is C++ and raises what its passes raise
         return model, f"discarded: it failed ({type(err).__name__})"
     after, before = len(simplified.graph.node), len(proto.graph.node)

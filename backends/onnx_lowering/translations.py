@@ -6,6 +6,7 @@
     dynamic_lstm    DynamicQuantizeLSTM of ONNX Runtime
     fake_quantize   QuantizeLinear, DequantizeLinear
     observe         nothing
+    stored          an operator of graphopt's own, while exporting (`stored_bytes`)
 
 Ranges wider than eight bits have no QuantizeLinear that every runtime takes; they become plain arithmetic.
 """
@@ -22,6 +23,7 @@ from onnxscript import opset20
 import graphopt.quantization.ops  # noqa: F401  (registers the operators)
 from graphopt.backends.onnx_lowering.contrib_operators import dynamic_lstm
 from graphopt.backends.onnx_lowering.packed_operators import dequantize_blocks, unpack
+from graphopt.backends.onnx_lowering.stored_bytes import STORED, write_stored
 from graphopt.quantization.formats import storage_dtype
 from graphopt.quantization.recurrent import DYNAMIC_LSTM
 
@@ -43,6 +45,7 @@ def table() -> dict[Callable[..., Any], Callable[..., Any]]:
         ops.fake_quantize.default: _fake_quantize,
         ops.observe.default: _observe,
         ops.unpack.default: unpack,
+        STORED: write_stored,
     }
 
 
