@@ -5,7 +5,8 @@
 2. Values that share memory are constant together: all writes to it must be constant, and nobody else may read it
    before the last write. A buffer that the graph writes to keeps its value between calls and is none.
 3. What is kept of a constant region are the values that the rest of the graph reads. One that would take too many
-   bytes (`growth`) is left alone, and what it is computed from is tried instead.
+   bytes (`growth`) is left alone, and what it is computed from is tried instead. What is looked up by stored bytes is
+   left alone, whatever its size: it is stored so to be small.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from graphopt.ir.aliasing import Storages, written_inputs
 from graphopt.ir.graph import constant, tensor_attribute
 from graphopt.ir.operators import FILLED_LIKE, UNINITIALISED, writes_in_place
 from graphopt.ir.torch_internals import OpOverload
+from graphopt.passes.layers.codes import is_lookup
 from graphopt.passes.layers.growth import too_large
 from graphopt.pipeline.plan import Refusal
 
@@ -89,8 +91,12 @@ def worth_storing(
     chosen: dict[fx.Node, None] = {}
     refusals: list[Refusal] = []
     outside = {user for node in gm.graph.nodes for user in node.users} - constants
+    looked_up = _looked_up(gm, constants)
     for node in reversed(gm.graph.nodes):
         if node not in constants or node.op == "get_attr" or not outside.intersection(node.users):
+            continue
+        if node in looked_up:
+            refusals.append(Refusal(node.name, "it is looked up by bytes, which are stored to be small"))
             continue
         if not isinstance(node.meta["val"], torch.Tensor) or written_inputs(node):
             outside.add(node)
@@ -107,6 +113,15 @@ def worth_storing(
             outside.add(node)
     ordered = [node for node in gm.graph.nodes if node in chosen]
     return ordered, refusals[::-1]
+
+
+def _looked_up(gm: fx.GraphModule, constants: set[fx.Node]) -> set[fx.Node]:
+    """Return the constants that are looked up by stored bytes, or computed from such."""
+    found: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        if node in constants and (is_lookup(node, gm) or not found.isdisjoint(node.all_input_nodes)):
+            found.add(node)
+    return found
 
 
 def _replaced(gm: fx.GraphModule, node: fx.Node, constants: set[fx.Node]) -> int:

@@ -21,6 +21,7 @@ from graphopt.ir.finite import all_finite
 from graphopt.ir.graph import constant, tensor_attribute
 from graphopt.ir.operators import ALL_CONVOLUTIONS, EMBEDDINGS, RECURRENT, short_name
 from graphopt.ir.provenance import module_path
+from graphopt.passes.layers.codes import is_lookup
 from graphopt.passes.layers.recognition import Layers, Unweighted
 from graphopt.passes.layers.weighted_call import (
     IN_A_REGION,
@@ -84,12 +85,13 @@ def find_sites(gm: fx.GraphModule, *, convolutions: bool = False) -> tuple[list[
     refusals = [Refusal(node.name, IN_A_REGION) for node in closed]
     for node in gm.graph.nodes:
         call = weighted_call(node, gm)
-        table = constant(node.args[0], gm) if _is_read(node) else None
+        read = _is_read(node) and not is_lookup(node, gm)
+        table = constant(node.args[0], gm) if read else None
         if call is not None and (convolutions or "conv" not in call.kind):
             readers.setdefault(id(constant(call.weight, gm)), []).append(call)
         elif table is not None and table.is_floating_point():
             readers.setdefault(id(table), []).append(node)
-        elif _is_read(node) and table is None:
+        elif read and table is None:
             refusals.append(Refusal(node.name, "its table is computed at run time"))
         elif _reads_otherwise(node, convolutions):
             text = f"no kernel of `{short_name(node)}` reads stored integers and computes in floating point"

@@ -22,6 +22,7 @@ from graphopt.ir.editor import Editor
 from graphopt.ir.finite import all_finite
 from graphopt.ir.graph import constant
 from graphopt.ir.torch_internals import OpOverload
+from graphopt.passes.layers.codes import is_lookup
 from graphopt.passes.layers.skipping import why_skipped
 from graphopt.passes.quantization.plan import TableRecord, table_name
 from graphopt.pipeline.plan import Refusal
@@ -54,8 +55,8 @@ def quantize_tables(
         source, weight = node.args[0], constant(node.args[0], gm)
         if weight is not None and weight.nbytes < _SMALLEST:
             continue
-        if any(user.target is DEQUANTIZE for user in node.users):
-            continue  # scales of a table that is stored as integers already
+        if is_lookup(node, gm) or any(user.target is DEQUANTIZE for user in node.users):
+            continue  # entries, or scales, of what is stored small already
         reason = _why_not(node, weight, target.table, storages, skip)
         name = table_name(str(source.target)) if isinstance(source, fx.Node) else ""
         if not reason and weight is not None and target.table is not None and name not in tensors:

@@ -15,6 +15,7 @@ from graphopt.pipeline.registry import PassRegistry
 
 PIPELINES = {
     "bfloat16": "bfloat16",
+    "codebook": "codebook:bits=2",
     "distill_hooks": "distill_hooks",
     "drop_blocks": "drop_blocks:blocks=1",
     "equalize": "equalize:gain=0",

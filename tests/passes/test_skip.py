@@ -37,6 +37,7 @@ PASSES = {
     "drop_blocks:criterion=last": "body:convolution",
     "int8": "stem, body, head",
     "weights": "head",
+    "codebook": "stem, body, head",
     "half": "stem, body, head",
 }
 

@@ -1,0 +1,1 @@
+"""How weights become numbers of entries in a table, and where a graph looks them up."""

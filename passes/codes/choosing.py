@@ -1,0 +1,139 @@
+"""Chooses the entries of tables, and which of them stands for each part of a weight.
+
+    w (rows, columns)    ->    table[codes] * scale        columns in vectors, the last filled up with zeros
+
+Rows that share a table have scales of their own: norms that were folded leave rows of one layer unequal by far. Scales
+and entries are fitted in turn. `importance` is what the squared error of a column counts: E[x^2] of its input, as in
+SqueezeLLM (Kim et al. 2023), where data are looked at.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from graphopt.passes.codes.clusters import cluster, nearest
+from graphopt.passes.codes.signs import SIGNS, binary, ternary
+
+_TURNS = 3
+_ELEMENTS = 1 << 22  # of rows that are worked on at once
+_SMALLEST = 1e-30  # rows of smaller weights are stored as zeros: scales stay normal float32 numbers
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a weight is stored.
+
+    Attributes:
+        codes: "kmeans", "binary" or "ternary".
+        entries: of a table.
+        vector: columns of an entry.
+        group: rows that share a table.
+    """
+
+    codes: str
+    entries: int
+    vector: int
+    group: int
+
+    @property
+    def scaled(self) -> bool:
+        """Whether rows have scales of their own."""
+        return self.group > 1 or self.codes != "kmeans"
+
+
+@dataclass(frozen=True, eq=False)
+class Coded:
+    """A weight as codes.
+
+    Attributes:
+        codes: (rows, vectors) int64, numbers of entries in the table of a row.
+        table: (tables * entries, vector) float32.
+        scale: (rows, 1) float32, None where rows have none.
+    """
+
+    codes: Tensor
+    table: Tensor
+    scale: Tensor | None
+
+    def first(self, form: Form) -> Tensor:
+        """Return where in `table` that of each row begins, (rows, 1)."""
+        return torch.arange(len(self.codes)).unsqueeze(1) // form.group * form.entries
+
+    def reals(self, form: Form, columns: int) -> Tensor:
+        """Return what is stored as numbers, (rows, columns) float32."""
+        values = self.table[self.codes + self.first(form)].flatten(1)[:, :columns]
+        return values if self.scale is None else values * self.scale
+
+
+def encode(matrix: Tensor, form: Form, importance: Tensor | None, generator: torch.Generator) -> Coded:
+    """Choose codes, entries and scales of a weight.
+
+    Args:
+        matrix: (rows, columns) float32, finite.
+        form: how it is stored.
+        importance: (rows, columns), what a squared error counts; all the same if None.
+        generator: of k-means.
+    """
+    weights = torch.ones(1).expand(matrix.shape) if importance is None else importance
+    if form.codes != "kmeans":
+        codes, scale = (binary if form.codes == "binary" else ternary)(matrix, weights)
+        return Coded(codes, torch.tensor(SIGNS[form.codes]).unsqueeze(1), _positive(scale).float())
+    at_once = form.group * max(1, _ELEMENTS // max(1, form.group * matrix.shape[1]))
+    parts = [
+        _clustered(rows, counts, form, generator)
+        for rows, counts in zip(torch.split(matrix, at_once), torch.split(weights, at_once), strict=True)
+    ]
+    return Coded(
+        torch.cat([part.codes for part in parts]),
+        torch.cat([part.table for part in parts]),
+        torch.cat([part.scale for part in parts if part.scale is not None]) if form.scaled else None,
+    )
+
+
+def _clustered(matrix: Tensor, weights: Tensor, form: Form, generator: torch.Generator) -> Coded:
+    """Cluster rows of whole groups, one after another where the last group is smaller."""
+    whole = len(matrix) // form.group * form.group
+    if 0 < whole < len(matrix):
+        one, other = (
+            _clustered(matrix[rows], weights[rows], form, generator) for rows in (slice(whole), slice(whole, None))
+        )
+        scale = None if one.scale is None or other.scale is None else torch.cat([one.scale, other.scale])
+        return Coded(torch.cat([one.codes, other.codes]), torch.cat([one.table, other.table]), scale)
+    tables = max(1, len(matrix) // form.group)
+    scale = _positive(_roots(matrix, weights)) if form.scaled else torch.ones(len(matrix), 1)
+    for _ in range(_TURNS if form.scaled else 1):
+        vectors = _in_vectors(matrix / torch.where(scale > 0, scale, 1.0), form.vector, tables)
+        counts = _in_vectors(weights * (scale / scale.max().clamp(min=_SMALLEST)).square(), form.vector, tables)
+        table = cluster(vectors, counts, form.entries, generator)
+        codes = nearest(vectors, counts, table)
+        values = table.gather(1, codes.unsqueeze(2).expand(*codes.shape, form.vector))
+        values = values.reshape(len(matrix), -1)[:, : matrix.shape[1]]
+        if form.scaled:
+            scale = _positive(_fitted(matrix, values, weights))
+    return Coded(codes.reshape(len(matrix), -1), table.flatten(0, 1), scale if form.scaled else None)
+
+
+def _in_vectors(matrix: Tensor, size: int, tables: int) -> Tensor:
+    """Return (tables, vectors, size) of rows that are filled up with zeros."""
+    return torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % size)).reshape(tables, -1, size)
+
+
+def _roots(matrix: Tensor, weights: Tensor) -> Tensor:
+    """Return the root of the mean square of each row, (rows, 1) float32."""
+    counted = weights.sum(1, keepdim=True, dtype=torch.float64)
+    squares = (matrix.double().square() * weights).sum(1, keepdim=True)
+    return torch.where(counted > 0, squares / counted.clamp(min=1e-300), 0.0).sqrt().float()
+
+
+def _fitted(matrix: Tensor, values: Tensor, weights: Tensor) -> Tensor:
+    """Return the scale of each row with which `values` come closest to it, (rows, 1) float32."""
+    counted = weights * values.double()
+    power = (counted * values).sum(1, keepdim=True)
+    return torch.where(power > 0, (counted * matrix).sum(1, keepdim=True) / power.clamp(min=1e-300), 0.0).float()
+
+
+def _positive(scale: Tensor) -> Tensor:
+    return torch.where(scale > _SMALLEST, scale, 0.0)

@@ -1,0 +1,36 @@
+"""What a weight takes as codes, in bytes."""
+
+from __future__ import annotations
+
+import math
+
+from graphopt.passes.codes.choosing import Form
+from graphopt.passes.codes.packing import bases, packed_bytes
+
+OPERATORS = 1 << 10  # bytes that the operators which read one weight take in an ONNX file
+_FLOAT, _FIRST = 4, 8
+
+
+def shape_of_codes(rows: int, columns: int, form: Form, *, by_rows: bool) -> tuple[int, int]:
+    """Return how many rows of codes are packed, and how many codes in each.
+
+    Args:
+        rows: of the weight.
+        columns: of it.
+        form: how it is stored.
+        by_rows: whether rows are read one by one, and packed each on its own.
+    """
+    count = math.ceil(columns / form.vector)
+    return (rows, count) if by_rows else (1, rows * count)
+
+
+def stored_bytes(rows: int, columns: int, form: Form, *, by_rows: bool) -> int:
+    """Return the bytes of codes, tables and scales of a weight; arguments as in `shape_of_codes`."""
+    tables = math.ceil(rows / form.group)
+    firsts = 0 if tables == 1 else tables if rows % form.group == 0 else rows
+    return (
+        packed_bytes(*shape_of_codes(rows, columns, form, by_rows=by_rows), bases(form.entries))
+        + tables * form.entries * form.vector * _FLOAT
+        + (rows * _FLOAT if form.scaled else 0)
+        + firsts * _FIRST
+    )
