@@ -16,7 +16,6 @@ each layer with each share.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Literal
@@ -33,7 +32,7 @@ _CANDIDATES = 64  # clipping points tried per side
 _NARROWEST = 0.2  # smallest share of the full range tried
 _SWEEPS = 2  # rounds of improving one side after the other
 
-_Loss = Callable[[float, float], float]  # of a range
+_Losses = Callable[[Reals, Reals], Reals]  # of ranges
 
 
 def statistic(observer: Observer) -> Histogram | MovingRange:
@@ -77,43 +76,60 @@ def _percentile_range(histogram: Histogram, percentile: float, low: float, high:
     return max(low, min(float(lowest), 0.0)), min(high, max(float(highest), 0.0))
 
 
-def _shrunk(loss: _Loss, low: float, high: float) -> tuple[float, float]:
+def _shrunk(losses: _Losses, low: float, high: float) -> tuple[float, float]:
     """Shrink one side after the other to where a loss is least; of equals the widest range."""
-    loss = functools.cache(loss)  # where a side is 0, or has not moved, the ranges tried are the same again
     shares = np.linspace(1.0, _NARROWEST, _CANDIDATES)
     best_low, best_high = low, high
     for _ in range(_SWEEPS):
-        best_high = high * float(min(shares, key=lambda share: loss(best_low, high * share)))
-        best_low = low * float(min(shares, key=lambda share: loss(low * share, best_high)))
+        before = best_low, best_high
+        if high:
+            ends = high * shares
+            best_high = float(ends[np.argmin(losses(np.full_like(ends, best_low), ends))])
+        if low:
+            ends = low * shares
+            best_low = float(ends[np.argmin(losses(ends, np.full_like(ends, best_high)))])
+        if best_low == before[0]:  # the next sweep would try the same ranges again
+            break
     return best_low, best_high
 
 
-def _loss(observer: Observer, histogram: Histogram, integers: IntegerFormat, low: float, high: float) -> _Loss:
+def _loss(observer: Observer, histogram: Histogram, integers: IntegerFormat, low: float, high: float) -> _Losses:
     counts, centres = histogram.counts.double().numpy(), histogram.centres.numpy()
     zero = -histogram.first
     if observer == "entropy" and zero + 1 < len(counts):
         counts[zero] = min(counts[zero], counts[zero + 1])  # what ReLU made 0 is exact in any range
     seen = counts > 0
     counts, centres = counts[seen], np.clip(centres[seen], low, high)
-    loss = _squared_error if observer == "mse" else _divergence
+    loss = _squared_errors if observer == "mse" else _divergences
     return lambda least, most: loss(counts, centres, integers, least, most)
 
 
-def _stored(centres: Reals, integers: IntegerFormat, low: float, high: float) -> tuple[Reals, Reals, float]:
-    """Return the integers of values in a range, what they stand for, and their scale."""
-    scales, zero_points = scales_of(np.array([low]), np.array([high]), integers)
-    steps = np.clip(np.rint(centres / scales) + zero_points, integers.low, integers.high)
-    return steps, (steps - zero_points) * scales, float(scales[0])
+def _squared_errors(counts: Reals, centres: Reals, integers: IntegerFormat, low: Reals, high: Reals) -> Reals:
+    steps, scales, zero_points = _stored(centres, integers, low, high)
+    errors = np.multiply(np.subtract(steps, zero_points, out=steps), scales, out=steps)  # what they stand for
+    np.subtract(errors, centres, out=errors)
+    powers: Reals = np.multiply(np.square(errors, out=errors), counts, out=errors).sum(axis=1)
+    return powers
 
 
-def _squared_error(counts: Reals, centres: Reals, integers: IntegerFormat, low: float, high: float) -> float:
-    _, back, _ = _stored(centres, integers, low, high)
-    return float(((back - centres) ** 2 * counts).sum())
+def _divergences(counts: Reals, centres: Reals, integers: IntegerFormat, low: Reals, high: Reals) -> Reals:
+    steps, scales, _ = _stored(centres, integers, low, high)
+    ranges = zip(steps, scales[:, 0], low, high, strict=True)
+    return np.array([_divergence(counts, centres, integers, *each) for each in ranges])
 
 
-def _divergence(counts: Reals, centres: Reals, integers: IntegerFormat, low: float, high: float) -> float:
+def _stored(centres: Reals, integers: IntegerFormat, low: Reals, high: Reals) -> tuple[Reals, Reals, Reals]:
+    """Return the integers of values in each range, (ranges, values), and the ranges' scales and zero points."""
+    scales, zero_points = (part[:, None] for part in scales_of(low, high, integers))
+    steps = np.divide(centres, scales)
+    np.add(np.rint(steps, out=steps), zero_points, out=steps)
+    return np.clip(steps, integers.low, integers.high, out=steps), scales, zero_points
+
+
+def _divergence(
+    counts: Reals, centres: Reals, integers: IntegerFormat, steps: Reals, scale: float, low: float, high: float
+) -> float:
     """Return how far the values, those out of range moved to its ends, are from what integers tell of those inside."""
-    steps, _, scale = _stored(centres, integers, low, high)
     inside = (centres >= low - scale / 2) & (centres <= high + scale / 2)
     if not inside.any():
         return math.inf
