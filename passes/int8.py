@@ -13,13 +13,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field
 from torch import fx
 
 from graphopt.data.batches import Batch, whole_batches
 from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
-from graphopt.passes.quantization.choice import choose_forms
+from graphopt.passes.quantization.choice import choose_forms, inputs_to_keep
 from graphopt.passes.quantization.layers import LayerQuantizer
 from graphopt.passes.quantization.placement import Placement, Site
 from graphopt.passes.quantization.placing import Placer
@@ -31,7 +32,7 @@ from graphopt.passes.quantization.scales import Observing, choose_scales, consta
 from graphopt.passes.quantization.tables import quantize_tables, read_integers
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.pass_base import Pass
-from graphopt.quantization.histogram import ChannelMean
+from graphopt.quantization.histogram import ChannelMean, FirstSamples
 from graphopt.quantization.observers import Observer
 from graphopt.quantization.qparams import QParams
 from graphopt.statistics.calibration import Calibration, read_batches
@@ -123,9 +124,14 @@ class Int8(Pass[Int8Options, Int8Plan]):
         calibration = self._calibration(placement, program, ctx)
         observing = Observing(self.options.observer, self.options.percentile)
         means = [request for _, request in self._means_wanted(placement, originals)]
-        scales = choose_scales(placement, gm, calibration, originals, target.activation, observing, means)
-        if self.options.mode == "auto" and self._rounds_weights and calibration is not None:
-            choice = choose_forms(placement, prepared, scales, target, lambda: self._compared(program, ctx))
+        choosing = self.options.mode == "auto" and self._rounds_weights
+        inputs = inputs_to_keep(placement, prepared, originals, _COMPARED) if choosing else {}
+        kept = [(name, FirstSamples(_COMPARED)) for name in inputs.values()]
+        scales = choose_scales(placement, gm, calibration, originals, target.activation, observing, [*means, *kept])
+        if choosing and calibration is not None:
+            found = zip(inputs, calibration.gather(kept), strict=True)
+            seen = {node: torch.split(first.values, _COMPARED_AT_ONCE) for node, first in found}
+            choice = choose_forms(placement, prepared, scales, target, lambda: self._compared(program, ctx), seen)
             if choice:
                 placement = placer.again(placed, choice)
                 scales = choose_scales(placement, gm, calibration, originals, target.activation, observing)

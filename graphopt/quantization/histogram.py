@@ -218,3 +218,31 @@ class ChannelRange:
             low, high, squares = low.minimum(self.low), high.maximum(self.high), squares + self._squares
         self.low, self.high, self._squares = low, high, squares
         self._count += rows.shape[1]
+
+
+class FirstSamples:
+    """The values of the first samples themselves, along the first axis.
+
+    Attributes:
+        values: (samples, ...), as far as they came.
+    """
+
+    def __init__(self, samples: int) -> None:
+        self._samples = samples
+        self._parts: list[Tensor] = []
+
+    @property
+    def key(self) -> str:
+        """What is gathered, for caching."""
+        return f"first {self._samples}"
+
+    @property
+    def values(self) -> Tensor:
+        """All of them in one tensor."""
+        return torch.cat(self._parts)
+
+    def update(self, x: Tensor) -> None:
+        """Keep what is wanted of `x`."""
+        left = self._samples - sum(map(len, self._parts))
+        if left > 0:
+            self._parts.append(x[:left].detach().clone())

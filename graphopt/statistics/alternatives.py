@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.data.batches import Batch
+from graphopt.ir.graph import constant
 from graphopt.ir.program import Program
 from graphopt.ir.walker import Walker
+
+Shares = dict[fx.Node, dict[str, list[float]]]  # of noise, of each alternative, by sample
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,9 +47,33 @@ def compare(
     walker.start(list(batches))
     for _ in program.graph.nodes:  # one call after the other, each for every batch
         walker.step()
-    return {
-        node: {name: _decibels(shares) for name, shares in by_name.items()} for node, by_name in walker.shares.items()
-    }
+    return _ratios(walker.shares)
+
+
+@torch.no_grad()
+def compare_on(
+    gm: fx.GraphModule,
+    values: Mapping[fx.Node, Sequence[Tensor]],
+    alternatives: Mapping[fx.Node, Mapping[str, Alternative]],
+) -> dict[fx.Node, dict[str, float]]:
+    """Do as `compare` does where it is known what calls read, without running anything else.
+
+    Args:
+        gm: whose calls they are.
+        values: of what they read, one for each batch; the rest of it is constant.
+        alternatives: as in `compare`.
+    """
+    shares: Shares = {node: {name: [] for name in by_name} for node, by_name in alternatives.items()}
+    for node, by_name in alternatives.items():
+        batches = max(len(values[used]) for used in node.all_input_nodes if used in values)
+        for index in range(batches):
+            args, kwargs = fx.map_arg(
+                (node.args, node.kwargs),
+                lambda used: values[used][index] if used in values else constant(used, gm),  # noqa: B023
+            )
+            result = node.target(*args, **kwargs)  # type: ignore[operator]
+            _add_shares(shares[node], by_name, result, args, kwargs)
+    return _ratios(shares)
 
 
 class _Comparer(Walker):
@@ -55,17 +82,30 @@ class _Comparer(Walker):
     def __init__(self, program: Program, alternatives: Mapping[fx.Node, Mapping[str, Alternative]]) -> None:
         super().__init__(program)
         self._alternatives = alternatives
-        self.shares: dict[fx.Node, dict[str, list[float]]] = {
-            node: {name: [] for name in by_name} for node, by_name in alternatives.items()
-        }
+        self.shares: Shares = {node: {name: [] for name in by_name} for node, by_name in alternatives.items()}
 
     def call(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one call and what is to be compared with it; the program goes on with its own result."""
         result = super().call(node, args, kwargs)
-        for name, alternative in self._alternatives.get(node, {}).items():
-            found = alternative.run(args, kwargs)
-            self.shares[node][name] += _noise_shares(alternative.compared(result), alternative.compared(found))
+        if node in self._alternatives:
+            _add_shares(self.shares[node], self._alternatives[node], result, args, kwargs)
         return result
+
+
+def _add_shares(
+    shares: dict[str, list[float]],
+    by_name: Mapping[str, Alternative],
+    result: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    for name, alternative in by_name.items():
+        found = alternative.run(args, kwargs)
+        shares[name] += _noise_shares(alternative.compared(result), alternative.compared(found))
+
+
+def _ratios(shares: Shares) -> dict[fx.Node, dict[str, float]]:
+    return {node: {name: _decibels(each) for name, each in by_name.items()} for node, by_name in shares.items()}
 
 
 def _noise_shares(wanted: Tensor, found: Tensor) -> list[float]:

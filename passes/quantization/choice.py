@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,19 +19,20 @@ from graphopt.data.batches import Batch
 from graphopt.ir.graph import constant
 from graphopt.ir.program import Program
 from graphopt.passes.layers.weighted_call import WeightedCall
-from graphopt.passes.quantization.placement import Choice, Placement
+from graphopt.passes.quantization.placement import Choice, Placement, Site
 from graphopt.passes.quantization.recurrent import lstm_call, stored_lstm
 from graphopt.pipeline.plan import Refusal
 from graphopt.quantization.formats import IntegerFormat
 from graphopt.quantization.ops import dequantize, dynamic_quantize, fake_quantize
 from graphopt.quantization.qparams import QParams, quantize_weight, weight_scales
 from graphopt.quantization.recurrent import dynamic_lstm
-from graphopt.statistics.alternatives import Alternative, compare
+from graphopt.statistics.alternatives import Alternative, compare, compare_on
 from graphopt.targets.description import TargetDescription
 
 _LEAST_GAIN = 3.0  # dB that dynamic scales must bring: their kernels are slower
 _WANTED = 20.0  # dB at which nothing more is asked of static scales
 _LEAST = 6.0  # dB below which a layer stays float
+_MOST_KEPT = 1 << 22  # numbers
 
 
 def choose_forms(
@@ -40,6 +41,7 @@ def choose_forms(
     scales: Mapping[fx.Node, QParams],
     target: TargetDescription,
     batches: Callable[[], Iterable[Batch]],
+    seen: Mapping[fx.Node, Sequence[Tensor]],
 ) -> dict[fx.Node, Choice]:
     """Return the layers that are not to have the scales they were placed with.
 
@@ -49,6 +51,7 @@ def choose_forms(
         scales: parameters of its values.
         target: what the runtime can do.
         batches: reads the samples to compare on.
+        seen: values of the layers' inputs on these samples, see `inputs_to_keep`; where there are any, of all.
     """
     first: dict[fx.Node, dict[str, Alternative]] = {}
     second: dict[fx.Node, dict[str, Alternative]] = {}
@@ -62,16 +65,65 @@ def choose_forms(
         layer = site.kernel.layer
         if site.kernel.name == "lstm":
             first[site.node] = {"dynamic": _integer_lstm(site.node, gm, target.weight)}
-        if layer is None or site.dynamic or "dynamic" not in site.rule.scales:
+        if layer is None or not _has_a_choice(site):
             continue
         static = _static(scales[placement.root(layer.input)])
         first[site.node] = {"static": _with(layer, rounded, static)}
         second[site.node] = {"dynamic": _with(layer, rounded, _dynamic)}
-    found = compare(program, batches(), first)
+
+    def compared(ways: Mapping[fx.Node, Mapping[str, Alternative]]) -> dict[fx.Node, dict[str, float]]:
+        return compare_on(gm, seen, ways) if seen else compare(program, batches(), ways)
+
+    found = compared(first)
     wanting = {node: other for node, other in second.items() if found[node]["static"] < _WANTED}
-    for node, ratios in compare(program, batches(), wanting).items() if wanting else ():
+    for node, ratios in compared(wanting).items() if wanting else ():
         found[node].update(ratios)
     return {node: choice for node, ratios in found.items() if (choice := _choice(node, ratios)) is not None}
+
+
+def inputs_to_keep(
+    placement: Placement, program: Program, originals: Mapping[str, str], samples: int
+) -> dict[fx.Node, str]:
+    """Return what calibration is to keep the values of, and its name there, for layers to be compared by them.
+
+    Nothing where that does not tell all or is much: the program is run again then. Of a network of convolutions only
+    the last layer has a choice, and all of it would be run to see what that reads.
+
+    Args:
+        placement: see `choose_forms`.
+        program: the prepared program.
+        originals: names of its nodes in the one that is calibrated, where they differ; "" for what is not there.
+        samples: how many are compared.
+    """
+    layers = [site.kernel.layer for site in placement.sites if _has_a_choice(site)]
+    inputs = {layer.input: originals.get(layer.input.name, layer.input.name) for layer in layers if layer is not None}
+    alone = all(_is_alone(layer, program.graph_module) for layer in layers if layer is not None)
+    batches = {_samples(node) for node in program.graph.find_nodes(op="placeholder")}
+    if any(site.kernel.name == "lstm" for site in placement.sites) or not alone:
+        return {}
+    numbers = 0
+    for node, name in inputs.items():
+        others = node.meta["val"].shape[1:]
+        if not name or _samples(node) not in batches - {None} or not all(isinstance(size, int) for size in others):
+            return {}
+        numbers += samples * math.prod(others)
+    return inputs if numbers <= _MOST_KEPT else {}
+
+
+def _is_alone(layer: WeightedCall, gm: fx.GraphModule) -> bool:
+    """Whether a layer reads constants but for its input."""
+    return all(node is layer.input or constant(node, gm) is not None for node in layer.node.all_input_nodes)
+
+
+def _samples(node: fx.Node) -> Any:
+    """Return the symbol of a value's first axis, None where that has a fixed size."""
+    value = node.meta.get("val")
+    size = value.shape[0] if isinstance(value, Tensor) and value.dim() else None
+    return size.node.expr if isinstance(size, torch.SymInt) else None
+
+
+def _has_a_choice(site: Site) -> bool:
+    return site.kernel.layer is not None and not site.dynamic and "dynamic" in site.rule.scales
 
 
 def _choice(node: fx.Node, sqnr: Mapping[str, float]) -> Choice | None:

@@ -107,12 +107,32 @@ def test_chooses_by_what_scales_leave_of_small_samples(order: Sequence[int], sca
     assert by_layer(plan) == {"0.weight": scales, "2.weight": scales}
 
 
-def test_nothing_is_run_that_decides_nothing(head: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One run over the samples for ranges and means, and dynamic scales only where static ones leave too little."""
-    observed, compared = mock.Mock(wraps=calibration.observe), mock.Mock(wraps=choice.compare)
+@pytest.mark.parametrize("way", ["compare_on", "compare"])
+def test_nothing_is_run_that_decides_nothing(head: Program, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """One run over the samples for all that is asked of them, dynamic scales only where static ones leave too little.
+
+    Only where it would be much that calibration keeps is the program run again.
+    """
+    mocks = {name: mock.Mock(wraps=getattr(choice, name)) for name in ("compare_on", "compare")}
+    observed = mock.Mock(wraps=calibration.observe)
     monkeypatch.setattr(calibration, "observe", observed)
-    monkeypatch.setattr(choice, "compare", compared)
+    monkeypatch.setattr(choice, "_MOST_KEPT", 32 * 5 * (16 + 24) - (way == "compare"))
+    for name, found in mocks.items():
+        monkeypatch.setattr(choice, name, found)
     _, plan = planned(head, noise(16, 8, 5))
     assert set(by_layer(plan).values()) == {"static"}
     assert observed.call_count == 1
-    assert [set(names) for (_, _, asked), _ in compared.call_args_list for names in asked.values()] == [{"static"}] * 3
+    asked = [set(names) for (_, _, layers), _ in mocks.pop(way).call_args_list for names in layers.values()]
+    assert asked == [{"static"}] * 3
+    assert not any(other.called for other in mocks.values())
+
+
+def test_how_layers_are_compared_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples of unlike magnitude, more than are compared, and than are compared at once."""
+    x = noise(48, 8, 5) * torch.logspace(-3, 3, 48)[:, None, None]
+    program = folded(Head(), x)
+    _, first = planned(program, x)
+    monkeypatch.setattr(choice, "_MOST_KEPT", 0)
+    _, second = planned(program, x)
+    assert first.to_json() == second.to_json()
+    assert "dynamic" in by_layer(first).values()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.capturing.capture import capture
-from graphopt.statistics.alternatives import Alternative, compare
+from graphopt.statistics.alternatives import Alternative, compare, compare_on
 
 
 def test_shares_of_noise_are_taken_sample_by_sample() -> None:
@@ -40,3 +40,20 @@ def test_noise_without_signal_has_no_bound() -> None:
     node = program.graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default)[0]
     found = compare(program, [(-torch.ones(2, 4),)], {node: {"off": Alternative(lambda args, kwargs: args[0])}})
     assert found[node]["off"] == -math.inf
+
+
+def test_what_calls_read_is_enough_to_compare_them() -> None:
+    program = capture(nn.Sequential(nn.ReLU(), nn.Linear(4, 3), nn.Tanh()), torch.ones(2, 4))
+    relu, linear, tanh = (node for node in program.graph.nodes if node.op == "call_function")
+    batches = [(torch.randn(5, 4),), (torch.randn(2, 4),)]
+    tanh_of = Alternative(lambda args, _: args[0].tanh())
+    ways = {
+        linear: {"half": Alternative(lambda args, _: nn.functional.linear(args[0] / 2, *args[1:]))},
+        tanh: {"off": Alternative(lambda args, _: args[0].tanh() + 1), "same": tanh_of},
+    }
+    read = [batch[0].relu() for batch in batches]
+    weight, bias = (program.state_dict()[name] for name in ("1.weight", "1.bias"))
+    values = {relu: read, linear: [nn.functional.linear(x, weight, bias) for x in read]}
+    found = compare_on(program.graph_module, values, ways)
+    assert found == compare(program, batches, ways)
+    assert found[tanh]["same"] == math.inf > found[linear]["half"]
