@@ -114,14 +114,14 @@ class Plan:
 
 
 def _plain(value: Any) -> Json:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+    if value is None or isinstance(value, bool | int | str):  # most are indices
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None  # JSON has no other number
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None  # JSON has no such number
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
     raise PassError(f"A plan holds {type(value).__name__}, which is not JSON data. This is a bug in the pass.")
