@@ -8,6 +8,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from graphopt.backends.onnx_lowering.branch_outputs import BranchOutputsPass
+from graphopt.backends.onnx_lowering.channel_rows import ChannelRowsPass
 from graphopt.backends.onnx_lowering.duplicates import DuplicateInitializersPass
 from graphopt.backends.onnx_lowering.exporter import export
 from graphopt.backends.onnx_lowering.global_pooling import GlobalPoolingPass
@@ -33,6 +34,7 @@ class Style:
     Attributes:
         opset: the opset to emit.
         global_pooling: whether spatial means become GlobalAveragePool.
+        channel_rows: whether what is done to each of a few channels is done to rows of them.
         integer_relu: whether Relu between integers becomes LeakyRelu.
         own_weights: whether operators may not share stored weights and their zero points.
         kernels: rewrites to operators of the runtime's own, of what has plain arithmetic otherwise.
@@ -40,6 +42,7 @@ class Style:
 
     opset: int
     global_pooling: bool = False
+    channel_rows: bool = False
     integer_relu: bool = False
     own_weights: bool = False
     kernels: tuple[type[ir.passes.InPlacePass], ...] = ()
@@ -64,6 +67,7 @@ def lower(program: Program, style: Style) -> ir.Model:
         *([GlobalPoolingPass()] if style.global_pooling else []),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.IdentityEliminationPass(),
+        *([ChannelRowsPass()] if style.channel_rows else []),
         BranchOutputsPass(),  # the step before takes identities that end a branch
         DuplicateInitializersPass(),
         *([OwnWeightsPass()] if style.own_weights else []),

@@ -39,6 +39,7 @@ class OnnxRuntimeBackend(OnnxBackend):
     style: ClassVar[Style] = Style(
         opset=DESCRIPTION.opset,
         global_pooling=True,
+        channel_rows=True,
         integer_relu=True,
         own_weights=True,
         kernels=(BlockKernelsPass,),

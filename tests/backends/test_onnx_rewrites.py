@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from graphopt.backends.onnx_execution.session import OnnxSession, SessionSettings
+from graphopt.backends.onnx_lowering.channel_rows import ChannelRowsPass
 from graphopt.backends.onnx_lowering.duplicates import DuplicateInitializersPass
 from graphopt.backends.onnx_lowering.global_pooling import GlobalPoolingPass
 from graphopt.backends.onnx_lowering.own_weights import OwnWeightsPass
@@ -62,6 +63,46 @@ class TestPRelu:
         built = model("g (float[n,4,9] x, float[4,1] a) => (float[n,4,9] y) { y = PRelu(x, a) }")
         take_prelu_apart(built)
         assert operators(built) == ["PRelu"]
+
+
+class TestChannelRows:
+    NUMBERS = np.array([1, 2, 4], np.float32)
+    GIVEN = "g (float[n,5,6,3] x) => (float[n,3,5,6] y) { t = Transpose<perm = [0, 3, 1, 2]>(x)"
+
+    @pytest.mark.parametrize("text", ["Sub(t, c)", "Sub(c, t)", "Mul(t, c)", "Div(c, t)"])
+    @pytest.mark.parametrize("shape", [(3, 1, 1), (1, 3, 1, 1)])
+    def test_computes_the_same_before(self, text: str, shape: tuple[int, ...]) -> None:
+        built = model(f"{self.GIVEN} y = {text} }}", c=self.NUMBERS.reshape(shape))
+        before = ir.to_proto(built).SerializeToString()
+        assert ChannelRowsPass()(built).modified
+        assert operators(built) == [text[:3], "Transpose"]
+        assert built.graph.outputs[0].name == "y"
+        x = np.random.default_rng(0).standard_normal((2, 5, 6, 3)).astype(np.float32)
+        plain, rows = (
+            OnnxSession(content, SessionSettings(threads=1))(x)
+            for content in (before, ir.to_proto(built).SerializeToString())
+        )
+        np.testing.assert_array_equal(rows[0], plain[0])
+
+    def test_one_behind_the_other(self) -> None:
+        numbers = self.NUMBERS.reshape(3, 1, 1)
+        built = model(f"{self.GIVEN} s = Sub(t, c) y = Mul(s, d) }}", c=numbers, d=numbers)
+        ChannelRowsPass()(built)
+        assert operators(built) == ["Sub", "Mul", "Transpose"]
+
+    @pytest.mark.parametrize(
+        ("text", "shape"),
+        [
+            (f"{GIVEN} y = Sub(t, c) }}", (3, 5, 1)),  # a number for each row, too
+            (f"{GIVEN} y = Sub(t, c) }}", (1, 1, 6)),
+            (f"{GIVEN} y = Sub(t, c) }}", (1,)),
+            (f"{GIVEN} y = Sub(t, c) }}".replace("[n,5,6,3]", "[n,5,w,3]"), (3, 1, 1)),
+            (f"{GIVEN} y = Sub(t, c) }}".replace("0, 3, 1, 2", "0, 3, 2, 1"), (3, 1, 1)),
+            (f"{GIVEN} u = Relu(t) v = Sub(t, c) y = Add(u, v) }}", (3, 1, 1)),
+        ],
+    )
+    def test_what_is_left(self, text: str, shape: tuple[int, ...]) -> None:
+        assert not ChannelRowsPass()(model(text, c=np.ones(shape, np.float32))).modified
 
 
 class TestGlobalPooling:

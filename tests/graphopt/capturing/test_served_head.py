@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -122,6 +123,8 @@ def test_a_run_on_bytes(tmp_path: Any) -> None:
     result = graphopt.optimize(net, values, "int8", eval=(values, labels), served=served, bench=False)
     assert result.report.original.metric == 100
     (found,) = result.artifact.session()(values.numpy())
+    first = [node.op_type for node in onnx.load(result.artifact.path).graph.node if node.op_type != "DequantizeLinear"]
+    assert first[:4] == ["Cast", "Sub", "Transpose", "QuantizeLinear"]  # rows of channels, not one after the other
     noise = np.square(found - wanted.numpy()).mean()
     assert 10 * np.log10(np.square(wanted.numpy()).mean() / noise) > 25
     result.save(tmp_path / "made")
