@@ -133,7 +133,9 @@ class Int8(Pass[Int8Options, Int8Plan]):
             seen = {node: torch.split(first.values, _COMPARED_AT_ONCE) for node, first in found}
             choice = choose_forms(placement, prepared, scales, target, lambda: self._compared(program, ctx), seen)
             if choice:
-                placement = placer.again(placed, choice)
+                placed, placement = placer.again(placed, choice)
+                prepared, originals = placed.program, placed.originals
+                gm = prepared.graph_module
                 scales = choose_scales(placement, gm, calibration, originals, target.activation, observing)
         values = value_records(placement, gm, scales, observing)
         quantizer = LayerQuantizer(gm, target.weight, tensors, per_channel=self.options.weights == "channel")
@@ -165,7 +167,7 @@ class Int8(Pass[Int8Options, Int8Plan]):
         return prepared.with_graph(editor.finish())
 
     def _placer(self, target: TargetDescription) -> Placer:
-        costs = target.costs if self.options.guard == "costs" else None
+        costs = target.costs if self.options.guard == "costs" and self._rounds_weights else None
         return Placer(target, self.options.skip, self._scales, costs)
 
     def _calibration(self, placement: Placement, program: Program, ctx: Context) -> Calibration | None:

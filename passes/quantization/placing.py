@@ -49,12 +49,20 @@ class Placer:
                 return prepared, self._with_reasons(placement)
             respelled = kept
 
-    def again(self, prepared: Prepared, choice: Mapping[fx.Node, Choice]) -> Placement:
-        """Return where its integers stand with what was chosen for layers since."""
+    def again(self, prepared: Prepared, choice: Mapping[fx.Node, Choice]) -> tuple[Prepared, Placement]:
+        """Return what `run` does with what was chosen for layers since: what is float now is spelled as it was.
+
+        Layers of an LSTM stay apart, some of which may be on integers.
+        """
+        chosen = {node.name: form for node, form in choice.items()}
         while True:
-            placement = self._place(prepared, choice)
-            if not self._refuse(prepared, placement):
-                return self._with_reasons(placement)
+            nodes = prepared.program.graph.nodes
+            placement = self._place(prepared, {node: chosen[node.name] for node in nodes if node.name in chosen})
+            apart = {name: how for name, how in prepared.respelled.items() if how == "lstm_layers"}
+            kept = {**stays_respelled(prepared.respelled, prepared.originals, placement), **apart}
+            if kept == prepared.respelled and not self._refuse(prepared, placement):
+                return prepared, self._with_reasons(placement)
+            prepared = Prepared.of(prepared.source, kept)
 
     def _place(self, prepared: Prepared, choice: Mapping[fx.Node, Choice]) -> Placement:
         gm = prepared.program.graph_module

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from graphopt.backends.onnxruntime.description import DESCRIPTION
 from graphopt.measure.equivalence import measure
 from graphopt.passes.quantization.given_scales import dividing_shift, steps_of_shift
+from graphopt.passes.quantization.placing import Placer
+from graphopt.pipeline.plan import Refusal
 from graphopt.quantization.qparams import QParams
 from tests.passes.int8_models import folded, images, kernels, operators, quantized, reasons
 
@@ -66,6 +68,19 @@ def test_activations_of_floats_are_spelled_as_before() -> None:
     assert plan.respelled == {}
     found = operators(program)
     assert (found["hardswish"], found["prelu"], found["leaky_relu"]) == (1, 1, 0)
+
+
+def test_activations_that_go_back_to_float_later_are_spelled_as_before() -> None:
+    """What the spelling on integers computes of infinities is no number."""
+    program = folded(nn.Sequential(nn.Conv2d(3, 8, 1), nn.PReLU(8), nn.Conv2d(8, 4, 1)), images())
+    placer = Placer(DESCRIPTION)
+    placed, _ = placer.run(program)
+    assert set(placed.respelled) == {"prelu"}
+    placer.refused["prelu"] = Refusal("prelu", "it does not pay beside what was chosen since")
+    again, placement = placer.again(placed, {})
+    assert again.respelled == {}
+    assert operators(again.program)["prelu"] == 1
+    assert [site.node.name for site in placement.sites] == ["conv2d", "conv2d_1"]
 
 
 class Clamped(nn.Module):
