@@ -15,11 +15,13 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, fx
+from torch import fx
 
 from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
-from graphopt.passes.codes.choosing import Form, encode
+from graphopt.passes.codes.choosing import encode
+from graphopt.passes.codes.coded import Form
+from graphopt.passes.codes.in_order import Inputs
 from graphopt.passes.codes.packing import BYTE, bases, digits
 from graphopt.passes.codes.plan import CodebookPlan, CodesRecord
 from graphopt.passes.codes.rewrite import CodesRewriter
@@ -47,7 +49,8 @@ class CodebookOptions:
     vector: consecutive weights of an output that one code stands for, of k-means.
     group: outputs of a layer that share a table, of k-means; 0: all of them.
     tables: embedding tables too.
-    inputs: whether errors count by the mean square of what weights are multiplied with, where there is data.
+    inputs: whether, where there is data, it is the errors of products that are made small: they count by the mean
+        square of what weights are multiplied with, and codes chosen later make up for those before.
     samples: calibration samples used.
     skip: what is left as it is, as globs of module paths, weights or nodes.
     """
@@ -117,8 +120,8 @@ class Codebook(Pass[CodebookOptions, CodebookPlan]):
             sites = {}
         coded: dict[str, StoredCodes] = {}
         inputs = self._with_inputs(program, list(sites), ctx)
-        for site, importance in ctx.progress.track(inputs, "choosing codes", len(sites)):
-            coded[site.weight_name] = self._coded(site, sites[site], importance, gm, ctx)
+        for site, met in ctx.progress.track(inputs, "choosing codes", len(sites)):
+            coded[site.weight_name] = self._coded(site, sites[site], met, gm, ctx)
         stored = {site.weight_name: coded[site.weight_name] for site in sites}  # in graph order
         plan = self.new_plan(
             sites=list(stored),
@@ -157,23 +160,23 @@ class Codebook(Pass[CodebookOptions, CodebookPlan]):
 
     def _with_inputs(
         self, program: Program, sites: Sequence[MatrixSite], ctx: Context
-    ) -> Iterator[tuple[MatrixSite, Tensor | None]]:
-        """Pair each site with what errors of its columns count, (rows, columns), where data tell."""
+    ) -> Iterator[tuple[MatrixSite, Inputs | None]]:
+        """Pair each site with what it is multiplied with, where data tell."""
         asked = sites if self.options.inputs and ctx.samples is not None else []
         wanted = [site for site in asked if not site.reads]
         if wanted and ctx.samples is not None:
             batches = read_batches(program, ctx.samples, limit=self.options.samples, batch_size=_BATCH)
             for site, moments in gather(program, wanted, batches, 1, ctx.progress):
-                yield site, _importance(site, moments)
+                yield site, _inputs(site, moments)
         yield from ((site, None) for site in sites if site not in wanted)
 
     def _coded(
-        self, site: MatrixSite, form: Form, importance: Tensor | None, gm: fx.GraphModule, ctx: Context
+        self, site: MatrixSite, form: Form, inputs: Inputs | None, gm: fx.GraphModule, ctx: Context
     ) -> StoredCodes:
         matrix = site.rows(gm).cpu()
-        coded = encode(matrix, form, importance, ctx.generator(f"codebook/{site.weight_name}"))
+        coded = encode(matrix, form, inputs, ctx.generator(f"codebook/{site.weight_name}"))
         name = Editor(gm, self.name).new_name(f"{site.weight_name}_codebook")
-        return store(site, name, matrix, coded, form, weighted=importance is not None)
+        return store(site, name, matrix, coded, form, weighted=inputs is not None)
 
     def _notes(self, records: Sequence[CodesRecord]) -> tuple[str, ...]:
         if not records:
@@ -204,12 +207,12 @@ def _why_none(sites: Mapping[MatrixSite, Form], gm: fx.GraphModule) -> str:
     return f"all together would save {saved} bytes, and unpacking takes tables of {shared}" if saved <= shared else ""
 
 
-def _importance(site: MatrixSite, moments: InputMoments) -> Tensor | None:
-    """Return the mean square of what each number of a weight is multiplied with, (rows, columns); None of nothing."""
+def _inputs(site: MatrixSite, moments: InputMoments) -> Inputs | None:
+    """Return what a weight is multiplied with, in the order of its columns; None of nothing."""
     if not moments.rows:
         return None
-    call = site.calls[0]
-    squares = torch.cat([matrix.diagonal(dim1=1, dim2=2) for matrix in moments.matrices()], 1).cpu().float()
-    by_tap = torch.unflatten(squares, 1, (math.prod(call.kernel), -1))
-    by_input = by_tap.transpose(1, 2).flatten(1)  # (groups, inputs * taps)
-    return by_input.repeat_interleave(call.out_features // call.groups, 0)
+    call, matrices = site.calls[0], [matrix.cpu() for matrix in moments.matrices()]
+    columns = torch.arange(call.fan_in).reshape(math.prod(call.kernel), -1).t().flatten()  # taps come first in moments
+    squares = torch.cat([matrix.diagonal(dim1=1, dim2=2) for matrix in matrices], 1)[:, columns].float()
+    shared = [matrix[columns][:, columns] for matrix in matrices[0]] if len(matrices) == 1 else []
+    return Inputs(squares.repeat_interleave(call.out_features // call.groups, 0), shared)

@@ -3,84 +3,43 @@
     w (rows, columns)    ->    table[codes] * scale        columns in vectors, the last filled up with zeros
 
 Rows that share a table have scales of their own: norms that were folded leave rows of one layer unequal by far. Scales
-and entries are fitted in turn. `importance` is what the squared error of a column counts: E[x^2] of its input, as in
-SqueezeLLM (Kim et al. 2023), where data are looked at.
+and entries are fitted in turn. Where inputs are known, the squared error of a number counts E[x^2] of what it meets (as
+in SqueezeLLM, Kim et al. 2023), and codes are chosen in order (`in_order`).
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from graphopt.passes.codes.clusters import cluster, nearest
+from graphopt.passes.codes.coded import Coded, Form, positive
+from graphopt.passes.codes.in_order import Inputs, choose_codes
 from graphopt.passes.codes.signs import SIGNS, binary, ternary
 
 _TURNS = 3
 _ELEMENTS = 1 << 22  # of rows that are worked on at once
-_SMALLEST = 1e-30  # rows of smaller weights are stored as zeros: scales stay normal float32 numbers
+_SMALLEST = 1e-30
 
 
-@dataclass(frozen=True, slots=True)
-class Form:
-    """How a weight is stored.
-
-    Attributes:
-        codes: "kmeans", "binary" or "ternary".
-        entries: of a table.
-        vector: columns of an entry.
-        group: rows that share a table.
-    """
-
-    codes: str
-    entries: int
-    vector: int
-    group: int
-
-    @property
-    def scaled(self) -> bool:
-        """Whether rows have scales of their own."""
-        return self.group > 1 or self.codes != "kmeans"
-
-
-@dataclass(frozen=True, eq=False)
-class Coded:
-    """A weight as codes.
-
-    Attributes:
-        codes: (rows, vectors) int64, numbers of entries in the table of a row.
-        table: (tables * entries, vector) float32.
-        scale: (rows, 1) float32, None where rows have none.
-    """
-
-    codes: Tensor
-    table: Tensor
-    scale: Tensor | None
-
-    def first(self, form: Form) -> Tensor:
-        """Return where in `table` that of each row begins, (rows, 1)."""
-        return torch.arange(len(self.codes)).unsqueeze(1) // form.group * form.entries
-
-    def reals(self, form: Form, columns: int) -> Tensor:
-        """Return what is stored as numbers, (rows, columns) float32."""
-        values = self.table[self.codes + self.first(form)].flatten(1)[:, :columns]
-        return values if self.scale is None else values * self.scale
-
-
-def encode(matrix: Tensor, form: Form, importance: Tensor | None, generator: torch.Generator) -> Coded:
+def encode(matrix: Tensor, form: Form, inputs: Inputs | None, generator: torch.Generator) -> Coded:
     """Choose codes, entries and scales of a weight.
 
     Args:
         matrix: (rows, columns) float32, finite.
         form: how it is stored.
-        importance: (rows, columns), what a squared error counts; all the same if None.
+        inputs: what it is multiplied with; None if nothing is known, and every error counts the same.
         generator: of k-means.
     """
-    weights = torch.ones(1).expand(matrix.shape) if importance is None else importance
+    if inputs is None:
+        return _chosen(matrix, form, torch.ones(1).expand(matrix.shape), generator)
+    return choose_codes(matrix, _chosen(matrix, form, inputs.squares, generator), form, inputs)
+
+
+def _chosen(matrix: Tensor, form: Form, weights: Tensor, generator: torch.Generator) -> Coded:
     if form.codes != "kmeans":
         codes, scale = (binary if form.codes == "binary" else ternary)(matrix, weights)
-        return Coded(codes, torch.tensor(SIGNS[form.codes]).unsqueeze(1), _positive(scale).float())
+        return Coded(codes, torch.tensor(SIGNS[form.codes]).unsqueeze(1), positive(scale).float())
     at_once = form.group * max(1, _ELEMENTS // max(1, form.group * matrix.shape[1]))
     parts = [
         _clustered(rows, counts, form, generator)
@@ -103,7 +62,7 @@ def _clustered(matrix: Tensor, weights: Tensor, form: Form, generator: torch.Gen
         scale = None if one.scale is None or other.scale is None else torch.cat([one.scale, other.scale])
         return Coded(torch.cat([one.codes, other.codes]), torch.cat([one.table, other.table]), scale)
     tables = max(1, len(matrix) // form.group)
-    scale = _positive(_roots(matrix, weights)) if form.scaled else torch.ones(len(matrix), 1)
+    scale = positive(_roots(matrix, weights)) if form.scaled else torch.ones(len(matrix), 1)
     for _ in range(_TURNS if form.scaled else 1):
         vectors = _in_vectors(matrix / torch.where(scale > 0, scale, 1.0), form.vector, tables)
         counts = _in_vectors(weights * (scale / scale.max().clamp(min=_SMALLEST)).square(), form.vector, tables)
@@ -112,7 +71,7 @@ def _clustered(matrix: Tensor, weights: Tensor, form: Form, generator: torch.Gen
         values = table.gather(1, codes.unsqueeze(2).expand(*codes.shape, form.vector))
         values = values.reshape(len(matrix), -1)[:, : matrix.shape[1]]
         if form.scaled:
-            scale = _positive(_fitted(matrix, values, weights))
+            scale = positive(_fitted(matrix, values, weights))
     return Coded(codes.reshape(len(matrix), -1), table.flatten(0, 1), scale if form.scaled else None)
 
 
@@ -133,7 +92,3 @@ def _fitted(matrix: Tensor, values: Tensor, weights: Tensor) -> Tensor:
     counted = weights * values.double()
     power = (counted * values).sum(1, keepdim=True)
     return torch.where(power > 0, (counted * matrix).sum(1, keepdim=True) / power.clamp(min=1e-300), 0.0).float()
-
-
-def _positive(scale: Tensor) -> Tensor:
-    return torch.where(scale > _SMALLEST, scale, 0.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from graphopt.passes.codes.choosing import Form
+from graphopt.passes.codes.coded import Form
 from graphopt.passes.codes.packing import bases, packed_bytes
 
 OPERATORS = 1 << 10  # bytes that the operators which read one weight take in an ONNX file

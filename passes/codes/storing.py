@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from graphopt.passes.codes.choosing import Coded, Form
+from graphopt.passes.codes.coded import Coded, Form
 from graphopt.passes.codes.packing import bases, pack
 from graphopt.passes.codes.plan import CodesRecord, codes_name
 from graphopt.passes.codes.sizes import shape_of_codes

@@ -10,6 +10,8 @@ The scales of blocks are chosen before, so that columns may go in the order of E
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,18 @@ from graphopt.quantization.formats import IntegerFormat
 
 _TOGETHER = 128  # columns whose errors are handed on to those behind them at once
 _MOST_DAMPING = 1.0
+
+
+class Nearest(Protocol):
+    """Chooses what some columns of a weight become."""
+
+    def __call__(self, values: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what is stored of them, (rows,) or (rows, 1), and what that stands for, of the shape of the values.
+
+        Args:
+            values: (rows, columns), what is left to be stood for.
+            columns: their numbers.
+        """
 
 
 def round_in_order(
@@ -32,23 +46,42 @@ def round_in_order(
         moments: E[x x^T] of what it is multiplied with, (columns, columns) float64.
         damping: what is added to the diagonal, as a share of its mean.
     """
-    order = torch.argsort(moments.diagonal(), descending=True, stable=True)
-    upper = _inverse_factor(moments[order][:, order], damping).float()
-    scale, zero = scale[:, order], zero[:, order]
-    left = matrix[:, order].clone()
-    integers = torch.empty_like(left)
-    for start in range(0, left.shape[1], _TOGETHER):
-        stop = min(start + _TOGETHER, left.shape[1])
+
+    def nearest(values: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        integers = (torch.round(values / scale[:, columns]) + zero[:, columns]).clamp_(form.low, form.high)
+        return integers, (integers - zero[:, columns]) * scale[:, columns]
+
+    return choose_in_order(matrix, nearest, moments, damping).to(form.dtype)
+
+
+def choose_in_order(matrix: Tensor, nearest: Nearest, moments: Tensor, damping: float, size: int = 1) -> Tensor:
+    """Return what is stored of a weight, (rows, columns / size), of the dtype of the weight.
+
+    Args:
+        matrix: the weight (rows, columns).
+        nearest: what `size` columns become.
+        moments: E[x x^T] of what it is multiplied with, (columns, columns) float64.
+        damping: what is added to the diagonal, as a share of its mean.
+        size: consecutive columns that are chosen at once; all are a multiple of it.
+    """
+    order = torch.argsort(moments.diagonal().reshape(-1, size).sum(1), descending=True, stable=True)
+    columns = (order.unsqueeze(1) * size + torch.arange(size)).flatten()
+    upper = _inverse_factor(moments[columns][:, columns], damping).float()
+    left = matrix[:, columns].clone()
+    stored = left.new_empty(len(left), len(order))
+    together = max(1, _TOGETHER // size) * size
+    for start in range(0, left.shape[1], together):
+        stop = min(start + together, left.shape[1])
         errors = torch.empty_like(left[:, start:stop])
-        for i in range(start, stop):
-            integers[:, i] = (torch.round(left[:, i] / scale[:, i]) + zero[:, i]).clamp_(form.low, form.high)
-            rounded = (integers[:, i] - zero[:, i]) * scale[:, i]
-            errors[:, i - start] = (left[:, i] - rounded) / upper[i, i]
-            left[:, i + 1 : stop] -= torch.outer(errors[:, i - start], upper[i, i + 1 : stop])
+        for first in range(start, stop, size):
+            here = slice(first, first + size)
+            found, reals = nearest(left[:, here], columns[here])
+            stored[:, order[first // size]] = found.reshape(-1).to(stored.dtype)
+            for i in range(first, first + size):
+                errors[:, i - start] = (left[:, i] - reals[:, i - first]) / upper[i, i]
+                left[:, i + 1 : stop] -= torch.outer(errors[:, i - start], upper[i, i + 1 : stop])
         left[:, stop:] -= errors @ upper[start:stop, stop:]
-    result = torch.empty_like(integers)
-    result[:, order] = integers
-    return result.to(form.dtype)
+    return stored
 
 
 def _inverse_factor(moments: Tensor, damping: float) -> Tensor:

@@ -1,0 +1,61 @@
+"""How a weight is stored as codes, and one that is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_SMALLEST = 1e-30  # rows of smaller weights are stored as zeros: scales stay normal float32 numbers
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a weight is stored.
+
+    Attributes:
+        codes: "kmeans", "binary" or "ternary".
+        entries: of a table.
+        vector: columns of an entry.
+        group: rows that share a table.
+    """
+
+    codes: str
+    entries: int
+    vector: int
+    group: int
+
+    @property
+    def scaled(self) -> bool:
+        """Whether rows have scales of their own."""
+        return self.group > 1 or self.codes != "kmeans"
+
+
+@dataclass(frozen=True, eq=False)
+class Coded:
+    """A weight as codes.
+
+    Attributes:
+        codes: (rows, vectors) int64, numbers of entries in the table of a row.
+        table: (tables * entries, vector) float32.
+        scale: (rows, 1) float32, None where rows have none.
+    """
+
+    codes: Tensor
+    table: Tensor
+    scale: Tensor | None
+
+    def first(self, form: Form) -> Tensor:
+        """Return where in `table` that of each row begins, (rows, 1)."""
+        return torch.arange(len(self.codes)).unsqueeze(1) // form.group * form.entries
+
+    def reals(self, form: Form, columns: int) -> Tensor:
+        """Return what is stored as numbers, (rows, columns) float32."""
+        values = self.table[self.codes + self.first(form)].flatten(1)[:, :columns]
+        return values if self.scale is None else values * self.scale
+
+
+def positive(scale: Tensor) -> Tensor:
+    """Return scales of which the smallest are 0."""
+    return torch.where(scale > _SMALLEST, scale, 0.0)
