@@ -17,6 +17,7 @@ from graphopt.backends.onnxruntime.block_kernels import BlockKernelsPass
 from graphopt.backends.onnxruntime.breakers import keep_apart
 from graphopt.backends.onnxruntime.description import DESCRIPTION, DESCRIPTION_AVX2
 from graphopt.backends.onnxruntime.fusion import Layer, quantized_layers
+from graphopt.backends.onnxruntime.grouped_half import widen_grouped_convolutions
 from graphopt.backends.onnxruntime.integer_products import write_integer_products
 from graphopt.backends.onnxruntime.options import recorded_options
 from graphopt.backends.onnxruntime.prelu import take_prelu_apart
@@ -69,6 +70,7 @@ class OnnxRuntimeBackend(OnnxBackend):
         """Write what the runtime is slow at or gets wrong another way, and clean up where that was asked for."""
         take_prelu_apart(model)
         keep_apart(model)
+        widen_grouped_convolutions(model)
         write_integer_products(model)
         if not self._simplify:
             return model, {}

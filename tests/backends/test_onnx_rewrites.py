@@ -17,6 +17,7 @@ from graphopt.backends.onnx_lowering.saturation import SaturatedClampPass
 from graphopt.backends.onnx_lowering.signature import apply_signature
 from graphopt.backends.onnx_lowering.stored_weights import StoredWeightsPass
 from graphopt.backends.onnx_lowering.values import values_of
+from graphopt.backends.onnxruntime.grouped_half import widen_grouped_convolutions
 from graphopt.backends.onnxruntime.prelu import take_prelu_apart
 from graphopt.ir.signature import TensorSpec
 
@@ -103,6 +104,35 @@ class TestChannelRows:
     )
     def test_what_is_left(self, text: str, shape: tuple[int, ...]) -> None:
         assert not ChannelRowsPass()(model(text, c=np.ones(shape, np.float32))).modified
+
+
+class TestGroupedHalf:
+    @pytest.mark.parametrize(("kernel", "axes"), [((3,), "9"), ((3, 3), "5,5"), ((3, 3, 3), "4,4,4")])
+    def test_groups_are_computed_in_float32(self, kernel: tuple[int, ...], axes: str) -> None:
+        text = f"g (float16[n,4,{axes}] x) => (float16[n,6,{axes}] y) {{ y = Conv<group=2,pads=PADS>(x, w, b) }}"
+        random = np.random.default_rng(0)
+        weight, bias = random.standard_normal((6, 2, *kernel)), random.standard_normal(6)
+        pads = str([1] * 2 * len(kernel))
+        built = model(text.replace("PADS", pads), w=weight.astype(np.float16), b=bias.astype(np.float16))
+        x = random.standard_normal((2, 4, *map(int, axes.split(",")))).astype(np.float16)
+        wanted = OnnxSession(ir.to_proto(built).SerializeToString(), SessionSettings(threads=1))(x)
+        widen_grouped_convolutions(built)
+        assert operators(built) == ["Cast", "Cast", "Cast", "Conv", "Cast"]
+        assert {value.dtype for value in built.graph.node(3).inputs} == {ir.DataType.FLOAT}  # type: ignore[union-attr]
+        found = OnnxSession(ir.to_proto(built).SerializeToString(), SessionSettings(threads=1))(x)
+        np.testing.assert_array_equal(found, wanted)  # on x86 the runtime does the same
+
+    @pytest.mark.parametrize(
+        ("kind", "group", "shape"),
+        [("float", 2, (6, 2, 3)), ("float16", 1, (6, 4, 3)), ("float16", 4, (4, 1, 3))],
+    )
+    def test_left_alone(self, kind: str, group: int, shape: tuple[int, ...]) -> None:
+        weight = np.ones(shape, np.float16 if kind == "float16" else np.float32)
+        built = model(
+            f"g ({kind}[n,4,9] x) => ({kind}[n,{shape[0]},7] y) {{ y = Conv<group={group}>(x, w) }}", w=weight
+        )
+        widen_grouped_convolutions(built)
+        assert operators(built) == ["Conv"]
 
 
 class TestGlobalPooling:
