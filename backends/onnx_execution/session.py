@@ -31,9 +31,14 @@ _ERRORS_ONLY = 3
 # AVX2, 1.31.1). Asked to be precise, the runtime turns the weights to uint8 there; elsewhere this changes nothing.
 PRECISE = {"session.x64quantprecision": "1"}
 
+# On ARM with SME, a product behind a DynamicQuantizeLinear gets a kernel that rounds by scales of its own: what it
+# computes is not what the file says, nor can it be verified (1.31.1, emulated). Elsewhere this changes nothing.
+ROUNDED_AS_WRITTEN = {"mlas.disable_kleidiai": "1"}
+
 # Options may come from a file. The runtime takes more entries: some name files that it reads or writes.
 _MOST_THREADS = 1024
 _Entry = Literal[
+    "mlas.disable_kleidiai",
     "mlas.enable_gemm_fastmath_arm64_bfloat16",
     "session.disable_prepacking",
     "session.disable_quant_qdq",

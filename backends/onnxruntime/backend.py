@@ -9,7 +9,7 @@ import onnx_ir as ir
 import torch
 
 from graphopt.backends.onnx_backend import OnnxBackend
-from graphopt.backends.onnx_execution.session import OnnxSession, SessionSettings
+from graphopt.backends.onnx_execution.session import PRECISE, OnnxSession, SessionSettings
 from graphopt.backends.onnx_lowering.lowering import Style
 from graphopt.backends.onnx_lowering.saving import EXTERNAL_DATA_ABOVE
 from graphopt.backends.onnx_lowering.simplification import simplify_where_smaller
@@ -112,7 +112,8 @@ class OnnxRuntimeBackend(OnnxBackend):
     def advice(self, artifact: Artifact) -> list[str]:
         """Say which target is faster or more exact on a processor like this one, where products are integers."""
         flags = set(" ".join(said_of_processor("flags")).split())
-        if "avx2" not in flags or ("config" not in artifact.session_options and self.name == DESCRIPTION.name):
+        saturates = PRECISE.items() <= dict(SessionSettings.of(artifact.session_options).config or {}).items()
+        if "avx2" not in flags or (not saturates and self.name == DESCRIPTION.name):
             return []
         if flags.isdisjoint(_VNNI) == (self.name == DESCRIPTION_AVX2.name):
             return []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from graphopt.backends.onnx_execution.session import PRECISE
+from graphopt.backends.onnx_execution.session import PRECISE, ROUNDED_AS_WRITTEN
 from graphopt.backends.onnx_lowering.own_weights import stored_integers
 from graphopt.ir.plain_data import Json
 
@@ -31,8 +31,12 @@ def recorded_options(model: ir.Model) -> dict[str, Json]:
         "spinning": False,
         "disabled_optimizers": disabled,
     }
-    saturating = any(_saturates(value) for node in nodes for value in stored_integers(node))
-    return {**options, "config": PRECISE} if saturating else options
+    config: dict[str, Json] = {}
+    if any(_saturates(value) for node in nodes for value in stored_integers(node)):
+        config.update(PRECISE)
+    if any(node.op_type == "DynamicQuantizeLinear" for node in nodes):
+        config.update(ROUNDED_AS_WRITTEN)
+    return {**options, "config": config} if config else options
 
 
 def _saturates(weight: ir.Value) -> bool:

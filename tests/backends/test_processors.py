@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 import torch
 
+from graphopt.backends.onnx_execution.session import SessionSettings
 from graphopt.backends.onnxruntime import OnnxRuntimeAvx2Backend, OnnxRuntimeBackend
 from graphopt.backends.onnxruntime import backend as module
 from graphopt.backends.onnxruntime.description import DESCRIPTION, DESCRIPTION_AVX2
+from graphopt.backends.onnxruntime.options import recorded_options
 from graphopt.passes.int8 import Int8Options
 from graphopt.pipeline.registry import backends_named
 from graphopt.targets.backend import Artifact
@@ -42,6 +45,15 @@ def test_seven_bits_need_no_precise_session(artifacts: dict[str, Artifact]) -> N
     program, _ = quantized(TwoConvs(), images(), target=DESCRIPTION_AVX2, options=UNGUARDED)
     stored = [tensor for tensor in program.state_dict().values() if tensor.dtype is torch.int8]
     assert max(int(tensor.abs().max()) for tensor in stored) == 63
+
+
+def test_what_is_rounded_by_scales_of_its_own_is_not_rounded_otherwise_on_arm() -> None:
+    text = """<ir_version: 10, opset_import: ["": 20]> g (float[n,4] x, int8[4,3] w) => (int32[n,3] y) {
+        q, s, z = DynamicQuantizeLinear(x)
+        y = MatMulInteger(q, w, z)
+    }"""
+    settings = SessionSettings.of(recorded_options(ir.from_onnx_text(text)))
+    assert settings.config == {"mlas.disable_kleidiai": "1"}
 
 
 @pytest.mark.parametrize(
