@@ -20,6 +20,7 @@ from torch import fx
 from graphopt.data.batches import Batch, whole_batches
 from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
+from graphopt.measure.budget import Guard
 from graphopt.passes.quantization.choice import choose_forms, inputs_to_keep
 from graphopt.passes.quantization.layers import LayerQuantizer
 from graphopt.passes.quantization.placement import Placement, Site
@@ -30,6 +31,7 @@ from graphopt.passes.quantization.recurrent import lstm_call, record_lstms, rewr
 from graphopt.passes.quantization.rewrite import Rewriter
 from graphopt.passes.quantization.scales import Observing, choose_scales, constant_integers, value_records
 from graphopt.passes.quantization.tables import quantize_tables, read_integers
+from graphopt.passes.quantization.timing import fastest
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.pass_base import Pass
 from graphopt.quantization.histogram import ChannelMean, FirstSamples
@@ -64,7 +66,7 @@ class Int8Options:
     bias_correction: bool | None = None  # biases make up for the mean error of rounded weights; none: but for fast
     rounding: Literal["nearest", "gptq"] | None = None  # of weights: by their inputs with gptq; none: for best
     skip: tuple[str, ...] = ()  # glob patterns of module paths or nodes to leave float
-    guard: Literal["costs", "none"] = "costs"  # whether what is faster as float stays so, by the target's cost table
+    guard: Literal["costs", "measure", "none"] = "costs"  # what keeps layers float that are faster so, see `Int8`
 
     def __post_init__(self) -> None:
         """Refuse what would change nothing."""
@@ -72,6 +74,8 @@ class Int8Options:
             raise ValueError(f"observer={self.observer} reads no `percentile`; observer=percentile does")
         if self.observer != "auto" and self.mode == "dynamic":
             raise ValueError("mode=dynamic chooses no ranges, so no `observer` either")
+        if self.weights == "float" and self.guard == "measure":
+            raise ValueError("weights=float simulates integers, slower than float32: no guard=measure with it")
         unread = {
             "mode": self.mode == "dynamic",
             "weight_bits": self.weight_bits < 8,
@@ -100,6 +104,10 @@ class Int8(Pass[Int8Options, Int8Plan]):
     sample's result depends on those beside it). By default a layer has dynamic ones where static ones leave too little
     of small samples, and stays float where both do.
 
+    What the target's kernels do faster in float stays float, with what turns values into integers and back counted in:
+    by a table of costs where the target has one (`guard=costs`), or by timing here integers everywhere, and those that
+    the table is for, against float (`guard=measure`).
+
     Refused: operators without an integer kernel on the target, weights computed at run time, values that are not
     float32, have no elements or are written in place, what `skip` names. There are no activations of 16 bits: ONNX
     Runtime computes with them at 0.4 to 0.8 times the speed of float32, TensorRT does not.
@@ -114,9 +122,27 @@ class Int8(Pass[Int8Options, Int8Plan]):
     reads_target = True
 
     def plan(self, program: Program, ctx: Context) -> Int8Plan:
-        """Place integers, calibrate, and choose scales and integer weights."""
-        target = self._target(ctx)
-        placer, skip = self._placer(target), self.options.skip
+        """Place integers where they pay, calibrate, and choose scales and integer weights."""
+        target, skip, guarding = self._target(ctx), self.options.skip, self.options.guard
+        everywhere = Placer(target, skip, self._scales)
+        by_costs = Placer(target, skip, self._scales, target.costs)
+        if guarding != "measure":
+            asked = guarding == "costs" and self._rounds_weights
+            return self._planned(by_costs if asked else everywhere, program, ctx)
+        guard = Guard(ctx.need_timer(self.name))
+        ways = [("integers everywhere", everywhere), *([("integers by costs", by_costs)] if target.costs else [])]
+        chosen = fastest(
+            ways,
+            lambda placer: self._planned(placer, program, ctx),
+            lambda plan: self.apply(program, plan),
+            program,
+            guard,
+        )
+        measured = {name: list(times) for name, times in guard.measured.items()}
+        return dataclasses.replace(chosen, measured={"time of float": measured})
+
+    def _planned(self, placer: Placer, program: Program, ctx: Context) -> Int8Plan:
+        target, skip = placer.target, self.options.skip
         placed, placement = placer.run(program)
         prepared, originals = placed.program, placed.originals
         gm = prepared.graph_module
@@ -165,10 +191,6 @@ class Int8(Pass[Int8Options, Int8Plan]):
         read_integers(editor, plan.tables, plan.tensors)
         rewrite_lstms(editor, plan.recurrent, plan.tensors)
         return prepared.with_graph(editor.finish())
-
-    def _placer(self, target: TargetDescription) -> Placer:
-        costs = target.costs if self.options.guard == "costs" and self._rounds_weights else None
-        return Placer(target, self.options.skip, self._scales, costs)
 
     def _calibration(self, placement: Placement, program: Program, ctx: Context) -> Calibration | None:
         """Return what saw the samples; None where nothing needs them and there are none."""

@@ -64,6 +64,10 @@ class Placer:
                 return prepared, self._with_reasons(placement)
             prepared = Prepared.of(prepared.source, kept)
 
+    def without(self, refused: Mapping[str, Refusal]) -> Placer:
+        """Return what places others than these, by their names in the program."""
+        return replace(self, refused={**self.refused, **refused})
+
     def _place(self, prepared: Prepared, choice: Mapping[fx.Node, Choice]) -> Placement:
         gm = prepared.program.graph_module
         nodes = [node for node in gm.graph.nodes if prepared.unit(node) in self.refused]

@@ -13,10 +13,13 @@ from torch import Tensor, nn
 
 from graphopt.backends.onnxruntime.description import DESCRIPTION
 from graphopt.ir.program import Program
+from graphopt.measure.bench import Spread
 from graphopt.passes.int8 import Int8, Int8Options
 from graphopt.passes.quantization.plan import Int8Plan
+from graphopt.pipeline.context import Context
 from graphopt.targets.costs import CostTable, KernelCost
 from graphopt.targets.description import TargetDescription
+from graphopt.testing import TensorSamples
 from tests.passes.int8_models import folded, images, operators, quantized, reasons
 
 CONVOLUTIONS = ("conv2d", "conv2d_first", "conv2d_pointwise", "conv2d_depthwise")
@@ -118,3 +121,43 @@ def test_a_plan_is_carried_out_without_a_clock(chain: Program, monkeypatch: pyte
         monkeypatch.setattr(time, clock, lambda: pytest.fail("a clock was read"))
     x = images(count=2)
     torch.testing.assert_close(Int8().apply(chain, stored)(x), Int8().apply(chain, plan)(x), rtol=0, atol=0)
+
+
+def _timed(chain: Program, target: TargetDescription, *times: tuple[float, float, float]) -> Int8Plan:
+    """Plan with a stopwatch that says these shares of the time of float, in turn."""
+    left = iter(times)
+    context = Context(
+        original=chain,
+        targets=(target,),
+        target=target,
+        samples=TensorSamples((images(count=4),)),
+        timers={target.name: lambda program, reference: Spread.of(next(left))},
+    )
+    plan = Int8(Int8Options(mode="static", guard="measure")).plan(chain, context)
+    assert not list(left)
+    return plan
+
+
+def test_measured_slower_than_float_is_float(chain: Program) -> None:
+    plan = _timed(chain, DESCRIPTION, (1.02, 1.02, 1.02))
+    assert plan.layers == plan.values == plan.sites == ()
+    assert reasons(plan)["conv2d"] == "integers take 1.020 (1.020-1.020) of the time of float here"
+    assert plan.measured == {"time of float": {"integers everywhere": [1.02, 1.02, 1.02]}}
+
+
+@pytest.mark.parametrize(("by_costs", "layers"), [(0.7, 3), (0.9, 4)])
+def test_of_what_is_faster_than_float_the_fastest_is_taken(chain: Program, by_costs: float, layers: int) -> None:
+    target = costing(floating=30, moving=1, conv2d_depthwise=(9, 2))
+    plan = _timed(chain, target, (0.8, 0.8, 0.8), (by_costs, by_costs, by_costs))
+    assert len(plan.layers) == layers
+    seen = plan.measured["time of float"]
+    assert seen == {"integers everywhere": [0.8] * 3, "integers by costs": [by_costs] * 3}
+
+
+def test_nothing_is_timed_twice(chain: Program) -> None:
+    assert len(_timed(chain, costing(floating=30), (0.5, 0.5, 0.5)).layers) == 4
+
+
+def test_simulated_integers_are_not_timed() -> None:
+    with pytest.raises(ValueError, match="no guard=measure"):
+        Int8Options(weights="float", guard="measure")
