@@ -198,7 +198,7 @@ class _Measurement:
             except graphopt.GraphOptError as err:
                 self._row.tools[name] = Tool(f"{type(err).__name__}: {err}")
                 continue
-            notes = [f"{found.node}: {found.reason}" for _, found in result.report.refusals]
+            notes = [f"{found.site}: {found.reason}" for _, found in result.report.refusals]
             self._keep(name, result.artifact, Tool(left=[*result.report.notes, *notes]))
         if how["engine"]:
             self._begin("building TensorRT's engines")
