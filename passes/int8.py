@@ -262,5 +262,5 @@ class Int8(Pass[Int8Options, Int8Plan]):
         return [
             (site, (originals.get(layer.input.name, layer.input.name), ChannelMean(layer.input_axis)))
             for site, layer in layers
-            if layer is not None
+            if layer is not None and originals.get(site.node.name) != ""  # what scales channels is exact
         ]

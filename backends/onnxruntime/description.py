@@ -60,7 +60,7 @@ DESCRIPTION = TargetDescription(
     opset=20,
     activation=IntegerFormat(8, signed=False, symmetric=False),
     weight=_WEIGHT,
-    norms_as_convolutions=True,
+    scales_as_convolutions=True,
     table=_WEIGHT,
     operators=(*_CONVOLUTIONS, *_PRODUCTS, *_RECURRENT, *_JOINS, *_SAME_SCALE, *_MOVES),
     stored=(  # MatMulNBits and GatherBlockQuantized

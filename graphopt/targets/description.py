@@ -119,7 +119,8 @@ class TargetDescription:
         rank_multiple: the same for the inner size of factorised layers.
         sparsity: the pattern of sparse weights that has kernels, None for no such kernels.
         stored: weights that are read as integers by operators that compute in floating point.
-        norms_as_convolutions: whether a norm of stored statistics between integers is best written as a convolution.
+        scales_as_convolutions: whether what scales each channel between integers (a norm of stored statistics, PReLU)
+            is best written as a convolution.
         table: integer format of embedding tables whose rows become floating when they are read, None for none.
         floats: what it can do in floating types of 16 bits; others it refuses.
         costs: how long its kernels take, None where nobody has measured them.
@@ -134,7 +135,7 @@ class TargetDescription:
     rank_multiple: int = 1
     sparsity: SparseFormat | None = None
     table: IntegerFormat | None = None
-    norms_as_convolutions: bool = False
+    scales_as_convolutions: bool = False
     floats: tuple[FloatKernels, ...] = ()
     stored: tuple[StoredRule, ...] = ()
     costs: CostTable | None = None

@@ -2,7 +2,8 @@
 
 sigmoid(x)          0 to the sigmoid of the largest x
 hardsigmoid(x)      1 / 255, see below
-x * c, relu         what the range of x and the constants allow, where the model computes no such value itself
+x * c, relu         what the range of x and the constants allow, where the model computes no such value itself; so
+                    where a convolution of one tap multiplies
 
 hardsigmoid(x) = clamp(x + 3, 0, 6) / 6 runs on integers without arithmetic. x is stored with scale 3 / n and zero
 point z; the same integers read with zero point z - n are x + 3. These are quantized with scale 6 / 255 and zero point
@@ -49,7 +50,8 @@ def given_scale(
     """Return the scale of the result of a site out of those of its operands."""
     if site.kernel.name == "hardsigmoid":
         return QParams(float(np.float32(1 / (integers.high - integers.low))), integers.low, integers.low, integers.high)
-    operands = [_range(operand, placement, scales, gm) for operand in site.kernel.operands]
+    weights = () if site.kernel.layer is None else (site.kernel.layer.weight,)
+    operands = [_range(operand, placement, scales, gm) for operand in (*site.kernel.operands, *weights)]
     if site.kernel.name == "sigmoid":
         return from_range(0.0, 1 / (1 + math.exp(-operands[0][1])), integers)
     (low, high), (least, most) = operands

@@ -6,6 +6,7 @@ relu6(x + 3) / 6   -> hardsigmoid(x)                        likewise; 6 * hardsi
 prelu(x, a)        -> leaky_relu(x, a)                      one slope in all
                       add(x, relu(mul(x, a - 1)))           no slope is larger than 1
                       add(x, mul(relu(mul(x, -1)), 1 - a))  otherwise
+                      with conv(x, c, groups=channels)      for mul(x, c), where that is faster: no broadcast
 batch_norm(x, ..)  -> conv(x, w, b, groups=channels)        1 x 1, of what integers are read of
 mean(x, spatial)   -> [flatten](adaptive_avg_pool(x, 1))    where it has one for global pooling
 lstm, n layers     -> n lstms of one layer                  where it has one for LSTMs
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -97,9 +99,9 @@ def spellings(gm: fx.GraphModule, target: TargetDescription) -> dict[str, str]:
             found[node.name] = _ACTIVATIONS[name][0]
         elif name == "mean" and "global_average_pool" in known and spatial_mean(node):
             found[node.name] = "global_average_pool"
-        elif name == "batch_norm" and target.norms_as_convolutions and _is_fixed_norm(node, gm) and rank(node) in _CONV:
+        elif name == "batch_norm" and _as_convolution(node, target) and _is_fixed_norm(node, gm):
             found[node.name] = "convolution"
-        elif name == "prelu" and (spelling := _of_prelu(node, gm, known)):
+        elif name == "prelu" and (spelling := _of_prelu(node, gm, target)):
             found[node.name] = spelling
     return found
 
@@ -130,13 +132,19 @@ def respell(editor: Editor, wanted: Mapping[str, str]) -> tuple[dict[str, str], 
 
 
 def stays_respelled(respelled: Mapping[str, str], originals: Mapping[str, str], placement: Placement) -> dict[str, str]:
-    """Return the spellings that end up on integers; a norm must stand between integers to be worth a convolution."""
+    """Return the spellings that end up on integers; to be worth a convolution, what is spelled must read integers.
+
+    A norm must be read as such, too.
+    """
     sites = {site.node for site in placement.sites}
 
     def pays(site: Site) -> bool:
-        if respelled.get(originals.get(site.node.name, "")) != "convolution":
+        spelling = respelled.get(originals.get(site.node.name, ""), "")
+        if "convolution" not in spelling:
             return True
-        reads_integers = all(operand in placement.integers for operand in site.kernel.operands)
+        reads_integers = site.kernel.operands[0] in placement.integers
+        if spelling != "convolution":
+            return reads_integers
         return reads_integers and site.end is not None and not sites.isdisjoint(site.end.users)
 
     placed = {originals.get(site.node.name) for site in placement.sites if pays(site)}
@@ -144,6 +152,7 @@ def stays_respelled(respelled: Mapping[str, str], originals: Mapping[str, str], 
 
 
 _Made = tuple[Sequence[fx.Node], Sequence[fx.Node]]  # new calls in order, and those that compute what the old one did
+_Scale = Callable[[Editor, fx.Node, Any, str, Tensor], fx.Node]  # scales each channel of a value by stored factors
 
 
 def _gated(gate: Callable[..., object]) -> Callable[[Editor, fx.Node], _Made]:
@@ -177,6 +186,11 @@ def _global_pool(editor: Editor, node: fx.Node) -> _Made:
     return [pool, flat], [pool, flat]
 
 
+def _as_convolution(node: fx.Node, target: TargetDescription) -> bool:
+    """Whether what scales each channel of a value is best written as a convolution."""
+    return target.scales_as_convolutions and rank(node) in _CONV
+
+
 def _is_fixed_norm(node: fx.Node, gm: fx.GraphModule) -> bool:
     """Whether a norm of stored statistics, whatever is left out of its weight and bias."""
     given = arguments(node, ())
@@ -204,8 +218,9 @@ def _convolution(editor: Editor, node: fx.Node) -> _Made:
     return made, made
 
 
-def _of_prelu(node: fx.Node, gm: fx.GraphModule, known: set[str]) -> str:
+def _of_prelu(node: fx.Node, gm: fx.GraphModule, target: TargetDescription) -> str:
     """Return the spelling of a prelu, "" for none."""
+    known = {rule.operator for rule in target.operators}
     slopes = constant(node.args[1], gm)
     if slopes is None or not all_finite(slopes):
         return ""
@@ -213,7 +228,8 @@ def _of_prelu(node: fx.Node, gm: fx.GraphModule, known: set[str]) -> str:
         return "leaky_relu" if "leaky_relu" in known else ""
     if not {"add", "mul"} <= known:
         return ""
-    return "add_relu" if bool((slopes <= 1).all()) else "add_mul_relu"
+    scaled = "_convolution" if _as_convolution(node, target) else ""
+    return ("add_relu" if bool((slopes <= 1).all()) else "add_mul_relu") + scaled
 
 
 def _leaky_relu(editor: Editor, node: fx.Node) -> _Made:
@@ -222,30 +238,46 @@ def _leaky_relu(editor: Editor, node: fx.Node) -> _Made:
     return made, made
 
 
-def _add_relu(editor: Editor, node: fx.Node) -> _Made:
-    x, slopes = node.args[0], _slopes(editor, node)
-    below = editor.call(aten.mul.Tensor, x, _constant(editor, node, "slopes", slopes - 1), like=node)
-    below_zero = editor.call(aten.relu.default, below, like=node)
-    result = editor.call(aten.add.Tensor, x, below_zero, like=node)
-    return [below, below_zero, result], [result]
+def _add_relu(scale: _Scale) -> Callable[[Editor, fx.Node], _Made]:
+    def spell(editor: Editor, node: fx.Node) -> _Made:
+        x, slopes = node.args[0], _slopes(editor, node)
+        below = scale(editor, node, x, "slopes", slopes - 1)
+        below_zero = editor.call(aten.relu.default, below, like=node)
+        result = editor.call(aten.add.Tensor, x, below_zero, like=node)
+        return [below, below_zero, result], [result]
+
+    return spell
 
 
-def _add_mul_relu(editor: Editor, node: fx.Node) -> _Made:
-    x, slopes = node.args[0], _slopes(editor, node)
-    turned = editor.call(aten.mul.Tensor, x, _constant(editor, node, "sign", torch.tensor(-1.0)), like=node)
-    below_zero = editor.call(aten.relu.default, turned, like=node)
-    scaled = editor.call(aten.mul.Tensor, below_zero, _constant(editor, node, "slopes", 1 - slopes), like=node)
-    result = editor.call(aten.add.Tensor, x, scaled, like=node)
-    return [turned, below_zero, scaled, result], [result]
+def _add_mul_relu(scale: _Scale) -> Callable[[Editor, fx.Node], _Made]:
+    def spell(editor: Editor, node: fx.Node) -> _Made:
+        x, slopes = node.args[0], _slopes(editor, node)
+        turned = scale(editor, node, x, "sign", torch.full_like(slopes, -1))
+        below_zero = editor.call(aten.relu.default, turned, like=node)
+        scaled = scale(editor, node, below_zero, "slopes", 1 - slopes)
+        result = editor.call(aten.add.Tensor, x, scaled, like=node)
+        return [turned, below_zero, scaled, result], [result]
+
+    return spell
+
+
+def _by_product(editor: Editor, node: fx.Node, x: Any, what: str, factors: Tensor) -> fx.Node:
+    factors = factors.reshape(-1, *[1] * (rank(node) - 2)) if rank(node) > 1 else factors
+    return editor.call(aten.mul.Tensor, x, _constant(editor, node, what, factors), like=node)
+
+
+def _by_convolution(editor: Editor, node: fx.Node, x: Any, what: str, factors: Tensor) -> fx.Node:
+    spatial = rank(node) - 2
+    weight = _constant(editor, node, what, factors.reshape(-1, *[1] * (spatial + 1)))
+    ones, zeros = [1] * spatial, [0] * spatial
+    return editor.call(_CONV[rank(node)], x, weight, None, ones, zeros, ones, factors.numel(), like=node)
 
 
 def _slopes(editor: Editor, node: fx.Node) -> Tensor:
-    """Return the slopes of a prelu, of a shape that broadcasts with what it is applied to."""
+    """Return the slopes of a prelu, one or one a channel."""
     slopes = constant(node.args[1], editor.gm)
     assert slopes is not None  # by `_of_prelu`
-    x = node.args[0]
-    assert isinstance(x, fx.Node)
-    return slopes.detach().reshape(-1, *[1] * (rank(x) - 2)) if rank(x) > 1 else slopes.detach()
+    return slopes.detach()
 
 
 def _constant(editor: Editor, node: fx.Node, what: str, value: Tensor) -> fx.Node:
@@ -261,6 +293,8 @@ _SPELL: dict[str, Callable[[Editor, fx.Node], _Made]] = {
     "global_average_pool": _global_pool,
     "convolution": _convolution,
     "leaky_relu": _leaky_relu,
-    "add_relu": _add_relu,
-    "add_mul_relu": _add_mul_relu,
+    "add_relu": _add_relu(_by_product),
+    "add_relu_convolution": _add_relu(_by_convolution),
+    "add_mul_relu": _add_mul_relu(_by_product),
+    "add_mul_relu_convolution": _add_mul_relu(_by_convolution),
 }

@@ -249,7 +249,7 @@ EDGES: list[tuple[type[nn.Module], Tensor, dict[str, int]]] = [
     (
         HardActivations,
         images(),
-        {"QLinearConv": 6, "QLinearLeakyRelu": 4, "QLinearMul": 5, "QLinearAdd": 3, "QuantizeLinear": 1},
+        {"QLinearConv": 9, "QLinearLeakyRelu": 4, "QLinearMul": 2, "QLinearAdd": 3, "QuantizeLinear": 1},
     ),
     (
         PreActivation,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from graphopt.backends.onnxruntime.description import DESCRIPTION
 from graphopt.measure.equivalence import measure
+from graphopt.passes.int8 import Int8Options
 from graphopt.passes.quantization.given_scales import dividing_shift, steps_of_shift
 from graphopt.passes.quantization.placing import Placer
 from graphopt.pipeline.plan import Refusal
@@ -129,3 +130,30 @@ def test_written_out_it_is_the_same(tmp_path: Path) -> None:
     assert (found["QLinearConv"], found["QLinearLeakyRelu"], found["QLinearMul"]) == (3, 2, 3)
     _, other = quantized(OtherNumbers(), images())
     assert other.respelled == {}
+
+
+class Slopes(nn.Module):
+    """PReLU behind layers: slopes below 1, and on both sides of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(n, 4, 3) for n in (3, 4, 4))
+        self.register_buffer("gentle", torch.linspace(-1, 1, 4))
+        self.register_buffer("steep", torch.linspace(-1, 2, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(F.prelu(self.b(F.prelu(self.a(x), self.gentle)), self.steep))
+
+
+def test_slopes_of_channels_are_convolutions_of_integers() -> None:
+    original = folded(Slopes(), images())
+    program, plan = quantized(original, images())
+    assert measure(original, program.call_flat, (images(),)).sqnr > 30
+    assert plan.respelled == {"prelu": "add_relu_convolution", "prelu_1": "add_mul_relu_convolution"}
+    assert [layer["bias"] is None for layer in plan.layers] == [False, True, False, True, True, False]
+
+
+def test_slopes_of_floats_are_spelled_as_before() -> None:
+    program, plan = quantized(Slopes(), images(), options=Int8Options(skip=("a",)))
+    assert plan.respelled == {"prelu_1": "add_mul_relu_convolution"}
+    assert operators(program)["prelu"] == 1
