@@ -74,10 +74,11 @@ class Row:
 
 def main(
     model: Annotated[list[str] | None, typer.Option(help="A model; may be repeated. All of them by default.")] = None,
-    in_zoo: Annotated[bool, typer.Option("--zoo", help="Forty architectures, at batch 1.")] = False,
+    in_zoo: Annotated[bool, typer.Option("--zoo", help="Forty architectures.")] = False,
     target: Annotated[list[str] | None, typer.Option(help="A target; may be repeated.")] = None,
     passes: Annotated[str, typer.Option(help="The pipeline that is measured.")] = "int8",
     peer: Annotated[list[str] | None, typer.Option(help=f"{', '.join(PEERS)} (all); may be repeated.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Samples a call; may be repeated.")] = None,
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 32,
     seconds: Annotated[float, typer.Option(help="Of timing for each batch size; seven rounds at least.")] = 10.0,
     data: Annotated[Path | None, typer.Option(help="Where CIFAR-10 and the trained ResNets lie.")] = None,
@@ -94,7 +95,7 @@ def main(
         "targets": target or ["onnxruntime"],
         "passes": passes,
         "peers": list(PEERS) if peer is None else peer,
-        "batches": [1] if in_zoo else [1, 8],
+        "batches": batch or ([1] if in_zoo else [1, 8]),
         "samples": samples,
         "seconds": seconds,
         "engine": engine,

@@ -69,6 +69,11 @@ def _ratio(row: _Row, first: str, second: str, batch: str) -> Spread:
     return ratios(*times)
 
 
+def _first(row: _Row, first: str, second: str) -> Spread:
+    """Return the ratio at the first batch size."""
+    return _ratio(row, first, second, next(iter(row["tools"][first]["milliseconds"])))
+
+
 def _shown(spread: Spread) -> str:
     return f"{spread.median:.2f} ({spread.lower:.2f}-{spread.upper:.2f})"
 
@@ -99,15 +104,13 @@ def _timed(row: _Row, baseline: str) -> dict[str, Any]:
 
 
 def _summary(rows: Sequence[_Row], names: Sequence[str], baseline: str) -> Iterable[str]:
-    """Say how a zoo fares as a whole."""
+    """Say how a zoo fares as a whole, at the first batch size."""
     whole = [row for row in rows if any(tool["milliseconds"] for tool in row["tools"].values())]
-    best = [[1.0, *(_ratio(row, baseline, name, "1").median for name in _timed(row, baseline))] for row in whole]
+    best = [[1.0, *(_first(row, baseline, name).median for name in _timed(row, baseline))] for row in whole]
     yield f"{len(whole)} of {len(rows)} models; median speed-up of each one's best peer {median(map(max, best)):.2f}"
     for name in names:
         found = {
-            row["model"]: _ratio(row, baseline, name, "1")
-            for row in whole
-            if row["tools"].get(name, {}).get("milliseconds")
+            row["model"]: _first(row, baseline, name) for row in whole if row["tools"].get(name, {}).get("milliseconds")
         }
         if not found:
             continue
@@ -119,7 +122,7 @@ def _summary(rows: Sequence[_Row], names: Sequence[str], baseline: str) -> Itera
     for row in whole:
         for name, tool in row["tools"].items():
             if name.startswith(_OURS) and tool["kernels"] and not _integers(tool):
-                peers = {peer: _ratio(row, baseline, peer, "1") for peer in _timed(row, baseline)}
+                peers = {peer: _first(row, baseline, peer) for peer in _timed(row, baseline)}
                 said = ", ".join(f"{peer} {_shown(spread)}" for peer, spread in peers.items())
                 yield f"{row['model']}, {name}: wholly float; {said}; {'; '.join(tool['left'][:3])}"
 
