@@ -20,10 +20,12 @@ from graphopt.errors import LoweringError
 from graphopt.ir.editor import Editor
 from graphopt.ir.operators import MOVES
 from graphopt.ir.program import Program
+from graphopt.passes.precision.knobs import knobs_of
 from graphopt.passes.precision.placement import Halves, Wishes, float32_tensors, place_halves
 from graphopt.passes.precision.rewrite import Caster, read_in_float32, store
 from graphopt.passes.precision.storage import stored_halves
 from graphopt.pipeline.context import Context
+from graphopt.pipeline.knobs import Knob
 from graphopt.pipeline.pass_base import Pass
 from graphopt.pipeline.plan import Plan
 from graphopt.statistics.calibration import Calibration
@@ -86,6 +88,11 @@ class Half(Pass[HalfOptions, HalfPlan]):
     after = ("fold", "drop_blocks", "prune", "svd", "recover", "sparsity24", "int8")
     conflicts = ("bfloat16",)
     reads_target = True
+
+    def knobs(self, program: Program, ctx: Context) -> list[Knob]:
+        """List what it does to each weight."""
+        plan = self.plan(program, ctx)
+        return knobs_of(program, plan.weights, frozenset(plan.computed), self.dtype)
 
     @property
     def _kind(self) -> str:

@@ -22,6 +22,7 @@ from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
 from graphopt.measure.budget import Guard
 from graphopt.passes.quantization.choice import choose_forms, inputs_to_keep
+from graphopt.passes.quantization.knobs import knobs_of
 from graphopt.passes.quantization.layers import LayerQuantizer
 from graphopt.passes.quantization.placement import Placement, Site
 from graphopt.passes.quantization.placing import Placer
@@ -33,6 +34,7 @@ from graphopt.passes.quantization.scales import Observing, choose_scales, consta
 from graphopt.passes.quantization.tables import quantize_tables, read_integers
 from graphopt.passes.quantization.timing import fastest
 from graphopt.pipeline.context import Context
+from graphopt.pipeline.knobs import Knob
 from graphopt.pipeline.pass_base import Pass
 from graphopt.quantization.histogram import ChannelMean, FirstSamples
 from graphopt.quantization.observers import Observer
@@ -191,6 +193,11 @@ class Int8(Pass[Int8Options, Int8Plan]):
         read_integers(editor, plan.tables, plan.tensors)
         rewrite_lstms(editor, plan.recurrent, plan.tensors)
         return prepared.with_graph(editor.finish())
+
+    def knobs(self, program: Program, ctx: Context) -> list[Knob]:
+        """List what it does to each weight."""
+        plan = self.plan(program, ctx)
+        return knobs_of(Prepared.of(program, plan.respelled), plan)
 
     def _calibration(self, placement: Placement, program: Program, ctx: Context) -> Calibration | None:
         """Return what saw the samples; None where nothing needs them and there are none."""

@@ -23,11 +23,13 @@ from graphopt.passes.layers.matrix_sites import MatrixSite, check_skip, find_sit
 from graphopt.passes.weight_only.awq import input_scales, norm_of
 from graphopt.passes.weight_only.blocks import block_size, to_integers
 from graphopt.passes.weight_only.forms import form_of
+from graphopt.passes.weight_only.knobs import knobs_of
 from graphopt.passes.weight_only.plan import InputRecord, WeightsPlan, scaling_name
 from graphopt.passes.weight_only.rewrite import MatrixRewriter
 from graphopt.passes.weight_only.rounding import DataFree, choose_scales
 from graphopt.passes.weight_only.storing import StoredMatrix, spread_sqnr, store
 from graphopt.pipeline.context import Context
+from graphopt.pipeline.knobs import Knob
 from graphopt.pipeline.pass_base import Pass
 from graphopt.pipeline.plan import Refusal
 from graphopt.quantization.formats import IntegerFormat
@@ -135,6 +137,11 @@ class Weights(Pass[WeightsOptions, WeightsPlan]):
         editor = Editor(program.graph_module, self.name)
         MatrixRewriter(editor, plan).run()
         return program.with_graph(editor.finish())
+
+    def knobs(self, program: Program, ctx: Context) -> list[Knob]:
+        """List what it does to each weight, but where it changes what weights are multiplied with (awq)."""
+        plan = self.plan(program, ctx)
+        return [] if plan.inputs else knobs_of(program, plan)
 
     @property
     def _without_data(self) -> DataFree:

@@ -153,7 +153,10 @@ class StepCache:
         if self._kind is None:
             return None
         programs = self.memory.digest(program), self.memory.digest(ctx.original)
-        given = ctx.targets, ctx.target, ctx.seed, ctx.loss is None, sorted(ctx.timers), bool(step.inserted_for)
+        judge = digests.of_evaluation(ctx.metric) if step.instance.chooses_by_metric and ctx.metric is not None else ""
+        if judge is None:
+            return None
+        given = ctx.targets, ctx.target, ctx.seed, ctx.loss is None, sorted(ctx.timers), bool(step.inserted_for), judge
         return digest_of("plan", digests.of_libraries(), self._kind, programs, given, sorted(self.reads.sources))
 
     def _kept(self, key: str | None) -> Iterator[_Kept]:

@@ -108,13 +108,13 @@ def check_measured(gates: Iterable[Gate], *, evaluates: bool, lowers: bool, time
 
 
 def check(gates: Iterable[Gate], report: Report) -> None:
-    """Look at what was measured.
+    """Look at what was measured, and at what passes were asked for.
 
     Raises:
-        GateError: a condition holds for an artifact, or its quantity is not a number there.
+        GateError: a condition holds for an artifact, or its quantity is not a number there; a pass missed its goal.
         UsageError: a quantity was not measured.
     """
-    failures = [failure for gate in gates for failure in gate.failures(report)]
+    failures = [*report.unmet, *(failure for gate in gates for failure in gate.failures(report))]
     if failures:
         raise GateError("; ".join(failures) + ".")
 

@@ -112,7 +112,8 @@ def command(
         check_place(directory, backends)
     times = bench and any(item.times_here for item in backends)
     check_measured(gates, evaluates=evaluation is not None, lowers=bool(backends) and not plan, times=times)
-    failed = _directory_of_failure(directory, expected=bool(gates) and not plan)
+    may_fail = bool(gates) or any(step.instance.has_goal for step in pipeline.steps)
+    failed = _directory_of_failure(directory, expected=may_fail and not plan)
 
     def rules() -> bytes:
         used = [model, weights, *_paths(data, evaluation, passes), *(plugin or ())]
@@ -158,7 +159,7 @@ def command(
         with replacing(depfile) as temporary:
             temporary.write_bytes(rules())
     result.save(directory)
-    if gates:
+    if may_fail:
         remove_result(failed)  # it is of an earlier run
     _print(result, directory, format)
 

@@ -22,6 +22,7 @@ _ENOUGH = 32  # judges; where a tenth of the samples is fewer, up to a quarter o
 _SHORTEST_PERIOD = 4
 _FEWEST_OF_THREE = 2 * FEWEST  # samples; of fewer, half of what judges would say nothing
 _MOST = 1024  # judges; all samples behind them may be fitted
+_ALL = 1 << 62
 _PIECE = 4096  # samples whose part is looked up at once
 _GOLDEN = 0x9E3779B1  # 2^32 over the golden ratio: multiples of it spread evenly (Knuth, TAOCP 3, section 6.4)
 
@@ -63,6 +64,16 @@ def split(source: SampleSource, program: Program) -> Split:
     return Split(*(Part(source, unit, period, (role,)) for role in get_args(Role)))
 
 
+def halves(source: SampleSource, unit: int) -> tuple[SampleSource, SampleSource]:
+    """Split samples in two like halves, none of which is fitted: what passes choose by, and what reports are made of.
+
+    Args:
+        source: All of them.
+        unit: So many samples in a row stay together.
+    """
+    return Part(source, unit, 1, ("held out",), _ALL), Part(source, unit, 1, ("unseen",), _ALL)
+
+
 @dataclass(frozen=True)
 class Part:
     """One part of a split.
@@ -72,12 +83,14 @@ class Part:
         unit: So many samples in a row are in the same part.
         period: Of so many units in a row one judges: it is held out or unseen.
         roles: What this part holds.
+        most: Samples that judge at most; all behind them may be fitted.
     """
 
     source: SampleSource
     unit: int
     period: int
     roles: tuple[Role, ...]
+    most: int = _MOST
 
     def batches(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
         """Yield batches of at most `batch_size` samples, `limit` samples in all."""
@@ -118,7 +131,7 @@ class Part:
     @property
     def _last(self) -> int:
         """The number of the first sample behind which all may be fitted."""
-        return max(2, _MOST // self.unit) * self.period * self.unit
+        return max(2, self.most // self.unit) * self.period * self.unit
 
     def _rows(self, first: int, count: int) -> torch.Tensor:
         """Return which of `count` samples from number `first` on are in this part, counted from `first`."""

@@ -17,7 +17,6 @@ from graphopt.caching.store import Store
 from graphopt.capturing.load import with_data
 from graphopt.capturing.model_calls import gradients_recorded
 from graphopt.data import Samples
-from graphopt.data.batches import Batch, SampleSource, batch_count, whole_batches
 from graphopt.data.served import Served, ServedInput, served_inputs
 from graphopt.data.split import Split, split
 from graphopt.errors import UsageError
@@ -31,6 +30,7 @@ from graphopt.ir.program import Program
 from graphopt.ir.regions import compiled_for_their_shapes
 from graphopt.job.checks import State, check_as_handed_out, check_as_opened, check_weights, notes_on_types, state_of
 from graphopt.job.deliver import Delivery, Originals, deliver
+from graphopt.job.judging import Judge, judge_of, metrics_for, probe_inputs
 from graphopt.job.manifest import Manifest, fingerprint
 from graphopt.job.payloads import lent_by, set_aside
 from graphopt.job.recorder import Recorder
@@ -38,9 +38,7 @@ from graphopt.job.replaying import carry_out
 from graphopt.job.report import Report, Row
 from graphopt.job.result import Result
 from graphopt.job.sample_notes import sample_notes
-from graphopt.measure.cost import cost
 from graphopt.measure.equivalence import Probe
-from graphopt.measure.evaluate import Evaluator, FunctionEvaluator, evaluator
 from graphopt.measure.stopwatch import Stopwatch
 from graphopt.pipeline import runner
 from graphopt.pipeline.context import Context, Loss, NoProgress, Progress
@@ -49,10 +47,6 @@ from graphopt.pipeline.pipeline import Pipeline
 from graphopt.pipeline.plan import Plan
 from graphopt.pipeline.registry import DEFAULT_TARGET, PassRegistry, backend, backends_named
 from graphopt.targets.backend import Backend
-
-# Samples that every row's output error is measured on: as many as cost this many operations, within bounds.
-_PROBE_FLOPS = 2e10
-_FEWEST_PROBES, _MOST_PROBES = 2, 32
 
 
 @dataclass(frozen=True)
@@ -64,6 +58,8 @@ class Outcome:
         programs: the final program of each target, keyed by target name; "" where no pass asked for one.
         plans: (target, plan) in the order they were made; target "" before the pipeline forks.
         report: a row for the original and for each step, refusals and notes.
+        metric: what reports say of programs, None without one; of the labelled data half, where a pass chose by the
+            other.
         handed_out: fingerprints of those of the programs that a result holds, where they may be trained.
     """
 
@@ -71,6 +67,7 @@ class Outcome:
     programs: dict[str, Program]
     plans: tuple[tuple[str, Plan], ...]
     report: Report
+    metric: Judge | None = field(default=None, repr=False)
     handed_out: dict[str, str] = field(default_factory=dict, repr=False)
 
 
@@ -104,11 +101,12 @@ class Job:
     device: str | torch.device | None = None
     cache: bool = True
     served: tuple[ServedInput, ...] = ()
-    metric: Evaluator | FunctionEvaluator | None = field(default=None, init=False)
+    metric: Judge | None = field(default=None, init=False)
     _memory: Memory = field(default_factory=Memory, init=False, repr=False)
     _stopwatches: dict[str, Stopwatch] = field(default_factory=dict, init=False, repr=False)
     _opened: State = field(default_factory=dict, init=False, repr=False)
     _lent: frozenset[Hashable] = field(default=frozenset(), init=False, repr=False)  # storages of a module's tensors
+    _whole_row: Row | None = field(default=None, init=False, repr=False)  # of the original, judged by all there is
 
     @classmethod
     @one_thread_at_a_time()
@@ -176,7 +174,7 @@ class Job:
             self.samples = self.samples.on(self.device)
         check_weights(self.original)
         self._opened = state_of(self._given)
-        self.metric = None if self.evaluation is None else _evaluator(self.evaluation, self.original)
+        self.metric = None if self.evaluation is None else judge_of(self.evaluation, self.original)
 
     @one_thread_at_a_time()
     @random_state_kept()
@@ -209,7 +207,9 @@ class Job:
         if check not in ("fast", "full"):
             raise UsageError(f"check={check!r} is not known. Use 'fast' or 'full'.")
         check_as_opened(self._given, self._opened)
-        report = self._new_report(pipeline)
+        choosing, judging, noted = metrics_for(pipeline, self.metric)
+        report = self._new_report(pipeline, judging)
+        report.notes += noted
         deciding = self.backends
         if not deciding and pipeline.fork() < len(pipeline.steps):
             deciding = (backend(DEFAULT_TARGET),)
@@ -221,6 +221,7 @@ class Job:
             samples=self._split.fitted if self._split else None,
             held_out=self._split.held_out if self._split else None,
             loss=self.loss,
+            metric=choosing,
             timers={
                 item.name: self._stopwatches.setdefault(item.name, Stopwatch(item))
                 for item in deciding
@@ -238,14 +239,14 @@ class Job:
         kept = self._step_cache()
         if kept is not None:
             ctx = kept.reads.watch(ctx)
-        recorder = Recorder(report, self.original, self._probe, self.metric, kept)
+        recorder = Recorder(report, self.original, self._probe, judging, kept)
         made = runner.run(pipeline, self.original, ctx, [recorder, *checks, *hooks], kept)
         if kept is not None and kept.found:
             said = ", ".join(f"`{text}`" for text in kept.found)
             report.notes.append(
                 f"cache: decided in an earlier run, on the same things: {said} (--no-cache decides anew)"
             )
-        return Outcome(pipeline, made.programs, set_aside(made.plans, made.programs.values()), report)
+        return Outcome(pipeline, made.programs, set_aside(made.plans, made.programs.values()), report, judging)
 
     @one_thread_at_a_time()
     @random_state_kept()
@@ -286,7 +287,7 @@ class Job:
                     originals,
                     Path(home.name),
                     probe=self._probe,
-                    metric=self.metric,
+                    metric=outcome.metric,
                     bench=bench,
                     sizes=bench if sizes is None else sizes,
                 )
@@ -309,11 +310,11 @@ class Job:
         check_as_opened(self._given, self._opened)
         programs, plans = carry_out(self.original, stored, directory, registry)
         pipeline = Pipeline.parse(stored.pipeline, registry)
-        report = self._new_report(pipeline)
+        report = self._new_report(pipeline, self.metric)
         report.notes.append(
             f"plans: they are those of {directory}; what each step costs was measured when they were made"
         )
-        return Outcome(pipeline, programs, tuple(plans), report)
+        return Outcome(pipeline, programs, tuple(plans), report, self.metric)
 
     @one_thread_at_a_time()
     @gradients_recorded()
@@ -353,17 +354,21 @@ class Job:
             served=self.served,
         )
 
-    def _new_report(self, pipeline: Pipeline) -> Report:
-        report = Report(self.name, str(pipeline), self.metric.name if self.metric else "", rows=[self._row])
+    def _new_report(self, pipeline: Pipeline, metric: Judge | None) -> Report:
+        report = Report(self.name, str(pipeline), metric.name if metric else "", rows=[self._row(metric)])
         report.notes += [f"{note.subject}: {note.text}" for note in self.original.notes]
         report.notes += [f"data: {note}" for note in (self.samples.notes if self.samples else ())]
         report.notes += notes_on_types(self.original)
         return report
 
-    @functools.cached_property
-    def _row(self) -> Row:
-        recorder = Recorder(Report(self.name, ""), self.original, self._probe, self.metric, self._step_cache())
-        return dataclasses.replace(recorder.known(self.original), label="original")
+    def _row(self, metric: Judge | None) -> Row:
+        if metric is self.metric and self._whole_row is not None:
+            return self._whole_row
+        recorder = Recorder(Report(self.name, ""), self.original, self._probe, metric, self._step_cache())
+        row = dataclasses.replace(recorder.known(self.original), label="original")
+        if metric is self.metric:
+            self._whole_row = row
+        return row
 
     def _step_cache(self) -> StepCache | None:
         return StepCache(self._memory, Store.of_user()) if self.cache else None
@@ -371,7 +376,7 @@ class Job:
     @functools.cached_property
     def _probe(self) -> Probe:
         judging = self._split and (self._split.unseen or self._split.held_out or self._split.fitted)
-        return Probe(self.original, _probe_inputs(self.original, judging))
+        return Probe(self.original, probe_inputs(self.original, judging))
 
     @functools.cached_property
     def _sample_notes(self) -> list[str]:
@@ -381,19 +386,3 @@ class Job:
     def _split(self) -> Split | None:
         """What passes may fit, what they choose by, and what reports are made of: one split for whatever runs."""
         return None if self.samples is None else split(self.samples, self.original)
-
-
-def _evaluator(spec: Any, program: Program) -> Evaluator | FunctionEvaluator:
-    return evaluator(spec, specs=program.inputs, fixed_batch=program.batch_size, device=program.device)
-
-
-def _probe_inputs(program: Program, samples: SampleSource | None) -> Batch:
-    """Return the inputs that errors are measured on: real samples if there are any."""
-    if samples is None:
-        return program.flat_examples()
-    if program.batch_size is not None:
-        batches = whole_batches(samples, program.batch_size, None, fixed=program.batch_size)
-        return next(batches, program.flat_examples())
-    affordable = int(_PROBE_FLOPS // max(cost(program).flops, 1))
-    count = min(max(affordable, _FEWEST_PROBES), _MOST_PROBES)
-    return max(samples.batches(count, count), key=batch_count)  # the first, but for unlike shapes

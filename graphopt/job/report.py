@@ -102,6 +102,7 @@ class Report:
             nothing was compared.
         refusals: (pass, refusal) of every site left alone.
         notes: what a user should know.
+        unmet: what passes were asked for and did not reach.
         files: what was written, relative to the output directory.
     """
 
@@ -111,6 +112,7 @@ class Report:
     rows: list[Row] = field(default_factory=list)
     refusals: list[tuple[str, Refusal]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    unmet: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     facts: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     baselines: dict[str, Row] = field(default_factory=dict)
@@ -135,6 +137,7 @@ class Report:
             rows=list(self.rows),
             refusals=list(self.refusals),
             notes=list(self.notes),
+            unmet=list(self.unmet),
             files=list(self.files),
             facts=dict(self.facts),
             baselines=dict(self.baselines),
@@ -162,6 +165,7 @@ class Report:
     def add_plan(self, plan: Plan) -> None:
         """Take over the refusals and notes of a plan."""
         self.notes += [f"{plan.pass_name}: {note}" for note in plan.notes]
+        self.unmet += [f"{plan.pass_name}: {text}" for text in plan.unmet]
         self.refusals += [(plan.pass_name, refusal) for refusal in plan.refusals]
 
     def refusal_counts(self) -> list[tuple[str, str, int, str]]:

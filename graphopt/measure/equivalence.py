@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from graphopt.data.batches import Batch, batch_count
-from graphopt.errors import CaptureError, VerifyError, foreign_code
+from graphopt.errors import CaptureError, DataError, VerifyError, foreign_code
 from graphopt.ir.finite import computable
 from graphopt.ir.program import Program
 from graphopt.ir.signature import TensorSpec
@@ -40,6 +40,7 @@ class Equivalence:
     of_integers: bool = False
 
 
+_LARGEST = 300.0  # power of ten of an error over outputs that are all zero
 _NUDGES = 16  # runs on moved inputs: of two equal values, either comes first in half of them
 _NOTHING = Equivalence(0.0, 0.0, math.inf, None)
 _INCOMPARABLE = Equivalence(math.inf, math.inf, -math.inf, None)
@@ -136,6 +137,40 @@ class Probe:
             return tuple(found)
 
         return call
+
+
+class OutputError:
+    """Measures how far programs are from one they come from, on the same batches.
+
+    Args:
+        reference: the program that is right.
+        batches: what it is run on, once.
+    """
+
+    def __init__(self, reference: Program, batches: Sequence[Batch]) -> None:
+        self._probes = [Probe(reference, batch) for batch in batches]
+
+    def of(self, candidate: FlatCallable) -> float:
+        """Return the power of the error over that of the outputs, mean of the batches; infinite if not finite.
+
+        Raises:
+            DataError: the outputs of the reference hold NaN, so that nothing can be told.
+        """
+        if any(probe.undefined for probe in self._probes):
+            raise DataError(not_finite("an output of the program"))
+        try:
+            ratios = [probe.measure(candidate).sqnr for probe in self._probes]
+        except VerifyError:  # NaN or infinite where the reference is not
+            return math.inf
+        return sum(10 ** min(-ratio / 10, _LARGEST) for ratio in ratios) / len(ratios)
+
+
+def not_finite(what: str) -> str:
+    """Say that data lead to numbers by which nothing can be chosen."""
+    return (
+        f"The calibration data makes {what} NaN or infinite. Leave out the samples that do, or check that they are "
+        "scaled as in training."
+    )
 
 
 def _nudged(batch: Batch, seed: int) -> Batch:

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from torch import fx, nn
 
 from graphopt.capturing.model_calls import in_eval_mode
-from graphopt.data.batches import Batch, Labelled, batch_count
+from graphopt.data.batches import Batch, Labelled, SampleSource, batch_count
 from graphopt.data.input_spec import Spec
 from graphopt.data.samples import Samples
+from graphopt.data.split import halves
 from graphopt.errors import DataError, foreign_code
 from graphopt.ir.contents import as_array
 from graphopt.ir.program import Program
@@ -38,7 +39,7 @@ class Evaluator:
     """
 
     def __init__(
-        self, samples: Samples, metric: Metric, *, batch_size: int, fixed_batch: int | None, limit: int | None
+        self, samples: SampleSource, metric: Metric, *, batch_size: int, fixed_batch: int | None, limit: int | None
     ) -> None:
         """Use `evaluator`."""
         self._samples = samples
@@ -48,6 +49,16 @@ class Evaluator:
         self._limit = limit
         self.name = metric.name
         self.unit = metric.unit
+
+    def halves(self) -> tuple[Evaluator, Evaluator]:
+        """Return two evaluators of half of the samples each: one to choose by, and one for reports."""
+        batch, fixed, limit = self.batch_size, self._fixed_batch, self._limit
+        limit = None if limit is None else -(-limit // 2)
+        one, other = (
+            Evaluator(half, self._metric, batch_size=batch, fixed_batch=fixed, limit=limit)
+            for half in halves(self._samples, fixed or 1)
+        )
+        return one, other
 
     def batches(self) -> Iterator[Labelled]:
         """Yield the inputs and labels that models are judged by."""

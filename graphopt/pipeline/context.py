@@ -49,6 +49,8 @@ class Context:
         held_out: the samples that passes choose by, and that no pass fits; None where there are none to spare. What
             is reported is taken on others, which no pass gets.
         loss: what the model was trained for; None when the user gave none.
+        metric: how good anything callable like the model is, higher is better, by labelled samples that reports do not
+            look at; for passes that say they choose by it, None when the user gave none.
         timers: by target name, what measures latency in that runtime, where it executes on this machine.
         seed: every random draw descends from it.
         progress: shows long loops.
@@ -60,6 +62,7 @@ class Context:
     samples: SampleSource | None = None
     held_out: SampleSource | None = None
     loss: Loss | None = None
+    metric: Callable[[Callable[..., Any]], float] | None = None
     timers: Mapping[str, Timer] = field(default_factory=dict)
     seed: int = 0
     progress: Progress = field(default_factory=NoProgress)
@@ -122,6 +125,15 @@ class Context:
                 "--data samples.npz (or data=... from Python)."
             )
         return self.samples
+
+    def need_metric(self, pass_name: str, purpose: str) -> Callable[[Callable[..., Any]], float]:
+        """Return what judges models, or explain what it is needed for."""
+        if self.metric is None:
+            raise DataError(
+                f"Pass `{pass_name}` needs labelled data {purpose}, and none were given. Give --eval test.npz (or "
+                "eval=... from Python)."
+            )
+        return self.metric
 
     def analysis(self, program: Program, name: str, compute: Callable[[], T]) -> T:
         """Return the analysis `name` of `program`, computed once however many passes ask.

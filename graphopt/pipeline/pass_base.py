@@ -30,12 +30,13 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
 from graphopt.ir.program import Program
 from graphopt.pipeline.context import Context
+from graphopt.pipeline.knobs import Knob
 from graphopt.pipeline.plan import Plan, Refusal
 from graphopt.targets.description import TargetDescription
 
@@ -66,6 +67,9 @@ class Pass(ABC, Generic[OptionsT, PlanT]):
         conflicts: passes that cannot be in one pipeline with it.
         reads_target: whether its plan depends on the target description; with several targets the pipeline forks here.
             An instance may decide by its options.
+        chooses_by_metric: whether it asks the context's metric, of half of the labelled data; reports then take the
+            other half. An instance may decide by its options.
+        has_goal: whether its plan may say that what was asked for is not reached (`Plan.unmet`).
         changes_outputs: whether it may add or remove program outputs.
         cached: whether its plans may be kept for later runs. It says that `plan` and `apply` read nothing but their
             arguments, the options, and their source with what that imports: no file, no environment, no variable that
@@ -83,6 +87,8 @@ class Pass(ABC, Generic[OptionsT, PlanT]):
     before: ClassVar[tuple[str, ...]] = ()
     conflicts: ClassVar[tuple[str, ...]] = ()
     reads_target: bool = False
+    chooses_by_metric: bool = False
+    has_goal: ClassVar[bool] = False
     changes_outputs: ClassVar[bool] = False
     cached: ClassVar[bool] = False
 
@@ -108,6 +114,13 @@ class Pass(ABC, Generic[OptionsT, PlanT]):
     @abstractmethod
     def apply(self, program: Program, plan: PlanT) -> Program:
         """Return a new program with the plan carried out. Depends on its two arguments alone."""
+
+    def knobs(self, program: Program, ctx: Context) -> Sequence[Knob]:
+        """List the sites that it would rewrite, for whoever decides site by site; none: it can only be left out whole.
+
+        Options need a field `skip` that takes the names which knobs give.
+        """
+        return ()
 
     def prove(self, before: Program, after: Program, plan: PlanT) -> None:
         """Check more than is affordable on every run (`--check full`). Passes that can prove more override it.

@@ -52,6 +52,7 @@ class Plan:
         tensors: payload by name: factors, scales, trained weights. Stored as safetensors.
         measured: times or scores that steered a decision. Recorded, not reproducible.
         notes: what a user should know, for the report.
+        unmet: what was asked for and is not reached by the best that was found: the run fails as at a gate.
     """
 
     # how `from_json` reads: what is not declared is refused
@@ -66,6 +67,7 @@ class Plan:
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
     measured: Mapping[str, Json] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    unmet: tuple[str, ...] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse a field that manifests use themselves."""

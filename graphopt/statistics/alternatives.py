@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,21 +13,10 @@ from graphopt.data.batches import Batch
 from graphopt.ir.graph import constant
 from graphopt.ir.program import Program
 from graphopt.ir.walker import Walker
+from graphopt.pipeline.knobs import Alternative
+from graphopt.statistics.sensitivity import noise_shares
 
 Shares = dict[fx.Node, dict[str, list[float]]]  # of noise, of each alternative, by sample
-
-
-@dataclass(frozen=True, eq=False)
-class Alternative:
-    """Another way to run a call.
-
-    Attributes:
-        run: takes the arguments of the call and returns another result for it.
-        compared: takes such a result, or the call's own, and returns what is compared, with samples first.
-    """
-
-    run: Callable[[tuple[Any, ...], dict[str, Any]], Any]
-    compared: Callable[[Any], Tensor] = lambda result: result
 
 
 def compare(
@@ -101,20 +89,11 @@ def _add_shares(
 ) -> None:
     for name, alternative in by_name.items():
         found = alternative.run(args, kwargs)
-        shares[name] += _noise_shares(alternative.compared(result), alternative.compared(found))
+        shares[name] += noise_shares([alternative.compared(result)], [alternative.compared(found)])
 
 
 def _ratios(shares: Shares) -> dict[fx.Node, dict[str, float]]:
     return {node: {name: _decibels(each) for name, each in by_name.items()} for node, by_name in shares.items()}
-
-
-def _noise_shares(wanted: Tensor, found: Tensor) -> list[float]:
-    """Return the power of the difference over that of the signal, of each index of the first axis."""
-    signal, noise = (
-        part.double().reshape(len(part) if part.dim() else 1, -1).square().sum(1) for part in (wanted, found - wanted)
-    )
-    shares = torch.where(noise == 0, 0.0, noise / signal)  # what should be 0 and is not is off without bound
-    return [float(share) for share in shares]
 
 
 def _decibels(shares: Sequence[float]) -> float:

@@ -21,12 +21,13 @@ from graphopt.ir.program import Program
 from graphopt.passes.layers.weighted_call import WeightedCall
 from graphopt.passes.quantization.placement import Choice, Placement, Site
 from graphopt.passes.quantization.recurrent import lstm_call, stored_lstm
+from graphopt.pipeline.knobs import Alternative, on_changed
 from graphopt.pipeline.plan import Refusal
 from graphopt.quantization.formats import IntegerFormat
 from graphopt.quantization.ops import dequantize, dynamic_quantize, fake_quantize
 from graphopt.quantization.qparams import QParams, quantize_weight, weight_scales
 from graphopt.quantization.recurrent import dynamic_lstm
-from graphopt.statistics.alternatives import Alternative, compare, compare_on
+from graphopt.statistics.alternatives import compare, compare_on
 from graphopt.targets.description import TargetDescription
 
 _LEAST_GAIN = 3.0  # dB that dynamic scales must bring: their kernels are slower
@@ -140,19 +141,7 @@ def _with(
     layer: WeightedCall, rounded: Callable[[WeightedCall], Tensor], read: Callable[[Tensor], Tensor]
 ) -> Alternative:
     """Return the layer's call with its weight rounded and an input that is read through `read`."""
-
-    def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        weight = rounded(layer)
-
-        def given(argument: Any, value: Any) -> Any:
-            return read(value) if argument is layer.input else weight if argument is layer.weight else value
-
-        args = tuple(given(argument, value) for argument, value in zip(layer.node.args, args, strict=True))
-        kwargs = {name: given(layer.node.kwargs[name], value) for name, value in kwargs.items()}
-        result: Tensor = layer.node.target(*args, **kwargs)  # type: ignore[operator]
-        return result
-
-    return Alternative(run)
+    return on_changed(layer.node, {layer.input: read, layer.weight: lambda _: rounded(layer)})
 
 
 def _integer_lstm(node: fx.Node, gm: fx.GraphModule, integers: IntegerFormat) -> Alternative:

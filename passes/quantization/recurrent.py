@@ -24,7 +24,7 @@ from graphopt.quantization.qparams import quantize_weight, weight_scales
 from graphopt.quantization.recurrent import DYNAMIC_LSTM
 
 aten = torch.ops.aten
-_PARTS = ("weight", "weight_scale", "recurrent", "recurrent_scale", "bias")
+PARTS = ("weight", "weight_scale", "recurrent", "recurrent_scale", "bias")
 _GATES = (0, 3, 1, 2)  # of torch (input, forget, cell, output) in the kernel's order: input, output, forget, cell
 
 
@@ -159,7 +159,7 @@ def _rewrite(editor: Editor, node: fx.Node, stored: str, tensors: Mapping[str, T
     learned = constant(call.parameters[-1], editor.gm) if call.biases else None
     with editor.graph.inserting_before(node):
         reads = []
-        for part in _PARTS:
+        for part in PARTS:
             name = stored_name(stored, part)
             editor.put(name, tensors[name], kind_of=learned if part == "bias" else None)
             reads.append(editor.read(name, like=node, site=node.name))

@@ -15,10 +15,10 @@ import torch
 from torch import fx
 
 from graphopt.data.batches import Batch, batch_count
-from graphopt.errors import DataError, VerifyError
+from graphopt.errors import DataError
 from graphopt.ir.program import Program
 from graphopt.ir.walker import Walker
-from graphopt.measure.equivalence import Probe
+from graphopt.measure.equivalence import OutputError, not_finite
 from graphopt.passes.residuals.branches import Branch
 from graphopt.passes.residuals.removal import without
 from graphopt.pipeline.context import Progress
@@ -26,41 +26,12 @@ from graphopt.pipeline.context import Progress
 Criterion = Literal["output", "influence", "random", "last"]
 
 
-_LARGEST = 300.0  # power of ten of an error over outputs that are all zero
-
-
-class OutputError:
-    """Measures how far programs are from one they come from, on the same batches.
-
-    Args:
-        reference: the program that is right.
-        batches: what it is run on, once.
-    """
-
-    def __init__(self, reference: Program, batches: Sequence[Batch]) -> None:
-        self._probes = [Probe(reference, batch) for batch in batches]
-
-    def of(self, candidate: Program) -> float:
-        """Return the power of the error over that of the outputs, mean of the batches; infinite if not finite.
-
-        Raises:
-            DataError: the outputs of the reference hold NaN, so that nothing can be told.
-        """
-        try:
-            ratios = [probe.measure(candidate.call_flat).sqnr for probe in self._probes]
-        except VerifyError:  # NaN or infinite where the reference is not
-            return math.inf
-        known = not any(probe.undefined for probe in self._probes)
-        error = sum(10 ** min(-ratio / 10, _LARGEST) for ratio in ratios) / len(ratios) if known else math.nan
-        return _known(error, "an output of the program")
-
-
 def output_errors(
     program: Program, branches: Sequence[Branch], error: OutputError, progress: Progress, by: str
 ) -> list[float]:
     """Return for each branch the error of `program` without it, in order."""
     tracked = progress.track(branches, "measuring branches", len(branches))
-    return [error.of(without(program, [branch.result.name], by)) for branch in tracked]
+    return [error.of(without(program, [branch.result.name], by).call_flat) for branch in tracked]
 
 
 def influences(program: Program, branches: Sequence[Branch], batches: Sequence[Batch]) -> list[float]:
@@ -95,8 +66,5 @@ def _turned(before: torch.Tensor, after: torch.Tensor, samples: int) -> float:
 
 def _known(score: float, what: str) -> float:
     if math.isnan(score):
-        raise DataError(
-            f"The calibration data makes {what} NaN or infinite. Leave out the samples that do, or check that they are "
-            "scaled as in training."
-        )
+        raise DataError(not_finite(what))
     return score

@@ -11,8 +11,9 @@ import torch
 from graphopt.data.batches import Batch, SampleSource
 from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
+from graphopt.measure.equivalence import OutputError
 from graphopt.passes.residuals.branches import Branch, find_branches, stored_parameters
-from graphopt.passes.residuals.contribution import Criterion, OutputError, influences, output_errors
+from graphopt.passes.residuals.contribution import Criterion, influences, output_errors
 from graphopt.passes.residuals.removal import fits_without, without
 from graphopt.pipeline.context import Context
 from graphopt.statistics.calibration import read_batches
@@ -132,7 +133,7 @@ class Search:
 
     def _beyond(self, following: Program, limit: float) -> bool:
         assert self._judge is not None  # `run` has made it
-        error = self._judge.of(following)
+        error = self._judge.of(following.call_flat)
         found = math.inf if error == 0 else -10 * math.log10(error)
         if found < limit:
             self.over_limit = found

@@ -600,3 +600,22 @@ def test_digests_tell_values_apart() -> None:
     found = [digests.digest_of(value) for value in values]
     assert len(set(found)) == len(values)
     assert found == [digests.digest_of(copy.deepcopy(value)) for value in values]
+
+
+CHOOSING = PLUGIN.replace("    cached = True", "    cached = True\n    chooses_by_metric = True").replace(
+    "        if self.options.times:", "        shift += ctx.metric(program)\n        if self.options.times:"
+)
+LABELS = torch.arange(40) % 3
+
+
+def test_what_passes_choose_by_is_part_of_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAPHOPT_CACHE", str(tmp_path / "cache"))
+    plugin = written(tmp_path, CHOOSING)
+    first = run(plugin, evaluation=(X, LABELS))
+    assert torch.equal(tensors(run(plugin, evaluation=(X, LABELS)))["0.weight"], tensors(first)["0.weight"])
+    assert asked(plugin) == 1
+    run(plugin, evaluation=(X, LABELS.flip(0)))
+    assert asked(plugin) == 2
+    for _ in range(2):  # a function may ask anything
+        run(plugin, evaluation=lambda model: float(model(X).sum()))
+    assert asked(plugin) == 4

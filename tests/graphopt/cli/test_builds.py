@@ -92,6 +92,15 @@ def test_a_failed_gate_replaces_the_results_of_an_earlier_one(files: Files, fail
     assert not Path("build").exists()
 
 
+def test_a_goal_that_cannot_be_met_fails_as_a_gate(files: Files, fails: Fails) -> None:
+    command = ("optimize", "model.pt", "--data", "data.npz", "--no-bench", "-o", "build")
+    said = fails(1, *command, "--passes", "mixed:bytes=0.01")
+    assert "mixed: bytes=0.01: " in said
+    assert "of the bytes are left. The results are in build.failed" in said
+    assert Path("build.failed/onnxruntime.onnx").exists()
+    assert not Path("build").exists()
+
+
 @pytest.mark.parametrize("foreign", [(), ("diary.txt",)])
 def test_results_of_a_failed_gate_go_when_all_gates_pass(files: Files, fails: Fails, foreign: tuple[str, ...]) -> None:
     command = ("optimize", "model.pt", "--passes", "", "--no-bench", "-o", "build", "--fail-if")

@@ -54,6 +54,13 @@ def test_a_failure_says_value_and_gate() -> None:
     assert Gate.parse("drop>0.5").failures(REPORT) == ["drop is 2 for onnxruntime.onnx, gate is drop>0.5"]
 
 
+def test_a_goal_that_a_pass_missed_fails_without_a_gate() -> None:
+    check([], REPORT)
+    missed = Report("m", "p", rows=REPORT.rows, unmet=["mixed: max_drop=1.0: 1.5 points are lost"])
+    with pytest.raises(GateError, match=r"mixed: max_drop=1.0: 1.5 points are lost\.$"):
+        check([], missed)
+
+
 def test_without_an_artifact_the_last_pass_counts() -> None:
     report = Report("m", "p", "top1", rows=REPORT.rows[:2])
     assert Gate.parse("drop>0.5").failures(report) == ["drop is 1 for int8, gate is drop>0.5"]

@@ -13,7 +13,7 @@ from torch import nn
 from graphopt.capturing.capture import capture
 from graphopt.data import Samples
 from graphopt.data.batches import Batch, SampleSource
-from graphopt.data.split import FEWEST, place, split
+from graphopt.data.split import FEWEST, halves, place, split
 from graphopt.ir.program import Program
 from graphopt.testing import TensorSamples
 
@@ -126,3 +126,13 @@ def test_a_sample_behind_the_last_that_judges_has_no_place(any_batch: Program, c
     assert place(held_out, held - 1) < 1024 * 10
     with pytest.raises(IndexError, match=f"holds at most {held}; none is number {held}"):
         place(held_out, held)
+
+
+@pytest.mark.parametrize(("count", "unit"), [(2, 1), (31, 1), (5000, 1), (64, 4), (8, 4)])
+def test_halves_share_nothing_and_leave_nothing_out(count: int, unit: int) -> None:
+    one, other = (read(half, batch_size=unit) for half in halves(numbered(count), unit))
+    assert sorted(one + other) == list(range(count))
+    assert abs(len(one) - len(other)) <= max(2 * unit, count // 20)
+    assert {number // unit for number in one}.isdisjoint(number // unit for number in other)
+    assert one
+    assert other

@@ -23,8 +23,11 @@ from graphopt.job import deliver
 from graphopt.job.job import Job
 from graphopt.job.report import Latency, Row
 from graphopt.measure.bench import Comparison, Spread, TimedPair, Timing
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.pass_base import NoOptions, Pass
 from graphopt.pipeline.pipeline import Pipeline
-from graphopt.pipeline.registry import backends_named
+from graphopt.pipeline.plan import Plan
+from graphopt.pipeline.registry import PassRegistry, backends_named
 from graphopt.targets.backend import Artifact
 from graphopt.testing import fingerprint
 
@@ -258,3 +261,41 @@ def test_an_outcome_whose_program_was_trained_is_not_delivered_again() -> None:
         with pytest.raises(UsageError, match="for onnxruntime was changed after it was handed out in a result"):
             again(outcome)
     assert fingerprint(job.undelivered(job.run(outcome.pipeline)).program) == before
+
+
+class Chooses(Pass[NoOptions, Plan]):
+    """Writes down what the metric says, and misses what was asked for."""
+
+    name = "chooses"
+    chooses_by_metric = True
+    has_goal = True
+
+    def plan(self, program: Program, ctx: Context) -> Plan:
+        assert ctx.metric is not None
+        return self.new_plan(sites=(), measured={"metric": ctx.metric(program)}, unmet=("max_drop=0: 1 point",))
+
+    def apply(self, program: Program, plan: Plan) -> Program:
+        raise AssertionError("it rewrites nothing")
+
+
+def test_what_passes_choose_by_is_not_what_reports_are_made_of() -> None:
+    right = model()(X).argmax(1)
+    order = torch.arange(64)
+    labels = torch.where(order < 32, right, (right + 1) % 4)  # half are right
+    job = Job.open(model(), X, target=None, eval=(X, labels))
+    registry = PassRegistry([Chooses])
+    outcome = job.run(Pipeline.parse("chooses", registry))
+    chosen = next(plan for _, plan in outcome.plans).measured["metric"]
+    reported = outcome.report.original.metric
+    assert isinstance(chosen, float)
+    assert reported is not None
+    sizes = [sum(len(y) for _, y in half.batches() if y is not None) for half in job.metric.halves()]  # type: ignore[union-attr]
+    assert sum(sizes) == 64
+    assert (chosen * sizes[0] + reported * sizes[1]) / 64 == pytest.approx(50)
+    assert outcome.report.rows[-1].metric == reported
+    assert outcome.report.unmet == ["chooses: max_drop=0: 1 point"]
+    assert any("half of the labelled samples chose" in note for note in outcome.report.notes)
+    assert job.run(Pipeline.parse("")).report.original.metric == 50  # where none chooses, all are reported on
+    asked = Job.open(model(), X, target=None, eval=lambda found: float(found(X).sum()))
+    notes = asked.run(Pipeline.parse("chooses", registry)).report.notes
+    assert any("the function that passes chose by also judges" in note for note in notes)

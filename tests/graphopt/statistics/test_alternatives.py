@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.capturing.capture import capture
-from graphopt.statistics.alternatives import Alternative, compare, compare_on
+from graphopt.pipeline.knobs import Alternative
+from graphopt.statistics.alternatives import compare, compare_on
 
 
 def test_shares_of_noise_are_taken_sample_by_sample() -> None:

@@ -1,0 +1,1 @@
+"""What `mixed` is made of."""

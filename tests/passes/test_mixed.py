@@ -1,0 +1,218 @@
+"""Mixed precision: what each form of a weight costs, which are chosen, and what happens where no choice is enough."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from graphopt.backends.onnxruntime.description import DESCRIPTION as TARGET
+from graphopt.backends.tensorrt.description import DESCRIPTION as TENSORRT
+from graphopt.capturing.capture import capture
+from graphopt.errors import DataError, PassError, UsageError
+from graphopt.ir.program import Program
+from graphopt.measure.bench import Spread
+from graphopt.measure.cost import cost
+from graphopt.passes.mixed import Mixed, MixedOptions, MixedPlan
+from graphopt.passes.mixing.forms import FLOAT, Form, compose, find_sites
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.options import build
+from graphopt.pipeline.pipeline import Pipeline
+from graphopt.statistics.sensitivity import Altered
+from graphopt.targets.description import TargetDescription
+from graphopt.testing import TensorSamples, check_pass
+
+WIDTH = 64
+FORMS: tuple[Form, ...] = ("weights2", "weights4", "weights8", "int8", "half")
+
+
+class Words(nn.Module):
+    """A table that a layer is tied to, an LSTM, and layers of which the middle one has to be exact."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.recurrent = nn.Embedding(600, WIDTH), nn.LSTM(WIDTH, WIDTH, 2, batch_first=True)
+        self.wide, self.fine, self.back = nn.Linear(WIDTH, 128), nn.Linear(128, 128), nn.Linear(128, WIDTH)
+        self.head = nn.Linear(WIDTH, 600, bias=False)
+        self.head.weight = self.table.weight
+        with torch.no_grad():
+            self.fine.weight[:, ::7] *= 30
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x, _ = self.recurrent(self.table(ids))
+        return self.head(self.back(self.fine(self.wide(x).relu()).tanh()))
+
+
+IDS = torch.randint(0, 600, (48, 5), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def words() -> Program:
+    return capture(Words().eval(), IDS[:4])
+
+
+def context(program: Program, target: TargetDescription = TARGET, **fields: Any) -> Context:
+    samples = TensorSamples((IDS[:32],))
+    return Context(
+        program, targets=(target,), target=target, samples=samples, held_out=TensorSamples((IDS[32:],)), **fields
+    )
+
+
+def plan_of(program: Program, ctx: Context | None = None, **options: object) -> MixedPlan:
+    return Mixed(build("mixed", MixedOptions, options)).plan(program, ctx or context(program))
+
+
+@pytest.mark.parametrize("target", [TARGET, TENSORRT], ids=lambda target: target.name)
+def test_a_site_computes_as_the_pass_makes_it(words: Program, target: TargetDescription) -> None:
+    """Alone in its form, each site gives what the program gives in which its pass has rewritten it alone."""
+    ctx = context(words, target)
+    forms = [form for form in FORMS if target is TARGET or form in ("int8", "half", "weights4")]
+    sites = find_sites(words, ctx, forms, ())
+    floats = {site.name: FLOAT for site in sites}
+    seen = set()
+    exact = words.call_flat((IDS[:3],))[0].detach()
+    for site in sites:
+        for form, knob in site.knobs.items():
+            _, made = compose(words, ctx, sites, {**floats, site.name: form})
+            with torch.no_grad():
+                found, wanted = Altered(words, [knob]).call_flat((IDS[:3],))[0], made.call_flat((IDS[:3],))[0]
+            noise = float((wanted - exact).square().mean())
+            assert noise > 0
+            # other values are rounded with it, of an LSTM the states between its steps
+            if form == "int8" or (form == "half" and target is TENSORRT):
+                assert 1 / 16 < float((found - exact).square().mean()) / noise < 8, (site.name, form)
+            else:
+                assert torch.allclose(found, wanted, atol=1e-5), (site.name, form)
+            saved = cost(words).bytes - cost(made).bytes
+            assert knob.saves["bytes"] == pytest.approx(saved, rel=0.1), (site.name, form)
+            seen.add((site.name, form))
+    names = {name for name, _ in seen}
+    assert {"head.weight", "wide.weight", "fine.weight", "back.weight"} <= names
+    assert len({form for _, form in seen}) == len(forms)
+    if target is TARGET:
+        assert ("lstm", "int8") in seen
+        assert set(next(site for site in sites if site.name == "head.weight").knobs) == set(FORMS)
+
+
+def test_it_keeps_the_contract(words: Program) -> None:
+    checked = check_pass(
+        Mixed(MixedOptions(min_sqnr=20.0, forms=("weights4", "int8"))), words, IDS[:4], data=[IDS], target=TARGET
+    )
+    assert isinstance(checked.plan, MixedPlan)
+    assert checked.plan.unmet == ()
+    assert cost(checked.after).bytes < cost(words).bytes / 3
+
+
+def test_what_must_be_exact_stays_so(words: Program) -> None:
+    loose, tight = plan_of(words, min_sqnr=8), plan_of(words, min_sqnr=30)
+    assert loose.forms["fine.weight"] == "weights4" or loose.forms["wide.weight"] == "weights4"
+    order = ["weights4", "int8", "weights8", FLOAT]
+    assert all(order.index(tight.forms[site]) >= order.index(form) for site, form in loose.forms.items())
+    assert tight.forms != loose.forms
+    for plan, least in ((loose, 8), (tight, 30)):
+        assert plan.unmet == ()
+        found = [trial["sqnr"] for name, trial in plan.measured.items() if name.startswith("trial")]  # type: ignore[index,call-overload]
+        assert found[-1] >= least
+
+
+def test_bytes_are_what_is_left(words: Program) -> None:
+    ctx = context(words)
+    plan = plan_of(words, ctx, bytes=0.23)
+    left = cost(Mixed(MixedOptions(bytes=0.23)).apply(words, plan)).bytes / cost(words).bytes
+    assert 0.2 < left <= 0.23
+    assert plan.unmet == ()
+    assert set(plan.forms.values()) >= {"weights4"}
+
+
+def test_what_cannot_be_met_is_said(words: Program) -> None:
+    plan = plan_of(words, bytes=0.01)
+    assert plan.unmet[0].startswith("bytes=0.01: ")
+    assert plan.sites  # the nearest that there is
+    both = plan_of(words, bytes=0.23, min_sqnr=60)
+    assert [text.partition(":")[0] for text in both.unmet] == ["min_sqnr=60.0"]
+
+
+def test_points_of_the_metric_are_those_of_the_labels_it_gets(words: Program) -> None:
+    asked: list[Any] = []
+
+    def metric(model: Callable[..., Any]) -> float:
+        asked.append(model)
+        return 100 - 1e4 * float((model(IDS[32:]) - words(IDS[32:])).detach().abs().max())
+
+    ctx = context(words, metric=metric)
+    assert metric(words) == 100
+    plan = plan_of(words, ctx, max_drop=1e9)
+    assert FLOAT not in plan.forms.values()
+    nothing = plan_of(words, ctx, max_drop=0)
+    assert set(nothing.forms.values()) == {FLOAT}
+    assert len(nothing.refusals) == len(nothing.forms)
+    assert "int8 alone leaves the outputs" in nothing.refusals[0].reason
+    with pytest.raises(DataError, match=r"needs labelled data to see how much is lost \(min_sqnr=25 needs none\)"):
+        plan_of(words, max_drop=1)
+
+
+class Clock:
+    """A runtime in which what is stored in 4 bits takes no time, and all else a time by what it is."""
+
+    def __init__(self) -> None:
+        self.timed = 0
+
+    def __call__(self, program: Program, reference: Program) -> Spread:
+        self.timed += 1
+        share = self._seconds(program) / self._seconds(reference)
+        return Spread(share, share, share, share, share)
+
+    def _seconds(self, program: Program) -> float:
+        floats = dict.fromkeys(("wide.weight", "fine.weight", "back.weight"), 1.0)
+        held = {name for name, _ in (*program.graph_module.named_parameters(), *program.graph_module.named_buffers())}
+        return 1 + sum(floats[name] for name in floats if name in held)
+
+
+def test_a_speed_up_is_measured(words: Program) -> None:
+    clock = Clock()
+    ctx = context(words, timers={TARGET.name: clock})
+    plan = plan_of(words, ctx, min_speedup=1.5, forms="weights4")
+    stored = [site for site, form in plan.forms.items() if form == "weights4"]
+    assert plan.unmet == ()
+    assert len([site for site in stored if site in ("wide.weight", "fine.weight", "back.weight")]) >= 2
+    assert FLOAT in plan.forms.values()
+    assert any(name.startswith("weights4: all but") for name in plan.measured)
+    too_much = plan_of(words, ctx, min_speedup=9, forms="weights4")
+    assert too_much.unmet == ("min_speedup=9.0: it is 4.00x as fast",)
+    with pytest.raises(PassError, match="does not execute on this machine"):
+        plan_of(words, min_speedup=2)
+
+
+def test_what_is_skipped_stays_float(words: Program) -> None:
+    plan = plan_of(words, min_sqnr=5, skip="wide+table*")
+    assert {site for site, form in plan.forms.items() if form == FLOAT} >= {"wide.weight", "head.weight"}
+    assert any(refusal.reason == "left float as asked (skip=wide)" for refusal in plan.refusals)
+    after = Mixed(MixedOptions(min_sqnr=5, skip=("wide", "table*"))).apply(words, plan)
+    assert {"wide.weight", "head.weight"} <= set(after.state_dict())
+    with pytest.raises(UsageError, match="Did you mean `wide"):
+        plan_of(words, skip="wdie")
+
+
+def test_options() -> None:
+    with pytest.raises(UsageError, match="give one of them"):
+        build("mixed", MixedOptions, {"max_drop": "1", "min_sqnr": "20"})
+    pipeline = Pipeline.parse("mixed:max_drop=1.0:bytes=0.2:forms=int8+half")
+    assert Pipeline.parse(pipeline.text).text == pipeline.text
+    assert pipeline.steps[-1].instance.chooses_by_metric
+    with pytest.raises(UsageError, match="int8"):
+        Pipeline.parse("mixed,int8")
+
+
+def test_a_plan_is_read_back(words: Program) -> None:
+    plan = plan_of(words, min_sqnr=15)
+    again = MixedPlan.from_json(plan.to_json(), plan.tensors)
+    assert again.to_json() == plan.to_json()
+    found, wanted = (Mixed(MixedOptions(min_sqnr=15)).apply(words, one).call_flat((IDS[:2],)) for one in (again, plan))
+    assert torch.equal(found[0], wanted[0])
+    ratios = [ratio for known in plan.sensitivity.values() for ratio in known.values()]
+    assert all(ratio is None or math.isfinite(ratio) for ratio in ratios)
