@@ -35,7 +35,7 @@ from graphopt.backends.onnxruntime import OnnxRuntimeBackend  # noqa: E402
 from graphopt.measure.equivalence import Probe  # noqa: E402
 from graphopt.statistics import calibration  # noqa: E402
 
-LIMIT = 1.8
+LIMIT = 1.5
 
 
 class Clock:
