@@ -372,6 +372,21 @@ def test_a_batch_that_only_kernels_know_to_be_fixed_is_fixed() -> None:
     assert note.text.startswith("The batch size is fixed: at batch 3 the model fails (RuntimeError: The size of tensor")
 
 
+class Attends(nn.Module):
+    """Takes states whose second axis is the batch."""
+
+    def forward(self, x: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        return x + state.sum(0)
+
+
+def test_a_batch_that_is_the_axis_of_another_input_too_stays_dynamic() -> None:
+    batch = torch.export.Dim("batch", min=2, max=64)
+    shapes = {"x": {0: batch}, "state": {1: batch}}
+    program = capture(Attends(), (torch.randn(4, 3), torch.randn(2, 4, 3)), dynamic_shapes=shapes)
+    assert [spec.shape for spec in program.inputs] == [("batch", 3), (2, "batch", 3)]
+    assert program(torch.randn(7, 3), torch.randn(2, 7, 3)).shape == (7, 3)
+
+
 class Noisy(nn.Module):
     def __init__(self, mode: str) -> None:
         super().__init__()
