@@ -50,6 +50,8 @@ DESCRIPTION = TargetDescription(
     operators=(*_CONVOLUTIONS, *_PRODUCTS, *_CHAINS, *_MOVES),
     # DequantizeLinear with blocks; what it takes for a last block that is shorter is not documented.
     stored=(StoredRule("linear", bits=(4, 8), blocks=(16, 32, 64, 128, 256), symmetric=True, ragged=False),),
+    # Of weights looked up by stored bytes, the builder keeps four bytes for each of those, not what is looked up.
+    folds=False,
     channel_multiple=32,  # tensor-core tiles of int8 channels
     rank_multiple=32,
     floats=(

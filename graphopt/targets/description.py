@@ -124,6 +124,7 @@ class TargetDescription:
         table: integer format of embedding tables whose rows become floating when they are read, None for none.
         floats: what it can do in floating types of 16 bits; others it refuses.
         costs: how long its kernels take, None where nobody has measured them.
+        folds: whether it computes what depends on stored tensors alone once, when it loads a file, not in every run.
     """
 
     name: str
@@ -138,6 +139,7 @@ class TargetDescription:
     scales_as_convolutions: bool = False
     floats: tuple[FloatKernels, ...] = ()
     stored: tuple[StoredRule, ...] = ()
+    folds: bool = True
     costs: CostTable | None = None
     notes: tuple[str, ...] = field(default=())
 

@@ -7,7 +7,7 @@ import math
 from graphopt.passes.codes.coded import Form
 from graphopt.passes.codes.packing import bases, packed_bytes
 
-OPERATORS = 1 << 10  # bytes that the operators which read one weight take in an ONNX file
+OPERATORS = 1400  # bytes that the operators take in an ONNX file which look a weight up, for each part of its codes
 _FLOAT, _FIRST = 4, 8
 
 

@@ -29,7 +29,9 @@ def branching() -> Program:
     return capture(Branching(), torch.randn(2, 64))
 
 
-@pytest.mark.parametrize("text", ["svd:rank=16", "int8", "weights", "sparsity24:ends=yes", "prune:ratio=0.5"])
+@pytest.mark.parametrize(
+    "text", ["svd:rank=16", "int8", "weights", "codebook", "sparsity24:ends=yes", "prune:ratio=0.5"]
+)
 def test_layers_inside_a_region_are_named(branching: Program, text: str) -> None:
     generator = torch.Generator().manual_seed(0)
     data = torch.randn(64, 64, generator=generator)
