@@ -1,4 +1,4 @@
-"""Operators that ONNX Runtime computes wrongly on integers, kept in float by a copy behind them.
+"""Operators that ONNX Runtime computes wrongly or slowly on integers, kept in float by a copy behind them.
 
 Given:   QuantizeLinear(Softmax(DequantizeLinear(q)))
 Result:  QuantizeLinear(Max(Softmax(DequantizeLinear(q))))
@@ -9,8 +9,14 @@ Result:  QuantizeLinear(Max(Conv(DequantizeLinear(q), w)))
 Given:   QuantizeLinear(DequantizeLinear(q, s, z), t, y)       other scales; the optimizer would round once
 Result:  QuantizeLinear(Max(DequantizeLinear(q, s, z)), t, y)
 
+Given:   QuantizeLinear(MaxPool(x))                            x: float; the optimizer would quantize it before
+Result:  QuantizeLinear(Max(MaxPool(x)))
+
 The Max of one value is that value, which the optimizer does not know: it fuses nothing across it, whatever options the
 file is loaded with. Every entry was found by `tools/fuzz_runtime.py`, with the version it was last seen in.
+
+Integers are pooled fast behind an integer convolution alone, where channels lie last: 64 channels of 112x112 take 45 ms
+where floats take 0.1 ms (1.31.1, one thread, AVX2).
 """
 
 from __future__ import annotations
@@ -79,16 +85,21 @@ def keep_apart(model: ir.Model) -> None:
             readers = list(node.outputs[0].consumers())
             if node.op_type == "DequantizeLinear":
                 _copy(graph, node, [reader for reader in readers if reader.op_type == "QuantizeLinear"], names)
+            elif node.op_type == "MaxPool" and not _reads_integers(node):
+                _copy(graph, node, [reader for reader in readers if _meets(reader, "QuantizeLinear", _readers)], names)
             elif node.op_type in BREAKERS and _between_integers(node) and BREAKERS[node.op_type].wrong(node):
                 _copy(graph, node, readers, names)
 
 
 def _between_integers(node: ir.Node) -> bool:
     """Whether it reads integers, and is read as such, across moves perhaps."""
+    users = node.outputs[0].consumers()
+    return _reads_integers(node) and any(_meets(user, "QuantizeLinear", _readers) for user in users)
+
+
+def _reads_integers(node: ir.Node) -> bool:
     given = (value.producer() for value in node.inputs if value is not None)
-    return any(_meets(node, "DequantizeLinear", _producers) for node in given if node is not None) and any(
-        _meets(user, "QuantizeLinear", _readers) for user in node.outputs[0].consumers()
-    )
+    return any(_meets(node, "DequantizeLinear", _producers) for node in given if node is not None)
 
 
 def _meets(node: ir.Node, wanted: str, further: Callable[[ir.Node], Iterator[ir.Node]]) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -17,6 +19,7 @@ from graphopt.backends.onnx_lowering.saturation import SaturatedClampPass
 from graphopt.backends.onnx_lowering.signature import apply_signature
 from graphopt.backends.onnx_lowering.stored_weights import StoredWeightsPass
 from graphopt.backends.onnx_lowering.values import values_of
+from graphopt.backends.onnxruntime.breakers import keep_apart
 from graphopt.backends.onnxruntime.grouped_half import widen_grouped_convolutions
 from graphopt.backends.onnxruntime.prelu import take_prelu_apart
 from graphopt.ir.signature import TensorSpec
@@ -64,6 +67,30 @@ class TestPRelu:
         built = model("g (float[n,4,9] x, float[4,1] a) => (float[n,4,9] y) { y = PRelu(x, a) }")
         take_prelu_apart(built)
         assert operators(built) == ["PRelu"]
+
+
+class TestPoolsOfFloats:
+    HEAD = "g (float[n,4,8,8] x) => (float[n,4,4,4] y) {"
+    TAIL = "q = QuantizeLinear(p, s, z) y = DequantizeLinear(q, s, z) }"
+
+    def _built(self, text: str) -> ir.Model:
+        return model(f"{self.HEAD} {text} {self.TAIL}", s=np.float32(0.1), z=np.uint8(0))
+
+    def test_are_not_quantized_before(self, tmp_path: Path) -> None:
+        built = self._built("p = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(x)")
+        keep_apart(built)
+        assert operators(built) == ["MaxPool", "Max", "QuantizeLinear", "DequantizeLinear"]
+        target = tmp_path / "optimized.onnx"
+        OnnxSession(ir.to_proto(built).SerializeToString(), SessionSettings(threads=1), optimized=target)
+        run = [node.op_type for node in onnx.load(target).graph.node]
+        assert run.index("MaxPool") < run.index("QuantizeLinear")
+
+    def test_of_integers_are_left(self) -> None:
+        pool = "MaxPool<kernel_shape = [2, 2], strides = [2, 2]>"
+        built = self._built(f"i = QuantizeLinear(x, s, z) d = DequantizeLinear(i, s, z) r = Relu(d) p = {pool}(r)")
+        before = operators(built)
+        keep_apart(built)
+        assert operators(built) == before
 
 
 class TestChannelRows:
