@@ -11,6 +11,8 @@ Prints how far the fit is off on cases that were left out of it. Takes a few min
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import platform
 import sys
 import tempfile
@@ -23,8 +25,9 @@ from statistics import median
 import numpy as np
 import onnxruntime
 import torch
-from measure_costs_cases import Case, Mode, cases
 from scipy.optimize import nnls
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from graphopt.capturing.capture import capture
 from graphopt.ir.program import Program
@@ -39,22 +42,31 @@ from graphopt.targets.backend import Backend
 from graphopt.targets.costs import CostTable, KernelCost, Work
 from graphopt.targets.description import TargetDescription
 from graphopt.testing import TensorSamples
+from tools.measure_costs_cases import Case, Mode, cases
 
 _BURST = 2e-3  # seconds of calls between two readings of the clock
 _EVERY = 4  # of so many cases one is left out to try the fit on
 _OUTSIDE = ("call", "edge")  # what is of a whole graph: starting it, and what comes in and goes out
 
-_Key = tuple[str, str]
+_BATCHES = (1, 8)
+
+_Key = tuple[str, str, int]
 
 
 @dataclass(frozen=True)
 class Network:
-    """A case in one form: what it is made of, and what runs it once."""
+    """A case in one form: what it is made of for each sample, how many a call has, and the call."""
 
     case: str
     form: str
+    samples: int
     charges: tuple[Charge, ...]
     call: Callable[[], object]
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        return f"{self.case}, {self.form}, {self.samples}"
 
 
 @dataclass(frozen=True)
@@ -77,12 +89,15 @@ def main() -> None:
         networks = [network for case in wanted for network in _lowered(case, runtime, Path(folder))]
     rows = _timed(networks, options.sweeps)
     for row in rows:
-        print(f"{row.network.case}, {row.network.form}: {1e6 * row.seconds:.1f} us", file=sys.stderr)
+        print(
+            f"{row.network.case}, {row.network.form}, {row.network.samples}: {1e6 * row.seconds:.1f} us",
+            file=sys.stderr,
+        )
     print(f"{len(rows)} networks in {time.time() - started:.0f} s on {_processor()}")
     held = {case.name for case in wanted[::_EVERY]}
-    fitted_to = _fit([row for row in rows if row.network.case not in held])
+    fitted_to = fit([row for row in rows if row.network.case not in held])
     _report("left out", [row for row in rows if row.network.case in held], fitted_to)
-    found = _fit(rows)
+    found = fit(rows)
     _report("fitted", rows, found)
     if options.output:
         options.output.write_text(_table(options.target, found).to_json())
@@ -91,8 +106,10 @@ def main() -> None:
 def _table(target: str, found: Mapping[_Key, KernelCost]) -> CostTable:
     """Return what is fitted with as many digits as are known."""
     costs = tuple(
-        KernelCost(kernel, cost.form, *(float(f"{value:.3g}") for value in (cost.fixed, cost.operation, cost.element)))
-        for (kernel, _), cost in sorted(found.items())
+        dataclasses.replace(
+            cost, **{part: float(f"{getattr(cost, part):.3g}") for part in ("fixed", "operation", "element")}
+        )
+        for (kernel, *_), cost in sorted(found.items())
         if kernel not in _OUTSIDE
     )
     return CostTable(target, _processor(), f"onnxruntime {onnxruntime.__version__}", costs)
@@ -101,7 +118,7 @@ def _table(target: str, found: Mapping[_Key, KernelCost]) -> CostTable:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default="onnxruntime-x86-avx2", help="whose kernels; this machine must be like it")
-    parser.add_argument("--sweeps", type=int, default=40, help="how often each is timed, of which the fastest counts")
+    parser.add_argument("--sweeps", type=int, default=20, help="how often each is timed, of which the fastest counts")
     parser.add_argument("--only", default="", help="cases whose names hold this")
     parser.add_argument("-o", "--output", type=Path, help="where to write the table")
     return parser.parse_args()
@@ -114,7 +131,7 @@ def _processor() -> str:
 def _lowered(case: Case, runtime: Backend, folder: Path) -> Iterator[Network]:
     """Yield the networks that a case is in each form, loaded."""
     program, target = capture(case.module.eval(), (torch.randn(2, *case.shape),)), runtime.description
-    feed = np.random.default_rng(0).standard_normal((1, *case.shape), dtype=np.float32)
+    drawn = np.random.default_rng(0).standard_normal((max(_BATCHES), *case.shape), dtype=np.float32)
     for mode in (None, *case.modes):
         lowered = program
         if mode:
@@ -123,11 +140,13 @@ def _lowered(case: Case, runtime: Backend, folder: Path) -> Iterator[Network]:
             int8 = Int8(Int8Options(mode=mode, accuracy="fast", guard="none", skip=case.skip))
             lowered = int8.apply(program, int8.plan(program, ctx))
         session = runtime.lower(lowered, folder / "case.onnx").session(threads=1)
-        charges = _charges(program, target, case, mode)
-        yield Network(case.name, mode or "float", charges, lambda session=session: session(feed))
+        charges = charges_of(program, target, case, mode)
+        for samples in _BATCHES:
+            call = functools.partial(session, drawn[:samples])
+            yield Network(case.name, mode or "float", samples, charges, call)
 
 
-def _charges(program: Program, target: TargetDescription, case: Case, mode: Mode | None) -> tuple[Charge, ...]:
+def charges_of(program: Program, target: TargetDescription, case: Case, mode: Mode | None) -> tuple[Charge, ...]:
     """Return what a network pays for, as the guard counts it; without a mode for all of it in float."""
     everything = Accounts(*reversed(Placer(target, default=mode).run(program)))
     placed = Accounts(*reversed(Placer(target, case.skip, mode).run(program))) if mode else None
@@ -135,7 +154,7 @@ def _charges(program: Program, target: TargetDescription, case: Case, mode: Mode
     for unit in everything.sites:
         on_integers = placed is not None and unit in placed.sites
         charges += placed.on_integers(unit) if on_integers else everything.as_float(unit)
-    for value in placed.values() if placed else ():
+    for value in placed.handovers() if placed else ():
         if value.producer:
             charges += [placed.moving("dequantize", value)] if "" in value.readers else []
         elif any(value.readers):
@@ -172,15 +191,15 @@ def _burst(network: Network, calls: int) -> float:
     return (time.process_time() - start) / calls
 
 
-def _fit(rows: Sequence[Row]) -> dict[_Key, KernelCost]:
+def fit(rows: Sequence[Row]) -> dict[_Key, KernelCost]:
     """Find what each kernel takes so that the sums come nearest to the times, in relative terms."""
-    keys = sorted({(charge.kernel, charge.form) for row in rows for charge in row.network.charges})
+    keys = sorted({_key(row.network, charge) for row in rows for charge in row.network.charges})
     places = {key: 3 * index for index, key in enumerate(keys)}
     matrix = np.zeros((len(rows), 3 * len(keys)))
     for number, row in enumerate(rows):
         for charge in row.network.charges:
-            start = places[charge.kernel, charge.form]
-            matrix[number, start : start + 3] += (1.0, charge.work.operations, charge.work.elements)
+            start, samples = places[_key(row.network, charge)], row.network.samples
+            matrix[number, start : start + 3] += (1.0, samples * charge.work.operations, samples * charge.work.elements)
     matrix /= np.array([row.seconds for row in rows])[:, None]
     size = np.maximum(np.abs(matrix).max(0), 1e-30)  # of columns, which differ by ten orders of magnitude
     found, _ = nnls(matrix / size, np.ones(len(rows)), maxiter=100 * matrix.shape[1])
@@ -188,14 +207,23 @@ def _fit(rows: Sequence[Row]) -> dict[_Key, KernelCost]:
     return {key: KernelCost(*key, *map(float, found[start : start + 3])) for key, start in places.items()}
 
 
+def _key(network: Network, charge: Charge) -> _Key:
+    return charge.kernel, charge.form, network.samples
+
+
 def _report(what: str, rows: Sequence[Row], costs: Mapping[_Key, KernelCost]) -> None:
     errors = []
     for row in rows:
-        known = [costs.get((charge.kernel, charge.form)) for charge in row.network.charges]
+        known = [costs.get(_key(row.network, charge)) for charge in row.network.charges]
         if None in known:
             continue
         said = sum(cost.seconds(charge.work) for cost, charge in zip(known, row.network.charges, strict=True) if cost)
-        errors.append((abs(said / row.seconds - 1), f"{row.network.case} {row.network.form} {said / row.seconds:.2f}"))
+        errors.append(
+            (
+                abs(said / row.seconds - 1),
+                f"{row.network.name} {said / row.seconds:.2f}",
+            )
+        )
     errors.sort()
     sizes = [error for error, _ in errors]
     print(f"{what}: {len(errors)} networks, relative error median {median(sizes):.3f}, largest {sizes[-1]:.3f}")

@@ -48,6 +48,9 @@ _POINTWISE = (  # channels, hidden channels, places along each axis, pairs
     (256, 1024, 14, 1), (160, 672, 7, 1), (160, 960, 7, 2), (512, 2048, 7, 1), (192, 1152, 7, 1),
     (64, 16, 1, 1), (120, 32, 1, 2), (480, 120, 1, 1), (960, 240, 1, 1), (32, 8, 1, 3), (8, 24, 20, 2),
 )  # fmt: skip
+_UNEVEN = (  # channels in and out, places: what quantizing takes, apart from what dequantizing does
+    (16, 128, 56), (128, 16, 56), (64, 384, 14), (384, 64, 14), (24, 144, 28), (144, 24, 28),
+)  # fmt: skip
 _DENSE = (  # channels, places, taps, stride, layers
     (16, 56, 3, 1, 2), (16, 32, 3, 1, 3), (32, 16, 3, 1, 2), (64, 8, 3, 1, 3), (64, 56, 3, 1, 1), (64, 56, 3, 2, 1),
     (128, 28, 3, 1, 1), (128, 28, 3, 2, 1), (256, 14, 3, 1, 1), (512, 7, 3, 1, 1), (32, 28, 5, 1, 1),
@@ -69,6 +72,8 @@ def _convolutions() -> Iterator[Case]:
     for channels, hidden, size, pairs in _POINTWISE:
         layers = [nn.Conv2d(*widths, 1) for _ in range(pairs) for widths in ((channels, hidden), (hidden, channels))]
         yield _image(f"pointwise {channels} {hidden} {size} x{pairs}", channels, size, *layers)
+    for channels, after, size in _UNEVEN:
+        yield _image(f"uneven {channels} {after} {size}", channels, size, nn.Conv2d(channels, after, 1), after=after)
     for channels, size, taps, stride, times in _DENSE:
         layers = [nn.Conv2d(channels, channels, taps, stride, taps // 2) for _ in range(times)]
         yield _image(f"dense {channels} {size} {taps} {stride} x{times}", channels, size, *layers)
@@ -136,11 +141,10 @@ def _place(channels: int) -> nn.Conv2d:
     return nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
 
 
-def _image(name: str, channels: int, size: int, *layers: nn.Module) -> Case:
+def _image(name: str, channels: int, size: int, *layers: nn.Module, after: int | None = None) -> Case:
     """Put layers between two float ones; whatever they do to the size."""
-    outer = (nn.Conv2d(channels, channels, 1, groups=channels) for _ in range(2))
-    before, after = outer
-    return Case(name, nn.Sequential(before, nn.Sequential(*layers), after), (channels, size, size), skip=("0", "2"))
+    before, behind = (nn.Conv2d(width, width, 1, groups=width) for width in (channels, after or channels))
+    return Case(name, nn.Sequential(before, nn.Sequential(*layers), behind), (channels, size, size), skip=("0", "2"))
 
 
 class _Added(nn.Module):

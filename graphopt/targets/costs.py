@@ -1,6 +1,6 @@
 """Costs: how long a runtime's kernels take on a class of processors, measured once and shipped as plain data.
 
-    seconds of a call  =  fixed + operations * operation + elements * element
+    seconds of a call  =  fixed + samples * (operations * operation + elements * element)
 
 A table says it for each kernel in each form: as floats, as integers with static scales or dynamic ones, and for what
 turns values from one into the other. It is for choosing between forms of a layer without a clock, not for promising a
@@ -43,6 +43,7 @@ class KernelCost:
         kernel: as rules of targets call operators, or more special: "conv2d_depthwise", see `graphopt.measure.work`.
             "quantize" and "dequantize" turn values into integers and back.
         form: how it computes.
+        samples: how many a call has: what of one fits into caches does not of many.
         fixed: seconds of a call that has nothing to do.
         operation: seconds more for each operation.
         element: seconds more for each element.
@@ -52,13 +53,14 @@ class KernelCost:
 
     kernel: str
     form: Form
+    samples: Annotated[int, pydantic.Field(ge=1)]
     fixed: _Seconds
     operation: _Seconds
     element: _Seconds
 
     def seconds(self, work: Work) -> float:
-        """Return how long a call takes."""
-        return self.fixed + self.operation * work.operations + self.element * work.elements
+        """Return how long a call takes, of which each sample has this work."""
+        return self.fixed + self.samples * (self.operation * work.operations + self.element * work.elements)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +81,22 @@ class CostTable:
     runtime: str
     costs: tuple[KernelCost, ...]
 
-    def seconds(self, kernel: str, form: Form, work: Work) -> float | None:
-        """Return how long a call takes, None for a kernel that was not measured in that form."""
-        found = next((cost for cost in self.costs if (cost.kernel, cost.form) == (kernel, form)), None)
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """The numbers of samples that calls were timed with."""
+        return tuple(sorted({cost.samples for cost in self.costs}))
+
+    def seconds(self, kernel: str, form: Form, work: Work, samples: int = 1) -> float | None:
+        """Return how long a call takes, None for a kernel that was not measured so.
+
+        Args:
+            kernel: which one.
+            form: how it computes.
+            work: of one sample.
+            samples: of a call, one of `batches`.
+        """
+        asked = (kernel, form, samples)
+        found = next((cost for cost in self.costs if (cost.kernel, cost.form, cost.samples) == asked), None)
         return None if found is None else found.seconds(work)
 
     def to_json(self) -> str:

@@ -51,11 +51,11 @@ def costing(
     times = dict.fromkeys((*CONVOLUTIONS, "gemm", "matmul", "global_average_pool"), (integer, floating))
     times |= {"hardsigmoid": (0, 0), "mul": (0, 0), "hardswish": (0, 0), **others}
     costs = [
-        KernelCost(name, form, us * 1e-6, 0, 0)
+        KernelCost(name, form, 1, us * 1e-6, 0, 0)
         for name, both in times.items()
         for form, us in zip(("static", "float"), both, strict=True)
     ]
-    costs += [KernelCost(name, "static", moving * 1e-6, 0, 0) for name in MOVES]
+    costs += [KernelCost(name, "static", 1, moving * 1e-6, 0, 0) for name in MOVES]
     return dataclasses.replace(DESCRIPTION, costs=CostTable("here", "a processor", "a runtime", tuple(costs)))
 
 
@@ -80,6 +80,15 @@ def test_where_they_are_fast_nothing_changes(chain: Program) -> None:
     guarded, unguarded = (planned(chain, costing(integer=1, floating=2), guard=guard) for guard in ("costs", "none"))
     assert decisions(guarded) == decisions(unguarded)
     assert len(guarded.layers) == 4
+
+
+def test_what_is_faster_in_float_for_one_sample_alone_stays(chain: Program) -> None:
+    target, many = costing(integer=7, floating=3), costing(integer=1, floating=3)
+    assert target.costs is not None
+    assert many.costs is not None
+    both = (*target.costs.costs, *(dataclasses.replace(cost, samples=8) for cost in many.costs.costs))
+    target = dataclasses.replace(target, costs=dataclasses.replace(target.costs, costs=both))
+    assert decisions(planned(chain, target)) == decisions(planned(chain, target, guard="none"))
 
 
 def test_without_a_table_nothing_changes(chain: Program) -> None:

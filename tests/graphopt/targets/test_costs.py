@@ -10,11 +10,14 @@ import pytest
 from graphopt.errors import LoweringError
 from graphopt.targets.costs import CostTable, KernelCost, Work, read_costs
 
-TABLE = CostTable("here", "a processor", "a runtime 1.0", (KernelCost("conv2d", "static", 1e-6, 2e-9, 3e-9),))
+COSTS = (KernelCost("conv2d", "static", 1, 1e-6, 2e-9, 3e-9), KernelCost("conv2d", "static", 8, 5e-6, 4e-9, 0))
+TABLE = CostTable("here", "a processor", "a runtime 1.0", COSTS)
 
 
 def test_a_call_takes_its_share_of_everything() -> None:
     assert TABLE.seconds("conv2d", "static", Work(1000, 100)) == pytest.approx(1e-6 + 2e-6 + 3e-7)
+    assert TABLE.batches == (1, 8)
+    assert TABLE.seconds("conv2d", "static", Work(1000, 100), samples=8) == pytest.approx(5e-6 + 8 * 4e-6)
 
 
 @pytest.mark.parametrize(("kernel", "form"), [("conv2d", "float"), ("conv1d", "static")])
