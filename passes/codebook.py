@@ -23,6 +23,7 @@ from graphopt.ir.program import Program
 from graphopt.passes.codes.choosing import encode
 from graphopt.passes.codes.coded import Form
 from graphopt.passes.codes.in_order import Inputs
+from graphopt.passes.codes.knobs import knobs_of
 from graphopt.passes.codes.packing import BYTE, bases, digits
 from graphopt.passes.codes.plan import CodebookPlan, CodesRecord
 from graphopt.passes.codes.rewrite import CodesRewriter
@@ -31,7 +32,9 @@ from graphopt.passes.codes.sizes import OPERATORS, stored_bytes
 from graphopt.passes.codes.storing import StoredCodes, store
 from graphopt.passes.layers.input_moments import InputMoments, gather
 from graphopt.passes.layers.matrix_sites import MatrixSite, check_skip, find_sites
+from graphopt.passes.layers.skipping import as_asked
 from graphopt.pipeline.context import Context
+from graphopt.pipeline.knobs import Knob
 from graphopt.pipeline.pass_base import Pass
 from graphopt.pipeline.plan import Refusal
 from graphopt.statistics.calibration import read_batches
@@ -142,6 +145,10 @@ class Codebook(Pass[CodebookOptions, CodebookPlan]):
         CodesRewriter(editor, plan).run()
         return program.with_graph(editor.finish())
 
+    def knobs(self, program: Program, ctx: Context) -> list[Knob]:
+        """List what it does to each weight."""
+        return knobs_of(program, self.plan(program, ctx))
+
     def _form(self, site: MatrixSite, gm: fx.GraphModule) -> Form:
         rows = len(site.rows(gm))
         if self.options.codes != "kmeans":
@@ -152,7 +159,7 @@ class Codebook(Pass[CodebookOptions, CodebookPlan]):
     def _why_not(self, site: MatrixSite, form: Form, gm: fx.GraphModule) -> tuple[str, str] | None:
         """Return why a weight stays as it is, and the same without particulars."""
         if glob := site.skipped(self.options.skip):
-            return f"left float as asked (skip={glob})", "left float as asked"
+            return as_asked(glob)
         if site.reads and not self.options.tables:
             return "embedding tables are left float as asked (tables=no)", ""
         before, after = _bytes(site, form, gm)

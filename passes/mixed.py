@@ -23,6 +23,7 @@ from graphopt.data.batches import whole_batches
 from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
 from graphopt.measure.budget import Budget
+from graphopt.passes.layers.skipping import AS_ASKED, as_asked
 from graphopt.passes.mixing.forms import FLOAT, Form, FormSite, compose, find_sites, make_pass
 from graphopt.passes.mixing.goal import Goal
 from graphopt.passes.mixing.latency import time_saved
@@ -186,6 +187,7 @@ class Mixed(Pass[MixedOptions, MixedPlan]):
         floats = [site for site in sites if chosen[site.name] == FLOAT]
         called = {name for site in sites for knob in site.knobs.values() for name in (knob.site, *knob.skip)}
         refusals = [refusal for plan in steps for refusal in plan.refusals if refusal.site not in called]
+        refusals = [refusal for refusal in refusals if refusal.kind != AS_ASKED]  # asked by this pass
         tensors = [{f"{number}/{name}": one for name, one in plan.tensors.items()} for number, plan in enumerate(steps)]
         return self.new_plan(
             sites=[site.name for site in sites if chosen[site.name] != FLOAT],
@@ -201,7 +203,7 @@ class Mixed(Pass[MixedOptions, MixedPlan]):
 
 def _why_float(site: FormSite) -> tuple[str, str]:
     if site.skipped:
-        return f"left float as asked (skip={site.skipped})", "left float as asked"
+        return as_asked(site.skipped)
     ratios = {form: math.inf if ratio is None else ratio for form, ratio in _alone(site).items()}
     said = [f"{form} alone leaves the outputs {ratio:.0f} dB" for form, ratio in ratios.items()]
     return ", ".join(said) or "every form makes outputs infinite or NaN", "what it saves costs too much elsewhere"

@@ -2,6 +2,7 @@
 
 int8         integers, multiplied as such where the target has kernels
 weights8..2  stored in so many bits, multiplied in float
+codebook4..2 numbers of entries of a table, for the size of the file alone; convolutions too
 half         16 bits: computed in, or stored, as the target can
 """
 
@@ -26,7 +27,7 @@ from graphopt.pipeline.pass_base import Pass
 from graphopt.pipeline.plan import Plan
 from graphopt.pipeline.registry import PassRegistry
 
-Form = Literal["weights2", "weights3", "weights4", "weights8", "int8", "half"]
+Form = Literal["weights2", "weights3", "weights4", "weights8", "codebook2", "codebook3", "codebook4", "int8", "half"]
 FLOAT = "float32"
 
 # the pass that makes each, and its options, in the order in which passes run
@@ -35,6 +36,9 @@ _MADE_BY: Mapping[Form, tuple[str, Mapping[str, Any]]] = {
     "weights3": ("weights", {"bits": 3}),
     "weights4": ("weights", {"bits": 4}),
     "weights8": ("weights", {"bits": 8}),
+    "codebook2": ("codebook", {"bits": 2}),
+    "codebook3": ("codebook", {"bits": 3}),
+    "codebook4": ("codebook", {"bits": 4}),
     "int8": ("int8", {"guard": "none"}),  # what pays is decided here, and by bytes perhaps
     "half": ("half", {}),
 }

@@ -8,6 +8,7 @@ from torch import fx
 
 from graphopt.ir.graph import tensor_attribute
 from graphopt.passes.layers.matrix_sites import MatrixSite
+from graphopt.passes.layers.skipping import as_asked
 from graphopt.passes.weight_only.blocks import block_size
 from graphopt.pipeline.plan import Refusal
 from graphopt.quantization.formats import Block, IntegerFormat
@@ -41,7 +42,7 @@ def form_of(site: MatrixSite, gm: fx.GraphModule, target: TargetDescription, wan
     """Return the integers that every reader of a weight takes on a target, or why there are none."""
     glob = site.skipped(wanted.skip)
     if glob is not None:
-        return Refusal(site.weight_name, f"left float as asked (skip={glob})", "left float as asked")
+        return Refusal(site.weight_name, *as_asked(glob))
     if site.reads and not wanted.tables:
         return Refusal(site.weight_name, "embedding tables are left float as asked (tables=no)")
     weight = tensor_attribute(gm, site.weight_name)

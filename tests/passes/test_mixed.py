@@ -27,7 +27,7 @@ from graphopt.targets.description import TargetDescription
 from graphopt.testing import TensorSamples, check_pass
 
 WIDTH = 64
-FORMS: tuple[Form, ...] = ("weights2", "weights4", "weights8", "int8", "half")
+FORMS: tuple[Form, ...] = ("weights2", "weights4", "weights8", "codebook4", "int8", "half")
 
 
 class Words(nn.Module):
@@ -97,6 +97,36 @@ def test_a_site_computes_as_the_pass_makes_it(words: Program, target: TargetDesc
     if target is TARGET:
         assert ("lstm", "int8") in seen
         assert set(next(site for site in sites if site.name == "head.weight").knobs) == set(FORMS)
+
+
+class Convolutions(nn.Module):
+    """Layers of every layout of a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.grouped = nn.Conv2d(3, 32, 3), nn.Conv2d(32, 64, 3, groups=4)
+        self.turned, self.flat = nn.ConvTranspose2d(64, 32, 3, groups=2), nn.Conv1d(32, 64, 3)
+        self.matrix = nn.Parameter(torch.randn(64, 100))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.turned(self.grouped(self.first(x).relu()).relu()).relu()
+        return self.flat(y.flatten(2)).relu().mean(2) @ self.matrix
+
+
+def test_codes_are_what_is_looked_up_in_every_layout() -> None:
+    x = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+    program = capture(Convolutions().eval(), x)
+    ctx = Context(program, targets=(TARGET,), target=TARGET, samples=TensorSamples((x,)))
+    sites = find_sites(program, ctx, ["codebook3"], ())
+    assert [site.name for site in sites] == [f"{name}.weight" for name in ("first", "grouped", "turned", "flat")] + [
+        "matrix"
+    ]
+    _, made = compose(program, ctx, sites, {site.name: "codebook3" for site in sites})
+    with torch.no_grad():
+        found, wanted = Altered(program, [site.knobs["codebook3"] for site in sites])(x), made(x)
+    assert torch.equal(found, wanted)
+    assert not torch.allclose(found, program(x), rtol=1e-3)
 
 
 def test_it_keeps_the_contract(words: Program) -> None:
