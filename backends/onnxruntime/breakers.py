@@ -6,6 +6,9 @@ Result:  QuantizeLinear(Max(Softmax(DequantizeLinear(q))))
 Given:   QuantizeLinear(Conv(DequantizeLinear(q), w))          w: float
 Result:  QuantizeLinear(Max(Conv(DequantizeLinear(q), w)))
 
+Given:   QuantizeLinear(Add(MatMul(DequantizeLinear(q), w), b))      w: float; it would become a Gemm, rounded likewise
+Result:  QuantizeLinear(Add(Max(MatMul(DequantizeLinear(q), w)), b))
+
 Given:   QuantizeLinear(DequantizeLinear(q, s, z), t, y)       other scales; the optimizer would round once
 Result:  QuantizeLinear(Max(DequantizeLinear(q, s, z)), t, y)
 
@@ -87,19 +90,28 @@ def keep_apart(model: ir.Model) -> None:
                 _copy(graph, node, [reader for reader in readers if reader.op_type == "QuantizeLinear"], names)
             elif node.op_type == "MaxPool" and not _reads_integers(node):
                 _copy(graph, node, [reader for reader in readers if _meets(reader, "QuantizeLinear", _readers)], names)
+            elif node.op_type == "MatMul" and _weight_is_float(node) and _reads_integers(node):  # 1.31.1
+                _copy(graph, node, [reader for reader in readers if _is_quantized_sum(reader)], names)
             elif node.op_type in BREAKERS and _between_integers(node) and BREAKERS[node.op_type].wrong(node):
                 _copy(graph, node, readers, names)
 
 
 def _between_integers(node: ir.Node) -> bool:
     """Whether it reads integers, and is read as such, across moves perhaps."""
-    users = node.outputs[0].consumers()
-    return _reads_integers(node) and any(_meets(user, "QuantizeLinear", _readers) for user in users)
+    return _reads_integers(node) and _is_quantized(node)
 
 
 def _reads_integers(node: ir.Node) -> bool:
     given = (value.producer() for value in node.inputs if value is not None)
     return any(_meets(node, "DequantizeLinear", _producers) for node in given if node is not None)
+
+
+def _is_quantized(node: ir.Node) -> bool:
+    return any(_meets(user, "QuantizeLinear", _readers) for user in node.outputs[0].consumers())
+
+
+def _is_quantized_sum(node: ir.Node) -> bool:
+    return node.op_type == "Add" and _is_quantized(node)
 
 
 def _meets(node: ir.Node, wanted: str, further: Callable[[ir.Node], Iterator[ir.Node]]) -> bool:

@@ -133,6 +133,31 @@ class TestChannelRows:
         assert not ChannelRowsPass()(model(text, c=np.ones(shape, np.float32))).modified
 
 
+class TestBreakers:
+    SUM = """g (float[2,3,8] x) => (float[2,3,4] y) <float s = {0.05}, uint8 z = {128}> {
+        q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) m = MatMul(d, w) a = Add(m, b)
+        r = QuantizeLinear(a, s, z) y = DequantizeLinear(r, s, z) }"""
+
+    def test_a_float_product_of_integers_and_its_bias_stays_float(self) -> None:
+        random = np.random.default_rng(0)
+        x, weight = (random.standard_normal(shape).astype(np.float32) for shape in ((2, 3, 8), (8, 4)))
+        weight[:, 0] *= 100  # one scale for all of it leaves the others few bits
+        built = model(self.SUM, w=weight, b=np.ones(4, np.float32))
+
+        def errors() -> float:
+            content = ir.to_proto(built).SerializeToString()
+            plain, optimized = (
+                OnnxSession(content, SessionSettings(threads=1, optimization=level))(x)[0]
+                for level in ("disabled", "all")
+            )
+            return float(np.abs(plain - optimized).max()) / 0.05
+
+        assert errors() > 1.5  # of what the runtime makes of it
+        keep_apart(built)
+        assert "Max" in operators(built)
+        assert errors() < 1.5
+
+
 class TestGroupedHalf:
     @pytest.mark.parametrize(("kernel", "axes"), [((3,), "9"), ((3, 3), "5,5"), ((3, 3, 3), "4,4,4")])
     def test_groups_are_computed_in_float32(self, kernel: tuple[int, ...], axes: str) -> None:
