@@ -36,6 +36,7 @@ from quantization_subjects import Subject, named, zoo
 
 import graphopt
 from graphopt.backends.onnx_execution.session import OnnxSession, SessionSettings
+from graphopt.backends.onnxruntime import OnnxRuntimeBackend
 from graphopt.backends.onnxruntime.fusion import kernel_counts
 from graphopt.ir.signature import TensorSpec
 from graphopt.measure.bench import in_turn
@@ -185,7 +186,8 @@ class _Measurement:
         how = self._row.how
         backends = backends_named(how["targets"])
         self._begin("capturing and lowering float32")
-        plain = graphopt.optimize(subject.model, subject.calibration, "", backends[0], bench=False, cache=False)
+        whole = OnnxRuntimeBackend(external_data_above=1 << 30)  # other quantizers take no second file
+        plain = graphopt.optimize(subject.model, subject.calibration, "", whole, bench=False, cache=False)
         folder = plain.artifact.path.parent
         source = plain.artifact
         self._keep(FLOAT, source, Tool())
