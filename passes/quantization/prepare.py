@@ -87,9 +87,7 @@ def spellings(gm: fx.GraphModule, target: TargetDescription) -> dict[str, str]:
         name = short_name(node)
         if name == "lstm" and name in known and (call := lstm_call(node)) is not None and call.layers > 1:
             found[node.name] = "lstm_layers"
-        if name in known:
-            continue
-        if "hardsigmoid" in known and hard_sigmoid_of(node) is not None:
+        elif "hardsigmoid" in known and hard_sigmoid_of(node) is not None:
             found[node.name] = "hardsigmoid"
         elif {"mul", "hardsigmoid"} <= known and six_hard_sigmoids_of(node) is not None:
             found[node.name] = "six_hardsigmoids"

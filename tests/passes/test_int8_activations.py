@@ -103,11 +103,12 @@ def test_a_range_that_clamps_is_not_widened() -> None:
 class WrittenOut(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.c = (nn.Conv2d(n, 4, 1) for n in (3, 4, 4))
+        self.a, self.b, self.c, self.d = (nn.Conv2d(n, 4, 1) for n in (3, 4, 4, 4))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.a(x)
         x = self.b(x * (F.relu6(x + 3) / 6))
+        x = self.d(x * (F.relu6(x + 3) * (1 / 6)))
         return self.c(x * F.hardtanh(x + 3.0, 0, 6) * (1 / 6))  # the last factor is folded into the layer
 
 
@@ -125,9 +126,9 @@ def test_written_out_it_is_the_same(tmp_path: Path) -> None:
     original = folded(WrittenOut(), images())
     program, plan = quantized(original, images())
     assert measure(original, program.call_flat, (images(),)).sqnr > 25
-    assert sorted(plan.respelled.values()) == ["hardsigmoid", "six_hardsigmoids"]
+    assert sorted(plan.respelled.values()) == ["hardsigmoid", "hardsigmoid", "six_hardsigmoids"]
     found = kernels(program, tmp_path, images())
-    assert (found["QLinearConv"], found["QLinearLeakyRelu"], found["QLinearMul"]) == (3, 2, 3)
+    assert (found["QLinearConv"], found["QLinearLeakyRelu"], found["QLinearMul"]) == (4, 3, 4)
     _, other = quantized(OtherNumbers(), images())
     assert other.respelled == {}
 
