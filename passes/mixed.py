@@ -15,7 +15,7 @@ import math
 from collections import ChainMap, Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -24,10 +24,10 @@ from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
 from graphopt.measure.budget import Budget
 from graphopt.passes.layers.skipping import AS_ASKED, as_asked
-from graphopt.passes.mixing.forms import FLOAT, Form, FormSite, compose, find_sites, make_pass
-from graphopt.passes.mixing.goal import Goal
+from graphopt.passes.mixing.forms import FLOAT, Form, FormSite, compose, find_sites, stored_pass
+from graphopt.passes.mixing.goal import Candidate, Goal
 from graphopt.passes.mixing.latency import time_saved
-from graphopt.passes.mixing.search import Chosen, FormSearch
+from graphopt.passes.mixing.search import FormSearch
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.pass_base import Pass
 from graphopt.pipeline.plan import Plan, Refusal
@@ -36,6 +36,7 @@ from graphopt.statistics.sensitivity import sensitivities
 logger = logging.getLogger(__name__)
 _TOGETHER = 4  # samples whose values are held at once
 _DEFAULT_SQNR = 25.0
+_RUNS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class MixedOptions:
     forms: what a weight may become; it may always stay float32.
     samples: calibration samples that sensitivity is measured on.
     runs: choices that are run to find the budget of noise, at most.
-    trials: choices that are made into programs and measured, at most.
+    trials: choices that are made into programs and measured, at most, besides the cheapest and all float32.
     skip: what stays float32, as globs of weights, calls or modules.
     """
 
@@ -61,7 +62,7 @@ class MixedOptions:
     minimize: Literal["bytes", "latency"] = "bytes"
     forms: tuple[Form, ...] = ("weights4", "weights8", "int8")
     samples: Annotated[int, Field(ge=1)] = 32
-    runs: Annotated[int, Field(ge=1)] = 12
+    runs: Annotated[int, Field(ge=1)] = _RUNS
     trials: Annotated[int, Field(ge=1)] = 4
     skip: tuple[str, ...] = ()
 
@@ -71,6 +72,9 @@ class MixedOptions:
             raise ValueError("`max_drop` and `min_sqnr` both limit what is lost; give one of them")
         if not self.forms:
             raise ValueError("forms names none")
+        limited = next((name for name in ("bytes", "min_speedup") if getattr(self, name) is not None), None)
+        if limited and (self.minimize != "bytes" or self.runs != _RUNS):
+            raise ValueError(f"with `{limited}` the least noise is looked for: no `minimize`, no `runs`")
         Budget.of(self)
 
 
@@ -146,14 +150,24 @@ class Mixed(Pass[MixedOptions, MixedPlan]):
             found = {unit: value if math.isfinite(value) else None for unit, value in candidate.measured.items()}
             measured[f"trial {number + 1}"] = found
         steps, _ = compose(program, ctx, sites, best.chosen)
-        plan = self._plan_of(best.chosen, steps, sites, measured=measured, unmet=tuple(goal.missed(best)))
+        plan = self._plan_of(best, steps, sites, "it is met without" if limits else "others take what may be lost")
+        plan = dataclasses.replace(
+            plan,
+            measured=measured,
+            unmet=tuple(goal.missed(best)),
+            notes=(*search.notes, *(note for step in steps for note in step.notes)),
+        )
         logger.info("mixed: %s", plan.summary())
         return plan
 
     def apply(self, program: Program, plan: MixedPlan) -> Program:
-        """Carry out the plans it is made of, one after the other."""
+        """Carry out the plans it is made of, one after the other.
+
+        Raises:
+            PassError: one of them is of no pass that makes a form.
+        """
         for number, step in enumerate(plan.steps):
-            made = make_pass(str(step["pass_name"]), step["options"])  # type: ignore[arg-type]
+            made = stored_pass(step)
             prefix = f"{number}/"
             tensors = {name.removeprefix(prefix): one for name, one in plan.tensors.items() if name.startswith(prefix)}
             stored = made.plan_type.from_json(step, tensors)
@@ -165,9 +179,15 @@ class Mixed(Pass[MixedOptions, MixedPlan]):
         samples = ctx.need_samples(self.name, "to see how sensitive each weight is")
         batches = whole_batches(samples, _TOGETHER, self.options.samples, fixed=program.batch_size)
         pairs = [(site, form) for site in sites for form in site.knobs if not site.skipped]
-        found = sensitivities(program, batches, [site.knobs[form] for site, form in pairs], ctx.progress)
+
+        def measure() -> dict[str, Json]:
+            found = sensitivities(program, batches, [site.knobs[form] for site, form in pairs], ctx.progress)
+            return {"noise": [noise if math.isfinite(noise) else None for noise in found]}
+
+        found = ctx.remember("sensitivity", measure)["noise"]
+        assert isinstance(found, list)
         for (site, form), noise in zip(pairs, found, strict=True):
-            if math.isfinite(noise):
+            if isinstance(noise, int | float):
                 site.noise[form] = noise
 
     def _time(self, program: Program, sites: Sequence[FormSite], ctx: Context) -> dict[str, Json]:
@@ -182,8 +202,9 @@ class Mixed(Pass[MixedOptions, MixedPlan]):
                     site.knobs[form] = dataclasses.replace(site.knobs[form], saves=saves)
         return measured
 
-    def _plan_of(self, chosen: Chosen, steps: Sequence[Plan], sites: Sequence[FormSite], **fields: Any) -> MixedPlan:
+    def _plan_of(self, best: Candidate, steps: Sequence[Plan], sites: Sequence[FormSite], why: str) -> MixedPlan:
         """Return a plan that holds others; what they leave alone because it is to have another form is not said."""
+        chosen = best.chosen
         floats = [site for site in sites if chosen[site.name] == FLOAT]
         called = {name for site in sites for knob in site.knobs.values() for name in (knob.site, *knob.skip)}
         refusals = [refusal for plan in steps for refusal in plan.refusals if refusal.site not in called]
@@ -191,22 +212,22 @@ class Mixed(Pass[MixedOptions, MixedPlan]):
         tensors = [{f"{number}/{name}": one for name, one in plan.tensors.items()} for number, plan in enumerate(steps)]
         return self.new_plan(
             sites=[site.name for site in sites if chosen[site.name] != FLOAT],
-            refusals=[*dict.fromkeys(refusals), *(Refusal(site.name, *_why_float(site)) for site in floats)],
+            refusals=[*dict.fromkeys(refusals), *(Refusal(site.name, *_why_float(site, why)) for site in floats)],
             tensors=dict(ChainMap(*tensors)),
             forms=dict(chosen),
             sensitivity={site.name: _alone(site) for site in sites},
             steps=tuple(plan.to_json() for plan in steps),
-            notes=tuple(note for plan in steps for note in plan.notes),
-            **fields,
         )
 
 
-def _why_float(site: FormSite) -> tuple[str, str]:
+def _why_float(site: FormSite, why: str) -> tuple[str, str]:
     if site.skipped:
         return as_asked(site.skipped)
     ratios = {form: math.inf if ratio is None else ratio for form, ratio in _alone(site).items()}
     said = [f"{form} alone leaves the outputs {ratio:.0f} dB" for form, ratio in ratios.items()]
-    return ", ".join(said) or "every form makes outputs infinite or NaN", "what it saves costs too much elsewhere"
+    if not said:
+        return "every form makes outputs infinite or NaN", ""
+    return f"{why}; {', '.join(said)}", why
 
 
 def _alone(site: FormSite) -> dict[str, float | None]:

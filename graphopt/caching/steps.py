@@ -103,6 +103,18 @@ class StepCache:
             return plan
         return None
 
+    def part(self, name: str, compute: Callable[[], dict[str, Json]]) -> dict[str, Json]:
+        """Return what the step that was last looked for computed under a name before, or compute and keep it."""
+        if self._key is None:
+            return compute()
+        key = digest_of("part", self._key, name)
+        for entry, _ in self._kept(key):
+            self.reads.timed |= entry.machine is not None
+            return dict(entry.content)
+        content = compute()
+        self._add(key, self._entry(content), {})
+        return content
+
     def keep(self, step: Step, program: Program, ctx: Context, plan: Plan) -> None:
         """Keep the plan of the step that was last looked for, which has been carried out and checked."""
         if self._key is None:
@@ -113,10 +125,13 @@ class StepCache:
         except PassError:
             whole = False  # a number that is not finite, which JSON has none for
         if whole:
-            reads = sorted(self.reads.seen.items(), key=repr)
-            machine = digests.of_machine() if self.reads.timed else None
-            entry = CacheEntry(reads=reads, machine=machine, content=content)  # type: ignore[arg-type]
-            self._add(self._key, entry, plan.tensors)
+            self._add(self._key, self._entry(content), plan.tensors)
+
+    def _entry(self, content: dict[str, Json]) -> CacheEntry:
+        """Return content with what it may depend on."""
+        reads = sorted(self.reads.seen.items(), key=repr)
+        machine = digests.of_machine() if self.reads.timed else None
+        return CacheEntry(reads=reads, machine=machine, content=content)  # type: ignore[arg-type]
 
     def follows(self, before: Program, after: Program, plan: Plan) -> None:
         """Note what the plan of the step that was last looked for made of a program."""

@@ -238,7 +238,7 @@ class Job:
         checks = [FullCheck()] if check == "full" else []
         kept = self._step_cache()
         if kept is not None:
-            ctx = kept.reads.watch(ctx)
+            ctx = dataclasses.replace(kept.reads.watch(ctx), remember=kept.part)
         recorder = Recorder(report, self.original, self._probe, judging, kept)
         made = runner.run(pipeline, self.original, ctx, [recorder, *checks, *hooks], kept)
         if kept is not None and kept.found:

@@ -13,6 +13,7 @@ import torch
 from graphopt.data.batches import SampleSource
 from graphopt.data.split import FEWEST, split
 from graphopt.errors import DataError, PassError
+from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
 from graphopt.measure.budget import Timer
 from graphopt.targets.description import TargetDescription, channel_multiple, rank_multiple
@@ -54,6 +55,8 @@ class Context:
         timers: by target name, what measures latency in that runtime, where it executes on this machine.
         seed: every random draw descends from it.
         progress: shows long loops.
+        remember: by a name of the pass's own returns what was computed in an earlier run of the same step on the same
+            things, or computes and keeps it: what takes long, so that a killed run need not do it again.
     """
 
     original: Program
@@ -66,6 +69,7 @@ class Context:
     timers: Mapping[str, Timer] = field(default_factory=dict)
     seed: int = 0
     progress: Progress = field(default_factory=NoProgress)
+    remember: Callable[[str, Callable[[], dict[str, Json]]], dict[str, Json]] = lambda name, compute: compute()
     cache: dict[int, tuple[Program, dict[str, Any]]] = field(default_factory=dict, repr=False)
 
     def with_data(self, source: SampleSource) -> Context:

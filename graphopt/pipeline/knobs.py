@@ -35,7 +35,8 @@ class Knob:
         site: the weight that is stored otherwise, or the call where there are several.
         skip: what the pass's option `skip` takes to leave it as it is.
         alternatives: how calls of the program compute once it is rewritten.
-        saves: by unit of a budget what rewriting it saves, below zero where it costs: bytes, seconds of one sample.
+        saves: by unit of a budget what rewriting it saves, below zero where it costs: "bytes"; of "latency" a share of
+            the original's.
     """
 
     site: str
@@ -61,7 +62,7 @@ def on_changed(node: fx.Node, changed: Mapping[fx.Node, Callable[[Tensor], Tenso
         if isinstance(argument, list | tuple):
             return type(value)(map(given, argument, value))
         change = changed.get(argument) if isinstance(argument, fx.Node) else None
-        return value if change is None else change(value)
+        return value if change is None else change(value).to(value.device)
 
     def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args = tuple(given(argument, value) for argument, value in zip(node.args, args, strict=True))

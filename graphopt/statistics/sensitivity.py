@@ -29,7 +29,7 @@ from graphopt.pipeline.knobs import Knob
 def sensitivities(
     program: Program, batches: Iterable[Batch], knobs: Sequence[Knob], progress: Progress | None = None
 ) -> list[float]:
-    """Return for each knob the noise it alone brings into the outputs, as a share of their power.
+    """Return for each knob the noise it alone brings into the outputs, as a share of their power; inf if not finite.
 
     Args:
         program: what the knobs are of.
@@ -45,12 +45,11 @@ def sensitivities(
     for batch in (progress or NoProgress()).track(batches, "measuring sensitivity", len(batches)):
         run = _Recorded(program)
         wanted = _outputs(run.run_all(batch))
+        if any(bool(tensor.isnan().any()) for tensor in wanted):
+            raise DataError(not_finite("an output of the program"))
         for found, knob in zip(shares, knobs, strict=True):
             found += noise_shares(wanted, _outputs(run.again(knob)))
-    means = [sum(found) / len(found) if found else 0.0 for found in shares]
-    if any(math.isnan(mean) for mean in means):
-        raise DataError(not_finite("an output of the program"))
-    return means
+    return [sum(found) / len(found) if found else 0.0 for found in shares]
 
 
 def noise_shares(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> list[float]:
@@ -72,7 +71,7 @@ def _noise_shares(wanted: Tensor, found: Tensor) -> list[float]:
         return [float(share) for share in (wanted != found).double().mean(1)]
     signal, noise = (part.double().square().sum(1) for part in (wanted, found.double() - wanted.double()))
     shares = torch.where(noise == 0, 0.0, noise / signal)  # what should be 0 and is not is off without bound
-    return [float(share) for share in shares]
+    return [float(share) for share in shares.nan_to_num(nan=math.inf, posinf=math.inf)]  # as is what is no number
 
 
 class Altered(Walker):

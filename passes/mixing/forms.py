@@ -17,6 +17,7 @@ from typing import Any, Literal
 import networkx as nx
 from torch import fx
 
+from graphopt.errors import PassError
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import module_path
 from graphopt.pipeline.context import Context
@@ -69,6 +70,18 @@ def make_pass(name: str, options: Mapping[str, Any]) -> Pass[Any, Any]:
     """Return a pass by its name."""
     kind = PassRegistry().pass_class(name)
     return kind(build(name, kind.options_type, options))
+
+
+def stored_pass(step: Mapping[str, Any]) -> Pass[Any, Any]:
+    """Return the pass of a stored plan, which may come out of a file.
+
+    Raises:
+        PassError: it makes no form.
+    """
+    name = step.get("pass_name")
+    if name not in {made_by for made_by, _ in _MADE_BY.values()} or not isinstance(step.get("options"), Mapping):
+        raise PassError("The stored plan of `mixed` holds one of no pass that makes a form. Make the plan again.")
+    return make_pass(str(name), step["options"])
 
 
 def find_sites(program: Program, ctx: Context, forms: Sequence[Form], skip: Sequence[str]) -> list[FormSite]:

@@ -103,6 +103,12 @@ class Goal:
             self._ctx.forget(made)
         return Candidate(chosen, measured, {unit: beyond for unit, beyond in excess.items() if not beyond <= _SLACK})
 
+    def distance(self, candidate: Candidate) -> tuple[int, float]:
+        """Return how many limits a candidate misses, and how far it is beyond them, each a share of what it limits."""
+        asked = {"bytes": cost(self._ctx.original).bytes, "drop": 100.0, "sqnr": self._asked.min_sqnr or 1.0}
+        beyond = [amount / asked.get(unit, 1.0) for unit, amount in candidate.excess.items()]
+        return len(beyond), sum(beyond)
+
     def missed(self, best: Candidate) -> list[str]:
         """Say which limits a candidate does not meet."""
         asked, found = self._asked, best.measured

@@ -24,6 +24,7 @@ class FormSearch:
 
     Attributes:
         made: candidates that were made into programs, by what was chosen, in order.
+        notes: what a user should know of how it went.
     """
 
     def __init__(self, sites: Sequence[FormSite], goal: Goal, runs: int, trials: int) -> None:
@@ -33,10 +34,11 @@ class FormSearch:
             sites: what has forms.
             goal: what is asked.
             runs: choices that are run, at most.
-            trials: choices that are made into programs, at most.
+            trials: choices that are made into programs, at most, besides the cheapest and that of float32 alone.
         """
         self._sites, self._goal, self._runs, self._trials = sites, goal, runs, trials
         self.made: dict[tuple[str, ...], Candidate] = {}
+        self.notes: list[str] = []
 
     def least(self, unit: str) -> Candidate:
         """Return what costs least of a unit, "bytes" or "latency", and loses no more than it may."""
@@ -49,6 +51,10 @@ class FormSearch:
             while chosen == before and budget > _FINEST:
                 budget *= _TIGHTER
                 chosen = self._select(unit, {"noise": budget})
+        self.notes.append(
+            f"none of {len(self.made)} choices lost as little when it was made as it seemed to, so all weights stay "
+            "float32; more trials= may find one"
+        )
         return self._make({site.name: FLOAT for site in self._sites})
 
     def closest(self, limits: Mapping[str, float]) -> Candidate:
@@ -69,7 +75,7 @@ class FormSearch:
             for unit, excess in missing.items():  # that much more has to be saved than was thought
                 wanted[unit] += excess
         self._make(self._select(next(iter(limits)), {}))
-        return min(self.made.values(), key=lambda one: sum(one.excess.values()))
+        return min(self.made.values(), key=self._goal.distance)
 
     def _within(self, unit: str) -> tuple[Chosen, float]:
         """Return the forms of the largest budget whose choice holds when it is run, and that budget."""

@@ -90,18 +90,25 @@ def _weight(record: LayerRecord, plan: Int8Plan) -> Tensor:
 def _recurrent(
     nodes: Mapping[str, fx.Node], originals: Mapping[str, str], plan: Int8Plan, gm: fx.GraphModule
 ) -> list[Knob]:
+    """List the LSTMs; calls of one with the same weights are one site."""
     layers: dict[str, list[list[Tensor]]] = {}
     for record in plan.recurrent:
         name = originals.get(record["site"], record["site"])
         stored = [plan.tensors[stored_name(record["stored"], part)] for part in PARTS]
         layers.setdefault(name, []).append(stored)
-    knobs = []
-    for name, stored_layers in layers.items():
+    sharing: dict[tuple[int, ...], list[Lstm]] = {}
+    for name in layers:
         call = lstm_call(nodes[name])
         assert call is not None  # it is placed
-        saved = sum(_saved(gm, str(parameter.target), [call.node]) for parameter in call.parameters)
-        skip = module_path(call.node) or name
-        knobs.append(Knob(name, (skip,), {call.node: _lstm(call, stored_layers)}, {"bytes": saved}))
+        sharing.setdefault(tuple(id(constant(parameter, gm)) for parameter in call.parameters), []).append(call)
+    knobs = []
+    for calls in sharing.values():
+        rewritten = [call.node for call in calls]
+        matrices = {str(read.target) for read in calls[0].parameters if read.meta["val"].dim() > 1}
+        saved = sum(_saved(gm, matrix, rewritten) for matrix in matrices)
+        skip = tuple(module_path(node) or node.name for node in rewritten)
+        alternatives = {call.node: _lstm(call, layers[call.node.name]) for call in calls}
+        knobs.append(Knob(rewritten[0].name, skip, alternatives, {"bytes": saved}))
     return knobs
 
 
@@ -111,7 +118,8 @@ def _lstm(call: Lstm, layers: list[list[Tensor]]) -> Alternative:
         ends = []
         for index, stored in enumerate(layers):
             rows = slice(index * call.directions, (index + 1) * call.directions)
-            found, *last = dynamic_lstm(x, *(state[rows].contiguous() for state in args[1]), *stored)
+            states = [state[rows].contiguous() for state in args[1]]
+            found, *last = dynamic_lstm(x, *states, *(tensor.to(x.device) for tensor in stored))
             x = found.transpose(1, 2).flatten(2)
             ends.append(last)
         hidden, cells = (torch.cat(parts) for parts in zip(*ends, strict=True))

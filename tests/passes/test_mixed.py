@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,16 +15,19 @@ from torch import Tensor, nn
 from graphopt.backends.onnxruntime.description import DESCRIPTION as TARGET
 from graphopt.backends.tensorrt.description import DESCRIPTION as TENSORRT
 from graphopt.capturing.capture import capture
+from graphopt.data import Samples
 from graphopt.errors import DataError, PassError, UsageError
 from graphopt.ir.program import Program
+from graphopt.job.job import Job
 from graphopt.measure.bench import Spread
 from graphopt.measure.cost import cost
+from graphopt.passes import mixed
 from graphopt.passes.mixed import Mixed, MixedOptions, MixedPlan
 from graphopt.passes.mixing.forms import FLOAT, Form, compose, find_sites
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.options import build
 from graphopt.pipeline.pipeline import Pipeline
-from graphopt.statistics.sensitivity import Altered
+from graphopt.statistics.sensitivity import Altered, sensitivities
 from graphopt.targets.description import TargetDescription
 from graphopt.testing import TensorSamples, check_pass
 
@@ -129,6 +134,25 @@ def test_codes_are_what_is_looked_up_in_every_layout() -> None:
     assert not torch.allclose(found, program(x), rtol=1e-3)
 
 
+def test_calls_of_one_lstm_are_one_site() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.inner = nn.LSTM(32, 32, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(self.inner(x)[0])[0]
+
+    x = torch.randn(8, 3, 32, generator=torch.Generator().manual_seed(0))
+    program = capture(Twice().eval(), x)
+    ctx = Context(program, targets=(TARGET,), target=TARGET, samples=TensorSamples((x,)))
+    (site,) = find_sites(program, ctx, ["int8"], ())
+    _, made = compose(program, ctx, [site], {site.name: "int8"})
+    assert len(site.knobs["int8"].alternatives) == 2
+    assert site.knobs["int8"].saves["bytes"] == pytest.approx(cost(program).bytes - cost(made).bytes, rel=0.05)
+
+
 def test_it_keeps_the_contract(words: Program) -> None:
     checked = check_pass(
         Mixed(MixedOptions(min_sqnr=20.0, forms=("weights4", "int8"))), words, IDS[:4], data=[IDS], target=TARGET
@@ -181,7 +205,7 @@ def test_points_of_the_metric_are_those_of_the_labels_it_gets(words: Program) ->
     nothing = plan_of(words, ctx, max_drop=0)
     assert set(nothing.forms.values()) == {FLOAT}
     assert len(nothing.refusals) == len(nothing.forms)
-    assert "int8 alone leaves the outputs" in nothing.refusals[0].reason
+    assert "others take what may be lost; weights4 alone leaves the outputs" in nothing.refusals[0].reason
     with pytest.raises(DataError, match=r"needs labelled data to see how much is lost \(min_sqnr=25 needs none\)"):
         plan_of(words, max_drop=1)
 
@@ -231,6 +255,8 @@ def test_what_is_skipped_stays_float(words: Program) -> None:
 def test_options() -> None:
     with pytest.raises(UsageError, match="give one of them"):
         build("mixed", MixedOptions, {"max_drop": "1", "min_sqnr": "20"})
+    with pytest.raises(UsageError, match="the least noise is looked for"):
+        build("mixed", MixedOptions, {"bytes": "0.2", "minimize": "latency"})
     pipeline = Pipeline.parse("mixed:max_drop=1.0:bytes=0.2:forms=int8+half")
     assert Pipeline.parse(pipeline.text).text == pipeline.text
     assert pipeline.steps[-1].instance.chooses_by_metric
@@ -246,3 +272,29 @@ def test_a_plan_is_read_back(words: Program) -> None:
     assert torch.equal(found[0], wanted[0])
     ratios = [ratio for known in plan.sensitivity.values() for ratio in known.values()]
     assert all(ratio is None or math.isfinite(ratio) for ratio in ratios)
+
+
+def test_a_stored_plan_holds_no_other_pass(words: Program) -> None:
+    plan = plan_of(words, min_sqnr=15, forms="weights8")
+    for step in ({**plan.steps[0], "pass_name": "mixed"}, {**plan.steps[0], "options": 3}, {}):
+        with pytest.raises(PassError, match="no pass that makes a form"):
+            Mixed(MixedOptions(min_sqnr=15)).apply(words, dataclasses.replace(plan, steps=(step,)))
+
+
+def test_sensitivity_is_measured_once(words: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAPHOPT_CACHE", str(tmp_path))
+    measured: list[int] = []
+    real = sensitivities
+    monkeypatch.setattr(mixed, "sensitivities", lambda *args: (measured.append(1), real(*args))[1])
+
+    def run(data: Tensor) -> None:
+        Job(words, Samples.open(data, ["ids"])).run(Pipeline.parse("mixed:forms=weights8:min_sqnr=15"))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(mixed, "compose", lambda *args: 1 / 0)  # the run dies behind it
+        with pytest.raises(ZeroDivisionError):
+            run(IDS)
+    run(IDS)
+    assert measured == [1]
+    run(IDS.flip(0))
+    assert measured == [1, 1]

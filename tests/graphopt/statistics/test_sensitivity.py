@@ -81,6 +81,16 @@ def test_the_worst_output_counts_and_places_are_right_or_wrong() -> None:
     assert noise_shares([torch.zeros(1, 2)], [torch.ones(1, 2)]) == [math.inf]
 
 
+def test_a_knob_that_gives_no_numbers_is_without_bound() -> None:
+    ones = torch.ones(1, 2)
+    assert noise_shares([ones, ones], [ones, ones * math.nan]) == [math.inf]
+    program = capture(Steps().eval(), (X,), {"scale": torch.ones(4)})
+    knobs = [*linear_knobs(program, math.nan), *linear_knobs(program, 1.5)]
+    found = sensitivities(program, [(X, torch.ones(4))], knobs)
+    assert found[:3] == [math.inf] * 3
+    assert all(math.isfinite(noise) for noise in found[3:])
+
+
 def test_data_that_tell_nothing_are_refused() -> None:
     program = capture(Steps().eval(), (X,), {"scale": torch.ones(4)})
     with pytest.raises(DataError, match="NaN or infinite"):
