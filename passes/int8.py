@@ -166,7 +166,7 @@ class Int8(Pass[Int8Options, Int8Plan]):
                 gm = prepared.graph_module
                 scales = choose_scales(placement, gm, calibration, originals, target.activation, observing)
         values = value_records(placement, gm, scales, observing)
-        quantizer = LayerQuantizer(gm, target.weight, tensors, per_channel=self.options.weights == "channel")
+        quantizer = LayerQuantizer(gm, target.weight, tensors)
         if self._rounding == "gptq" and placement.sites:
             quantizer.round_by_inputs(placement.sites, prepared, self._batches(program, ctx), ctx.progress)
         layers = self._quantize_layers(quantizer, placement, calibration, originals, scales)
@@ -226,9 +226,11 @@ class Int8(Pass[Int8Options, Int8Plan]):
         return self.options.rounding or ("gptq" if self.options.accuracy == "best" else "nearest")
 
     def _target(self, ctx: Context) -> TargetDescription:
-        """Return the target, with weights of no more bits than asked for."""
+        """Return the target, with weights of no more bits and scales than asked for."""
         target = ctx.need_target(self.name)
         weight = dataclasses.replace(target.weight, bits=min(target.weight.bits, self.options.weight_bits))
+        if self.options.weights == "tensor":
+            weight = dataclasses.replace(weight, granularity="tensor")
         return dataclasses.replace(target, weight=weight)
 
     def _batches(self, program: Program, ctx: Context) -> list[Batch]:

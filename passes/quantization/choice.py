@@ -2,7 +2,8 @@
 
 A layer is run beside the float one with static scales, and where those leave too little with dynamic ones, on the float
 network's own activations; how far its outputs are off decides, sample by sample: scales that fit the largest sample are
-of no use to the small ones.
+of no use to the small ones. Weights have as many scales as are stored, and the nearest integers, also where GPTQ rounds
+them later.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from graphopt.data.batches import Batch
 from graphopt.ir.graph import constant
 from graphopt.ir.program import Program
 from graphopt.passes.layers.weighted_call import WeightedCall
+from graphopt.passes.quantization.layers import scale_axis
 from graphopt.passes.quantization.placement import Choice, Placement, Site
 from graphopt.passes.quantization.recurrent import lstm_call, stored_lstm
 from graphopt.pipeline.knobs import Alternative, on_changed
@@ -59,8 +61,8 @@ def choose_forms(
     gm = program.graph_module
 
     @functools.lru_cache(maxsize=1)  # of the layer that is being compared: all together are as large as the program
-    def rounded(layer: WeightedCall) -> Tensor:
-        return _rounded(layer, gm, target)
+    def rounded(layer: WeightedCall, axis: int | None) -> Tensor:
+        return _rounded(layer, gm, target.weight, axis)
 
     for site in placement.sites:
         layer = site.kernel.layer
@@ -68,9 +70,10 @@ def choose_forms(
             first[site.node] = {"dynamic": _integer_lstm(site.node, gm, target.weight)}
         if layer is None or not _has_a_choice(site):
             continue
+        weight = functools.partial(rounded, layer, scale_axis(site.rule, layer, target.weight))
         static = _static(scales[placement.root(layer.input)])
-        first[site.node] = {"static": _with(layer, rounded, static)}
-        second[site.node] = {"dynamic": _with(layer, rounded, _dynamic)}
+        first[site.node] = {"static": _with(layer, weight, static)}
+        second[site.node] = {"dynamic": _with(layer, weight, _dynamic)}
 
     def compared(ways: Mapping[fx.Node, Mapping[str, Alternative]]) -> dict[fx.Node, dict[str, float]]:
         return compare_on(gm, seen, ways) if seen else compare(program, batches(), ways)
@@ -137,11 +140,9 @@ def _choice(node: fx.Node, sqnr: Mapping[str, float]) -> Choice | None:
     return "dynamic" if static < _WANTED and sqnr["dynamic"] > static + _LEAST_GAIN else None
 
 
-def _with(
-    layer: WeightedCall, rounded: Callable[[WeightedCall], Tensor], read: Callable[[Tensor], Tensor]
-) -> Alternative:
+def _with(layer: WeightedCall, rounded: Callable[[], Tensor], read: Callable[[Tensor], Tensor]) -> Alternative:
     """Return the layer's call with its weight rounded and an input that is read through `read`."""
-    return on_changed(layer.node, {layer.input: read, layer.weight: lambda _: rounded(layer)})
+    return on_changed(layer.node, {layer.input: read, layer.weight: lambda _: rounded()})
 
 
 def _integer_lstm(node: fx.Node, gm: fx.GraphModule, integers: IntegerFormat) -> Alternative:
@@ -158,13 +159,12 @@ def _integer_lstm(node: fx.Node, gm: fx.GraphModule, integers: IntegerFormat) ->
     return Alternative(run, lambda result: result[0] if call.batch_first else result[0].transpose(0, 1))
 
 
-def _rounded(layer: WeightedCall, gm: fx.GraphModule, target: TargetDescription) -> Tensor:
+def _rounded(layer: WeightedCall, gm: fx.GraphModule, integers: IntegerFormat, axis: int | None) -> Tensor:
     weight = constant(layer.weight, gm)
     assert weight is not None  # it is placed
-    axis = layer.weight_axis
-    weight_scale = weight_scales(weight.detach(), target.weight, axis)
-    zero = torch.zeros_like(weight_scale, dtype=torch.int8)
-    rounded: Tensor = dequantize(quantize_weight(weight, weight_scale, target.weight, axis), weight_scale, zero, axis)
+    scale = weight_scales(weight.detach(), integers, axis)
+    zero = torch.zeros_like(scale, dtype=torch.int8)
+    rounded: Tensor = dequantize(quantize_weight(weight, scale, integers, axis), scale, zero, axis)
     return rounded
 
 

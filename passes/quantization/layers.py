@@ -35,20 +35,16 @@ _Key = tuple[str, int | None, bool]
 class LayerQuantizer:
     """Quantizes the layers of one program, weights that several layers share once."""
 
-    def __init__(
-        self, gm: fx.GraphModule, integers: IntegerFormat, tables: Mapping[str, Tensor], *, per_channel: bool
-    ) -> None:
+    def __init__(self, gm: fx.GraphModule, integers: IntegerFormat, tables: Mapping[str, Tensor]) -> None:
         """Prepare to quantize.
 
         Args:
             gm: the program's graph.
             integers: how weights are stored.
             tables: integers and scales of embedding tables, by name (see `quantize_tables`), which layers may share.
-            per_channel: whether scales differ along a weight's output channels.
         """
         self._gm = gm
         self._integers = integers
-        self._per_channel = per_channel
         self._stored: dict[_Key, str] = {}
         self._floors: dict[_Key, Tensor] = {}
         self._tables = tables
@@ -66,7 +62,11 @@ class LayerQuantizer:
             batches: calibration samples.
             progress: is told.
         """
-        axes = {layer: self._axis(site.rule, layer) for site in sites if (layer := site.kernel.layer) is not None}
+        axes = {
+            layer: scale_axis(site.rule, layer, self._integers)
+            for site in sites
+            if (layer := site.kernel.layer) is not None
+        }
         self._rounded = round_by_inputs(program, axes, self._integers, batches, progress)
 
     def leave_room(self, site: Site, layer: WeightedCall, input_scale: float | None) -> None:
@@ -109,16 +109,10 @@ class LayerQuantizer:
             bias_dtype="float" if site.dynamic else site.rule.bias,
         )
 
-    def _axis(self, rule: OperatorRule, layer: WeightedCall) -> int | None:
-        """Return the axis of a layer's weight that its scales differ along, None for one scale."""
-        if not self._per_channel or rule.weight_axis is None or self._integers.granularity == "tensor":
-            return None
-        return layer.weight_axis
-
     def _key(self, site: Site, layer: WeightedCall) -> _Key:
         """Return what the weight of a layer is stored by: its name, the axis of its scales, whether it is turned."""
         transposed = _is_product(site) and layer.kind == "linear"
-        axis = self._axis(site.rule, layer)
+        axis = scale_axis(site.rule, layer, self._integers)
         return layer.weight_name, None if axis is None else 1 - axis if transposed else axis, transposed
 
     def _store_weight(self, key: _Key, weight: Tensor) -> str:
@@ -175,6 +169,11 @@ class LayerQuantizer:
         self.tensors[name] = (value / scale.double()).round_().clamp_(-_INT32, _INT32).to(torch.int32)
         self.tensors[f"{name}_scale"] = scale.contiguous()
         return name
+
+
+def scale_axis(rule: OperatorRule, layer: WeightedCall, integers: IntegerFormat) -> int | None:
+    """Return the axis of a layer's weight that its scales differ along, None for one scale."""
+    return None if rule.weight_axis is None or integers.granularity == "tensor" else layer.weight_axis
 
 
 def _is_product(site: Site) -> bool:

@@ -107,6 +107,20 @@ def test_chooses_by_what_scales_leave_of_small_samples(order: Sequence[int], sca
     assert by_layer(plan) == {"0.weight": scales, "2.weight": scales}
 
 
+@pytest.mark.parametrize(("weights", "stored"), [("channel", ["weight_int8"]), ("tensor", [])])
+def test_chooses_by_the_scales_that_are_stored(weights: str, stored: list[str]) -> None:
+    """One large weight, of an input that is always 0, leaves nothing of the others where all have one scale."""
+    layer = nn.Linear(8, 16)
+    x = noise(32, 8)
+    x[:, 0] = 0
+    program = folded(layer, x)
+    next(program.parameters()).data[0, 0] = 1000
+    instance = Int8(Int8Options(weights=weights))  # type: ignore[arg-type]
+    plan = instance.plan(program, Context(original=program, target=ONNXRUNTIME, samples=TensorSamples((x,))))
+    assert [layer["weight"] for layer in plan.layers] == stored
+    assert all("8 bits leave its result" in reason for reason in reasons(plan).values())
+
+
 @pytest.mark.parametrize("way", ["compare_on", "compare"])
 def test_nothing_is_run_that_decides_nothing(head: Program, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     """One run over the samples for all that is asked of them, dynamic scales only where static ones leave too little.
