@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import graphopt
 from graphopt.backends.onnx_execution.agreement import relative_error
-from graphopt.backends.onnx_execution.session import SessionSettings
+from graphopt.backends.onnx_execution.session import OnnxSession, SessionSettings
 from graphopt.backends.onnxruntime.fusion import quantized_layers
 from graphopt.errors import GraphOptError, LoweringError
 from graphopt.ir.program import Program
@@ -168,25 +168,25 @@ def _compared(other: OtherRuntime, result: Result, target: str) -> list[str]:
     artifact, program = result.artifacts[target], result.programs[target]
     settings = SessionSettings.of(artifact.session_options)
 
-    def looked_at() -> tuple[str, str]:
+    def looked_at(runtime: type[OnnxSession]) -> tuple[str, str]:
         try:
             error = artifact.backend.verify(artifact, program)
         except LoweringError:
-            error = _error(artifact, program)
+            error = error_in(runtime, artifact, program)
             if "compute=yes" not in str(result.pipeline) or error > _SUMMED_IN_HALF:
                 raise
         layers = quantized_layers(artifact.path, settings)
         return f"{error:.1e}", f"{sum(layer.integer for layer in layers)} of {len(layers)}"
 
-    here = looked_at()
+    here = looked_at(OnnxSession)
     with verified_by(other):
-        there = looked_at()
+        there = looked_at(OtherSession)
     return [here[0], there[0], here[1], there[1]]
 
 
-def _error(artifact: Artifact, program: Program) -> float:
-    """Return how far the artifact is off the program there, relative to its largest output."""
-    session = OtherSession(artifact.path, SessionSettings.of(artifact.session_options))
+def error_in(runtime: type[OnnxSession], artifact: Artifact, program: Program) -> float:
+    """Return how far the artifact is off the program where a session runs, relative to its largest output."""
+    session = runtime(artifact.path, SessionSettings.of(artifact.session_options))
     inputs = program.flat_examples()
     found = session(*(tensor.numpy() for tensor in inputs))
     pairs = zip(program.call_flat(inputs), found, strict=True)
