@@ -9,7 +9,8 @@ the worst output, against the float32 file, on samples that no quantizer saw. "l
 integer. Models of --data are trained, and top-1 is of all test images; the others have random weights. The facenet
 detectors are from `facenet-pytorch`, whose weights lie in its wheel. Quantizers, see `quantization_peers`.
 
-Every model runs in a process of its own: what dies is a row that says when. Rows in --json are not measured again.
+Every model runs in a process of its own: what dies is a row that says when. Rows in --json are not measured again by
+the same source and versions on the same processor.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ import graphopt
 from graphopt.backends.onnx_execution.session import OnnxSession, SessionSettings
 from graphopt.backends.onnxruntime import OnnxRuntimeBackend
 from graphopt.backends.onnxruntime.fusion import kernel_counts
+from graphopt.caching.digests import of_libraries
 from graphopt.ir.signature import TensorSpec
 from graphopt.measure.bench import in_turn
 from graphopt.measure.equivalence import compare_outputs
@@ -88,7 +90,8 @@ def main(
     one: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Measure what was not measured yet and print the table."""
-    known = zoo() if in_zoo else named(data and data.resolve())
+    data = data and data.resolve()
+    known = zoo() if in_zoo else named(data)
     wanted = model or list(known)
     if unknown := [name for name in wanted if name not in known]:
         raise typer.BadParameter(f"There is no model `{unknown[0]}`. Known are {', '.join(known)}.")
@@ -100,31 +103,32 @@ def main(
         "samples": samples,
         "seconds": seconds,
         "engine": engine,
+        "data": data and str(data),
+        "machine": _machine(),
     }
     if one is not None:
         os.chdir(one.parent)  # some quantizers leave files where they run
         _Measurement(Row(wanted[0], how), one).run(lambda: known[wanted[0]](samples))
         return
     stored = json.loads(results.read_text()) if results is not None and results.is_file() else {"rows": []}
-    stored["machine"] = _machine()
     rows = {row["model"]: row for row in stored["rows"]}
     for name in wanted:
         if rows.get(name, {}).get("how") != how or rows[name]["problem"]:
             rows[name] = _in_a_process(name)
-            stored["rows"] = list(rows.values())
             if results is not None:
-                results.write_text(json.dumps(stored) + "\n")
-    report(stored["machine"], [rows[name] for name in wanted], FLOAT, zoo=in_zoo)
+                results.write_text(json.dumps({"rows": list(rows.values())}) + "\n")
+    report(how["machine"], [rows[name] for name in wanted], FLOAT, zoo=in_zoo)
 
 
 def _machine() -> dict[str, str]:
+    """Return what measures here: the processor, versions, and a digest of our own source and what it requires."""
     found = {}
     for package in _VERSIONS:
         try:
             found[package] = version(package)
         except ImportError:
             found[package] = "not installed"
-    return {"processor": ", ".join(said_of_processor("model name")), **found}
+    return {"processor": ", ".join(said_of_processor("model name")), **found, "source": of_libraries()[:12]}
 
 
 def _in_a_process(name: str) -> dict[str, Any]:
