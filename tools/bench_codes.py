@@ -5,8 +5,8 @@
 
 A row per model and pipeline, run in ONNX Runtime on the test images: top-1 in percent, the mean (lowest, highest) over
 seeds, which draw other 256 training images and begin clusters elsewhere; mean MB of the file; and processor seconds of
-`graphopt.optimize`, the median: passes, capturing, lowering and verification, nothing cached. The first row is of
-float32.
+`graphopt.optimize`, the median: passes, capturing, lowering and verification, nothing cached. Float32 is the
+first row of a model.
 """
 
 from __future__ import annotations
