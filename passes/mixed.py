@@ -116,7 +116,7 @@ class Mixed(Pass[MixedOptions, MixedPlan]):
     cached = True
     needs = ("folded",)
     after = ("drop_blocks", "prune", "svd", "recover", "sparsity24", "equalize")
-    conflicts = ("int8", "weights", "half", "bfloat16")
+    conflicts = ("int8", "weights", "codebook", "half", "bfloat16")
     reads_target = True
     has_goal = True
 
