@@ -16,8 +16,9 @@ import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 
+from graphopt.capturing.asked_sizes import asked_sizes
 from graphopt.capturing.axis_names import AxisNames
-from graphopt.capturing.checks import check_equal, check_repeatable, run_model, wrong_batch
+from graphopt.capturing.checks import check_equal, check_repeatable, run_model, wrong_batch, wrong_size
 from graphopt.capturing.explain import explain
 from graphopt.capturing.guards import insert_guards
 from graphopt.capturing.lost import lost_in_eval
@@ -235,19 +236,28 @@ def _capture(
         _check_calls(exported.graph)
         return exported
 
-    def program(exported: ExportedProgram, wanted: LeafShapes, notes: Sequence[Note] = ()) -> Program:
+    def program(exported: ExportedProgram, wanted: LeafShapes, notes: Sequence[Note] = ()) -> tuple[Program, str]:
+        """Return the program, and at which batch size it is not the model, "" for none."""
         module = exported.module(check_guards=False)  # 2.13 adds a `_guards_fn` call without that argument
         record_ranges(module)
+        asked = asked_sizes(module)
         found = from_module(module, args, kwargs, wanted)
-        return dataclasses.replace(found, notes=(*given, *notes, *lost_in_eval(model, found.graph_module)))
+        found = dataclasses.replace(found, notes=(*given, *notes, *lost_in_eval(model, found.graph_module)))
+        wrong = wrong_size(model, found, asked, args, kwargs)
+        if wrong is not None and wrong[0]:
+            raise _DecidesBySizeError(
+                f"The model cannot be captured: {wrong[1]}. It decides by that size: let the axis be of one size, or "
+                "the model do the same for all."
+            )
+        return found, wrong[1] if wrong is not None else ""
 
     error: Exception | None = None
     try:
-        captured = program(attempt(shapes), shapes)
-        reason = wrong_batch(model, captured, args, kwargs)
+        captured, reason = program(attempt(shapes), shapes)
+        reason = reason or wrong_batch(model, captured, args, kwargs)
         if not reason:
             return captured
-    except (_UnfinishedTraceError, *OUT_OF_MEMORY):
+    except (_UnfinishedTraceError, _DecidesBySizeError, *OUT_OF_MEMORY):
         raise
     except Exception as err:  # tracing runs the user's code, which may raise anything
         error = err
@@ -266,7 +276,7 @@ def _capture(
         raise CaptureError(f"The model cannot be captured: {reason}") from err
     text = f"The batch size is fixed: {reason}"
     logger.warning("%s", text)
-    return program(exported, static, [Note("batch", text)])
+    return program(exported, static, [Note("batch", text)])[0]
 
 
 def _leaf_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
@@ -306,6 +316,10 @@ def _partners(
                 "or name it in dynamic_shapes, too."
             )
     return ""
+
+
+class _DecidesBySizeError(CaptureError):
+    """What was traced is not the model at another size of an axis that was asked to be dynamic."""
 
 
 class _UnfinishedTraceError(CaptureError):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from graphopt.capturing.asked_sizes import AskedSize
 from graphopt.errors import CaptureError, ExampleError, first_line, foreign_code
 from graphopt.ir.aliasing import Storages
 from graphopt.ir.buffers import with_its_buffers
@@ -175,18 +177,49 @@ def wrong_batch(model: nn.Module, program: Program, args: tuple[Any, ...], kwarg
         other_args, other_kwargs = pytree.tree_unflatten(sized, spec)
         try:
             expected = run_model(model, other_args, other_kwargs)
-            worst = _disagreement(program, expected, other_args, other_kwargs)
         except CaptureError as err:
             if size > 1:  # what takes one sample alone otherwise than several still takes any number of these
                 failed.append(f"at batch {size} the model fails ({getattr(err, 'reason', first_line(err))})")
             continue
-        except OUT_OF_MEMORY:
-            raise
-        except Exception as err:  # the traced graph may fail in any kernel
-            worst = first_line(err)
+        worst = _difference(program, expected, other_args, other_kwargs)
         if worst:
             return f"at batch {size} the captured program differs from the model ({worst})"
     return failed[0] if len(failed) > 1 and _only_batches_vary(program) else ""
+
+
+def wrong_size(
+    model: nn.Module, program: Program, asked: Iterable[AskedSize], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[int, str] | None:
+    """Say on which axis a program is not the model, at a size that was not traced, and how; None if on none.
+
+    Args:
+        model: the user's.
+        program: what was captured of it.
+        asked: sizes to try, of the trace that it was made of.
+        args: positional examples.
+        kwargs: keyword examples.
+    """
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    tensors = [index for index, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+    for one in asked:
+        sized = list(leaves)
+        for number, axis in one.places:
+            sized[tensors[number]] = _resized(sized[tensors[number]], one.size, axis)
+        other_args, other_kwargs = pytree.tree_unflatten(sized, spec)
+        try:
+            expected = run_model(model, other_args, other_kwargs)
+        except CaptureError:
+            continue  # it takes no such size
+        worst = _difference(program, expected, other_args, other_kwargs)
+        if worst:
+            number, axis = one.places[0]
+            what = (
+                f"batch {one.size}"
+                if axis == 0
+                else f"size {one.size} of axis {axis} of `{program.inputs[number].name}`"
+            )
+            return axis, f"at {what} the captured program differs from the model ({worst})"
+    return None
 
 
 def _only_batches_vary(program: Program) -> bool:
@@ -195,9 +228,18 @@ def _only_batches_vary(program: Program) -> bool:
     return len(firsts) == 1 and not any(isinstance(size, str) for spec in program.inputs for size in spec.shape[1:])
 
 
-def _resized(tensor: torch.Tensor, size: int) -> torch.Tensor:
-    rows = torch.arange(size) % tensor.shape[0]
-    return tensor[rows]
+def _resized(tensor: torch.Tensor, size: int, axis: int = 0) -> torch.Tensor:
+    return tensor.index_select(axis, torch.arange(size, device=tensor.device) % tensor.shape[axis])
+
+
+def _difference(program: Program, expected: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Say how a program differs from what the model returned, "" if it does not; that it fails is a difference."""
+    try:
+        return _disagreement(program, expected, args, kwargs)
+    except OUT_OF_MEMORY:
+        raise
+    except Exception as err:  # the traced graph may fail in any kernel
+        return first_line(err)
 
 
 def _disagreement(program: Program, expected: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
