@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,12 +15,12 @@ from graphopt.files import ScratchDirectory
 from graphopt.ir.contents import as_array
 from graphopt.ir.memory import give_back
 from graphopt.ir.program import Program
-from graphopt.ir.torch_internals import output_structure, pytree
 from graphopt.job.recorder import Score
 from graphopt.job.report import Latency, Row
 from graphopt.measure.bench import Comparison, Spread, Timing, compare
 from graphopt.measure.cost import cost
 from graphopt.measure.equivalence import Probe
+from graphopt.measure.evaluate import as_model
 from graphopt.measure.left_float import left_float
 from graphopt.targets.backend import Artifact, Backend, Session
 
@@ -100,7 +99,7 @@ def deliver(
         cost=cost(program),
         size=artifact.size,
         error=probe.measure(flat(session), declared=program.outputs),
-        metric=metric(as_model(session, original)) if metric else None,
+        metric=metric(as_model(flat(session), original)) if metric else None,
         seconds=seconds,
         summary=item.summary(artifact),
     )
@@ -159,17 +158,3 @@ def flat(session: Session) -> Callable[[Batch], Batch]:
         return tuple(torch.from_numpy(array).to(batch[0].device) for array in outputs)
 
     return call
-
-
-def as_model(session: Session, program: Program) -> Callable[..., Any]:
-    """Let a session be called like the model: same arguments, same output structure."""
-    structure = output_structure(program.graph_module)
-    call = flat(session)
-
-    def model(*args: Any, **kwargs: Any) -> Any:
-        ordered = {name: kwargs[name] for name in program.example_kwargs if name in kwargs}
-        leaves = pytree.tree_leaves((args, {**ordered, **kwargs}))
-        outputs = call(tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor)))
-        return pytree.tree_unflatten(list(outputs), structure) if len(outputs) == structure.num_leaves else outputs
-
-    return model

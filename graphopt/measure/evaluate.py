@@ -21,6 +21,7 @@ from graphopt.data.split import halves
 from graphopt.errors import DataError, foreign_code
 from graphopt.ir.contents import as_array
 from graphopt.ir.program import Program
+from graphopt.ir.torch_internals import output_structure, pytree
 from graphopt.loading.functions import is_function_name, resolve_function
 from graphopt.measure.metrics import METRICS, Metric, Scoring, find_metric
 
@@ -174,6 +175,19 @@ def _evaluated(model: Model) -> Iterator[Model]:
     exported = isinstance(model, fx.GraphModule)  # which refuse eval()
     with in_eval_mode(model) if isinstance(model, nn.Module) and not exported else contextlib.nullcontext():
         yield model.evaluated().copy() if isinstance(model, Program) else model  # a function may do as it likes
+
+
+def as_model(call: Callable[[Batch], Batch], program: Program) -> Model:
+    """Let what takes and returns flat tensors be called like the model: same arguments, same output structure."""
+    structure = output_structure(program.graph_module)
+
+    def model(*args: Any, **kwargs: Any) -> Any:
+        ordered = {name: kwargs[name] for name in program.example_kwargs if name in kwargs}
+        leaves = pytree.tree_leaves((args, {**ordered, **kwargs}))
+        outputs = call(tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor)))
+        return pytree.tree_unflatten(list(outputs), structure) if len(outputs) == structure.num_leaves else outputs
+
+    return model
 
 
 def main_output(outputs: Any) -> Array:

@@ -41,11 +41,10 @@ class Workload:
         tensors = _tensors(node)
         return sum(math.prod(map(_size, tensor.shape)) for tensor in tensors) / self._share(tensors)
 
-    def of(self, node: fx.Node, operands: Sequence[fx.Node] | None = None) -> Work:
-        """Return what a call does; `operands` where it reads fewer values than its arguments are."""
-        read = dict.fromkeys(node.all_input_nodes if operands is None else operands)
+    def of(self, node: fx.Node) -> Work:
+        """Return what a call does."""
         operations = node_flops(node) / self._share(_tensors(node))
-        return Work(operations, sum(map(self.elements, read)) + self.elements(node))
+        return Work(operations, sum(map(self.elements, node.all_input_nodes)) + self.elements(node))
 
     def _share(self, tensors: Sequence[torch.Tensor]) -> int:
         return self._samples if any(free_symbols(tensor) & self._batch for tensor in tensors) else 1

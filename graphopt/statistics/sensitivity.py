@@ -19,9 +19,10 @@ from graphopt.data.batches import Batch
 from graphopt.errors import DataError
 from graphopt.ir.aliasing import Storages
 from graphopt.ir.program import Program
-from graphopt.ir.torch_internals import output_structure, pytree
+from graphopt.ir.torch_internals import pytree
 from graphopt.ir.walker import Walker
 from graphopt.measure.equivalence import not_finite
+from graphopt.measure.evaluate import as_model
 from graphopt.pipeline.context import NoProgress, Progress
 from graphopt.pipeline.knobs import Knob
 
@@ -83,11 +84,7 @@ class Altered(Walker):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run it: the arguments and results of the model."""
-        ordered = {name: kwargs[name] for name in self.program.example_kwargs if name in kwargs}
-        leaves = pytree.tree_leaves((args, {**ordered, **kwargs}))
-        found = pytree.tree_leaves(self.run([leaf for leaf in leaves if isinstance(leaf, Tensor)]))
-        structure = output_structure(self.program.graph_module)
-        return pytree.tree_unflatten(found, structure) if len(found) == structure.num_leaves else tuple(found)
+        return as_model(self.call_flat, self.program)(*args, **kwargs)
 
     def call_flat(self, batch: Batch) -> Batch:
         """Run it on flat inputs; return its tensors, flat, as `Program.call_flat` does."""

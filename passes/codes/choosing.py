@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from graphopt.passes.codes.clusters import cluster, nearest
-from graphopt.passes.codes.coded import Coded, Form, positive
+from graphopt.passes.codes.coded import SMALLEST, Coded, Form, positive
 from graphopt.passes.codes.in_order import Inputs, choose_codes
 from graphopt.passes.codes.signs import SIGNS, binary, ternary
 
 _TURNS = 3
 _ELEMENTS = 1 << 22  # of rows that are worked on at once
-_SMALLEST = 1e-30
 
 
 def encode(matrix: Tensor, form: Form, inputs: Inputs | None, generator: torch.Generator) -> Coded:
@@ -65,7 +64,7 @@ def _clustered(matrix: Tensor, weights: Tensor, form: Form, generator: torch.Gen
     scale = positive(_roots(matrix, weights)) if form.scaled else torch.ones(len(matrix), 1)
     for _ in range(_TURNS if form.scaled else 1):
         vectors = _in_vectors(matrix / torch.where(scale > 0, scale, 1.0), form.vector, tables)
-        counts = _in_vectors(weights * (scale / scale.max().clamp(min=_SMALLEST)).square(), form.vector, tables)
+        counts = _in_vectors(weights * (scale / scale.max().clamp(min=SMALLEST)).square(), form.vector, tables)
         table = cluster(vectors, counts, form.entries, generator)
         codes = nearest(vectors, counts, table)
         values = table.gather(1, codes.unsqueeze(2).expand(*codes.shape, form.vector))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_SMALLEST = 1e-30  # rows of smaller weights are stored as zeros: scales stay normal float32 numbers
+SMALLEST = 1e-30  # rows of smaller weights are stored as zeros: scales stay normal float32 numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,4 +58,4 @@ class Coded:
 
 def positive(scale: Tensor) -> Tensor:
     """Return scales of which the smallest are 0."""
-    return torch.where(scale > _SMALLEST, scale, 0.0)
+    return torch.where(scale > SMALLEST, scale, 0.0)
