@@ -5,23 +5,33 @@ one: of the 122 of a folded ResNet-50 42 differ, and a pass leaves most as they 
 arguments, and shapes, strides and types of their tensors are; what they give is then one fake tensor, in every program
 of one fake mode. Who checks what is recorded knows nothing of who recorded it.
 
+What depends on data has sizes of its own, and is run every time: torch gives two such results of one fake tensor the
+same size, so what they are made of is not shared either.
+
 BatchNorm in inference gives what its input is like. Of torch it is known by running a decomposition of ten steps: half
 of what propagating a pruned ResNet-50 takes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import operator
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import torch
 from torch import fx
 
 from graphopt.ir.aliasing import shared_inputs, written_inputs
-from graphopt.ir.torch_internals import FakeTensor, FakeTensorMode, OpOverload, enable_python_dispatcher
+from graphopt.ir.torch_internals import (
+    FakeTensor,
+    FakeTensorMode,
+    OpOverload,
+    enable_python_dispatcher,
+    free_unbacked_symbols,
+)
 
 _OURS = ("aten", "graphopt")  # operators whose shapes follow from their arguments: who knows what a stranger's do
-_DEPENDS_ON_DATA = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+_BINDS = "unbacked_bindings"  # torch's note on a call whose result has sizes that depend on data
 _MOST_KNOWN = 4096  # results of a mode, a few kilobytes each
 _KNOWN = "graphopt.propagated"  # in a mode's own dictionary, so that what is known goes with it
 
@@ -49,7 +59,7 @@ class Propagation:
         with enable_python_dispatcher(), self._mode:
             like = _like_its_input(node.target, args) if key is not None else None
             value = torch.empty_like(like) if like is not None else node.target(*args, **kwargs)  # type: ignore[operator]
-        if key is not None:
+        if key is not None and not free_unbacked_symbols(value):
             if len(self._known) >= _MOST_KNOWN:
                 self._known.clear()
             self._known[key] = value
@@ -69,16 +79,23 @@ def _like_its_input(target: object, args: tuple[Any, ...]) -> torch.Tensor | Non
 
 
 def _is_plain(node: fx.Node) -> bool:
-    """Whether a call gives new memory, whose shape follows from those of its arguments and which nobody writes to.
+    """Whether a call gives new memory, which nobody writes to or reads sizes from.
 
     A write in place may change the shape that a tensor is known by: `x.t_()`.
     """
     target = node.target
     if not isinstance(target, OpOverload) or target.namespace not in _OURS:
         return False
-    if any(node in written_inputs(user) for user in node.users):
+    if any(result in written_inputs(user) or _BINDS in user.meta for result in _results(node) for user in result.users):
         return False
-    return not (_DEPENDS_ON_DATA.intersection(target.tags) or shared_inputs(node) or written_inputs(node))
+    return not (shared_inputs(node) or written_inputs(node))
+
+
+def _results(node: fx.Node) -> Iterator[fx.Node]:
+    yield node
+    for user in node.users:
+        if user.target is operator.getitem:
+            yield from _results(user)
 
 
 def _surroundings() -> Hashable:

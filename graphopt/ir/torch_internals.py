@@ -26,7 +26,12 @@ from torch.export.dynamic_shapes import _combine_args  # the names that dynamic 
 from torch.fx._pytree import tree_flatten_spec  # what the code of an exported graph flattens its inputs with
 from torch.fx.experimental import symbolic_shapes
 from torch.fx.experimental.proxy_tensor import make_fx  # traces one operator into what it decomposes to
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_symbols, statically_known_true
+from torch.fx.experimental.symbolic_shapes import (
+    ShapeEnv,
+    free_symbols,
+    free_unbacked_symbols,
+    statically_known_true,
+)
 from torch.utils import _pytree as pytree  # `torch.utils.pytree` lacks TreeSpec's fields and key paths (2.13)
 
 from graphopt.ir.global_state import one_thread_at_a_time
@@ -51,6 +56,7 @@ __all__ = [
     "enable_python_dispatcher",
     "flat_arguments",
     "free_symbols",
+    "free_unbacked_symbols",
     "is_compiled",
     "is_composite",
     "is_function_transform",

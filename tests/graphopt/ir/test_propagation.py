@@ -62,6 +62,31 @@ def test_views_and_what_depends_on_data_run_every_time(program: Program, target:
     assert one is not other
 
 
+class Found(nn.Module):
+    """Where two inputs of equal shapes are positive: as many numbers of one as of the other only by chance."""
+
+    def forward(self, x: Tensor, y: Tensor, x_times: Tensor, y_times: Tensor) -> tuple[Tensor, ...]:
+        (where_x,), (where_y,) = torch.where(x[0] > 0), torch.where(y[0] > 0)
+        largest_x, largest_y = (one.sigmoid().topk(2).indices.unique() for one in (x[0], y[0]))
+        repeated = x.repeat_interleave(x_times, 0), x.repeat_interleave(y_times, 0)
+        return (where_x, where_y, largest_x, largest_y, *repeated)
+
+
+def test_sizes_that_depend_on_data_are_those_of_one_call() -> None:
+    times = torch.tensor([1, 2])
+    found = capture(Found(), (torch.randn(2, 3), torch.randn(2, 3), times, times))
+    values: dict[fx.Node, Any] = {}
+    propagated = Propagation(fake_mode_of(found.graph_module), "data")
+    for node in found.graph.nodes:
+        if node.op == "call_function":
+            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            values[node] = propagated.call(node, args, kwargs)
+        else:
+            values[node] = node.meta.get("val")
+    (results,) = found.graph.output_node().args
+    assert len({str(values[node].shape[0]) for node in results}) == len(results)
+
+
 def test_what_is_known_is_shared_by_those_who_run_calls_for_the_same(program: Program) -> None:
     one, other, checked = (results(program.copy(), aten.relu.default, what)[0] for what in ("a", "a", "check"))
     assert one is other
