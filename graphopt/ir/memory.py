@@ -56,10 +56,8 @@ def _set_aside() -> None:
     global _aside, _blocks
     used = sys.getallocatedblocks()
     if used > _GROWTH * _blocks:
-        if _blocks:
-            gc.collect()
-            used = sys.getallocatedblocks()
-        _blocks = used
+        gc.collect()
+        _blocks = used = sys.getallocatedblocks()
     _blocks = min(_blocks, used)
     gc.freeze()
     _aside = True

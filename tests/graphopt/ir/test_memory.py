@@ -24,7 +24,8 @@ class Circle:
 
 
 @pytest.fixture(autouse=True)
-def without_collections() -> Iterator[None]:
+def without_collections(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(memory, "_blocks", sys.getallocatedblocks())
     before = gc.get_threshold()
     gc.set_threshold(0)
     yield
@@ -64,13 +65,12 @@ def test_all_is_looked_at_where_tensors_are_large() -> None:
 
 def test_all_is_looked_at_first_where_much_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
     known = []
+    monkeypatch.setattr(memory, "_blocks", 0)
     for used in (1000, 1200, 1251, 1500):
         monkeypatch.setattr(sys, "getallocatedblocks", lambda used=used: used)
         known.append(dead_circle())
-        if used == 1000:
-            monkeypatch.setattr(memory, "_blocks", 1000)
         with what_is_there_set_aside():
-            assert [one() is None for one in known] == [used == 1251] * len(known)
+            assert [one() is None for one in known] == [used in (1000, 1251)] * len(known)
         known = [one for one in known if one() is not None]
 
 
