@@ -30,7 +30,7 @@ _KINDS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int
 _MANY = 1 << 20  # numbers; to return pages takes some milliseconds
 _GROWTH = 1.25  # of blocks in use, from which on all is looked at: as Python does of objects
 
-_aside = False  # whether objects are set aside here
+_first: list[object] | None = None  # what was made first since objects were set aside here
 _blocks = 0  # in use when all had last been looked at
 
 
@@ -39,13 +39,13 @@ def what_is_there_set_aside() -> Iterator[None]:
     """Look for dead circles only in what is made meanwhile. One thread at a time may be in here.
 
     Nothing is set aside where Python does not look for circles, or somebody else has set objects aside: they could not
-    be told apart afterwards.
+    be told apart afterwards. So where somebody does meanwhile, all stays there.
     """
-    if _aside or not gc.isenabled() or gc.get_freeze_count():
+    if _first is not None or not gc.isenabled() or gc.get_freeze_count():
         yield
         return
-    _set_aside()
     try:
+        _set_aside()
         yield
     finally:
         _take_back()
@@ -53,21 +53,22 @@ def what_is_there_set_aside() -> Iterator[None]:
 
 def _set_aside() -> None:
     """Set all objects aside; those that nobody reads go first, where there may be many of them."""
-    global _aside, _blocks
+    global _first, _blocks
     used = sys.getallocatedblocks()
     if used > _GROWTH * _blocks:
         gc.collect()
         _blocks = used = sys.getallocatedblocks()
     _blocks = min(_blocks, used)
     gc.freeze()
-    _aside = True
+    _first = []
 
 
 def _take_back() -> None:
-    global _aside
-    if _aside:
+    """Let Python look at everything again, unless somebody else has set objects aside since."""
+    global _first
+    if _first is not None and any(one is _first for one in gc.get_objects()):
         gc.unfreeze()
-        _aside = False
+    _first = None
 
 
 def give_back(tensors: Iterable[torch.Tensor]) -> None:

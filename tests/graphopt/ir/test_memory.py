@@ -85,6 +85,15 @@ def test_what_others_set_aside_stays_there() -> None:
         gc.unfreeze()
 
 
+def test_what_others_set_aside_meanwhile_stays_there() -> None:
+    try:
+        with what_is_there_set_aside():
+            gc.freeze()
+        assert gc.get_freeze_count()
+    finally:
+        gc.unfreeze()
+
+
 def test_nothing_is_set_aside_where_python_does_not_look() -> None:
     gc.disable()
     try:
