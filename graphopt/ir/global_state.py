@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from graphopt.ir.memory import what_is_there_set_aside
+from graphopt.ir.memory import take_back, what_is_there_set_aside
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,10 @@ def one_thread_at_a_time() -> Iterator[None]:
 
 
 def _work_anew() -> None:
-    """Let a forked process work: the thread that held the lock when it was forked may not be in it."""
+    """Let a forked process work and look at everything: the thread that worked may not be in it."""
     global _working
     _working = threading.RLock()
+    take_back()
 
 
 os.register_at_fork(after_in_child=_work_anew)

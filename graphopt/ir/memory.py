@@ -48,7 +48,7 @@ def what_is_there_set_aside() -> Iterator[None]:
         _set_aside()
         yield
     finally:
-        _take_back()
+        take_back()
 
 
 def _set_aside() -> None:
@@ -63,7 +63,7 @@ def _set_aside() -> None:
     _first = []
 
 
-def _take_back() -> None:
+def take_back() -> None:
     """Let Python look at everything again, unless somebody else has set objects aside since."""
     global _first
     if _first is not None and any(one is _first for one in gc.get_objects()):
@@ -74,7 +74,7 @@ def _take_back() -> None:
 def give_back(tensors: Iterable[torch.Tensor]) -> None:
     """Let go of dead programs and return free pages, where tensors like these are very large."""
     if sum(tensor.nbytes for tensor in tensors) >= _LARGER:
-        _take_back()
+        take_back()
         gc.collect()
         trim(_MANY)
 

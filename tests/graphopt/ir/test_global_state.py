@@ -70,11 +70,12 @@ def test_what_inference_made_is_trained_outside_it() -> None:
 
 
 def _work() -> None:
+    assert gc.get_freeze_count() == 0
     with one_thread_at_a_time():
         pass
 
 
-def test_a_process_forked_while_a_thread_works_can_work() -> None:
+def test_a_process_forked_while_a_thread_works_can_work_and_looks_at_all() -> None:
     """Whether its thread is the one that works or another."""
     forked = [multiprocessing.get_context("fork").Process(target=_work, daemon=True) for _ in range(2)]
     working, started = threading.Event(), threading.Event()
