@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from graphopt.ir.graph import fake_mode_of
+from graphopt.ir.torch_internals import holds_at
 
 _LARGEST = 4096  # sizes that are looked at
 
@@ -56,8 +57,4 @@ def asked_sizes(traced: fx.GraphModule) -> list[AskedSize]:
 
 def _smallest_beyond(guard: Any, symbol: Any) -> int | None:
     """Return the smallest size for which a guard does not hold, None where it holds for all that are looked at."""
-    for size in range(2, _LARGEST + 1):
-        holds = guard.subs(symbol, size)
-        if holds == False:  # noqa: E712 # sympy's own, which is no `bool`
-            return size
-    return None
+    return next((size for size in range(2, _LARGEST + 1) if not holds_at(guard, symbol, size)), None)
