@@ -36,7 +36,7 @@ from graphopt.backends.onnx_execution.replay import Codes, Deviation, Drift, Rep
 from graphopt.backends.onnx_execution.rounded_activations import RoundedActivations, multiplies_blocks, without_rounding
 from graphopt.backends.onnx_execution.session import OnnxSession, SessionSettings
 from graphopt.backends.onnx_lowering.exporter import QUANTIZERS, SOURCE_PROPERTY
-from graphopt.errors import LoweringError
+from graphopt.errors import LoweringError, foreign_code
 from graphopt.ir.program import Program
 from graphopt.targets.backend import Array, Session
 
@@ -81,7 +81,9 @@ def verify(
         feed = tuple(torch.from_numpy(array) for array in arrays)
         found = exact(*arrays)
         codes = probe.codes(arrays, found) if probe else {}
-        reference = _reference(program, codes, feed, replay.outputs(feed, codes))
+        with foreign_code(lambda said, _, where=where: _not_run(program, said, where)):  # type: ignore[misc]
+            wanted = replay.outputs(feed, codes)
+        reference = _reference(program, codes, feed, wanted)
         got = tuple(torch.from_numpy(array) for array in found)
         _check_steps(program, replay.steps, where)
         _check_drifts(program, replay.drifts, where)
@@ -99,6 +101,14 @@ def verify(
             pairs = zip(plain, got, strict=True)
             worst = max([worst, *(relative_error(want, have) for want, have in pairs if want.is_floating_point())])
     return worst
+
+
+def _not_run(program: Program, said: str, where: str) -> LoweringError:
+    first = next((spec.name for spec in program.inputs if spec.batched), "x")
+    return LoweringError(
+        f"The program itself does not run {where}, which it was captured for: {said}. Bind the sizes that it takes "
+        f'where it is captured or exported: dynamic_shapes={{"{first}": {{0: Dim("batch", min=..., max=...)}}}}.'
+    )
 
 
 class IntegerProbe:

@@ -1,4 +1,4 @@
-"""What dynamic axes are called."""
+"""What dynamic axes are called, and which sizes they may have."""
 
 from __future__ import annotations
 
@@ -6,25 +6,37 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import fx, nn
 
-from graphopt.ir.dynamic_axes import LeafShapes
+from graphopt.ir.dynamic_axes import LeafShapes, bound_dim
 from graphopt.ir.signature import Dimension
+from graphopt.ir.sizes import ANY, SizeRange
+from graphopt.ir.torch_internals import range_asked, range_of
 
 
 class AxisNames:
-    """Names for the symbols of dynamic axes: "batch" for the shared first axis, the user's `Dim` names, or made up."""
+    """Names for the symbols of dynamic axes: "batch" for the shared first axis, the user's `Dim` names, or made up.
 
-    def __init__(self, leaf_shapes: LeafShapes) -> None:
+    Sizes are those that were asked for: a trace narrows them by questions that most models are the same for.
+    """
+
+    def __init__(self, leaf_shapes: LeafShapes | None) -> None:
+        """Know what was asked for, None for what a file says."""
         self._asked = leaf_shapes
         self._names: dict[Any, str] = {}
+        self._ranges: dict[Any, SizeRange] = {}
 
     def learn(self, leaf: int, input_name: str, shape: Sequence[Any]) -> None:
         """Name the symbols of one input."""
         for axis, size in enumerate(shape):
             expression = _expression(size)
-            if expression is None or not expression.is_symbol or expression in self._names:
+            if expression is None:
                 continue
-            asked = self._asked[leaf].get(axis) if leaf < len(self._asked) else None
+            asked = self._asked[leaf].get(axis) if self._asked else None
+            sizes = range_of(size) if self._asked is None else range_asked(asked)
+            self._ranges[expression] = self._ranges.get(expression, ANY) & sizes
+            if not expression.is_symbol or expression in self._names:
+                continue
             given = getattr(asked, "__name__", None)
             default = "batch" if axis == 0 else f"{input_name}_{axis}"
             self._names[expression] = str(given) if given else default
@@ -36,6 +48,30 @@ class AxisNames:
             return int(size)
         renamed = expression.xreplace({symbol: type(symbol)(name) for symbol, name in self._names.items()})
         return str(renamed).replace(" ", "")
+
+    def range_of(self, size: Any) -> SizeRange:
+        """Return which sizes an axis of an input may have."""
+        return self._ranges.get(_expression(size), ANY)
+
+
+def declared_ranges(model: nn.Module, inputs: int) -> list[dict[int, SizeRange]]:
+    """Return for each tensor that a model takes which sizes its axes are bound to, if torch.export has made it."""
+    nodes = model.graph.find_nodes(op="placeholder") if isinstance(model, fx.GraphModule) else []
+    values = [value for node in nodes if isinstance(value := node.meta.get("val"), torch.Tensor)]
+    if len(values) != inputs:
+        return [{} for _ in range(inputs)]
+    return [
+        {axis: sizes for axis, size in enumerate(value.shape) if (sizes := _range_of(size)) != ANY} for value in values
+    ]
+
+
+def _range_of(size: Any) -> SizeRange:
+    return ANY if _expression(size) is None else range_of(size)
+
+
+def within(dim: Any, sizes: SizeRange) -> Any:
+    """Return an axis that is asked to be dynamic with its sizes bound."""
+    return bound_dim(range_asked(dim) & sizes, getattr(dim, "__name__", ""))
 
 
 def _expression(size: Any) -> Any:

@@ -17,8 +17,8 @@ from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 
 from graphopt.capturing.asked_sizes import asked_sizes
-from graphopt.capturing.axis_names import AxisNames
-from graphopt.capturing.checks import check_equal, check_repeatable, run_model, wrong_batch, wrong_size
+from graphopt.capturing.axis_names import AxisNames, declared_ranges, within
+from graphopt.capturing.checks import check_equal, check_repeatable, of_several, run_model, wrong_batch, wrong_size
 from graphopt.capturing.explain import explain
 from graphopt.capturing.guards import insert_guards
 from graphopt.capturing.lost import lost_in_eval
@@ -46,8 +46,9 @@ from graphopt.ir.names import Names
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import record_capture, user_line
 from graphopt.ir.regions import compiled_for_their_shapes
-from graphopt.ir.signature import Note, TensorSpec
-from graphopt.ir.torch_internals import arguments_by_name, is_function_transform, output_structure, pytree
+from graphopt.ir.signature import Note, TensorSpec, range_notes
+from graphopt.ir.sizes import ANY
+from graphopt.ir.torch_internals import arguments_by_name, is_function_transform, output_structure, pytree, range_asked
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +116,7 @@ def capture(
         program = program.to(device)  # constants in the model's code, too
         check_equal(program, expected, args, kwargs)
         check_repeatable(program, args, kwargs)
+        program = of_several(program)
     return program if share_tensors else program.copy(share_tensors=False)
 
 
@@ -131,10 +133,10 @@ def from_module(
         if node.op == "call_function" and not node.users:
             node.meta.setdefault("val", None)  # a file has no value for a check (torch 2.13), a trace has None
     record_capture(gm)
-    axes = AxisNames(leaf_shapes or [])
+    axes = AxisNames(leaf_shapes)
     inputs = _input_specs(gm, axes, tuple(args), dict(kwargs))
     outputs = _output_specs(gm, axes, Names(spec.name for spec in inputs))
-    return Program(gm, inputs, outputs, tuple(args), dict(kwargs))
+    return Program(gm, inputs, outputs, tuple(args), dict(kwargs), tuple(range_notes(inputs)))
 
 
 def _examples(
@@ -159,10 +161,11 @@ def _examples(
 def _with_dynamic_batch(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], requested: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any], LeafShapes]:
-    """Enlarge a batch of 1 and say which axes are dynamic."""
+    """Enlarge a batch that is too small and say which axes are dynamic."""
     asked = _requested_axes(model, args, kwargs, requested)
     leaves, spec = pytree.tree_flatten((args, kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    declared = declared_ranges(model, len(tensors))
     if not tensors:
         raise CaptureError("There is no tensor among the example inputs. Give at least one.")
     batch = next((tensor.shape[0] for tensor in tensors if tensor.dim()), None)
@@ -170,18 +173,21 @@ def _with_dynamic_batch(
         raise CaptureError("The example inputs hold no samples. Give at least one.")
     shapes: LeafShapes = []
     enlarged: list[Any] = []
-    axes = iter(asked)
+    ranges = [range_asked(axes.get(0)) & own.get(0, ANY) for axes, own in zip(asked, declared, strict=True)]
+    smallest = max(_SMALLEST_DYNAMIC_BATCH, *(sizes.least for sizes in ranges))
+    axes = zip(asked, declared, strict=True)
     for leaf in leaves:
         if not isinstance(leaf, torch.Tensor):
             enlarged.append(leaf)
             continue
-        wanted = next(axes)
+        wanted, own = next(axes)
         batched = batch is not None and leaf.dim() > 0 and leaf.shape[0] == batch
         if batched and wanted.get(0, Dim.DYNAMIC) is not None:
             wanted = {0: Dim.DYNAMIC, **wanted}
-            if batch == 1:
-                leaf = leaf.repeat(_SMALLEST_DYNAMIC_BATCH, *[1] * (leaf.dim() - 1))
-        shapes.append({axis: dim for axis, dim in wanted.items() if dim is not None})
+            if (rows := leaf.shape[0]) < smallest:
+                leaf = leaf.repeat(-(-smallest // rows), *[1] * (leaf.dim() - 1))[:smallest]
+        wanted = {axis: dim for axis, dim in wanted.items() if dim is not None}
+        shapes.append({axis: within(dim, own[axis]) if axis in own else dim for axis, dim in wanted.items()})
         enlarged.append(leaf)
     args, kwargs = pytree.tree_unflatten(enlarged, spec)
     return args, kwargs, shapes
@@ -242,7 +248,9 @@ def _capture(
         record_ranges(module)
         asked = asked_sizes(module)
         found = from_module(module, args, kwargs, wanted)
-        found = dataclasses.replace(found, notes=(*given, *notes, *lost_in_eval(model, found.graph_module)))
+        found = dataclasses.replace(
+            found, notes=(*found.notes, *given, *notes, *lost_in_eval(model, found.graph_module))
+        )
         wrong = wrong_size(model, found, asked, args, kwargs)
         if wrong is not None and wrong[0]:
             raise _DecidesBySizeError(
@@ -358,9 +366,10 @@ def _input_specs(
     labels = given if len(given) == len(tensors) and all(given) else [node.name for node in tensors]
     for index, (label, node) in enumerate(zip(labels, tensors, strict=True)):
         axes.learn(index, label, node.meta["val"].shape)
+    values = [node.meta["val"] for node in tensors]
     return tuple(
-        TensorSpec(label, tuple(axes.of(size) for size in node.meta["val"].shape), node.meta["val"].dtype)
-        for label, node in zip(labels, tensors, strict=True)
+        TensorSpec(label, tuple(map(axes.of, value.shape)), value.dtype, tuple(map(axes.range_of, value.shape)))
+        for label, value in zip(labels, values, strict=True)
     )
 
 

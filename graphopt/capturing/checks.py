@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import fx, nn
 from graphopt.capturing.asked_sizes import AskedSize
 from graphopt.errors import CaptureError, ExampleError, first_line, foreign_code
 from graphopt.ir.aliasing import Storages
+from graphopt.ir.batch_sizes import BatchSizes
 from graphopt.ir.buffers import with_its_buffers
 from graphopt.ir.devices import OUT_OF_MEMORY
 from graphopt.ir.finite import computable
@@ -19,6 +21,8 @@ from graphopt.ir.operators import short_name
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import user_line
 from graphopt.ir.regions import graph_modules
+from graphopt.ir.signature import TensorSpec, range_notes
+from graphopt.ir.sizes import SizeRange
 from graphopt.ir.torch_internals import pytree
 from graphopt.ir.walker import Walker
 
@@ -165,16 +169,20 @@ def wrong_batch(model: nn.Module, program: Program, args: tuple[Any, ...], kwarg
     A Python branch on the batch size leaves no trace in the graph, nor does an operator that takes one size alone where
     what torch knows of its shapes does not ask: only running it shows.
     """
-    leaves, spec = pytree.tree_flatten((args, kwargs))
-    batched = iter([spec.batched for spec in program.inputs])
-    is_batched = [isinstance(leaf, torch.Tensor) and next(batched) for leaf in leaves]
-    rows = [leaf.shape[0] for leaf, flag in zip(leaves, is_batched, strict=True) if flag]
+    sizes = BatchSizes(program.inputs)
+    examples = program.flat_examples()
+    rows = next((len(tensor) for spec, tensor in zip(program.inputs, examples, strict=True) if spec.batched), 0)
+    near = sizes.near(_CHECKED_BATCHES) if rows else []
     failed: list[str] = []
-    for size in (*_CHECKED_BATCHES, 2 * rows[0]) if rows else ():
-        if size not in _CHECKED_BATCHES and not failed:
+    for value in [*near, *(value for value in sizes.near([2 * rows]) if value not in near)] if rows else []:
+        if value not in near and not failed:
             break
-        sized = [_resized(leaf, size) if flag else leaf for leaf, flag in zip(leaves, is_batched, strict=True)]
-        other_args, other_kwargs = pytree.tree_unflatten(sized, spec)
+        size = sizes.samples(value)
+        sized = [
+            _resized(tensor, sizes.shape(spec, value, tensor.shape))
+            for spec, tensor in zip(program.inputs, examples, strict=True)
+        ]
+        other_args, other_kwargs = program.unflatten(sized)
         try:
             expected = run_model(model, other_args, other_kwargs)
         except CaptureError as err:
@@ -185,6 +193,35 @@ def wrong_batch(model: nn.Module, program: Program, args: tuple[Any, ...], kwarg
         if worst:
             return f"at batch {size} the captured program differs from the model ({worst})"
     return failed[0] if len(failed) > 1 and _only_batches_vary(program) else ""
+
+
+def of_several(program: Program) -> Program:
+    """Return a program whose range of sizes leaves out one sample where it does not run on one.
+
+    It takes one alone where nothing else is known: torch traces, and keeps of a range, two or more (2.13).
+    """
+    sizes = BatchSizes(program.inputs)
+    if not sizes.symbol or sizes.samples(sizes.near([1])[0]) != 1:
+        return program
+    examples = zip(program.inputs, program.flat_examples(), strict=True)
+    one = [_resized(tensor, sizes.shape(spec, 1, tensor.shape)) for spec, tensor in examples]
+    args, kwargs = program.unflatten(one)
+    try:
+        with with_its_buffers(program.graph_module), torch.no_grad():
+            _run(program, args, kwargs)
+    except CaptureError:
+        inputs = tuple(_narrowed(spec, sizes.symbol) for spec in program.inputs)
+        others = [note for note in program.notes if note not in range_notes(program.inputs)]
+        return dataclasses.replace(program, inputs=inputs, notes=(*range_notes(inputs), *others))
+    return program
+
+
+def _narrowed(spec: TensorSpec, symbol: str) -> TensorSpec:
+    ranges = [
+        spec.range_of(axis) & SizeRange(2) if size == symbol else spec.range_of(axis)
+        for axis, size in enumerate(spec.shape)
+    ]
+    return dataclasses.replace(spec, ranges=tuple(ranges))
 
 
 def wrong_size(
@@ -202,9 +239,13 @@ def wrong_size(
     leaves, spec = pytree.tree_flatten((args, kwargs))
     tensors = [index for index, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
     for one in asked:
+        if not all(one.size in program.inputs[number].range_of(axis) for number, axis in one.places):
+            continue
         sized = list(leaves)
         for number, axis in one.places:
-            sized[tensors[number]] = _resized(sized[tensors[number]], one.size, axis)
+            shape = [*sized[tensors[number]].shape]
+            shape[axis] = one.size
+            sized[tensors[number]] = _resized(sized[tensors[number]], shape)
         other_args, other_kwargs = pytree.tree_unflatten(sized, spec)
         try:
             expected = run_model(model, other_args, other_kwargs)
@@ -228,8 +269,11 @@ def _only_batches_vary(program: Program) -> bool:
     return len(firsts) == 1 and not any(isinstance(size, str) for spec in program.inputs for size in spec.shape[1:])
 
 
-def _resized(tensor: torch.Tensor, size: int, axis: int = 0) -> torch.Tensor:
-    return tensor.index_select(axis, torch.arange(size, device=tensor.device) % tensor.shape[axis])
+def _resized(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    for axis, size in enumerate(shape):
+        if size != tensor.shape[axis]:
+            tensor = tensor.index_select(axis, torch.arange(size, device=tensor.device) % tensor.shape[axis])
+    return tensor
 
 
 def _difference(program: Program, expected: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

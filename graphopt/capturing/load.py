@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from graphopt.capturing.capture import capture, from_module
-from graphopt.capturing.checks import check_recorded, check_repeatable, run_model
+from graphopt.capturing.checks import check_recorded, check_repeatable, of_several, run_model
 from graphopt.capturing.example_inputs import example_inputs, open_for, random_examples
 from graphopt.capturing.model_calls import (
     check_module,
@@ -44,6 +44,7 @@ from graphopt.ir.devices import OUT_OF_MEMORY
 from graphopt.ir.global_state import one_thread_at_a_time, random_state_kept
 from graphopt.ir.program import SCHEMA, Program
 from graphopt.ir.signature import Note, TensorSpec
+from graphopt.ir.sizes import SizeRange
 from graphopt.ir.torch_internals import pytree
 from graphopt.loading import LoadedModel, load_model
 
@@ -162,11 +163,13 @@ def _that_runs(exported: ExportedProgram, args: tuple[Any, ...], kwargs: dict[st
         module = exported.module(check_guards=False)
         assert isinstance(module, fx.GraphModule)
         gm, notes = evaluated(module)
-        program = dataclasses.replace(from_module(gm, args, kwargs), notes=tuple(notes))
+        found = from_module(gm, args, kwargs)
+        program = dataclasses.replace(found, notes=(*found.notes, *notes))
         # torch writes the traceback of what a graph raises by itself
         with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
             program(*args, **kwargs)
             check_recorded(program)
+            program = of_several(program)
     except (GraphOptError, *OUT_OF_MEMORY):
         raise
     except Exception as err:  # a file's graph and inputs may be of any kind, and kernels raise anything
@@ -194,7 +197,7 @@ def _with_signature(program: Program, text: str, source: str) -> Program:
 
     def specs(kind: str, found: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
         pairs = zip(stored[kind], found, strict=True)
-        return tuple(_renamed(spec, str(entry["name"]), entry["shape"]) for entry, spec in pairs)
+        return tuple(_renamed(spec, entry) for entry, spec in pairs)
 
     try:
         stored = json.loads(text)
@@ -215,7 +218,8 @@ def _with_signature(program: Program, text: str, source: str) -> Program:
         ) from err
 
 
-def _renamed(spec: TensorSpec, name: str, shape: Sequence[Any]) -> TensorSpec:
+def _renamed(spec: TensorSpec, entry: Mapping[str, Any]) -> TensorSpec:
+    name, shape = str(entry["name"]), entry["shape"]
     if not name.isidentifier():
         raise ValueError(f"{name!r} is no name")
     odd = [size for size in shape if isinstance(size, str) and not re.fullmatch(r"[\w+*/() -]+", size)]
@@ -223,7 +227,10 @@ def _renamed(spec: TensorSpec, name: str, shape: Sequence[Any]) -> TensorSpec:
         raise ValueError(f"{odd[0]!r} is no name of an axis")
     if [isinstance(size, str) for size in shape] != [isinstance(size, str) for size in spec.shape]:
         raise ValueError(f"`{name}` is {shape}, the program's is {spec.shape}")
-    return TensorSpec(name, tuple(size if isinstance(size, str) else int(size) for size in shape), spec.dtype)
+    ranges = tuple(SizeRange(int(least), most and int(most)) for least, most in entry.get("ranges", ()))
+    if len(ranges) not in (0, len(shape)):
+        raise ValueError(f"`{name}` has {len(ranges)} ranges of sizes for {len(shape)} axes")
+    return TensorSpec(name, tuple(size if isinstance(size, str) else int(size) for size in shape), spec.dtype, ranges)
 
 
 def with_data(

@@ -76,7 +76,8 @@ def _head(editor: Editor, node: fx.Node, spec: TensorSpec, served: ServedInput) 
     for user in users:
         user.replace_input_with(node, value)
     editor.propagate_from(users)
-    return TensorSpec(spec.name, tuple(spec.shape[axis] for axis in back), served.dtype)
+    ranges = tuple(spec.range_of(axis) for axis in back)
+    return TensorSpec(spec.name, tuple(spec.shape[axis] for axis in back), served.dtype, ranges)
 
 
 _Step = tuple[OpOverload, tuple[Any, ...]]

@@ -6,11 +6,19 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.export import Dim
 
 from graphopt.errors import CaptureError
+from graphopt.ir.sizes import SizeRange
 from graphopt.ir.torch_internals import arguments_by_name, pytree
 
 LeafShapes = list[dict[int, Any]]  # per tensor leaf: {axis: Dim}
+
+
+def bound_dim(sizes: SizeRange, name: str = "") -> Any:
+    """Return an axis of these sizes as `torch.export.export` takes it, under a name if it has one."""
+    ends = {end: size for end, size in (("min", sizes.least), ("max", sizes.most)) if size and size > 1}
+    return Dim(name, **ends) if name else Dim.DYNAMIC(**ends)
 
 
 def arranged(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: LeafShapes) -> Any:

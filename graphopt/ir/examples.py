@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from graphopt.errors import CaptureError, first_line
+from graphopt.ir.batch_sizes import BatchSizes
 from graphopt.ir.devices import OUT_OF_MEMORY
 from graphopt.ir.finite import all_finite
 from graphopt.ir.signature import TensorSpec
@@ -110,8 +111,11 @@ def _candidates(inputs: Sequence[TensorSpec], examples: Sequence[torch.Tensor]) 
 
 
 def _sizes(inputs: Sequence[TensorSpec], examples: Sequence[torch.Tensor], rows: int | None) -> Iterator[torch.Size]:
-    """Yield the shapes of the example, with `rows` samples where any number fits."""
-    batches = {spec.shape[0] for spec in inputs if spec.batched}
+    """Yield the shapes of the example, with `rows` samples where that many fit, else with the fewest that are more."""
+    sizes = BatchSizes(inputs)
     for spec, example in zip(inputs, examples, strict=True):
-        axes = zip(spec.shape, example.shape, strict=True)
-        yield torch.Size(rows if rows is not None and axis in batches else size for axis, size in axes)
+        if rows is None:
+            yield example.shape
+            continue
+        others = [spec.range_of(0).nearest(rows), *example.shape[1:]] if spec.batched else example.shape
+        yield torch.Size(sizes.shape(spec, sizes.range.nearest(rows), others))

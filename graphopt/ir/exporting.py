@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import fx
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 
 from graphopt.errors import CaptureError, first_line
+from graphopt.ir.batch_sizes import BatchSizes
 from graphopt.ir.devices import OUT_OF_MEMORY
-from graphopt.ir.dynamic_axes import LeafShapes, arranged
+from graphopt.ir.dynamic_axes import LeafShapes, arranged, bound_dim
 from graphopt.ir.graph import copy_graph_module
 from graphopt.ir.lifting import lifted
 from graphopt.ir.provenance import custom_notes, drop_process_traces
 from graphopt.ir.regions import every_graph_module
 from graphopt.ir.signature import TensorSpec
+from graphopt.ir.sizes import evaluate
 from graphopt.ir.training import set_training
 
+_SMALLEST_BOUND = 2  # that an axis can have
 _SOURCE = "graphopt.source"  # in meta["custom"] while exporting, which renames nodes
 
 
@@ -115,9 +118,7 @@ def _lifted(program: Exportable) -> Exported | None:
 
 
 def _export(program: Exportable, gm: fx.GraphModule) -> Exported:
-    shapes: LeafShapes = [
-        {axis: Dim.DYNAMIC for axis, size in enumerate(spec.shape) if isinstance(size, str)} for spec in program.inputs
-    ]
+    shapes = _axes(program.inputs)
     args, kwargs = tuple(program.example_args), dict(program.example_kwargs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -142,6 +143,31 @@ def _export(program: Exportable, gm: fx.GraphModule) -> Exported:
                 sources[node.name] = source  # what is in a body has the name of the call that holds it
     drop_process_traces(again.graph_module)
     return Exported(again, sources)
+
+
+def _axes(inputs: Sequence[TensorSpec]) -> LeafShapes:
+    """Return the dynamic axes of inputs, with the sizes they are bound to.
+
+    Named are only those that torch takes under no other form (2.13): multiples of what no axis is alone, and an axis of
+    at most 2. Of a name torch proves that all sizes will do, which one question of a kernel about one refutes.
+    """
+    sizes = BatchSizes(inputs)
+    alone = {size for spec in inputs for size in spec.shape}
+    root = {} if not sizes.symbol or sizes.symbol in alone else {sizes.symbol: bound_dim(sizes.range, sizes.symbol)}
+    small = {
+        size: bound_dim(sizes, size)
+        for spec in inputs
+        for size, sizes in zip(spec.shape, spec.ranges, strict=False)
+        if isinstance(size, str) and size.isidentifier() and sizes.most == _SMALLEST_BOUND
+    }
+    return [
+        {
+            axis: evaluate(size, {**small, **root}) or bound_dim(spec.range_of(axis))
+            for axis, size in enumerate(spec.shape)
+            if isinstance(size, str)
+        }
+        for spec in inputs
+    ]
 
 
 def _named(gm: fx.GraphModule, *, evaluated: bool = False) -> fx.GraphModule:

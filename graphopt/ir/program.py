@@ -243,7 +243,8 @@ class Program:
 
     def _signature(self) -> dict[str, Any]:
         def plain(spec: TensorSpec) -> dict[str, Any]:
-            return {"name": spec.name, "shape": list(spec.shape)}
+            ranges = {"ranges": [[sizes.least, sizes.most] for sizes in spec.ranges]} if spec.ranges else {}
+            return {"name": spec.name, "shape": list(spec.shape), **ranges}
 
         return {
             "schema": SCHEMA,

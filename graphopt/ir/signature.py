@@ -7,16 +7,35 @@ from dataclasses import dataclass
 
 import torch
 
+from graphopt.ir.sizes import ANY, SizeRange
+
 Dimension = int | str  # a size, or the name of a dynamic axis
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Name, shape and dtype of one flat input or output; dynamic axes are named, not sized."""
+    """Name, shape and dtype of one flat input or output; dynamic axes are named, not sized.
+
+    Attributes:
+        name: of an input as the model's argument, of an output as its place in what is returned.
+        shape: sizes, and names of dynamic ones: equal names are equal sizes.
+        dtype: of its elements.
+        ranges: by axis which sizes an input may have, nothing where it may have any.
+    """
 
     name: str
     shape: tuple[Dimension, ...]
     dtype: torch.dtype
+    ranges: tuple[SizeRange, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Let specs that say the same be equal."""
+        if all(sizes == ANY for sizes in self.ranges):
+            object.__setattr__(self, "ranges", ())
+
+    def range_of(self, axis: int) -> SizeRange:
+        """Return which sizes an axis may have, as far as it is dynamic."""
+        return self.ranges[axis] if self.ranges else ANY
 
     @property
     def batched(self) -> bool:
@@ -33,6 +52,17 @@ class Note:
 
     subject: str
     text: str
+
+
+def range_notes(inputs: Sequence[TensorSpec]) -> list[Note]:
+    """Say which sizes dynamic axes are bound to, of axes that are of one size once."""
+    bound: dict[Dimension, Note] = {}
+    for spec in inputs:
+        for axis, size in enumerate(spec.shape):
+            if isinstance(size, str) and (sizes := spec.range_of(axis)) != ANY:
+                text = f"Axis {axis} of `{spec.name}` has a size of {sizes}: the program is of no other."
+                bound.setdefault(size, Note("sizes", text))
+    return [*bound.values()]
 
 
 def batch_size(inputs: Sequence[TensorSpec]) -> int | None:

@@ -37,6 +37,7 @@ from torch.utils._sympy.interp import sympy_interp  # computes with Python's num
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from graphopt.ir.global_state import one_thread_at_a_time
+from graphopt.ir.sizes import SizeRange
 
 __all__ = [
     "SHAPES_LOGGER",
@@ -69,11 +70,14 @@ __all__ = [
     "optimization_hint",
     "output_structure",
     "pytree",
+    "range_asked",
+    "range_of",
     "set_output_structure",
     "statically_known_true",
     "target_of_conversion",
 ]
 
+_SPECIALIZED = 2  # the smallest size that is traced as any
 SHAPES_LOGGER = symbolic_shapes.__name__  # where torch logs which line of a model guarded on a size
 
 
@@ -98,6 +102,26 @@ def holds_at(guard: Any, symbol: Any, size: int) -> bool:
         return bool(sympy_interp(PythonReferenceAnalysis, {symbol: size}, guard))
     except (AttributeError, KeyError):  # it lacks a function (`Where`, `ModularIndexing` in 2.13)
         return bool(guard.subs(symbol, size) != False)  # noqa: E712 # sympy's own, which is no `bool`
+
+
+def range_of(size: torch.SymInt) -> SizeRange:
+    """Return which sizes an axis may have; what begins at 2 begins at 0.
+
+    torch traces what may be 0 or 1 as 2 or more, and lets these through where it checks ranges (2.13).
+    """
+    known = size.node.shape_env.var_to_range.get(size.node.expr)
+    found = known if known is not None else size.node.shape_env.bound_sympy(size.node.expr)
+    return _range(int(found.lower), int(found.upper) if found.upper.is_Integer else None)
+
+
+def range_asked(dim: Any) -> SizeRange:
+    """Return the same of a `Dim`, or of a hint like `Dim.DYNAMIC(min=4)`."""
+    least, most = getattr(dim, "min", None), getattr(dim, "max", None)
+    return _range(least if isinstance(least, int) else 0, most if isinstance(most, int) else None)
+
+
+def _range(least: int, most: int | None) -> SizeRange:
+    return SizeRange(0 if least <= _SPECIALIZED else least, most)
 
 
 def arguments_by_name(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

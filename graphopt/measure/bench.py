@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from graphopt.errors import UsageError
+from graphopt.ir.batch_sizes import BatchSizes
 from graphopt.ir.examples import drawn
-from graphopt.ir.signature import TensorSpec, batch_size
+from graphopt.ir.signature import TensorSpec
 from graphopt.targets.backend import Array, Artifact, Session
 
 _WARM_UP = 3  # calls of each before anything counts: memory arenas, lazy kernels
@@ -102,7 +103,7 @@ def compare(
         baseline: usually the float32 original, lowered by the same backend.
         artifact: what is compared with it; the same is timed alone.
         inputs: realistic inputs, one per artifact input (first axis: samples); made up if None.
-        batch: samples per call, where the artifacts take any number.
+        batch: samples per call; where the artifacts do not take so many, as many as they do.
         threads: threads an operator may use.
         seconds: time to spend on each kind of session, at least seven rounds whatever they take.
 
@@ -116,7 +117,7 @@ def compare(
             f"{baseline.path.name} takes {', '.join(map(str, baseline.inputs))}; {artifact.path.name} takes "
             f"{', '.join(map(str, artifact.inputs))}. Only artifacts with the same inputs can be timed in turn."
         )
-    batch = batch_size(artifact.inputs) or batch
+    batch = BatchSizes(artifact.inputs).taken(batch)
     feed = batch_of(artifact.inputs, inputs, batch)
 
     sides = [baseline] if artifact is baseline else [baseline, artifact]
@@ -173,18 +174,23 @@ def ratios(first: Sequence[float], second: Sequence[float]) -> Spread:
 
 
 def batch_of(specs: Sequence[TensorSpec], inputs: Sequence[Array] | None, batch: int) -> tuple[Array, ...]:
-    """Return inputs of `batch` samples where an input takes any number, cycling through those given.
+    """Return inputs of `batch` samples, or as many as are taken, cycling through those given.
 
     Without `inputs`, such as nearly any model takes, always the same; dynamic axes other than the first have size
-    `batch` too.
+    `batch` too, or the nearest that they may have.
     """
+    sizes = BatchSizes(specs)
+    value = sizes.value(batch)
     if inputs is not None:
         return tuple(
-            np.take(array, range(batch), axis=0, mode="wrap") if spec.batched else array
+            np.take(array, range(sizes.shape(spec, value, array.shape)[0]), axis=0, mode="wrap")
+            if spec.batched
+            else array
             for spec, array in zip(specs, inputs, strict=True)
         )
     generator = torch.Generator().manual_seed(0)
-    shapes = [[size if isinstance(size, int) else batch for size in spec.shape] for spec in specs]
+    near = [[spec.range_of(axis).nearest(batch) for axis in range(len(spec.shape))] for spec in specs]
+    shapes = [sizes.shape(spec, value, other) for spec, other in zip(specs, near, strict=True)]
     return tuple(drawn(shape, spec.dtype, generator).numpy() for shape, spec in zip(shapes, specs, strict=True))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from graphopt import capture
 from graphopt.backends.onnx_execution import replay
 from graphopt.backends.onnx_execution.agreement import Reference, disagreements, half_of_the_digits, relative_error
-from graphopt.backends.onnx_execution.batches import batches, evaluate
+from graphopt.backends.onnx_execution.batches import batches
 from graphopt.backends.onnx_execution.replay import Replay, quantize_nodes
 from graphopt.backends.onnx_execution.session import PRECISE, SessionSettings
 from graphopt.backends.onnx_execution.verification import verify
@@ -164,12 +164,19 @@ class TestBatches:
         drawn = dict(batches(program, (samples,)))["at batch size 8"][0]
         np.testing.assert_array_equal(drawn, samples[[0, 1, 2, 0, 1, 2, 0, 1]])
 
-    @pytest.mark.parametrize(
-        ("expression", "value"),
-        [("batch", 3), ("2*batch", 6), ("batch//2+1", 2), ("rows*batch", None), ("f(batch)", None)],
-    )
-    def test_size_expressions(self, expression: str, value: int | None) -> None:
-        assert evaluate(expression, {"batch": 3}) == value
+    def test_a_program_that_does_not_run_at_a_size_is_no_bare_exception(
+        self, tmp_path_factory: pytest.TempPathFactory
+    ) -> None:
+        program, path = lowered(capture(FirstFour(), torch.randn(4, 3)), tmp_path_factory)
+        with pytest.raises(LoweringError, match=r"does not run at batch size 2, .* Bind the sizes .*\"x\": \{0: Dim"):
+            verify(path, program, None, SETTINGS)
+
+
+class FirstFour(nn.Module):
+    """Adds the first four rows, of which ONNX Runtime takes as many as there are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x.narrow(0, 0, 4).sum(0)
 
 
 def reference(*wanted: Tensor, exact: Tensor | None = None, perturbed: Tensor | None = None) -> Reference:

@@ -1,0 +1,68 @@
+"""How many samples a call of a program may have, and the sizes that all its inputs have then."""
+
+from __future__ import annotations
+
+import bisect
+import re
+from collections.abc import Iterable, Sequence
+
+from graphopt.ir.signature import TensorSpec, batch_size
+from graphopt.ir.sizes import SizeRange, evaluate
+
+_LARGEST = 1 << 24  # samples in one call
+
+
+class BatchSizes:
+    """Numbers of samples in a call, by the values of the name that first axes have ("batch", "2*batch")."""
+
+    def __init__(self, inputs: Sequence[TensorSpec]) -> None:
+        """Find the values for which every axis that depends on the name has a size in its range.
+
+        Args:
+            inputs: of the program. Larger values make no axis smaller.
+        """
+        self._inputs = tuple(inputs)
+        self._first = next((str(spec.shape[0]) for spec in inputs if spec.batched), "")
+        found = re.search(r"[A-Za-z_]\w*", self._first)
+        self.symbol = found[0] if found else ""  # "" where no first axis is dynamic
+        values = range(1, _LARGEST + 1)
+        least = bisect.bisect_left(values, True, key=lambda value: all(s >= r.least for s, r in self._sizes(value)))
+        most = bisect.bisect_left(
+            values, True, key=lambda value: any(r.most is not None and s > r.most for s, r in self._sizes(value))
+        )
+        self.range = SizeRange(least + 1, most if most < _LARGEST else None)
+
+    def near(self, wanted: Iterable[int]) -> list[int]:
+        """Return values of the name, each once, as many as are wanted above the smallest but within its range."""
+        below = self.range.least - 1
+        return [*dict.fromkeys(self.range.nearest(below + value) for value in wanted)]
+
+    def shape(self, spec: TensorSpec, value: int, example: Sequence[int]) -> list[int]:
+        """Return the sizes of an input at a value of the name; those that do not depend on it are the example's."""
+        sizes = [size if isinstance(size, int) else evaluate(size, {self.symbol: value}) for size in spec.shape]
+        return [own if size is None else size for size, own in zip(sizes, example, strict=True)]
+
+    def taken(self, samples: int) -> int:
+        """Return the number of samples that a call takes which is nearest below, else the smallest of all."""
+        fixed = batch_size(self._inputs)
+        if fixed is not None or not self.symbol:
+            return fixed or samples
+        return self.samples(self.value(samples))
+
+    def value(self, samples: int) -> int:
+        """Return the value of the name at which a call takes so many samples, or fewer, else the smallest."""
+        if not self.symbol:
+            return samples
+        values = range(1, _LARGEST + 1)
+        return self.range.nearest(bisect.bisect_right(values, samples, key=self.samples))
+
+    def samples(self, value: int) -> int:
+        """Return how many samples a call has at a value of the name."""
+        return int(evaluate(self._first, {self.symbol: value}))
+
+    def _sizes(self, value: int) -> Iterable[tuple[int, SizeRange]]:
+        for spec in self._inputs:
+            for axis, expression in enumerate(spec.shape):
+                size = evaluate(expression, {self.symbol: value}) if isinstance(expression, str) else None
+                if size is not None:
+                    yield size, spec.range_of(axis)

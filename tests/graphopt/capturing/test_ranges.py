@@ -1,0 +1,110 @@
+"""Sizes that axes are declared to have stay with the program: from the file, through passes, to the artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+import graphopt
+from graphopt.ir.sizes import SizeRange
+
+
+class Layers(nn.Module):
+    """Two layers, and as many rows as are asked for."""
+
+    def __init__(self, rows: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.rows, self.first, self.second = rows, nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(self.first(x).relu())
+        if self.rows == "at most 8":
+            return y if x.shape[0] <= 8 else y * 2
+        if self.rows == "4 to 9":
+            return y + y[3]
+        if self.rows == "pairs":
+            return y.reshape(-1, 2, 3).flip(1).reshape(-1, 3)
+        if self.rows == "at most 2":
+            return y + torch.arange(6.0).reshape(2, 3)[: x.shape[0]]
+        return y + y[1] if self.rows == "2 or more" else y
+
+
+CASES: dict[str, tuple[Any, int, tuple[int, ...], SizeRange]] = {
+    "at most 8": (Dim("rows", min=2, max=8), 4, (1, 8), SizeRange(0, 8)),
+    "4 to 9": (Dim("rows", min=4, max=9), 5, (4, 9), SizeRange(4, 9)),
+    "at most 2": (Dim("rows", max=2), 2, (1, 2), SizeRange(0, 2)),
+    "pairs": (2 * Dim("rows", min=2, max=5), 6, (4, 10), SizeRange(4, 10)),
+    "2 or more": (Dim.DYNAMIC, 4, (2, 9), SizeRange(2)),
+}
+
+
+@pytest.mark.parametrize("way", ["file", "module", "capture"])
+@pytest.mark.parametrize("rows", CASES)
+def test_sizes_at_both_ends(rows: str, way: str, tmp_path: Path) -> None:
+    dim, count, ends, sizes = CASES[rows]
+    model = Layers(rows).eval()
+    shapes = {"x": {0: dim}}
+    if way == "capture":
+        program = graphopt.capture(model, torch.randn(count, 4), dynamic_shapes=shapes)
+    else:
+        exported = torch.export.export(model, (torch.randn(count, 4),), dynamic_shapes=shapes)
+        if way == "file":
+            torch.export.save(exported, tmp_path / "model.pt2")
+            program = graphopt.load(tmp_path / "model.pt2")
+        elif rows in ("at most 2", "pairs"):  # which torch does not trace as anything but what they are named
+            return
+        else:
+            program = graphopt.capture(exported.module(check_guards=False), torch.randn(count, 4))  # type: ignore[arg-type]
+    assert program.inputs[0].range_of(0) == sizes
+    assert [note.text for note in program.notes if note.subject == "sizes"] == [
+        f"Axis 0 of `x` has a size of {sizes}: the program is of no other."
+    ]
+    again = graphopt.load(program.save(tmp_path / "again.pt2"))
+    assert (again.inputs, again.notes) == (program.inputs, program.notes)
+    result = graphopt.optimize(again, passes="fold", bench=False)
+    assert result.artifact is not None
+    assert result.artifact.inputs == result.program.inputs == program.inputs
+    session = result.artifact.session()
+    for size in ends:
+        x = torch.randn(size, 4)
+        np.testing.assert_allclose(session(x.numpy())[0], model(x).detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dim", "least", "most"),
+    [
+        (Dim("rows", min=3, max=9), 3, 9),
+        (Dim("rows", max=2), 0, 2),
+        (3 * Dim("rows", min=2, max=4), 6, 12),
+        (Dim("rows", min=5), 5, None),
+    ],
+)
+def test_what_is_exported_again_has_the_range_of_what_was_captured(
+    dim: Any, least: int, most: int | None, tmp_path: Path
+) -> None:
+    shapes = {"x": {0: dim}}
+    x = torch.randn(2 if most == 2 else 6 if most != 12 else 9, 4)
+    torch.export.save(torch.export.export(Layers("").eval(), (x,), dynamic_shapes=shapes), tmp_path / "model.pt2")
+    program = graphopt.load(tmp_path / "model.pt2")
+    program.save(tmp_path / "again.pt2")
+    for exported in (program.export(), torch.export.load(tmp_path / "again.pt2")):
+        (value,) = (node.meta["val"] for node in exported.graph.nodes if node.name == "x")
+        found = exported.range_constraints[value.shape[0].node.expr]
+        assert least in (found.lower, 0)
+        assert (int(found.upper) if found.upper.is_Integer else None) == most
+        with pytest.raises((RuntimeError, AssertionError)):
+            exported.module()(torch.randn(most + 1 if most else least - 1, 4))
+        exported.module()(torch.randn(most or least, 4))
+
+
+def test_an_example_is_made_as_large_as_the_range_begins() -> None:
+    program = graphopt.capture(Layers("4 to 9"), torch.randn(1, 4), dynamic_shapes={"x": {0: Dim("rows", min=4)}})
+    assert program.batch_size is None
+    assert [len(tensor) for tensor in program.flat_examples()] == [4]

@@ -1,0 +1,59 @@
+"""How many samples a call may have: out of the ranges of all axes that depend on it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from graphopt.ir.batch_sizes import BatchSizes
+from graphopt.ir.signature import Dimension, TensorSpec
+from graphopt.ir.sizes import ANY, SizeRange, evaluate
+
+
+def spec(shape: tuple[Dimension, ...], *ranges: SizeRange) -> TensorSpec:
+    return TensorSpec("x", shape, torch.float32, ranges)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "samples", "taken"),
+    [
+        ([spec(("batch", 3))], [1, 3, 8], 32),
+        ([spec(("batch", 3), SizeRange(4), ANY)], [4, 6, 11], 32),
+        ([spec(("batch", 3), SizeRange(0, 2), ANY)], [1, 2], 2),
+        ([spec(("batch", 3), SizeRange(40, 50), ANY)], [40, 42, 47], 40),
+        ([spec(("2*b",), SizeRange(4, 8))], [4, 8], 8),
+        ([spec(("3*b",))], [3, 9, 24], 30),
+        ([spec(("batch",)), spec(("2*batch",), SizeRange(0, 9))], [1, 3, 4], 4),
+        ([spec(("batch", "batch"), ANY, SizeRange(3, 5))], [3, 5], 5),
+        ([spec(("batch",)), spec((7,))], [1, 3, 8], 7),
+    ],
+)
+def test_sizes_that_programs_take(inputs: list[TensorSpec], samples: list[int], taken: int) -> None:
+    sizes = BatchSizes(inputs)
+    assert [sizes.samples(value) for value in sizes.near((1, 3, 8))] == samples
+    assert sizes.taken(32) == taken
+
+
+def test_what_has_no_dynamic_first_axis_takes_what_it_takes() -> None:
+    assert BatchSizes([spec((5, "length"))]).taken(32) == 5
+    assert BatchSizes([spec((5, "length"))]).near((1, 3)) == [1, 3]
+
+
+def test_ranges_that_leave_all_sizes_are_none() -> None:
+    assert spec(("batch",), ANY) == spec(("batch",))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [(ANY, "any"), (SizeRange(4), "4 or more"), (SizeRange(0, 8), "at most 8"), (SizeRange(3, 9), "3 to 9")],
+)
+def test_ranges_in_words(sizes: SizeRange, said: str) -> None:
+    assert str(sizes) == said
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [("batch", 3), ("2*batch", 6), ("batch//2+1", 2), ("rows*batch", None), ("f(batch)", None)],
+)
+def test_size_expressions(expression: str, value: int | None) -> None:
+    assert evaluate(expression, {"batch": 3}) == value
