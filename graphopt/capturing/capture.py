@@ -23,6 +23,7 @@ from graphopt.capturing.explain import explain
 from graphopt.capturing.guards import insert_guards
 from graphopt.capturing.lost import lost_in_eval
 from graphopt.capturing.model_calls import (
+    check_keywords,
     check_module,
     check_names,
     gradients_recorded,
@@ -41,6 +42,7 @@ from graphopt.ir.contents import resolved
 from graphopt.ir.devices import OUT_OF_MEMORY, device_memory, device_of, held_by
 from graphopt.ir.dynamic_axes import LeafShapes, arranged
 from graphopt.ir.global_state import one_thread_at_a_time, outside_inference, random_state_kept
+from graphopt.ir.graph import name_inputs_apart
 from graphopt.ir.lifting import record_ranges
 from graphopt.ir.names import Names
 from graphopt.ir.program import Program
@@ -98,6 +100,7 @@ def capture(
 
     args = tuple(pytree.tree_map_only(torch.Tensor, example, args))
     kwargs = dict(pytree.tree_map_only(torch.Tensor, example, dict(kwargs or {})))
+    check_keywords(kwargs)
     notes: list[Note] = []
     if isinstance(model, fx.GraphModule):  # what torch.export made refuses eval()
         model, notes = evaluated(model)
@@ -127,6 +130,7 @@ def from_module(
     leaf_shapes: LeafShapes | None = None,
 ) -> Program:
     """Make a program of the module of what `torch.export` returned for `args` and `kwargs`; it is changed."""
+    name_inputs_apart(gm)
     gm = normalise(gm)
     insert_guards(gm)
     for node in gm.graph.nodes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import keyword
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -37,6 +38,17 @@ def check_names(model: nn.Module) -> None:
                     f"The model's attribute `{name}` bears a name that captured graphs use themselves. Capture the "
                     f"model as part of a module of yours, where it is `model.{name}`, or rename it, in the weights too."
                 )
+
+
+def check_keywords(kwargs: Mapping[str, Any]) -> None:
+    """Raise `UsageError` if an input bears a name that no argument can have, as `forward(**inputs)` takes it."""
+    for name in kwargs:
+        if not name.isidentifier() or keyword.iskeyword(name):
+            raise UsageError(
+                f"The model is given an input called {name!r}, and no argument of a program can have that name. Call "
+                f"it otherwise, in a module around the model that passes it on: forward(x) calls "
+                f"model(**{{{name!r}: x}})."
+            )
 
 
 def uncompiled(model: nn.Module) -> nn.Module:

@@ -11,7 +11,7 @@ from graphopt.capturing.public_operators import use_public_operators
 from graphopt.capturing.turned_in_place import return_what_is_turned
 from graphopt.capturing.unchecked_arguments import check_arguments
 from graphopt.errors import CaptureError, foreign_code
-from graphopt.ir.graph import copy_graph_module
+from graphopt.ir.graph import copy_graph_module, name_inputs_apart
 from graphopt.ir.signature import Note
 from graphopt.ir.training import set_training
 
@@ -24,6 +24,7 @@ def evaluated(exported: fx.GraphModule) -> tuple[fx.GraphModule, list[Note]]:
             the public operators, have nothing for.
     """
     gm = copy_graph_module(exported)
+    name_inputs_apart(gm)
     with foreign_code(lambda said, _: CaptureError(f"The exported program is not whole ({said}). Export it again.")):
         place_arguments(gm)
         return_what_is_turned(gm)

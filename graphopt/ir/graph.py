@@ -10,6 +10,7 @@ from torch import fx
 
 from graphopt.errors import PassError
 from graphopt.ir.aliasing import written_inputs
+from graphopt.ir.names import Names
 from graphopt.ir.torch_internals import (
     FakeTensorMode,
     ShapeEnv,
@@ -45,6 +46,26 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
             path, _, leaf = name.rpartition(".")
             setattr(copied.get_submodule(path), leaf, bodies[held])
     return copied
+
+
+def name_inputs_apart(gm: fx.GraphModule) -> None:
+    """Give no placeholder the name of another argument, in place.
+
+    Code that torch generates sets one after the other, `input_1 = input; input_2 = input_1`, and the second then reads
+    what was the first (2.13).
+    """
+    given = gm.graph.find_nodes(op="placeholder")
+    arguments = {str(node.target) for node in given}
+    clashing = [node for node in given if node.name != node.target and node.name in arguments]
+    names = Names(arguments | {node.name for node in gm.graph.nodes})
+    for node in clashing:
+        with gm.graph.inserting_before(node):
+            renamed = gm.graph.create_node("placeholder", node.target, node.args, name=names.new(node.name))
+        renamed.meta, renamed.type = node.meta, node.type
+        node.replace_all_uses_with(renamed)
+        gm.graph.erase_node(node)
+    if clashing:
+        gm.recompile()
 
 
 def assemble(gm: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from pathlib import Path
 from typing import Self
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+import graphopt
 from graphopt.capturing.capture import capture
 from graphopt.errors import CaptureError, UsageError
 from graphopt.ir.exporting import exported
@@ -598,3 +600,47 @@ def test_captures_of_two_threads_do_not_mix() -> None:
     other.join()
     assert ended == ["second"]
     assert nn.Module.to is convert
+
+
+class Difference(nn.Module):
+    """Takes inputs by names that torch uses itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, input: Tensor, input_1: Tensor, input_2: Tensor | None = None) -> Tensor:
+        y: Tensor = self.layer(input) * 2 - self.layer(input_1)
+        return y if input_2 is None else y + 4 * self.layer(input_2)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("way", ["module", "file"])
+def test_inputs_called_as_torch_calls_others(count: int, way: str, tmp_path: Path) -> None:
+    model, inputs = Difference().eval(), tuple(torch.randn(count, 2, 4))
+    if way == "file":
+        torch.export.save(torch.export.export(model, inputs), tmp_path / "model.pt2")
+        program = graphopt.load(tmp_path / "model.pt2")
+    else:
+        program = capture(model, inputs)
+    assert [spec.name for spec in program.inputs] == ["input", "input_1", "input_2"][:count]
+    result = graphopt.optimize(program, passes="fold", bench=False)
+    assert result.artifact is not None
+    for found in (program, result.program, graphopt.load(program.save(tmp_path / "again.pt2"))):
+        assert torch.allclose(found(*inputs), model(*inputs), atol=1e-6)
+    (found,) = result.artifact.session()(*(tensor.numpy() for tensor in inputs))
+    assert torch.allclose(torch.from_numpy(found), model(*inputs), atol=1e-6)
+
+
+class Named(nn.Module):
+    """Takes an input whatever it is called."""
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        (x,) = inputs.values()
+        return x.relu()
+
+
+@pytest.mark.parametrize("name", ["lambda", "a b"])
+def test_an_input_with_a_name_that_no_argument_can_have(name: str) -> None:
+    with pytest.raises(UsageError, match=f"called '{name}', and no argument of a program can have that name"):
+        capture(Named(), (), {name: torch.randn(2, 3)})
