@@ -210,7 +210,7 @@ class Int8(Pass[Int8Options, Int8Plan]):
     def _compared(self, program: Program, ctx: Context) -> Iterator[Batch]:
         """Yield samples by which layers choose; none are read where no layer has a choice."""
         samples = ctx.need_samples(self.name, "to choose how layers are quantized")
-        yield from whole_batches(samples, _COMPARED_AT_ONCE, _COMPARED, fixed=program.batch_size)
+        yield from whole_batches(samples, _COMPARED_AT_ONCE, _COMPARED, takes=program.takes)
 
     @property
     def _rounds_weights(self) -> bool:

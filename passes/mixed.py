@@ -177,7 +177,7 @@ class Mixed(Pass[MixedOptions, MixedPlan]):
     def _weigh(self, program: Program, sites: Sequence[FormSite], ctx: Context) -> None:
         """Measure the noise of every form of every site; a form whose outputs are not finite is none."""
         samples = ctx.need_samples(self.name, "to see how sensitive each weight is")
-        batches = whole_batches(samples, _TOGETHER, self.options.samples, fixed=program.batch_size)
+        batches = whole_batches(samples, _TOGETHER, self.options.samples, takes=program.takes)
         pairs = [(site, form) for site in sites for form in site.knobs if not site.skipped]
 
         def measure() -> dict[str, Json]:

@@ -163,15 +163,13 @@ class Recover(Pass[RecoverOptions, RecoverPlan]):
         return result
 
     def _batch_size(self, program: Program) -> int:
-        fixed = program.batch_size
-        if fixed is None:
-            return self.options.batch_size
-        if fixed < 2 and batch_norms(program):
+        size = program.takes(self.options.batch_size)
+        if size < 2 and batch_norms(program):
             raise PassError(
                 "The program takes one sample at a time, and BatchNorm cannot be trained on single samples. Capture it "
                 "with a dynamic batch, or fold the BatchNorms first: --passes ...,fold,recover."
             )
-        return fixed
+        return size
 
     def _pairs(self, teacher: Program, student: Program) -> tuple[list[Pair], list[Refusal]]:
         """Find the taps and what stands for them in the student."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -22,29 +22,38 @@ class SampleSource(Protocol):
         """Yield pairs of inputs and labels as `batches` does; labels are None where the data has none."""
 
 
-def whole_batches(samples: SampleSource, size: int, limit: int | None, *, fixed: int | None) -> Iterator[Batch]:
+Takes = Callable[[int], int]  # the number of samples a call takes that is nearest below another, else the smallest
+
+
+def whole_batches(samples: SampleSource, size: int, limit: int | None, *, takes: Takes) -> Iterator[Batch]:
     """Yield batches that a program takes, without those that do not fill its batch size.
 
     Args:
         samples: what is read.
-        size: samples per batch, where any number fits.
+        size: samples per batch, as far as they fit.
         limit: samples read in all; where the program takes more at once, as many as it takes.
-        fixed: how many samples the program takes, None where any number fits.
+        takes: see `Program.takes`.
     """
-    batches = samples.batches(fixed or size, _limit(limit, fixed))
-    return (batch for batch in batches if fixed in (None, batch_count(batch)))
+    size = _size(size, limit, takes)
+    for batch in samples.batches(size, _limit(limit, size)):
+        if (count := takes(batch_count(batch))) <= batch_count(batch):
+            yield taken(batch, slice(count))
 
 
-def whole_labelled_batches(
-    samples: SampleSource, size: int, limit: int | None, *, fixed: int | None
-) -> Iterator[Labelled]:
+def whole_labelled_batches(samples: SampleSource, size: int, limit: int | None, *, takes: Takes) -> Iterator[Labelled]:
     """Yield pairs of inputs and labels as `whole_batches` does; labels are None where the data has none."""
-    pairs = samples.labelled_batches(fixed or size, _limit(limit, fixed))
-    return (pair for pair in pairs if fixed in (None, batch_count(pair[0])))
+    size = _size(size, limit, takes)
+    for batch, labels in samples.labelled_batches(size, _limit(limit, size)):
+        if (count := takes(batch_count(batch))) <= batch_count(batch):
+            yield taken(batch, slice(count)), None if labels is None else labels[:count]
 
 
-def _limit(limit: int | None, fixed: int | None) -> int | None:
-    return None if limit is None else max(limit, fixed or 0)
+def _size(size: int, limit: int | None, takes: Takes) -> int:
+    return takes(size if limit is None else min(size, limit))
+
+
+def _limit(limit: int | None, size: int) -> int | None:
+    return None if limit is None else max(limit, size)
 
 
 def batch_count(batch: Sequence[torch.Tensor]) -> int:

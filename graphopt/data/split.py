@@ -49,9 +49,9 @@ def split(source: SampleSource, program: Program) -> Split:
 
     Args:
         source: All of them; at most a few hundred are read, to see how many there are.
-        program: What they are for. If it takes batches of one size only, each batch stays together.
+        program: What they are for. What it takes at the least stays together.
     """
-    unit = program.batch_size or 1
+    unit = program.takes(1)
     wanted = _PERIOD * max(_ENOUGH, unit)
     count = sum(batch_count(batch) for batch in source.batches(max(_ENOUGH, unit), wanted))
     units = count // unit

@@ -177,7 +177,7 @@ class Trainer:
             history.best = snapshot(self._student, self._names)
 
     def _batches(self, inputs: Pool, generator: torch.Generator | None = None) -> list[Index]:
-        return inputs.batches(self._batch_size, generator, fixed=self._student.batch_size is not None)
+        return inputs.batches(self._batch_size, generator, takes=self._student.takes)
 
     def _drawn(self, inputs: Pool, epochs: int, generator: torch.Generator) -> Iterator[Index]:
         self._student.train()

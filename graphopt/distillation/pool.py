@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from graphopt.data.batches import Batch, SampleSource, batch_count, joined, kind, taken
+from graphopt.data.batches import Batch, SampleSource, Takes, batch_count, joined, kind, taken
 
 Index = tuple[int, torch.Tensor]  # bucket, and which of its samples
 
@@ -41,20 +41,22 @@ class Pool:
         """How many samples there are."""
         return sum(batch_count(bucket) for bucket in self.buckets)
 
-    def batches(self, size: int, generator: torch.Generator | None = None, *, fixed: bool = False) -> list[Index]:
+    def batches(self, size: int, generator: torch.Generator | None = None, *, takes: Takes = int) -> list[Index]:
         """Divide the samples into batches of at most `size`, as even as they can be, each within one bucket.
 
         Args:
             size: samples per batch.
             generator: shuffles samples and then batches; None keeps the order.
-            fixed: every batch must have `size` samples, as a program of static batch asks; the rest are left out.
+            takes: how many samples the program takes, see `Program.takes`; those that do not fill a batch are left out.
         """
         drawn: list[Index] = []
         for bucket, parts in enumerate(self.buckets):
             count = batch_count(parts)
             order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
-            pieces = torch.split(order, size) if fixed else order.tensor_split(math.ceil(count / size))
-            drawn += [(bucket, piece) for piece in pieces if len(piece) == size or not fixed]
+            pieces = order.tensor_split(math.ceil(count / size))
+            if any(takes(len(piece)) != len(piece) for piece in pieces):
+                pieces = torch.split(order, takes(min(size, count)))
+            drawn += [(bucket, piece[:fits]) for piece in pieces if (fits := takes(len(piece))) <= len(piece)]
         if generator is None:
             return drawn
         return [drawn[at] for at in torch.randperm(len(drawn), generator=generator)]

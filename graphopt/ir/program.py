@@ -21,6 +21,7 @@ from torch import fx
 
 from graphopt.errors import UsageError
 from graphopt.files import ScratchDirectory, failing_late, replacing
+from graphopt.ir.batch_sizes import BatchSizes
 from graphopt.ir.buffers import call_undoing_writes
 from graphopt.ir.devices import device_called, device_of, held_by
 from graphopt.ir.examples import made_up_inputs
@@ -78,6 +79,10 @@ class Program:
     def batch_size(self) -> int | None:
         """How many samples one call takes, None where any number fits."""
         return batch_size(self.inputs)
+
+    def takes(self, samples: int) -> int:
+        """Return how many samples one call takes: so many, or the nearest number below, else the smallest there is."""
+        return BatchSizes(self.inputs).taken(samples)
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """Iterate over the trainable tensors, each once."""

@@ -14,6 +14,7 @@ from graphopt.data import Samples
 from graphopt.data.batches import Batch
 from graphopt.errors import UsageError
 from graphopt.files import check_against_manifest
+from graphopt.ir.batch_sizes import BatchSizes
 from graphopt.ir.program import Program
 from graphopt.ir.signature import TensorSpec
 from graphopt.job.deliver import flat
@@ -83,7 +84,7 @@ def common_inputs(pair: Sequence[Contender], data: Any, samples: int) -> Batch:
     if data is not None:
         source = Samples.open(data, [spec.name for spec in first.inputs])
         source.check(first.inputs)
-        return source.first(samples)
+        return source.first(BatchSizes(first.inputs).taken(samples))
     for one in pair:
         if isinstance(one.loaded, Program):
             return one.loaded.flat_examples()

@@ -19,7 +19,7 @@ _FEWEST_PROBES, _MOST_PROBES = 2, 32
 
 def judge_of(spec: Any, program: Program) -> Judge:
     """Return what `eval` of a job says of models like a program."""
-    return evaluator(spec, specs=program.inputs, fixed_batch=program.batch_size, device=program.device)
+    return evaluator(spec, specs=program.inputs, takes=program.takes, device=program.device)
 
 
 def metrics_for(pipeline: Pipeline, judge: Judge | None) -> tuple[Judge | None, Judge | None, list[str]]:
@@ -41,8 +41,9 @@ def probe_inputs(program: Program, samples: SampleSource | None) -> Batch:
     if samples is None:
         return program.flat_examples()
     if program.batch_size is not None:
-        batches = whole_batches(samples, program.batch_size, None, fixed=program.batch_size)
+        batches = whole_batches(samples, program.batch_size, None, takes=program.takes)
         return next(batches, program.flat_examples())
     affordable = int(_PROBE_FLOPS // max(cost(program).flops, 1))
     count = min(max(affordable, _FEWEST_PROBES), _MOST_PROBES)
-    return max(samples.batches(count, count), key=batch_count)  # the first, but for unlike shapes
+    batches = whole_batches(samples, count, count, takes=program.takes)
+    return max(batches, key=batch_count, default=program.flat_examples())  # the first, but for unlike shapes

@@ -24,7 +24,7 @@ _FACTOR = 3.0  # that deviations differ by, or that means are off in deviations;
 
 def sample_notes(program: Program, samples: SampleSource) -> list[str]:
     """Return a sentence for each thing that is not typical of the first samples."""
-    batches = list(whole_batches(samples, _AT_ONCE, _LOOKED_AT, fixed=program.batch_size))
+    batches = list(whole_batches(samples, _AT_ONCE, _LOOKED_AT, takes=program.takes))
     return [*_constants(program, batches), *_scales(program, batches)] if batches else []
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import fx, nn
 
 from graphopt.capturing.model_calls import in_eval_mode
-from graphopt.data.batches import Batch, Labelled, SampleSource, batch_count
+from graphopt.data.batches import Batch, Labelled, SampleSource, Takes, batch_count
 from graphopt.data.input_spec import Spec
 from graphopt.data.samples import Samples
 from graphopt.data.split import halves
@@ -40,24 +40,24 @@ class Evaluator:
     """
 
     def __init__(
-        self, samples: SampleSource, metric: Metric, *, batch_size: int, fixed_batch: int | None, limit: int | None
+        self, samples: SampleSource, metric: Metric, *, batch_size: int, takes: Takes, limit: int | None
     ) -> None:
         """Use `evaluator`."""
         self._samples = samples
         self._metric = metric
-        self.batch_size = fixed_batch or batch_size
-        self._fixed_batch = fixed_batch
+        self.batch_size = takes(batch_size)
+        self._takes = takes
         self._limit = limit
         self.name = metric.name
         self.unit = metric.unit
 
     def halves(self) -> tuple[Evaluator, Evaluator]:
         """Return two evaluators of half of the samples each: one to choose by, and one for reports."""
-        batch, fixed, limit = self.batch_size, self._fixed_batch, self._limit
+        batch, takes, limit = self.batch_size, self._takes, self._limit
         limit = None if limit is None else -(-limit // 2)
         one, other = (
-            Evaluator(half, self._metric, batch_size=batch, fixed_batch=fixed, limit=limit)
-            for half in halves(self._samples, fixed or 1)
+            Evaluator(half, self._metric, batch_size=batch, takes=takes, limit=limit)
+            for half in halves(self._samples, takes(1))
         )
         return one, other
 
@@ -73,8 +73,9 @@ class Evaluator:
                 if labels is None:
                     raise DataError(f"The data for `{self.name}` has no labels (`labels`, `label` or `y`).")
                 count = labels.shape[0]
-                outputs = main_output(judged(*(_padded(inputs, self._fixed_batch) if self._fixed_batch else inputs)))
-                if outputs.shape[:1] != (self._fixed_batch or count,):
+                whole = count if self._takes(count) == count else self.batch_size
+                outputs = main_output(judged(*(_padded(inputs, whole) if whole > count else inputs)))
+                if outputs.shape[:1] != (whole,):
                     raise DataError(
                         f"The model returned {outputs.shape} for {count} samples; `{self.name}` needs one output "
                         "per sample along the first axis."
@@ -118,7 +119,7 @@ def evaluator(
     *,
     specs: Sequence[Spec] | None = None,
     batch_size: int = 64,
-    fixed_batch: int | None = None,
+    takes: Takes = int,
     limit: int | None = None,
     device: str | torch.device = "cpu",
 ) -> Evaluator | FunctionEvaluator:
@@ -134,8 +135,8 @@ def evaluator(
             `(data, "metric")`, `(inputs, labels, "metric")`.
         names: The model's inputs, in order; None takes the data's own.
         specs: What the model takes; the data is checked against it.
-        batch_size: Samples per call of the model, where it takes any number.
-        fixed_batch: How many samples it takes otherwise; the last batch is filled up by repetition.
+        batch_size: Samples per call of the model, as far as it takes so many.
+        takes: How many it takes, see `Program.takes`; the last batch is filled up by repetition.
         limit: Score only this many samples.
         device: Where the model takes its inputs.
 
@@ -164,9 +165,7 @@ def evaluator(
             f"The evaluation data has no labels. Store them as `labels` beside the inputs "
             f"({', '.join(samples.names)}), or give (inputs, labels)."
         )
-    return Evaluator(
-        samples.on(torch.device(device)), metric, batch_size=batch_size, fixed_batch=fixed_batch, limit=limit
-    )
+    return Evaluator(samples.on(torch.device(device)), metric, batch_size=batch_size, takes=takes, limit=limit)
 
 
 @contextlib.contextmanager

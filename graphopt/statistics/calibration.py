@@ -86,7 +86,7 @@ class Calibration:
         return [self._known[key] for _, _, key in wanted]  # type: ignore[misc]
 
     def _batches(self) -> Iterator[Batch]:
-        batches = whole_batches(self._samples, self._batch_size, self._limit, fixed=self._program.batch_size)
+        batches = whole_batches(self._samples, self._batch_size, self._limit, takes=self._program.takes)
         empty = True
         for batch in self._progress.track(batches, "calibrating"):
             empty = False
@@ -115,7 +115,7 @@ def read_batches(program: Program, samples: SampleSource, *, limit: int, batch_s
     Raises:
         DataError: there are not enough of them for one batch.
     """
-    batches = list(whole_batches(samples, batch_size, limit, fixed=program.batch_size))
+    batches = list(whole_batches(samples, batch_size, limit, takes=program.takes))
     if not batches:
         raise no_batch(program)
     return batches
@@ -128,8 +128,8 @@ def no_batch(program: Program, purpose: str = "") -> DataError:
         program: what takes them.
         purpose: what for, with a space in front.
     """
-    fixed = program.batch_size
-    need = "one sample" if fixed is None else f"{fixed} samples, the program's fixed batch size"
+    least = program.takes(1)
+    need = "one sample" if least == 1 else f"{least} samples, the fewest that the program takes at once"
     return DataError(f"The calibration data holds no batch{purpose}. Give at least {need}.")
 
 

@@ -53,7 +53,7 @@ def activation(standing: Standing, groups: Sequence[Group]) -> Worths:
     """
     samples = standing.ctx.need_samples("prune", "for criterion=activation")
     observer = _Observer(standing, groups)
-    batches = whole_batches(samples, _BATCH, standing.samples, fixed=standing.program.batch_size)
+    batches = whole_batches(samples, _BATCH, standing.samples, takes=standing.program.takes)
     count = 0
     for batch in standing.ctx.progress.track(batches, "measuring activations"):
         observer.run(batch)
@@ -169,7 +169,7 @@ def _directions(
     samples = ctx.need_samples("prune", f"for criterion={criterion}")
     limit = min(standing.samples, _GRADIENT_SAMPLES)
     generator = ctx.generator("output directions")
-    batches = whole_labelled_batches(samples, _BATCH_OF_GRADIENT, limit, fixed=program.batch_size)
+    batches = whole_labelled_batches(samples, _BATCH_OF_GRADIENT, limit, takes=program.takes)
     for batch, labels in ctx.progress.track(batches, "following gradients"):
         weights = _tracked(gm, names)
         args, kwargs = program.unflatten([tensor.clone() for tensor in batch])  # a program may write to its inputs

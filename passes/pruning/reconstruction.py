@@ -124,4 +124,4 @@ def _batches(program: Program, samples: SampleSource, limit: int) -> list[Batch]
     """Read the samples that fit in memory, in batches the program takes."""
     fits = MEMORY // max(1, 2 * peak_bytes_per_sample(program))
     limit = min(limit, max(FEWEST, fits))
-    return list(whole_batches(samples, _BATCH, limit, fixed=program.batch_size))
+    return list(whole_batches(samples, _BATCH, limit, takes=program.takes))

@@ -47,11 +47,9 @@ def usable(original: Program, samples: SampleSource, batches: Sequence[Batch]) -
 
 
 def _without(original: Program, batches: Sequence[Batch], finite: Sequence[torch.Tensor]) -> list[Batch]:
-    """Leave out samples; of a program with a fixed batch size whole batches."""
-    if original.batch_size is not None:
-        return [batch for batch, rows in zip(batches, finite, strict=True) if bool(rows.all())]
+    """Leave out samples; of a program that takes no such number whole batches."""
     chosen = [taken(batch, rows) for batch, rows in zip(batches, finite, strict=True)]
-    return [batch for batch in chosen if batch_count(batch)]
+    return [batch for batch in chosen if original.takes(batch_count(batch)) == batch_count(batch)]
 
 
 def _refuse_nan(

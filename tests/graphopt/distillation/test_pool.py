@@ -44,7 +44,7 @@ def test_the_same_generator_draws_the_same_batches() -> None:
 
 
 def test_a_fixed_size_leaves_the_rest_out() -> None:
-    assert sizes([numbers(10).take(index) for index in numbers(10).batches(4, fixed=True)]) == [4, 4]
+    assert sizes([numbers(10).take(index) for index in numbers(10).batches(4, takes=lambda _: 4)]) == [4, 4]
 
 
 def test_samples_of_unlike_length_are_never_in_one_batch() -> None:

@@ -166,7 +166,7 @@ def test_fixed_batch_is_filled_up_and_cut_again() -> None:
         seen.append(x.shape[0])
         return x
 
-    assert evaluator((SCORES, CLASSES), fixed_batch=3)(model) == 50.0
+    assert evaluator((SCORES, CLASSES), takes=lambda _: 3)(model) == 50.0
     assert seen == [3, 3]
 
 
