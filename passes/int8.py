@@ -153,12 +153,12 @@ class Int8(Pass[Int8Options, Int8Plan]):
         observing = Observing(self.options.observer, self.options.percentile)
         means = [request for _, request in self._means_wanted(placement, originals)]
         choosing = self.options.mode == "auto" and self._rounds_weights
-        inputs = inputs_to_keep(placement, prepared, originals, _COMPARED) if choosing else {}
-        kept = [(name, FirstSamples(_COMPARED)) for name in inputs.values()]
+        inputs = inputs_to_keep(placement, prepared, originals, self._compared_samples(program)) if choosing else {}
+        kept = [(name, FirstSamples(self._compared_samples(program))) for name in inputs.values()]
         scales = choose_scales(placement, gm, calibration, originals, target.activation, observing, [*means, *kept])
         if choosing and calibration is not None:
             found = zip(inputs, calibration.gather(kept), strict=True)
-            seen = {node: torch.split(first.values, _COMPARED_AT_ONCE) for node, first in found}
+            seen = {node: self._compared_batches(program, first.values) for node, first in found}
             choice = choose_forms(placement, prepared, scales, target, lambda: self._compared(program, ctx), seen)
             if choice:
                 placed, placement = placer.again(placed, choice)
@@ -210,7 +210,15 @@ class Int8(Pass[Int8Options, Int8Plan]):
     def _compared(self, program: Program, ctx: Context) -> Iterator[Batch]:
         """Yield samples by which layers choose; none are read where no layer has a choice."""
         samples = ctx.need_samples(self.name, "to choose how layers are quantized")
-        yield from whole_batches(samples, _COMPARED_AT_ONCE, _COMPARED, takes=program.takes)
+        yield from whole_batches(samples, _COMPARED_AT_ONCE, self._compared_samples(program), takes=program.takes)
+
+    def _compared_batches(self, program: Program, values: torch.Tensor) -> list[torch.Tensor]:
+        """Return values of the same samples in the same batches."""
+        parts = torch.split(values, program.takes(min(_COMPARED_AT_ONCE, self._compared_samples(program))))
+        return [part[:fits] for part in parts if (fits := program.takes(len(part))) <= len(part)]
+
+    def _compared_samples(self, program: Program) -> int:
+        return max(min(self.options.samples, _COMPARED), program.takes(1))
 
     @property
     def _rounds_weights(self) -> bool:

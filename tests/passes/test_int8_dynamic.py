@@ -9,10 +9,12 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
 
 from graphopt.backends.onnxruntime import OnnxRuntimeBackend
 from graphopt.backends.onnxruntime.description import DESCRIPTION as ONNXRUNTIME
 from graphopt.backends.tensorrt.description import DESCRIPTION as TENSORRT
+from graphopt.capturing.capture import capture
 from graphopt.errors import DataError
 from graphopt.ir.program import Program
 from graphopt.measure.equivalence import measure
@@ -141,12 +143,18 @@ def test_nothing_is_run_that_decides_nothing(head: Program, monkeypatch: pytest.
     assert not any(other.called for other in mocks.values())
 
 
-def test_how_layers_are_compared_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("samples", "dim"), [(512, Dim.AUTO), (8, Dim.AUTO), (512, Dim("batch", min=6, max=7))])
+def test_how_layers_are_compared_decides_nothing(monkeypatch: pytest.MonkeyPatch, samples: int, dim: object) -> None:
     """Samples of unlike magnitude, more than are compared, and than are compared at once."""
     x = noise(48, 8, 5) * torch.logspace(-3, 3, 48)[:, None, None]
-    program = folded(Head(), x)
-    _, first = planned(program, x)
+    program = capture(Head(), (x[:6],), dynamic_shapes={"x": {0: dim}})
+    instance = Int8(Int8Options(samples=samples))
+    context = Context(original=program, target=ONNXRUNTIME, samples=TensorSamples((x,)))
+    kept = mock.Mock(wraps=choice.compare_on)
+    monkeypatch.setattr(choice, "compare_on", kept)
+    first = instance.plan(program, context)
+    assert kept.called
     monkeypatch.setattr(choice, "_MOST_KEPT", 0)
-    _, second = planned(program, x)
+    second = instance.plan(program, context)
     assert first.to_json() == second.to_json()
-    assert "dynamic" in by_layer(first).values()
+    assert ("dynamic" in by_layer(first).values()) == (samples > 8)
