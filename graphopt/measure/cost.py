@@ -33,6 +33,7 @@ from graphopt.ir.torch_internals import (
     FakeTensorMode,
     OperatorBase,
     OpOverload,
+    ShapeEnv,
     is_composite,
     optimization_hint,
     pytree,
@@ -234,7 +235,7 @@ def _size(size: int | torch.SymInt) -> int:
 
 def _counted(target: Any, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]) -> int:
     # a mode of its own: in the graph's, counting with plain sizes would fix its dynamic axes to them
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
 
     def made(value: Any) -> Any:
         if isinstance(value, _Tensor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -181,14 +182,23 @@ def test_recurrent_layers_are_counted() -> None:
     assert found.flops == 2 * 5 * 2 * (first + second)  # a multiply-add is two, steps, directions
 
 
-def test_sizes_that_depend_on_data_count_as_one() -> None:
+@pytest.mark.parametrize(
+    "selected",
+    [
+        lambda x: x[x[:, 0] > 0],
+        lambda x: x[torch.where(x[:, 0] > 0)[0]],
+        lambda x: x[x[:, 0].nonzero(as_tuple=True)[0]],
+        lambda x: x.repeat_interleave((x[:, 0] > 0).int(), 0),
+    ],
+)
+def test_sizes_that_depend_on_data_count_as_one(selected: Callable[[torch.Tensor], torch.Tensor]) -> None:
     class Selecting(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.fc = nn.Linear(4, 3, bias=False)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y: torch.Tensor = self.fc(x[x[:, 0] > 0])
+            y: torch.Tensor = self.fc(selected(x))
             return y
 
     assert cost(capture(Selecting(), torch.randn(1, 4), dynamic_shapes={"x": {0: None}})).flops == 2 * 12
