@@ -19,7 +19,7 @@ from graphopt.ir.devices import device_of, held_by
 from graphopt.ir.graph import assemble, erase_dead, fake_mode_of, readers, tensor_attribute
 from graphopt.ir.names import unused
 from graphopt.ir.operators import short_name
-from graphopt.ir.propagation import Propagation
+from graphopt.ir.propagation import Propagation, unbacked
 from graphopt.ir.provenance import Origin, origin, record, user_line
 from graphopt.ir.regions import Region, inputs, region, results
 from graphopt.ir.torch_internals import FakeTensor, FakeTensorMode, free_symbols, pytree
@@ -119,8 +119,10 @@ class Editor:
                 f"Pass `{self._made_by}` built `{node.format_node()}`, which cannot run on the shapes it is "
                 f"given: {err}. It descends from {user_line(node) or 'an unknown line'}. This is a bug in the pass."
             ) from err
-        if "val" in node.meta and torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ()):
-            value = pytree.tree_map(self._like, node.meta["val"], value)  # how many there are is as unknown as before
+        if "val" in node.meta and unbacked(value) - unbacked([used.meta.get("val") for used in node.all_input_nodes]):
+            leaves, structure = pytree.tree_flatten(value)  # how many there are is as unknown as before
+            was = pytree.tree_leaves(node.meta["val"])
+            value = pytree.tree_unflatten(map(self._like, was, leaves), structure)
         node.meta["val"] = value
         node.meta.pop("tensor_meta", None)
 

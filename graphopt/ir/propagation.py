@@ -15,7 +15,7 @@ of what propagating a pruned ResNet-50 takes.
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Set
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from graphopt.ir.torch_internals import (
     OpOverload,
     enable_python_dispatcher,
     free_unbacked_symbols,
+    pytree,
 )
 
 _OURS = ("aten", "graphopt")  # operators whose shapes follow from their arguments: who knows what a stranger's do
@@ -59,11 +60,16 @@ class Propagation:
         with enable_python_dispatcher(), self._mode:
             like = _like_its_input(node.target, args) if key is not None else None
             value = torch.empty_like(like) if like is not None else node.target(*args, **kwargs)  # type: ignore[operator]
-        if key is not None and not free_unbacked_symbols(value):
+        if key is not None and not unbacked(value):
             if len(self._known) >= _MOST_KNOWN:
                 self._known.clear()
             self._known[key] = value
         return value
+
+
+def unbacked(value: Any) -> Set[object]:
+    """Return the symbols of the sizes and numbers in a recorded value that depend on data."""
+    return free_unbacked_symbols([leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, _WITH_SYMBOLS)])
 
 
 def _like_its_input(target: object, args: tuple[Any, ...]) -> torch.Tensor | None:
@@ -118,6 +124,7 @@ def _described(value: Any) -> Hashable | None:
     return (type(value), value) if known else None  # with the type: 1, 1.0 and True are equal
 
 
+_WITH_SYMBOLS = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
 _CONSTANTS = (bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from graphopt import Program, capture
 from graphopt.ir import propagation
+from graphopt.ir.editor import Editor
 from graphopt.ir.graph import fake_mode_of
 from graphopt.ir.invariants import check_invariants
 from graphopt.ir.propagation import Propagation
@@ -72,9 +73,13 @@ class Found(nn.Module):
         return (where_x, where_y, largest_x, largest_y, *repeated)
 
 
-def test_sizes_that_depend_on_data_are_those_of_one_call() -> None:
+@pytest.fixture(scope="module")
+def found() -> Program:
     times = torch.tensor([1, 2])
-    found = capture(Found(), (torch.randn(2, 3), torch.randn(2, 3), times, times))
+    return capture(Found(), (torch.randn(2, 3), torch.randn(2, 3), times, times))
+
+
+def test_sizes_that_depend_on_data_are_those_of_one_call(found: Program) -> None:
     values: dict[fx.Node, Any] = {}
     propagated = Propagation(fake_mode_of(found.graph_module), "data")
     for node in found.graph.nodes:
@@ -85,6 +90,13 @@ def test_sizes_that_depend_on_data_are_those_of_one_call() -> None:
             values[node] = node.meta.get("val")
     (results,) = found.graph.output_node().args
     assert len({str(values[node].shape[0]) for node in results}) == len(results)
+
+
+def test_sizes_that_depend_on_data_stay_where_a_call_is_propagated_again(found: Program) -> None:
+    gm = found.copy().graph_module
+    before = [str(node.meta["val"]) for node in gm.graph.nodes if node.op == "call_function"]
+    Editor(gm, "a test").propagate_from(gm.graph.nodes)
+    assert [str(node.meta["val"]) for node in gm.graph.nodes if node.op == "call_function"] == before
 
 
 def test_what_is_known_is_shared_by_those_who_run_calls_for_the_same(program: Program) -> None:
