@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import io
 import logging
@@ -63,6 +64,9 @@ def options(
         check_torch()
 
 
+_command = functools.cache(typer.main.get_command)  # reads the annotations of every option
+
+
 def main() -> None:
     """Run the command line and exit with the code of what happened."""
     for stream in (sys.stdout, sys.stderr):
@@ -80,7 +84,7 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Run one command line; return its exit code. Errors are one sentence on stderr."""
     try:
-        code = app(arguments, standalone_mode=False, obj=arguments)
+        code = _command(app)(arguments, standalone_mode=False, obj=arguments)
         if code == _INTERRUPTED:  # typer turns ^C into a code
             _say("Interrupted. Nothing was left half-written.")
     except GraphOptError as err:

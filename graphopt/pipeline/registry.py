@@ -6,12 +6,13 @@ breaks nothing; two plugins with one name are an error that names both distribut
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import Distribution, EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,9 +69,9 @@ class Registry:
     def __init__(self, group: str, extra: Iterable[Entry] = ()) -> None:
         self._entries: dict[str, Entry] = {}
         self._broken: set[str] = set()
+        named = functools.cache(_named)  # which reads the whole description of a distribution
         for point in sorted(entry_points(group=group), key=lambda point: (point.name, point.value)):
-            source = f"distribution `{point.dist.name}`" if point.dist else "an unknown distribution"
-            self._add(Entry(point.name, source, point))
+            self._add(Entry(point.name, named(point.dist), point))
         for entry in extra:
             self._add(entry)
 
@@ -195,6 +196,10 @@ def backends_named(target: str | Backend | Sequence[str | Backend] | None) -> tu
                 "a target by its name: let both be one."
             )
     return tuple(found)
+
+
+def _named(distribution: Distribution | None) -> str:
+    return f"distribution `{distribution.name}`" if distribution else "an unknown distribution"
 
 
 def _same(one: Entry, other: Entry) -> bool:

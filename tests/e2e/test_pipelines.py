@@ -13,9 +13,9 @@ import graphopt
 
 
 class Encoder(nn.Module):
-    """A BERT-like encoder: embeddings, two layers of attention with a padding mask, a pooled classifier."""
+    """A BERT-like encoder: embeddings, a layer of attention with a padding mask, a pooled classifier."""
 
-    def __init__(self, width: int = 64, heads: int = 4, layers: int = 2) -> None:
+    def __init__(self, width: int = 64, heads: int = 4, layers: int = 1) -> None:
         super().__init__()
         self.tokens, self.positions = nn.Embedding(100, width), nn.Embedding(32, width)
         self.norm = nn.LayerNorm(width)

@@ -339,7 +339,7 @@ def test_autocast_that_is_off_stays_inside_autocast_that_is_on() -> None:
 
 
 def test_a_region_of_an_unknown_kind_is_not_looked_into() -> None:
-    program = fresh("attention")
+    program = captured("attention").copy()
     next(regions(program.graph_module)).node.target = torch.ops.higher_order.invoke_subgraph
     axes = infer(program.graph_module)
     reason = next(refusal.reason for refusal in axes.refusals() if refusal.name.startswith("first:"))

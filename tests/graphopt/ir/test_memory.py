@@ -26,6 +26,7 @@ class Circle:
 @pytest.fixture(autouse=True)
 def without_collections(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(memory, "_blocks", sys.getallocatedblocks())
+    monkeypatch.setattr(memory, "_GROWTH", 1.25)
     before = gc.get_threshold()
     gc.set_threshold(0)
     yield
