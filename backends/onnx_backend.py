@@ -125,7 +125,8 @@ class OnnxBackend(Backend):
         """Describe an ONNX file."""
         path = Path(path)
         model = read_model(path)
-        inputs, outputs = specs(list(model.graph.inputs), path), specs(list(model.graph.outputs), path)
+        inputs = specs(list(model.graph.inputs), path, model.metadata_props)
+        outputs = specs(list(model.graph.outputs), path, {})
         facts: dict[str, Json] = {"operators": len(model.graph)}
         return Artifact(path, files_of(path, model), self, inputs, outputs, self.options(model), facts)
 

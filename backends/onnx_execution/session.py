@@ -11,9 +11,11 @@ import numpy as np
 import onnxruntime  # type: ignore[import-untyped]
 import pydantic
 
+from graphopt.backends.onnx_lowering.ranges import ranges_of
 from graphopt.errors import LoweringError, UsageError, cut, first_problem, printable
 from graphopt.ir.memory import trim
 from graphopt.ir.plain_data import Json
+from graphopt.ir.signature import size_out_of_range
 from graphopt.targets.backend import Array
 from graphopt.versions import check_version
 
@@ -157,6 +159,7 @@ class OnnxSession:
             raise LoweringError(f"ONNX Runtime refuses {name}: {_reason(err)}") from err
         trim(_bytes_of(model) // 4)
         self.inputs = tuple(value.name for value in self._session.get_inputs())
+        self._ranges = ranges_of(self._session.get_modelmeta().custom_metadata_map)
         self.outputs = tuple(value.name for value in self._session.get_outputs())
 
     def __call__(self, /, *inputs: Array, **named: Array) -> tuple[Array, ...]:
@@ -179,6 +182,9 @@ class OnnxSession:
 
     def _run(self, outputs: list[str] | None, inputs: Sequence[Array]) -> list[Array]:
         feed = {name: np.asarray(array, order="C") for name, array in zip(self.inputs, inputs, strict=True)}
+        for name, array in feed.items():
+            if wrong := size_out_of_range(name, self._ranges.get(name, ()), array.shape):
+                raise LoweringError(f"{wrong} Give no others, or capture the model for them.")
         try:
             return list(self._session.run(outputs, feed))
         except Exception as err:  # onnxruntime's exceptions have no common base

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnx_ir as ir
 from onnx_ir.tensor_adapters import to_torch_dtype
 
+from graphopt.backends.onnx_lowering.ranges import ranges_of
 from graphopt.errors import LoweringError
 from graphopt.ir.signature import TensorSpec
 
@@ -42,13 +44,13 @@ def files_of(path: Path, model: ir.Model) -> tuple[Path, ...]:
     return path, *(path.parent / name for name in names)
 
 
-def specs(values: list[ir.Value], path: Path) -> tuple[TensorSpec, ...]:
-    """Describe the inputs or outputs of a model.
+def specs(values: list[ir.Value], path: Path, properties: Mapping[str, str]) -> tuple[TensorSpec, ...]:
+    """Describe the inputs or outputs of a model, of which the file has these properties.
 
     Raises:
         LoweringError: one has no shape or is no tensor.
     """
-    found = []
+    found, ranges = [], ranges_of(properties)
     for value in values:
         if value.name is None or value.shape is None or value.dtype is None:
             raise LoweringError(
@@ -58,5 +60,9 @@ def specs(values: list[ir.Value], path: Path) -> tuple[TensorSpec, ...]:
             size if isinstance(size, int) else str(size.value or f"{value.name}_{axis}")
             for axis, size in enumerate(value.shape.dims)
         )
-        found.append(TensorSpec(value.name, shape, to_torch_dtype(value.dtype)))
+        bound = ranges.get(value.name, ())
+        bound = bound if len(bound) == len(shape) else ()
+        found.append(
+            TensorSpec(value.name, shape, to_torch_dtype(value.dtype), bound if len(bound) == len(shape) else ())
+        )
     return tuple(found)

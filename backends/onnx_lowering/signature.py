@@ -14,6 +14,7 @@ from onnx_ir.passes.common import OutputFixPass
 from onnx_ir.tensor_adapters import from_torch_dtype
 
 from graphopt.backends.onnx_lowering.exporter import MODULE_PROPERTY
+from graphopt.backends.onnx_lowering.ranges import recorded_ranges
 from graphopt.backends.onnx_lowering.values import values_of
 from graphopt.errors import LoweringError
 from graphopt.ir.names import Names
@@ -42,6 +43,7 @@ def apply_signature(model: ir.Model, inputs: tuple[TensorSpec, ...], outputs: tu
             f"The exported graph has {len(graph.inputs)} inputs and {len(graph.outputs)} outputs where the program has "
             f"{len(inputs)} and {len(outputs)}. Please report the model."
         )
+    model.metadata_props.update(recorded_ranges(inputs))
     names = _axis_names(graph.inputs, inputs)
     for value in values_of(model):
         if value.shape is not None:

@@ -15,6 +15,8 @@ from graphopt.data.fitting import check_shape, describe, fit
 from graphopt.data.input_spec import Spec
 from graphopt.data.sources import Source, open_source
 from graphopt.errors import DataError
+from graphopt.ir.signature import TensorSpec, size_out_of_range
+from graphopt.ir.sizes import ANY
 
 log = logging.getLogger(__name__)
 
@@ -188,6 +190,9 @@ class Samples:
             result, note = fit(tensor, spec, bound.where, start)
             self._note(note)
             fitted.append(result)
+            others = spec.ranges[1:] if isinstance(spec, TensorSpec) else ()
+            if wrong := size_out_of_range(spec.name, (ANY, *others), tensor.shape):
+                raise DataError(f"{wrong} Leave out what {bound.where} has of that size.")
             for size, axis in zip(tensor.shape[1:], spec.shape[1:], strict=True):
                 known, owner = sizes.setdefault(axis, (size, spec.name)) if isinstance(axis, str) else (size, "")
                 if known != size:

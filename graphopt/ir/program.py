@@ -29,7 +29,7 @@ from graphopt.ir.global_state import one_thread_at_a_time
 from graphopt.ir.graph import copy_graph_module
 from graphopt.ir.ownership import own_tensors
 from graphopt.ir.placing import place
-from graphopt.ir.signature import Note, TensorSpec, batch_size
+from graphopt.ir.signature import Note, TensorSpec, batch_size, size_out_of_range
 from graphopt.ir.torch_internals import flat_arguments, pytree
 from graphopt.ir.training import is_training, set_training
 
@@ -63,7 +63,15 @@ class Program:
         """Run the program: same signature and output structure as the model it was captured from.
 
         What the model counts or remembers stays as it was captured, and none of the inputs stays in it.
+
+        Raises:
+            UsageError: an axis has a size that it was declared not to have.
         """
+        if any(spec.ranges for spec in self.inputs):
+            given = flat_arguments(self.graph_module, args, kwargs)
+            for spec, tensor in zip(self.inputs, (x for x in given if isinstance(x, torch.Tensor)), strict=False):
+                if wrong := size_out_of_range(spec.name, spec.ranges, tensor.shape):
+                    raise UsageError(f"{wrong} Give no others, or capture the model for them.")
         return call_undoing_writes(self.graph_module, args, kwargs)
 
     def __repr__(self) -> str:

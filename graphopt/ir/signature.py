@@ -65,6 +65,14 @@ def range_notes(inputs: Sequence[TensorSpec]) -> list[Note]:
     return [*bound.values()]
 
 
+def size_out_of_range(name: str, ranges: Sequence[SizeRange], shape: Sequence[int]) -> str:
+    """Say which axis of an input has a size that it may not have, "" if none has."""
+    for axis, (sizes, size) in enumerate(zip(ranges, shape, strict=False)):
+        if size not in sizes:
+            return f"Axis {axis} of input `{name}` has a size of {size}, and the program is of {sizes}."
+    return ""
+
+
 def batch_size(inputs: Sequence[TensorSpec]) -> int | None:
     """Return how many samples one call takes, None where any number fits.
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import graphopt
+from graphopt.errors import DataError, LoweringError, UsageError
 from graphopt.ir.sizes import SizeRange
 
 
@@ -71,7 +72,15 @@ def test_sizes_at_both_ends(rows: str, way: str, tmp_path: Path) -> None:
     result = graphopt.optimize(again, passes="fold", bench=False)
     assert result.artifact is not None
     assert result.artifact.inputs == result.program.inputs == program.inputs
-    session = result.artifact.session()
+    opened = result.artifact.backend.open(result.artifact.path)
+    assert [spec.ranges for spec in opened.inputs] == [spec.ranges for spec in program.inputs]
+    session = opened.session()
+    for size in {sizes.least - 1, (sizes.most or 0) + 1} - {-1, 1}:
+        said = f"Axis 0 of input `x` has a size of {size}, and the program is of {sizes}"
+        with pytest.raises(LoweringError, match=said):
+            session(np.zeros((size, 4), np.float32))
+        with pytest.raises(UsageError, match=said):
+            program(torch.zeros(size, 4))
     for size in ends:
         x = torch.randn(size, 4)
         np.testing.assert_allclose(session(x.numpy())[0], model(x).detach().numpy(), rtol=1e-4, atol=1e-5)
@@ -108,3 +117,9 @@ def test_an_example_is_made_as_large_as_the_range_begins() -> None:
     program = graphopt.capture(Layers("4 to 9"), torch.randn(1, 4), dynamic_shapes={"x": {0: Dim("rows", min=4)}})
     assert program.batch_size is None
     assert [len(tensor) for tensor in program.flat_examples()] == [4]
+
+
+def test_data_of_sizes_that_an_axis_may_not_have() -> None:
+    program = graphopt.capture(Layers(""), torch.randn(2, 5, 4), dynamic_shapes={"x": {1: Dim("steps", max=6)}})
+    with pytest.raises(DataError, match="Axis 1 of input `x` has a size of 7, and the program is of at most 6"):
+        graphopt.optimize(program, torch.randn(4, 7, 4), "int8", bench=False)
