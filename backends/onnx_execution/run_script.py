@@ -8,6 +8,7 @@ import onnxruntime  # type: ignore[import-untyped]
 import torch
 
 from graphopt.backends.onnx_execution.session import SessionSettings
+from graphopt.ir.batch_sizes import BatchSizes
 from graphopt.ir.plain_data import Json
 from graphopt.ir.signature import TensorSpec
 
@@ -55,7 +56,7 @@ def run_script(file: str, inputs: Sequence[TensorSpec], options: Mapping[str, Js
         remark: a sentence for the script's docstring.
     """
     settings = SessionSettings.of(options)
-    lines = []
+    sizes, lines = BatchSizes(inputs), []
     if settings.threads:
         lines.append(f"options.intra_op_num_threads = {settings.threads}")
     level = "ORT_DISABLE_ALL" if settings.optimization == "disabled" else f"ORT_ENABLE_{settings.optimization.upper()}"
@@ -70,7 +71,7 @@ def run_script(file: str, inputs: Sequence[TensorSpec], options: Mapping[str, Js
         options="\n".join(lines),
         disabled=disabled,
         zeros="\n".join(
-            f"    {spec.name!r}: np.zeros({_shape(spec)}, dtype={_numpy_name(spec.dtype)!r})," for spec in inputs
+            f"    {spec.name!r}: np.zeros({_shape(spec, sizes)}, dtype={_numpy_name(spec.dtype)!r})," for spec in inputs
         ),
         remark=f"\n{remark}" if remark else "",
     )
@@ -81,9 +82,9 @@ def _quoted(text: str) -> str:
     return text.encode("unicode_escape").decode().replace('"', "'")
 
 
-def _shape(spec: TensorSpec) -> str:
-    sizes = [str(size if isinstance(size, int) else 1) for size in spec.shape]
-    return f"({', '.join(sizes)}{',' if len(sizes) == 1 else ''})"
+def _shape(spec: TensorSpec, sizes: BatchSizes) -> str:
+    others = [spec.range_of(axis).nearest(1) for axis in range(len(spec.shape))]
+    return repr(tuple(sizes.shape(spec, sizes.value(1), others)))
 
 
 def _numpy_name(dtype: torch.dtype) -> str:

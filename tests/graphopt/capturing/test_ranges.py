@@ -74,6 +74,8 @@ def test_sizes_at_both_ends(rows: str, way: str, tmp_path: Path) -> None:
     assert result.artifact.inputs == result.program.inputs == program.inputs
     opened = result.artifact.backend.open(result.artifact.path)
     assert [spec.ranges for spec in opened.inputs] == [spec.ranges for spec in program.inputs]
+    first = 4 if rows == "pairs" else max(sizes.least, 1)
+    assert f"np.zeros(({first}, 4), dtype='float32')" in result.artifact.backend.run_script(opened)
     session = opened.session()
     for size in {sizes.least - 1, (sizes.most or 0) + 1} - {-1, 1}:
         said = f"Axis 0 of input `x` has a size of {size}, and the program is of {sizes}"
