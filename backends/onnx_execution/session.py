@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime  # type: ignore[import-untyped]
 import pydantic
 
+from graphopt.backends.onnx_execution.saturation import products_saturate
 from graphopt.backends.onnx_lowering.ranges import ranges_of
 from graphopt.errors import LoweringError, UsageError, cut, first_problem, printable
 from graphopt.ir.memory import trim
@@ -29,8 +30,8 @@ _LEVELS = {
 }
 _ERRORS_ONLY = 3
 
-# On x86 without VNNI, products of uint8 and int8 saturate in 16 bits (off by up to 90 of 255 steps on small models,
-# AVX2, 1.31.1). Asked to be precise, the runtime turns the weights to uint8 there; elsewhere this changes nothing.
+# Where products of uint8 and int8 saturate (off by up to 90 of 255 steps on small models, AVX2, 1.31.1), the runtime
+# turns the weights to uint8 when it is asked to be precise. Elsewhere that costs time for nothing: see `saturation`.
 PRECISE = {"session.x64quantprecision": "1"}
 
 # On ARM with SME, a product behind a DynamicQuantizeLinear gets a kernel that rounds by scales of its own: what it
@@ -64,6 +65,7 @@ class _Recorded(pydantic.BaseModel, extra="forbid", strict=True, frozen=True):
     spinning: bool = True
     disabled_optimizers: tuple[_Word, ...] = ()
     config: dict[_Entry, _Word] | None = None
+    where_products_saturate: dict[_Entry, _Word] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,7 @@ class SessionSettings:
         spinning: whether idle threads spin instead of sleeping.
         disabled_optimizers: graph optimizers to leave out, by the runtime's names.
         config: the runtime's own configuration entries.
+        where_products_saturate: more of them for processors whose products of integers do (x86 without VNNI).
     """
 
     threads: int = 0
@@ -83,6 +86,7 @@ class SessionSettings:
     spinning: bool = True
     disabled_optimizers: tuple[str, ...] = ()
     config: Mapping[str, str] | None = None
+    where_products_saturate: Mapping[str, str] | None = None
 
     @classmethod
     def of(cls, options: Mapping[str, Json]) -> SessionSettings:
@@ -114,7 +118,10 @@ class SessionSettings:
         native.graph_optimization_level = _LEVELS[self.optimization]
         if not self.spinning:
             native.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        for key, value in (self.config or {}).items():
+        config = dict(self.config or {})
+        if self.where_products_saturate and products_saturate():
+            config.update(self.where_products_saturate)
+        for key, value in config.items():
             native.add_session_config_entry(key, value)
         return native
 

@@ -9,7 +9,8 @@ import onnx_ir as ir
 import torch
 
 from graphopt.backends.onnx_backend import OnnxBackend
-from graphopt.backends.onnx_execution.session import PRECISE, OnnxSession, SessionSettings
+from graphopt.backends.onnx_execution.saturation import products_saturate
+from graphopt.backends.onnx_execution.session import OnnxSession, SessionSettings
 from graphopt.backends.onnx_lowering.lowering import Style
 from graphopt.backends.onnx_lowering.saving import EXTERNAL_DATA_ABOVE
 from graphopt.backends.onnx_lowering.simplification import simplify_where_smaller
@@ -29,8 +30,6 @@ from graphopt.ir.torch_internals import pytree
 from graphopt.measure.processor import said_of_processor
 from graphopt.targets.backend import Artifact, Finding
 from graphopt.targets.description import TargetDescription
-
-_VNNI = ("avx512_vnni", "avx_vnni")  # as the kernel calls it
 
 
 class OnnxRuntimeBackend(OnnxBackend):
@@ -111,13 +110,12 @@ class OnnxRuntimeBackend(OnnxBackend):
 
     def advice(self, artifact: Artifact) -> list[str]:
         """Say which target is faster or more exact on a processor like this one, where products are integers."""
-        flags = set(" ".join(said_of_processor("flags")).split())
-        saturates = PRECISE.items() <= dict(SessionSettings.of(artifact.session_options).config or {}).items()
-        if "avx2" not in flags or (not saturates and self.name == DESCRIPTION.name):
+        if "avx2" not in " ".join(said_of_processor("flags")).split():
             return []
-        if flags.isdisjoint(_VNNI) == (self.name == DESCRIPTION_AVX2.name):
+        narrow = self.name == DESCRIPTION_AVX2.name
+        if narrow == products_saturate() or not (narrow or "where_products_saturate" in artifact.session_options):
             return []
-        if self.name == DESCRIPTION_AVX2.name:
+        if narrow:
             return [f"this processor has VNNI: --target {DESCRIPTION.name} is as fast on it, with weights of 8 bits"]
         return [
             "this processor has no VNNI, and products of 8-bit weights are slow on it: to deploy on one like it, take "

@@ -71,9 +71,10 @@ DESCRIPTION = TargetDescription(
     rank_multiple=16,
     # Its CPU kernels compute in float32: around what is to be computed in float16 it converts back and forth.
     floats=(FloatKernels("float16", computes=False),),
+    costs=read_costs(Path(__file__).with_name("costs_x86_vnni.json")),
     notes=(
         "On x86 without VNNI, products of uint8 and int8 saturate in 16 bits unless the session is precise "
-        "(`session.x64quantprecision`), as the recorded options make it; it is slower there.",
+        "(`session.x64quantprecision`), as the recorded options make it there; it is slower.",
     ),
 )
 

@@ -31,12 +31,11 @@ def recorded_options(model: ir.Model) -> dict[str, Json]:
         "spinning": False,
         "disabled_optimizers": disabled,
     }
-    config: dict[str, Json] = {}
-    if any(_saturates(value) for node in nodes for value in stored_integers(node)):
-        config.update(PRECISE)
     if any(node.op_type == "DynamicQuantizeLinear" for node in nodes):
-        config.update(ROUNDED_AS_WRITTEN)
-    return {**options, "config": config} if config else options
+        options["config"] = dict(ROUNDED_AS_WRITTEN)
+    if any(_saturates(value) for node in nodes for value in stored_integers(node)):
+        options["where_products_saturate"] = dict(PRECISE)
+    return options
 
 
 def _saturates(weight: ir.Value) -> bool:

@@ -9,16 +9,19 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
 from graphopt import capture
-from graphopt.backends.onnx_execution import session
+from graphopt.backends.onnx_execution import saturation, session
 from graphopt.backends.onnx_execution.session import SessionSettings
 from graphopt.backends.onnx_lowering import simplification
 from graphopt.backends.onnx_lowering.lowering import Style, lower
@@ -92,10 +95,42 @@ def test_integer_artifact_is_verified(resnet: tuple[Program, Artifact]) -> None:
 
 def test_products_are_precise_on_processors_that_saturate(resnet: tuple[Program, Artifact], tmp_path: Path) -> None:
     artifact = resnet[1]
-    assert artifact.session_options["config"] == {"session.x64quantprecision": "1"}
-    assert "session.x64quantprecision" in BACKEND.run_script(artifact)
+    assert artifact.session_options["where_products_saturate"] == {"session.x64quantprecision": "1"}
     plain = BACKEND.lower(capture(nn.Linear(4, 4), torch.randn(2, 4)), tmp_path / "float.onnx")
-    assert "config" not in plain.session_options
+    assert "where_products_saturate" not in plain.session_options
+
+
+@pytest.mark.parametrize("saturates", [True, False])
+def test_sessions_are_precise_where_products_saturate(
+    resnet: tuple[Program, Artifact], monkeypatch: pytest.MonkeyPatch, *, saturates: bool
+) -> None:
+    """Precise ones take three times as long on processors that have no need of them."""
+    monkeypatch.setattr(session, "products_saturate", lambda: saturates)
+    native = SessionSettings.of(resnet[1].session_options).native()
+    assert precise(native) is saturates
+
+    script = BACKEND.run_script(resnet[1])
+    start, end = script.index("product ="), script.index("session = ")
+    found = np.full((saturation.SIZE, saturation.SIZE), saturation.EXACT - saturates)
+    given = onnxruntime.SessionOptions()
+    fake = SimpleNamespace(InferenceSession=lambda *_, **__: SimpleNamespace(run=lambda *_: [found]))
+    exec(script[start:end], {"onnxruntime": fake, "np": np, "options": given})
+    assert precise(given) is saturates
+
+
+def precise(options: onnxruntime.SessionOptions) -> bool:
+    try:
+        return bool(options.get_session_config_entry("session.x64quantprecision") == "1")
+    except RuntimeError:  # it has no such entry
+        return False
+
+
+def test_products_that_saturate_are_found() -> None:
+    """What they would be in 16 bits, of which the runtime adds up pairs, is not what they are."""
+    probe = ReferenceEvaluator(onnx.load_from_string(saturation.probe()))
+    feed = {"a": np.full((32, 32), 255, np.uint8), "b": np.full((32, 32), 127, np.int8)}
+    assert (probe.run(None, feed)[0] == saturation.EXACT).all()
+    assert saturation.EXACT > 32 // 2 * (2**15 - 1)
 
 
 def test_weights_are_a_quarter(resnet: tuple[Program, Artifact]) -> None:

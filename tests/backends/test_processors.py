@@ -20,7 +20,7 @@ from graphopt.targets.costs import Work
 from tests.passes.int8_models import TwoConvs, images, quantized
 
 UNGUARDED = Int8Options(guard="none")  # networks so small are faster as float
-VNNI, PLAIN, ARM = ["fpu avx2 avx512_vnni"], ["fpu avx2 avx512f"], ["asimd i8mm"]
+X86, ARM = ["fpu avx2 avx512f"], ["asimd i8mm"]
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +40,8 @@ def test_files_and_names(artifacts: dict[str, Artifact]) -> None:
 
 
 def test_seven_bits_need_no_precise_session(artifacts: dict[str, Artifact]) -> None:
-    assert "config" in artifacts["onnxruntime"].session_options
-    assert "config" not in artifacts["onnxruntime-x86-avx2"].session_options
+    assert "where_products_saturate" in artifacts["onnxruntime"].session_options
+    assert "where_products_saturate" not in artifacts["onnxruntime-x86-avx2"].session_options
     program, _ = quantized(TwoConvs(), images(), target=DESCRIPTION_AVX2, options=UNGUARDED)
     stored = [tensor for tensor in program.state_dict().values() if tensor.dtype is torch.int8]
     assert max(int(tensor.abs().max()) for tensor in stored) == 63
@@ -57,28 +57,35 @@ def test_what_is_rounded_by_scales_of_its_own_is_not_rounded_otherwise_on_arm() 
 
 
 @pytest.mark.parametrize(
-    ("target", "flags", "said"),
+    ("target", "flags", "saturates", "said"),
     [
-        ("onnxruntime", PLAIN, "no VNNI"),
-        ("onnxruntime", VNNI, None),
-        ("onnxruntime-x86-avx2", VNNI, "has VNNI"),
-        ("onnxruntime-x86-avx2", PLAIN, None),
-        ("onnxruntime", ARM, None),
+        ("onnxruntime", X86, True, "no VNNI"),
+        ("onnxruntime", X86, False, None),
+        ("onnxruntime-x86-avx2", X86, False, "has VNNI"),
+        ("onnxruntime-x86-avx2", X86, True, None),
+        ("onnxruntime", ARM, False, None),
+        ("onnxruntime-x86-avx2", ARM, False, None),
     ],
 )
 def test_says_what_suits_the_machine(
-    artifacts: dict[str, Artifact], target: str, flags: list[str], said: str | None, monkeypatch: pytest.MonkeyPatch
+    artifacts: dict[str, Artifact],
+    target: str,
+    flags: list[str],
+    saturates: bool,
+    said: str | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "said_of_processor", lambda *names: flags)
+    monkeypatch.setattr(module, "products_saturate", lambda: saturates)
     artifact = artifacts[target]
     advice = artifact.backend.advice(artifact)
     assert (said in advice[0]) if said else advice == []
 
 
 def test_costs_are_shipped_where_they_were_measured() -> None:
-    assert DESCRIPTION.costs is None
-    assert DESCRIPTION_AVX2.costs is not None
-    assert DESCRIPTION_AVX2.costs.target == DESCRIPTION_AVX2.name
-    large = Work(operations=2 * 56 * 56 * 64 * 576, elements=2 * 56 * 56 * 64)  # a layer of ResNet-18
-    integer, floating = (DESCRIPTION_AVX2.costs.seconds("conv2d", form, large) or 0.0 for form in ("static", "float"))
-    assert 1e-4 < integer < floating < 1e-2
+    for description in (DESCRIPTION, DESCRIPTION_AVX2):
+        assert description.costs is not None
+        assert description.costs.target == description.name
+        large = Work(operations=2 * 56 * 56 * 64 * 576, elements=2 * 56 * 56 * 64)  # a layer of ResNet-18
+        integer, floating = (description.costs.seconds("conv2d", form, large) or 0.0 for form in ("static", "float"))
+        assert 1e-4 < integer < floating < 1e-2
