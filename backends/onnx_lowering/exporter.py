@@ -34,7 +34,7 @@ from graphopt.quantization.recurrent import DYNAMIC_LSTM
 logger = logging.getLogger(__name__)
 
 SOURCE_PROPERTY = "graphopt.source"  # key of an ONNX node's metadata: the program's name of a quantization
-MODULE_PROPERTY = "graphopt.module"  # the module whose forward ran it
+MODULE_PROPERTY = "graphopt.module"  # the module whose forward ran it, until nodes are named after it
 
 QUANTIZERS = ("QuantizeLinear", "DynamicQuantizeLinear", "DynamicQuantizeLSTM")
 _QUANTIZES = re.compile(r"graphopt\.(quantize|dynamic_quantize|dynamic_lstm)\.")

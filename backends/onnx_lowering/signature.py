@@ -114,5 +114,5 @@ def _rename_nodes(graph: ir.Graph) -> None:
     """Call nodes after the module they come from: `layer1.0.conv1/Conv`."""
     names = Names()
     for node in graph.all_nodes():
-        module = node.metadata_props.get(MODULE_PROPERTY, "")
+        module = node.metadata_props.pop(MODULE_PROPERTY, "")  # said twice it is 25 KB of a sentence encoder
         node.name = names.new(f"{module}/{node.op_type}" if module else node.op_type)

@@ -107,6 +107,7 @@ def test_nodes_say_which_module_they_come_from(lowered: ir.Model) -> None:
     convolutions = [node.name for node in lowered.graph if node.op_type == "Conv"]
     assert len(convolutions) == 3
     assert convolutions[-1] == "outer/Conv"
+    assert not any(node.metadata_props for node in lowered.graph)  # their names say it
     names = [node.name for node in lowered.graph]
     assert len(set(names)) == len(names)
 
