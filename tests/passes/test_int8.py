@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import Tensor, nn
 
-from graphopt.backends.onnxruntime.description import DESCRIPTION as ONNXRUNTIME
 from graphopt.backends.tensorrt.description import DESCRIPTION as TENSORRT
 from graphopt.capturing.capture import capture
 from graphopt.errors import DataError, PassError, UsageError
@@ -28,6 +27,7 @@ from tests.models import OptionA, Residual
 from tests.passes.int8_models import (
     EDGES,
     IDS,
+    ONNXRUNTIME,
     ConstantOperand,
     Gate,
     Head,

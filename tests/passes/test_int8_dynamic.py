@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from graphopt.backends.onnxruntime import OnnxRuntimeBackend
-from graphopt.backends.onnxruntime.description import DESCRIPTION as ONNXRUNTIME
 from graphopt.backends.tensorrt.description import DESCRIPTION as TENSORRT
 from graphopt.capturing.capture import capture
 from graphopt.errors import DataError
@@ -25,7 +24,7 @@ from graphopt.pipeline.context import Context
 from graphopt.statistics import calibration
 from graphopt.targets.description import TargetDescription
 from graphopt.testing import TensorSamples, check_pass
-from tests.passes.int8_models import folded, kernels, noise, reasons
+from tests.passes.int8_models import ONNXRUNTIME, folded, kernels, noise, reasons
 
 
 class Head(nn.Module):

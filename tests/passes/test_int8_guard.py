@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graphopt.backends.onnxruntime.description import DESCRIPTION
 from graphopt.ir.program import Program
 from graphopt.measure.bench import Spread
 from graphopt.passes.int8 import Int8, Int8Options
@@ -20,7 +19,7 @@ from graphopt.pipeline.context import Context
 from graphopt.targets.costs import CostTable, KernelCost
 from graphopt.targets.description import TargetDescription
 from graphopt.testing import TensorSamples
-from tests.passes.int8_models import folded, images, operators, quantized, reasons
+from tests.passes.int8_models import ONNXRUNTIME, folded, images, operators, quantized, reasons
 
 CONVOLUTIONS = ("conv2d", "conv2d_first", "conv2d_pointwise", "conv2d_depthwise")
 MOVES = ("quantize", "dequantize", "quantize_map", "dequantize_map")
@@ -56,7 +55,7 @@ def costing(
         for form, us in zip(("static", "float"), both, strict=True)
     ]
     costs += [KernelCost(name, "static", 1, moving * 1e-6, 0, 0) for name in MOVES]
-    return dataclasses.replace(DESCRIPTION, costs=CostTable("here", "a processor", "a runtime", tuple(costs)))
+    return dataclasses.replace(ONNXRUNTIME, costs=CostTable("here", "a processor", "a runtime", tuple(costs)))
 
 
 def planned(program: Program, target: TargetDescription, **options: Any) -> Int8Plan:
@@ -92,7 +91,7 @@ def test_what_is_faster_in_float_for_one_sample_alone_stays(chain: Program) -> N
 
 
 def test_without_a_table_nothing_changes(chain: Program) -> None:
-    assert decisions(planned(chain, DESCRIPTION)) == decisions(planned(chain, costing(integer=9), guard="none"))
+    assert decisions(planned(chain, ONNXRUNTIME)) == decisions(planned(chain, costing(integer=9), guard="none"))
 
 
 @pytest.mark.parametrize(("moving", "left"), [(1, ["conv2d_1"]), (8, [])])
@@ -148,7 +147,7 @@ def _timed(chain: Program, target: TargetDescription, *times: tuple[float, float
 
 
 def test_measured_slower_than_float_is_float(chain: Program) -> None:
-    plan = _timed(chain, DESCRIPTION, (1.02, 1.02, 1.02))
+    plan = _timed(chain, ONNXRUNTIME, (1.02, 1.02, 1.02))
     assert plan.layers == plan.values == plan.sites == ()
     assert reasons(plan)["conv2d"] == "integers take 1.020 (1.020-1.020) of the time of float here"
     assert plan.measured == {"time of float": {"integers everywhere": [1.02, 1.02, 1.02]}}

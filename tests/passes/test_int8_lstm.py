@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.backends.onnxruntime import OnnxRuntimeBackend
-from graphopt.backends.onnxruntime.description import DESCRIPTION as ONNXRUNTIME
 from graphopt.capturing.capture import capture
 from graphopt.errors import LoweringError
 from graphopt.ir.operators import short_name
@@ -20,7 +19,7 @@ from graphopt.passes.int8 import Int8, Int8Options
 from graphopt.pipeline.context import Context
 from graphopt.quantization.recurrent import lstm
 from graphopt.testing import check_pass
-from tests.passes.int8_models import noise, quantized, reasons
+from tests.passes.int8_models import ONNXRUNTIME, noise, quantized, reasons
 
 
 class Tagger(nn.Module):

@@ -11,7 +11,6 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations
 
 from graphopt import capture
-from graphopt.backends.onnxruntime.description import DESCRIPTION as ONNXRUNTIME
 from graphopt.ir.operators import short_name
 from graphopt.ir.program import Program
 from graphopt.measure.cost import cost
@@ -26,7 +25,7 @@ from graphopt.passes.quantization.kernels import clamp_range, kernel_of
 from graphopt.passes.quantization.placement import place
 from graphopt.passes.residuals.branches import find_branches
 from graphopt.pipeline.context import Context
-from tests.passes.int8_models import images, operators, quantized, reasons
+from tests.passes.int8_models import ONNXRUNTIME, images, operators, quantized, reasons
 
 X = torch.linspace(-2, 2, 32).reshape(4, 8)
 MAPS = torch.linspace(-2, 2, 4 * 3 * 6 * 6).reshape(4, 3, 6, 6)

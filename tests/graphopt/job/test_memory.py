@@ -258,7 +258,7 @@ def test_a_save_that_fails_leaves_the_result_as_it_was(tmp_path: Path, monkeypat
 
 def test_a_payload_that_no_program_reads_lies_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = graphopt.Job.open(model(), X)
-    kept = graphopt.Job.open(model(), X).run(Pipeline.parse(f"{PRUNE},int8"))
+    kept = graphopt.Job.open(model(), X).run(Pipeline.parse(f"{PRUNE},int8:guard=none"))
     monkeypatch.setattr(memory, "LARGE", 1)
     made: list[weakref.ref[torch.Tensor]] = []
 
@@ -266,7 +266,7 @@ def test_a_payload_that_no_program_reads_lies_in_a_file(tmp_path: Path, monkeypa
         def planned(self, step: Step, plan: Plan, target: str) -> None:
             made.extend(weakref.ref(tensor) for tensor in plan.tensors.values() if step.name == "prune")
 
-    aside = job.run(Pipeline.parse(f"{PRUNE},int8"), hooks=[Payloads()])
+    aside = job.run(Pipeline.parse(f"{PRUNE},int8:guard=none"), hooks=[Payloads()])
     gc.collect()
     assert made
     assert not any(tensor() is not None for tensor in made)
