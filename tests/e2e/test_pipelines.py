@@ -97,7 +97,7 @@ def test_prune_svd_int8_to_both_targets(name: str) -> None:
     _, data = _case(name)
     job = graphopt.Job.open(_captured(name), data, target=["onnxruntime", "tensorrt"])
     pipeline = graphopt.Pipeline.parse("prune:ratio=0.25:round_to=4,svd:ratio=0.3,int8")
-    result = job.deliver(job.run(pipeline, check="full"), bench=False, sizes=True)
+    result = job.deliver(job.run(pipeline, check="full" if name == "cnn" else "fast"), bench=False, sizes=True)
     before, after = result.report.original, result.report.artifact_rows()
     assert [row.target for row in after] == ["onnxruntime", "tensorrt"]
     assert all(row.size is not None and before.size is not None and row.size < 0.6 * before.size for row in after)

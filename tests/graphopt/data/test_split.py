@@ -73,12 +73,12 @@ def test_it_does_not_depend_on_how_it_is_read(any_batch: Program, count: int, ba
             assert torch.equal(x.flatten(), labels)
 
 
-@pytest.mark.parametrize("period", [2, 3, 4, 5, 7, 8, 10, 16, 20, 40])
-def test_data_in_a_regular_order_is_no_trap(any_batch: Program, period: int) -> None:
+def test_data_in_a_regular_order_is_no_trap(any_batch: Program) -> None:
     parts = split(numbered(9600), any_batch)
-    for part in (parts.held_out, parts.unseen):
-        kinds = torch.tensor(read(part)) % period
-        assert int(kinds.bincount(minlength=period).min()) > 0.4 * len(kinds) / period
+    for numbers in map(torch.tensor, (read(parts.held_out), read(parts.unseen))):
+        for period in (2, 3, 4, 5, 7, 8, 10, 16, 20, 40):
+            kinds = (numbers % period).bincount(minlength=period)
+            assert int(kinds.min()) > 0.4 * len(numbers) / period, period
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_a_sample_behind_the_last_that_judges_has_no_place(any_batch: Program, c
         place(held_out, held)
 
 
-@pytest.mark.parametrize(("count", "unit"), [(2, 1), (31, 1), (5000, 1), (64, 4), (8, 4)])
+@pytest.mark.parametrize(("count", "unit"), [(2, 1), (31, 1), (1000, 1), (64, 4), (8, 4)])
 def test_halves_share_nothing_and_leave_nothing_out(count: int, unit: int) -> None:
     one, other = (read(half, batch_size=unit) for half in halves(numbered(count), unit))
     assert sorted(one + other) == list(range(count))

@@ -231,7 +231,7 @@ def parsed(text: str, found: PassRegistry) -> Pipeline | str:
         return str(err)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(universes())
 def test_what_is_accepted_is_right_and_what_is_refused_is_not(drawn: tuple[list[Kind], list[str]]) -> None:
     kinds, text = drawn
@@ -256,7 +256,7 @@ def test_what_is_accepted_is_right_and_what_is_refused_is_not(drawn: tuple[list[
             assert len(written) > 1 or bare != written or not right(fewer), "something is inserted that nobody needs"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(universes())
 def test_without_needs_an_order_is_advised_wherever_there_is_one(drawn: tuple[list[Kind], list[str]]) -> None:
     kinds = [toy(k.name, after=k.after, before=k.before, conflicts=k.conflicts) for k in drawn[0]]

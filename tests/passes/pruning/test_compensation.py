@@ -455,7 +455,7 @@ def test_a_second_run_finds_its_own_result_and_goes_on_from_it() -> None:
     assert len(list(checked.after.parameters())) == len(list(program.parameters()))
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(STEPS, st.integers(0, 2**16))
 def test_random_networks_come_out_no_worse_than_plain(steps: list[Step], seed: int) -> None:
     data = torch.randn(24, 2, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -92,13 +92,12 @@ def test_costs_are_predicted_exactly(kind: type[nn.Module]) -> None:
     assert sizes.cost({}) == cost(program)
     assert axes.groups()
     generator = torch.Generator().manual_seed(0)
-    for _ in range(2):
-        kept = {}
-        for group in axes.groups():
-            # torch 2.13 tells a projected LSTM by states of different sizes
-            least = group.size // 2 if kind is Projected else 1
-            kept[group.axis] = range(int(torch.randint(least, group.size + 1, (), generator=generator)))
-        found = cost(program.with_graph(remove(program.graph_module, axes, kept)))
-        predicted = sizes.cost(kept)
-        assert (predicted.parameters, predicted.bytes) == (found.parameters, found.bytes)
-        assert predicted.flops == pytest.approx(found.flops, abs=1)  # both are rounded to one sample
+    kept = {}
+    for group in axes.groups():
+        # torch 2.13 tells a projected LSTM by states of different sizes
+        least = group.size // 2 if kind is Projected else 1
+        kept[group.axis] = range(int(torch.randint(least, group.size + 1, (), generator=generator)))
+    found = cost(program.with_graph(remove(program.graph_module, axes, kept)))
+    predicted = sizes.cost(kept)
+    assert (predicted.parameters, predicted.bytes) == (found.parameters, found.bytes)
+    assert predicted.flops == pytest.approx(found.flops, abs=1)  # both are rounded to one sample
