@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -31,10 +30,8 @@ def axes_of(model: nn.Module | type[nn.Module], x: Tensor | None = None) -> Axes
     return infer(capture(model.double(), (x,)).graph_module)
 
 
-@functools.cache
 def captured(kind: type[nn.Module]) -> fx.GraphModule:
-    """Capture a model of tests.models; nothing here writes to the result."""
-    return capture(kind().double(), (example(kind),)).graph_module
+    return models.captured(kind).graph_module
 
 
 def summary(axes: Axes) -> dict[str, int]:

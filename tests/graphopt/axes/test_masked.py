@@ -558,8 +558,7 @@ def test_a_misplaced_channel_is_found_even_where_an_activation_hides_it() -> Non
 @pytest.mark.parametrize("kind", [models.Residual, models.FusedAttention, models.GroupedQuery, models.Recurrent])
 def test_no_single_misplaced_index_goes_unseen(kind: type[nn.Module]) -> None:
     """The pruned program stays as it is; one index of one tensor is claimed to be another."""
-    model, x = kind().double(), models.example(kind)
-    gm = capture(model, (x,)).graph_module
+    gm, x = models.captured(kind).graph_module, models.example(kind)
     axes = infer(gm)
     draw = random.Random(0)
     kept = {g.axis: sorted(draw.sample(range(g.size), max(1, g.size // 2))) for g in axes.groups()}
@@ -618,16 +617,16 @@ _ROWS = {
 }
 
 
-@pytest.mark.parametrize("rows", _ROWS)
-def test_values_that_happen_to_be_equal_do_not_say_which_positions_go(rows: str) -> None:
+def test_values_that_happen_to_be_equal_do_not_say_which_positions_go() -> None:
     torch.manual_seed(0)
     x = torch.randn(6, 9, 8)
-    program = capture(Padded().eval(), (x, _ROWS[rows]))
-    axes = infer(program.graph_module)
+    gm = capture(Padded().eval(), (x, _ROWS["all differ"])).graph_module
+    axes = infer(gm)
     (heads,) = [group for group in axes.groups() if group.kind == "heads"]
     kept = {heads.axis: [0, 3]}
-    pruned = remove(program.graph_module, axes, kept)
-    assert check_masked_equivalence(program.graph_module, pruned, slices(axes, kept), (x, _ROWS[rows])) < TOLERANCE
+    pruned = remove(gm, axes, kept)
+    for rows, mask in _ROWS.items():
+        assert check_masked_equivalence(gm, pruned, slices(axes, kept), (x, mask)) < TOLERANCE, rows
 
 
 def test_no_proof_depends_on_rounding() -> None:
