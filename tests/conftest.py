@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import logging
 import os
 
 import pytest
@@ -21,12 +22,16 @@ os.environ["GRAPHOPT_CACHE"] = ""  # what a test decides is no other's, and not 
 
 @pytest.fixture(autouse=True, scope="session")
 def _in_less_time() -> None:
-    """Time artifacts for a moment, and look for dead circles at twice as many objects, not at a quarter more."""
+    """Time artifacts for a moment, look for dead circles at twice as many objects, and describe no trace to pytest."""
     from graphopt.ir import memory
     from graphopt.job import deliver
 
     deliver.compare = functools.partial(deliver.compare, seconds=0.05)  # type: ignore[assignment]
     memory._GROWTH = 2.0
+    # pytest listens to loggers that do not propagate, and torch then writes every step of a trace out for it
+    trace = logging.getLogger("torch.__trace")
+    trace.propagate = True
+    trace.handlers.clear()
 
 
 def pytest_configure(config: pytest.Config) -> None:
