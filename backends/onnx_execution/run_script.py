@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import onnxruntime  # type: ignore[import-untyped]
 import torch
 
-from graphopt.backends.onnx_execution.saturation import EXACT, SIZE, probe
+from graphopt.backends.onnx_execution.saturating_products import EXACT, SIZE, probe
 from graphopt.backends.onnx_execution.session import SessionSettings
 from graphopt.ir.batch_sizes import BatchSizes
 from graphopt.ir.plain_data import Json

@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime  # type: ignore[import-untyped]
 import pydantic
 
-from graphopt.backends.onnx_execution.saturation import products_saturate
+from graphopt.backends.onnx_execution.saturating_products import products_saturate
 from graphopt.backends.onnx_lowering.ranges import ranges_of
 from graphopt.errors import LoweringError, UsageError, cut, first_problem, printable
 from graphopt.ir.memory import trim
@@ -31,7 +31,7 @@ _LEVELS = {
 _ERRORS_ONLY = 3
 
 # Where products of uint8 and int8 saturate (off by up to 90 of 255 steps on small models, AVX2, 1.31.1), the runtime
-# turns the weights to uint8 when it is asked to be precise. Elsewhere that costs time for nothing: see `saturation`.
+# turns the weights to uint8 when it is asked to be precise. Elsewhere that costs time for nothing.
 PRECISE = {"session.x64quantprecision": "1"}
 
 # On ARM with SME, a product behind a DynamicQuantizeLinear gets a kernel that rounds by scales of its own: what it

@@ -1,14 +1,20 @@
-"""Relu between integers as LeakyRelu, which has an integer kernel where Relu is one more rounding in float.
+"""Relu between integers as an operator with an integer kernel, where Relu is one more rounding in float.
 
 Given:   QuantizeLinear(Relu(DequantizeLinear(q)))
-Result:  QuantizeLinear(LeakyRelu(DequantizeLinear(q), alpha=0))
+Result:  QuantizeLinear(Add(DequantizeLinear(q), 0))            where the quantization saturates at 0 by itself
+         QuantizeLinear(LeakyRelu(DequantizeLinear(q), alpha=0))  elsewhere: twice as slow, it looks every value up
 
 Left alone: a Relu that something else than QuantizeLinear reads, too, or that is returned.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
+
+from graphopt.backends.onnx_lowering.saturation import saturates_within
+from graphopt.backends.onnx_lowering.values import store, value_names
+from graphopt.ir.names import Names
 
 
 class IntegerReluPass(ir.passes.InPlacePass):
@@ -17,9 +23,15 @@ class IntegerReluPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite; `modified` says whether there was one."""
         matches = [node for node in model.graph.all_nodes() if _is_between_integers(node)]
+        names = value_names(model)
         for node in matches:
-            node.op_type = "LeakyRelu"
-            node.attributes.add(ir.AttrFloat32("alpha", 0.0))
+            if all(saturates_within(reader, 0.0, float("inf")) for reader in node.outputs[0].consumers()):
+                node.op_type = "Add"
+                node.resize_inputs(2)
+                node.replace_input_with(1, _zero(node, names))
+            else:
+                node.op_type = "LeakyRelu"
+                node.attributes.add(ir.AttrFloat32("alpha", 0.0))
         return ir.passes.PassResult(model, modified=bool(matches))
 
 
@@ -29,3 +41,20 @@ def _is_between_integers(node: ir.Node) -> bool:
     source, readers = node.inputs[0].producer(), node.outputs[0].consumers()
     quantized = bool(readers) and all(reader.op_type == "QuantizeLinear" for reader in readers)
     return quantized and source is not None and source.op_type == "DequantizeLinear"
+
+
+def _zero(node: ir.Node, names: Names) -> ir.Value:
+    """Put a zero of the same integers that a node reads before it."""
+    source = node.inputs[0].producer() if node.inputs[0] is not None else None
+    assert source is not None  # by `_is_between_integers`
+    assert node.graph is not None
+    signed = source.inputs[0] is not None and source.inputs[0].dtype is ir.DataType.INT8
+    zero = np.array(0, np.int8 if signed else np.uint8)
+    operands = [
+        store(node.graph, names.new(name), value)
+        for name, value in (("zero", zero), ("zero_scale", np.array(1, np.float32)), ("zero_point", zero))
+    ]
+    result = ir.Value(name=names.new("zero_read"))
+    read = ir.Node("", "DequantizeLinear", operands, outputs=[result], metadata_props=dict(node.metadata_props))
+    node.graph.insert_before(node, read)
+    return result

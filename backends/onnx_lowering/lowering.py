@@ -35,7 +35,7 @@ class Style:
         opset: the opset to emit.
         global_pooling: whether spatial means become GlobalAveragePool.
         channel_rows: whether what is done to each of a few channels is done to rows of them.
-        integer_relu: whether Relu between integers becomes LeakyRelu.
+        integer_relu: whether Relu between integers becomes an operator with an integer kernel.
         own_weights: whether operators may not share stored weights and their zero points.
         kernels: rewrites to operators of the runtime's own, of what has plain arithmetic otherwise.
     """

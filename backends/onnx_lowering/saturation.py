@@ -28,7 +28,7 @@ class SaturatedClampPass(ir.passes.InPlacePass):
                 continue
             clamp = node.inputs[0].producer()
             limits = _limits(clamp)
-            if clamp is None or limits is None or not _saturates_within(node, *limits):
+            if clamp is None or limits is None or not saturates_within(node, *limits):
                 continue
             node.replace_input_with(0, clamp.inputs[0])
             modified = True
@@ -53,7 +53,7 @@ def _limits(clamp: ir.Node | None) -> tuple[float, float] | None:
     return bounds[0], bounds[1]
 
 
-def _saturates_within(quantize: ir.Node, low: float, high: float) -> bool:
+def saturates_within(quantize: ir.Node, low: float, high: float) -> bool:
     """Whether every number outside [low, high] quantizes as the nearer bound does."""
     constants = [None if value is None else ir.convenience.get_const_tensor(value) for value in quantize.inputs[1:]]
     if len(constants) < 2 or constants[0] is None or constants[1] is None or constants[0].size != 1:

@@ -26,7 +26,7 @@ def value_names(model: ir.Model) -> Names:
 
 def store(graph: ir.Graph, name: str, values: np.ndarray, dtype: ir.DataType | None = None) -> ir.Value:
     """Store an array in a graph under a name that is free."""
-    tensor = ir.tensor(np.ascontiguousarray(values), dtype=dtype, name=name)
+    tensor = ir.tensor(np.asarray(values, order="C"), dtype=dtype, name=name)
     value = ir.Value(name=name, shape=ir.Shape(values.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import torch
 
 from graphopt.backends.onnx_backend import OnnxBackend
-from graphopt.backends.onnx_execution.saturation import products_saturate
+from graphopt.backends.onnx_execution.saturating_products import products_saturate
 from graphopt.backends.onnx_execution.session import OnnxSession, SessionSettings
 from graphopt.backends.onnx_lowering.lowering import Style
 from graphopt.backends.onnx_lowering.saving import EXTERNAL_DATA_ABOVE

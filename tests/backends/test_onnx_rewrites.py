@@ -14,6 +14,7 @@ from graphopt.backends.onnx_execution.session import OnnxSession, SessionSetting
 from graphopt.backends.onnx_lowering.channel_rows import ChannelRowsPass
 from graphopt.backends.onnx_lowering.duplicates import DuplicateInitializersPass
 from graphopt.backends.onnx_lowering.global_pooling import GlobalPoolingPass
+from graphopt.backends.onnx_lowering.integer_relu import IntegerReluPass
 from graphopt.backends.onnx_lowering.own_weights import OwnWeightsPass
 from graphopt.backends.onnx_lowering.saturation import SaturatedClampPass
 from graphopt.backends.onnx_lowering.signature import apply_signature
@@ -41,6 +42,26 @@ def model(text: str, **initializers: np.ndarray) -> ir.Model:
 
 def operators(built: ir.Model) -> list[str]:
     return [node.op_type for node in built.graph]
+
+
+@pytest.mark.parametrize(
+    ("point", "expected"),
+    [(0, ["DequantizeLinear", "DequantizeLinear", "Add"]), (1, ["DequantizeLinear", "LeakyRelu"])],
+)
+def test_relu_between_integers(point: int, expected: list[str]) -> None:
+    """Where the quantization saturates at 0, nothing is left of it but to go from integers to integers."""
+    built = model(
+        "g (uint8[8] x) => (uint8[8] y) { a = DequantizeLinear(x, s, z)  b = Relu(a)  y = QuantizeLinear(b, t, w) }",
+        s=np.float32(0.5), z=np.uint8(100), t=np.float32(0.25), w=np.uint8(point),
+    )  # fmt: skip
+    given = np.array([0, 99, 100, 101, 103, 150, 250, 255], np.uint8)
+    settings = SessionSettings(optimization="disabled")
+    wanted = OnnxSession(ir.to_proto(built).SerializeToString(), settings)(given)[0]
+    assert IntegerReluPass()(built).modified
+    assert operators(built) == [*expected, "QuantizeLinear"]
+    for level in ("disabled", "all"):
+        found = OnnxSession(ir.to_proto(built).SerializeToString(), SessionSettings(optimization=level))(given)[0]
+        assert (found == wanted).all()
 
 
 class TestPRelu:

@@ -21,7 +21,7 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
 from graphopt import capture
-from graphopt.backends.onnx_execution import saturation, session
+from graphopt.backends.onnx_execution import saturating_products, session
 from graphopt.backends.onnx_execution.session import SessionSettings
 from graphopt.backends.onnx_lowering import simplification
 from graphopt.backends.onnx_lowering.lowering import Style, lower
@@ -111,7 +111,7 @@ def test_sessions_are_precise_where_products_saturate(
 
     script = BACKEND.run_script(resnet[1])
     start, end = script.index("product ="), script.index("session = ")
-    found = np.full((saturation.SIZE, saturation.SIZE), saturation.EXACT - saturates)
+    found = np.full((saturating_products.SIZE, saturating_products.SIZE), saturating_products.EXACT - saturates)
     given = onnxruntime.SessionOptions()
     fake = SimpleNamespace(InferenceSession=lambda *_, **__: SimpleNamespace(run=lambda *_: [found]))
     exec(script[start:end], {"onnxruntime": fake, "np": np, "options": given})
@@ -127,10 +127,10 @@ def precise(options: onnxruntime.SessionOptions) -> bool:
 
 def test_products_that_saturate_are_found() -> None:
     """What they would be in 16 bits, of which the runtime adds up pairs, is not what they are."""
-    probe = ReferenceEvaluator(onnx.load_from_string(saturation.probe()))
+    probe = ReferenceEvaluator(onnx.load_from_string(saturating_products.probe()))
     feed = {"a": np.full((32, 32), 255, np.uint8), "b": np.full((32, 32), 127, np.int8)}
-    assert (probe.run(None, feed)[0] == saturation.EXACT).all()
-    assert saturation.EXACT > 32 // 2 * (2**15 - 1)
+    assert (probe.run(None, feed)[0] == saturating_products.EXACT).all()
+    assert saturating_products.EXACT > 32 // 2 * (2**15 - 1)
 
 
 def test_weights_are_a_quarter(resnet: tuple[Program, Artifact]) -> None:

@@ -252,7 +252,7 @@ EDGES: list[tuple[type[nn.Module], Tensor, dict[str, int]]] = [
     (
         HardActivations,
         images(),
-        {"QLinearConv": 9, "QLinearLeakyRelu": 4, "QLinearMul": 2, "QLinearAdd": 3, "QuantizeLinear": 1},
+        {"QLinearConv": 9, "QLinearLeakyRelu": 1, "QLinearMul": 2, "QLinearAdd": 6, "QuantizeLinear": 1},
     ),
     (
         PreActivation,
