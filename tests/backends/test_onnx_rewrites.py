@@ -380,6 +380,18 @@ class TestOwnWeights:
         assert reads[0][2] is not reads[1][2]
         np.testing.assert_array_equal(reads[0][2].const_value.numpy(), reads[1][2].const_value.numpy())
 
+    def test_a_value_is_no_zero_point(self) -> None:
+        text = (
+            "g (uint8[n,4] x) => (float[n,4] y) { d = DequantizeLinear(x, s, zero) e = DequantizeLinear(zero, s, zero)"
+            "f = DequantizeLinear(zero, s, zero) g = Add(d, e) y = Add(g, f) }"
+        )
+        built = model(text, s=np.float32(1), zero=np.uint8(0))
+        assert OwnWeightsPass()(built).modified
+        first, *added = [node.inputs for node in built.graph if node.op_type == "DequantizeLinear"]
+        assert {read[2].name for read in (first, *added)} == {"zero"}
+        assert {read[0].name for read in added} == {"zero_value"}
+        assert not OwnWeightsPass()(built).modified
+
     def test_one_reader_is_left_alone(self) -> None:
         text = "g (float[n,4] x) => (float[n,4] y) { d = DequantizeLinear<axis=0>(w, s, zero) y = MatMul(x, d) }"
         built = model(text, **self.STORED)
