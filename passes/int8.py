@@ -33,6 +33,7 @@ from graphopt.passes.quantization.rewrite import Rewriter
 from graphopt.passes.quantization.scales import Observing, choose_scales, constant_integers, value_records
 from graphopt.passes.quantization.tables import quantize_tables, read_integers
 from graphopt.passes.quantization.timing import fastest
+from graphopt.passes.quantization.widths import widened, widths
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.knobs import Knob
 from graphopt.pipeline.pass_base import Pass
@@ -97,9 +98,11 @@ class Int8(Pass[Int8Options, Int8Plan]):
     2. Operators between them (add, mul, concatenation, pooling) follow where that keeps a chain in integers.
     3. Operators that only move values (reshape, slice, pad) run on the stored integers.
     4. Activations that the integer range clamps anyway (ReLU, ReLU6 in front of an unsigned quantization) are dropped.
-    5. LSTMs run layer by layer on integer weights, whose kernels choose the scales of activations.
-    6. Embedding tables are stored as integers, a scale for each row; what is read of them is float again.
-    7. With `weights=float` activations alone are rounded where they would be, to see what that costs: layers compute in
+    5. Channels of depthwise layers are filled up to as many as the target's kernel computes at once, 80 in place of 72,
+       with zero weights behind them. Exact.
+    6. LSTMs run layer by layer on integer weights, whose kernels choose the scales of activations.
+    7. Embedding tables are stored as integers, a scale for each row; what is read of them is float again.
+    8. With `weights=float` activations alone are rounded where they would be, to see what that costs: layers compute in
        float32 then, and nothing is smaller or faster.
 
     Scales of activations are static, chosen here from data, or dynamic, chosen by a kernel from each batch (so that a
@@ -125,7 +128,10 @@ class Int8(Pass[Int8Options, Int8Plan]):
 
     def plan(self, program: Program, ctx: Context) -> Int8Plan:
         """Place integers where they pay, calibrate, and choose scales and integer weights."""
-        target, skip, guarding = self._target(ctx), self.options.skip, self.options.guard
+        return self._plan_for(self._target(ctx), program, ctx)
+
+    def _plan_for(self, target: TargetDescription, program: Program, ctx: Context) -> Int8Plan:
+        skip, guarding = self.options.skip, self.options.guard
         everywhere = Placer(target, skip, self._scales)
         by_costs = Placer(target, skip, self._scales, target.costs)
         if guarding != "measure":
@@ -145,6 +151,8 @@ class Int8(Pass[Int8Options, Int8Plan]):
 
     def _planned(self, placer: Placer, program: Program, ctx: Context) -> Int8Plan:
         target, skip = placer.target, self.options.skip
+        wider = widths(program, placer) if self._rounds_weights else {}
+        program = widened(program, wider, self.name)
         placed, placement = placer.run(program)
         prepared, originals = placed.program, placed.originals
         gm = prepared.graph_module
@@ -176,18 +184,19 @@ class Int8(Pass[Int8Options, Int8Plan]):
             sites=[*(table["site"] for table in tables), *(site.node.name for site in placement.sites)],
             refusals=[*placement.refusals, *float_tables],
             tensors={**quantizer.tensors, **gates, **constant_integers(values, gm)},
+            widths=wider,
             respelled=placed.respelled,
             values=tuple(values),
             layers=tuple(layers),
             dropped=tuple(node.name for node in placement.dropped),
             tables=tuple(tables),
             recurrent=tuple(recurrent),
-            notes=() if self._rounds_weights else (_SIMULATED,),
+            notes=_notes(wider) if self._rounds_weights else (_SIMULATED,),
         )
 
     def apply(self, program: Program, plan: Int8Plan) -> Program:
         """Insert what the plan says."""
-        prepared = Prepared.of(program, plan.respelled).program
+        prepared = Prepared.of(widened(program, plan.widths, self.name), plan.respelled).program
         editor = Editor(prepared.graph_module, self.name)
         Rewriter(editor, plan).run()
         read_integers(editor, plan.tables, plan.tensors)
@@ -195,8 +204,8 @@ class Int8(Pass[Int8Options, Int8Plan]):
         return prepared.with_graph(editor.finish())
 
     def knobs(self, program: Program, ctx: Context) -> list[Knob]:
-        """List what it does to each weight."""
-        plan = self.plan(program, ctx)
+        """List what it does to each weight, of those that there are: none gets wider."""
+        plan = self._plan_for(dataclasses.replace(self._target(ctx), depthwise_multiple=1), program, ctx)
         return knobs_of(Prepared.of(program, plan.respelled), plan)
 
     def _calibration(self, placement: Placement, program: Program, ctx: Context) -> Calibration | None:
@@ -281,3 +290,10 @@ class Int8(Pass[Int8Options, Int8Plan]):
             for site, layer in layers
             if layer is not None and originals.get(site.node.name) != ""  # what scales channels is exact
         ]
+
+
+def _notes(wider: Mapping[str, int]) -> tuple[str, ...]:
+    if not wider:
+        return ()
+    named = ", ".join(f"`{name}` to {size}" for name, size in wider.items())
+    return (f"filled up with channels that change nothing, as integer kernels are faster so: {named}",)

@@ -68,6 +68,7 @@ DESCRIPTION = TargetDescription(
         StoredRule("embedding", bits=(2, 4, 8), blocks=_BLOCKS),
     ),
     channel_multiple=16,  # NCHWc and VNNI kernels work on blocks of 16 channels
+    depthwise_multiple=16,
     rank_multiple=16,
     # Its CPU kernels compute in float32: around what is to be computed in float16 it converts back and forth.
     floats=(FloatKernels("float16", computes=False),),

@@ -1,8 +1,8 @@
 """Removing indices from axes: slice parameters and buffers, bring the graph's literals up to date, propagate.
 
-`remove` returns a new graph module that shares every tensor it does not slice. After the rewrite fake tensors
-are propagated through everything downstream of a change, and every shape is compared with what the layouts
-predict: a mismatch is an error, never a result.
+`remove` returns a new graph module that shares every tensor it does not slice; `reindex`, which it shares with
+`widening.widen`, may repeat indices. After the rewrite fake tensors are propagated through everything downstream of a
+change, and every shape is compared with what the layouts predict: a mismatch is an error, never a result.
 """
 
 from __future__ import annotations
@@ -34,12 +34,16 @@ def slices(axes: Axes, kept: Kept) -> dict[str, dict[int, list[int]]]:
         axes: the inferred axes.
         kept: for each axis id the sorted indices it keeps; an axis that is absent keeps all.
     """
-    kept = _checked(axes, kept)
+    return positions(axes, _checked(axes, kept))
+
+
+def positions(axes: Axes, indices: Kept) -> dict[str, dict[int, list[int]]]:
+    """Return which positions each changing dimension of each parameter and buffer has then, unchecked."""
     result: dict[str, dict[int, list[int]]] = {}
     for name, dims in axes.parameters.items():
-        shrinking = {d: layout for d, layout in enumerate(dims) if touches(layout, kept)}
-        if shrinking:
-            result[name] = {d: list(surviving(layout, kept)) for d, layout in shrinking.items()}
+        changing = {d: layout for d, layout in enumerate(dims) if touches(layout, indices)}
+        if changing:
+            result[name] = {d: list(surviving(layout, indices)) for d, layout in changing.items()}
     return result
 
 
@@ -64,22 +68,37 @@ def remove(
         PassError: an axis may not shrink or an index does not exist, or a shape after the rewrite is not what
             the layouts predict.
     """
-    wanted = _checked(axes, kept)
+    return reindex(gm, axes, _checked(axes, kept), made_by, instead=instead)
+
+
+def reindex(
+    gm: fx.GraphModule,
+    axes: Axes,
+    indices: Kept,
+    made_by: str,
+    *,
+    instead: Mapping[str, torch.Tensor] | None = None,
+) -> fx.GraphModule:
+    """Return a copy of the graph in which each axis has the given indices, unchecked: an index may come repeatedly.
+
+    Raises:
+        PassError: a shape after the rewrite is not what the layouts predict.
+    """
     result = copy_graph_module(gm)
     new_of = {
         old: new
         for one, other in zip(graph_modules(gm), graph_modules(result), strict=True)
         for old, new in zip(one.graph.nodes, other.graph.nodes, strict=True)
     }
-    starts = _slice_parameters(axes, wanted, new_of, result, instead or {})
+    starts = _slice_parameters(axes, indices, new_of, result, instead or {})
     for old, rule in axes.rules.items():
-        if rule.rewrite is not None and _concerned(axes, old, wanted):
-            edit = Edit(new_of[old], old, axes, wanted, new_of, made_by)
+        if rule.rewrite is not None and _concerned(axes, old, indices):
+            edit = Edit(new_of[old], old, axes, indices, new_of, made_by)
             rule.rewrite(edit)
             starts.extend((*edit.inserted, new_of[old]))
     _propagate(Editor(result, made_by), starts)
     for old, dims in axes.layouts.items():
-        _check(old, new_of[old], dims, wanted)
+        _check(old, new_of[old], dims, indices)
     for module in graph_modules(result):
         erase_dead(module.graph)
         module.graph.lint()
@@ -113,15 +132,15 @@ def _checked(axes: Axes, kept: Kept) -> dict[int, list[int]]:
 
 def _slice_parameters(
     axes: Axes,
-    kept: Kept,
+    indices: Kept,
     new_of: Mapping[fx.Node, fx.Node],
     gm: fx.GraphModule,
     instead: Mapping[str, torch.Tensor],
 ) -> list[fx.Node]:
-    """Replace every tensor that shrinks; one tensor under several names stays one. Return the reads of them."""
+    """Replace every tensor that changes; one tensor under several names stays one. Return the reads of them."""
     mode = Editor(gm, "")
     made: dict[tuple[object, ...], torch.Tensor] = {}
-    todo = slices(axes, kept)
+    todo = positions(axes, indices)
     reads: list[fx.Node] = []
     for old, new in new_of.items():
         if old.op != "get_attr" or old.graph is not axes.gm.graph or str(old.target) not in todo:
@@ -143,11 +162,17 @@ def _sliced(tensor: torch.Tensor, positions: Mapping[int, Sequence[int]], instea
     if instead is not None and (instead.shape, instead.dtype, instead.device) == (shape, tensor.dtype, tensor.device):
         result = instead.detach()
     else:
-        result = tensor.detach()
-        for d, indices in positions.items():
-            result = result.index_select(d, torch.tensor(indices, device=result.device))
+        result = taken(tensor, positions)
     if isinstance(tensor, torch.nn.Parameter):
         return torch.nn.Parameter(result, requires_grad=tensor.requires_grad)
+    return result
+
+
+def taken(tensor: torch.Tensor, positions: Mapping[int, Sequence[int]]) -> torch.Tensor:
+    """Return what is at the given positions of some dimensions, detached."""
+    result = tensor.detach()
+    for d, indices in positions.items():
+        result = result.index_select(d, torch.tensor(indices, device=result.device))
     return result
 
 

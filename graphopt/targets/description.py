@@ -116,6 +116,8 @@ class TargetDescription:
         weight: integer format of weights.
         operators: how operators reach integer kernels; those without a rule stay float.
         channel_multiple: channel counts the runtime's kernels like best.
+        depthwise_multiple: the same for those of its integer kernel for depthwise convolutions, which is so much slower
+            otherwise that channels are worth adding; 1 for no such kernel.
         rank_multiple: the same for the inner size of factorised layers.
         sparsity: the pattern of sparse weights that has kernels, None for no such kernels.
         stored: weights that are read as integers by operators that compute in floating point.
@@ -133,6 +135,7 @@ class TargetDescription:
     weight: IntegerFormat
     operators: tuple[OperatorRule, ...] = ()
     channel_multiple: int = 1
+    depthwise_multiple: int = 1
     rank_multiple: int = 1
     sparsity: SparseFormat | None = None
     table: IntegerFormat | None = None

@@ -72,6 +72,7 @@ class Int8Plan(Plan):
     """Placement, scales and weights.
 
     Attributes:
+        widths: group of channels to how many it has then, before anything else.
         respelled: node name to how it is spelled anew before anything is placed.
         values: every value that is stored as integers, in graph order.
         layers: every layer whose weight is, in graph order.
@@ -80,6 +81,7 @@ class Int8Plan(Plan):
         recurrent: every layer of an LSTM whose weights are, in graph order.
     """
 
+    widths: Mapping[str, int] = field(default_factory=dict)
     respelled: Mapping[str, str] = field(default_factory=dict)
     values: tuple[ValueRecord, ...] = ()
     layers: tuple[LayerRecord, ...] = ()

@@ -145,6 +145,22 @@ class Gate(nn.Module):
         return self.out(x * self.squeeze(F.adaptive_avg_pool2d(x, 1)).sigmoid())
 
 
+class Mobile(nn.Module):
+    """MobileNetV3's block around a skip: expanded to `width`, depthwise, gated, projected."""
+
+    def __init__(self, width: int = 12) -> None:
+        super().__init__()
+        self.stem, self.expand = nn.Conv2d(3, 8, 1), nn.Conv2d(8, width, 1)
+        self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        self.squeeze, self.excite, self.project = nn.Conv2d(width, 8, 1), nn.Conv2d(8, width, 1), nn.Conv2d(width, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = F.hardswish(self.depthwise(self.expand(x).relu()))
+        gate = F.hardsigmoid(self.excite(self.squeeze(F.adaptive_avg_pool2d(y, 1)).relu()))
+        return x + self.project(y * gate)
+
+
 class HardActivations(nn.Module):
     """What the runtime has no integer kernel for, in others that have one; a ReLU of what is read twice."""
 

@@ -15,6 +15,7 @@ from graphopt.axes.infer import infer
 from graphopt.axes.layout import surviving
 from graphopt.axes.proof.masked import check_masked_equivalence
 from graphopt.axes.rewrite import remove, slices
+from graphopt.axes.widening import why_not_wider, widen
 from graphopt.capturing.capture import capture
 from graphopt.ir.graph import copy_graph_module, tensor_attribute
 
@@ -137,7 +138,7 @@ STEPS = st.lists(
 
 @settings(max_examples=15, deadline=None)
 @given(STEPS, st.integers(0, 2**16))
-def test_pruned_networks_equal_the_original_with_consumers_zeroed(steps: list[Step], seed: int) -> None:
+def test_what_pruned_and_wider_networks_compute(steps: list[Step], seed: int) -> None:
     x = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     gm = capture(Network(steps, seed).double(), (x,)).graph_module
     axes = infer(gm)
@@ -148,6 +149,9 @@ def test_pruned_networks_equal_the_original_with_consumers_zeroed(steps: list[St
     assert (pruned(x) - expected).norm() <= ROUNDING * expected.norm()
     check_masked_equivalence(gm, pruned, slices(axes, kept), (x,))
     assert pruned(x[:1].expand(3, -1, -1, -1)).shape == (3, 3)
+    assert all(why_not_wider(axes, g) is None for g in axes.groups())
+    wide = widen(gm, axes, {g.name: g.size + draw.randint(0, 5) for g in axes.groups()}, "test")
+    assert (wide(x) - gm(x)).norm() <= ROUNDING * gm(x).norm()
 
 
 def _consumers_zeroed(gm: fx.GraphModule, groups: list, kept: dict[int, list[int]]) -> fx.GraphModule:  # type: ignore[type-arg]

@@ -1,0 +1,97 @@
+"""Depthwise convolutions get as many channels as integer kernels compute at once, where that changes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from graphopt.backends.tensorrt.description import DESCRIPTION as TENSORRT
+from graphopt.ir.program import Program
+from graphopt.measure.equivalence import measure
+from graphopt.passes.int8 import Int8, Int8Options
+from graphopt.passes.quantization.plan import Int8Plan
+from graphopt.passes.quantization.widths import widened
+from graphopt.pipeline.context import Context
+from graphopt.targets.description import TargetDescription
+from graphopt.testing import TensorSamples, check_pass
+from tests.passes.int8_models import ONNXRUNTIME as WIDE
+from tests.passes.int8_models import Mobile, folded, images, kernels, quantized
+
+NARROW = dataclasses.replace(WIDE, depthwise_multiple=1)
+
+
+@pytest.fixture(scope="module")
+def mobile() -> Program:
+    return folded(Mobile(), images())
+
+
+def test_fills_up_and_computes_the_same(mobile: Program, tmp_path: Path) -> None:
+    program, plan = quantized(mobile, images())
+    assert plan.widths == {"expand:width": 16}
+    assert plan.notes == (
+        "filled up with channels that change nothing, as integer kernels are faster so: `expand:width` to 16",
+    )
+    stored = program.state_dict()
+    assert stored["depthwise.weight_int8"].shape[0] == 16
+    assert not stored["project.weight_int8"][:, 12:].any()
+    assert kernels(program, tmp_path, images())["QLinearConv"] == 6
+    exact = widened(mobile, plan.widths, "int8")
+    assert measure(mobile, exact.call_flat, (images(),)).relative < 1e-6
+
+
+def test_no_range_changes(mobile: Program) -> None:
+    options = Int8Options(observer="minmax", bias_correction=False)
+    (wide, plan), (narrow, left) = (quantized(mobile, images(), target=one, options=options) for one in (WIDE, NARROW))
+    assert (left.widths, left.notes) == ({}, ())
+    assert plan.values == left.values
+    assert torch.equal(wide(images()), narrow(images()))
+
+
+def test_keeps_the_contract(mobile: Program) -> None:
+    check_pass(Int8(), mobile, images()[:2], data=(images(),), target=WIDE)
+
+
+def test_a_stored_plan_makes_the_same_program(mobile: Program) -> None:
+    program, plan = quantized(mobile, images())
+    again = Int8().apply(mobile, Int8Plan.from_json(json.loads(json.dumps(plan.to_json())), plan.tensors))
+    assert torch.equal(again(images()), program(images()))
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.expand, self.project = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 4, 1)
+        self.depthwise, self.norm = nn.Conv2d(12, 12, 3, padding=1, groups=12), nn.GroupNorm(3, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.project(self.norm(self.depthwise(self.expand(x))))
+
+
+@pytest.mark.parametrize(
+    ("model", "target", "options"),
+    [
+        (Mobile(9), WIDE, Int8Options()),  # 16 would be many more
+        (Mobile(16), WIDE, Int8Options()),
+        (Normed(), WIDE, Int8Options()),
+        (Mobile(), WIDE, Int8Options(skip=("depthwise",))),
+        (Mobile(), WIDE, Int8Options(weights="float")),
+        (Mobile(), TENSORRT, Int8Options()),
+    ],
+    ids=["few", "even", "normed", "float", "simulated", "another target"],
+)
+def test_left_as_they_are(model: nn.Module, target: TargetDescription, options: Int8Options) -> None:
+    _, plan = quantized(model, images(), target=target, options=options)
+    assert plan.sites
+    assert plan.widths == {}
+
+
+def test_knobs_are_of_the_weights_that_there_are(mobile: Program) -> None:
+    context = Context(original=mobile, targets=(WIDE,), target=WIDE, samples=TensorSamples((images(),)))
+    knobs = {knob.site: knob for knob in Int8().knobs(mobile, context)}
+    weight = mobile.state_dict()["depthwise.weight"]
+    assert knobs["depthwise.weight"].saves["bytes"] == pytest.approx(3 * weight.numel(), rel=0.5)
