@@ -9,13 +9,17 @@ import torch
 from torch import fx, nn
 
 from graphopt.ir.dynamic_axes import LeafShapes, bound_dim
+from graphopt.ir.names import Names
 from graphopt.ir.signature import Dimension
 from graphopt.ir.sizes import ANY, SizeRange
 from graphopt.ir.torch_internals import range_asked, range_of
 
 
 class AxisNames:
-    """Names for the symbols of dynamic axes: "batch" for the shared first axis, the user's `Dim` names, or made up.
+    """Names for the symbols of dynamic axes, each of its own: equal names are equal sizes.
+
+    The user's `Dim` names come first. Of what has none, a first axis is "batch" (the next one "batch_1"), and others
+    are called after their input and axis ("x_2").
 
     Sizes are those that were asked for: a trace narrows them by questions that most models are the same for.
     """
@@ -23,11 +27,12 @@ class AxisNames:
     def __init__(self, leaf_shapes: LeafShapes | None) -> None:
         """Know what was asked for, None for what a file says."""
         self._asked = leaf_shapes
-        self._names: dict[Any, str] = {}
+        self._given: dict[Any, str] = {}
+        self._defaults: dict[Any, str] = {}
         self._ranges: dict[Any, SizeRange] = {}
 
     def learn(self, leaf: int, input_name: str, shape: Sequence[Any]) -> None:
-        """Name the symbols of one input."""
+        """Meet the symbols of one input; none is named before all inputs are known."""
         for axis, size in enumerate(shape):
             expression = _expression(size)
             if expression is None:
@@ -35,18 +40,23 @@ class AxisNames:
             asked = self._asked[leaf].get(axis) if self._asked else None
             sizes = range_of(size) if self._asked is None else range_asked(asked)
             self._ranges[expression] = self._ranges.get(expression, ANY) & sizes
-            if not expression.is_symbol or expression in self._names:
+            if not expression.is_symbol:
                 continue
             given = getattr(asked, "__name__", None)
-            default = "batch" if axis == 0 else f"{input_name}_{axis}"
-            self._names[expression] = str(given) if given else default
+            if given:
+                self._given.setdefault(expression, str(given))
+            self._defaults.setdefault(expression, f"{input_name}_{axis}" if axis else "batch")
 
     def of(self, size: Any) -> Dimension:
         """Return a size, or the name of a dynamic one ("batch", "2*batch")."""
         expression = _expression(size)
         if expression is None:
             return int(size)
-        renamed = expression.xreplace({symbol: type(symbol)(name) for symbol, name in self._names.items()})
+        for symbol in sorted(expression.free_symbols, key=str):
+            self._defaults.setdefault(symbol, str(symbol))
+        names = Names()
+        wanted = {**self._given, **self._defaults, **self._given}  # whoever comes first has its name
+        renamed = expression.xreplace({symbol: type(symbol)(names.new(name)) for symbol, name in wanted.items()})
         return str(renamed).replace(" ", "")
 
     def range_of(self, size: Any) -> SizeRange:

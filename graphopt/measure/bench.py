@@ -181,16 +181,14 @@ def batch_of(specs: Sequence[TensorSpec], inputs: Sequence[Array] | None, batch:
     """
     sizes = BatchSizes(specs)
     value = sizes.value(batch)
-    if inputs is not None:
-        return tuple(
-            np.take(array, range(sizes.shape(spec, value, array.shape)[0]), axis=0, mode="wrap")
-            if spec.batched
-            else array
-            for spec, array in zip(specs, inputs, strict=True)
-        )
-    generator = torch.Generator().manual_seed(0)
     near = [[spec.range_of(axis).nearest(batch) for axis in range(len(spec.shape))] for spec in specs]
     shapes = [sizes.shape(spec, value, other) for spec, other in zip(specs, near, strict=True)]
+    if inputs is not None:
+        return tuple(
+            np.take(array, range(shape[0]), axis=0, mode="wrap") if spec.batched else array
+            for shape, spec, array in zip(shapes, specs, inputs, strict=True)
+        )
+    generator = torch.Generator().manual_seed(0)
     return tuple(drawn(shape, spec.dtype, generator).numpy() for shape, spec in zip(shapes, specs, strict=True))
 
 

@@ -123,6 +123,8 @@ def test_given_inputs_are_cut_or_repeated() -> None:
     given = np.arange(6, dtype=np.float32).reshape(2, 3)
     (found,) = batch_of((IMAGE,), (given,), 3)
     np.testing.assert_array_equal(found, given[[0, 1, 0]])
+    _, edges = batch_of((IMAGE, TensorSpec("edges", ("batch_1", 3), torch.float32)), (given, given), 3)
+    np.testing.assert_array_equal(edges, given[[0, 1, 0]])
     fixed = TensorSpec("table", (2, 3), torch.float32)
     (kept,) = batch_of((fixed,), (given,), 1)
     np.testing.assert_array_equal(kept, given)
