@@ -243,7 +243,7 @@ class _Placer:
             return False
         if rule.role == "compute":
             return kernel.layer is None or value not in (kernel.layer.weight, kernel.layer.bias)
-        return rule.role in ("same_scale", "move") and self._only_integers[user]
+        return self._only_integers[user]  # a follower of integers, which it is placed behind
 
     def _problem(self, node: fx.Node) -> Refusal | None:
         """Return why `node` has to stay float."""

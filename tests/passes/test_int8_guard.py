@@ -90,6 +90,38 @@ def test_what_is_faster_in_float_for_one_sample_alone_stays(chain: Program) -> N
     assert decisions(planned(chain, target)) == decisions(planned(chain, target, guard="none"))
 
 
+class Trunk(nn.Module):
+    """What a layer makes is read by a layer and by a sum, and so is that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b = (nn.Conv2d(channels, 8, 3, padding=1) for channels in (3, 8, 8))
+        self.last = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        x = torch.relu(x + self.a(x))
+        return self.last(torch.relu(x + self.b(x)))
+
+
+@pytest.fixture(scope="module")
+def trunk() -> Program:
+    return folded(Trunk(), images(count=4))
+
+
+def test_sums_of_a_float_and_integers_are_on_integers_where_what_reads_them_is(trunk: Program) -> None:
+    plan = planned(trunk, ONNXRUNTIME, skip=("stem",))
+    assert {*reasons(plan)} == {"conv2d"}
+    assert {"add", "add_1"} <= {*plan.sites}
+
+
+@pytest.mark.parametrize(("moving", "left"), [(1, ["conv2d"]), (2, [])])
+def test_each_sum_behind_a_float_map_lays_it_out_anew(trunk: Program, moving: int, left: list[str]) -> None:
+    """Float, the first layer takes 2 us and one move; with integers behind it, four moves more."""
+    plan = planned(trunk, costing(integer=3, floating=9, moving=moving, conv2d_first=(9, 2), add=(1, 1)))
+    assert list(reasons(plan)) == left
+
+
 def test_without_a_table_nothing_changes(chain: Program) -> None:
     assert decisions(planned(chain, ONNXRUNTIME)) == decisions(planned(chain, costing(integer=9), guard="none"))
 

@@ -227,7 +227,7 @@ def test_integer_weights_and_no_weights_are_named() -> None:
 
 
 def test_a_quantized_program_is_left_whole_and_says_why() -> None:
-    program = optimize(Hidden(), VECTOR.repeat(8, 1), "int8", lower=False).program
+    program = optimize(Hidden(), VECTOR.repeat(8, 1), "int8:guard=none", lower=False).program
     plan = plan_of(prune(), program)
     assert plan.sites == ()
     assert reasons(plan)["the program"].endswith("`first.weight_int8` holds integers, so prune before quantizing")
