@@ -25,7 +25,7 @@ QUANTITIES = {
     "drop": "points of the --eval metric lost",
     "drop%": "the same, relative to the original's value",
     "size": "bytes on disk over the original's",
-    "speedup": "latency of the original over the artifact's",
+    "speedup": "processor time of the original over the artifact's, on one thread",
     "error": "largest output error over the largest output",
     "agreement": "share of rows whose largest output is at the same place",
 }

@@ -18,6 +18,7 @@ from graphopt.job.report import Latency, Report, Row
 _COLUMNS = ("step", "parameters", "FLOPs", "bytes on disk", "latency (quartiles)", "speed-up", "error", "")
 _BRIEF_COLUMNS = ("step", "params", "FLOPs", "bytes", "latency", "speed-up", "error", "")
 _WORTH = (1, 2, 3, 5, 6, 4)  # places of columns, those first whose parentheses say most
+_SPEEDUP = _COLUMNS.index("speed-up")
 _PARENTHESES = re.compile(r" \([^)]*\)")
 _NARROWEST_STEP, _WIDEST_STEP = 12, 24
 _UNBOUNDED = 1000
@@ -76,8 +77,14 @@ def before_after(report: Report, *, brief: Collection[int] | None = None) -> Tab
         table.add_row(*(entries[place] for place in shown), end_section=last, style="bold" if artifact else "")
     latency = next((row.latency for row in reversed(rows) if row.latency is not None), None)
     if latency is not None:
-        paired = "paired " if any(row.latency and row.latency.speedup_spread for row in rows) else ""
-        table.caption = f"latency and speed-up: {latency.session}, batch {latency.batch}, median of {paired}calls"
+        spreads = [row.latency.speedup_spread for row in rows if row.latency and row.latency.speedup_spread]
+        table.caption = (
+            f"latency (wall-clock), speed-up (processor time): {latency.session}, batch {latency.batch}, "
+            f"median of {'paired ' if spreads else ''}calls"
+        )
+        if _SPEEDUP in (brief or ()) and spreads:
+            quartiles = ", ".join(f"{low:.2f}-{high:.2f}" for low, high in spreads)
+            table.caption += f"; quartiles of the speed-up {quartiles}"
         table.caption_justify = "left"
     return table
 
@@ -114,7 +121,7 @@ def _cells(row: Row, report: Report) -> list[str]:
         flops,
         _size(row, report),
         _latency(row.latency),
-        _speedup(row.latency),
+        (row.latency and row.latency.speedup_text) or "",
         _error(row),
         _metric(row, report),
     ]
@@ -123,13 +130,6 @@ def _cells(row: Row, report: Report) -> list[str]:
 def _ratio(value: int, before: int) -> str:
     share = value / before if before else 1.0
     return count(value) if 0.995 < share < 1.005 else f"{count(value)} ({share:.0%})"
-
-
-def _speedup(latency: Latency | None) -> str:
-    if latency is None or latency.speedup is None:
-        return ""
-    spread = latency.speedup_spread
-    return f"{latency.speedup:.2f}x" + (f" ({spread[0]:.2f}-{spread[1]:.2f})" if spread else "")
 
 
 def _size(row: Row, report: Report) -> str:

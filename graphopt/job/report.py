@@ -31,8 +31,8 @@ class Latency:
         batch: samples per call.
         milliseconds: median wall-clock time of a call.
         spread: first and third quartile of the same.
-        speedup: original over this, median of the pairs; None for the original itself. 1 where nothing was rewritten:
-            nothing is paired then.
+        speedup: processor time of the original over this, median of the pairs; None for the original itself. 1 where
+            nothing was rewritten: nothing is paired then.
         speedup_spread: first and third quartile of the pairs' ratios, None without pairs.
     """
 
@@ -42,6 +42,14 @@ class Latency:
     spread: tuple[float, float]
     speedup: float | None = None
     speedup_spread: tuple[float, float] | None = None
+
+    @property
+    def speedup_text(self) -> str | None:
+        """The speed-up and, where there are pairs, its quartiles: `3.84x (3.61-4.20)`."""
+        if self.speedup is None:
+            return None
+        spread = self.speedup_spread
+        return f"{self.speedup:.2f}x" + (f" ({spread[0]:.2f}-{spread[1]:.2f})" if spread else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +87,7 @@ class Row:
             "FLOPs": self.cost and self.cost.flops,
             "bytes on disk": self.size,
             "ms": self.latency and round(self.latency.milliseconds, 3),
-            "x speed-up": self.latency and self.latency.speedup and round(self.latency.speedup, 2),
+            "speed-up": self.latency and self.latency.speedup_text,
             "relative error": self.error and float(f"{self.error.relative:.1e}"),
             "metric": self.metric and round(self.metric, 2),
         }

@@ -24,6 +24,7 @@ from graphopt.targets.backend import Array, Artifact, Session
 _WARM_UP = 3  # calls of each before anything counts: memory arenas, lazy kernels
 _FEWEST_ROUNDS = 7  # quartiles of fewer say nothing
 _MOST_ROUNDS = 400
+_STEADY, _CLOSE = 1.5, 1.1  # third over first quartile at most; wall-clock against CPU time, however steady
 _SHORTEST_BURST = 0.002  # seconds; shorter calls are repeated within a round until clock reads are noise
 
 
@@ -70,6 +71,12 @@ class TimedPair:
     cpu_ratio: Spread
     rounds: int
 
+    @property
+    def disturbed(self) -> bool:
+        """Whether wall-clock ratios spread too much to say anything, or CPU time lies beyond their spread."""
+        within = max(self.wall_ratio.upper / self.wall_ratio.lower, _CLOSE)
+        return within > _STEADY or not 1 / within <= self.cpu_ratio.median / self.wall_ratio.median <= within
+
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
@@ -86,6 +93,17 @@ class Comparison:
     plain: TimedPair
     threads: int
     batch: int
+
+    def doubts(self) -> list[str]:
+        """Say what of the recorded sessions other processes disturbed; CPU time is no measure of several threads."""
+        if self.threads != 1 or not self.recorded.disturbed:
+            return []
+        wall, cpu = self.recorded.wall_ratio, self.recorded.cpu_ratio
+        return [
+            f"the machine was busy: the speed-up is {wall.median:.2f}x ({wall.lower:.2f}-{wall.upper:.2f}) by the "
+            f"clock, {cpu.median:.2f}x ({cpu.lower:.2f}-{cpu.upper:.2f}) by processor time, which counts no "
+            "waiting for others; time again with `graphopt bench` on an idle machine"
+        ]
 
 
 def compare(

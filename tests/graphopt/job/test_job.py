@@ -219,6 +219,19 @@ def test_an_artifact_that_does_not_pay_says_so(ratio: float, slower: bool, monke
     )
 
 
+def test_what_a_busy_machine_does_to_the_clock_is_no_speed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under load 0.37x was reported, without a word, of what takes half the processor time."""
+    time, cpu = Spread.of([1.0, 1.1]), Spread.of([1.9, 2.0, 2.1])
+    pair = TimedPair(Timing(time, time), Timing(time, time), Spread.of([0.29, 0.37, 3.8]), cpu, 3)
+    monkeypatch.setattr(deliver, "compare", lambda *_: Comparison(pair, pair, 1, 1))
+    report = graphopt.optimize(model(), X, PRUNE).report
+    assert "2.00x (1.95-2.05) speed-up" in str(report).splitlines()[-1]
+    assert not Gate.parse("speedup<1.5").failures(report)
+    (said,) = [note for note in report.notes if "the machine was busy" in note]
+    assert "0.37x (0.33-2.08) by the clock, 2.00x (1.95-2.05) by processor time" in said
+    assert "`graphopt bench`" in said
+
+
 def test_an_artifact_that_grows_says_so() -> None:
     row, before = Row("a.onnx", size=300), Row("original", size=200)
     assert deliver._what_does_not_pay(row, None) == []

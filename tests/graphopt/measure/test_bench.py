@@ -11,7 +11,7 @@ import torch
 
 from graphopt.errors import UsageError
 from graphopt.ir.signature import TensorSpec
-from graphopt.measure.bench import Spread, batch_of, compare, in_turn, time_in_turn
+from graphopt.measure.bench import Comparison, Spread, TimedPair, Timing, batch_of, compare, in_turn, time_in_turn
 from graphopt.targets.backend import Artifact
 
 IMAGE = TensorSpec("x", ("batch", 3), torch.float32)
@@ -53,6 +53,24 @@ def test_ratio_of_cpu_times() -> None:
         assert pair.cpu_ratio.lower <= pair.cpu_ratio.median <= pair.cpu_ratio.upper
         assert pair.first.cpu.minimum >= 4.0
         assert pair.second.wall.minimum >= 1.0
+
+
+@pytest.mark.parametrize(
+    ("wall", "cpu", "disturbed"),
+    [
+        ([1.9, 2.0, 2.1], 2.0, False),
+        ([1.99, 2.0, 2.01], 2.15, False),
+        ([1.0, 2.0, 3.4], 2.0, True),
+        ([0.6, 0.67, 0.74], 1.9, True),
+        ([1.0], 1.0, False),
+    ],
+)
+def test_a_ratio_that_says_nothing_is_doubted(wall: list[float], cpu: float, disturbed: bool) -> None:
+    timing = Timing(Spread.of([1.0]), Spread.of([1.0]))
+    pair = TimedPair(timing, timing, Spread.of(wall), Spread.of([cpu]), len(wall))
+    assert pair.disturbed is disturbed
+    assert bool(Comparison(pair, pair, 1, 1).doubts()) is disturbed
+    assert Comparison(pair, pair, 2, 1).doubts() == []  # processor time is that of all threads
 
 
 def test_recorded_and_plain_options_get_the_same_treatment() -> None:
