@@ -65,18 +65,15 @@ class AxisNames:
 
 
 def declared_ranges(model: nn.Module, inputs: int) -> list[dict[int, SizeRange]]:
-    """Return for each tensor that a model takes which sizes its axes are bound to, if torch.export has made it."""
+    """Return for each tensor that a model takes the sizes of its dynamic axes, if torch.export has made it."""
     nodes = model.graph.find_nodes(op="placeholder") if isinstance(model, fx.GraphModule) else []
-    values = [value for node in nodes if isinstance(value := node.meta.get("val"), torch.Tensor)]
+    values: list[Any] = [value for node in nodes if isinstance(value := node.meta.get("val"), torch.Tensor)]
     if len(values) != inputs:
         return [{} for _ in range(inputs)]
     return [
-        {axis: sizes for axis, size in enumerate(value.shape) if (sizes := _range_of(size)) != ANY} for value in values
+        {axis: range_of(size) for axis, size in enumerate(value.shape) if _expression(size) is not None}
+        for value in values
     ]
-
-
-def _range_of(size: Any) -> SizeRange:
-    return ANY if _expression(size) is None else range_of(size)
 
 
 def within(dim: Any, sizes: SizeRange) -> Any:

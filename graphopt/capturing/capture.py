@@ -148,8 +148,9 @@ def _examples(
 ) -> tuple[tuple[Any, ...], dict[str, Any], LeafShapes, Any, list[Note]]:
     """Find a batch the model takes: arguments, dynamic axes, outputs, and a note where only a batch of 1 works."""
     batch_args, batch_kwargs, shapes = _with_dynamic_batch(model, args, kwargs, requested)
+    notes = _fixed_by_example(model, batch_args, batch_kwargs, shapes)
     try:
-        return batch_args, batch_kwargs, shapes, run_model(model, batch_args, batch_kwargs), []
+        return batch_args, batch_kwargs, shapes, run_model(model, batch_args, batch_kwargs), notes
     except ExampleError as err:
         one_args, one_kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t[:1] if t.dim() else t, (args, kwargs))
         static = [{axis: dim for axis, dim in axes.items() if axis != 0} for axes in shapes]
@@ -159,7 +160,21 @@ def _examples(
             raise err from None
         text = f"The batch size is fixed to 1: with more samples the model raises {err.reason}."
         logger.warning("%s", text)
-        return one_args, one_kwargs, static, expected, [Note("batch", text)]
+        return one_args, one_kwargs, static, expected, [Note("batch", text), *notes]
+
+
+def _fixed_by_example(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: LeafShapes
+) -> list[Note]:
+    """Say which axes were exported as dynamic and are of one size in an example, which torch.export traces as fixed."""
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    names, declared = _leaf_names(model, args, kwargs), declared_ranges(model, len(tensors))
+    return [
+        Note("sizes", f"Axis {axis} of `{name}` was exported as dynamic and is fixed: its example has a size of 1.")
+        for name, tensor, own, axes in zip(names, tensors, declared, shapes, strict=True)
+        for axis in own
+        if axis not in axes and tensor.shape[axis] == 1
+    ]
 
 
 def _with_dynamic_batch(
@@ -190,7 +205,8 @@ def _with_dynamic_batch(
             wanted = {0: Dim.DYNAMIC, **wanted}
             if (rows := leaf.shape[0]) < smallest:
                 leaf = leaf.repeat(-(-smallest // rows), *[1] * (leaf.dim() - 1))[:smallest]
-        wanted = {axis: dim for axis, dim in wanted.items() if dim is not None}
+        wanted = {**{axis: Dim.DYNAMIC for axis in own if leaf.shape[axis] > 1}, **wanted}
+        wanted = {axis: dim for axis, dim in wanted.items() if dim is not None and dim != Dim.STATIC}
         shapes.append({axis: within(dim, own[axis]) if axis in own else dim for axis, dim in wanted.items()})
         enlarged.append(leaf)
     args, kwargs = pytree.tree_unflatten(enlarged, spec)

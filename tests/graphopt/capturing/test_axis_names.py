@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import graphopt
+from graphopt.ir.sizes import SizeRange
 
 
 class Pooled(nn.Module):
@@ -45,3 +46,25 @@ def test_first_axes_that_do_not_depend_on_each_other(dims: tuple[object, object]
         inputs = torch.randn(rows[0], 5), torch.randn(rows[1], 5)
         for found, want in zip(artifact.session()(*map(np.asarray, inputs)), model(*inputs), strict=True):
             torch.testing.assert_close(torch.tensor(found), want)
+
+
+def test_other_axes_that_an_exported_module_was_exported_with() -> None:
+    model, example = nn.Sequential(nn.Conv1d(3, 4, 3, padding=1), nn.ReLU()).eval(), torch.randn(8, 3, 8)
+    shapes = ({0: Dim("rows", max=16), 2: Dim("length", min=4, max=32)},)
+    exported = torch.export.export(model, (example,), dynamic_shapes=shapes).module()
+    program = graphopt.capture(exported, example)  # type: ignore[arg-type]
+    assert program.inputs[0].shape == ("batch", 3, "input_2")
+    assert program.inputs[0].range_of(2) == SizeRange(4, 32)
+    fixed = graphopt.capture(exported, example, dynamic_shapes={"input": {2: Dim.STATIC}})  # type: ignore[arg-type]
+    assert fixed.inputs[0].shape == ("batch", 3, 8)
+    assert [note.text[:6] for note in fixed.notes] == ["Axis 0"]
+
+
+def test_an_exported_axis_that_the_example_fixes_is_noted() -> None:
+    shapes = ({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},)
+    exported = torch.export.export(nn.ReLU().eval(), (torch.randn(8, 3),), dynamic_shapes=shapes)
+    program = graphopt.capture(exported.module(), torch.randn(8, 1))  # type: ignore[arg-type]
+    assert program.inputs[0].shape == ("batch", 1)
+    assert [note.text for note in program.notes] == [
+        "Axis 1 of `input` was exported as dynamic and is fixed: its example has a size of 1."
+    ]
