@@ -42,12 +42,18 @@ _MULTIPLICATION = 3.0  # dB that one that is put in must bring beyond what scale
 
 @dataclass(frozen=True, slots=True)
 class EqualizeOptions:
-    """Options of equalize."""
+    """Which values are scaled.
 
-    gain: Annotated[float, Field(ge=0)] = 1.0  # dB that rounding must add less, by the model, for a value to be scaled
-    multiply: bool = True  # put a multiplication behind a value that is read elsewhere too, or that takes no factor in
-    samples: Annotated[int, Field(ge=1)] = 512  # calibration samples used
-    batch_size: Annotated[int, Field(ge=1)] = 32  # samples per calibration step; does not change the result
+    gain: dB that rounding must add less, by the model, for a value to be scaled.
+    multiply: put a multiplication behind a value that is read elsewhere too, or that takes no factor in.
+    samples: calibration samples used.
+    batch_size: samples per calibration step; does not change the result.
+    """
+
+    gain: Annotated[float, Field(ge=0)] = 1.0
+    multiply: bool = True
+    samples: Annotated[int, Field(ge=1)] = 512
+    batch_size: Annotated[int, Field(ge=1)] = 32
 
 
 class EqualizedRecord(TypedDict):

@@ -37,19 +37,33 @@ _PASSES = {"float16": "half", "bfloat16": "bfloat16"}  # by the type that they s
 
 @dataclass(frozen=True, slots=True)
 class BFloat16Options:
-    """Options of bfloat16, and of half."""
+    """What computes in 16 bits.
 
-    compute: Literal["auto", "yes", "no"] = "auto"  # in 16 bits where the target's kernels do; always; never: stored
-    skip: tuple[str, ...] = ()  # glob patterns of module paths or nodes to leave in float32
-    keep: tuple[str, ...] = ()  # glob patterns of further operators that compute in float32: gelu, matmul
+    compute: what weights are multiplied in: auto, 16 bits where the target's kernels do; yes, always; no, never: they
+        are stored in them.
+    skip: what is left in float32, as globs of module paths or nodes.
+    keep: further operators that compute in float32, as globs of names like `gelu`, `matmul`.
+    """
+
+    compute: Literal["auto", "yes", "no"] = "auto"
+    skip: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class HalfOptions(BFloat16Options):
-    """Options of half."""
+    """What computes in 16 bits, and how much data is looked at.
 
-    samples: Annotated[int, Field(ge=1)] = 64  # calibration samples whose values are looked at for overflow
-    batch_size: Annotated[int, Field(ge=1)] = 16  # samples per calibration step; does not change the result
+    compute: what weights are multiplied in: auto, 16 bits where the target's kernels do; yes, always; no, never: they
+        are stored in them.
+    skip: what is left in float32, as globs of module paths or nodes.
+    keep: further operators that compute in float32, as globs of names like `gelu`, `matmul`.
+    samples: calibration samples whose values are looked at for overflow.
+    batch_size: samples per calibration step; does not change the result.
+    """
+
+    samples: Annotated[int, Field(ge=1)] = 64
+    batch_size: Annotated[int, Field(ge=1)] = 16
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,20 +56,35 @@ _SIMULATED = (
 
 @dataclass(frozen=True, slots=True)
 class Int8Options:
-    """Options of int8."""
+    """How scales are chosen and weights rounded, and what stays float.
 
-    mode: Literal["auto", "static", "dynamic"] = "auto"  # how scales of activations are chosen, see `Int8`
-    observer: Observer | Literal["auto"] = "auto"  # how ranges are chosen: by kind of operator, or see `observers`
-    percentile: Annotated[float, Field(gt=50, le=100)] = _PERCENTILE  # percent of values kept in range by `percentile`
-    samples: Annotated[int, Field(ge=1)] = 512  # calibration samples used
-    batch_size: Annotated[int, Field(ge=1)] = 32  # samples per calibration step; does not change the result
-    weights: Literal["channel", "tensor", "float"] = "channel"  # one weight scale per output channel, in all, or none
-    weight_bits: Annotated[int, Field(ge=2, le=8)] = 8  # of a weight, at most; fewer lie in bytes, for studies
-    accuracy: Literal["fast", "balanced", "best"] = "balanced"  # what the next two are where nothing is said of them
-    bias_correction: bool | None = None  # biases make up for the mean error of rounded weights; none: but for fast
-    rounding: Literal["nearest", "gptq"] | None = None  # of weights: by their inputs with gptq; none: for best
-    skip: tuple[str, ...] = ()  # glob patterns of module paths or nodes to leave float
-    guard: Literal["costs", "measure", "none"] = "costs"  # what keeps layers float that are faster so, see `Int8`
+    mode: how scales of activations are chosen: from the data (static), by a kernel from each batch (dynamic), or by
+        layer (auto).
+    observer: how ranges are chosen from the data; auto: by kind of operator.
+    percentile: percent of values kept in range, of observer=percentile.
+    samples: calibration samples used.
+    batch_size: samples per calibration step; does not change the result.
+    weights: one scale for each output channel, or for the tensor; float: weights are not rounded.
+    weight_bits: of a weight, at most; fewer than 8 lie in bytes all the same, for studies.
+    accuracy: what the next two are where nothing is said of them: fast, neither; balanced, the first; best, both.
+    bias_correction: biases make up for the mean error of rounded weights; none: except for accuracy=fast.
+    rounding: of weights: to the nearest, or by their inputs with gptq; none: gptq for accuracy=best.
+    skip: what is left float, as globs of module paths or nodes.
+    guard: what keeps layers float that are faster so: a table of costs, timing here, or nothing.
+    """
+
+    mode: Literal["auto", "static", "dynamic"] = "auto"
+    observer: Observer | Literal["auto"] = "auto"
+    percentile: Annotated[float, Field(gt=50, le=100)] = _PERCENTILE
+    samples: Annotated[int, Field(ge=1)] = 512
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    weights: Literal["channel", "tensor", "float"] = "channel"
+    weight_bits: Annotated[int, Field(ge=2, le=8)] = 8
+    accuracy: Literal["fast", "balanced", "best"] = "balanced"
+    bias_correction: bool | None = None
+    rounding: Literal["nearest", "gptq"] | None = None
+    skip: tuple[str, ...] = ()
+    guard: Literal["costs", "measure", "none"] = "costs"
 
     def __post_init__(self) -> None:
         """Refuse what would change nothing."""

@@ -38,18 +38,26 @@ DEFAULT_ENERGY = 0.995
 
 @dataclass(frozen=True, slots=True)
 class SvdOptions:
-    """Options of `svd`. At most one of `rank`, `ratio` and `energy`; with none of them `energy=0.995`."""
+    """How far ranks go down. At most one of `rank`, `ratio` and `energy`; with none of them `energy=0.995`.
 
-    rank: Annotated[int, Field(ge=1)] | None = None  # inner size of every layer, rounded up
-    ratio: Annotated[float, Field(gt=0, lt=1)] | None = (
-        None  # share of each layer's parameters removed; rank rounded down
-    )
-    energy: Annotated[float, Field(gt=0, le=1)] | None = None  # share of squared singular values kept; rank rounded up
-    round_to: Annotated[int, Field(ge=1)] | None = None  # ranks are multiples of this; none: what the targets like
-    min_rank: Annotated[int, Field(ge=1)] = 4  # no smaller inner size
-    min_saving: Annotated[float, Field(ge=0, lt=1)] = 0.25  # with `energy`: layers that would shrink by less stay whole
-    samples: Annotated[int, Field(ge=1)] = 256  # calibration samples that say which directions of the inputs matter
-    skip: tuple[str, ...] = ()  # weights left alone, by shell glob: head.*
+    rank: inner size of every layer, rounded up.
+    ratio: share of each layer's parameters removed; the rank is rounded down.
+    energy: share of squared singular values kept; the rank is rounded up.
+    round_to: ranks are multiples of this; none: what the targets like.
+    min_rank: no smaller inner size.
+    min_saving: with `energy`: layers that would shrink by less stay whole.
+    samples: calibration samples that say which directions of the inputs matter.
+    skip: weights left alone, as globs of names like `head.*`.
+    """
+
+    rank: Annotated[int, Field(ge=1)] | None = None
+    ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
+    energy: Annotated[float, Field(gt=0, le=1)] | None = None
+    round_to: Annotated[int, Field(ge=1)] | None = None
+    min_rank: Annotated[int, Field(ge=1)] = 4
+    min_saving: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    samples: Annotated[int, Field(ge=1)] = 256
+    skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check that the three ways to choose a rank are not mixed."""

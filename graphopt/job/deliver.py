@@ -21,8 +21,10 @@ from graphopt.measure.bench import Comparison, Spread, Timing, compare
 from graphopt.measure.cost import cost
 from graphopt.measure.equivalence import Probe
 from graphopt.measure.evaluate import as_model
-from graphopt.measure.left_float import left_float
+from graphopt.measure.left_float import is_quantized, left_float
 from graphopt.targets.backend import Artifact, Backend, Session
+
+_SMALLER = 0.99  # of the bytes, which a quantized artifact has at most if it is to be called smaller
 
 
 @dataclass(frozen=True)
@@ -115,18 +117,21 @@ def deliver(
             baseline = _timed(baseline, found, "first")
             doubts = found.doubts()
     said = [*doubts, *(finding.text for finding in item.check(artifact))]
-    said += [*left_float(program), *item.advice(artifact), *_what_does_not_pay(row, baseline)]
+    said += [*left_float(program), *item.advice(artifact), *_what_does_not_pay(row, baseline, is_quantized(program))]
     return Delivery(artifact, row, baseline, tuple(f"{item.name}: {text}" for text in said))
 
 
-def _what_does_not_pay(row: Row, baseline: Row | None) -> list[str]:
-    """Say where an artifact is slower or larger than the original that it was compared with."""
+def _what_does_not_pay(row: Row, baseline: Row | None, quantized: bool) -> list[str]:
+    """Say where an artifact is slower or larger than the original, or quantized and no smaller."""
     said = []
     spread = row.latency.speedup_spread if row.latency is not None else None
     if spread is not None and spread[1] < 1:
         said.append(f"the artifact is slower than the original ({spread[0]:.2f}-{spread[1]:.2f}x)")
-    if baseline is not None and row.size is not None and baseline.size is not None and row.size > baseline.size:
-        said.append(f"the artifact is larger than the original ({row.size / baseline.size:.2f}x)")
+    share = row.size / baseline.size if row.size and baseline is not None and baseline.size else 0.0
+    if share > 1:
+        said.append(f"the artifact is larger than the original ({share:.2f}x)")
+    elif quantized and share > _SMALLER:
+        said.append(f"the artifact is quantized and hardly smaller than the original ({share:.1%} of its bytes)")
     advice = "leave out passes from the last on, or let them leave layers as they are (options such as skip)"
     return [f"{text}; {advice}" for text in said]
 

@@ -23,10 +23,15 @@ _NAMED = 4
 
 def left_float(program: Program) -> list[str]:
     """Say what layers compute and weights lie in float32; nothing of a program in which nothing is quantized."""
-    calls = [node for node in program.graph.nodes if node.op == "call_function"]
-    if not any(node.target in (DEQUANTIZE, DYNAMIC_LSTM) for node in calls):
+    if not is_quantized(program):
         return []
+    calls = [node for node in program.graph.nodes if node.op == "call_function"]
     return [said for said in (_layers(calls), _weights(program)) if said]
+
+
+def is_quantized(program: Program) -> bool:
+    """Whether anything in a program is stored or computed as integers that stand for floats."""
+    return any(node.target in (DEQUANTIZE, DYNAMIC_LSTM) for node in program.graph.nodes)
 
 
 def _layers(calls: list[fx.Node]) -> str:
@@ -60,13 +65,14 @@ def _weights(program: Program) -> str:
     gm = program.graph_module
     tensors = {memory_key(tensor): (name, tensor) for name, tensor in (*gm.named_parameters(), *gm.named_buffers())}
     total = sum(tensor.nbytes for _, tensor in tensors.values())
-    large = [item for item in tensors.values() if item[1].dtype is torch.float32 and item[1].nbytes >= _LEAST_BYTES]
+    floats = [item for item in tensors.values() if item[1].dtype is torch.float32]
+    large = [item for item in floats if item[1].nbytes >= _LEAST_BYTES]  # others are not worth a name
     if not large:
         return ""
     large.sort(key=lambda item: -item[1].nbytes)
     named = _listed([f"`{name}` {tensor.nbytes / 1e6:.2f} MB" for name, tensor in large])
-    share = sum(tensor.nbytes for _, tensor in large) / total
-    return f"{share:.0%} of the bytes of weights are float32: {named}"
+    share = sum(tensor.nbytes for _, tensor in floats) / total
+    return f"{share:.1%} of the bytes of weights are float32: {named}"
 
 
 def _listed(texts: list[str]) -> str:

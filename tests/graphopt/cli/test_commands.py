@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
+import inspect
 import io
 import json
 import shutil
@@ -19,6 +21,8 @@ from torch import nn
 
 import graphopt
 from graphopt.cli.app import run
+from graphopt.pipeline.pass_base import Pass
+from graphopt.pipeline.registry import PassRegistry
 from tests.graphopt.cli.conftest import Fails, Files
 
 FULL = ("optimize", "model.pt", "--passes", "prune:ratio=0.5,svd,int8", "--data", "data.npz")
@@ -242,6 +246,13 @@ def test_inspect_and_passes(files: Files, capsys: pytest.CaptureFixture[str]) ->
     for name in ("fold", "prune", "svd", "int8", "distill_hooks", "recover"):
         assert run(["passes", "show", name]) == 0
         assert name in capsys.readouterr().out
+
+
+def test_every_option_of_every_pass_is_explained() -> None:
+    for name, found in PassRegistry().working(Pass).items():
+        documented = (inspect.getdoc(found.options_type) or "").splitlines()
+        for option in dataclasses.fields(found.options_type):
+            assert any(line.startswith(f"{option.name}: ") for line in documented), (name, option.name)
 
 
 def test_what_a_pass_does_is_wrapped_to_the_terminal(

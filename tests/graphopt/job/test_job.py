@@ -234,9 +234,18 @@ def test_what_a_busy_machine_does_to_the_clock_is_no_speed_up(monkeypatch: pytes
 
 def test_an_artifact_that_grows_says_so() -> None:
     row, before = Row("a.onnx", size=300), Row("original", size=200)
-    assert deliver._what_does_not_pay(row, None) == []
-    (said,) = deliver._what_does_not_pay(row, before)
+    assert deliver._what_does_not_pay(row, None, True) == []
+    (said,) = deliver._what_does_not_pay(row, before, False)
     assert said.startswith("the artifact is larger than the original (1.50x); leave out passes")
+
+
+@pytest.mark.parametrize(("size", "quantized", "count"), [(998, True, 1), (998, False, 0), (900, True, 0)])
+def test_an_artifact_that_is_quantized_for_nothing_says_so(size: int, quantized: bool, count: int) -> None:
+    said = deliver._what_does_not_pay(Row("a.onnx", size=size), Row("original", size=1000), quantized)
+    assert len(said) == count
+    assert all(
+        text.startswith("the artifact is quantized and hardly smaller than the original (99.8%") for text in said
+    )
 
 
 def _latencies(row: Row) -> list[Latency]:
