@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import bisect
-import re
 from collections.abc import Iterable, Sequence
 
+from graphopt.errors import LoweringError, printable
 from graphopt.ir.signature import TensorSpec, batch_size
-from graphopt.ir.sizes import SizeRange, evaluate
+from graphopt.ir.sizes import MOST_AT_LEAST, SizeRange, evaluate, names_in
 
 _LARGEST = 1 << 24  # samples in one call
 
@@ -20,17 +20,26 @@ class BatchSizes:
 
         Args:
             inputs: of the program. Larger values make no axis smaller.
+
+        Raises:
+            LoweringError: there are none, or only such of more samples than memory should be asked for.
         """
         self._inputs = tuple(inputs)
         self._first = next((str(spec.shape[0]) for spec in inputs if spec.batched), "")
-        found = re.search(r"[A-Za-z_]\w*", self._first)
-        self.symbol = found[0] if found else ""  # "" where no first axis is dynamic
+        self.symbol = self._symbol()  # "" where no first axis is dynamic
         values = range(1, _LARGEST + 1)
-        least = bisect.bisect_left(values, True, key=lambda value: all(s >= r.least for s, r in self._sizes(value)))
+        least = bisect.bisect_left(
+            values, True, key=lambda value: self.samples(value) > 0 and all(s >= r.least for s, r in self._sizes(value))
+        )
         most = bisect.bisect_left(
             values, True, key=lambda value: any(r.most is not None and s > r.most for s, r in self._sizes(value))
         )
         self.range = SizeRange(least + 1, most if most < _LARGEST else None)
+        if self.symbol and (least >= most or self.samples(self.range.least) > MOST_AT_LEAST):
+            raise LoweringError(
+                f"No call of at most {MOST_AT_LEAST} samples has sizes that all inputs may have: "
+                f"{'; '.join(printable(str(spec)) for spec in self._inputs)}. Export with other ranges."
+            )
 
     def near(self, wanted: Iterable[int]) -> list[int]:
         """Return values of the name, each once, as many as are wanted above the smallest but within its range."""
@@ -58,7 +67,16 @@ class BatchSizes:
 
     def samples(self, value: int) -> int:
         """Return how many samples a call has at a value of the name."""
-        return int(evaluate(self._first, {self.symbol: value}))
+        return int(evaluate(self._first, {self.symbol: value})) if self.symbol else value
+
+    def _symbol(self) -> str:
+        """Return the one name that the first axis grows with, else what the axis is called as a whole."""
+        names = names_in(self._first)
+        if len(names) == 1:
+            ends = [evaluate(self._first, {names[0]: value}) for value in (1, _LARGEST)]
+            if None not in ends and ends[0] < ends[1]:
+                return names[0]
+        return self._first
 
     def _sizes(self, value: int) -> Iterable[tuple[int, SizeRange]]:
         for spec in self._inputs:

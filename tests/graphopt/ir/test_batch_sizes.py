@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from graphopt.errors import LoweringError
 from graphopt.ir.batch_sizes import BatchSizes
 from graphopt.ir.signature import Dimension, TensorSpec
-from graphopt.ir.sizes import ANY, SizeRange, evaluate
+from graphopt.ir.sizes import ANY, SizeRange, evaluate, names_in
 
 
 def spec(shape: tuple[Dimension, ...], *ranges: SizeRange) -> TensorSpec:
@@ -57,3 +58,30 @@ def test_ranges_in_words(sizes: SizeRange, said: str) -> None:
 )
 def test_size_expressions(expression: str, value: int | None) -> None:
     assert evaluate(expression, {"batch": 3}) == value
+
+
+@pytest.mark.parametrize("name", ["batch size", "class", "None", "10", "x//0", "10-x", "1e5", "-x", "x\0", "(" * 300])
+def test_what_is_no_size_expression_is_a_name(name: str) -> None:
+    sizes = BatchSizes([spec((name, 3)), spec((4, name))])
+    assert (sizes.symbol, sizes.near((1, 3))) == (name, [1, 3])
+    assert sizes.shape(spec((4, name)), 3, (4, 1)) == [4, 3]
+    assert evaluate(name, {}) is None
+
+
+def test_names_that_python_has_are_names_in_expressions() -> None:
+    assert names_in("2*class+lambda") == ("class", "lambda")
+    assert evaluate("2*class+True", {"class": 3, "True": 5}) == 11
+    assert BatchSizes([spec(("2*class",))]).near((1, 3)) == [1, 3]
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        [spec(("batch",), SizeRange(1 << 24))],
+        [spec(("batch",), SizeRange(5)), spec(("batch",), SizeRange(0, 4))],
+        [spec(("99999999*batch",))],
+    ],
+)
+def test_calls_of_no_size_are_refused(inputs: list[TensorSpec]) -> None:
+    with pytest.raises(LoweringError, match="No call of at most 1048576 samples has sizes that all inputs may have"):
+        BatchSizes(inputs)
