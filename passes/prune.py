@@ -98,6 +98,7 @@ class Prune(Pass[PruneOptions, PruningPlan]):
             tensors=found.fitted.tensors,
             compensated=found.fitted.layers,
             measured=found.measured,
+            notes=tuple(found.notes),
         )
 
     def apply(self, program: Program, plan: PruningPlan) -> Program:

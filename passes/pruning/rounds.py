@@ -34,6 +34,8 @@ from graphopt.pipeline.context import Context
 from graphopt.pipeline.options import exact
 from graphopt.pipeline.plan import Refusal
 
+_MOST_OF_IT = 0.8  # of what is asked for; less is worth a note
+
 
 @dataclass
 class Decision:
@@ -44,12 +46,14 @@ class Decision:
         refusals: groups left whole and layers left as they are, with the reason.
         fitted: what the data makes of the tensors that are left.
         measured: output quality, shares of the original and times that steered the decision.
+        notes: what was asked for and not reached.
     """
 
     kept: dict[int, list[int]] = field(default_factory=dict)
     refusals: list[Refusal] = field(default_factory=list)
     fitted: Compensation = field(default_factory=Compensation)
     measured: dict[str, Json] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def decide(program: Program, axes: Axes, choice: Choice, options: PruneOptions, ctx: Context) -> Decision:
@@ -99,6 +103,7 @@ class _Rounds:
         self._found.measured.update(quality)
         self._say_what_is_left_whole(ranking.scores, counts)
         self._say_what_overrides_leave(counts)
+        self._say_what_rounding_leaves(ranking.scores, counts)
         return self._found
 
     def _scores(self) -> dict[int, torch.Tensor]:
@@ -192,6 +197,23 @@ class _Rounds:
         said = (f"{budget.amount(name, self._left[name], original)} ({budget.limit(name)} asked)" for name in below)
         text = f"the overrides alone leave {' and '.join(said)}; nothing else is removed"
         self._found.refusals.append(Refusal("ratios", text, "overrides alone go below the target"))
+
+    def _say_what_rounding_leaves(self, scores: Mapping[int, torch.Tensor], counts: Counts) -> None:
+        """Say so where a ratio asks for much more than goes, because counts are rounded up."""
+        if self._wanted:
+            return
+        rounded = self._allocation()
+        exactly = replace(rounded, left={}, multiples={}).counts(self._options.ratio, scores)
+        total = sum(group.size for group in rounded.groups)
+        asked = total - sum(exactly.values())
+        gone = total - sum(counts[axis] for axis in exactly)
+        if gone < _MOST_OF_IT * asked:
+            multiple = max(rounded.multiples[axis] for axis in exactly)
+            self._found.notes.append(
+                f"ratio={self._options.ratio:g}: {gone / total:.0%} of the indices go, without rounding it were "
+                f"{asked / total:.0%}: counts are rounded up to multiples of {multiple}, which kernels like; "
+                "round_to=1 removes what is asked"
+            )
 
     def _left_whole(self, group: Group, multiple: int) -> Refusal:
         options = self._options

@@ -161,6 +161,13 @@ def test_what_is_left_alone_says_why(options: dict[str, Any], site: str, reason:
     assert reasons(plan_of(prune(**{"round_to": 1, **options}), Hidden(), VECTOR))[site] == reason
 
 
+@pytest.mark.parametrize(("round_to", "noted"), [(4, True), (1, False)])
+def test_what_rounding_leaves_of_a_ratio_is_said(round_to: int, noted: bool) -> None:
+    plan = plan_of(prune(ratio=0.2, round_to=round_to), Hidden(), VECTOR)
+    said = "ratio=0.2: 0% of the indices go, without rounding it were 17%: counts are rounded up to multiples of 4"
+    assert [note.startswith(said) and "round_to=1" in note for note in plan.notes] == [True] * noted
+
+
 def test_a_glob_that_matches_nothing_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match=r"`skip=layer9\.\*` matches no group.*first:hidden"):
         plan_of(prune(skip=("layer9.*",)), Hidden(), VECTOR)
