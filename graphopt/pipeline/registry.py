@@ -142,14 +142,16 @@ class PassRegistry(Registry):
 
 
 def backend(name: str) -> Backend:
-    """Return the backend called `name`.
+    """Return the backend called `name`; "onnxruntime:x86-avx2" is "onnxruntime-x86-avx2".
 
     Raises:
         UsageError: there is none.
     """
     from graphopt.targets.backend import Backend
 
-    found: Backend = Registry(BACKENDS).get(name, Backend, "target")()
+    registry = Registry(BACKENDS)
+    joined = name.replace(":", "-", 1)
+    found: Backend = registry.get(joined if joined in registry.names() else name, Backend, "target")()
     return found
 
 
@@ -165,7 +167,7 @@ def backend_of(file: Path, *, preferred: str) -> Backend | None:
 def backends_named(target: str | Backend | Sequence[str | Backend] | None) -> tuple[Backend, ...]:
     """Return the backends that a target argument names: text with commas, backends, or a sequence of both.
 
-    A runtime on certain processors may be a target of its own: "onnxruntime:x86-avx2" is "onnxruntime-x86-avx2".
+    A runtime on certain processors may be a target of its own.
 
     Raises:
         UsageError: there is no such backend, two have one name, or one a name that files cannot bear
@@ -179,7 +181,7 @@ def backends_named(target: str | Backend | Sequence[str | Backend] | None) -> tu
     found: list[Backend] = []
     for item in listed:
         if isinstance(item, str):
-            found += [backend(name.strip().replace(":", "-", 1)) for name in item.split(",") if name.strip()]
+            found += [backend(name.strip()) for name in item.split(",") if name.strip()]
         else:
             found.append(item)
     names = [item.name for item in found]
