@@ -77,23 +77,28 @@ def _feed(artifact: Artifact, data: str | None, batch: int) -> tuple[Any, ...] |
 
 
 def _print(found: Comparison, one: str, other: str | None) -> None:
-
     from graphopt.cli.table import new_table, terminal
 
+    console = terminal()
+    for letter, name in (("A", one), ("B", other)):
+        if name is not None:
+            console.print(f"{letter}: {name}", soft_wrap=True)
     title = f"batch {found.batch}, {found.threads or 'all'} thread{'s' if found.threads != 1 else ''}"
     table = new_table(title)
-    table.add_column("model", overflow="fold")
+    table.add_column("")
     for column in ("session", "wall ms (quartiles)", "CPU ms", f"A over B{' (quartiles)' if other else ''}"):
         if other or not column.startswith("A over"):
             table.add_column(column, justify="right")
     kinds: list[tuple[str, TimedPair]] = [("recorded", found.recorded), ("plain", found.plain)]
     for kind, pair in kinds:
         ratio = pair.wall_ratio
-        rows = [(one, pair.first, "")]
+        rows = [("A", pair.first, "")]
         if other is not None:
-            rows.append((other, pair.second, f"{ratio.median:.2f} ({ratio.lower:.2f}-{ratio.upper:.2f})"))
+            rows.append(("B", pair.second, f"{ratio.median:.2f} ({ratio.lower:.2f}-{ratio.upper:.2f})"))
         for name, timing, text in rows:
             wall = f"{timing.wall.median:.3g} ({timing.wall.lower:.3g}-{timing.wall.upper:.3g})"
             cells = [name, kind, wall, f"{timing.cpu.median:.3g}"]
             table.add_row(*cells, *([text] if other is not None else []))
-    terminal().print(table)
+    console.print(table)
+    for note in found.doubts():
+        console.print(f"note: {note}", soft_wrap=True)

@@ -10,6 +10,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median, quantiles
 
 import numpy as np
@@ -131,8 +132,9 @@ def compare(
     """
     described = [[(len(spec.shape), spec.dtype) for spec in one.inputs] for one in (baseline, artifact)]
     if described[0] != described[1]:
+        one, other = _told_apart(baseline.path, artifact.path)
         raise UsageError(
-            f"{baseline.path.name} takes {', '.join(map(str, baseline.inputs))}; {artifact.path.name} takes "
+            f"{one} takes {', '.join(map(str, baseline.inputs))}; {other} takes "
             f"{', '.join(map(str, artifact.inputs))}. Only artifacts with the same inputs can be timed in turn."
         )
     batch = BatchSizes(artifact.inputs).taken(batch)
@@ -208,6 +210,13 @@ def batch_of(specs: Sequence[TensorSpec], inputs: Sequence[Array] | None, batch:
         )
     generator = torch.Generator().manual_seed(0)
     return tuple(drawn(shape, spec.dtype, generator).numpy() for shape, spec in zip(shapes, specs, strict=True))
+
+
+def _told_apart(one: Path, other: Path) -> tuple[Path, Path]:
+    """Return the names of two files, with as much of their folders as tells them apart."""
+    ends = (Path(*path.parts[-depth:]) for depth in range(1, len(one.parts) + 1) for path in (one, other))
+    pairs = zip(ends, ends, strict=True)
+    return next((pair for pair in pairs if pair[0] != pair[1]), (one, other))
 
 
 def _bound(session: Session, feed: tuple[Array, ...]) -> Callable[[], object]:

@@ -227,6 +227,24 @@ def test_verify_names_outputs_that_differ(
     assert reason in said
 
 
+def test_bench_tells_files_of_one_name_apart(
+    files: Files, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    names = []
+    for folder in ("before", "after"):
+        (files.folder / folder).mkdir()
+        names.append(str(files.folder / folder / "a_name_as_long_as_a_name_may_well_be.pt"))
+        shutil.copy(files.model, names[-1])
+    assert run(["bench", *names, "--data", "data.npz", "--seconds", "0.1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [f"A: {names[0]}", f"B: {names[1]}"]
+    assert [line.split()[:2] for line in lines if line.split()[:1] in (["A"], ["B"])] == [
+        [letter, kind] for kind in ("recorded", "plain") for letter in "AB"
+    ]
+    assert max(map(len, lines[2:8])) <= 80
+
+
 def test_bench_prints_a_ratio(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", "model.pt", "model.pt", "--seconds", "0.2", "--format", "json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -98,6 +98,8 @@ def test_artifacts_with_other_inputs_are_refused() -> None:
     backend = FakeBackend()
     with pytest.raises(UsageError, match="Only artifacts with the same inputs"):
         compare(artifact(backend, "one"), artifact(backend, "other", (IDS,)))
+    with pytest.raises(UsageError, match=r"^a/same takes x.*; b/same takes ids"):
+        compare(artifact(backend, "runs/a/same"), artifact(backend, "runs/b/same", (IDS,)))
 
 
 def test_who_goes_first_alternates() -> None:
