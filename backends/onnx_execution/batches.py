@@ -31,12 +31,12 @@ def batches(program: Program, inputs: Sequence[Array] | None) -> Iterator[tuple[
     """
     examples = tuple(tensor.detach().numpy() for tensor in program.flat_examples())
     source = examples if inputs is None else tuple(inputs)
-    sizes = BatchSizes(program.inputs)
+    sizes = BatchSizes(program.inputs, [array.shape for array in examples])
     for value in sizes.near(_wanted(program)) if sizes.symbol else (0,):
         arrays = tuple(
-            _resized(
-                array, sizes.shape(spec, value, (*example.shape[:1], *array.shape[1:])), shuffle=inputs is None
-            ).astype(example.dtype, copy=False)
+            _resized(array, sizes.shape(spec, value, array.shape), shuffle=inputs is None).astype(
+                example.dtype, copy=False
+            )
             for spec, array, example in zip(program.inputs, source, examples, strict=True)
         )
         where = f"at batch size {sizes.samples(value)}" if sizes.symbol else "at the program's own sizes"

@@ -169,8 +169,8 @@ def wrong_batch(model: nn.Module, program: Program, args: tuple[Any, ...], kwarg
     A Python branch on the batch size leaves no trace in the graph, nor does an operator that takes one size alone where
     what torch knows of its shapes does not ask: only running it shows.
     """
-    sizes = BatchSizes(program.inputs)
     examples = program.flat_examples()
+    sizes = BatchSizes(program.inputs, [tensor.shape for tensor in examples])
     rows = next((len(tensor) for spec, tensor in zip(program.inputs, examples, strict=True) if spec.batched), 0)
     near = sizes.near(_CHECKED_BATCHES) if rows else []
     failed: list[str] = []
@@ -200,7 +200,7 @@ def of_several(program: Program) -> Program:
 
     It takes one alone where nothing else is known: torch traces, and keeps of a range, two or more (2.13).
     """
-    sizes = BatchSizes(program.inputs)
+    sizes = BatchSizes(program.inputs, [tensor.shape for tensor in program.flat_examples()])
     if not sizes.symbol or sizes.samples(sizes.near([1])[0]) != 1:
         return program
     examples = zip(program.inputs, program.flat_examples(), strict=True)
@@ -265,7 +265,8 @@ def wrong_size(
 
 def _only_batches_vary(program: Program) -> bool:
     """Whether first axes of one size are all that is dynamic: what a model says of another is of that size alone."""
-    firsts = {spec.shape[0] for spec in program.inputs if spec.batched}
+    examples = zip(program.inputs, program.flat_examples(), strict=True)
+    firsts = {len(tensor) for spec, tensor in examples if spec.batched}
     return len(firsts) == 1 and not any(isinstance(size, str) for spec in program.inputs for size in spec.shape[1:])
 
 

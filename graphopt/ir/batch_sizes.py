@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import bisect
+import functools
+import operator
 from collections.abc import Iterable, Sequence
 
 from graphopt.errors import LoweringError, printable
@@ -15,11 +17,13 @@ _LARGEST = 1 << 24  # samples in one call
 class BatchSizes:
     """Numbers of samples in a call, by the values of the name that first axes have ("batch", "2*batch")."""
 
-    def __init__(self, inputs: Sequence[TensorSpec]) -> None:
+    def __init__(self, inputs: Sequence[TensorSpec], examples: Sequence[Sequence[int]] = ()) -> None:
         """Find the values for which every axis that depends on the name has a size in its range.
 
         Args:
             inputs: of the program. Larger values make no axis smaller.
+            examples: shapes of inputs that it was captured with. First axes of other names that are of one size there
+                stay so: a kernel may ask for it where no trace does.
 
         Raises:
             LoweringError: there are none, or only such of more samples than memory should be asked for.
@@ -27,6 +31,10 @@ class BatchSizes:
         self._inputs = tuple(inputs)
         self._first = next((str(spec.shape[0]) for spec in inputs if spec.batched), "")
         self.symbol = self._symbol()  # "" where no first axis is dynamic
+        pairs = zip(self._inputs, examples, strict=bool(examples))
+        rows = {str(spec.shape[0]): example[0] for spec, example in pairs if spec.batched}
+        alike = [name for name in rows if names_in(name) == (name,) and rows[name] == rows[self._first]]
+        self._others = {name: self._range(name) for name in alike}
         values = range(1, _LARGEST + 1)
         least = bisect.bisect_left(
             values, True, key=lambda value: self.samples(value) > 0 and all(s >= r.least for s, r in self._sizes(value))
@@ -48,7 +56,9 @@ class BatchSizes:
 
     def shape(self, spec: TensorSpec, value: int, example: Sequence[int]) -> list[int]:
         """Return the sizes of an input at a value of the name; those that do not depend on it are the example's."""
-        sizes = [size if isinstance(size, int) else evaluate(size, {self.symbol: value}) for size in spec.shape]
+        known = {name: sizes.nearest(self.samples(value)) for name, sizes in self._others.items()}
+        known[self.symbol] = value
+        sizes = [size if isinstance(size, int) else evaluate(size, known) for size in spec.shape]
         return [own if size is None else size for size, own in zip(sizes, example, strict=True)]
 
     def taken(self, samples: int) -> int:
@@ -77,6 +87,11 @@ class BatchSizes:
             if None not in ends and ends[0] < ends[1]:
                 return names[0]
         return self._first
+
+    def _range(self, name: str) -> SizeRange:
+        """Return which sizes all axes of a name may have."""
+        named = [(spec, axis) for spec in self._inputs for axis, size in enumerate(spec.shape) if size == name]
+        return functools.reduce(operator.and_, [spec.range_of(axis) for spec, axis in named])
 
     def _sizes(self, value: int) -> Iterable[tuple[int, SizeRange]]:
         for spec in self._inputs:

@@ -68,3 +68,17 @@ def test_an_exported_axis_that_the_example_fixes_is_noted() -> None:
     assert [note.text for note in program.notes] == [
         "Axis 1 of `input` was exported as dynamic and is fixed: its example has a size of 1."
     ]
+
+
+class Scatters(nn.Module):
+    """A kernel of ONNX Runtime takes as many rows of both; torch's takes more sources than indices."""
+
+    def forward(self, index: Tensor, source: Tensor) -> Tensor:
+        return torch.zeros(3, 4).scatter_add(0, index, source)
+
+
+def test_first_axes_that_a_kernel_alone_ties_are_verified_at_one_size() -> None:
+    data = torch.randint(0, 3, (6, 4)), torch.randn(6, 4)
+    artifact = graphopt.optimize(Scatters(), data, "", bench=False).artifact
+    assert artifact is not None
+    assert [spec.shape for spec in artifact.inputs] == [("batch", 4), ("batch_1", 4)]

@@ -85,3 +85,13 @@ def test_names_that_python_has_are_names_in_expressions() -> None:
 def test_calls_of_no_size_are_refused(inputs: list[TensorSpec]) -> None:
     with pytest.raises(LoweringError, match="No call of at most 1048576 samples has sizes that all inputs may have"):
         BatchSizes(inputs)
+
+
+def test_first_axes_of_other_names_stay_of_one_size() -> None:
+    inputs = [spec(("batch", 3)), spec(("edges", 3)), spec((7, "edges"), ANY, SizeRange(5)), spec(("nodes",))]
+    examples = [(7, 3), (7, 3), (7, 7), (9,)]
+    sizes = BatchSizes(inputs, examples)
+    shapes = [sizes.shape(one, 6, example) for one, example in zip(inputs, examples, strict=True)]
+    assert shapes == [[6, 3], [6, 3], [7, 6], [9]]
+    assert sizes.shape(inputs[1], 1, (7, 3)) == [5, 3]
+    assert BatchSizes(inputs).shape(inputs[1], 6, (7, 3)) == [7, 3]
