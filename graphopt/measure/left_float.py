@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import torch
@@ -72,7 +73,8 @@ def _weights(program: Program) -> str:
     large.sort(key=lambda item: -item[1].nbytes)
     named = _listed([f"`{name}` {tensor.nbytes / 1e6:.2f} MB" for name, tensor in large])
     share = sum(tensor.nbytes for _, tensor in floats) / total
-    return f"{share:.1%} of the bytes of weights are float32: {named}"
+    percent = math.floor(1000 * share) / 10  # 100 where nothing else is stored, and only there
+    return f"{percent:g}% of the bytes of weights are float32: {named}"
 
 
 def _listed(texts: list[str]) -> str:
