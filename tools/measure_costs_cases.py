@@ -105,6 +105,8 @@ def _followers() -> Iterator[Case]:
         ):
             layers = [layer for _ in range(2) for layer in (_place(channels), activation())]
             yield _image(f"{name} {channels} {size}", channels, size, *layers)
+        slopes = (layer for _ in range(2) for layer in (_place(channels), nn.PReLU(channels)))
+        yield _image(f"prelu {channels} {size}", channels, size, *slopes)
         yield _image(f"mul {channels} {size}", channels, size, _Multiplied(channels))
         yield _image(f"cat {channels} {size}", channels, size, _Joined(channels))
         yield _image(f"max_pool {channels} {size}", channels, size, _place(channels), nn.MaxPool2d(3, 2, 1))
