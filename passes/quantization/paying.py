@@ -121,7 +121,7 @@ class Accounts:
         Both sides of each sum are laid out anew (a ResNet-20 whose stem is float: 18 transposes, 2 without it).
         """
         behind, left, charges = set[fx.Node](), [value.node], list[Charge]()
-        if value.form != "static" or special_move("quantize", value.node) == "quantize":
+        if value.form != "static" or not _is_map(value.node):
             return charges
         while left:
             for user in left.pop().users:
@@ -130,12 +130,19 @@ class Accounts:
                     continue
                 behind.add(user)
                 left.append(site.end)
-                if len([operand for operand in site.kernel.operands if constant(operand, self._gm) is None]) > 1:
+                if (
+                    len([read for read in site.kernel.operands if _is_map(read) and constant(read, self._gm) is None])
+                    > 1
+                ):
                     charges += 2 * [self._move("quantize", site.end, "static")]
         return charges
 
     def _move(self, what: str, node: fx.Node, form: Form) -> Charge:
         return Charge(special_move(what, node), form, Work(0, self._work.elements(node)))
+
+
+def _is_map(value: fx.Node) -> bool:
+    return special_move("quantize", value) != "quantize"
 
 
 def unpaying(accounts: Accounts, table: CostTable) -> dict[str, Refusal]:

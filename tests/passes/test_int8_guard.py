@@ -122,6 +122,19 @@ def test_each_sum_behind_a_float_map_lays_it_out_anew(trunk: Program, moving: in
     assert list(reasons(plan)) == left
 
 
+class Gated(Trunk):
+    """What a layer makes is multiplied with one number for each channel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        return self.last(x * torch.sigmoid(self.a(nn.functional.adaptive_avg_pool2d(x, 1))))
+
+
+def test_a_gate_has_no_layout() -> None:
+    costs = costing(integer=3, floating=9, moving=2, conv2d_first=(9, 2), sigmoid=(0, 0), mul_broadcast=(1, 1))
+    assert list(reasons(planned(folded(Gated(), images(count=4)), costs))) == ["conv2d"]
+
+
 def test_without_a_table_nothing_changes(chain: Program) -> None:
     assert decisions(planned(chain, ONNXRUNTIME)) == decisions(planned(chain, costing(integer=9), guard="none"))
 
