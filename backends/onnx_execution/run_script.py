@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import onnxruntime  # type: ignore[import-untyped]
 import torch
 
-from graphopt.backends.onnx_execution.saturating_products import EXACT, SIZE, probe
+from graphopt.backends.onnx_execution.saturating_products import ACTIVATION, EXACT, SIZE, WEIGHT, probe
 from graphopt.backends.onnx_execution.session import SessionSettings
 from graphopt.ir.batch_sizes import BatchSizes
 from graphopt.ir.plain_data import Json
@@ -49,7 +49,7 @@ for output, value in zip(session.get_outputs(), session.run(None, feed)):
 _SATURATION = """
 # x86 without VNNI adds up products of integers in 16 bits, where they saturate unless the session is precise.
 product = onnxruntime.InferenceSession({probe!r}, providers=["CPUExecutionProvider"])
-largest = {{"a": np.full(({size}, {size}), 255, "uint8"), "b": np.full(({size}, {size}), 127, "int8")}}
+largest = {{"a": np.full(({size}, {size}), {activation}, "uint8"), "b": np.full(({size}, {size}), {weight}, "int8")}}
 if (product.run(None, largest)[0] != {exact}).any():
 {entries}"""
 
@@ -76,7 +76,11 @@ def run_script(file: str, inputs: Sequence[TensorSpec], options: Mapping[str, Js
             f"    options.add_session_config_entry({key!r}, {value!r})"
             for key, value in settings.where_products_saturate.items()
         )
-        lines.append(_SATURATION.format(probe=probe(), size=SIZE, exact=EXACT, entries=entries))
+        lines.append(
+            _SATURATION.format(
+                probe=probe(), size=SIZE, activation=ACTIVATION, weight=WEIGHT, exact=EXACT, entries=entries
+            )
+        )
     disabled = f", disabled_optimizers={list(settings.disabled_optimizers)!r}" if settings.disabled_optimizers else ""
     return _TEMPLATE.format(
         file=file,

@@ -24,6 +24,7 @@ from graphopt.targets.costs import CostTable, Form, Work
 # Float times count for more: a kernel that is timed alone finds its values in the caches, and in a model float ones do
 # not. EfficientNet-B0 took 1.37 times what the table says as float, and 0.98 times as integers (AVX2, 8 samples).
 _SURELY = 1.4
+_NEAREST = {"prelu": "leaky_relu"}  # whose costs count where a table has none of its own
 _WORTH = 0.002  # of the time of all that is placed, that less is not worth an island
 
 
@@ -180,13 +181,19 @@ def _doubted(operator: Operator) -> Operator:
 
 def _operator(unit: str, accounts: Accounts, table: CostTable, samples: int) -> Operator:
     integer, floating = (
-        [table.seconds(charge.kernel, charge.form, charge.work, samples) for charge in charges]
+        [_seconds(charge, table, samples) for charge in charges]
         for charges in (accounts.on_integers(unit), accounts.as_float(unit))
     )
     if None not in integer and None not in floating:
         return Operator(unit, sum(filter(None, integer)), sum(filter(None, floating)))
     placed = any(site.rule.role == "compute" for site in accounts.sites[unit])
     return Operator(unit, 0.0, None if placed else 0.0)
+
+
+def _seconds(charge: Charge, table: CostTable, samples: int) -> float | None:
+    kernels = (charge.kernel, _NEAREST.get(charge.kernel, charge.kernel))
+    times = (table.seconds(kernel, charge.form, charge.work, samples) for kernel in kernels)
+    return next((seconds for seconds in times if seconds is not None), None)
 
 
 def _crossing(value: Handover, accounts: Accounts, table: CostTable, samples: int) -> Crossing:
