@@ -32,6 +32,7 @@ _STDLIB = Path(os.__file__).resolve().parent
 _DYNAMIC = frozenset(
     {
         *("exec", "eval", "import_module", "__import__", "exec_module", "load_module", "spec_from_file_location"),
+        *("resolve_name", "pydoc", "ImportString", "entry_points", "EntryPoint", "get_loader", "find_loader"),
         *("runpy", "__path__", "extend_path", "addsitedir", "sys.path", "sys.modules", "sys.meta_path"),
         *("load_library", "CDLL", "LoadLibrary", "cpp_extension"),
     }
