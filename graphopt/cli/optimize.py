@@ -205,7 +205,7 @@ def _print(result: Result, directory: Path, format: str) -> None:
         json.dump(result.report.to_json(), sys.stdout, indent=1)
         print()
         return
-    console = terminal(width=None if sys.stdout.isatty() else 150)
+    console = terminal(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 150)
     print_report(result.report, console)
     for name in result.report.files:
         size = (directory / name).stat().st_size

@@ -1,4 +1,4 @@
-"""Progress on a terminal: a line for what is done, a bar for a loop that lasts over two seconds."""
+"""Progress: a line for each thing done; of a loop that lasts, a bar on a terminal and a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from graphopt.pipeline.order import Step
 from graphopt.pipeline.plan import Plan
 
 T = TypeVar("T")
-_PATIENCE = 2.0  # seconds
+_PATIENCE = 2.0  # seconds before a terminal shows a bar
+_REST = 30.0  # seconds between lines of a loop, where stderr goes to a file
 
 
 class TerminalProgress(Hook):
@@ -28,8 +29,7 @@ class TerminalProgress(Hook):
     def done(self, text: str) -> None:
         """Say what has been done since this was last called."""
         before, self._since = self._since, time.monotonic()
-        if sys.stderr.isatty():
-            print(f"{self._since - before:7.1f} s  {printable(text)}", file=sys.stderr, flush=True)
+        _say(self._since - before, text)
 
     def before(self, step: Step, program: Program, target: str) -> None:
         """Say that the original is measured, before the first step."""
@@ -43,16 +43,16 @@ class TerminalProgress(Hook):
 
     def track(self, steps: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
         """Yield from `steps`; the bar appears after two seconds."""
+        if total is None and isinstance(steps, Sized):
+            total = len(steps)
         if not sys.stderr.isatty():
-            yield from steps
+            yield from _told(steps, label, total)
             return
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         bar = Progress(*columns, console=Console(stderr=True), transient=True)
-        if total is None and isinstance(steps, Sized):
-            total = len(steps)
         task = bar.add_task(label, total=total)
         started, shown = time.monotonic(), False
         try:
@@ -65,3 +65,18 @@ class TerminalProgress(Hook):
         finally:
             if shown:
                 bar.stop()
+
+
+def _say(seconds: float, text: str) -> None:
+    print(f"{seconds:7.1f} s  {printable(text)}", file=sys.stderr, flush=True)
+
+
+def _told(steps: Iterable[T], label: str, total: int | None) -> Iterator[T]:
+    """Yield from `steps`, and say every half minute how many are done."""
+    started = said = time.monotonic()
+    for done, step in enumerate(steps):
+        now = time.monotonic()
+        if now - said >= _REST:
+            said = now
+            _say(now - started, f"{label}: {done}{'' if total is None else f' of {total}'}")
+        yield step
