@@ -155,7 +155,7 @@ class Mixed(Pass[MixedOptions, MixedPlan]):
             plan,
             measured=measured,
             unmet=tuple(goal.missed(best)),
-            notes=(*search.notes, *(note for step in steps for note in step.notes)),
+            notes=(f"weights are {plan.summary()}", *search.notes, *(note for step in steps for note in step.notes)),
         )
         logger.info("mixed: %s", plan.summary())
         return plan
