@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import fx
 
-from graphopt.data.batches import Batch, whole_batches
+from graphopt.data.batches import Batch, pieces, whole_batches
 from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
 from graphopt.measure.budget import Guard
@@ -238,8 +238,8 @@ class Int8(Pass[Int8Options, Int8Plan]):
 
     def _compared_batches(self, program: Program, values: torch.Tensor) -> list[torch.Tensor]:
         """Return values of the same samples in the same batches."""
-        parts = torch.split(values, program.takes(min(_COMPARED_AT_ONCE, self._compared_samples(program))))
-        return [part[:fits] for part in parts if (fits := program.takes(len(part))) <= len(part)]
+        size = program.takes(min(_COMPARED_AT_ONCE, self._compared_samples(program)))
+        return [values[piece] for piece in pieces(len(values), size, program.takes)]
 
     def _compared_samples(self, program: Program) -> int:
         return max(min(self.options.samples, _COMPARED), program.takes(1))

@@ -25,6 +25,25 @@ class SampleSource(Protocol):
 Takes = Callable[[int], int]  # the number of samples a call takes that is nearest below another, else the smallest
 
 
+def any_number(samples: int) -> int:
+    """Return the number of samples that is taken by what takes any."""
+    return samples
+
+
+def pieces(count: int, size: int, takes: Takes) -> Iterator[slice]:
+    """Cut samples into calls of `size`; those left over that fill no call are left out.
+
+    Args:
+        count: how many there are.
+        size: samples per call, a number that is taken.
+        takes: see `Program.takes`.
+    """
+    for start in range(0, count, size):
+        left = count - start
+        if (fits := takes(min(size, left))) <= left:
+            yield slice(start, start + fits)
+
+
 def whole_batches(samples: SampleSource, size: int, limit: int | None, *, takes: Takes) -> Iterator[Batch]:
     """Yield batches that a program takes, without those that do not fill its batch size.
 
@@ -36,16 +55,16 @@ def whole_batches(samples: SampleSource, size: int, limit: int | None, *, takes:
     """
     size = _size(size, limit, takes)
     for batch in samples.batches(size, _limit(limit, size)):
-        if (count := takes(batch_count(batch))) <= batch_count(batch):
-            yield taken(batch, slice(count))
+        for piece in pieces(batch_count(batch), size, takes):
+            yield taken(batch, piece)
 
 
 def whole_labelled_batches(samples: SampleSource, size: int, limit: int | None, *, takes: Takes) -> Iterator[Labelled]:
     """Yield pairs of inputs and labels as `whole_batches` does; labels are None where the data has none."""
     size = _size(size, limit, takes)
     for batch, labels in samples.labelled_batches(size, _limit(limit, size)):
-        if (count := takes(batch_count(batch))) <= batch_count(batch):
-            yield taken(batch, slice(count)), None if labels is None else labels[:count]
+        for piece in pieces(batch_count(batch), size, takes):
+            yield taken(batch, piece), None if labels is None else labels[piece]
 
 
 def _size(size: int, limit: int | None, takes: Takes) -> int:

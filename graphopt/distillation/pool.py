@@ -7,11 +7,12 @@ and a batch is drawn from one bucket.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from graphopt.data.batches import Batch, SampleSource, Takes, batch_count, joined, kind, taken
+from graphopt.data.batches import Batch, SampleSource, Takes, any_number, batch_count, joined, kind, pieces, taken
 
 Index = tuple[int, torch.Tensor]  # bucket, and which of its samples
 
@@ -41,7 +42,7 @@ class Pool:
         """How many samples there are."""
         return sum(batch_count(bucket) for bucket in self.buckets)
 
-    def batches(self, size: int, generator: torch.Generator | None = None, *, takes: Takes = int) -> list[Index]:
+    def batches(self, size: int, generator: torch.Generator | None = None, *, takes: Takes = any_number) -> list[Index]:
         """Divide the samples into batches of at most `size`, as even as they can be, each within one bucket.
 
         Args:
@@ -53,10 +54,10 @@ class Pool:
         for bucket, parts in enumerate(self.buckets):
             count = batch_count(parts)
             order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
-            pieces = order.tensor_split(math.ceil(count / size))
-            if any(takes(len(piece)) != len(piece) for piece in pieces):
-                pieces = torch.split(order, takes(min(size, count)))
-            drawn += [(bucket, piece[:fits]) for piece in pieces if (fits := takes(len(piece))) <= len(piece)]
+            calls: Sequence[torch.Tensor] = order.tensor_split(math.ceil(count / size))
+            if any(takes(len(call)) != len(call) for call in calls):
+                calls = [order[piece] for piece in pieces(count, takes(min(size, count)), takes)]
+            drawn += [(bucket, call) for call in calls]
         if generator is None:
             return drawn
         return [drawn[at] for at in torch.randperm(len(drawn), generator=generator)]

@@ -40,9 +40,6 @@ def probe_inputs(program: Program, samples: SampleSource | None) -> Batch:
     """Return the inputs that errors are measured on: real samples if there are any."""
     if samples is None:
         return program.flat_examples()
-    if program.batch_size is not None:
-        batches = whole_batches(samples, program.batch_size, None, takes=program.takes)
-        return next(batches, program.flat_examples())
     affordable = int(_PROBE_FLOPS // max(cost(program).flops, 1))
     count = min(max(affordable, _FEWEST_PROBES), _MOST_PROBES)
     batches = whole_batches(samples, count, count, takes=program.takes)

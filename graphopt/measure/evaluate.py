@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import fx, nn
 
 from graphopt.capturing.model_calls import in_eval_mode
-from graphopt.data.batches import Batch, Labelled, SampleSource, Takes, batch_count
+from graphopt.data.batches import Batch, Labelled, SampleSource, Takes, any_number, batch_count
 from graphopt.data.input_spec import Spec
 from graphopt.data.samples import Samples
 from graphopt.data.split import halves
@@ -119,7 +119,7 @@ def evaluator(
     *,
     specs: Sequence[Spec] | None = None,
     batch_size: int = 64,
-    takes: Takes = int,
+    takes: Takes = any_number,
     limit: int | None = None,
     device: str | torch.device = "cpu",
 ) -> Evaluator | FunctionEvaluator:
