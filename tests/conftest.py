@@ -20,8 +20,16 @@ settings.load_profile("untimed")
 os.environ["GRAPHOPT_CACHE"] = ""  # what a test decides is no other's, and not the user's
 
 
+@pytest.fixture(scope="session")
+def growth_as_shipped() -> float:
+    """What `memory` is for users."""
+    from graphopt.ir import memory
+
+    return memory._GROWTH
+
+
 @pytest.fixture(autouse=True, scope="session")
-def _in_less_time() -> None:
+def _in_less_time(growth_as_shipped: float) -> None:
     """Time artifacts for a moment, look for dead circles at twice as many objects, and describe no trace to pytest."""
     from graphopt.ir import memory
     from graphopt.job import deliver

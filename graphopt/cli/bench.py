@@ -86,18 +86,19 @@ def _print(found: Comparison, one: str, other: str | None) -> None:
     title = f"batch {found.batch}, {found.threads or 'all'} thread{'s' if found.threads != 1 else ''}"
     table = new_table(title)
     table.add_column("")
-    for column in ("session", "wall ms (quartiles)", "CPU ms", f"A over B{' (quartiles)' if other else ''}"):
-        if other or not column.startswith("A over"):
-            table.add_column(column, justify="right")
+    paired = ("CPU ms (ratio)", "A over B (quartiles)") if other else ("CPU ms",)
+    for column in ("session", "wall ms (quartiles)", *paired):
+        table.add_column(column, justify="right")
     kinds: list[tuple[str, TimedPair]] = [("recorded", found.recorded), ("plain", found.plain)]
     for kind, pair in kinds:
         ratio = pair.wall_ratio
-        rows = [("A", pair.first, "")]
+        rows = [("A", pair.first, "", "")]
         if other is not None:
-            rows.append(("B", pair.second, f"{ratio.median:.2f} ({ratio.lower:.2f}-{ratio.upper:.2f})"))
-        for name, timing, text in rows:
+            text = f"{ratio.median:.2f} ({ratio.lower:.2f}-{ratio.upper:.2f})"
+            rows.append(("B", pair.second, f" ({pair.cpu_ratio.median:.2f})", text))
+        for name, timing, by_cpu, text in rows:
             wall = f"{timing.wall.median:.3g} ({timing.wall.lower:.3g}-{timing.wall.upper:.3g})"
-            cells = [name, kind, wall, f"{timing.cpu.median:.3g}"]
+            cells = [name, kind, wall, f"{timing.cpu.median:.3g}{by_cpu}"]
             table.add_row(*cells, *([text] if other is not None else []))
     console.print(table)
     for note in found.doubts():

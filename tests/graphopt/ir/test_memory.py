@@ -24,9 +24,9 @@ class Circle:
 
 
 @pytest.fixture(autouse=True)
-def without_collections(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def without_collections(monkeypatch: pytest.MonkeyPatch, growth_as_shipped: float) -> Iterator[None]:
     monkeypatch.setattr(memory, "_blocks", sys.getallocatedblocks())
-    monkeypatch.setattr(memory, "_GROWTH", 1.25)
+    monkeypatch.setattr(memory, "_GROWTH", growth_as_shipped)
     before = gc.get_threshold()
     gc.set_threshold(0)
     yield
