@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from graphopt.ir.graph import fake_mode_of
-from graphopt.ir.torch_internals import holds_at
+from graphopt.ir.torch_internals import SMALLEST_TRACED, holds_at
 
 _LARGEST = 4096  # sizes that are looked at
 
@@ -26,7 +26,7 @@ class AskedSize:
 
     Attributes:
         places: of which axes it is, by the number of the tensor among the inputs: they are of one size.
-        size: the smallest, 2 at least, for which what was asked does not hold.
+        size: the smallest that is traced as any for which what was asked does not hold.
     """
 
     places: tuple[tuple[int, int], ...]
@@ -57,4 +57,4 @@ def asked_sizes(traced: fx.GraphModule) -> list[AskedSize]:
 
 def _smallest_beyond(guard: Any, symbol: Any) -> int | None:
     """Return the smallest size for which a guard does not hold, None where it holds for all that are looked at."""
-    return next((size for size in range(2, _LARGEST + 1) if not holds_at(guard, symbol, size)), None)
+    return next((size for size in range(SMALLEST_TRACED, _LARGEST + 1) if not holds_at(guard, symbol, size)), None)

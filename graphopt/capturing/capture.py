@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 
 from graphopt.capturing.asked_sizes import asked_sizes
-from graphopt.capturing.axis_names import AxisNames, declared_ranges, within
+from graphopt.capturing.axis_names import AxisNames, declared_ranges
 from graphopt.capturing.checks import check_equal, check_repeatable, of_several, run_model, wrong_batch, wrong_size
+from graphopt.capturing.dynamic_batch import with_dynamic_batch
 from graphopt.capturing.explain import explain
 from graphopt.capturing.guards import insert_guards
+from graphopt.capturing.leaf_names import input_names, output_name
 from graphopt.capturing.lost import lost_in_eval
 from graphopt.capturing.model_calls import (
     check_keywords,
@@ -37,7 +38,7 @@ from graphopt.capturing.model_calls import (
 )
 from graphopt.capturing.normal_form import normalise
 from graphopt.capturing.safe_graphs import evaluated
-from graphopt.errors import CaptureError, ExampleError, UsageError
+from graphopt.errors import CaptureError, ExampleError
 from graphopt.ir.contents import resolved
 from graphopt.ir.devices import OUT_OF_MEMORY, device_memory, device_of, held_by
 from graphopt.ir.dynamic_axes import LeafShapes, arranged
@@ -49,12 +50,9 @@ from graphopt.ir.program import Program
 from graphopt.ir.provenance import record_capture, user_line
 from graphopt.ir.regions import compiled_for_their_shapes
 from graphopt.ir.signature import Note, TensorSpec, range_notes
-from graphopt.ir.sizes import ANY
-from graphopt.ir.torch_internals import arguments_by_name, is_function_transform, output_structure, pytree, range_asked
+from graphopt.ir.torch_internals import arguments_by_name, is_function_transform, output_structure, pytree
 
 logger = logging.getLogger(__name__)
-
-_SMALLEST_DYNAMIC_BATCH = 2  # torch.export specialises an axis of size 1
 
 
 @one_thread_at_a_time()
@@ -147,7 +145,9 @@ def _examples(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], requested: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any], LeafShapes, Any, list[Note]]:
     """Find a batch the model takes: arguments, dynamic axes, outputs, and a note where only a batch of 1 works."""
-    batch_args, batch_kwargs, shapes = _with_dynamic_batch(model, args, kwargs, requested)
+    order = arguments_by_name(model, args, kwargs)  # as torch.export asks for dynamic axes
+    kwargs = {name: kwargs[name] for name in order if name in kwargs}
+    batch_args, batch_kwargs, shapes = with_dynamic_batch(model, args, kwargs, requested)
     notes = _fixed_by_example(model, batch_args, batch_kwargs, shapes)
     try:
         return batch_args, batch_kwargs, shapes, run_model(model, batch_args, batch_kwargs), notes
@@ -168,86 +168,13 @@ def _fixed_by_example(
 ) -> list[Note]:
     """Say which axes were exported as dynamic and are of one size in an example, which torch.export traces as fixed."""
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    names, declared = _leaf_names(model, args, kwargs), declared_ranges(model, len(tensors))
+    names, declared = input_names(model, args, kwargs), declared_ranges(model, len(tensors))
     return [
         Note("sizes", f"Axis {axis} of `{name}` was exported as dynamic and is fixed: its example has a size of 1.")
         for name, tensor, own, axes in zip(names, tensors, declared, shapes, strict=True)
         for axis in own
         if axis not in axes and tensor.shape[axis] == 1
     ]
-
-
-def _with_dynamic_batch(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], requested: Any
-) -> tuple[tuple[Any, ...], dict[str, Any], LeafShapes]:
-    """Enlarge a batch that is too small and say which axes are dynamic."""
-    asked = _requested_axes(model, args, kwargs, requested)
-    leaves, spec = pytree.tree_flatten((args, kwargs))
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    declared = declared_ranges(model, len(tensors))
-    if not tensors:
-        raise CaptureError("There is no tensor among the example inputs. Give at least one.")
-    batch = next((tensor.shape[0] for tensor in tensors if tensor.dim()), None)
-    if batch == 0:
-        raise CaptureError("The example inputs hold no samples. Give at least one.")
-    shapes: LeafShapes = []
-    enlarged: list[Any] = []
-    ranges = [range_asked(axes.get(0)) & own.get(0, ANY) for axes, own in zip(asked, declared, strict=True)]
-    smallest = max(_SMALLEST_DYNAMIC_BATCH, *(sizes.least for sizes in ranges))
-    axes = zip(asked, declared, strict=True)
-    for leaf in leaves:
-        if not isinstance(leaf, torch.Tensor):
-            enlarged.append(leaf)
-            continue
-        wanted, own = next(axes)
-        batched = batch is not None and leaf.dim() > 0 and leaf.shape[0] == batch
-        if batched and wanted.get(0, Dim.DYNAMIC) is not None:
-            wanted = {0: Dim.DYNAMIC, **wanted}
-            if (rows := leaf.shape[0]) < smallest:
-                leaf = leaf.repeat(-(-smallest // rows), *[1] * (leaf.dim() - 1))[:smallest]
-        wanted = {**{axis: Dim.DYNAMIC for axis in own if leaf.shape[axis] > 1}, **wanted}
-        wanted = {axis: dim for axis, dim in wanted.items() if dim is not None and dim != Dim.STATIC}
-        shapes.append({axis: within(dim, own[axis]) if axis in own else dim for axis, dim in wanted.items()})
-        enlarged.append(leaf)
-    args, kwargs = pytree.tree_unflatten(enlarged, spec)
-    return args, kwargs, shapes
-
-
-def _requested_axes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], requested: Any) -> LeafShapes:
-    """Bring a `dynamic_shapes` argument to one dictionary per tensor leaf."""
-    combined = arguments_by_name(model, args, kwargs)
-    if requested is not None and not isinstance(requested, Mapping):
-        requested = dict(zip(combined, requested, strict=False))
-    requested = dict(requested or {})
-    unknown = sorted(set(requested) - set(combined))
-    if unknown:
-        raise UsageError(
-            f"dynamic_shapes names {unknown}, but the model's inputs are {list(combined)}. Use those names."
-        )
-    found: LeafShapes = []
-    for name, value in combined.items():
-        _collect_axes(name, value, requested.get(name), found)
-    return found
-
-
-def _collect_axes(name: str, value: Any, asked: Any, found: LeafShapes) -> None:
-    if isinstance(value, torch.Tensor):
-        axes = dict(enumerate(asked)) if isinstance(asked, list | tuple) else dict(asked or {})
-        unknown = [axis for axis in axes if not 0 <= axis < value.dim()]
-        if unknown:
-            raise UsageError(
-                f"Axis {unknown[0]} of input `{name}` cannot be dynamic: its example has the shape "
-                f"{tuple(value.shape)}, whose axes are {', '.join(map(str, range(value.dim()))) or 'none'}."
-            )
-        found.append({axis: Dim.DYNAMIC if isinstance(dim, str) else dim for axis, dim in axes.items()})
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            _collect_axes(f"{name}_{key}", item, asked.get(key) if isinstance(asked, Mapping) else None, found)
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            _collect_axes(f"{name}_{index}", item, asked[index] if isinstance(asked, list | tuple) else None, found)
-    elif asked and asked != Dim.STATIC:
-        raise UsageError(f"Input `{name}` is no tensor; only sizes of tensors can be dynamic.")
 
 
 def _capture(
@@ -292,24 +219,19 @@ def _capture(
         reason = explain(err, lambda: attempt(shapes))
     static = [{axis: dim for axis, dim in axes.items() if axis != 0} for axes in shapes]
     if static == shapes:
-        reason = (error and _partners(_leaf_names(model, args, kwargs), args, kwargs, shapes, attempt)) or reason
+        reason = (error and _partners(input_names(model, args, kwargs), args, kwargs, shapes, attempt)) or reason
         raise CaptureError(f"The model cannot be captured: {reason}") from error
     try:
         exported = attempt(static)
     except OUT_OF_MEMORY:
         raise
     except Exception as err:
-        reason = _partners(_leaf_names(model, args, kwargs), args, kwargs, shapes, attempt)
+        reason = _partners(input_names(model, args, kwargs), args, kwargs, shapes, attempt)
         reason = reason or explain(err, lambda: attempt(static))
         raise CaptureError(f"The model cannot be captured: {reason}") from err
     text = f"The batch size is fixed: {reason}"
     logger.warning("%s", text)
     return program(exported, static, [Note("batch", text)])[0]
-
-
-def _leaf_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
-    paths = pytree.tree_flatten_with_path(arguments_by_name(model, args, kwargs))[0]
-    return [_joined(path) for path, leaf in paths if isinstance(leaf, torch.Tensor)]
 
 
 def _partners(
@@ -374,7 +296,7 @@ def _input_specs(
     gm: fx.GraphModule, axes: AxisNames, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[TensorSpec, ...]:
     """Describe the tensor inputs by the names of the model's own arguments; FX renames some (`input` -> `input_1`)."""
-    given = _leaf_names(gm, args, kwargs)
+    given = input_names(gm, args, kwargs)
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     tensors = [node for node in placeholders if isinstance(node.meta.get("val"), torch.Tensor)]
     numbers = [node for node in placeholders if isinstance(node.meta.get("val"), torch.SymInt) and node.users]
@@ -401,18 +323,7 @@ def _output_specs(gm: fx.GraphModule, axes: AxisNames, names: Names) -> tuple[Te
     for path, node in zip(paths, values, strict=True):
         if not isinstance(node, fx.Node) or not isinstance(node.meta.get("val"), torch.Tensor):
             continue
-        name = names.new(_output_name(path))
+        name = names.new(output_name(path))
         value = node.meta["val"]
         specs.append(TensorSpec(name, tuple(axes.of(size) for size in value.shape), value.dtype))
     return tuple(specs)
-
-
-def _joined(path: tuple[Any, ...]) -> str:
-    """Join the keys that lead to a leaf of a pytree: `batch_ids`, `hidden_0`."""
-    keys = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path]
-    return re.sub(r"\W+", "_", "_".join(keys)).strip("_")
-
-
-def _output_name(path: tuple[Any, ...]) -> str:
-    name = _joined(path)
-    return name if name and not name[0].isdigit() else f"output_{name}" if name else "output"

@@ -10,14 +10,14 @@ from torch.export import Dim
 
 from graphopt.errors import CaptureError
 from graphopt.ir.sizes import SizeRange
-from graphopt.ir.torch_internals import arguments_by_name, pytree
+from graphopt.ir.torch_internals import SMALLEST_TRACED, arguments_by_name, pytree
 
 LeafShapes = list[dict[int, Any]]  # per tensor leaf: {axis: Dim}
 
 
 def bound_dim(sizes: SizeRange, name: str = "") -> Any:
     """Return an axis of these sizes as `torch.export.export` takes it, under a name if it has one."""
-    ends = {end: size for end, size in (("min", sizes.least), ("max", sizes.most)) if size and size > 1}
+    ends = {end: size for end, size in (("min", sizes.least), ("max", sizes.most)) if size and size >= SMALLEST_TRACED}
     return Dim(name, **ends) if name else Dim.DYNAMIC(**ends)
 
 

@@ -22,9 +22,9 @@ from graphopt.ir.provenance import custom_notes, drop_process_traces
 from graphopt.ir.regions import every_graph_module
 from graphopt.ir.signature import TensorSpec
 from graphopt.ir.sizes import evaluate
+from graphopt.ir.torch_internals import SMALLEST_TRACED
 from graphopt.ir.training import set_training
 
-_SMALLEST_BOUND = 2  # that an axis can have
 _SOURCE = "graphopt.source"  # in meta["custom"] while exporting, which renames nodes
 
 
@@ -158,7 +158,7 @@ def _axes(inputs: Sequence[TensorSpec]) -> LeafShapes:
         size: bound_dim(sizes, size)
         for spec in inputs
         for size, sizes in zip(spec.shape, spec.ranges, strict=False)
-        if isinstance(size, str) and size.isidentifier() and sizes.most == _SMALLEST_BOUND
+        if isinstance(size, str) and size.isidentifier() and sizes.most == SMALLEST_TRACED
     }
     return [
         {

@@ -68,10 +68,7 @@ class Program:
             UsageError: an axis has a size that it was declared not to have.
         """
         if any(spec.ranges for spec in self.inputs):
-            given = flat_arguments(self.graph_module, args, kwargs)
-            for spec, tensor in zip(self.inputs, (x for x in given if isinstance(x, torch.Tensor)), strict=False):
-                if wrong := size_out_of_range(spec.name, spec.ranges, tensor.shape):
-                    raise UsageError(f"{wrong} Give no others, or capture the model for them.")
+            self._check_sizes(flat_arguments(self.graph_module, args, kwargs))
         return call_undoing_writes(self.graph_module, args, kwargs)
 
     def __repr__(self) -> str:
@@ -241,6 +238,13 @@ class Program:
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
         """Copy graph and tensors."""
         return self.copy(share_tensors=False)
+
+    def _check_sizes(self, given: Sequence[Any]) -> None:
+        taken = zip(self.graph.find_nodes(op="placeholder"), given, strict=True)
+        tensors = [value for node, value in taken if isinstance(node.meta.get("val"), torch.Tensor)]
+        for spec, value in zip(self.inputs, tensors, strict=True):
+            if isinstance(value, torch.Tensor) and (wrong := size_out_of_range(spec.name, spec.ranges, value.shape)):
+                raise UsageError(f"{wrong} Give no others, or capture the model for them.")
 
     @one_thread_at_a_time()
     def _write(self, path: Path) -> None:

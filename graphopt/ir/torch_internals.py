@@ -41,6 +41,7 @@ from graphopt.ir.sizes import SizeRange
 
 __all__ = [
     "SHAPES_LOGGER",
+    "SMALLEST_TRACED",
     "FakeTensor",
     "FakeTensorMode",
     "HigherOrderOperator",
@@ -77,7 +78,7 @@ __all__ = [
     "target_of_conversion",
 ]
 
-_SPECIALIZED = 2  # the smallest size that is traced as any
+SMALLEST_TRACED = 2  # as any size: torch.export specialises what is 0 or 1
 SHAPES_LOGGER = symbolic_shapes.__name__  # where torch logs which line of a model guarded on a size
 
 
@@ -121,7 +122,7 @@ def range_asked(dim: Any) -> SizeRange:
 
 
 def _range(least: int, most: int | None) -> SizeRange:
-    return SizeRange(0 if least <= _SPECIALIZED else least, most)
+    return SizeRange(0 if least <= SMALLEST_TRACED else least, most)
 
 
 def arguments_by_name(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -132,8 +133,13 @@ def arguments_by_name(module: torch.nn.Module, args: tuple[Any, ...], kwargs: di
 
 def flat_arguments(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """Return what each placeholder of a graph takes when its module is called with these arguments."""
-    structure = getattr(gm, "_in_spec", None)  # a graph that was not exported takes its arguments as they stand
-    return [*args, *kwargs.values()] if structure is None else list(tree_flatten_spec((args, kwargs), structure))
+    structure = getattr(gm, "_in_spec", None)
+    if structure is None:  # a graph that was not exported takes its arguments as they stand
+        return [*args, *kwargs.values()]
+    values = [*arguments_by_name(gm, args, kwargs).values()]  # by position or by name, whichever the example was given
+    positional, named = structure.children()
+    count = positional.num_children
+    return list(tree_flatten_spec((values[:count], dict(zip(named.context, values[count:], strict=True))), structure))
 
 
 def output_structure(gm: fx.GraphModule) -> pytree.TreeSpec:

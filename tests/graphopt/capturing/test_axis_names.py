@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import graphopt
+from graphopt.backends.onnx_execution.batches import batches
 from graphopt.ir.sizes import SizeRange
 
 
@@ -79,6 +80,7 @@ class Scatters(nn.Module):
 
 def test_first_axes_that_a_kernel_alone_ties_are_verified_at_one_size() -> None:
     data = torch.randint(0, 3, (6, 4)), torch.randn(6, 4)
-    artifact = graphopt.optimize(Scatters(), data, "", bench=False).artifact
-    assert artifact is not None
-    assert [spec.shape for spec in artifact.inputs] == [("batch", 4), ("batch_1", 4)]
+    program = graphopt.optimize(Scatters(), data, "", bench=False).program
+    assert [spec.shape for spec in program.inputs] == [("batch", 4), ("batch_1", 4)]
+    sizes = [tuple(len(array) for array in arrays) for _, arrays in batches(program, [*map(np.asarray, data)])]
+    assert sizes == [(1, 1), (3, 3), (8, 8)]

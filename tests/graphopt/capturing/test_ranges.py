@@ -13,7 +13,7 @@ from torch.export import Dim
 
 import graphopt
 from graphopt.errors import DataError, LoweringError, UsageError
-from graphopt.ir.sizes import SizeRange
+from graphopt.ir.sizes import ANY, SizeRange
 
 
 class Layers(nn.Module):
@@ -46,8 +46,16 @@ CASES: dict[str, tuple[Any, int, tuple[int, ...], SizeRange]] = {
 }
 
 
-@pytest.mark.parametrize("way", ["file", "module", "capture"])
-@pytest.mark.parametrize("rows", CASES)
+@pytest.mark.parametrize(
+    ("rows", "way"),
+    [
+        (rows, way)
+        for rows in CASES
+        for way in ("file", "module", "capture")
+        # torch does not trace these as anything but what they are named
+        if way != "module" or rows not in ("at most 2", "pairs")
+    ],
+)
 def test_sizes_at_both_ends(rows: str, way: str, tmp_path: Path) -> None:
     dim, count, ends, sizes = CASES[rows]
     model = Layers(rows).eval()
@@ -59,8 +67,6 @@ def test_sizes_at_both_ends(rows: str, way: str, tmp_path: Path) -> None:
         if way == "file":
             torch.export.save(exported, tmp_path / "model.pt2")
             program = graphopt.load(tmp_path / "model.pt2")
-        elif rows in ("at most 2", "pairs"):  # which torch does not trace as anything but what they are named
-            return
         else:
             program = graphopt.capture(exported.module(check_guards=False), torch.randn(count, 4))  # type: ignore[arg-type]
     assert program.inputs[0].range_of(0) == sizes
@@ -119,6 +125,44 @@ def test_an_example_is_made_as_large_as_the_range_begins() -> None:
     program = graphopt.capture(Layers("4 to 9"), torch.randn(1, 4), dynamic_shapes={"x": {0: Dim("rows", min=4)}})
     assert program.batch_size is None
     assert [len(tensor) for tensor in program.flat_examples()] == [4]
+
+
+class Added(nn.Module):
+    """What is added to each row is a mean of any number of rows, or nothing."""
+
+    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = x + table.mean(0)
+        return y if mask is None else y * mask
+
+
+def test_a_range_of_an_axis_that_is_no_batch_leaves_the_batch_as_it_is() -> None:
+    shapes = {"x": {0: Dim("b", max=8)}, "table": {0: Dim("n", min=50)}}
+    program = graphopt.capture(Added(), (torch.randn(1, 3), torch.randn(60, 3)), dynamic_shapes=shapes)
+    assert [tuple(tensor.shape) for tensor in program.flat_examples()] == [(2, 3), (60, 3)]
+    assert [spec.shape for spec in program.inputs] == [("b", 3), ("n", 3)]
+
+
+def test_ranges_are_those_of_inputs_by_position_or_by_name() -> None:
+    shapes = {"x": {0: Dim("b", max=8)}, "table": {0: Dim("n", min=5)}}
+    x, table, mask = torch.randn(4, 3), torch.randn(5, 3), torch.rand(1, 3)
+    program = graphopt.capture(Added(), (x,), {"mask": mask, "table": table}, dynamic_shapes=shapes)
+    ranges = {spec.name: spec.range_of(0) for spec in program.inputs}
+    assert ranges == {"x": SizeRange(0, 8), "table": SizeRange(5), "mask": ANY}
+    for call in (
+        lambda: program(x, mask=mask, table=torch.randn(9, 3)),
+        lambda: program(table=torch.randn(9, 3), mask=mask, x=x),
+    ):
+        assert call().shape == (4, 3)
+    for place, rows in (("table", 4), ("x", 9)):
+        given = {"mask": mask, "table": table, "x": x, place: torch.randn(rows, 3)}
+        with pytest.raises(UsageError, match=f"Axis 0 of input `{place}` has a size of {rows}"):
+            program(**given)
+
+
+def test_a_range_that_begins_where_no_example_is_made() -> None:
+    for axis in (0, 1):
+        with pytest.raises(UsageError, match=f"Axis {axis} of input `x` is to have a size of 2097152 or more"):
+            graphopt.capture(Layers(""), torch.randn(2, 4), dynamic_shapes={"x": {axis: Dim("rows", min=1 << 21)}})
 
 
 def test_data_of_sizes_that_an_axis_may_not_have() -> None:
