@@ -29,9 +29,10 @@ from scipy.optimize import nnls
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from graphopt.backends.onnx_execution.saturating_products import products_saturate
 from graphopt.capturing.capture import capture
 from graphopt.ir.program import Program
-from graphopt.measure.processor import said_of_processor
+from graphopt.measure.processor import X86, said_of_processor
 from graphopt.measure.work import Workload
 from graphopt.passes.int8 import Int8, Int8Options
 from graphopt.passes.quantization.paying import Accounts, Charge
@@ -125,7 +126,10 @@ def _arguments() -> argparse.Namespace:
 
 
 def _processor() -> str:
-    return ", ".join(said_of_processor("model name")) or platform.processor()
+    """Return which one this is, and of which kind."""
+    kind = platform.machine()
+    vnni = f" {'without' if products_saturate() else 'with'} VNNI" if kind in X86 else ""
+    return f"{', '.join(said_of_processor('model name')) or platform.processor()}, {kind}{vnni}"
 
 
 def _lowered(case: Case, runtime: Backend, folder: Path) -> Iterator[Network]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 from typing import ClassVar
 
@@ -27,7 +28,7 @@ from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
 from graphopt.ir.regions import graph_modules
 from graphopt.ir.torch_internals import pytree
-from graphopt.measure.processor import said_of_processor
+from graphopt.measure.processor import X86, said_of_processor
 from graphopt.targets.backend import Artifact, Finding
 from graphopt.targets.description import TargetDescription
 
@@ -110,6 +111,10 @@ class OnnxRuntimeBackend(OnnxBackend):
 
     def advice(self, artifact: Artifact) -> list[str]:
         """Say which target is faster or more exact on a processor like this one, where products are integers."""
+        costs = self.description.costs
+        if costs is not None and platform.machine() not in X86:
+            said = f"what is faster as float is told by costs of {costs.processor}, and this is {platform.machine()}"
+            return [f"{said}: int8:guard=measure times it here"] if artifact.facts.get("quantized") else []
         if "avx2" not in " ".join(said_of_processor("flags")).split():
             return []
         narrow = self.name == DESCRIPTION_AVX2.name

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+X86 = ("x86_64", "AMD64")  # as `platform.machine` says it
+
 
 def said_of_processor(*names: str) -> list[str]:
     """Return what stands under names, as "flags", once for processors that are alike; nothing where it is not Linux."""

@@ -69,7 +69,7 @@ class CostTable:
 
     Attributes:
         target: whose kernels.
-        processor: on what they were timed.
+        processor: on what they were timed, and of what kind that is.
         runtime: with which version.
         costs: of each kernel in each form.
     """

@@ -170,7 +170,7 @@ def unpaying(accounts: Accounts, table: CostTable) -> dict[str, Refusal]:
         names = alike[0].operators
         others = {1: "", 2: " with 1 other"}.get(len(names), f" with {len(names) - 1} others")
         times = f"{1e6 * alike[0].integer:.0f} us as integers, {1e6 * alike[0].floating:.0f} us as float"
-        reason = f"it takes{others} {times}, by the costs of {table.target}"
+        reason = f"it takes{others} {times}, by the costs of {table.target} ({table.processor})"
         found.update({unit: Refusal(unit, reason, f"faster as float on {table.target}") for unit in names})
     return found
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import platform
 from pathlib import Path
 
 import onnx_ir as ir
@@ -20,7 +22,7 @@ from graphopt.targets.costs import Work
 from tests.passes.int8_models import TwoConvs, images, quantized
 
 UNGUARDED = Int8Options(guard="none")  # networks so small are faster as float
-X86, ARM = ["fpu avx2 avx512f"], ["asimd i8mm"]
+X86, ARM = ("x86_64", "fpu avx2 avx512f"), ("aarch64", "asimd i8mm")
 
 
 @pytest.fixture(scope="module")
@@ -57,25 +59,27 @@ def test_what_is_rounded_by_scales_of_its_own_is_not_rounded_otherwise_on_arm() 
 
 
 @pytest.mark.parametrize(
-    ("target", "flags", "saturates", "said"),
+    ("target", "machine", "saturates", "said"),
     [
         ("onnxruntime", X86, True, "no VNNI"),
         ("onnxruntime", X86, False, None),
         ("onnxruntime-x86-avx2", X86, False, "has VNNI"),
         ("onnxruntime-x86-avx2", X86, True, None),
-        ("onnxruntime", ARM, False, None),
-        ("onnxruntime-x86-avx2", ARM, False, None),
+        ("onnxruntime", ARM, False, "costs of AMD EPYC, x86_64 with VNNI, and this is aarch64"),
+        ("onnxruntime-x86-avx2", ARM, False, "costs of AMD EPYC, x86_64 without VNNI, and this is aarch64"),
     ],
 )
 def test_says_what_suits_the_machine(
     artifacts: dict[str, Artifact],
     target: str,
-    flags: list[str],
+    machine: tuple[str, str],
     saturates: bool,
     said: str | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "said_of_processor", lambda *names: flags)
+    kind, flags = machine
+    monkeypatch.setattr(platform, "machine", lambda: kind)
+    monkeypatch.setattr(module, "said_of_processor", lambda *names: [flags])
     monkeypatch.setattr(module, "products_saturate", lambda: saturates)
     artifact = artifacts[target]
     advice = artifact.backend.advice(artifact)
@@ -89,3 +93,12 @@ def test_costs_are_shipped_where_they_were_measured() -> None:
         large = Work(operations=2 * 56 * 56 * 64 * 576, elements=2 * 56 * 56 * 64)  # a layer of ResNet-18
         integer, floating = (description.costs.seconds("conv2d", form, large) or 0.0 for form in ("static", "float"))
         assert 1e-4 < integer < floating < 1e-2
+
+
+def test_of_costs_that_decided_nothing_nothing_is_said(
+    artifacts: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    artifact = artifacts["onnxruntime"]
+    floating = dataclasses.replace(artifact, facts={**artifact.facts, "quantized": 0})
+    assert artifact.backend.advice(floating) == []

@@ -70,7 +70,7 @@ def decisions(plan: Int8Plan) -> dict[str, Any]:
 def test_where_integers_are_slow_everything_stays_float(chain: Program) -> None:
     plan = planned(chain, costing(integer=7, floating=3))
     assert plan.sites == plan.values == plan.layers == ()
-    said, by = reasons(plan), "by the costs of here"
+    said, by = reasons(plan), "by the costs of here (a processor)"
     assert said["conv2d"] == said["conv2d_1"] == f"it takes with 1 other 14 us as integers, 6 us as float, {by}"
     assert said["conv2d_2"] == said["linear"] == f"it takes with 2 others 21 us as integers, 9 us as float, {by}"
     assert "faster as float on here" in plan.summary()
@@ -161,7 +161,7 @@ def test_an_activation_goes_back_to_how_it_was_written(chain: Program) -> None:
         target=costing(floating=5, moving=1, hardsigmoid=(9, 9), hardswish=(9, 1)),
         options=Int8Options(mode="static"),
     )
-    assert reasons(plan)["hardswish"] == "it takes 9 us as integers, 3 us as float, by the costs of here"
+    assert reasons(plan)["hardswish"] == "it takes 9 us as integers, 3 us as float, by the costs of here (a processor)"
     assert len(plan.layers) == 4
     assert operators(program)["hardswish"] == 1
     assert "hardsigmoid" not in operators(program)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from graphopt.backends.onnxruntime.description import DESCRIPTION_AVX2 as AVX2
 from graphopt.backends.tensorrt.description import DESCRIPTION as TENSORRT
 from graphopt.ir.program import Program
 from graphopt.measure.equivalence import measure
@@ -81,8 +82,9 @@ class Normed(nn.Module):
         (Mobile(), WIDE, Int8Options(skip=("depthwise",))),
         (Mobile(), WIDE, Int8Options(weights="float")),
         (Mobile(), TENSORRT, Int8Options()),
+        (Mobile(), dataclasses.replace(AVX2, costs=None), Int8Options()),  # timed nowhere
     ],
-    ids=["few", "even", "normed", "float", "simulated", "another target"],
+    ids=["few", "even", "normed", "float", "simulated", "another target", "without VNNI"],
 )
 def test_left_as_they_are(model: nn.Module, target: TargetDescription, options: Int8Options) -> None:
     _, plan = quantized(model, images(), target=target, options=options)
