@@ -21,7 +21,8 @@ from graphopt.measure.bench import Comparison, Spread, Timing, compare
 from graphopt.measure.cost import cost
 from graphopt.measure.equivalence import Probe
 from graphopt.measure.evaluate import as_model
-from graphopt.measure.left_float import is_quantized, left_float
+from graphopt.measure.left_float import left_float
+from graphopt.quantization.stored import is_quantized
 from graphopt.targets.backend import Artifact, Backend, Session
 
 _SMALLER = 0.99  # of the bytes, which a quantized artifact has at most if it is to be called smaller

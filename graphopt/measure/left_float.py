@@ -14,7 +14,7 @@ from graphopt.ir.program import Program
 from graphopt.ir.provenance import module_path
 from graphopt.measure.cost import node_flops
 from graphopt.quantization.ops import DEQUANTIZE
-from graphopt.quantization.recurrent import DYNAMIC_LSTM
+from graphopt.quantization.stored import is_quantized, stored_as_integers
 
 _WORK = PRODUCTS | ALL_CONVOLUTIONS | ATTENTION | RECURRENT
 _LEAST_WORK = 0.02  # of all operations, below which a layer is not worth a word
@@ -26,20 +26,16 @@ def left_float(program: Program) -> list[str]:
     """Say what layers compute and weights lie in float32; nothing of a program in which nothing is quantized."""
     if not is_quantized(program):
         return []
-    calls = [node for node in program.graph.nodes if node.op == "call_function"]
-    return [said for said in (_layers(calls), _weights(program)) if said]
+    return [said for said in (_layers(program.graph), _weights(program)) if said]
 
 
-def is_quantized(program: Program) -> bool:
-    """Whether anything in a program is stored or computed as integers that stand for floats."""
-    return any(node.target in (DEQUANTIZE, DYNAMIC_LSTM) for node in program.graph.nodes)
-
-
-def _layers(calls: list[fx.Node]) -> str:
+def _layers(graph: fx.Graph) -> str:
+    calls = [node for node in graph.nodes if node.op == "call_function"]
+    stored = stored_as_integers(graph)
     total = sum(node_flops(node) for node in calls)
     shares: Counter[str] = Counter()
     for node in calls:
-        if node in _WORK and not _multiplies_integers(node):
+        if node in _WORK and not _multiplies_integers(node, stored):
             shares[module_path(node) or short_name(node)] += node_flops(node)
     found = [(name, flops / total) for name, flops in shares.most_common() if flops > _LEAST_WORK * total]
     if not found:
@@ -49,17 +45,10 @@ def _layers(calls: list[fx.Node]) -> str:
     return f"{whole:.0%} of the operations are of layers that compute in float32: {named}"
 
 
-def _multiplies_integers(node: fx.Node) -> bool:
+def _multiplies_integers(node: fx.Node, stored: set[fx.Node]) -> bool:
     """Whether a weight is stored as integers, or two values are: a float layer may read one that is for others."""
-    read = [used for used in node.all_input_nodes if used.target is DEQUANTIZE]
-    return len(read) > 1 or any(_is_stored(value.args[0]) for value in read)
-
-
-def _is_stored(value: object) -> bool:
-    """Whether a value is read from the program, unpacked and turned perhaps."""
-    while isinstance(value, fx.Node) and value.op == "call_function" and len(value.all_input_nodes) == 1:
-        value = value.all_input_nodes[0]
-    return isinstance(value, fx.Node) and value.op == "get_attr"
+    read = node.all_input_nodes
+    return sum(used.target is DEQUANTIZE for used in read) > 1 or not stored.isdisjoint(read)
 
 
 def _weights(program: Program) -> str:
