@@ -9,7 +9,7 @@ and dequantize stand is read from the target description.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -33,11 +33,11 @@ from graphopt.passes.quantization.rewrite import Rewriter
 from graphopt.passes.quantization.scales import Observing, choose_scales, constant_integers, value_records
 from graphopt.passes.quantization.tables import quantize_tables, read_integers
 from graphopt.passes.quantization.timing import fastest
-from graphopt.passes.quantization.widths import widened, widths
+from graphopt.passes.quantization.widths import fill_up, widened
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.knobs import Knob
 from graphopt.pipeline.pass_base import Pass
-from graphopt.quantization.histogram import ChannelMean, FirstSamples
+from graphopt.quantization.histogram import ChannelMean, FirstSamples, Statistic
 from graphopt.quantization.observers import Observer
 from graphopt.quantization.qparams import QParams
 from graphopt.statistics.calibration import Calibration, read_batches
@@ -143,20 +143,20 @@ class Int8(Pass[Int8Options, Int8Plan]):
 
     def plan(self, program: Program, ctx: Context) -> Int8Plan:
         """Place integers where they pay, calibrate, and choose scales and integer weights."""
-        return self._plan_for(self._target(ctx), program, ctx)
+        return self._plan_for(program, ctx)
 
-    def _plan_for(self, target: TargetDescription, program: Program, ctx: Context) -> Int8Plan:
-        skip, guarding = self.options.skip, self.options.guard
+    def _plan_for(self, program: Program, ctx: Context, *, widen: bool = True) -> Int8Plan:
+        target, skip, guarding = self._target(ctx), self.options.skip, self.options.guard
         everywhere = Placer(target, skip, self._scales)
         by_costs = Placer(target, skip, self._scales, target.costs)
         if guarding != "measure":
             asked = guarding == "costs" and self._rounds_weights
-            return self._planned(by_costs if asked else everywhere, program, ctx)
+            return self._planned(by_costs if asked else everywhere, program, ctx, widen=widen)
         guard = Guard(ctx.need_timer(self.name))
         ways = [("integers everywhere", everywhere), *([("integers by costs", by_costs)] if target.costs else [])]
         chosen = fastest(
             ways,
-            lambda placer: self._planned(placer, program, ctx),
+            lambda placer: self._planned(placer, program, ctx, widen=widen),
             lambda plan: self.apply(program, plan),
             program,
             guard,
@@ -164,35 +164,24 @@ class Int8(Pass[Int8Options, Int8Plan]):
         measured = {name: list(times) for name, times in guard.measured.items()}
         return dataclasses.replace(chosen, measured={"time of float": measured})
 
-    def _planned(self, placer: Placer, program: Program, ctx: Context) -> Int8Plan:
-        target, skip = placer.target, self.options.skip
-        wider = widths(program, placer) if self._rounds_weights else {}
-        program = widened(program, wider, self.name)
+    def _planned(self, placer: Placer, program: Program, ctx: Context, *, widen: bool) -> Int8Plan:
+        target, wider = placer.target, dict[str, int]()
         placed, placement = placer.run(program)
-        prepared, originals = placed.program, placed.originals
-        gm = prepared.graph_module
-        tables, tensors, float_tables = quantize_tables(gm, target, skip) if self._rounds_weights else ([], {}, [])
+        if widen and self._rounds_weights:
+            program, wider = fill_up(placed, placement, target.depthwise_multiple, self.name)
+            placed, placement = placer.run(program) if wider else (placed, placement)
+        found = (
+            quantize_tables(placed.program.graph_module, target, self.options.skip) if self._rounds_weights else None
+        )
+        tables, tensors, float_tables = found or ([], {}, [])
         calibration = self._calibration(placement, program, ctx)
-        observing = Observing(self.options.observer, self.options.percentile)
-        means = [request for _, request in self._means_wanted(placement, originals)]
-        choosing = self.options.mode == "auto" and self._rounds_weights
-        inputs = inputs_to_keep(placement, prepared, originals, self._compared_samples(program)) if choosing else {}
-        kept = [(name, FirstSamples(self._compared_samples(program))) for name in inputs.values()]
-        scales = choose_scales(placement, gm, calibration, originals, target.activation, observing, [*means, *kept])
-        if choosing and calibration is not None:
-            found = zip(inputs, calibration.gather(kept), strict=True)
-            seen = {node: self._compared_batches(program, first.values) for node, first in found}
-            choice = choose_forms(placement, prepared, scales, target, lambda: self._compared(program, ctx), seen)
-            if choice:
-                placed, placement = placer.again(placed, choice)
-                prepared, originals = placed.program, placed.originals
-                gm = prepared.graph_module
-                scales = choose_scales(placement, gm, calibration, originals, target.activation, observing)
-        values = value_records(placement, gm, scales, observing)
+        placed, placement, scales = self._with_scales(placer, placed, placement, calibration, ctx)
+        prepared, gm = placed.program, placed.program.graph_module
+        values = value_records(placement, gm, scales, self._observing)
         quantizer = LayerQuantizer(gm, target.weight, tensors)
         if self._rounding == "gptq" and placement.sites:
             quantizer.round_by_inputs(placement.sites, prepared, self._batches(program, ctx), ctx.progress)
-        layers = self._quantize_layers(quantizer, placement, calibration, originals, scales)
+        layers = self._quantize_layers(quantizer, placement, calibration, placed.originals, scales)
         lstms = [call for site in placement.sites if (call := lstm_call(site.node)) is not None]
         recurrent, gates = record_lstms(lstms, gm, target.weight)
         return self.new_plan(
@@ -209,6 +198,39 @@ class Int8(Pass[Int8Options, Int8Plan]):
             notes=_notes(wider) if self._rounds_weights else (_SIMULATED,),
         )
 
+    def _with_scales(
+        self,
+        placer: Placer,
+        placed: Prepared,
+        placement: Placement,
+        calibration: Calibration | None,
+        ctx: Context,
+    ) -> tuple[Prepared, Placement, dict[fx.Node, QParams]]:
+        """Return scales of values, and what is placed where layers chose between static ones, dynamic ones and none."""
+        program, prepared, activation = placed.source, placed.program, placer.target.activation
+        count = self._compared_samples(program)
+        means = [request for _, request in self._means_wanted(placement, placed.originals)]
+        choosing = self.options.mode == "auto" and self._rounds_weights
+        inputs = inputs_to_keep(placement, prepared, placed.originals, count) if choosing else {}
+        kept = [(name, FirstSamples(count)) for name in inputs.values()]
+
+        def scales_of(
+            placed: Prepared, placement: Placement, also: Sequence[tuple[str, Statistic]] = ()
+        ) -> dict[fx.Node, QParams]:
+            gm, observing = placed.program.graph_module, self._observing
+            return choose_scales(placement, gm, calibration, placed.originals, activation, observing, also)
+
+        scales = scales_of(placed, placement, [*means, *kept])
+        if not choosing or calibration is None:
+            return placed, placement, scales
+        found = zip(inputs, calibration.gather(kept), strict=True)
+        seen = {node: self._compared_batches(program, first.values) for node, first in found}
+        choice = choose_forms(placement, prepared, scales, placer.target, lambda: self._compared(program, ctx), seen)
+        if not choice:
+            return placed, placement, scales
+        placed, placement = placer.again(placed, choice)
+        return placed, placement, scales_of(placed, placement)
+
     def apply(self, program: Program, plan: Int8Plan) -> Program:
         """Insert what the plan says."""
         prepared = Prepared.of(widened(program, plan.widths, self.name), plan.respelled).program
@@ -220,7 +242,7 @@ class Int8(Pass[Int8Options, Int8Plan]):
 
     def knobs(self, program: Program, ctx: Context) -> list[Knob]:
         """List what it does to each weight, of those that there are: none gets wider."""
-        plan = self._plan_for(dataclasses.replace(self._target(ctx), depthwise_multiple=1), program, ctx)
+        plan = self._plan_for(program, ctx, widen=False)
         return knobs_of(Prepared.of(program, plan.respelled), plan)
 
     def _calibration(self, placement: Placement, program: Program, ctx: Context) -> Calibration | None:
@@ -252,6 +274,10 @@ class Int8(Pass[Int8Options, Int8Plan]):
     def _scales(self) -> Scales | None:
         """Return how scales of activations are chosen, None for what each kernel is best at."""
         return _DEFAULT[self.options.mode] if self._rounds_weights else "static"
+
+    @property
+    def _observing(self) -> Observing:
+        return Observing(self.options.observer, self.options.percentile)
 
     @property
     def _rounding(self) -> Literal["nearest", "gptq"]:

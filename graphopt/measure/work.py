@@ -59,20 +59,31 @@ def special_kernel(kernel: str, node: fx.Node) -> str:
     if node not in ALL_CONVOLUTIONS or not kernel.startswith("conv"):
         return kernel
     given = arguments(node, ())
+    if int(given.get("groups", 1)) > 1:
+        return f"{kernel}_depthwise" if is_depthwise(node) else f"{kernel}_grouped"
     source, weight = (_tensors(given[name])[0].shape for name in ("input", "weight"))
-    channels, groups = _size(source[1]), int(given.get("groups", 1))
-    if groups > 1:
-        return f"{kernel}_depthwise" if groups == channels else f"{kernel}_grouped"
-    if channels <= _FEW_CHANNELS:
+    if _size(source[1]) <= _FEW_CHANNELS:
         return f"{kernel}_first"
     return f"{kernel}_pointwise" if all(_size(size) == 1 for size in weight[2:]) else kernel
 
 
 def special_move(kernel: str, value: fx.Node) -> str:
     """Return under which name "quantize" or "dequantize" of a value has costs."""
+    return f"{kernel}_map" if is_map(value) else kernel
+
+
+def is_depthwise(node: fx.Node) -> bool:
+    """Whether a call is a convolution with a group for each of several channels."""
+    if node not in ALL_CONVOLUTIONS:
+        return False
+    given = arguments(node, ())
+    return 1 < int(given.get("groups", 1)) == _size(_tensors(given["input"])[0].shape[1])
+
+
+def is_map(value: fx.Node) -> bool:
+    """Whether a value has more than one place for each channel."""
     shapes = [tensor.shape for tensor in _tensors(value)]
-    placed = any(len(shape) > 3 and math.prod(map(_size, shape[2:])) > 1 for shape in shapes)
-    return f"{kernel}_map" if placed else kernel
+    return any(len(shape) > 3 and math.prod(map(_size, shape[2:])) > 1 for shape in shapes)
 
 
 def _tensors(node: fx.Node) -> list[torch.Tensor]:

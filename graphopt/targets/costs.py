@@ -9,7 +9,8 @@ latency.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -72,6 +73,7 @@ class CostTable:
         processor: on what they were timed, and of what kind that is.
         runtime: with which version.
         costs: of each kernel in each form.
+        like: kernels that were not timed, and whose costs stand for theirs.
     """
 
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = _STRICT
@@ -80,6 +82,7 @@ class CostTable:
     processor: str
     runtime: str
     costs: tuple[KernelCost, ...]
+    like: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def batches(self) -> tuple[int, ...]:
@@ -95,9 +98,9 @@ class CostTable:
             work: of one sample.
             samples: of a call, one of `batches`.
         """
-        asked = (kernel, form, samples)
-        found = next((cost for cost in self.costs if (cost.kernel, cost.form, cost.samples) == asked), None)
-        return None if found is None else found.seconds(work)
+        found = {cost.kernel: cost for cost in self.costs if (cost.form, cost.samples) == (form, samples)}
+        cost = found.get(kernel) or found.get(self.like.get(kernel, ""))
+        return None if cost is None else cost.seconds(work)
 
     def to_json(self) -> str:
         """Return it as text that `read_costs` reads."""

@@ -14,7 +14,7 @@ from torch import fx
 from graphopt.ir.graph import constant
 from graphopt.ir.operators import SIZES, short_name
 from graphopt.measure.cut import Crossing, Operator, islands, on_integers, seconds
-from graphopt.measure.work import Workload, special_kernel, special_move
+from graphopt.measure.work import Workload, is_map, special_kernel, special_move
 from graphopt.passes.quantization.kernels import kernel_of
 from graphopt.passes.quantization.placement import Placement, Site
 from graphopt.passes.quantization.prepare import Prepared
@@ -24,7 +24,6 @@ from graphopt.targets.costs import CostTable, Form, Work
 # Float times count for more: a kernel that is timed alone finds its values in the caches, and in a model float ones do
 # not. EfficientNet-B0 took 1.37 times what the table says as float, and 0.98 times as integers (AVX2, 8 samples).
 _SURELY = 1.4
-_NEAREST = {"prelu": "leaky_relu"}  # whose costs count where a table has none of its own
 _WORTH = 0.002  # of the time of all that is placed, that less is not worth an island
 
 
@@ -66,7 +65,7 @@ class Accounts:
         self._work, self._work_before = Workload(prepared.program), Workload(prepared.source)
         self._present = {node.name for node in prepared.program.graph.nodes}
         self._before = {node.name: node for node in prepared.source.graph.nodes}
-        self._on = {site.node: site for site in placement.sites}
+        self._sums_behind = self._find_sums_behind()
         self.sites: dict[str, list[Site]] = {}  # by unit
         for site in placement.sites:
             self.sites.setdefault(prepared.unit(site.node), []).append(site)
@@ -121,29 +120,27 @@ class Accounts:
 
         Both sides of each sum are laid out anew (a ResNet-20 whose stem is float: 18 transposes, 2 without it).
         """
-        behind, left, charges = set[fx.Node](), [value.node], list[Charge]()
-        if value.form != "static" or not _is_map(value.node):
-            return charges
-        while left:
-            for user in left.pop().users:
-                site = self._on.get(user)
-                if site is None or site.end is None or user in behind or site.rule.role == "compute":
-                    continue
-                behind.add(user)
-                left.append(site.end)
-                if (
-                    len([read for read in site.kernel.operands if _is_map(read) and constant(read, self._gm) is None])
-                    > 1
-                ):
-                    charges += 2 * [self._move("quantize", site.end, "static")]
-        return charges
+        if value.form != "static" or not is_map(value.node):
+            return []
+        return 2 * [self._move("quantize", total, "static") for total in self._sums_behind[value.node]]
+
+    def _find_sums_behind(self) -> dict[fx.Node, dict[fx.Node, None]]:
+        """Return by value the results of all sums that its layout spreads to, up to the next layer."""
+        on = {site.node: (site, site.end) for site in self._placement.sites if site.rule.role != "compute"}
+        behind: dict[fx.Node, dict[fx.Node, None]] = {}
+        for node in reversed(self._prepared.program.graph.nodes):
+            behind[node] = {}
+            for site, end in (on[user] for user in node.users if user in on):
+                if end is not None:
+                    behind[node] |= {**({end: None} if self._sums_maps(site) else {}), **behind[end]}
+        return behind
+
+    def _sums_maps(self, site: Site) -> bool:
+        maps = [read for read in site.kernel.operands if is_map(read) and constant(read, self._gm) is None]
+        return len(maps) > 1
 
     def _move(self, what: str, node: fx.Node, form: Form) -> Charge:
         return Charge(special_move(what, node), form, Work(0, self._work.elements(node)))
-
-
-def _is_map(value: fx.Node) -> bool:
-    return special_move("quantize", value) != "quantize"
 
 
 def unpaying(accounts: Accounts, table: CostTable) -> dict[str, Refusal]:
@@ -191,16 +188,10 @@ def _operator(unit: str, accounts: Accounts, table: CostTable, samples: int) -> 
 
 
 def _seconds(charge: Charge, table: CostTable, samples: int) -> float | None:
-    kernels = (charge.kernel, _NEAREST.get(charge.kernel, charge.kernel))
-    times = (table.seconds(kernel, charge.form, charge.work, samples) for kernel in kernels)
-    return next((seconds for seconds in times if seconds is not None), None)
+    return table.seconds(charge.kernel, charge.form, charge.work, samples)
 
 
 def _crossing(value: Handover, accounts: Accounts, table: CostTable, samples: int) -> Crossing:
-    times = {}
-    for way in ("quantize", "dequantize"):
-        charge = accounts.moving(way, value)
-        times[way] = table.seconds(charge.kernel, charge.form, charge.work, samples) or 0.0
-    for charge in accounts.relaid(value):
-        times["quantize"] += table.seconds(charge.kernel, charge.form, charge.work, samples) or 0.0
-    return Crossing(value.producer, value.readers, **times)
+    to, back = (_seconds(accounts.moving(way, value), table, samples) or 0.0 for way in ("quantize", "dequantize"))
+    relaid = sum(_seconds(charge, table, samples) or 0.0 for charge in accounts.relaid(value))
+    return Crossing(value.producer, value.readers, quantize=to + relaid, dequantize=back)

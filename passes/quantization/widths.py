@@ -15,30 +15,32 @@ from graphopt.axes.infer import Axes, infer
 from graphopt.axes.layout import Axis
 from graphopt.axes.widening import why_not_wider, widen
 from graphopt.ir.program import Program
-from graphopt.measure.work import special_kernel
+from graphopt.measure.work import is_depthwise
 from graphopt.passes.quantization.kernels import kernel_of
-from graphopt.passes.quantization.placing import Placer
+from graphopt.passes.quantization.placement import Placement
+from graphopt.passes.quantization.prepare import Prepared
 
 logger = logging.getLogger(__name__)
 
 _MOST = 1 / 2  # of a group's channels: all around it grows, too, and so does what is stored
 
 
-def widths(program: Program, placer: Placer) -> dict[str, int]:
-    """Return how many channels groups of a program should have, by their names, where it is not as many as now.
+def fill_up(placed: Prepared, placement: Placement, multiple: int, made_by: str) -> tuple[Program, dict[str, int]]:
+    """Return the program before it was prepared with wider groups, and by their names how many channels these have.
 
     Args:
-        program: what is to be quantized.
-        placer: finds out which depthwise convolutions will be on integers.
+        placed: what is to be quantized.
+        placement: where its integers stand.
+        multiple: of how many channels the integer kernel for depthwise convolutions is fastest.
+        made_by: the pass on whose behalf it gets wider.
     """
-    uneven = _uneven(program, placer.target.depthwise_multiple)
+    program, found = placed.source, dict[str, int]()
+    uneven = _uneven(program, multiple)
     if not uneven:
-        return {}
-    prepared, placement = placer.run(program)
-    on_integers = {prepared.unit(site.node) for site in placement.sites}
+        return program, found
+    on_integers = {placed.unit(site.node) for site in placement.sites}
     axes = infer(program.graph_module)
     groups = {group.axis: group for group in axes.groups()}
-    found: dict[str, int] = {}
     for name, (weight, size) in uneven.items():
         layout = axes.parameters[weight][0]
         group = groups.get(layout.id) if isinstance(layout, Axis) else None
@@ -47,7 +49,7 @@ def widths(program: Program, placer: Placer) -> dict[str, int]:
             logger.debug("`%s` does not get %d channels: %s", name, size, why)
         elif group is not None:
             found[group.name] = size
-    return found
+    return (program.with_graph(widen(program.graph_module, axes, found, made_by)) if found else program), found
 
 
 def widened(program: Program, sizes: Mapping[str, int], made_by: str) -> Program:
@@ -63,7 +65,7 @@ def _uneven(program: Program, multiple: int) -> dict[str, tuple[str, int]]:
     found = {}
     for node in program.graph.nodes:
         kernel = kernel_of(node, program.graph_module)
-        if kernel is None or kernel.layer is None or not special_kernel(kernel.name, node).endswith("_depthwise"):
+        if kernel is None or kernel.layer is None or not is_depthwise(node):
             continue
         channels = kernel.layer.groups
         if channels % multiple and kernel.layer.weight.op == "get_attr":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from graphopt.errors import LoweringError
 from graphopt.targets.costs import CostTable, KernelCost, Work, read_costs
 
 COSTS = (KernelCost("conv2d", "static", 1, 1e-6, 2e-9, 3e-9), KernelCost("conv2d", "static", 8, 5e-6, 4e-9, 0))
-TABLE = CostTable("here", "a processor", "a runtime 1.0", COSTS)
+TABLE = CostTable("here", "a processor", "a runtime 1.0", COSTS, like={"conv3d": "conv2d"})
 
 
 def test_a_call_takes_its_share_of_everything() -> None:
@@ -20,7 +21,13 @@ def test_a_call_takes_its_share_of_everything() -> None:
     assert TABLE.seconds("conv2d", "static", Work(1000, 100), samples=8) == pytest.approx(5e-6 + 8 * 4e-6)
 
 
-@pytest.mark.parametrize(("kernel", "form"), [("conv2d", "float"), ("conv1d", "static")])
+def test_what_was_not_measured_may_be_like_what_was() -> None:
+    assert TABLE.seconds("conv3d", "static", Work(1000, 100)) == TABLE.seconds("conv2d", "static", Work(1000, 100))
+    own = dataclasses.replace(TABLE, costs=(*COSTS, KernelCost("conv3d", "static", 1, 7e-6, 0, 0)))
+    assert own.seconds("conv3d", "static", Work(1000, 100)) == 7e-6
+
+
+@pytest.mark.parametrize(("kernel", "form"), [("conv2d", "float"), ("conv3d", "float"), ("conv1d", "static")])
 def test_what_was_not_measured_is_not_known(kernel: str, form: str) -> None:
     assert TABLE.seconds(kernel, form, Work(1, 1)) is None  # type: ignore[arg-type]
 
