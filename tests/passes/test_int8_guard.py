@@ -15,6 +15,8 @@ from graphopt.ir.program import Program
 from graphopt.job.optimizing import optimize
 from graphopt.measure.bench import Spread
 from graphopt.passes.int8 import Int8, Int8Options
+from graphopt.passes.quantization.paying import Accounts
+from graphopt.passes.quantization.placing import Placer
 from graphopt.passes.quantization.plan import Int8Plan
 from graphopt.pipeline.context import Context
 from graphopt.targets.costs import CostTable, KernelCost
@@ -121,6 +123,21 @@ def test_each_sum_behind_a_float_map_lays_it_out_anew(trunk: Program, moving: in
     """Float, the first layer takes 2 us and one move; with integers behind it, four moves more."""
     plan = planned(trunk, costing(integer=3, floating=9, moving=moving, conv2d_first=(9, 2), add=(1, 1)))
     assert list(reasons(plan)) == left
+
+
+class Twice(Trunk):
+    """What a layer makes reaches a product in two ways, and a sum behind it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.silu(self.stem(x))
+        return self.last(x + self.a(x))
+
+
+def test_what_is_reached_in_two_ways_is_laid_out_anew_once() -> None:
+    accounts = Accounts(*reversed(Placer(ONNXRUNTIME).run(folded(Twice(), images(count=4)))))
+    relaid = {value.node.name: len(accounts.relaid(value)) for value in accounts.handovers()}
+    assert relaid["conv2d"] == 2 * 2
+    assert relaid["add"] == 0
 
 
 class Gated(Trunk):
