@@ -57,11 +57,11 @@ def widen(gm: fx.GraphModule, axes: Axes, sizes: Mapping[str, int], made_by: str
     Raises:
         PassError: there is no such group, or it cannot have that many.
     """
-    groups = {group.name: group for group in axes.groups()}
+    groups, growing = {group.name: group for group in axes.groups()}, Growing(axes)
     for name, size in sizes.items():
         if name not in groups:
             raise PassError(f"There is no group `{name}` to widen in this program. Make the plan again.")
-        why = f"{size} are fewer" if size < groups[name].size else why_not_wider(axes, groups[name])
+        why = f"{size} are fewer" if size < groups[name].size else growing.why_not(groups[name])
         if why is not None:
             raise PassError(f"`{name}` cannot have {size} channels in place of {groups[name].size}: {why}.")
     wider = [groups[name] for name in sizes]
@@ -69,22 +69,29 @@ def widen(gm: fx.GraphModule, axes: Axes, sizes: Mapping[str, int], made_by: str
     return reindex(gm, axes, indices, made_by, instead=_without_effect(axes, wider, indices))
 
 
-def why_not_wider(axes: Axes, group: Group) -> str | None:
-    """Return why more channels of a group would not be without effect, or None."""
-    if not group.consumers:
-        return "no weight sums over it"
-    reads = Counter[object]()
-    for node in axes.gm.graph.nodes:
-        if node.op == "get_attr" and node in axes.layouts:
-            reads[memory_key(tensor_attribute(axes.gm, str(node.target)))] += len(node.users)
-    for member in group.members:
-        if reads[memory_key(tensor_attribute(axes.gm, member.parameter))] > 1:
-            return f"`{member.parameter}` is read more than once"
-    for module in graph_modules(axes.gm):
-        for node in module.graph.nodes:
-            if node.op == "call_function" and not _keeps_apart(axes, node, group.axis):
-                return f"{short_name(node)} at `{node.name}` may compute across it"
-    return None
+class Growing:
+    """Tells which groups of a graph may have more channels."""
+
+    def __init__(self, axes: Axes) -> None:
+        """Count how often each tensor is read."""
+        self._axes = axes
+        self._reads = Counter[object]()
+        for node in axes.gm.graph.nodes:
+            if node.op == "get_attr" and node in axes.layouts:
+                self._reads[memory_key(tensor_attribute(axes.gm, str(node.target)))] += len(node.users)
+
+    def why_not(self, group: Group) -> str | None:
+        """Return why more channels of a group would not be without effect, or None."""
+        if not group.consumers:
+            return "no weight sums over it"
+        for member in group.members:
+            if self._reads[memory_key(tensor_attribute(self._axes.gm, member.parameter))] > 1:
+                return f"`{member.parameter}` is read more than once"
+        for module in graph_modules(self._axes.gm):
+            for node in module.graph.nodes:
+                if node.op == "call_function" and not _keeps_apart(self._axes, node, group.axis):
+                    return f"{short_name(node)} at `{node.name}` may compute across it"
+        return None
 
 
 def _keeps_apart(axes: Axes, node: fx.Node, axis: int) -> bool:

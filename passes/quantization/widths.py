@@ -11,9 +11,9 @@ import logging
 from collections.abc import Mapping
 
 from graphopt.axes.groups import Group
-from graphopt.axes.infer import Axes, infer
+from graphopt.axes.infer import infer
 from graphopt.axes.layout import Axis
-from graphopt.axes.widening import why_not_wider, widen
+from graphopt.axes.widening import Growing, widen
 from graphopt.ir.program import Program
 from graphopt.measure.work import is_depthwise
 from graphopt.passes.quantization.kernels import kernel_of
@@ -40,11 +40,12 @@ def fill_up(placed: Prepared, placement: Placement, multiple: int, made_by: str)
         return program, found
     on_integers = {placed.unit(site.node) for site in placement.sites}
     axes = infer(program.graph_module)
+    growing = Growing(axes)
     groups = {group.axis: group for group in axes.groups()}
     for name, (weight, size) in uneven.items():
         layout = axes.parameters[weight][0]
         group = groups.get(layout.id) if isinstance(layout, Axis) else None
-        why = "it is float" if name not in on_integers else _why_left(axes, group, size)
+        why = "it is float" if name not in on_integers else _why_left(growing, group, size)
         if why is not None:
             logger.debug("`%s` does not get %d channels: %s", name, size, why)
         elif group is not None:
@@ -73,9 +74,9 @@ def _uneven(program: Program, multiple: int) -> dict[str, tuple[str, int]]:
     return found
 
 
-def _why_left(axes: Axes, group: Group | None, size: int) -> str | None:
+def _why_left(growing: Growing, group: Group | None, size: int) -> str | None:
     if group is None:
         return "its channels are several groups, or none that may grow"
     if size > (1 + _MOST) * group.size:
         return f"it has only {group.size}"
-    return why_not_wider(axes, group)
+    return growing.why_not(group)

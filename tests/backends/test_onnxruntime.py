@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import runpy
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from graphopt import capture
 from graphopt.backends.onnx_execution import saturating_products, session
+from graphopt.backends.onnx_execution.saturating_products import products_saturate
 from graphopt.backends.onnx_execution.session import SessionSettings
 from graphopt.backends.onnx_lowering import simplification
 from graphopt.backends.onnx_lowering.lowering import Style, lower
@@ -30,6 +32,7 @@ from graphopt.backends.onnxruntime import OnnxRuntimeBackend, breakers
 from graphopt.backends.onnxruntime.fusion import kernel_counts
 from graphopt.errors import LoweringError, UsageError
 from graphopt.ir.program import Program
+from graphopt.measure.processor import X86, said_of_processor
 from graphopt.targets.backend import Artifact
 from tests.backends.quantized import Conv, Dense, IntegerFeedForward, IntegerResNet, Rounded, signed
 from tests.models import Residual
@@ -123,6 +126,23 @@ def precise(options: onnxruntime.SessionOptions) -> bool:
         return bool(options.get_session_config_entry("session.x64quantprecision") == "1")
     except RuntimeError:  # it has no such entry
         return False
+
+
+@pytest.mark.skipif(
+    platform.machine() not in X86 or not said_of_processor("flags"), reason="which processor has VNNI is known of x86"
+)
+def test_products_saturate_on_x86_without_vnni() -> None:
+    flags = " ".join(said_of_processor("flags")).split()
+    assert products_saturate() == (not {"avx512_vnni", "avx_vnni"} & {*flags})
+
+
+@pytest.mark.parametrize("saturates", [True, False])
+def test_one_product_that_is_off_saturates(monkeypatch: pytest.MonkeyPatch, *, saturates: bool) -> None:
+    found = np.full((saturating_products.SIZE, saturating_products.SIZE), saturating_products.EXACT)
+    found[-1, -1] -= saturates
+    fake = SimpleNamespace(InferenceSession=lambda *_, **__: SimpleNamespace(run=lambda *_: [found]))
+    monkeypatch.setattr(saturating_products, "onnxruntime", fake)
+    assert products_saturate.__wrapped__() is saturates
 
 
 def test_products_that_saturate_are_found() -> None:

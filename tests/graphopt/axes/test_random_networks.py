@@ -15,7 +15,7 @@ from graphopt.axes.infer import infer
 from graphopt.axes.layout import surviving
 from graphopt.axes.proof.masked import check_masked_equivalence
 from graphopt.axes.rewrite import remove, slices
-from graphopt.axes.widening import why_not_wider, widen
+from graphopt.axes.widening import Growing, widen
 from graphopt.capturing.capture import capture
 from graphopt.ir.graph import copy_graph_module, tensor_attribute
 
@@ -149,7 +149,7 @@ def test_what_pruned_and_wider_networks_compute(steps: list[Step], seed: int) ->
     assert (pruned(x) - expected).norm() <= ROUNDING * expected.norm()
     check_masked_equivalence(gm, pruned, slices(axes, kept), (x,))
     assert pruned(x[:1].expand(3, -1, -1, -1)).shape == (3, 3)
-    assert all(why_not_wider(axes, g) is None for g in axes.groups())
+    assert all(Growing(axes).why_not(g) is None for g in axes.groups())
     wide = widen(gm, axes, {g.name: g.size + draw.randint(0, 5) for g in axes.groups()}, "test")
     assert (wide(x) - gm(x)).norm() <= ROUNDING * gm(x).norm()
 
