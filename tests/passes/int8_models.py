@@ -25,7 +25,7 @@ from graphopt.targets.description import TargetDescription
 from graphopt.testing import TensorSamples
 from tests.models import OptionA, Residual
 
-ONNXRUNTIME = dataclasses.replace(DESCRIPTION, costs=None)  # by which networks so small stay float
+WITHOUT_COSTS = dataclasses.replace(DESCRIPTION, costs=None)  # by which networks so small stay float
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -54,7 +54,7 @@ def folded(model: nn.Module, *inputs: Tensor) -> Program:
 def quantized(
     model: nn.Module | Program,
     *data: Tensor,
-    target: TargetDescription = ONNXRUNTIME,
+    target: TargetDescription = WITHOUT_COSTS,
     options: Int8Options | None = None,
 ) -> tuple[Program, Int8Plan]:
     program = model if isinstance(model, Program) else folded(model, *data)

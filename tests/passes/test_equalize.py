@@ -17,7 +17,7 @@ from graphopt.passes.int8 import Int8
 from graphopt.pipeline.context import Context
 from graphopt.quantization.histogram import ChannelRange
 from graphopt.testing import TensorSamples, check_pass
-from tests.passes.int8_models import ONNXRUNTIME, seeded  # fmt: skip
+from tests.passes.int8_models import WITHOUT_COSTS, seeded  # fmt: skip
 from tests.passes.int8_models import noise as drawn
 
 
@@ -119,7 +119,7 @@ def test_integers_leave_more_of_it(made: str, request: pytest.FixtureRequest) ->
     data = TOKENS if made == "tokens" else IMAGES
 
     def ratio(one: Program) -> float:
-        ctx = Context(original=one, targets=(ONNXRUNTIME,), target=ONNXRUNTIME, samples=TensorSamples((data,)))
+        ctx = Context(original=one, targets=(WITHOUT_COSTS,), target=WITHOUT_COSTS, samples=TensorSamples((data,)))
         stored = Int8().apply(one, Int8().plan(one, ctx))
         return measure(program, stored.call_flat, (data,)).sqnr
 

@@ -27,7 +27,7 @@ from tests.models import OptionA, Residual
 from tests.passes.int8_models import (
     EDGES,
     IDS,
-    ONNXRUNTIME,
+    WITHOUT_COSTS,
     ConstantOperand,
     Gate,
     Head,
@@ -162,7 +162,7 @@ def test_leaves_computed_weights() -> None:
 
 
 @pytest.mark.parametrize(
-    ("transposed", "target", "kernel"), [(False, ONNXRUNTIME, "conv2d"), (True, TENSORRT, "conv_transpose2d")]
+    ("transposed", "target", "kernel"), [(False, WITHOUT_COSTS, "conv2d"), (True, TENSORRT, "conv_transpose2d")]
 )
 def test_a_convolution_is_one_whatever_operator_calls_it(
     transposed: bool, target: TargetDescription, kernel: str, tmp_path: Path
@@ -214,7 +214,7 @@ def test_leaves_other_dtypes() -> None:
     assert reasons(plan)["linear"].endswith("` is float64, not float32")
 
 
-@pytest.mark.parametrize("target", [ONNXRUNTIME, TENSORRT], ids=["onnxruntime", "tensorrt"])
+@pytest.mark.parametrize("target", [WITHOUT_COSTS, TENSORRT], ids=["onnxruntime", "tensorrt"])
 def test_leaves_what_has_no_elements(target: TargetDescription) -> None:
     class Empty(nn.Module):
         def __init__(self) -> None:
@@ -263,7 +263,7 @@ def test_options_are_checked(name: str) -> None:
 def test_asks_for_data_and_target() -> None:
     program = folded(Head(), images())
     with pytest.raises(DataError, match="--data"):
-        Int8().plan(program, Context(original=program, target=ONNXRUNTIME))
+        Int8().plan(program, Context(original=program, target=WITHOUT_COSTS))
     with pytest.raises(PassError, match="--target"):
         Int8().plan(program, Context(original=program, samples=TensorSamples((images(),))))
 
@@ -288,7 +288,9 @@ def test_reaches_integer_kernels(model: type[nn.Module], data: Tensor, wanted: d
     assert {name: found[name] for name in wanted} == wanted, dict(found)
 
 
-CONTRACTS = [(kind, data, ONNXRUNTIME) for kind, data, _ in EDGES if kind not in (Head, Signal, Residual, SharedWeight)]
+CONTRACTS = [
+    (kind, data, WITHOUT_COSTS) for kind, data, _ in EDGES if kind not in (Head, Signal, Residual, SharedWeight)
+]
 CONTRACTS += [(kind, data, TENSORRT) for kind, data, _ in EDGES if kind in (TwoReaders, Pools, Tokens)]
 
 
@@ -484,7 +486,7 @@ def test_training_data_is_not_needed_twice() -> None:
             runs.append(batch_size)
             return super().batches(batch_size, limit)
 
-    shared = Context(original=program, target=ONNXRUNTIME, samples=Counting((images(),)))
+    shared = Context(original=program, target=WITHOUT_COSTS, samples=Counting((images(),)))
     Int8().plan(program, shared)
     first = len(runs)
     shared.target = TENSORRT
@@ -547,7 +549,7 @@ def test_options_that_nothing_reads_are_refused(given: dict[str, str]) -> None:
         build("int8", Int8Options, given)
 
 
-@pytest.mark.parametrize("target", [ONNXRUNTIME, TENSORRT], ids=lambda target: target.name)
+@pytest.mark.parametrize("target", [WITHOUT_COSTS, TENSORRT], ids=lambda target: target.name)
 def test_activations_alone_are_rounded(target: TargetDescription) -> None:
     """Where they are with weights, too, by the same scales; weights and biases stay as they are."""
     program, data = folded(Residual(), images()), images()

@@ -24,7 +24,7 @@ from graphopt.pipeline.context import Context
 from graphopt.statistics import calibration
 from graphopt.targets.description import TargetDescription
 from graphopt.testing import TensorSamples, check_pass
-from tests.passes.int8_models import ONNXRUNTIME, folded, kernels, noise, reasons
+from tests.passes.int8_models import WITHOUT_COSTS, folded, kernels, noise, reasons
 
 
 class Head(nn.Module):
@@ -47,7 +47,7 @@ def head() -> Program:
 
 
 def planned(
-    program: Program, data: Tensor | None, mode: str = "auto", target: TargetDescription = ONNXRUNTIME
+    program: Program, data: Tensor | None, mode: str = "auto", target: TargetDescription = WITHOUT_COSTS
 ) -> tuple[Program, Int8Plan]:
     instance = Int8(Int8Options(mode=mode))  # type: ignore[arg-type]
     samples = None if data is None else TensorSamples((data,))
@@ -74,7 +74,7 @@ def test_needs_no_data_and_reaches_the_kernels(head: Program, tmp_path: Path) ->
 
 
 def test_keeps_the_contract_of_passes(head: Program) -> None:
-    check_pass(Int8(Int8Options(mode="dynamic")), head, (noise(4, 8, 5),), target=ONNXRUNTIME)
+    check_pass(Int8(Int8Options(mode="dynamic")), head, (noise(4, 8, 5),), target=WITHOUT_COSTS)
 
 
 def test_matrices_with_a_bias(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_chooses_by_the_scales_that_are_stored(weights: str, stored: list[str]) 
     program = folded(layer, x)
     next(program.parameters()).data[0, 0] = 1000
     instance = Int8(Int8Options(weights=weights))  # type: ignore[arg-type]
-    plan = instance.plan(program, Context(original=program, target=ONNXRUNTIME, samples=TensorSamples((x,))))
+    plan = instance.plan(program, Context(original=program, target=WITHOUT_COSTS, samples=TensorSamples((x,))))
     assert [layer["weight"] for layer in plan.layers] == stored
     assert all("8 bits leave its result" in reason for reason in reasons(plan).values())
 
@@ -148,7 +148,7 @@ def test_how_layers_are_compared_decides_nothing(monkeypatch: pytest.MonkeyPatch
     x = noise(48, 8, 5) * torch.logspace(-3, 3, 48)[:, None, None]
     program = capture(Head(), (x[:6],), dynamic_shapes={"x": {0: dim}})
     instance = Int8(Int8Options(samples=samples))
-    context = Context(original=program, target=ONNXRUNTIME, samples=TensorSamples((x,)))
+    context = Context(original=program, target=WITHOUT_COSTS, samples=TensorSamples((x,)))
     kept = mock.Mock(wraps=choice.compare_on)
     monkeypatch.setattr(choice, "compare_on", kept)
     first = instance.plan(program, context)

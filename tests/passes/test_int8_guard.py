@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from graphopt.backends.onnxruntime.description import DESCRIPTION
 from graphopt.ir.program import Program
 from graphopt.job.optimizing import optimize
 from graphopt.measure.bench import Spread
@@ -22,7 +23,7 @@ from graphopt.pipeline.context import Context
 from graphopt.targets.costs import CostTable, KernelCost
 from graphopt.targets.description import TargetDescription
 from graphopt.testing import TensorSamples
-from tests.passes.int8_models import ONNXRUNTIME, folded, images, operators, quantized, reasons
+from tests.passes.int8_models import WITHOUT_COSTS, folded, images, operators, quantized, reasons
 
 CONVOLUTIONS = ("conv2d", "conv2d_first", "conv2d_pointwise", "conv2d_depthwise")
 MOVES = ("quantize", "dequantize", "quantize_map", "dequantize_map")
@@ -58,7 +59,7 @@ def costing(
         for form, us in zip(("static", "float"), both, strict=True)
     ]
     costs += [KernelCost(name, "static", 1, moving * 1e-6, 0, 0) for name in MOVES]
-    return dataclasses.replace(ONNXRUNTIME, costs=CostTable("here", "a processor", "a runtime", tuple(costs)))
+    return dataclasses.replace(WITHOUT_COSTS, costs=CostTable("here", "a processor", "a runtime", tuple(costs)))
 
 
 def planned(program: Program, target: TargetDescription, **options: Any) -> Int8Plan:
@@ -67,6 +68,14 @@ def planned(program: Program, target: TargetDescription, **options: Any) -> Int8
 
 def decisions(plan: Int8Plan) -> dict[str, Any]:
     return {name: value for name, value in plan.to_json().items() if name != "options"}
+
+
+@pytest.mark.parametrize(("channels", "size", "left"), [(8, 8, ["conv2d"]), (128, 28, [])])
+def test_by_the_costs_that_are_shipped_wide_layers_are_integer(channels: int, size: int, left: list[str]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, channels, 3), nn.ReLU(), nn.Conv2d(channels, channels, 3))
+    _, plan = quantized(model, images(size=size, count=2), target=DESCRIPTION)
+    assert [name for name, reason in reasons(plan).items() if "by the costs of onnxruntime (" in reason] == left
+    assert len(plan.layers) == 2 - len(left)
 
 
 def test_where_integers_are_slow_everything_stays_float(chain: Program) -> None:
@@ -113,7 +122,7 @@ def trunk() -> Program:
 
 
 def test_sums_of_a_float_and_integers_are_on_integers_where_what_reads_them_is(trunk: Program) -> None:
-    plan = planned(trunk, ONNXRUNTIME, skip=("stem",))
+    plan = planned(trunk, WITHOUT_COSTS, skip=("stem",))
     assert {*reasons(plan)} == {"conv2d"}
     assert {"add", "add_1"} <= {*plan.sites}
 
@@ -134,7 +143,7 @@ class Twice(Trunk):
 
 
 def test_what_is_reached_in_two_ways_is_laid_out_anew_once() -> None:
-    accounts = Accounts(*reversed(Placer(ONNXRUNTIME).run(folded(Twice(), images(count=4)))))
+    accounts = Accounts(*reversed(Placer(WITHOUT_COSTS).run(folded(Twice(), images(count=4)))))
     relaid = {value.node.name: len(accounts.relaid(value)) for value in accounts.handovers()}
     assert relaid["conv2d"] == 2 * 2
     assert relaid["add"] == 0
@@ -164,7 +173,7 @@ def test_a_kernel_that_was_not_timed_takes_what_the_nearest_does(nearest: int, s
 
 
 def test_without_a_table_nothing_changes(chain: Program) -> None:
-    assert decisions(planned(chain, ONNXRUNTIME)) == decisions(planned(chain, costing(integer=9), guard="none"))
+    assert decisions(planned(chain, WITHOUT_COSTS)) == decisions(planned(chain, costing(integer=9), guard="none"))
 
 
 @pytest.mark.parametrize(("moving", "left"), [(1, ["conv2d_1"]), (8, [])])
@@ -220,7 +229,7 @@ def _timed(chain: Program, target: TargetDescription, *times: tuple[float, float
 
 
 def test_measured_slower_than_float_is_float(chain: Program) -> None:
-    plan = _timed(chain, ONNXRUNTIME, (1.02, 1.02, 1.02))
+    plan = _timed(chain, WITHOUT_COSTS, (1.02, 1.02, 1.02))
     assert plan.layers == plan.values == plan.sites == ()
     assert reasons(plan)["conv2d"] == "integers take 1.020 (1.020-1.020) of the time of float here"
     assert plan.measured == {"time of float": {"integers everywhere": [1.02, 1.02, 1.02]}}

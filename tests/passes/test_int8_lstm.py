@@ -19,7 +19,7 @@ from graphopt.passes.int8 import Int8, Int8Options
 from graphopt.pipeline.context import Context
 from graphopt.quantization.recurrent import lstm
 from graphopt.testing import check_pass
-from tests.passes.int8_models import ONNXRUNTIME, noise, quantized, reasons
+from tests.passes.int8_models import WITHOUT_COSTS, noise, quantized, reasons
 
 
 class Tagger(nn.Module):
@@ -71,7 +71,7 @@ def test_layer_by_layer_in_the_runtime(tagger: Program, tmp_path: Path) -> None:
 
 
 def test_keeps_the_contract_of_passes(tagger: Program) -> None:
-    check_pass(Int8(Int8Options(mode="dynamic")), tagger, (noise(4, 5, 6),), target=ONNXRUNTIME)
+    check_pass(Int8(Int8Options(mode="dynamic")), tagger, (noise(4, 5, 6),), target=WITHOUT_COSTS)
 
 
 @pytest.mark.parametrize(("bias", "batch_first"), [(False, True), (True, False)])
@@ -89,7 +89,7 @@ def test_shared_weights_are_stored_once(tmp_path: Path) -> None:
     dynamic = ({1: torch.export.Dim.DYNAMIC},) * 3
     original = capture(OneWay().eval(), inputs, dynamic_shapes=dynamic)
     instance = Int8(Int8Options(mode="dynamic"))
-    plan = instance.plan(original, Context(original=original, target=ONNXRUNTIME))
+    plan = instance.plan(original, Context(original=original, target=WITHOUT_COSTS))
     program = instance.apply(original, plan)
     assert [record["stored"] for record in plan.recurrent] == [plan.recurrent[0]["site"]] * 2
     assert measure(original, program.call_flat, inputs).sqnr > 25

@@ -16,7 +16,7 @@ from graphopt.passes.int8 import Int8, Int8Options
 from graphopt.passes.quantization.plan import Int8Plan
 from graphopt.pipeline.context import Context
 from graphopt.testing import check_pass
-from tests.passes.int8_models import ONNXRUNTIME, SharedWeight, images, noise, quantized, seeded
+from tests.passes.int8_models import WITHOUT_COSTS, SharedWeight, images, noise, quantized, seeded
 
 
 def correlated(*shape: int) -> Tensor:
@@ -65,7 +65,7 @@ def test_weights_of_few_bits(layer: tuple[Program, Tensor]) -> None:
 
 
 def test_a_target_may_take_fewer_bits(layer: tuple[Program, Tensor]) -> None:
-    target = dataclasses.replace(ONNXRUNTIME, weight=dataclasses.replace(ONNXRUNTIME.weight, bits=7))
+    target = dataclasses.replace(WITHOUT_COSTS, weight=dataclasses.replace(WITHOUT_COSTS.weight, bits=7))
     _, plan = quantized(*layer, target=target)
     (name,) = {record["weight"] for record in plan.layers}
     assert int(plan.tensors[name].abs().max()) == 63
@@ -93,11 +93,11 @@ def test_a_shared_weight_is_rounded_by_all_it_is_multiplied_with() -> None:
 
 def test_it_needs_data() -> None:
     program = capture(seeded(nn.Linear(8, 4)), (noise(2, 8),))
-    ctx = Context(original=program, targets=(ONNXRUNTIME,), target=ONNXRUNTIME)
+    ctx = Context(original=program, targets=(WITHOUT_COSTS,), target=WITHOUT_COSTS)
     with pytest.raises(DataError, match="to round weights by what they are multiplied with"):
         Int8(Int8Options(mode="dynamic", rounding="gptq")).plan(program, ctx)
 
 
 def test_keeps_the_contract(layer: tuple[Program, Tensor]) -> None:
     program, data = layer
-    check_pass(Int8(Int8Options(accuracy="best")), program, data[:2], data=(data,), target=ONNXRUNTIME)
+    check_pass(Int8(Int8Options(accuracy="best")), program, data[:2], data=(data,), target=WITHOUT_COSTS)

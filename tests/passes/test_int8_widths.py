@@ -21,7 +21,7 @@ from graphopt.pipeline.context import Context
 from graphopt.statistics.alternatives import compare
 from graphopt.targets.description import TargetDescription
 from graphopt.testing import TensorSamples, check_pass
-from tests.passes.int8_models import ONNXRUNTIME as WIDE
+from tests.passes.int8_models import WITHOUT_COSTS as WIDE
 from tests.passes.int8_models import Mobile, folded, images, kernels, quantized
 
 NARROW = dataclasses.replace(WIDE, depthwise_multiple=1)

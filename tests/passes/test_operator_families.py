@@ -25,7 +25,7 @@ from graphopt.passes.quantization.kernels import clamp_range, kernel_of
 from graphopt.passes.quantization.placement import place
 from graphopt.passes.residuals.branches import find_branches
 from graphopt.pipeline.context import Context
-from tests.passes.int8_models import ONNXRUNTIME, images, operators, quantized, reasons
+from tests.passes.int8_models import WITHOUT_COSTS, images, operators, quantized, reasons
 
 X = torch.linspace(-2, 2, 32).reshape(4, 8)
 MAPS = torch.linspace(-2, 2, 4 * 3 * 6 * 6).reshape(4, 3, 6, 6)
@@ -146,7 +146,7 @@ def test_int8_reads_other_spellings_as_the_kernels_they_are() -> None:
 def test_int8_reports_heavy_work_without_a_kernel(function: object, name: str) -> None:
     weight, wide = nn.Parameter(torch.rand(8, 8)), nn.Parameter(torch.rand(24, 8))
     program = captured(function, weight=weight, wide=wide)
-    reasons = [refusal.reason for refusal in place(program.graph_module, ONNXRUNTIME).refusals]
+    reasons = [refusal.reason for refusal in place(program.graph_module, WITHOUT_COSTS).refusals]
     assert f"`{name}` has no integer kernel on onnxruntime" in reasons
 
 
@@ -199,7 +199,7 @@ def test_another_librarys_operator_of_the_same_name_is_none_of_the_family() -> N
     kernel = kernel_of(node, program.graph_module)
     assert kernel is not None
     assert kernel.name == "graphopt_test_families::linear"
-    assert place(program.graph_module, ONNXRUNTIME).sites == []
+    assert place(program.graph_module, WITHOUT_COSTS).sites == []
     library._destroy()
 
 

@@ -17,7 +17,7 @@ from graphopt.passes.weights import Weights
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.pass_base import Pass
 from graphopt.quantization.stored import is_quantized, stored_as_integers
-from tests.passes.int8_models import ONNXRUNTIME
+from tests.passes.int8_models import WITHOUT_COSTS
 
 
 class Words(nn.Module):
@@ -40,7 +40,7 @@ def words() -> Program:
 
 
 def after(step: Pass, program: Program) -> Program:
-    context = Context(original=program, targets=(ONNXRUNTIME,), target=ONNXRUNTIME)
+    context = Context(original=program, targets=(WITHOUT_COSTS,), target=WITHOUT_COSTS)
     return step.apply(program, step.plan(program, context))
 
 
