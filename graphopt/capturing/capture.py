@@ -21,6 +21,7 @@ from graphopt.capturing.checks import check_equal, check_repeatable, of_several,
 from graphopt.capturing.dynamic_batch import with_dynamic_batch
 from graphopt.capturing.explain import explain
 from graphopt.capturing.guards import insert_guards
+from graphopt.capturing.kept_axes import with_axes_kept
 from graphopt.capturing.leaf_names import input_names, output_name
 from graphopt.capturing.lost import lost_in_eval
 from graphopt.capturing.model_calls import (
@@ -117,7 +118,7 @@ def capture(
         program = program.to(device)  # constants in the model's code, too
         check_equal(program, expected, args, kwargs)
         check_repeatable(program, args, kwargs)
-        program = of_several(program)
+        program = with_axes_kept(of_several(program))
     return program if share_tensors else program.copy(share_tensors=False)
 
 

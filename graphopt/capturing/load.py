@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 from graphopt.capturing.capture import capture, from_module
 from graphopt.capturing.checks import check_recorded, check_repeatable, of_several, run_model
 from graphopt.capturing.example_inputs import example_inputs, open_for, random_examples
+from graphopt.capturing.kept_axes import with_axes_kept
 from graphopt.capturing.model_calls import (
     check_module,
     gradients_recorded,
@@ -169,7 +170,7 @@ def _that_runs(exported: ExportedProgram, args: tuple[Any, ...], kwargs: dict[st
         with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
             program(*args, **kwargs)
             check_recorded(program)
-            program = of_several(program)
+            program = with_axes_kept(of_several(program))
     except (GraphOptError, *OUT_OF_MEMORY):
         raise
     except Exception as err:  # a file's graph and inputs may be of any kind, and kernels raise anything

@@ -15,6 +15,7 @@ from torch.nn.functional import kl_div, log_softmax, normalize, smooth_l1_loss
 TapLoss = Literal["values", "attention", "similarity"]
 
 _TINY = 1e-12  # keeps the ratio defined where a teacher's value is all zero
+_LEAST_SPREAD = 1e-8  # of probabilities that are told from constant ones
 
 
 def soft_labels(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -152,7 +153,8 @@ def attention_probabilities(student: torch.Tensor, teacher: torch.Tensor) -> tor
     """
     found = _wide(student).clamp_min(_TINY).log()
     wanted = _wide(teacher)
-    return (torch.special.xlogy(wanted, wanted) - wanted * found).sum(-1).mean()
+    rows: torch.Tensor = torch.special.xlogy(wanted, wanted) - wanted * found
+    return rows.sum(-1).mean()
 
 
 def value_relations(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -191,7 +193,7 @@ def tap_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
 def _correlation(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """Return Pearson's correlation of each row; 0 where one of the two is constant."""
-    centred = (normalize(rows - rows.mean(1, keepdim=True), dim=1, eps=_TINY) for rows in (found, wanted))
+    centred = (normalize(rows - rows.mean(1, keepdim=True), dim=1, eps=_LEAST_SPREAD) for rows in (found, wanted))
     return torch.stack([*centred]).prod(0).sum(1)
 
 

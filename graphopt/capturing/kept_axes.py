@@ -1,0 +1,155 @@
+"""An axis of any size is an axis of one, too: `squeeze` keeps it, as torch records while it traces larger ones.
+
+    x.mean((2, 3), keepdim=True).squeeze()      (batch, 8, 1, 1) -> (batch, 8), and (8,) for one sample
+    squeeze(x, dim=[2, 3])                      (batch, 8) for any number
+
+Every pass and every runtime believes what is recorded. What the program said of one sample before is compared: other
+numbers, and one is no size that the program takes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.errors import CaptureError, foreign_code
+from graphopt.ir.buffers import with_its_buffers
+from graphopt.ir.graph import arguments
+from graphopt.ir.program import Program
+from graphopt.ir.provenance import user_line
+from graphopt.ir.regions import every_graph_module
+from graphopt.ir.signature import Note, TensorSpec, range_notes
+from graphopt.ir.sizes import SizeRange
+from graphopt.ir.torch_internals import pytree
+
+aten = torch.ops.aten
+_SQUEEZES = {aten.squeeze, aten.squeeze_copy}
+_LARGEST = 64  # sizes of inputs that are looked at for what makes an axis one
+
+
+def with_axes_kept(program: Program) -> Program:
+    """Return a program whose `squeeze` keeps dynamic axes, whatever their size.
+
+    Returns:
+        A program that gives the same numbers, in outputs that may have more axes of one, which a note says; or that
+        takes no such size.
+    """
+    kept = program.copy()
+    squeezed = [found for gm in every_graph_module(kept.graph_module) for found in _keep(gm)]
+    for line, size in squeezed:
+        kept = _compared(program, kept, line, size)
+    return kept if squeezed else program
+
+
+def _keep(gm: fx.GraphModule) -> Iterator[tuple[str, Any]]:
+    """Let calls squeeze axes of one size only; yield the line of each, and each dynamic size that it keeps."""
+    for node in list(gm.graph.nodes):
+        if getattr(node.target, "overloadpacket", None) not in _SQUEEZES:
+            continue
+        given = arguments(node, ())
+        shape = given["self"].meta["val"].shape
+        asked = given.get("dim", range(len(shape)))
+        axes = [axis % len(shape) for axis in ([asked] if isinstance(asked, int) else asked)] if shape else []
+        dynamic = [shape[axis].node.expr for axis in axes if isinstance(shape[axis], torch.SymInt)]
+        if not dynamic:
+            continue
+        fixed = [axis for axis in axes if not isinstance(shape[axis], torch.SymInt) and shape[axis] == 1]
+        yield from ((user_line(node), size) for size in dynamic)
+        if fixed:
+            node.target, node.args, node.kwargs = aten.squeeze.dims, (given["self"], fixed), {}
+        elif given["self"].op in ("placeholder", "get_attr"):  # which no output may be
+            node.target, node.args, node.kwargs = aten.clone.default, (given["self"],), {}
+        else:
+            node.replace_all_uses_with(given["self"])
+            gm.graph.erase_node(node)
+    gm.recompile()
+
+
+def _compared(program: Program, kept: Program, line: str, size: Any) -> Program:
+    """Return the second program, bound to sizes that leave an axis larger than one where the two compute otherwise."""
+    symbols = size.free_symbols
+    ones = [value for value in range(1, _LARGEST) if int(size.subs(dict.fromkeys(symbols, value))) == 1]
+    if not ones:
+        return kept
+    inputs = _at(kept, dict.fromkeys(symbols, ones[0]))
+    if inputs is None:
+        return kept
+    try:
+        want, got = (_run(one, inputs) for one in (program, kept))
+    except CaptureError:  # of no such size: that is known by another check
+        return kept
+    if all(w.shape == g.shape and _equal(w, g) for w, g in zip(want, got, strict=True)):
+        return kept
+    if all(w.numel() == g.numel() and _equal(w.flatten(), g.flatten()) for w, g in zip(want, got, strict=True)):
+        output = next(i for i, (w, g) in enumerate(zip(want, got, strict=True)) if w.shape != g.shape)
+        text = (
+            f"Where `{_name(kept, symbols)}` is {ones[0]}, output `{kept.outputs[output].name}` is "
+            f"{tuple(got[output].shape)}: it keeps its axes. The model gives {tuple(want[output].shape)}, by "
+            f"`squeeze`{f' at {line}' if line else ''}."
+        )
+        return dataclasses.replace(kept, notes=(*dict.fromkeys((*kept.notes, Note("batch", text))),))
+    narrowed = tuple(
+        _narrowed(spec, _shape(kept, number), dict.fromkeys(symbols, ones[-1] + 1))
+        for number, spec in enumerate(kept.inputs)
+    )
+    others = [note for note in kept.notes if note not in range_notes(kept.inputs)]
+    return dataclasses.replace(kept, inputs=narrowed, notes=(*range_notes(narrowed), *others))
+
+
+def _shape(program: Program, number: int) -> Sequence[Any]:
+    """Return the sizes of an input, as torch's expressions where they are dynamic."""
+    values = [node.meta["val"] for node in program.graph.find_nodes(op="placeholder")]
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    return [size.node.expr if isinstance(size, torch.SymInt) else size for size in tensors[number].shape]
+
+
+def _name(program: Program, symbols: Collection[Any]) -> str:
+    """Return what the first axis that depends on a symbol is called."""
+    return next(
+        str(spec.shape[axis])
+        for number, spec in enumerate(program.inputs)
+        for axis, size in enumerate(_shape(program, number))
+        if not isinstance(size, int) and not size.free_symbols.isdisjoint(symbols)
+    )
+
+
+def _at(program: Program, values: dict[Any, int]) -> list[torch.Tensor] | None:
+    """Return examples at sizes that symbols have, None where an input may not have them."""
+    inputs = []
+    for number, (spec, tensor) in enumerate(zip(program.inputs, program.flat_examples(), strict=True)):
+        for axis, size in enumerate(_shape(program, number)):
+            if not isinstance(size, int) and size.free_symbols <= {*values}:
+                wanted = int(size.subs(values))
+                if wanted not in spec.range_of(axis):
+                    return None
+                index = torch.arange(wanted, device=tensor.device) % tensor.shape[axis]
+                tensor = tensor.index_select(axis, index)
+        inputs.append(tensor)
+    return inputs
+
+
+def _narrowed(spec: TensorSpec, shape: Sequence[Any], least: dict[Any, int]) -> TensorSpec:
+    ranges = [
+        spec.range_of(axis) & SizeRange(int(size.subs(least)))
+        if not isinstance(size, int) and size.free_symbols and size.free_symbols <= {*least}
+        else spec.range_of(axis)
+        for axis, size in enumerate(shape)
+    ]
+    return dataclasses.replace(spec, ranges=tuple(ranges))
+
+
+def _run(program: Program, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    args, kwargs = program.unflatten([tensor.clone() for tensor in inputs])
+    failed = foreign_code(lambda said, _: CaptureError(said))
+    with failed, with_its_buffers(program.graph_module), torch.no_grad():
+        found = program.graph_module(*args, **kwargs)
+    return [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, torch.Tensor)]
+
+
+def _equal(want: torch.Tensor, got: torch.Tensor) -> bool:
+    """Whether two results of the same kernels are equal, but for how these go through memory."""
+    return torch.allclose(want, got, rtol=1e-4, atol=1e-5, equal_nan=True)
