@@ -29,18 +29,21 @@ def batches(program: Program, inputs: Sequence[Array] | None) -> Iterator[tuple[
         inputs: samples to draw from (first axis), cycled through; the program's examples if None. Examples are few,
             so those that repeat get their elements shuffled: values stay valid, and no two rows are equal.
     """
-    examples = tuple(tensor.detach().numpy() for tensor in program.flat_examples())
-    source = examples if inputs is None else tuple(inputs)
-    sizes = BatchSizes(program.inputs, [array.shape for array in examples])
+    examples = [array.shape for array in (program.flat_examples() if inputs is None else inputs)]
+    sizes = BatchSizes(program.inputs, examples)
     for value in sizes.near(_wanted(program)) if sizes.symbol else (0,):
-        arrays = tuple(
-            _resized(array, sizes.shape(spec, value, array.shape), shuffle=inputs is None).astype(
-                example.dtype, copy=False
-            )
-            for spec, array, example in zip(program.inputs, source, examples, strict=True)
-        )
+        shapes = [sizes.shape(spec, value, own) for spec, own in zip(program.inputs, examples, strict=True)]
         where = f"at batch size {sizes.samples(value)}" if sizes.symbol else "at the program's own sizes"
-        yield where, arrays
+        yield where, drawn(program, inputs, shapes)
+
+
+def drawn(program: Program, inputs: Sequence[Array] | None, shapes: Sequence[Sequence[int]]) -> tuple[Array, ...]:
+    """Return flat inputs of these shapes out of samples, as `batches` does."""
+    examples = tuple(tensor.detach().numpy() for tensor in program.flat_examples())
+    return tuple(
+        _resized(array, shape, shuffle=inputs is None).astype(example.dtype, copy=False)
+        for array, shape, example in zip(examples if inputs is None else inputs, shapes, examples, strict=True)
+    )
 
 
 def _wanted(program: Program) -> Sequence[int]:

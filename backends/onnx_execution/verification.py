@@ -1,4 +1,4 @@
-"""Reload an artifact, run it at several batch sizes and compare it with the program.
+"""Reload an artifact, run it at several sizes of its dynamic axes and compare it with the program.
 
 Without integers: outputs agree to float tolerance (`agreement`). With integers, in three steps that leave nothing to
 accumulate and nothing to trust:
@@ -15,7 +15,7 @@ may be as far from that as the rounding explains (`rounded_activations`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +32,13 @@ from graphopt.backends.onnx_execution.agreement import (
 from graphopt.backends.onnx_execution.batches import batches
 from graphopt.backends.onnx_execution.blame import skip_around, value_computed, value_quantized
 from graphopt.backends.onnx_execution.lstm_twins import add_twins
+from graphopt.backends.onnx_execution.other_sizes import other_sizes
 from graphopt.backends.onnx_execution.replay import Codes, Deviation, Drift, Replay, perturbed, quantize_nodes
 from graphopt.backends.onnx_execution.rounded_activations import RoundedActivations, multiplies_blocks, without_rounding
 from graphopt.backends.onnx_execution.session import OnnxSession, SessionSettings
 from graphopt.backends.onnx_lowering.exporter import QUANTIZERS, SOURCE_PROPERTY
 from graphopt.errors import LoweringError, foreign_code
+from graphopt.ir.devices import OUT_OF_MEMORY
 from graphopt.ir.program import Program
 from graphopt.targets.backend import Array, Session
 
@@ -77,7 +79,7 @@ def verify(
         probe = IntegerProbe(without_rounding(path), path, program, settings)
     replay = Replay(program)
     worst = 0.0
-    for index, (where, arrays) in enumerate(batches(program, inputs)):
+    for index, (where, remedy, arrays) in enumerate(_sizes(program, inputs)):
         feed = tuple(torch.from_numpy(array) for array in arrays)
         found = exact(*arrays)
         codes = probe.codes(arrays, found) if probe else {}
@@ -91,7 +93,7 @@ def verify(
             raise LoweringError(
                 f"{path.name} computes something else than the program: output `{program.outputs[wrong.output].name}` "
                 f"{wrong.text}, {where}. Please report the model; it may work "
-                f"{'without int8, or ' if probe else ''}for another target."
+                f"{'without int8, or ' if probe else ''}{remedy}."
             )
         if rounds or not codes or not index:
             plain = replay.outputs(feed) if codes else reference.wanted
@@ -101,6 +103,30 @@ def verify(
             pairs = zip(plain, got, strict=True)
             worst = max([worst, *(relative_error(want, have) for want, have in pairs if want.is_floating_point())])
     return worst
+
+
+def _sizes(program: Program, inputs: Sequence[Array] | None) -> Iterator[tuple[str, str, tuple[Array, ...]]]:
+    """Yield what to verify on: batches, then other sizes of other axes as far as the program takes them."""
+    for where, arrays in batches(program, inputs):
+        yield where, "for another target", arrays
+    for sized in other_sizes(program, inputs):
+        taken = next(((where, arrays) for where, arrays in sized if _takes(program, arrays)), None)
+        if taken is not None:
+            yield (
+                taken[0],
+                "with that axis of one size, or bound to the sizes it needs (Dim(.., min=.., max=..))",
+                taken[1],
+            )
+
+
+def _takes(program: Program, arrays: Sequence[Array]) -> bool:
+    try:
+        Replay(program).outputs(tuple(torch.from_numpy(array) for array in arrays))
+    except OUT_OF_MEMORY:
+        raise
+    except Exception:  # an operator may raise anything where a size does not suit it
+        return False
+    return True
 
 
 def _not_run(program: Program, said: str, where: str) -> LoweringError:

@@ -1,0 +1,81 @@
+"""Inputs to verify an artifact on: other sizes of the dynamic axes beside the batch.
+
+What an operator was written for at the size of the example is of no use at another. So each name of an axis gets a
+smaller value and a larger one, with everything that depends on it ("2*n"), in a batch as small as may be.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable, Iterator, Sequence
+
+from graphopt.backends.onnx_execution.batches import drawn
+from graphopt.ir.batch_sizes import BatchSizes
+from graphopt.ir.program import Program
+from graphopt.ir.signature import TensorSpec
+from graphopt.ir.sizes import evaluate, names_in
+from graphopt.targets.backend import Array
+
+Shapes = list[list[int]]
+
+_STEPS = (1, 2, 4, 8, 16, 32)  # a network that halves its input takes multiples
+_LARGEST = 1 << 24
+
+
+def other_sizes(program: Program, inputs: Sequence[Array] | None) -> Iterator[Iterator[tuple[str, tuple[Array, ...]]]]:
+    """Yield flat inputs, each with words for its size, in groups: the first that the program takes speaks for all.
+
+    Args:
+        program: whose inputs they are.
+        inputs: samples to draw from, as for `batches`.
+    """
+    examples = [tuple(array.shape) for array in (program.flat_examples() if inputs is None else inputs)]
+    batch = BatchSizes(program.inputs, examples)
+    known = _values(program.inputs, examples)
+
+    def shapes(name: str, value: int) -> Shapes | None:
+        """Return those of the inputs where a name has another value, None where it may not."""
+        values = {**known, batch.symbol: batch.range.least, name: value}
+        found = [batch.shape(spec, batch.range.least, own) for spec, own in zip(program.inputs, examples, strict=True)]
+        for spec, shape in zip(program.inputs, found, strict=True):
+            for axis in _axes(spec, name):
+                size = evaluate(str(spec.shape[axis]), values)
+                if size is None or size not in spec.range_of(axis):
+                    return None
+                shape[axis] = size
+        return found
+
+    for name, value in known.items():
+        if name == batch.symbol:
+            continue
+        least = 1 + bisect.bisect_left(range(1, value), True, key=lambda size, name=name: bool(shapes(name, size)))  # type: ignore[misc]
+        smaller = {least, value // 2, *(value - step for step in _STEPS)} & {*range(least, value)}
+        larger = {*(value + step for step in _STEPS), 2 * value}
+        for sizes in (smaller, larger):
+            tried = [found for size in sorted(sizes) if (found := shapes(name, size))]
+            yield ((_where(program.inputs, name, found), drawn(program, inputs, found)) for found in tried)
+
+
+def _values(inputs: Iterable[TensorSpec], examples: Iterable[Sequence[int]]) -> dict[str, int]:
+    """Return the value that each name of an axis has in the example; it may stand in multiples alone ("2*n")."""
+    found: dict[str, int] = {}
+    for spec, example in zip(inputs, examples, strict=True):
+        for size, own in zip(spec.shape, example, strict=True):
+            if isinstance(size, str) and len(names := names_in(size)) == 1:
+                found.setdefault(names[0], _solved(size, names[0], own))
+    return found
+
+
+def _solved(expression: str, name: str, size: int) -> int:
+    return bisect.bisect_left(range(_LARGEST), size, key=lambda value: evaluate(expression, {name: value}))
+
+
+def _axes(spec: TensorSpec, name: str) -> list[int]:
+    return [axis for axis, size in enumerate(spec.shape) if isinstance(size, str) and name in names_in(size)]
+
+
+def _where(inputs: Iterable[TensorSpec], name: str, shapes: Shapes) -> str:
+    spec, axis, shape = next(
+        (s, axes[0], shape) for s, shape in zip(inputs, shapes, strict=True) if (axes := _axes(s, name))
+    )
+    return f"where axis {axis} of `{spec.name}` has a size of {shape[axis]}"
