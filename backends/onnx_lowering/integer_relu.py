@@ -4,7 +4,8 @@ Given:   QuantizeLinear(Relu(DequantizeLinear(q)))
 Result:  QuantizeLinear(Add(DequantizeLinear(q), 0))            where the quantization saturates at 0 by itself
          QuantizeLinear(LeakyRelu(DequantizeLinear(q), alpha=0))  elsewhere: twice as slow, it looks every value up
 
-Left alone: a Relu that something else than QuantizeLinear reads, too, or that is returned.
+Left alone: a Relu that something else than QuantizeLinear reads, too, or that is returned; integers of more or fewer
+than 8 bits, or of an unknown type.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import onnx_ir as ir
 from graphopt.backends.onnx_lowering.saturation import saturates_within
 from graphopt.backends.onnx_lowering.values import store, value_names
 from graphopt.ir.names import Names
+
+_WITH_KERNELS = (ir.DataType.UINT8, ir.DataType.INT8)
 
 
 class IntegerReluPass(ir.passes.InPlacePass):
@@ -40,7 +43,15 @@ def _is_between_integers(node: ir.Node) -> bool:
         return False
     source, readers = node.inputs[0].producer(), node.outputs[0].consumers()
     quantized = bool(readers) and all(reader.op_type == "QuantizeLinear" for reader in readers)
-    return quantized and source is not None and source.op_type == "DequantizeLinear"
+    return quantized and source is not None and _integers_read(source) in _WITH_KERNELS
+
+
+def _integers_read(node: ir.Node) -> ir.DataType | None:
+    """Return the type of what a DequantizeLinear reads, which is that of its zero point; None for another node."""
+    if node.op_type != "DequantizeLinear":
+        return None
+    typed = node.inputs[2] if len(node.inputs) > 2 else node.inputs[0]
+    return None if typed is None else typed.dtype
 
 
 def _zero(node: ir.Node, names: Names) -> ir.Value:
@@ -48,8 +59,9 @@ def _zero(node: ir.Node, names: Names) -> ir.Value:
     source = node.inputs[0].producer() if node.inputs[0] is not None else None
     assert source is not None  # by `_is_between_integers`
     assert node.graph is not None
-    signed = source.inputs[0] is not None and source.inputs[0].dtype is ir.DataType.INT8
-    zero = np.array(0, np.int8 if signed else np.uint8)
+    integers = _integers_read(source)
+    assert integers is not None
+    zero = np.zeros((), integers.numpy())
     operands = [
         store(node.graph, names.new(name), value)
         for name, value in (("zero", zero), ("zero_scale", np.array(1, np.float32)), ("zero_point", zero))

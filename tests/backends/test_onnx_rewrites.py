@@ -44,24 +44,39 @@ def operators(built: ir.Model) -> list[str]:
     return [node.op_type for node in built.graph]
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.int8])
 @pytest.mark.parametrize(
-    ("point", "expected"),
+    ("above", "expected"),
     [(0, ["DequantizeLinear", "DequantizeLinear", "Add"]), (1, ["DequantizeLinear", "LeakyRelu"])],
 )
-def test_relu_between_integers(point: int, expected: list[str]) -> None:
+def test_relu_between_integers(kind: type[np.integer], above: int, expected: list[str]) -> None:
     """Where the quantization saturates at 0, nothing is left of it but to go from integers to integers."""
+    low, name = np.iinfo(kind).min, np.dtype(kind).name
     built = model(
-        "g (uint8[8] x) => (uint8[8] y) { a = DequantizeLinear(x, s, z)  b = Relu(a)  y = QuantizeLinear(b, t, w) }",
-        s=np.float32(0.5), z=np.uint8(100), t=np.float32(0.25), w=np.uint8(point),
+        f"g ({name}[8] x) => ({name}[8] y) {{ a = DequantizeLinear(x, s, z)"
+        "b = Relu(a)  y = QuantizeLinear(b, t, w) }",
+        s=np.float32(0.5), z=kind(low + 100), t=np.float32(0.25), w=kind(low + above),
     )  # fmt: skip
-    given = np.array([0, 99, 100, 101, 103, 150, 250, 255], np.uint8)
+    given = (np.array([0, 99, 100, 101, 103, 150, 250, 255]) + low).astype(kind)
     settings = SessionSettings(optimization="disabled")
     wanted = OnnxSession(ir.to_proto(built).SerializeToString(), settings)(given)[0]
     assert IntegerReluPass()(built).modified
     assert operators(built) == [*expected, "QuantizeLinear"]
+    reads = [node.inputs[2] for node in built.graph if node.op_type == "DequantizeLinear"]
+    assert {value.dtype for value in reads} == {ir.DataType.from_numpy(np.dtype(kind))}
     for level in ("disabled", "all"):
         found = OnnxSession(ir.to_proto(built).SerializeToString(), SessionSettings(optimization=level))(given)[0]
         assert (found == wanted).all()
+
+
+def test_relu_between_integers_without_kernels_is_left_alone() -> None:
+    text = "g (int32[8] x) => (uint8[8] y) { a = DequantizeLinear(x, s)  b = Relu(a)  y = QuantizeLinear(b, t, w) }"
+    built = model(text, s=np.float32(0.5), t=np.float32(0.25), w=np.uint8(0))
+    assert not IntegerReluPass()(built).modified
+    wide = text.replace("int32", "int16").replace("(x, s)", "(x, s, z)")
+    assert not IntegerReluPass()(
+        model(wide, s=np.float32(0.5), z=np.int16(3), t=np.float32(0.25), w=np.uint8(0))
+    ).modified
 
 
 class TestPRelu:
