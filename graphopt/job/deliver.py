@@ -25,7 +25,7 @@ from graphopt.measure.left_float import left_float
 from graphopt.quantization.stored import is_quantized
 from graphopt.targets.backend import Artifact, Backend, Session
 
-_SMALLER = 0.99  # of the bytes, which a quantized artifact has at most if it is to be called smaller
+_SMALLER = 0.99  # of the bytes: a quantized artifact that saves less than a percent saves nothing to speak of
 
 
 @dataclass(frozen=True)

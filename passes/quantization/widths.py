@@ -22,7 +22,9 @@ from graphopt.passes.quantization.prepare import Prepared
 
 logger = logging.getLogger(__name__)
 
-_MOST = 1 / 2  # of a group's channels: all around it grows, too, and so does what is stored
+# Of a group's channels: weights around it grow as much, and are stored. Time alone would allow for more: MobileNetV3's
+# block with 17 channels filled up to 32 takes 229 us in place of 297 (56 x 56), with 22 232 in place of 426.
+_MOST = 1 / 2
 
 
 def fill_up(placed: Prepared, placement: Placement, multiple: int, made_by: str) -> tuple[Program, dict[str, int]]:

@@ -46,6 +46,10 @@ def test_fills_up_and_computes_the_same(mobile: Program, tmp_path: Path) -> None
     assert measure(mobile, exact.call_flat, (images(),)).relative < 1e-6
 
 
+def test_grows_by_half_at_most() -> None:
+    assert quantized(Mobile(11), images())[1].widths == {"expand:width": 16}
+
+
 def test_no_range_changes(mobile: Program) -> None:
     options = Int8Options(observer="minmax", bias_correction=False)
     (wide, plan), (narrow, left) = (quantized(mobile, images(), target=one, options=options) for one in (WIDE, NARROW))
@@ -77,7 +81,7 @@ class Normed(nn.Module):
 @pytest.mark.parametrize(
     ("model", "target", "options"),
     [
-        (Mobile(9), WIDE, Int8Options()),  # 16 would be many more
+        (Mobile(10), WIDE, Int8Options()),  # 16 are more than half as many again
         (Mobile(16), WIDE, Int8Options()),
         (Normed(), WIDE, Int8Options()),
         (Mobile(), WIDE, Int8Options(skip=("depthwise",))),

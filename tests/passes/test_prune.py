@@ -168,6 +168,14 @@ def test_what_rounding_leaves_of_a_ratio_is_said(round_to: int, noted: bool) -> 
     assert [note.startswith(said) and "round_to=1" in note for note in plan.notes] == [True] * noted
 
 
+@pytest.mark.parametrize(("round_to", "noted"), [(60, False), (61, True)])
+def test_a_fifth_less_than_was_asked_is_said(round_to: int, noted: bool) -> None:
+    """Half of 100 is asked for, and 40 or 39 go."""
+    model = nn.Sequential(nn.Linear(4, 100), nn.ReLU(), nn.Linear(100, 3))
+    plan = plan_of(prune(ratio=0.5, round_to=round_to), model, torch.randn(2, 4))
+    assert ["without rounding it were 50%" in note for note in plan.notes] == [True] * noted
+
+
 def test_a_glob_that_matches_nothing_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match=r"`skip=layer9\.\*` matches no group.*first:hidden"):
         plan_of(prune(skip=("layer9.*",)), Hidden(), VECTOR)
