@@ -15,6 +15,7 @@ from graphopt.backends.onnx_lowering.global_pooling import GlobalPoolingPass
 from graphopt.backends.onnx_lowering.integer_relu import IntegerReluPass
 from graphopt.backends.onnx_lowering.metadata import StripMetadataPass
 from graphopt.backends.onnx_lowering.own_weights import OwnWeightsPass
+from graphopt.backends.onnx_lowering.own_zero_points import OwnZeroPointsPass
 from graphopt.backends.onnx_lowering.plain_rows import PlainRowsPass
 from graphopt.backends.onnx_lowering.saturation import SaturatedClampPass
 from graphopt.backends.onnx_lowering.signature import apply_signature
@@ -70,7 +71,7 @@ def lower(program: Program, style: Style) -> ir.Model:
         *([ChannelRowsPass()] if style.channel_rows else []),
         BranchOutputsPass(),  # the step before takes identities that end a branch
         DuplicateInitializersPass(),
-        *([OwnWeightsPass()] if style.own_weights else []),
+        *([OwnZeroPointsPass(), OwnWeightsPass()] if style.own_weights else []),
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
         common.RemoveUnusedOpsetsPass(),

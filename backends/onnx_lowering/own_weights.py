@@ -8,10 +8,6 @@ Result:  Conv(x, DequantizeLinear(w, s, w_zero_point))
 On x86 without VNNI the runtime turns int8 weights to uint8 where it is asked to be precise, and fails on what it has
 turned already ("Attempt to replace the existing tensor", 1.31.1). It folds the Reshape before: the file holds the
 weight once. Left alone: what has one reader. An LSTM reads its integers itself, without a DequantizeLinear.
-
-A 0 that is added to a value, likewise, is not the 0 that is a zero point. The runtime reorders what is added with the
-value, and a zero point that it then computes in every run keeps convolutions from its fastest kernels: depthwise ones
-take up to 1.9 times as long.
 """
 
 from __future__ import annotations
@@ -34,7 +30,6 @@ class OwnWeightsPass(ir.passes.InPlacePass):
         modified = False
         names = value_names(model)
         for graph in model.graphs():
-            modified |= _separate_from_zero_points(graph, names)
             latest: dict[ir.Value, ir.Value] = {}  # of each stored weight, what its last reader reads
             for node in [node for node in graph if stored_integers(node)]:
                 copies = _copies_for_further_readers(graph, node) if node.op_type == "DequantizeLinear" else []
@@ -56,20 +51,6 @@ def _stored(value: ir.Value) -> ir.Value | None:
     if producer is None or producer.op_type not in ("Transpose", "Reshape") or producer.inputs[0] is None:
         return value if value.is_initializer() else None
     return _stored(producer.inputs[0])
-
-
-def _separate_from_zero_points(graph: ir.Graph, names: Names) -> bool:
-    """Let nothing be a zero point and what has one."""
-    modified = False
-    for value in list(graph.initializers.values()):
-        uses = list(value.uses())
-        read = [use for use in uses if use.node.op_type == "DequantizeLinear" and use.idx == 0]
-        if value.const_value is not None and 0 < len(read) < len(uses):
-            own = store(graph, names.new(f"{value.name}_value"), value.const_value.numpy())
-            for use in read:
-                use.node.replace_input_with(0, own)
-            modified = True
-    return modified
 
 
 def _copies_for_further_readers(graph: ir.Graph, node: ir.Node) -> list[ir.Node]:

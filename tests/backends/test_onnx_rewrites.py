@@ -16,6 +16,7 @@ from graphopt.backends.onnx_lowering.duplicates import DuplicateInitializersPass
 from graphopt.backends.onnx_lowering.global_pooling import GlobalPoolingPass
 from graphopt.backends.onnx_lowering.integer_relu import IntegerReluPass
 from graphopt.backends.onnx_lowering.own_weights import OwnWeightsPass
+from graphopt.backends.onnx_lowering.own_zero_points import OwnZeroPointsPass
 from graphopt.backends.onnx_lowering.saturation import SaturatedClampPass
 from graphopt.backends.onnx_lowering.signature import apply_signature
 from graphopt.backends.onnx_lowering.stored_weights import StoredWeightsPass
@@ -395,18 +396,6 @@ class TestOwnWeights:
         assert reads[0][2] is not reads[1][2]
         np.testing.assert_array_equal(reads[0][2].const_value.numpy(), reads[1][2].const_value.numpy())
 
-    def test_a_value_is_no_zero_point(self) -> None:
-        text = (
-            "g (uint8[n,4] x) => (float[n,4] y) { d = DequantizeLinear(x, s, zero) e = DequantizeLinear(zero, s, zero)"
-            "f = DequantizeLinear(zero, s, zero) g = Add(d, e) y = Add(g, f) }"
-        )
-        built = model(text, s=np.float32(1), zero=np.uint8(0))
-        assert OwnWeightsPass()(built).modified
-        first, *added = [node.inputs for node in built.graph if node.op_type == "DequantizeLinear"]
-        assert {read[2].name for read in (first, *added)} == {"zero"}
-        assert {read[0].name for read in added} == {"zero_value"}
-        assert not OwnWeightsPass()(built).modified
-
     def test_one_reader_is_left_alone(self) -> None:
         text = "g (float[n,4] x) => (float[n,4] y) { d = DequantizeLinear<axis=0>(w, s, zero) y = MatMul(x, d) }"
         built = model(text, **self.STORED)
@@ -423,6 +412,35 @@ class TestOwnWeights:
         assert sorted(names) == sorted(set(names))
         assert {"w_shape_1", "w_again_1", "w_zero_point"} <= set(names)
         onnx.checker.check_model(ir.to_proto(built))
+
+
+class TestOwnZeroPoints:
+    def test_a_value_is_no_zero_point(self) -> None:
+        text = (
+            "g (uint8[n,4] x) => (float[n,4] y) { d = DequantizeLinear(x, s, zero) e = DequantizeLinear(zero, s, zero)"
+            "f = DequantizeLinear(zero, s, zero) g = Add(d, e) y = Add(g, f) }"
+        )
+        built = model(text, s=np.float32(1), zero=np.uint8(0))
+        assert OwnZeroPointsPass()(built).modified
+        first, *added = [node.inputs for node in built.graph if node.op_type == "DequantizeLinear"]
+        assert {read[2].name for read in (first, *added)} == {"zero"}
+        assert {read[0].name for read in added} == {"zero_value"}
+        assert not OwnZeroPointsPass()(built).modified
+
+    def test_the_zero_point_of_a_quantization_counts(self) -> None:
+        text = (
+            "g (float[n] x) => (float[n] y, uint8[n] q) { e = DequantizeLinear(zero, s) y = Add(x, e)"
+            "q = QuantizeLinear(x, s, zero) }"
+        )
+        assert OwnZeroPointsPass()(model(text, s=np.float32(1), zero=np.uint8(0))).modified
+
+    def test_a_weight_of_two_kinds_of_product_is_stored_once(self) -> None:
+        text = (
+            "g (float[n,4] x, uint8[n,4] q) => (float[n,4] y, int32[n,4] z) { d = DequantizeLinear(w, s, zero)"
+            "y = MatMul(x, d) z = MatMulInteger(q, w) }"
+        )
+        built = model(text, w=np.ones((4, 4), np.int8), s=np.float32(1), zero=np.int8(0))
+        assert not OwnZeroPointsPass()(built).modified
 
 
 class TestSignature:
