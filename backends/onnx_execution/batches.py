@@ -31,9 +31,9 @@ def batches(program: Program, inputs: Sequence[Array] | None) -> Iterator[tuple[
     """
     examples = [array.shape for array in (program.flat_examples() if inputs is None else inputs)]
     sizes = BatchSizes(program.inputs, examples)
-    for value in sizes.near(_wanted(program)) if sizes.symbol else (0,):
-        shapes = [sizes.shape(spec, value, own) for spec, own in zip(program.inputs, examples, strict=True)]
-        where = f"at batch size {sizes.samples(value)}" if sizes.symbol else "at the program's own sizes"
+    for samples in sizes.near(_wanted(program)) if sizes.symbol else (0,):
+        shapes = [sizes.shape(spec, samples, own) for spec, own in zip(program.inputs, examples, strict=True)]
+        where = f"at batch size {samples}" if sizes.symbol else "at the program's own sizes"
         yield where, drawn(program, inputs, shapes)
 
 

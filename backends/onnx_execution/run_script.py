@@ -102,7 +102,7 @@ def _quoted(text: str) -> str:
 
 def _shape(spec: TensorSpec, sizes: BatchSizes) -> str:
     others = [spec.range_of(axis).nearest(1) for axis in range(len(spec.shape))]
-    return repr(tuple(sizes.shape(spec, sizes.value(1), others)))
+    return repr(tuple(sizes.shape(spec, 1, others)))
 
 
 def _numpy_name(dtype: torch.dtype) -> str:

@@ -174,6 +174,7 @@ class OnnxSession:
 
         Raises:
             LoweringError: an input does not fit, or a kernel fails.
+            UsageError: an axis has a size that the program was declared not to have.
         """
         names = self.inputs[len(inputs) :]
         if len(inputs) > len(self.inputs) or named.keys() != {*names}:
@@ -191,7 +192,7 @@ class OnnxSession:
         feed = {name: np.asarray(array, order="C") for name, array in zip(self.inputs, inputs, strict=True)}
         for name, array in feed.items():
             if wrong := size_out_of_range(name, self._ranges.get(name, ()), array.shape):
-                raise LoweringError(f"{wrong} Give no others, or capture the model for them.")
+                raise UsageError(f"{wrong} Give no others, or capture the model for them.")
         try:
             return list(self._session.run(outputs, feed))
         except Exception as err:  # onnxruntime's exceptions have no common base

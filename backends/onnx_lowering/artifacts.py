@@ -48,7 +48,7 @@ def specs(values: list[ir.Value], path: Path, properties: Mapping[str, str]) -> 
     """Describe the inputs or outputs of a model, of which the file has these properties.
 
     Raises:
-        LoweringError: one has no shape or is no tensor.
+        LoweringError: one has no shape or is no tensor, or its sizes are not those of its axes.
     """
     found, ranges = [], ranges_of(properties)
     for value in values:
@@ -61,8 +61,9 @@ def specs(values: list[ir.Value], path: Path, properties: Mapping[str, str]) -> 
             for axis, size in enumerate(value.shape.dims)
         )
         bound = ranges.get(value.name, ())
-        bound = bound if len(bound) == len(shape) else ()
-        found.append(
-            TensorSpec(value.name, shape, to_torch_dtype(value.dtype), bound if len(bound) == len(shape) else ())
-        )
+        if len(bound) not in (0, len(shape)):
+            raise LoweringError(
+                f"`{value.name}` of {path.name} has {len(bound)} ranges of sizes for {len(shape)} axes. Write it again."
+            )
+        found.append(TensorSpec(value.name, shape, to_torch_dtype(value.dtype), bound))
     return tuple(found)

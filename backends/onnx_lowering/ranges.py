@@ -10,21 +10,11 @@ import pydantic
 
 from graphopt.errors import LoweringError, first_problem
 from graphopt.ir.signature import TensorSpec
-from graphopt.ir.sizes import MOST_AT_LEAST, SizeRange
+from graphopt.ir.sizes import SizeRange
 
 _PROPERTY = "graphopt.sizes"  # of the model: {input: [[least, most or null] of each axis]}
-_Least = Annotated[int, pydantic.Field(ge=0, le=MOST_AT_LEAST)]
-_Most = Annotated[int, pydantic.Field(ge=1, lt=1 << 63)]
-
-
-def _ordered(ends: tuple[int, int | None]) -> tuple[int, int | None]:
-    if ends[1] is not None and ends[0] > ends[1]:
-        raise ValueError(f"{ends[0]} to {ends[1]} is no range")
-    return ends
-
-
-_Ends = Annotated[tuple[_Least, _Most | None], pydantic.AfterValidator(_ordered)]
-_STORED = pydantic.TypeAdapter(dict[str, tuple[_Ends, ...]], config=pydantic.ConfigDict(strict=True))
+_Stored = Annotated[SizeRange, pydantic.PlainValidator(SizeRange.stored)]
+_STORED = pydantic.TypeAdapter(dict[str, tuple[_Stored, ...]])
 
 
 def recorded_ranges(inputs: Sequence[TensorSpec]) -> dict[str, str]:
@@ -40,8 +30,7 @@ def ranges_of(properties: Mapping[str, str]) -> dict[str, tuple[SizeRange, ...]]
         LoweringError: it is damaged.
     """
     try:
-        stored = _STORED.validate_json(properties.get(_PROPERTY, "{}"))
+        return _STORED.validate_json(properties.get(_PROPERTY, "{}"))
     except pydantic.ValidationError as err:
         problem = first_problem(err)
         raise LoweringError(f"What the file says of sizes ({_PROPERTY}) is damaged: {problem}.") from err
-    return {name: tuple(SizeRange(*ends) for ends in axes) for name, axes in stored.items()}

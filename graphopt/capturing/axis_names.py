@@ -11,6 +11,7 @@ from torch import fx, nn
 from graphopt.ir.dynamic_axes import LeafShapes, bound_dim
 from graphopt.ir.names import Names
 from graphopt.ir.signature import Dimension
+from graphopt.ir.size_expressions import printed
 from graphopt.ir.sizes import ANY, SizeRange
 from graphopt.ir.torch_internals import range_asked, range_of
 
@@ -24,44 +25,53 @@ class AxisNames:
     Sizes are those that were asked for: a trace narrows them by questions that most models are the same for.
     """
 
-    def __init__(self, leaf_shapes: LeafShapes | None) -> None:
-        """Know what was asked for, None for what a file says."""
-        self._asked = leaf_shapes
-        self._given: dict[Any, str] = {}
-        self._defaults: dict[Any, str] = {}
-        self._ranges: dict[Any, SizeRange] = {}
+    def __init__(self, inputs: Sequence[tuple[str, torch.Tensor]], asked: LeafShapes | None) -> None:
+        """Name the symbols of inputs.
 
-    def learn(self, leaf: int, input_name: str, shape: Sequence[Any]) -> None:
-        """Meet the symbols of one input; none is named before all inputs are known."""
-        for axis, size in enumerate(shape):
-            expression = _expression(size)
-            if expression is None:
-                continue
-            asked = self._asked[leaf].get(axis) if self._asked else None
-            sizes = range_of(size) if self._asked is None else range_asked(asked)
-            self._ranges[expression] = self._ranges.get(expression, ANY) & sizes
-            if not expression.is_symbol:
-                continue
-            given = getattr(asked, "__name__", None)
-            if given:
-                self._given.setdefault(expression, str(given))
-            self._defaults.setdefault(expression, f"{input_name}_{axis}" if axis else "batch")
+        Args:
+            inputs: names, and values that a trace records.
+            asked: their dynamic axes as they were asked for, None for what a file says.
+        """
+        self._ranges: dict[Any, SizeRange] = {}
+        given: dict[Any, str] = {}
+        defaults: dict[Any, str] = {}
+        for leaf, (name, value) in enumerate(inputs):
+            size: Any
+            for axis, size in enumerate(value.shape):
+                expression = _expression(size)
+                if expression is None:
+                    continue
+                dim = asked[leaf].get(axis) if asked else None
+                sizes = range_of(size) if asked is None else range_asked(dim)
+                self._ranges[expression] = self._ranges.get(expression, ANY) & sizes
+                if expression.is_symbol:
+                    defaults.setdefault(expression, f"{name}_{axis}" if axis else "batch")
+                    if own := getattr(dim, "__name__", None):
+                        given.setdefault(expression, str(own))
+        self._names = Names()
+        self._known = {expression: self._names.new(name) for expression, name in given.items()}
+        for expression, name in defaults.items():
+            if expression not in self._known:
+                self._known[expression] = self._names.new(name)
 
     def of(self, size: Any) -> Dimension:
         """Return a size, or the name of a dynamic one ("batch", "2*batch")."""
         expression = _expression(size)
         if expression is None:
             return int(size)
-        for symbol in sorted(expression.free_symbols, key=str):
-            self._defaults.setdefault(symbol, str(symbol))
-        names = Names()
-        wanted = {**self._given, **self._defaults, **self._given}  # whoever comes first has its name
-        renamed = expression.xreplace({symbol: type(symbol)(names.new(name)) for symbol, name in wanted.items()})
-        return str(renamed).replace(" ", "")
+        symbols = {symbol: self._name(symbol, str(symbol)) for symbol in sorted(expression.free_symbols, key=str)}
+        named = expression.xreplace({symbol: type(symbol)(name) for symbol, name in symbols.items()})
+        return printed(named) or self._name(expression, "size")
 
     def range_of(self, size: Any) -> SizeRange:
         """Return which sizes an axis of an input may have."""
         return self._ranges.get(_expression(size), ANY)
+
+    def _name(self, expression: Any, wanted: str) -> str:
+        """Return the name that an expression has from the first time on."""
+        if expression not in self._known:
+            self._known[expression] = self._names.new(wanted)
+        return self._known[expression]
 
 
 def declared_ranges(model: nn.Module, inputs: int) -> list[dict[int, SizeRange]]:

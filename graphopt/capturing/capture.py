@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 
 from graphopt.capturing.asked_sizes import asked_sizes
 from graphopt.capturing.axis_names import AxisNames, declared_ranges
-from graphopt.capturing.checks import check_equal, check_repeatable, of_several, run_model, wrong_batch, wrong_size
+from graphopt.capturing.checks import check_equal, check_repeatable, run_model, wrong_batch, wrong_size
 from graphopt.capturing.dynamic_batch import with_dynamic_batch
 from graphopt.capturing.explain import explain
 from graphopt.capturing.guards import insert_guards
@@ -39,6 +39,7 @@ from graphopt.capturing.model_calls import (
 )
 from graphopt.capturing.normal_form import normalise
 from graphopt.capturing.safe_graphs import evaluated
+from graphopt.capturing.smallest_call import with_the_smallest_call
 from graphopt.errors import CaptureError, ExampleError
 from graphopt.ir.contents import resolved
 from graphopt.ir.devices import OUT_OF_MEMORY, device_memory, device_of, held_by
@@ -118,7 +119,7 @@ def capture(
         program = program.to(device)  # constants in the model's code, too
         check_equal(program, expected, args, kwargs)
         check_repeatable(program, args, kwargs)
-        program = with_axes_kept(of_several(program))
+        program = with_axes_kept(with_the_smallest_call(program))
     return program if share_tensors else program.copy(share_tensors=False)
 
 
@@ -136,8 +137,12 @@ def from_module(
         if node.op == "call_function" and not node.users:
             node.meta.setdefault("val", None)  # a file has no value for a check (torch 2.13), a trace has None
     record_capture(gm)
-    axes = AxisNames(leaf_shapes)
-    inputs = _input_specs(gm, axes, tuple(args), dict(kwargs))
+    values = _input_values(gm, tuple(args), dict(kwargs))
+    axes = AxisNames(values, leaf_shapes)
+    inputs = tuple(
+        TensorSpec(name, tuple(map(axes.of, value.shape)), value.dtype, tuple(map(axes.range_of, value.shape)))
+        for name, value in values
+    )
     outputs = _output_specs(gm, axes, Names(spec.name for spec in inputs))
     return Program(gm, inputs, outputs, tuple(args), dict(kwargs), tuple(range_notes(inputs)))
 
@@ -293,10 +298,8 @@ def _check_calls(graph: fx.Graph) -> None:
             )
 
 
-def _input_specs(
-    gm: fx.GraphModule, axes: AxisNames, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[TensorSpec, ...]:
-    """Describe the tensor inputs by the names of the model's own arguments; FX renames some (`input` -> `input_1`)."""
+def _input_values(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, torch.Tensor]]:
+    """List what is recorded of tensor inputs by the names of the model's arguments; FX renames some (`input_1`)."""
     given = input_names(gm, args, kwargs)
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     tensors = [node for node in placeholders if isinstance(node.meta.get("val"), torch.Tensor)]
@@ -307,13 +310,7 @@ def _input_specs(
             "with the number fixed (without a Dim for it), or let the model take a tensor."
         )
     labels = given if len(given) == len(tensors) and all(given) else [node.name for node in tensors]
-    for index, (label, node) in enumerate(zip(labels, tensors, strict=True)):
-        axes.learn(index, label, node.meta["val"].shape)
-    values = [node.meta["val"] for node in tensors]
-    return tuple(
-        TensorSpec(label, tuple(map(axes.of, value.shape)), value.dtype, tuple(map(axes.range_of, value.shape)))
-        for label, value in zip(labels, values, strict=True)
-    )
+    return [(label, node.meta["val"]) for label, node in zip(labels, tensors, strict=True)]
 
 
 def _output_specs(gm: fx.GraphModule, axes: AxisNames, names: Names) -> tuple[TensorSpec, ...]:

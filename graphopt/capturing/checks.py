@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -21,8 +20,6 @@ from graphopt.ir.operators import short_name
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import user_line
 from graphopt.ir.regions import graph_modules
-from graphopt.ir.signature import TensorSpec, range_notes
-from graphopt.ir.sizes import SizeRange
 from graphopt.ir.torch_internals import pytree
 from graphopt.ir.walker import Walker
 
@@ -132,7 +129,7 @@ def check_repeatable(program: Program, args: tuple[Any, ...], kwargs: dict[str, 
     if not written:
         return
     with with_its_buffers(program.graph_module):
-        first = _run(program, args, kwargs)
+        first = run_program(program, args, kwargs)
         worst = _disagreement(program, first, args, kwargs)
     if worst:
         raise CaptureError(
@@ -145,7 +142,7 @@ def _check_random(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any
     draws = [node for node in program.graph.nodes if _draws(node)]
     if not draws:
         return
-    worst = _disagreement(program, _run(program, args, kwargs, seed=1), args, kwargs)
+    worst = _disagreement(program, run_program(program, args, kwargs, seed=1), args, kwargs)
     if worst:
         line = user_line(draws[0])
         raise CaptureError(
@@ -174,12 +171,11 @@ def wrong_batch(model: nn.Module, program: Program, args: tuple[Any, ...], kwarg
     rows = next((len(tensor) for spec, tensor in zip(program.inputs, examples, strict=True) if spec.batched), 0)
     near = sizes.near(_CHECKED_BATCHES) if rows else []
     failed: list[str] = []
-    for value in [*near, *(value for value in sizes.near([2 * rows]) if value not in near)] if rows else []:
-        if value not in near and not failed:
+    for size in dict.fromkeys([*near, sizes.nearest(2 * rows)]) if rows else ():
+        if size not in near and not failed:
             break
-        size = sizes.samples(value)
         sized = [
-            _resized(tensor, sizes.shape(spec, value, tensor.shape))
+            resized(tensor, sizes.shape(spec, size, tensor.shape))
             for spec, tensor in zip(program.inputs, examples, strict=True)
         ]
         other_args, other_kwargs = program.unflatten(sized)
@@ -193,35 +189,6 @@ def wrong_batch(model: nn.Module, program: Program, args: tuple[Any, ...], kwarg
         if worst:
             return f"at batch {size} the captured program differs from the model ({worst})"
     return failed[0] if len(failed) > 1 and _only_batches_vary(program) else ""
-
-
-def of_several(program: Program) -> Program:
-    """Return a program whose range of sizes leaves out one sample where it does not run on one.
-
-    It takes one alone where nothing else is known: torch traces, and keeps of a range, two or more (2.13).
-    """
-    sizes = BatchSizes(program.inputs, [tensor.shape for tensor in program.flat_examples()])
-    if not sizes.symbol or sizes.samples(sizes.near([1])[0]) != 1:
-        return program
-    examples = zip(program.inputs, program.flat_examples(), strict=True)
-    one = [_resized(tensor, sizes.shape(spec, 1, tensor.shape)) for spec, tensor in examples]
-    args, kwargs = program.unflatten(one)
-    try:
-        with with_its_buffers(program.graph_module), torch.no_grad():
-            _run(program, args, kwargs)
-    except CaptureError:
-        inputs = tuple(_narrowed(spec, sizes.symbol) for spec in program.inputs)
-        others = [note for note in program.notes if note not in range_notes(program.inputs)]
-        return dataclasses.replace(program, inputs=inputs, notes=(*range_notes(inputs), *others))
-    return program
-
-
-def _narrowed(spec: TensorSpec, symbol: str) -> TensorSpec:
-    ranges = [
-        spec.range_of(axis) & SizeRange(2) if size == symbol else spec.range_of(axis)
-        for axis, size in enumerate(spec.shape)
-    ]
-    return dataclasses.replace(spec, ranges=tuple(ranges))
 
 
 def wrong_size(
@@ -245,7 +212,7 @@ def wrong_size(
         for number, axis in one.places:
             shape = [*sized[tensors[number]].shape]
             shape[axis] = one.size
-            sized[tensors[number]] = _resized(sized[tensors[number]], shape)
+            sized[tensors[number]] = resized(sized[tensors[number]], shape)
         other_args, other_kwargs = pytree.tree_unflatten(sized, spec)
         try:
             expected = run_model(model, other_args, other_kwargs)
@@ -270,7 +237,7 @@ def _only_batches_vary(program: Program) -> bool:
     return len(firsts) == 1 and not any(isinstance(size, str) for spec in program.inputs for size in spec.shape[1:])
 
 
-def _resized(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+def resized(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     for axis, size in enumerate(shape):
         if size != tensor.shape[axis]:
             tensor = tensor.index_select(axis, torch.arange(size, device=tensor.device) % tensor.shape[axis])
@@ -290,7 +257,7 @@ def _difference(program: Program, expected: Any, args: tuple[Any, ...], kwargs: 
 def _disagreement(program: Program, expected: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """Run the program on what the model returned `expected` for; say how they differ, "" if they do not."""
     with with_its_buffers(program.graph_module):
-        found = _run(program, args, kwargs)
+        found = run_program(program, args, kwargs)
     pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(found), strict=True)
     tensors = [pair for pair in pairs if isinstance(pair[0], torch.Tensor)]
     relative = _CAPTURE_ULPS * torch.finfo(torch.float64 if _all_double(program) else torch.float32).eps
@@ -320,7 +287,7 @@ def _largest(tensor: torch.Tensor) -> float:
     return float(finite.max()) if finite.numel() else 1.0
 
 
-def _run(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], *, seed: int = 0) -> Any:
+def run_program(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], *, seed: int = 0) -> Any:
     """Run a program on copies of the inputs and return copies of its outputs.
 
     Raises:

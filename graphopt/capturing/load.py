@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import io
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from graphopt.capturing.capture import capture, from_module
-from graphopt.capturing.checks import check_recorded, check_repeatable, of_several, run_model
+from graphopt.capturing.checks import check_recorded, check_repeatable, run_model
 from graphopt.capturing.example_inputs import example_inputs, open_for, random_examples
 from graphopt.capturing.kept_axes import with_axes_kept
 from graphopt.capturing.model_calls import (
@@ -27,6 +26,7 @@ from graphopt.capturing.model_calls import (
 )
 from graphopt.capturing.safe_graphs import evaluated
 from graphopt.capturing.served_head import serve
+from graphopt.capturing.smallest_call import with_the_smallest_call
 from graphopt.data import InputSpec, Samples
 from graphopt.data.served import Served, ServedInput, advice, served_inputs
 from graphopt.errors import (
@@ -35,6 +35,7 @@ from graphopt.errors import (
     ExampleError,
     GraphOptError,
     LoadError,
+    LoweringError,
     UsageError,
     cut,
     first_line,
@@ -45,6 +46,7 @@ from graphopt.ir.devices import OUT_OF_MEMORY
 from graphopt.ir.global_state import one_thread_at_a_time, random_state_kept
 from graphopt.ir.program import SCHEMA, Program
 from graphopt.ir.signature import Note, TensorSpec
+from graphopt.ir.size_expressions import is_expression
 from graphopt.ir.sizes import SizeRange
 from graphopt.ir.torch_internals import pytree
 from graphopt.loading import LoadedModel, load_model
@@ -142,7 +144,7 @@ def _from_file(loaded: LoadedModel, exported: ExportedProgram, dynamic_shapes: M
     signature = loaded.extra_files.get(_SIGNATURE)
     if signature is not None:
         _check_no_shapes(dynamic_shapes, f"`{loaded.source}`")
-        return _with_signature(_that_runs(exported, args, kwargs, loaded.source), signature, loaded.source)
+        return _that_runs(exported, args, kwargs, loaded.source, signature)
     if exported.range_constraints and dynamic_shapes is None:
         program = _that_runs(exported, args, kwargs, loaded.source)
         check_repeatable(program, args, kwargs)
@@ -153,11 +155,15 @@ def _from_file(loaded: LoadedModel, exported: ExportedProgram, dynamic_shapes: M
     return capture(module, args, kwargs, dynamic_shapes, share_tensors=True)
 
 
-def _that_runs(exported: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any], source: str) -> Program:
+def _that_runs(
+    exported: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any], source: str, signature: str | None = None
+) -> Program:
     """Return the program of a file in evaluation mode, after running it once on the inputs that the file brings.
 
+    It has the names and the ranges of sizes of a signature that is stored beside it, otherwise those of the trace.
+
     Raises:
-        LoadError: it does not run on them.
+        LoadError: it does not run on them, or the signature is not its own.
         CaptureError: its values are not of the types that the file says.
     """
     try:
@@ -166,11 +172,15 @@ def _that_runs(exported: ExportedProgram, args: tuple[Any, ...], kwargs: dict[st
         gm, notes = evaluated(module)
         found = from_module(gm, args, kwargs)
         program = dataclasses.replace(found, notes=(*found.notes, *notes))
+        if signature is not None:
+            program = _with_signature(program, signature, source)
         # torch writes the traceback of what a graph raises by itself
         with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
             program(*args, **kwargs)
             check_recorded(program)
-            program = with_axes_kept(of_several(program))
+            if signature is None:
+                program = with_the_smallest_call(program)
+            program = with_axes_kept(program)
     except (GraphOptError, *OUT_OF_MEMORY):
         raise
     except Exception as err:  # a file's graph and inputs may be of any kind, and kernels raise anything
@@ -204,7 +214,7 @@ def _with_signature(program: Program, text: str, source: str) -> Program:
         stored = json.loads(text)
         if stored["schema"] != SCHEMA:
             raise ValueError(f"it has schema {cut(repr(stored['schema']), 80)}, this version reads {SCHEMA}")
-        return dataclasses.replace(
+        found = dataclasses.replace(
             program,
             inputs=specs("inputs", program.inputs),
             outputs=specs("outputs", program.outputs),
@@ -212,7 +222,9 @@ def _with_signature(program: Program, text: str, source: str) -> Program:
                 Note(printable(str(note["subject"])), printable(str(note["text"]))) for note in stored["notes"]
             ),
         )
-    except (KeyError, TypeError, ValueError, RecursionError) as err:
+        found.takes(1)  # which looks for a size that all of its ranges allow
+        return found
+    except (KeyError, TypeError, ValueError, RecursionError, LoweringError) as err:
         raise LoadError(
             f"`{source}` does not agree with the signature stored in it ({type(err).__name__}: {first_line(err)}). "
             "Save the program again."
@@ -223,12 +235,12 @@ def _renamed(spec: TensorSpec, entry: Mapping[str, Any]) -> TensorSpec:
     name, shape = str(entry["name"]), entry["shape"]
     if not name.isidentifier():
         raise ValueError(f"{name!r} is no name")
-    odd = [size for size in shape if isinstance(size, str) and not re.fullmatch(r"[\w+*/() -]+", size)]
+    odd = [size for size in shape if isinstance(size, str) and not is_expression(size)]
     if odd:
-        raise ValueError(f"{odd[0]!r} is no name of an axis")
+        raise ValueError(f"{cut(repr(odd[0]), 80)} is no name of an axis")
     if [isinstance(size, str) for size in shape] != [isinstance(size, str) for size in spec.shape]:
         raise ValueError(f"`{name}` is {shape}, the program's is {spec.shape}")
-    ranges = tuple(SizeRange(int(least), most and int(most)) for least, most in entry.get("ranges", ()))
+    ranges = tuple(map(SizeRange.stored, entry.get("ranges", ())))
     if len(ranges) not in (0, len(shape)):
         raise ValueError(f"`{name}` has {len(ranges)} ranges of sizes for {len(shape)} axes")
     return TensorSpec(name, tuple(size if isinstance(size, str) else int(size) for size in shape), spec.dtype, ranges)

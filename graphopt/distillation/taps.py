@@ -24,6 +24,7 @@ from graphopt.ir.graph import copy_graph_module, erase_dead, restructure
 from graphopt.ir.names import Names
 from graphopt.ir.program import Program
 from graphopt.ir.signature import Dimension, TensorSpec
+from graphopt.ir.size_expressions import printed
 from graphopt.ir.torch_internals import output_structure, pytree
 
 _PREFIX = "tap_"
@@ -126,8 +127,8 @@ def _axis_names(program: Program) -> dict[Any, str]:
     names: dict[Any, str] = {}
     for spec, node in zip(program.inputs, tensors, strict=True):
         for size, name in zip(node.meta["val"].shape, spec.shape, strict=True):
-            if isinstance(size, torch.SymInt) and isinstance(name, str) and size.node.expr.is_symbol:
-                names.setdefault(size.node.expr, name)
+            if isinstance(size, torch.SymInt) and size.node.expr.is_symbol and str(name).isidentifier():
+                names.setdefault(size.node.expr, str(name))
     return names
 
 
@@ -137,7 +138,8 @@ def _dimension(size: int | torch.SymInt, names: dict[Any, str]) -> Dimension:
     expression = size.node.expr
     if expression.is_number:
         return int(expression)
-    return str(expression.xreplace({symbol: type(symbol)(name) for symbol, name in names.items()})).replace(" ", "")
+    named = expression.xreplace({symbol: type(symbol)(name) for symbol, name in names.items()})
+    return printed(named) or str(named)
 
 
 def _tap_addresses(program: Program) -> list[str]:

@@ -2,61 +2,63 @@
 
 from __future__ import annotations
 
-import bisect
 import functools
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from graphopt.errors import LoweringError, printable
 from graphopt.ir.signature import TensorSpec, batch_size
-from graphopt.ir.sizes import MOST_AT_LEAST, SizeRange, evaluate, names_in
-
-_LARGEST = 1 << 24  # samples in one call
+from graphopt.ir.size_expressions import evaluate, linear, names_in
+from graphopt.ir.sizes import ANY, MOST_AT_LEAST, SizeRange
 
 
 class BatchSizes:
-    """Numbers of samples in a call, by the values of the name that first axes have ("batch", "2*batch")."""
+    """Numbers of samples in a call: those that all axes have sizes for, of which the first says how they depend on it.
+
+    Attributes:
+        symbol: the name that first axes grow with ("batch", of "2*batch" too), "" where none is dynamic.
+        values: what it may be.
+    """
 
     def __init__(self, inputs: Sequence[TensorSpec], examples: Sequence[Sequence[int]] = ()) -> None:
         """Find the values for which every axis that depends on the name has a size in its range.
 
         Args:
-            inputs: of the program. Larger values make no axis smaller.
+            inputs: of the program.
             examples: shapes of inputs that it was captured with. First axes of other names that are of one size there
                 stay so: a kernel may ask for it where no trace does.
 
         Raises:
-            LoweringError: there are none, or only such of more samples than memory should be asked for.
+            LoweringError: there are none, or only such of more samples than memory should be asked for, or a size is
+                bound that does not grow or shrink evenly with the name.
         """
         self._inputs = tuple(inputs)
-        self._first = next((str(spec.shape[0]) for spec in inputs if spec.batched), "")
-        self.symbol = self._symbol()  # "" where no first axis is dynamic
+        first = next((str(spec.shape[0]) for spec in inputs if spec.batched), "")
+        line = linear(first)
+        self.symbol, self._factor, self._offset = line if line and line.factor > 0 else (first, 1, 0)
         pairs = zip(self._inputs, examples, strict=bool(examples))
         rows = {str(spec.shape[0]): example[0] for spec, example in pairs if spec.batched}
-        alike = [name for name in rows if names_in(name) == (name,) and rows[name] == rows[self._first]]
+        alike = [name for name in rows if names_in(name) == (name,) and rows[name] == rows[first]]
         self._others = {name: self._range(name) for name in alike}
-        values = range(1, _LARGEST + 1)
-        least = bisect.bisect_left(
-            values, True, key=lambda value: self.samples(value) > 0 and all(s >= r.least for s, r in self._sizes(value))
-        )
-        most = bisect.bisect_left(
-            values, True, key=lambda value: any(r.most is not None and s > r.most for s, r in self._sizes(value))
-        )
-        self.range = SizeRange(least + 1, most if most < _LARGEST else None)
-        if self.symbol and (least >= most or self.samples(self.range.least) > MOST_AT_LEAST):
+        self.values = functools.reduce(operator.and_, self._bounds(), SizeRange(1))
+        if not self.symbol:
+            return
+        empty = self.values.most is not None and self.values.least > self.values.most
+        if empty or self._samples(self.values.least) > MOST_AT_LEAST:
             raise LoweringError(
                 f"No call of at most {MOST_AT_LEAST} samples has sizes that all inputs may have: "
                 f"{'; '.join(printable(str(spec)) for spec in self._inputs)}. Export with other ranges."
             )
 
     def near(self, wanted: Iterable[int]) -> list[int]:
-        """Return values of the name, each once, as many as are wanted above the smallest but within its range."""
-        below = self.range.least - 1
-        return [*dict.fromkeys(self.range.nearest(below + value) for value in wanted)]
+        """Return numbers of samples, each once: those that many places from below, or the last."""
+        below = self.values.least - 1
+        return [*dict.fromkeys(self._samples(self.values.nearest(below + place)) for place in wanted)]
 
-    def shape(self, spec: TensorSpec, value: int, example: Sequence[int]) -> list[int]:
-        """Return the sizes of an input at a value of the name; those that do not depend on it are the example's."""
-        known = {name: sizes.nearest(self.samples(value)) for name, sizes in self._others.items()}
+    def shape(self, spec: TensorSpec, samples: int, example: Sequence[int]) -> list[int]:
+        """Return the sizes of an input for so many samples, or as many as fit; others are the example's."""
+        value = self._value(samples)
+        known = {name: sizes.nearest(self._samples(value)) for name, sizes in self._others.items()}
         known[self.symbol] = value
         sizes = [size if isinstance(size, int) else evaluate(size, known) for size in spec.shape]
         return [own if size is None else size for size, own in zip(sizes, example, strict=True)]
@@ -66,36 +68,50 @@ class BatchSizes:
         fixed = batch_size(self._inputs)
         if fixed is not None or not self.symbol:
             return fixed or samples
-        return self.samples(self.value(samples))
+        return self.nearest(samples)
 
-    def value(self, samples: int) -> int:
-        """Return the value of the name at which a call takes so many samples, or fewer, else the smallest."""
-        if not self.symbol:
-            return samples
-        values = range(1, _LARGEST + 1)
-        return self.range.nearest(bisect.bisect_right(values, samples, key=self.samples))
+    def nearest(self, samples: int) -> int:
+        """Return the same as far as first axes are dynamic, whatever others of a fixed size take."""
+        return self._samples(self._value(samples))
 
-    def samples(self, value: int) -> int:
-        """Return how many samples a call has at a value of the name."""
-        return int(evaluate(self._first, {self.symbol: value})) if self.symbol else value
+    def at(self, value: int) -> int:
+        """Return how many samples a call has where the name has a value, or one near that it may have."""
+        return self._samples(self.values.nearest(value))
 
-    def _symbol(self) -> str:
-        """Return the one name that the first axis grows with, else what the axis is called as a whole."""
-        names = names_in(self._first)
-        if len(names) == 1:
-            ends = [evaluate(self._first, {names[0]: value}) for value in (1, _LARGEST)]
-            if None not in ends and ends[0] < ends[1]:
-                return names[0]
-        return self._first
+    def _value(self, samples: int) -> int:
+        return self.values.nearest((samples - self._offset) // self._factor) if self.symbol else samples
+
+    def _samples(self, value: int) -> int:
+        return self._factor * value + self._offset
 
     def _range(self, name: str) -> SizeRange:
         """Return which sizes all axes of a name may have."""
         named = [(spec, axis) for spec in self._inputs for axis, size in enumerate(spec.shape) if size == name]
         return functools.reduce(operator.and_, [spec.range_of(axis) for spec, axis in named])
 
-    def _sizes(self, value: int) -> Iterable[tuple[int, SizeRange]]:
+    def _bounds(self) -> Iterator[SizeRange]:
+        """Yield what the name may be for the sake of one axis."""
+        if not self.symbol:
+            return
+        yield _solved(self._factor, self._offset, SizeRange(1))
         for spec in self._inputs:
-            for axis, expression in enumerate(spec.shape):
-                size = evaluate(expression, {self.symbol: value}) if isinstance(expression, str) else None
-                if size is not None:
-                    yield size, spec.range_of(axis)
+            for axis, size in enumerate(spec.shape):
+                if not isinstance(size, str) or (size != self.symbol and self.symbol not in names_in(size)):
+                    continue
+                line = (self.symbol, 1, 0) if size == self.symbol else linear(size)
+                if line is not None:
+                    yield _solved(line[1], line[2], spec.range_of(axis))
+                elif spec.range_of(axis) != ANY:
+                    raise LoweringError(
+                        f"Axis {axis} of `{printable(spec.name)}` has a range and is {printable(size)}, which does not "
+                        f"grow or shrink evenly with `{printable(self.symbol)}`. Export it without the range."
+                    )
+
+
+def _solved(factor: int, offset: int, sizes: SizeRange) -> SizeRange:
+    """Return the numbers for which `factor * number + offset` is one of some sizes."""
+    least, most = sizes.least - offset, None if sizes.most is None else sizes.most - offset
+    if factor < 0:
+        least, most = (0 if most is None else -most), -least
+    least = -(-least // abs(factor))
+    return SizeRange(max(least, 0), None if most is None else most // abs(factor))

@@ -118,4 +118,4 @@ def _sizes(inputs: Sequence[TensorSpec], examples: Sequence[torch.Tensor], rows:
             yield example.shape
             continue
         others = [spec.range_of(0).nearest(rows), *example.shape[1:]] if spec.batched else example.shape
-        yield torch.Size(sizes.shape(spec, sizes.range.nearest(rows), others))
+        yield torch.Size(sizes.shape(spec, sizes.at(rows), others))

@@ -21,7 +21,8 @@ from graphopt.ir.lifting import lifted
 from graphopt.ir.provenance import custom_notes, drop_process_traces
 from graphopt.ir.regions import every_graph_module
 from graphopt.ir.signature import TensorSpec
-from graphopt.ir.sizes import evaluate
+from graphopt.ir.size_expressions import linear
+from graphopt.ir.sizes import SizeRange
 from graphopt.ir.torch_internals import SMALLEST_TRACED
 from graphopt.ir.training import set_training
 
@@ -153,19 +154,24 @@ def _axes(inputs: Sequence[TensorSpec]) -> LeafShapes:
     """
     sizes = BatchSizes(inputs)
     alone = {size for spec in inputs for size in spec.shape}
-    root = {} if not sizes.symbol or sizes.symbol in alone else {sizes.symbol: bound_dim(sizes.range, sizes.symbol)}
+    root = {} if not sizes.symbol or sizes.symbol in alone else {sizes.symbol: bound_dim(sizes.values, sizes.symbol)}
     small = {
-        size: bound_dim(sizes, size)
+        size: bound_dim(bound, size)
         for spec in inputs
-        for size, sizes in zip(spec.shape, spec.ranges, strict=False)
-        if isinstance(size, str) and size.isidentifier() and sizes.most == SMALLEST_TRACED
+        for size, bound in zip(spec.shape, spec.ranges, strict=False)
+        if isinstance(size, str) and size.isidentifier() and bound.most == SMALLEST_TRACED
     }
+    named = {**small, **root}
+
+    def dim(size: str, sizes: SizeRange) -> Any:
+        line = linear(size)
+        if line is None or line.name not in named or line.factor < 1:
+            return bound_dim(sizes)
+        multiple = named[line.name] * line.factor if line.factor > 1 else named[line.name]
+        return multiple + line.offset if line.offset else multiple
+
     return [
-        {
-            axis: evaluate(size, {**small, **root}) or bound_dim(spec.range_of(axis))
-            for axis, size in enumerate(spec.shape)
-            if isinstance(size, str)
-        }
+        {axis: dim(size, spec.range_of(axis)) for axis, size in enumerate(spec.shape) if isinstance(size, str)}
         for spec in inputs
     ]
 

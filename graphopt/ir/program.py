@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -87,7 +88,11 @@ class Program:
 
     def takes(self, samples: int) -> int:
         """Return how many samples one call takes: so many, or the nearest number below, else the smallest there is."""
-        return BatchSizes(self.inputs).taken(samples)
+        return self._batch_sizes.taken(samples)
+
+    @functools.cached_property
+    def _batch_sizes(self) -> BatchSizes:
+        return BatchSizes(self.inputs)
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """Iterate over the trainable tensors, each once."""

@@ -200,9 +200,8 @@ def batch_of(specs: Sequence[TensorSpec], inputs: Sequence[Array] | None, batch:
     `batch` too, or the nearest that they may have.
     """
     sizes = BatchSizes(specs)
-    value = sizes.value(batch)
     near = [[spec.range_of(axis).nearest(batch) for axis in range(len(spec.shape))] for spec in specs]
-    shapes = [sizes.shape(spec, value, other) for spec, other in zip(specs, near, strict=True)]
+    shapes = [sizes.shape(spec, batch, other) for spec, other in zip(specs, near, strict=True)]
     if inputs is not None:
         return tuple(
             np.take(array, range(shape[0]), axis=0, mode="wrap") if spec.batched else array

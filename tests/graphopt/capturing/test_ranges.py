@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import graphopt
-from graphopt.errors import DataError, LoweringError, UsageError
+from graphopt.errors import DataError, UsageError
 from graphopt.ir.sizes import ANY, SizeRange
 
 
@@ -85,7 +85,7 @@ def test_sizes_at_both_ends(rows: str, way: str, tmp_path: Path) -> None:
     session = opened.session()
     for size in {sizes.least - 1, (sizes.most or 0) + 1} - {-1, 1}:
         said = f"Axis 0 of input `x` has a size of {size}, and the program is of {sizes}"
-        with pytest.raises(LoweringError, match=said):
+        with pytest.raises(UsageError, match=said):
             session(np.zeros((size, 4), np.float32))
         with pytest.raises(UsageError, match=said):
             program(torch.zeros(size, 4))
@@ -157,6 +157,39 @@ def test_ranges_are_those_of_inputs_by_position_or_by_name() -> None:
         given = {"mask": mask, "table": table, "x": x, place: torch.randn(rows, 3)}
         with pytest.raises(UsageError, match=f"Axis 0 of input `{place}` has a size of {rows}"):
             program(**given)
+
+
+class Taps(nn.Module):
+    """Rows that only some numbers of them have."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.way == "five taps":
+            return torch.conv1d(x.t()[None], torch.ones(1, 3, 5))
+        return x[3:] * 2 if self.way == "from the fourth" else x[: x.shape[0] % 3 + 1] * 2
+
+
+@pytest.mark.parametrize(
+    ("way", "sizes", "output"),
+    [
+        ("five taps", SizeRange(5), (1, 1, "batch-4")),
+        ("from the fourth", ANY, ("batch-3", 3)),
+        ("some", ANY, ("batch%3+1", 3)),
+    ],
+)
+def test_a_program_begins_where_it_runs_and_loads(
+    way: str, sizes: SizeRange, output: tuple[int | str, ...], tmp_path: Path
+) -> None:
+    program = graphopt.capture(Taps(way), torch.randn(8, 3))
+    assert (program.inputs[0].range_of(0), program.outputs[0].shape) == (sizes, output)
+    again = graphopt.load(program.save(tmp_path / "a.pt2"))
+    assert (again.inputs, again.outputs, again.notes) == (program.inputs, program.outputs, program.notes)
+    for rows in (max(sizes.least, 1), 9):
+        x = torch.randn(rows, 3)
+        torch.testing.assert_close(again(x), Taps(way)(x))
 
 
 def test_a_range_that_begins_where_no_example_is_made() -> None:

@@ -336,6 +336,39 @@ def test_a_saved_signature_holds_names_only(tmp_path: Path, change: dict[str, An
 
 
 @pytest.mark.parametrize(
+    ("ranges", "said"),
+    [
+        ([[math.inf, None], [0, None]], "is no range of sizes"),
+        ([[1 << 21, None], [0, None]], "is no range of sizes"),
+        ([[4, 8]], "has 1 ranges of sizes for 2 axes"),
+    ],
+)
+def test_ranges_of_a_file(ranges: list[Any], said: str) -> None:
+    program = graphopt.capture(nn.Linear(4, 3).eval(), (torch.randn(2, 4),))
+    signature = program._signature()
+    signature["inputs"][0]["ranges"] = ranges
+    with pytest.raises(LoadError, match=said):
+        _with_signature(program, json.dumps(signature), "file.pt2")
+
+
+def test_sizes_of_a_file_that_no_call_has() -> None:
+    program = graphopt.capture(nn.Bilinear(4, 3, 2).eval(), (torch.randn(2, 4), torch.randn(2, 3)))
+    signature = program._signature()
+    for stored, ends in zip(signature["inputs"], ([4, None], [0, 3]), strict=True):
+        stored["ranges"] = [ends, [0, None]]
+    with pytest.raises(LoadError, match="No call of at most 1048576 samples has sizes that all inputs may have"):
+        _with_signature(program, json.dumps(signature), "file.pt2")
+
+
+@pytest.mark.parametrize("name", ["n//2", "n*n", "100-n", "2*n//2"])
+def test_sizes_of_a_file_that_torch_has_no_word_for(name: str, tmp_path: Path) -> None:
+    program = graphopt.capture(nn.Linear(4, 3).eval(), (torch.randn(2, 4),))
+    signature = program._signature()
+    signature["inputs"][0]["shape"] = [name, 4]
+    _with_signature(program, json.dumps(signature), "file.pt2").export()
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "[" * 100_000,
