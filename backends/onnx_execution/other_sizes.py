@@ -13,13 +13,12 @@ from graphopt.backends.onnx_execution.batches import drawn
 from graphopt.ir.batch_sizes import BatchSizes
 from graphopt.ir.program import Program
 from graphopt.ir.signature import TensorSpec
-from graphopt.ir.sizes import evaluate, names_in
+from graphopt.ir.size_expressions import evaluate, linear, names_in
 from graphopt.targets.backend import Array
 
 Shapes = list[list[int]]
 
 _STEPS = (1, 2, 4, 8, 16, 32)  # a network that halves its input takes multiples
-_LARGEST = 1 << 24
 
 
 def other_sizes(program: Program, inputs: Sequence[Array] | None) -> Iterator[Iterator[tuple[str, tuple[Array, ...]]]]:
@@ -31,12 +30,13 @@ def other_sizes(program: Program, inputs: Sequence[Array] | None) -> Iterator[It
     """
     examples = [tuple(array.shape) for array in (program.flat_examples() if inputs is None else inputs)]
     batch = BatchSizes(program.inputs, examples)
+    (fewest,) = batch.near([1])
     known = _values(program.inputs, examples)
 
     def shapes(name: str, value: int) -> Shapes | None:
         """Return those of the inputs where a name has another value, None where it may not."""
-        values = {**known, batch.symbol: batch.range.least, name: value}
-        found = [batch.shape(spec, batch.range.least, own) for spec, own in zip(program.inputs, examples, strict=True)]
+        values = {**known, batch.symbol: batch.values.least, name: value}
+        found = [batch.shape(spec, fewest, own) for spec, own in zip(program.inputs, examples, strict=True)]
         for spec, shape in zip(program.inputs, found, strict=True):
             for axis in _axes(spec, name):
                 size = evaluate(str(spec.shape[axis]), values)
@@ -61,13 +61,9 @@ def _values(inputs: Iterable[TensorSpec], examples: Iterable[Sequence[int]]) -> 
     found: dict[str, int] = {}
     for spec, example in zip(inputs, examples, strict=True):
         for size, own in zip(spec.shape, example, strict=True):
-            if isinstance(size, str) and len(names := names_in(size)) == 1:
-                found.setdefault(names[0], _solved(size, names[0], own))
+            if isinstance(size, str) and (line := linear(size)):
+                found.setdefault(line.name, (own - line.offset) // line.factor)
     return found
-
-
-def _solved(expression: str, name: str, size: int) -> int:
-    return bisect.bisect_left(range(_LARGEST), size, key=lambda value: evaluate(expression, {name: value}))
 
 
 def _axes(spec: TensorSpec, name: str) -> list[int]:

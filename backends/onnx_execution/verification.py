@@ -15,6 +15,7 @@ may be as far from that as the rounding explains (`rounded_activations`).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -81,9 +82,15 @@ def verify(
     worst = 0.0
     for index, (where, remedy, arrays) in enumerate(_sizes(program, inputs)):
         feed = tuple(torch.from_numpy(array) for array in arrays)
-        found = exact(*arrays)
+        failed = functools.partial(_not_run, program, where)
+        try:
+            found = exact(*arrays)
+        except LoweringError:
+            with foreign_code(failed):  # in the program, first of all
+                replay.outputs(feed)
+            raise
         codes = probe.codes(arrays, found) if probe else {}
-        with foreign_code(lambda said, _, where=where: _not_run(program, said, where)):  # type: ignore[misc]
+        with foreign_code(failed):
             wanted = replay.outputs(feed, codes)
         reference = _reference(program, codes, feed, wanted)
         got = tuple(torch.from_numpy(array) for array in found)
@@ -129,7 +136,7 @@ def _takes(program: Program, arrays: Sequence[Array]) -> bool:
     return True
 
 
-def _not_run(program: Program, said: str, where: str) -> LoweringError:
+def _not_run(program: Program, where: str, said: str, _: BaseException) -> LoweringError:
     first = next((spec.name for spec in program.inputs if spec.batched), "x")
     return LoweringError(
         f"The program itself does not run {where}, which it was captured for: {said}. Bind the sizes that it takes "
