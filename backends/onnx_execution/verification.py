@@ -119,11 +119,8 @@ def _sizes(program: Program, inputs: Sequence[Array] | None) -> Iterator[tuple[s
     for sized in other_sizes(program, inputs):
         taken = next(((where, arrays) for where, arrays in sized if _takes(program, arrays)), None)
         if taken is not None:
-            yield (
-                taken[0],
-                "with that axis of one size, or bound to the sizes it needs (Dim(.., min=.., max=..))",
-                taken[1],
-            )
+            bound = "bound to the sizes it needs (--dynamic INPUT:AXIS:MIN-MAX, or Dim(.., min=.., max=..))"
+            yield taken[0], f"with that axis of one size, or {bound}", taken[1]
 
 
 def _takes(program: Program, arrays: Sequence[Array]) -> bool:
@@ -140,7 +137,8 @@ def _not_run(program: Program, where: str, said: str, _: BaseException) -> Lower
     first = next((spec.name for spec in program.inputs if spec.batched), "x")
     return LoweringError(
         f"The program itself does not run {where}, which it was captured for: {said}. Bind the sizes that it takes "
-        f'where it is captured or exported: dynamic_shapes={{"{first}": {{0: Dim("batch", min=..., max=...)}}}}.'
+        f'where it is captured or exported: --dynamic {first}:0:MIN-MAX, or dynamic_shapes={{"{first}": {{0: '
+        'Dim("batch", min=..., max=...)}}.'
     )
 
 

@@ -30,7 +30,11 @@ Input = Annotated[
 ]
 Dynamic = Annotated[
     list[str] | None,
-    typer.Option("--dynamic", help="A further dynamic axis beside the batch: input:axis, such as tokens:1."),
+    typer.Option(
+        "--dynamic",
+        help="A further dynamic axis beside the batch: input:axis, such as tokens:1. With the sizes it may have: "
+        "tokens:1:4-8, tokens:1:4- or tokens:1:-8; those of the batch likewise (x:0:4-8).",
+    ),
 ]
 Served = Annotated[
     list[str] | None,
@@ -48,7 +52,7 @@ Trust = Annotated[
 Seed = Annotated[int, typer.Option(help="Every random draw descends from it.")]
 Format = Annotated[str, typer.Option("--format", help="What to print on stdout: text or json.")]
 
-_DYNAMIC = re.compile(r"(?P<input>[^:=]+):(?P<axis>\d+)(=\w+)?$")
+_DYNAMIC = re.compile(r"(?P<input>[^:=]+):(?P<axis>\d+)(:(?P<least>\d*)-(?P<most>\d*))?", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,12 +95,21 @@ class ModelArguments:
 def _dynamic_shapes(texts: Sequence[str] | None) -> dict[str, Any] | None:
     if not texts:
         return None
+    from graphopt.ir.dynamic_axes import bound_dim
+    from graphopt.ir.sizes import SizeRange
+
     shapes: dict[str, Any] = {}
     for text in texts:
-        match = _DYNAMIC.match(text)
+        match = _DYNAMIC.fullmatch(text)
         if match is None:
-            raise UsageError(f"Cannot read --dynamic {text}. Write input:axis, for example --dynamic tokens:1.")
-        shapes.setdefault(match["input"], {})[int(match["axis"])] = match["axis"]
+            raise UsageError(
+                f"Cannot read --dynamic {text}. Write input:axis, for example --dynamic tokens:1, and behind it which "
+                "sizes the axis may have, as in tokens:1:4-8, tokens:1:4- or tokens:1:-8."
+            )
+        sizes = SizeRange(int(match["least"] or 0), int(match["most"]) if match["most"] else None)
+        if sizes.most is not None and sizes.most <= max(sizes.least, 1):
+            raise UsageError(f"--dynamic {text} leaves the axis one size or none. Let its range end further up.")
+        shapes.setdefault(match["input"], {})[int(match["axis"])] = bound_dim(sizes)
     return shapes
 
 

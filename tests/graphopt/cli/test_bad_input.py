@@ -137,6 +137,10 @@ def test_pipelines_with_mistakes(files: Files, fails: Fails, passes: str, messag
         (("--nonsense",), "No such option: --nonsense"),
         (("-o", "data.npz"), "data.npz is a file"),
         (("--dynamic", "x"), "Cannot read --dynamic x"),
+        (("--dynamic", "x:1:8"), "as in tokens:1:4-8, tokens:1:4- or tokens:1:-8"),
+        (("--dynamic", "x:1=rows"), "Cannot read --dynamic x:1=rows"),
+        (("--dynamic", "x:1:8-4"), "--dynamic x:1:8-4 leaves the axis one size or none"),
+        (("--dynamic", "x:1:-1"), "--dynamic x:1:-1 leaves the axis one size or none"),
     ],
 )
 def test_arguments_with_mistakes(files: Files, fails: Fails, arguments: tuple[str, ...], message: str) -> None:
