@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from graphopt.capturing.asked_sizes import asked_sizes
+from graphopt.capturing.asked_sizes import AskedSizes
 from graphopt.capturing.axis_names import AxisNames, declared_ranges
 from graphopt.capturing.checks import check_equal, check_repeatable, run_model, wrong_batch, wrong_size
 from graphopt.capturing.dynamic_batch import with_dynamic_batch
@@ -199,15 +199,15 @@ def _capture(
         """Return the program, and at which batch size it is not the model, "" for none."""
         module = exported.module(check_guards=False)  # 2.13 adds a `_guards_fn` call without that argument
         record_ranges(module)
-        asked = asked_sizes(module)
+        asked = AskedSizes(module)
         found = from_module(module, args, kwargs, wanted)
         found = dataclasses.replace(
             found, notes=(*found.notes, *given, *notes, *lost_in_eval(model, found.graph_module))
         )
         wrong = wrong_size(model, found, asked, args, kwargs)
-        if wrong is not None and wrong[0]:
+        if wrong is not None and not wrong[0]:
             raise _DecidesBySizeError(
-                f"The model cannot be captured: {wrong[1]}. It decides by that size: let the axis be of one size, or "
+                f"The model cannot be captured: {wrong[1]}. It decides by size: let the axis be of one size, or "
                 "the model do the same for all."
             )
         return found, wrong[1] if wrong is not None else ""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from graphopt.capturing.asked_sizes import AskedSize
+from graphopt.capturing.asked_sizes import AskedSizes, OtherSizes, Place
 from graphopt.errors import CaptureError, ExampleError, first_line, foreign_code
 from graphopt.ir.aliasing import Storages
 from graphopt.ir.batch_sizes import BatchSizes
@@ -192,42 +193,61 @@ def wrong_batch(model: nn.Module, program: Program, args: tuple[Any, ...], kwarg
 
 
 def wrong_size(
-    model: nn.Module, program: Program, asked: Iterable[AskedSize], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[int, str] | None:
-    """Say on which axis a program is not the model, at a size that was not traced, and how; None if on none.
+    model: nn.Module, program: Program, asked: AskedSizes, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[bool, str] | None:
+    """Say at which sizes that were not traced a program is not the model, and how; None if at none that were tried.
 
     Args:
         model: the user's.
         program: what was captured of it.
-        asked: sizes to try, of the trace that it was made of.
+        asked: what the trace that it was made of asked about sizes.
         args: positional examples.
         kwargs: keyword examples.
+
+    Returns:
+        Whether the batch is one of them, and the sentence.
     """
     leaves, spec = pytree.tree_flatten((args, kwargs))
     tensors = [index for index, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-    for one in asked:
-        if not all(one.size in program.inputs[number].range_of(axis) for number, axis in one.places):
-            continue
+
+    @functools.cache
+    def compared(sizes: frozenset[tuple[Place, int]]) -> tuple[str, str]:
+        """Say how the two differ, and why the model fails."""
         sized = list(leaves)
-        for number, axis in one.places:
+        for (number, axis), size in sizes:
             shape = [*sized[tensors[number]].shape]
-            shape[axis] = one.size
+            shape[axis] = size
             sized[tensors[number]] = resized(sized[tensors[number]], shape)
         other_args, other_kwargs = pytree.tree_unflatten(sized, spec)
         try:
             expected = run_model(model, other_args, other_kwargs)
-        except CaptureError:
-            continue  # it takes no such size
-        worst = _difference(program, expected, other_args, other_kwargs)
-        if worst:
-            number, axis = one.places[0]
-            what = (
-                f"batch {one.size}"
-                if axis == 0
-                else f"size {one.size} of axis {axis} of `{program.inputs[number].name}`"
-            )
-            return axis, f"at {what} the captured program differs from the model ({worst})"
+        except CaptureError as err:
+            return "", getattr(err, "reason", first_line(err))
+        return _difference(program, expected, other_args, other_kwargs), ""
+
+    for others in asked.others(program.inputs):
+        failed: list[str] = []
+        for one in others:
+            worst, reason = compared(frozenset(one.sizes.items()))
+            if worst:
+                return one.of_batch, f"at {_said(one, program)} the captured program differs from the model ({worst})"
+            if not reason:
+                break
+            failed.append(f"at {_said(one, program)} the model fails ({reason})")
+        else:  # of a batch that must be a multiple, say, and not of one that must be large enough
+            rows = {one.sizes[place] > leaves[tensors[place[0]]].shape[0] for one in others for place in one.asked}
+            if others[0].of_batch and len(others[0].asked) == 1 and len(rows) == 2:
+                return True, failed[0]
     return None
+
+
+def _said(other: OtherSizes, program: Program) -> str:
+    if other.of_batch and len(other.asked) == 1:
+        return f"batch {other.sizes[other.asked[0]]}"
+    return " and ".join(
+        f"size {other.sizes[number, axis]} of axis {axis} of `{program.inputs[number].name}`"
+        for number, axis in other.asked
+    )
 
 
 def _only_batches_vary(program: Program) -> bool:

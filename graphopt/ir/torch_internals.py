@@ -33,8 +33,7 @@ from torch.fx.experimental.symbolic_shapes import (
     statically_known_true,
 )
 from torch.utils import _pytree as pytree  # `torch.utils.pytree` lacks TreeSpec's fields and key paths (2.13)
-from torch.utils._sympy.interp import sympy_interp  # computes with Python's numbers what sympy would simplify
-from torch.utils._sympy.reference import PythonReferenceAnalysis
+from torch.utils._sympy.interp import sympy_interp  # computes what sympy would simplify
 
 from graphopt.ir.global_state import one_thread_at_a_time
 from graphopt.ir.sizes import SizeRange
@@ -61,7 +60,6 @@ __all__ = [
     "flat_arguments",
     "free_symbols",
     "free_unbacked_symbols",
-    "holds_at",
     "is_compiled",
     "is_composite",
     "is_function_transform",
@@ -75,6 +73,7 @@ __all__ = [
     "range_of",
     "set_output_structure",
     "statically_known_true",
+    "sympy_interp",
     "target_of_conversion",
 ]
 
@@ -95,14 +94,6 @@ def optimization_hint(size: int | torch.SymInt, fallback: int) -> int:
         return int(hint)
     bounds = size.node.shape_env.bound_sympy(size.node.expr)
     return int(min(max(hint, bounds.lower), bounds.upper))
-
-
-def holds_at(guard: Any, symbol: Any, size: int) -> bool:
-    """Whether a guard on one symbol holds for a size; sympy's substitution takes thirty times as long."""
-    try:
-        return bool(sympy_interp(PythonReferenceAnalysis, {symbol: size}, guard))
-    except (AttributeError, KeyError):  # it lacks a function (`Where`, `ModularIndexing` in 2.13)
-        return bool(guard.subs(symbol, size) != False)  # noqa: E712 # sympy's own, which is no `bool`
 
 
 def range_of(size: torch.SymInt) -> SizeRange:

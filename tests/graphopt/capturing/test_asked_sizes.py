@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 
 import pytest
@@ -79,3 +80,72 @@ def test_a_program_that_fails_where_the_model_does_not_is_not_the_model() -> Non
     way = lambda net, x: net.one(x.view(x.shape[0] // 2, 2, 6, 8)).flatten(0, 1) if x.shape[0] % 2 == 0 else net.one(x)  # noqa: E731
     program = graphopt.capture(Deciding(way).eval(), X)
     assert program.batch_size == 4
+
+
+def test_sizes_are_tried_within_their_range() -> None:
+    model = Deciding(multiple(1)).eval()
+    program = graphopt.capture(model, X, dynamic_shapes=({1: Dim.DYNAMIC(min=6, max=9)},))
+    assert program.inputs[0].shape[1] == "x_1"
+    with pytest.raises(CaptureError, match="at size 10 of axis 1"):
+        graphopt.capture(model, X, dynamic_shapes=({1: Dim.DYNAMIC(min=6, max=12)},))
+
+
+def test_other_sizes_are_tried_where_the_model_fails() -> None:
+    def not_five(net: nn.Module, x: Tensor) -> Tensor:
+        if x.shape[1] == 5:
+            raise ValueError("not 5 steps")
+        return multiple(1)(net, x)
+
+    with pytest.raises(CaptureError, match="at size 10 of axis 1"):
+        graphopt.capture(Deciding(not_five).eval(), X, dynamic_shapes=({1: Dim.DYNAMIC},))
+
+
+def test_multiples_of_what_is_no_axis_are_tried() -> None:
+    with pytest.raises(CaptureError, match="at size 16 of axis 1"):
+        graphopt.capture(Deciding(branch(1)).eval(), X, dynamic_shapes=({1: 2 * Dim("pairs", max=20)},))
+
+
+class Comparing(nn.Module):
+    """Another layer for the second input, by how the sizes of an axis compare."""
+
+    def __init__(self, compare: Callable[[int, int], bool], axis: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.compare, self.axis, self.one, self.two = compare, axis, nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        layer = self.one if self.compare(x.shape[self.axis], y.shape[self.axis]) else self.two
+        return self.one(x).mean((0, 1)) + layer(y).mean((0, 1))
+
+
+PAIR = torch.randn(3, 3, 8), torch.randn(5, 5, 8)
+
+
+@pytest.mark.parametrize(
+    ("compare", "sizes"), [(operator.ne, (5, 5)), (operator.lt, (5, 5)), (lambda a, b: a * b != 34, (2, 17))]
+)
+def test_sizes_of_two_axes_are_tried_together(compare: Callable[[int, int], bool], sizes: tuple[int, int]) -> None:
+    shapes = {"x": {1: Dim.DYNAMIC}, "y": {1: Dim.DYNAMIC}}
+    with pytest.raises(CaptureError, match="at size {} of axis 1 of `x` and size {} of axis 1 of `y`".format(*sizes)):
+        graphopt.capture(Comparing(compare, 1).eval(), PAIR, dynamic_shapes=shapes)
+
+
+def test_first_axes_that_are_compared_are_fixed() -> None:
+    program = graphopt.capture(Comparing(operator.ne, 0).eval(), PAIR, dynamic_shapes={"y": {0: Dim.DYNAMIC}})
+    assert [spec.shape[0] for spec in program.inputs] == [3, 5]
+    (note,) = program.notes
+    assert "at size 5 of axis 0 of `x` and size 5 of axis 0 of `y` the captured program differs" in note.text
+
+
+def test_a_batch_that_must_be_a_multiple_is_fixed() -> None:
+    threes = Deciding(lambda net, x: net.one(x).reshape(-1, 3, 24)).eval()
+    (note,) = graphopt.capture(threes, X[:, :3].repeat(2, 1, 1)[:6]).notes
+    assert note.text.startswith(
+        "The batch size is fixed: at batch 5 the model fails (RuntimeError: shape '[-1, 3, 24]'"
+    )
+
+
+def test_a_division_by_zero_asks_nothing() -> None:
+    pooled = Deciding(lambda net, x: net.one(x.reshape(x.shape[0], x.shape[1] // 3, 3, 8).mean(2)))
+    program = graphopt.capture(pooled.eval(), X, dynamic_shapes=({1: Dim.DYNAMIC},))
+    assert program.inputs[0].shape[1] == "x_1"

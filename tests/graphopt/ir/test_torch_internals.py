@@ -9,7 +9,6 @@ from typing import Any
 from unittest import mock
 
 import pytest
-import sympy  # type: ignore[import-untyped]
 import torch
 from onnxscript._internal import ast_utils
 from onnxscript.function_libs.torch_lib import registration
@@ -21,7 +20,6 @@ from torch.onnx._internal.exporter import _schemas
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.onnx._internal.exporter._torchlib import _torchlib_registry
 from torch.onnx._internal.fx.passes import type_promotion
-from torch.utils._sympy.functions import FloorDiv, Mod, Where
 
 import graphopt.quantization.ops  # noqa: F401
 from graphopt.ir import torch_internals
@@ -37,7 +35,6 @@ from graphopt.ir.torch_internals import (
     enable_python_dispatcher,
     flat_arguments,
     free_symbols,
-    holds_at,
     is_compiled,
     is_composite,
     is_function_transform,
@@ -115,26 +112,6 @@ def test_the_hint_of_torch_2_11(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_internals, "symbolic_shapes", SimpleNamespace(size_hint=hint))
     assert [optimization_hint(size, fallback) for fallback in fallbacks] == [5, 7, 16]
     assert optimization_hint(4, fallback=2) == 42
-
-
-SIZE = sympy.Symbol("size", integer=True, positive=True)
-
-
-@pytest.mark.parametrize(
-    "guard",
-    [
-        sympy.Ne(Mod(FloorDiv(SIZE, 2), 6 * FloorDiv(SIZE, 2)), 0),
-        sympy.Eq(FloorDiv(SIZE + 15, 16), 1) & (SIZE**2 < 90),
-        sympy.Eq(Where(SIZE < 7, SIZE, 3), 3),
-    ],
-)
-def test_guards_hold_as_sympy_says(guard: Any) -> None:
-    assert [holds_at(guard, SIZE, size) for size in range(2, 40)] == [guard.subs(SIZE, n) for n in range(2, 40)]
-
-
-def test_guards_are_not_substituted_into() -> None:
-    with mock.patch.object(sympy.Basic, "subs", side_effect=AssertionError):  # it takes milliseconds for each size
-        assert holds_at(sympy.Ne(FloorDiv(SIZE, 2), SIZE), SIZE, 4096)
 
 
 def test_arrangement_of_arguments_and_results(exported: Any) -> None:
