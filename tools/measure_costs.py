@@ -4,8 +4,9 @@
 
 Every case is a small network around one kernel. It is lowered as floats and as integers, as deployed, and timed: one
 thread, process CPU time, the minimum of interleaved rounds. What each kernel takes in each form, fixed, for each
-operation and for each element, is then fitted to all times at once (non-negative least squares of relative errors).
-Prints how far the fit is off on cases that were left out of it. Takes a few minutes.
+operation and for each element, is then fitted to all times at once (non-negative least squares of relative errors);
+what is a call of its own takes no less, fixed, than one that has nothing to do, which is timed beside them. Prints how
+far the fit is off on cases that were left out of it. Takes a few minutes.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import numpy as np
 import onnxruntime
 import torch
 from scipy.optimize import nnls
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -48,6 +50,8 @@ from tools.measure_costs_cases import Case, Mode, cases
 _BURST = 2e-3  # seconds of calls between two readings of the clock
 _EVERY = 4  # of so many cases one is left out to try the fit on
 _OUTSIDE = ("call", "edge")  # what is of a whole graph: starting it, and what comes in and goes out
+_LAYERS = ("conv", "gemm", "matmul")  # what kernels' names start with that a runtime does not merge into others
+_CHAINED = 64  # calls that have nothing to do, of which one is told
 
 _BATCHES = (1, 8)
 
@@ -88,17 +92,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         wanted = [case for case in cases() if options.only in case.name]
         networks = [network for case in wanted for network in _lowered(case, runtime, Path(folder))]
-    rows = _timed(networks, options.sweeps)
+        idle = [_idle(count, runtime, Path(folder)) for count in (1, 1 + _CHAINED)]
+    *rows, one, many = _timed([*networks, *idle], options.sweeps)
+    least = max(many.seconds - one.seconds, 0.0) / _CHAINED
     for row in rows:
         print(
             f"{row.network.case}, {row.network.form}, {row.network.samples}: {1e6 * row.seconds:.1f} us",
             file=sys.stderr,
         )
-    print(f"{len(rows)} networks in {time.time() - started:.0f} s on {_processor()}")
+    print(f"{len(rows)} networks in {time.time() - started:.0f} s on {_processor()}; a call takes {1e6 * least:.2f} us")
     held = {case.name for case in wanted[::_EVERY]}
-    fitted_to = fit([row for row in rows if row.network.case not in held])
+    fitted_to = fit([row for row in rows if row.network.case not in held], least)
     _report("left out", [row for row in rows if row.network.case in held], fitted_to)
-    found = fit(rows)
+    found = fit(rows, least)
     _report("fitted", rows, found)
     if options.output:
         options.output.write_text(_table(options.target, found).to_json())
@@ -150,6 +156,27 @@ def _lowered(case: Case, runtime: Backend, folder: Path) -> Iterator[Network]:
             yield Network(case.name, mode or "float", samples, charges, call)
 
 
+class Idle(nn.Module):
+    """Calls that have nothing to do, and which no runtime merges."""
+
+    def __init__(self, count: int) -> None:
+        """Prepare to make so many."""
+        super().__init__()
+        self._count = count
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Round what is whole already."""
+        for number in range(self._count):
+            x = x.ceil() if number % 2 else x.floor()
+        return x
+
+
+def _idle(count: int, runtime: Backend, folder: Path) -> Network:
+    program = capture(Idle(count).eval(), (torch.zeros(2, 1),))
+    session = runtime.lower(program, folder / "idle.onnx").session(threads=1)
+    return Network(f"idle x{count}", "float", 1, (), functools.partial(session, np.zeros((1, 1), np.float32)))
+
+
 def charges_of(program: Program, target: TargetDescription, case: Case, mode: Mode | None) -> tuple[Charge, ...]:
     """Return what a network pays for, as the guard counts it; without a mode for all of it in float."""
     everything = Accounts(*reversed(Placer(target, default=mode).run(program)))
@@ -195,8 +222,14 @@ def _burst(network: Network, calls: int) -> float:
     return (time.process_time() - start) / calls
 
 
-def fit(rows: Sequence[Row]) -> dict[_Key, KernelCost]:
-    """Find what each kernel takes so that the sums come nearest to the times, in relative terms."""
+def fit(rows: Sequence[Row], least: float) -> dict[_Key, KernelCost]:
+    """Find what each kernel takes so that the sums come nearest to the times, in relative terms.
+
+    Args:
+        rows: of networks of these kernels.
+        least: seconds that a call takes which has nothing to do. Integers and layers always are calls; what follows a
+            layer in float may be merged into it.
+    """
     keys = sorted({_key(row.network, charge) for row in rows for charge in row.network.charges})
     places = {key: 3 * index for index, key in enumerate(keys)}
     matrix = np.zeros((len(rows), 3 * len(keys)))
@@ -206,9 +239,15 @@ def fit(rows: Sequence[Row]) -> dict[_Key, KernelCost]:
             matrix[number, start : start + 3] += (1.0, samples * charge.work.operations, samples * charge.work.elements)
     matrix /= np.array([row.seconds for row in rows])[:, None]
     size = np.maximum(np.abs(matrix).max(0), 1e-30)  # of columns, which differ by ten orders of magnitude
-    found, _ = nnls(matrix / size, np.ones(len(rows)), maxiter=100 * matrix.shape[1])
-    found = found / size
+    known = np.zeros(matrix.shape[1])
+    known[[start for key, start in places.items() if _is_a_call(*key)]] = least
+    more, _ = nnls(matrix / size, 1 - matrix @ known, maxiter=100 * matrix.shape[1])
+    found = known + more / size
     return {key: KernelCost(*key, *map(float, found[start : start + 3])) for key, start in places.items()}
+
+
+def _is_a_call(kernel: str, form: str, _: int) -> bool:
+    return form != "float" or kernel.startswith(_LAYERS)
 
 
 def _key(network: Network, charge: Charge) -> _Key:

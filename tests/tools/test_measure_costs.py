@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from graphopt.backends.onnx_execution.session import SessionSettings
+from graphopt.backends.onnxruntime import OnnxRuntimeBackend
 from graphopt.backends.onnxruntime.description import DESCRIPTION_AVX2
+from graphopt.backends.onnxruntime.fusion import kernel_counts
 from graphopt.capturing.capture import capture
 from graphopt.passes.quantization.paying import Charge
 from graphopt.targets.costs import KernelCost, Work
-from tools.measure_costs import Network, Row, charges_of, fit
+from tools.measure_costs import Idle, Network, Row, charges_of, fit
 from tools.measure_costs_cases import Case, cases
 
 KNOWN = {
@@ -31,13 +36,30 @@ def test_costs_are_told_from_sums() -> None:
         for made in (charges[:1], charges[1:], 3 * charges[1:2] + charges[2:]):
             seconds = sum(KNOWN[charge.kernel, charge.form, 8].seconds(charge.work) for charge in made)
             rows.append(Row(Network(str(number), "", 8, tuple(made), lambda: None), seconds))
-    found = fit(rows)
+    found = fit(rows, 0.5e-6)
     assert found.keys() == KNOWN.keys()
     for key, cost in KNOWN.items():
         wanted = (cost.fixed, cost.operation, cost.element)
         assert (found[key].fixed, found[key].operation, found[key].element) == pytest.approx(
             wanted, rel=1e-4, abs=1e-14
         )
+
+
+def test_no_call_takes_less_than_one_with_nothing_to_do() -> None:
+    """Large layers alone do not tell what small ones take; what follows one in float may be no call."""
+    rows = []
+    for elements in (1e5, 1e6, 1e7):
+        for kernel, form in (("conv2d_depthwise", "static"), ("conv2d", "float"), ("add", "float")):
+            charges = (Charge(kernel, form, Work(0, elements)),)
+            rows.append(Row(Network("", "", 1, charges, lambda: None), 1e-10 * elements))
+    found = fit(rows, 1e-6)
+    assert [cost.fixed for cost in found.values()] == pytest.approx([0, 1e-6, 1e-6], abs=1e-9)
+    assert [cost.element for cost in found.values()] == pytest.approx([1e-10] * 3, rel=0.1)
+
+
+def test_idle_calls_are_not_merged(tmp_path: Path) -> None:
+    artifact = OnnxRuntimeBackend().lower(capture(Idle(5), (torch.zeros(2, 1),)), tmp_path / "idle.onnx")
+    assert kernel_counts(artifact.path, SessionSettings.of(artifact.session_options)) == {"Floor": 3, "Ceil": 2}
 
 
 def test_a_network_is_counted_in_both_forms() -> None:
@@ -57,3 +79,11 @@ def test_a_network_is_counted_in_both_forms() -> None:
 def test_no_two_cases_have_one_name() -> None:
     names = [case.name for case in itertools.islice(cases(), 40)]
     assert len(set(names)) == len(names)
+
+
+def test_what_a_call_takes_whatever_it_has_to_do_is_told_by_small_ones() -> None:
+    smallest: dict[str, int] = {}
+    for case in itertools.takewhile(lambda case: case.name.split()[0] != "head", cases()):
+        kind = case.name.split()[0]
+        smallest[kind] = min(smallest.get(kind, 1 << 30), math.prod(case.shape))
+    assert {smallest[kind] for kind in ("depthwise", "add", "mul", "leaky_relu", "cat", "max_pool")} == {16 * 8 * 8}
