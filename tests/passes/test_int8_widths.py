@@ -15,6 +15,7 @@ from graphopt.backends.tensorrt.description import DESCRIPTION as TENSORRT
 from graphopt.ir.program import Program
 from graphopt.measure.equivalence import measure
 from graphopt.passes.int8 import Int8, Int8Options
+from graphopt.passes.quantization.placing import Placer
 from graphopt.passes.quantization.plan import Int8Plan
 from graphopt.passes.quantization.widths import widened
 from graphopt.pipeline.context import Context
@@ -48,6 +49,17 @@ def test_fills_up_and_computes_the_same(mobile: Program, tmp_path: Path) -> None
 
 def test_grows_by_half_at_most() -> None:
     assert quantized(Mobile(11), images())[1].widths == {"expand:width": 16}
+
+
+@pytest.mark.parametrize(("width", "times"), [(10, 1), (11, 2)])
+def test_is_placed_again_only_where_something_gets_wider(
+    width: int, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = list[Program]()
+    run = Placer.run
+    monkeypatch.setattr(Placer, "run", lambda placer, program: runs.append(program) or run(placer, program))
+    quantized(Mobile(width), images(), options=Int8Options(mode="static"))
+    assert len(runs) == times
 
 
 def test_no_range_changes(mobile: Program) -> None:
