@@ -16,10 +16,11 @@ _STORED = (torch.int8, torch.uint8)  # wider integers of graphs are indices
 def is_quantized(program: Program) -> bool:
     """Whether anything in a program is stored or computed as integers that stand for floats.
 
-    Bytes that a model came with may be anything, those that a pass stored are not.
+    Bytes that a model reads itself may be anything, those that a call reads which a pass made are not. (A file keeps
+    which pass made a call, and not which made a tensor.)
     """
     return any(
-        node.target in (DEQUANTIZE, DYNAMIC_LSTM) or (_is_read(node) and bool(_made_by(node)))
+        node.target in (DEQUANTIZE, DYNAMIC_LSTM) or (_is_read(node) and any(map(_made_by, node.users)))
         for node in program.graph.nodes
     )
 

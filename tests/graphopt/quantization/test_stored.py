@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from graphopt import load
 from graphopt.capturing.capture import capture
 from graphopt.ir.operators import short_name
 from graphopt.ir.program import Program
@@ -49,10 +52,12 @@ def after(step: Pass, program: Program) -> Program:
     [Int8(Int8Options(mode="dynamic", skip=("head",))), Weights(), Codebook(CodebookOptions(inputs=False))],
     ids=lambda step: step.name,
 )
-def test_a_table_or_a_codebook_is_enough(words: Program, step: Pass) -> None:
+def test_a_table_or_a_codebook_is_enough(words: Program, step: Pass, tmp_path: Path) -> None:
     program = after(step, words)
-    assert is_quantized(program)
-    assert "`gru`" in left_float(program)[0]
+    program.save(tmp_path / "stored.pt2")
+    for one in (program, load(tmp_path / "stored.pt2")):
+        assert is_quantized(one)
+        assert "`gru`" in left_float(one)[0]
 
 
 def test_bytes_of_the_model_and_other_floats_are_none(words: Program) -> None:
