@@ -1,4 +1,4 @@
-"""Operators that ONNX Runtime computes wrongly or slowly on integers, kept in float by a copy behind them.
+"""Operators that ONNX Runtime fuses to what is wrong or slow, mostly integers, kept apart by a copy behind them.
 
 Given:   QuantizeLinear(Softmax(DequantizeLinear(q)))
 Result:  QuantizeLinear(Max(Softmax(DequantizeLinear(q))))
@@ -14,6 +14,9 @@ Result:  QuantizeLinear(Max(DequantizeLinear(q, s, z)), t, y)
 
 Given:   QuantizeLinear(MaxPool(x))                            x: float; the optimizer would quantize it before
 Result:  QuantizeLinear(Max(MaxPool(x)))
+
+Given:   MatMul(Transpose(x), w)                               x: float16, its first axis moved; the process would end
+Result:  MatMul(Max(Transpose(x)), w)                          in FusedMatMul, while it loads the file
 
 The Max of one value is that value, which the optimizer does not know: it fuses nothing across it, whatever options the
 file is loaded with. Every entry was found by `tools/fuzz_runtime.py`, with the version it was last seen in.
@@ -92,6 +95,9 @@ def keep_apart(model: ir.Model) -> None:
                 _copy(graph, node, [reader for reader in readers if _meets(reader, "QuantizeLinear", _readers)], names)
             elif node.op_type == "MatMul" and _weight_is_float(node) and _reads_integers(node):  # 1.31.1
                 _copy(graph, node, [reader for reader in readers if _is_quantized_sum(reader)], names)
+            elif node.op_type == "Transpose" and node.outputs[0].dtype == ir.DataType.FLOAT16:  # 1.31.1
+                moved = node.attributes.get_ints("perm", (1,))[0] != 0
+                _copy(graph, node, [reader for reader in readers if moved and reader.op_type == "MatMul"], names)
             elif node.op_type in BREAKERS and _between_integers(node) and BREAKERS[node.op_type].wrong(node):
                 _copy(graph, node, readers, names)
 

@@ -130,6 +130,30 @@ class TestPoolsOfFloats:
         assert operators(built) == before
 
 
+class TestProductsOfTurnedHalves:
+    def _built(self, perm: str, kind: str = "float16") -> ir.Model:
+        body = f"t = Transpose<perm = {perm}>(x) y = MatMul(t, w)"
+        weight = np.linspace(-1, 1, 40, dtype=kind).reshape(8, 5)
+        return model(f"g ({kind}[a,b,8] x) => ({kind}[c,d,5] y) {{ {body} }}", w=weight)
+
+    def test_are_kept_apart(self) -> None:
+        """Without the copy the process ends while it loads the file."""
+        built = self._built("[1, 0, 2]")
+        built.graph.node(0).outputs[0].dtype = ir.DataType.FLOAT16
+        keep_apart(built)
+        assert operators(built) == ["Transpose", "Max", "MatMul"]
+        x = np.linspace(0, 2, 48, dtype=np.float16).reshape(2, 3, 8)
+        session = OnnxSession(ir.to_proto(built).SerializeToString(), SessionSettings(threads=1))
+        weight = np.linspace(-1, 1, 40, dtype=np.float16).reshape(8, 5)
+        np.testing.assert_allclose(session(x)[0], x.transpose(1, 0, 2) @ weight, rtol=0.01, atol=0.01)
+
+    def test_of_floats_and_of_samples_in_their_place_are_left(self) -> None:
+        for built in (self._built("[1, 0, 2]", "float"), self._built("[0, 2, 1]")):
+            built.graph.node(0).outputs[0].dtype = built.graph.inputs[0].dtype
+            keep_apart(built)
+            assert operators(built) == ["Transpose", "MatMul"]
+
+
 class TestChannelRows:
     NUMBERS = np.array([1, 2, 4], np.float32)
     GIVEN = "g (float[n,5,6,3] x) => (float[n,3,5,6] y) { t = Transpose<perm = [0, 3, 1, 2]>(x)"
