@@ -170,13 +170,12 @@ class Int8(Pass[Int8Options, Int8Plan]):
         if widen and self._rounds_weights:
             program, wider = fill_up(placed, placement, target.depthwise_multiple, self.name)
             placed, placement = placer.run(program) if wider else (placed, placement)
-        found = (
-            quantize_tables(placed.program.graph_module, target, self.options.skip) if self._rounds_weights else None
-        )
-        tables, tensors, float_tables = found or ([], {}, [])
         calibration = self._calibration(placement, program, ctx)
         placed, placement, scales = self._with_scales(placer, placed, placement, calibration, ctx)
         prepared, gm = placed.program, placed.program.graph_module
+        integers = [site.node for site in placement.sites]
+        found = quantize_tables(gm, target, self.options.skip, integers) if self._rounds_weights else None
+        tables, tensors, float_tables = found or ([], {}, [])
         values = value_records(placement, gm, scales, self._observing)
         quantizer = LayerQuantizer(gm, target.weight, tensors)
         if self._rounding == "gptq" and placement.sites:

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import functools
 
-import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import Tensor, nn
 
 from graphopt.capturing.capture import capture
 from graphopt.ir.program import Program
-
-knows_states_of_lstms = pytest.mark.skipif(
-    torch.__version__ < "2.12",
-    reason="torch 2.11 records the states of an LSTM with a dimension too many; such a layer is left as it is",
-)
 
 
 class Residual(nn.Module):

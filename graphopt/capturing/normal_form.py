@@ -5,7 +5,8 @@
    graph. Regions that change what is computed (`cond`, autocast that is on) stay, their bodies in normal form.
 3. In-place operators become their functional twins (`relu_` -> `relu`) wherever nobody else sees the write.
    Those that others do see (a write through a view of a value used later, to an input, to a buffer) stay.
-4. The memory of every tensor holds its values.
+4. Products with a stored matrix turned around are Linear layers.
+5. The memory of every tensor holds its values.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import fx
 
 from graphopt.capturing.argument_places import place_arguments
+from graphopt.capturing.stored_products import restate_products
 from graphopt.ir.aliasing import Storages, sharing_memory
 from graphopt.ir.contents import resolved
 from graphopt.ir.graph import assemble, erase_dead
@@ -50,6 +52,7 @@ def _normalise(gm: fx.GraphModule, *, inside: bool, cast: bool) -> None:
         pass
     _make_functional(gm.graph, inside=inside)
     _drop_identities(gm.graph, inside=inside)
+    restate_products(gm.graph)
     erase_dead(gm.graph)
     gm.graph.lint()
     gm.recompile()

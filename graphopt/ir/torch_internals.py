@@ -280,3 +280,21 @@ def compiler_settings(**settings: Any) -> contextlib.AbstractContextManager[None
 
     changed: contextlib.AbstractContextManager[None] = torch._dynamo.config.patch(**settings)
     return changed
+
+
+def _record_states_of_lstms() -> None:
+    """Let torch 2.11 record the states of an LSTM as it computes them: it leaves them a dimension too many."""
+    from torch._decomp import decompositions
+
+    given = decompositions.one_layer_lstm
+
+    @functools.wraps(given)
+    def mended(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        outputs, states = given(*args, **kwargs)
+        return outputs, tuple(state if state.dim() == 2 else state.squeeze(0) for state in states)
+
+    decompositions.one_layer_lstm = mended
+
+
+if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12):
+    _record_states_of_lstms()

@@ -5,13 +5,14 @@
 A row becomes floating when it is read: what is computed stays float, and the table takes a quarter of its bytes.
 
 Refused: tables that are small, computed at run time, not float32 or written to, whose values rounding would change too
-much; targets that read no integers by rows; what `skip` names.
+much, or that another call reads as floats, which would be stored beside them; targets that read no integers by rows;
+what `skip` names.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from graphopt.ir.aliasing import Storages
 from graphopt.ir.editor import Editor
 from graphopt.ir.finite import all_finite
 from graphopt.ir.graph import constant
+from graphopt.ir.operators import REORDERS, Family
 from graphopt.ir.torch_internals import OpOverload
 from graphopt.passes.layers.codes import is_lookup
 from graphopt.passes.layers.skipping import why_skipped
@@ -34,11 +36,13 @@ from graphopt.targets.description import TargetDescription
 aten = torch.ops.aten
 
 _SMALLEST = 1 << 16  # bytes; less is not worth three more operators
+_BAGS = Family("embedding_bag", "_embedding_bag")
+_OF_BAGS = "no bag of embeddings reads stored integers; nn.Embedding and a sum or a mean of what it gives do"
 _LEAST_SQNR = 30.0  # dB; rows of a normal distribution have 44
 
 
 def quantize_tables(
-    gm: fx.GraphModule, target: TargetDescription, skip: Sequence[str]
+    gm: fx.GraphModule, target: TargetDescription, skip: Sequence[str], integers: Collection[fx.Node]
 ) -> tuple[list[TableRecord], dict[str, Tensor], list[Refusal]]:
     """Return a record for each read of a table, the integers and scales by name, and what stays float.
 
@@ -46,6 +50,7 @@ def quantize_tables(
         gm: the graph.
         target: what the runtime can do.
         skip: glob patterns of module paths or node names to leave float.
+        integers: calls that store integers of what they read.
     """
     storages = Storages(gm.graph)
     records: list[TableRecord] = []
@@ -53,25 +58,27 @@ def quantize_tables(
     refusals: list[Refusal] = []
     for node in gm.graph.find_nodes(op="call_function", target=aten.embedding.default):
         source, weight = node.args[0], constant(node.args[0], gm)
-        if weight is not None and weight.nbytes < _SMALLEST:
+        if weight is not None and not _is_large(weight):
             continue
         if is_lookup(node, gm) or any(user.target is DEQUANTIZE for user in node.users):
             continue  # entries, or scales, of what is stored small already
-        reason = _why_not(node, weight, target.table, storages, skip)
+        reason = _why_not(node, weight, target.table, storages, skip) or _read_as_floats(node, skip, integers)
         name = table_name(str(source.target)) if isinstance(source, fx.Node) else ""
         if not reason and weight is not None and target.table is not None and name not in tensors:
             scales = weight_scales(weight.detach(), target.table, 0)
-            integers = quantize_weight(weight.detach(), scales, target.table, 0)
-            ratio = _sqnr(weight.detach(), integers, scales)
+            rows = quantize_weight(weight.detach(), scales, target.table, 0)
+            ratio = _sqnr(weight.detach(), rows, scales)
             if ratio < _LEAST_SQNR:
                 reason = f"8 bits a row leave it {ratio:.0f} dB, {_LEAST_SQNR:.0f} are wanted", "8 bits are too few"
             else:
-                tensors |= {name: integers, f"{name}_scale": scales}
+                tensors |= {name: rows, f"{name}_scale": scales}
         if reason:
             refusals.append(Refusal(node.name, *reason))
         else:
             records.append(TableRecord(site=node.name, weight=name))
-    return records, tensors, refusals
+    bags = [node for node in gm.graph.nodes if node.op == "call_function" and node in _BAGS]
+    large = [node.name for node in bags if (weight := constant(node.args[0], gm)) is not None and _is_large(weight)]
+    return records, tensors, [*refusals, *(Refusal(name, _OF_BAGS, "bags of floats") for name in large)]
 
 
 def read_integers(editor: Editor, records: Iterable[TableRecord], tensors: Mapping[str, Tensor]) -> None:
@@ -96,6 +103,10 @@ def read_integers(editor: Editor, records: Iterable[TableRecord], tensors: Mappi
         editor.replace(node, result)
 
 
+def _is_large(weight: Tensor) -> bool:
+    return weight.nbytes >= _SMALLEST
+
+
 def _why_not(
     node: fx.Node, weight: Tensor | None, table: IntegerFormat | None, storages: Storages, skip: Sequence[str]
 ) -> tuple[str, str] | None:
@@ -113,6 +124,21 @@ def _why_not(
     if not all_finite(weight):
         return "its table holds NaN or infinite values", ""
     return None if table is not None else ("the target reads no stored integers by rows", "")
+
+
+def _read_as_floats(node: fx.Node, skip: Sequence[str], integers: Collection[fx.Node]) -> tuple[str, str] | None:
+    """Return why a table stays float where something needs it as floats all the same."""
+    table = node.args[0]
+    assert isinstance(table, fx.Node)
+    waiting = [user for read in node.graph.find_nodes(op="get_attr", target=table.target) for user in read.users]
+    while waiting:
+        reader = waiting.pop()
+        if reader in integers or (reader.target is node.target and not why_skipped(reader, skip)):
+            continue
+        if reader not in REORDERS:
+            return f"`{reader.name}` reads its table as floats, which would lie beside the integers", "read as floats"
+        waiting += reader.users
+    return None
 
 
 def _sqnr(weight: Tensor, integers: Tensor, scales: Tensor) -> float:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -89,6 +91,45 @@ def test_a_head_that_shares_its_table_is_quantized_as_well() -> None:
     facts = result.report.facts["onnxruntime"]
     assert (facts["quantized"], facts["integer"]) == (1, 1)
     assert result.report.artifact_rows()[0].error.relative < 0.02  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "head",
+    [lambda x, w: x @ w.t(), lambda x, w: x.matmul(w.T), lambda x, w: torch.einsum("bd,vd->bv", x, w)],
+)
+def test_a_table_is_stored_once_whatever_way_it_is_multiplied(head: Callable[[Tensor, Tensor], Tensor]) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.table = nn.Embedding(ROWS, FEATURES)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return head(self.table(ids).sum(1), self.table.weight)
+
+    ids = torch.randint(0, ROWS, (64, 7), generator=torch.Generator().manual_seed(2))
+    result = graphopt.optimize(Tied().eval(), ids, "int8", bench=False, cache=False)
+    (stored,) = [tensor for tensor in result.program.state_dict().values() if tensor.numel() > ROWS]
+    said = [refusal.reason for _, refusal in result.report.refusals if refusal.site == "embedding"]
+    if stored.dtype is torch.int8:
+        assert said == []
+    else:
+        assert said == ["`einsum` reads its table as floats, which would lie beside the integers"]
+
+
+def test_a_table_stays_whose_head_is_to_stay() -> None:
+    plan = plan_of(capture(words(tied=True), IDS), skip=("head",))
+    assert plan.tables == ()
+    assert "`linear` reads its table as floats, which would lie beside the integers" in {
+        r.reason for r in plan.refusals
+    }
+
+
+def test_a_bag_says_what_makes_it_smaller() -> None:
+    result = graphopt.optimize(nn.EmbeddingBag(ROWS, FEATURES).eval(), IDS, "int8", lower=False, cache=False)
+    (refusal,) = [refusal for _, refusal in result.report.refusals]
+    assert (refusal.site, refusal.kind) == ("embedding_bag", "bags of floats")
+    assert "nn.Embedding and a sum" in refusal.reason  # which the test before this one does
 
 
 def test_tables_alone_need_no_data() -> None:

@@ -69,11 +69,7 @@ def places(members: object) -> list[str]:
         (models.Mixer, {"patch:channels": 8, "tokens:hidden": 6, "channels:hidden": 10}),
         (models.GroupNormed, {"stem:channels": 3, "stem:channels#2": 4}),
         (models.WritesThroughViews, {"a:hidden": 6, "b:hidden": 4}),
-        pytest.param(
-            models.Recurrent,
-            {"embed:hidden": 9, "lstm.weight_ih_l0:hidden": 6},
-            marks=models.knows_states_of_lstms,
-        ),
+        (models.Recurrent, {"embed:hidden": 9, "lstm.weight_ih_l0:hidden": 6}),
         (models.NeighbourGate, {}),
     ],
 )

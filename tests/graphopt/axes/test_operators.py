@@ -17,7 +17,6 @@ from graphopt.axes.proof.masked import check_masked_equivalence
 from graphopt.axes.rewrite import remove, slices
 from graphopt.capturing.normal_form import normalise
 from graphopt.ir.torch_internals import FakeTensorMode
-from tests.models import knows_states_of_lstms
 
 _EXACT = 1e-10  # float64 rounding of a few dozen sums
 
@@ -164,9 +163,7 @@ def called(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
     return made(graph.call_function(target, args), target(*fx.map_arg(args, lambda node: node.meta["val"])))
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param("projected", marks=knows_states_of_lstms), *(name for name in LAYERS if name != "projected")]
-)
+@pytest.mark.parametrize("name", LAYERS)
 def test_recurrent_layers(name: str) -> None:
     function, layers, left, sizes = LAYERS[name]
     gm = exported(Between(function, left, **layers), ROWS)
