@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 from unittest import mock
 
@@ -286,7 +286,7 @@ def _record_states_of_lstms() -> None:
     """Let torch 2.11 record the states of an LSTM as it computes them: it leaves them a dimension too many."""
     from torch._decomp import decompositions
 
-    given = decompositions.one_layer_lstm
+    given: Callable[..., Any] = decompositions.one_layer_lstm
 
     @functools.wraps(given)
     def mended(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
