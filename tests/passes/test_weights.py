@@ -257,7 +257,7 @@ def spoiled() -> nn.Linear:
 
 
 REFUSED: dict[str, tuple[Callable[[], Program], dict[str, object], str]] = {
-    "computed": (lambda: made(lambda m, x: x @ (m.w * 2).t(), w=layer()), {}, "computed from stored tensors"),
+    "computed": (lambda: made(lambda m, x: x @ (m.w * 2).t(), w=layer().weight), {}, "computed from stored tensors"),
     "float16 linear": (
         lambda: made(lambda m, x: torch.nn.functional.linear(x.half(), m.w), w=half(layer())),
         {},
