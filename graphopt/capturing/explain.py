@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from graphopt.errors import first_line
-from graphopt.ir.torch_internals import SHAPES_LOGGER
+from graphopt.ir.torch_internals import DECOMPOSITIONS, SHAPES_LOGGER
 
 _AXIS = re.compile(r"L\['(?P<input>\w+)'\](?P<path>(\[[^\]]+\])*)\.size\(\)\[(?P<axis>\d+)\]")
 _NAMED_AXIS = re.compile(
@@ -24,6 +25,7 @@ _NAMED_AXIS = re.compile(
 )
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 _OWN = str(Path(__file__).parents[1])
+_RECURRENT = nn.RNNBase.__init__.__code__.co_filename
 
 
 def explain(err: BaseException, retrace: Callable[[], object] | None = None) -> str:
@@ -36,20 +38,12 @@ def explain(err: BaseException, retrace: Callable[[], object] | None = None) -> 
     text = str(err)
     axis = _AXIS.search(text)
     if axis and "specialized" in text:
-        where = _line_that_fixed(retrace) if retrace else ""
-        name = f"{axis['input']}{axis['path']}"
-        return (
-            f"axis {axis['axis']} of input `{name}` was fixed to one size{where}. Write sizes as `x.shape[i]` or -1 "
-            f"instead of numbers there, or declare the axis static: dynamic_shapes={{'{axis['input']}': "
-            f"{{{axis['axis']}: None}}}}."
-        )
+        fixed = f"axis {axis['axis']} of input `{axis['input']}{axis['path']}` was fixed to one size"
+        static = f"declare the axis static: dynamic_shapes={{'{axis['input']}': {{{axis['axis']}: None}}}}"
+        return _fixed(fixed, static, retrace)
     if named := _NAMED_AXIS.search(text):
-        where = _line_that_fixed(retrace) if retrace else ""
-        return (
-            f"axis `{named['name']}`, dynamic as asked, was fixed to {named['size']}{where}. Write sizes as "
-            "`x.shape[i]` or -1 instead of numbers there, or leave the axis static; the steps that nn.LSTM, nn.GRU "
-            "and nn.RNN take are always fixed by torch.export."
-        )
+        fixed = f"axis `{named['name']}`, dynamic as asked, was fixed to {named['size']}"
+        return _fixed(fixed, "leave the axis static", retrace)
     where = _user_frame_in(text) or _raised_at(err)
     if "data-dependent" in text or "Could not guard" in text:
         return f"the model branches on the values of a tensor{where}. Replace the branch by torch.where or torch.cond."
@@ -58,17 +52,28 @@ def explain(err: BaseException, retrace: Callable[[], object] | None = None) -> 
     return f"torch.export could not trace the model{where}: {type(err).__name__}: {first_line(err)}."
 
 
-def _line_that_fixed(retrace: Callable[[], object]) -> str:
-    """Return " at file:line" of the code that made a symbol constant or bounded it."""
+def _fixed(said: str, static: str, retrace: Callable[[], object] | None) -> str:
+    """Say where an axis was fixed, and what to do."""
+    where, layer = _place_that_fixed(retrace) if retrace else ("", "")
+    if layer:
+        return (
+            f"{said}{where}: of an nn.{layer}, torch.export traces as many steps as the example has. Fill sequences up "
+            "to one length, or capture the model once for every length."
+        )
+    return f"{said}{where}. Write sizes as `x.shape[i]` or -1 instead of numbers there, or {static}."
+
+
+def _place_that_fixed(retrace: Callable[[], object]) -> tuple[str, str]:
+    """Return " at file:line" of the code that made a symbol constant or bounded it, and which recurrent layer it is."""
     with _listening() as heard, contextlib.suppress(Exception):  # it failed before and will fail again
         retrace()
-    return f" at {heard[0]}" if heard else ""
+    return (f" at {heard[0][0]}", heard[0][1]) if heard else ("", "")
 
 
 @contextlib.contextmanager
-def _listening() -> Iterator[list[str]]:
-    """Collect the user's line behind every guard that is added meanwhile."""
-    heard: list[str] = []
+def _listening() -> Iterator[list[tuple[str, str]]]:
+    """Collect the user's line behind every guard that is added meanwhile, and the recurrent layer that is unrolled."""
+    heard: list[tuple[str, str]] = []
 
     class Listener(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -87,11 +92,16 @@ def _listening() -> Iterator[list[str]]:
         logger.setLevel(level)
 
 
-def _user_line_on_stack() -> list[str]:
+def _user_line_on_stack() -> list[tuple[str, str]]:
     frame = sys._getframe(1)
+    unrolled, layer = False, ""
     while frame is not None:
-        if _is_users(frame.f_code.co_filename):
-            return [f"{frame.f_code.co_filename}:{frame.f_lineno}"]
+        code = frame.f_code
+        if _is_users(code.co_filename):
+            return [(f"{code.co_filename}:{frame.f_lineno}", layer)]
+        unrolled = unrolled or code.co_filename == DECOMPOSITIONS
+        module = frame.f_locals.get("self") if unrolled and code.co_filename == _RECURRENT else None
+        layer = layer or ("" if module is None else type(module).__name__)
         if frame.f_back is None:
             break
         frame = frame.f_back

@@ -15,6 +15,7 @@ from unittest import mock
 
 import torch
 from torch import fx
+from torch._decomp import decompositions
 from torch._dispatch.python import enable_python_dispatcher  # without it aten.pad fixes a symbolic batch to its hint
 from torch._export import utils as export_utils  # where an export looks for operators
 from torch._export.verifier import TrainingIRVerifier  # of what an export gives; a program by default is stricter
@@ -39,6 +40,7 @@ from graphopt.ir.global_state import one_thread_at_a_time
 from graphopt.ir.sizes import SizeRange
 
 __all__ = [
+    "DECOMPOSITIONS",
     "SHAPES_LOGGER",
     "SMALLEST_TRACED",
     "FakeTensor",
@@ -78,6 +80,7 @@ __all__ = [
 ]
 
 SMALLEST_TRACED = 2  # as any size: torch.export specialises what is 0 or 1
+DECOMPOSITIONS = decompositions.__file__  # where a trace unrolls the steps of recurrent layers (2.13)
 SHAPES_LOGGER = symbolic_shapes.__name__  # where torch logs which line of a model guarded on a size
 
 

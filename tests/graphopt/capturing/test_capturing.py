@@ -97,17 +97,35 @@ def test_a_fixed_batch_is_reported_with_the_line_that_fixed_it() -> None:
 
 
 def test_a_named_axis_that_was_fixed_is_reported_with_the_line_that_fixed_it() -> None:
+    class Fixed(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.reshape(-1, 5 * 4)
+
+    said = r"axis `steps`, dynamic as asked, was fixed to 5 at .*test_capturing.py:\d+\. Write sizes as"
+    with pytest.raises(CaptureError, match=said):
+        capture(Fixed(), torch.randn(2, 5, 4), dynamic_shapes={"x": {1: torch.export.Dim("steps")}})
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize(
+    ("dim", "said"),
+    [
+        (torch.export.Dim("steps"), "axis `steps`, dynamic as asked, was fixed to 5"),
+        (torch.export.Dim.DYNAMIC, "axis 1 of input `x` was fixed to one size"),
+    ],
+)
+def test_the_steps_of_a_recurrent_layer_are_those_of_the_example(kind: type[nn.Module], dim: object, said: str) -> None:
     class Steps(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.lstm = nn.LSTM(4, 3, batch_first=True)
+            self.layer = kind(4, 3, batch_first=True)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.lstm(x)[0]
+            return self.layer(x)[0]
 
-    said = r"axis `steps`, dynamic as asked, was fixed to 5 at .*test_capturing.py:\d+.*nn.LSTM"
+    said = rf"{said} at .*test_capturing.py:\d+: of an nn.{kind.__name__}, torch.export traces as many steps"
     with pytest.raises(CaptureError, match=said):
-        capture(Steps(), torch.randn(2, 5, 4), dynamic_shapes={"x": {1: torch.export.Dim("steps")}})
+        capture(Steps(), torch.randn(2, 5, 4), dynamic_shapes={"x": {1: dim}})
 
 
 def test_data_dependent_branch_is_explained() -> None:
