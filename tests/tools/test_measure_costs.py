@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import platform
 from collections import Counter
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from graphopt.backends.onnxruntime.fusion import kernel_counts
 from graphopt.capturing.capture import capture
 from graphopt.passes.quantization.paying import Charge
 from graphopt.targets.costs import KernelCost, Work
-from tools.measure_costs import Idle, Network, Row, charges_of, fit
+from tools import measure_costs
+from tools.measure_costs import Idle, Network, Row, _table, charges_of, fit
 from tools.measure_costs_cases import Case, cases
 
 KNOWN = {
@@ -87,3 +89,16 @@ def test_what_a_call_takes_whatever_it_has_to_do_is_told_by_small_ones() -> None
         kind = case.name.split()[0]
         smallest[kind] = min(smallest.get(kind, 1 << 30), math.prod(case.shape))
     assert {smallest[kind] for kind in ("depthwise", "add", "mul", "leaky_relu", "cat", "max_pool")} == {16 * 8 * 8}
+
+
+@pytest.mark.parametrize(
+    ("machine", "saturates", "kind"),
+    [("x86_64", True, "x86_64 without VNNI"), ("x86_64", False, "x86_64 with VNNI"), ("aarch64", False, "aarch64")],
+)
+def test_a_table_says_of_which_kind_its_processor_is(
+    machine: str, saturates: bool, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(measure_costs, "products_saturate", lambda: saturates)
+    monkeypatch.setattr(measure_costs, "said_of_processor", lambda _: ["AMD EPYC"])
+    assert _table("here", {}).processor == f"AMD EPYC, {kind}"
