@@ -356,7 +356,7 @@ def test_a_weight_that_is_transposed_first_is_named_and_sparse_once_folded(tmp_p
             self.first, self.w, self.last = nn.Linear(16, 32), nn.Parameter(torch.randn(16, 32)), nn.Linear(16, 8)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.last(F.relu(F.relu(self.first(x)) @ self.w.T))
+            return self.last(F.relu(F.relu(self.first(x)) @ (2 * self.w).T))
 
     program = capture(Transposed(), torch.randn(2, 5, 16))
     found = reasons(plan_of(program))
