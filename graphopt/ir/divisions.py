@@ -82,7 +82,9 @@ def divided_without_minus_one(node: fx.Node, editor: Editor) -> fx.Node | None:
     minus: fx.Node | None = None
     if isinstance(divisor, fx.Node):
         common = node.meta["val"].dtype
-        if divisor.meta["val"].dtype != common:  # what is -1 there may be another number before
+        if not isinstance(divisor.meta["val"], torch.Tensor):  # a size
+            divisor = editor.call(aten.scalar_tensor.default, divisor, like=node, dtype=common)
+        elif divisor.meta["val"].dtype != common:  # what is -1 there may be another number before
             divisor = editor.call(aten.to.dtype, divisor, common, like=node)
         minus = editor.call(aten.eq.Scalar, divisor, -1, like=node)
         divisor = editor.call(aten.masked_fill.Scalar, divisor, minus, 1, like=node)

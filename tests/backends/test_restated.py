@@ -135,7 +135,7 @@ class Divides(nn.Module):
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
         modes = (x.div(y, rounding_mode=mode) for mode in ("trunc", "floor"))
-        return *modes, x // y, x % y, torch.fmod(x, y), x // -1, x % -1, x // 2, x % 3
+        return *modes, x // y, x % y, torch.fmod(x, y), x // -1, x % -1, x // 2, x % 3, x // (len(x) - 5), x % len(x)
 
 
 def test_integers_divided_by_minus_one_end_no_process(tmp_path: Path) -> None:
