@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import operator
+import weakref
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import fx
@@ -17,8 +18,11 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import TensorArgument
 from torch.func import functionalize
 
+from graphopt.errors import LoweringError
 from graphopt.ir.graph import copy_graph_module, fake_mode_of
-from graphopt.ir.torch_internals import OpOverload, enable_python_dispatcher, is_composite, make_fx
+from graphopt.ir.operators import short_name
+from graphopt.ir.provenance import user_line
+from graphopt.ir.torch_internals import OpOverload, ShapeEnv, enable_python_dispatcher, is_composite, make_fx
 
 _FEW = 16  # calls; of ResNet-50 two took 0.2 s to trace, the whole program 2 s
 
@@ -52,14 +56,16 @@ class Decomposed(ExportedProgram):
         table = dict(default if decomp_table is None else decomp_table)
         calls = [node for node in self.graph.nodes if node.op == "call_function"]
         found = [node for node in calls if node.target in table or _always_decomposes(node.target, default)]
+        decisions = Decisions(self.graph_module)
         simple = not _has_regions(self.graph_module) and not any(_writes(node.target) for node in calls)
         if simple and len(found) <= _FEW:
-            in_place = all(_expand(self.graph_module, node, table) for node in found)
+            in_place = all(_expand(self.graph_module, node, table, decisions) for node in found)
             self._name_results()
             self.graph_module.recompile()
             if in_place:
                 return self
         decomposed: ExportedProgram = super().run_decompositions(table, **options)
+        decisions.refuse(None)
         return decomposed
 
     def _name_results(self) -> None:
@@ -69,6 +75,46 @@ class Decomposed(ExportedProgram):
         for spec, result in zip(specs, returned, strict=True):
             if isinstance(result, fx.Node):
                 spec.arg = TensorArgument(result.name)
+
+
+def has_decided(gm: fx.GraphModule) -> bool:
+    """Whether what is recorded of sizes holds at those of the example, and maybe at no other."""
+    env = fake_mode_of(gm).shape_env
+    return env is not None and bool(env.guards)
+
+
+class Decisions:
+    """What torch decides by the sizes of the example while it takes operators apart."""
+
+    _refused: ClassVar[weakref.WeakKeyDictionary[ShapeEnv, str]] = weakref.WeakKeyDictionary()  # it decides once
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        """Begin to look."""
+        self._env = fake_mode_of(gm).shape_env or ShapeEnv()
+        self._before = len(self._env.guards)
+
+    def refuse(self, node: fx.Node | None) -> None:
+        """Refuse what holds at one size of a dynamic axis; what excludes a few is found when the artifact is run.
+
+        Raises:
+            LoweringError: torch has decided so for this call, or for some call if None.
+        """
+        decided = any(
+            guard.expr.is_Relational and guard.expr.rel_op == "==" for guard in self._env.guards[self._before :]
+        )
+        if decided:
+            what = f"The operator {short_name(node)}{_where(node)}" if node is not None else "An operator"
+            self._refused[self._env] = (
+                f"{what} would be lowered for the sizes of the example alone, and has a dynamic one. Write that line "
+                "with other operators, or give every axis but the batch one size."
+            )
+        if said := self._refused.get(self._env):
+            raise LoweringError(said)
+
+
+def _where(node: fx.Node) -> str:
+    line = user_line(node)
+    return f" at {line}" if line else ""
 
 
 def _has_regions(gm: fx.GraphModule) -> bool:
@@ -84,7 +130,7 @@ def _always_decomposes(target: Any, default: Mapping[Any, Any]) -> bool:
     return isinstance(target, OpOverload) and is_composite(target) and target not in default  # the slow question last
 
 
-def _expand(gm: fx.GraphModule, node: fx.Node, table: dict[Any, Any]) -> bool:
+def _expand(gm: fx.GraphModule, node: fx.Node, table: dict[Any, Any], decisions: Decisions) -> bool:
     """Replace one call by what it decomposes to; return False, and change nothing, where only a whole trace can."""
     inputs = node.all_input_nodes
 
@@ -97,6 +143,7 @@ def _expand(gm: fx.GraphModule, node: fx.Node, table: dict[Any, Any]) -> bool:
         traced = make_fx(functionalize(call, remove="mutations"), decomposition_table=table)(
             *(source.meta["val"] for source in inputs)
         )
+    decisions.refuse(node)
     calls = [inner for inner in traced.graph.nodes if inner.op == "call_function"]
     result = next(inner for inner in traced.graph.nodes if inner.op == "output").args[0]
     if any(inner.op == "get_attr" for inner in traced.graph.nodes) or any(_writes(inner.target) for inner in calls):

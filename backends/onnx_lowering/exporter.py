@@ -14,16 +14,17 @@ from collections.abc import Mapping
 import onnx_ir as ir
 import torch
 from torch import fx
-from torch.onnx import OnnxExporterError
 
-from graphopt.backends.onnx_lowering.decomposition import Decomposed
+from graphopt.backends.onnx_lowering.any_size import hold_at_any_size
+from graphopt.backends.onnx_lowering.decomposition import Decomposed, has_decided
 from graphopt.backends.onnx_lowering.fixed_bags import reduce_fixed_bags
 from graphopt.backends.onnx_lowering.restated import restate
 from graphopt.backends.onnx_lowering.stored_bytes import keep_bytes
 from graphopt.backends.onnx_lowering.tensor_results import only_tensors
 from graphopt.backends.onnx_lowering.translations import table
+from graphopt.backends.onnx_lowering.values import values_of
 from graphopt.capturing.guards import take_out_guards
-from graphopt.errors import LoweringError
+from graphopt.errors import LoweringError, foreign_code
 from graphopt.ir.exporting import exported
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import module_path, user_line
@@ -58,6 +59,7 @@ def export(program: Program, opset: int) -> ir.Model:
     _forget_strides(own.graph_module)
     take_out_guards(own.graph_module)
     reduce_fixed_bags(own.graph_module)
+    hold_at_any_size(own.graph_module)
     restate(own.graph_module)
     keep_bytes(own)
     with (
@@ -68,14 +70,14 @@ def export(program: Program, opset: int) -> ir.Model:
         _quiet("onnx_ir"),
     ):
         warnings.simplefilter("ignore")
-        try:
+        with foreign_code(lambda _, err: _refusal(err, graph)):
             onnx_program = torch.onnx.export(
                 own, dynamo=True, opset_version=opset, custom_translation_table=table(), verbose=False
             )
-        except OnnxExporterError as err:
-            raise LoweringError(_explain(err, graph)) from err
     assert onnx_program is not None  # only the TorchScript exporter writes a file instead
     model: ir.Model = onnx_program.model
+    if has_decided(own.graph_module):
+        _forget_sizes(model)
     _name_sources(model, graph, found.sources)
     return model
 
@@ -99,6 +101,17 @@ def _forget_strides(gm: fx.GraphModule) -> None:
         copy.meta["val"] = source.meta["val"].contiguous()
         node.replace_input_with(source, copy)
     gm.recompile()
+
+
+def _forget_sizes(model: ir.Model) -> None:
+    """Drop the names of sizes that are computed, of which some hold at the sizes of the example alone.
+
+    ONNX Runtime puts two values of sizes of one name into the same memory, and fails where they differ.
+    """
+    for value in values_of(model):
+        if value.shape is not None and not value.is_graph_input():
+            sizes = [size if isinstance(size, int) else None for size in value.shape.dims]
+            value.shape = ir.Shape(sizes)
 
 
 class _quiet:  # noqa: N801  (a context manager, used like a function)
@@ -155,11 +168,17 @@ def _innermost(scopes: str) -> str:
     return names[-2] if len(names) >= 2 else ""
 
 
-def _explain(err: OnnxExporterError, graph: fx.Graph) -> str:
+def _refusal(err: BaseException, graph: fx.Graph) -> LoweringError:
+    """Return our own error that the exporter has wrapped, else one that says what it stumbled over."""
+    known: BaseException | None = err
+    while known is not None and not isinstance(known, LoweringError):
+        known = known.__cause__
+    return known or LoweringError(_explain(err, graph))
+
+
+def _explain(err: BaseException, graph: fx.Graph) -> str:
     missing = _UNTRANSLATED.search(_chain(err))
-    node = _failing_node(err)
-    line = (user_line(node) if node is not None else "") or _line_of(node, graph)
-    where = f" at {line}" if line else ""
+    node, where = _failing_node(err), failing_line(err, graph)
     if missing:
         name = missing["op"] if missing["overload"] == "default" else f"{missing['op']}.{missing['overload']}"
         return (
@@ -171,6 +190,13 @@ def _explain(err: OnnxExporterError, graph: fx.Graph) -> str:
         f"torch.onnx cannot translate the program{where}{shown}: {_root(err)}. Write that line with other operators, "
         "or try a newer torch."
     )
+
+
+def failing_line(err: BaseException, graph: fx.Graph) -> str:
+    """Return " at file:line" of the user's model, where an exception came up while a call of it was looked at."""
+    node = _failing_node(err)
+    line = (user_line(node) if node is not None else "") or _line_of(node, graph)
+    return f" at {line}" if line else ""
 
 
 def _chain(err: BaseException) -> str:

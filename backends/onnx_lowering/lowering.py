@@ -10,7 +10,7 @@ from onnx_ir.passes import common
 from graphopt.backends.onnx_lowering.branch_outputs import BranchOutputsPass
 from graphopt.backends.onnx_lowering.channel_rows import ChannelRowsPass
 from graphopt.backends.onnx_lowering.duplicates import DuplicateInitializersPass
-from graphopt.backends.onnx_lowering.exporter import export
+from graphopt.backends.onnx_lowering.exporter import export, failing_line
 from graphopt.backends.onnx_lowering.global_pooling import GlobalPoolingPass
 from graphopt.backends.onnx_lowering.integer_relu import IntegerReluPass
 from graphopt.backends.onnx_lowering.metadata import StripMetadataPass
@@ -21,6 +21,7 @@ from graphopt.backends.onnx_lowering.saturation import SaturatedClampPass
 from graphopt.backends.onnx_lowering.signature import apply_signature
 from graphopt.backends.onnx_lowering.stored_bytes import StoredBytesPass
 from graphopt.backends.onnx_lowering.stored_weights import StoredWeightsPass
+from graphopt.errors import LoweringError, foreign_code
 from graphopt.ir.program import Program
 from graphopt.quantization.ops import DEQUANTIZE
 
@@ -53,8 +54,17 @@ def lower(program: Program, style: Style) -> ir.Model:
     """Return `program` as an ONNX model with the program's input and output names and dynamic axes.
 
     Raises:
-        LoweringError: an operator has no ONNX form.
+        LoweringError: an operator has no ONNX form, or something else went wrong.
     """
+    with foreign_code(lambda said, err: _not_lowered(said, failing_line(err, program.graph))):
+        return _lowered(program, style)
+
+
+def _not_lowered(said: str, where: str) -> LoweringError:
+    return LoweringError(f"The program cannot be lowered{where}: {said}. Please report the model.")
+
+
+def _lowered(program: Program, style: Style) -> ir.Model:
     model = export(program, max(style.opset, _BLOCKS) if _has_blocks(program) else style.opset)
     passes: list[ir.passes.PassBase] = [
         StripMetadataPass(),

@@ -105,9 +105,14 @@ def _rename_values(model: ir.Model, wanted: list[tuple[ir.Value, TensorSpec]]) -
             value.name = names.new(value.name)
     for value, spec in wanted:
         value.name = spec.name
-        shape: list[Dimension] = list(spec.shape)
-        value.shape = ir.Shape(shape)
+        value.shape = ir.Shape(list(map(_known, spec.shape, value.shape or spec.shape)))
         value.dtype = from_torch_dtype(spec.dtype)
+
+
+def _known(size: Dimension, found: int | str | ir.SymbolicDim) -> Dimension | None:
+    """Return a size of the signature, None for what is computed and not known to be that at every size."""
+    unknown = isinstance(found, ir.SymbolicDim) and found.value is None
+    return None if unknown and isinstance(size, str) and not size.isidentifier() else size
 
 
 def _rename_nodes(graph: ir.Graph) -> None:
