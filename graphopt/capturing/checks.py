@@ -258,6 +258,7 @@ def _only_batches_vary(program: Program) -> bool:
 
 
 def resized(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Return a tensor of another shape: a part of it, or what repeats."""
     for axis, size in enumerate(shape):
         if size != tensor.shape[axis]:
             tensor = tensor.index_select(axis, torch.arange(size, device=tensor.device) % tensor.shape[axis])

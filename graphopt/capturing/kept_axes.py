@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt.errors import CaptureError, foreign_code
+from graphopt.capturing.checks import resized, run_program
+from graphopt.capturing.smallest_call import bound_to
+from graphopt.errors import CaptureError
 from graphopt.ir.buffers import with_its_buffers
 from graphopt.ir.graph import arguments
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import user_line
 from graphopt.ir.regions import every_graph_module
-from graphopt.ir.signature import Note, TensorSpec, range_notes
+from graphopt.ir.signature import Note, TensorSpec
 from graphopt.ir.sizes import SizeRange
 from graphopt.ir.torch_internals import pytree
 
@@ -92,12 +94,8 @@ def _compared(program: Program, kept: Program, line: str, size: Any) -> Program:
             f"`squeeze`{f' at {line}' if line else ''}."
         )
         return dataclasses.replace(kept, notes=(*dict.fromkeys((*kept.notes, Note("batch", text))),))
-    narrowed = tuple(
-        _narrowed(spec, _shape(kept, number), dict.fromkeys(symbols, ones[-1] + 1))
-        for number, spec in enumerate(kept.inputs)
-    )
-    others = [note for note in kept.notes if note not in range_notes(kept.inputs)]
-    return dataclasses.replace(kept, inputs=narrowed, notes=(*range_notes(narrowed), *others))
+    above = dict.fromkeys(symbols, ones[-1] + 1)
+    return bound_to(kept, [_narrowed(spec, _shape(kept, number), above) for number, spec in enumerate(kept.inputs)])
 
 
 def _shape(program: Program, number: int) -> Sequence[Any]:
@@ -121,14 +119,13 @@ def _at(program: Program, values: dict[Any, int]) -> list[torch.Tensor] | None:
     """Return examples at sizes that symbols have, None where an input may not have them."""
     inputs = []
     for number, (spec, tensor) in enumerate(zip(program.inputs, program.flat_examples(), strict=True)):
+        shape = [*tensor.shape]
         for axis, size in enumerate(_shape(program, number)):
             if not isinstance(size, int) and size.free_symbols <= {*values}:
-                wanted = int(size.subs(values))
-                if wanted not in spec.range_of(axis):
+                shape[axis] = int(size.subs(values))
+                if shape[axis] not in spec.range_of(axis):
                     return None
-                index = torch.arange(wanted, device=tensor.device) % tensor.shape[axis]
-                tensor = tensor.index_select(axis, index)
-        inputs.append(tensor)
+        inputs.append(resized(tensor, shape))
     return inputs
 
 
@@ -143,10 +140,9 @@ def _narrowed(spec: TensorSpec, shape: Sequence[Any], least: dict[Any, int]) -> 
 
 
 def _run(program: Program, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    args, kwargs = program.unflatten([tensor.clone() for tensor in inputs])
-    failed = foreign_code(lambda said, _: CaptureError(said))
-    with failed, with_its_buffers(program.graph_module), torch.no_grad():
-        found = program.graph_module(*args, **kwargs)
+    args, kwargs = program.unflatten(inputs)
+    with with_its_buffers(program.graph_module), torch.no_grad():
+        found = run_program(program, args, kwargs)
     return [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, torch.Tensor)]
 
 

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+from collections.abc import Iterable
 
 import torch
 
@@ -49,7 +50,12 @@ def with_the_smallest_call(program: Program) -> Program:
     if runs_on(least):
         return program
     found = bisect.bisect_left(range(rows), True, lo=least + 1, key=lambda samples: runs_on(sizes.nearest(samples)))
-    inputs = tuple(_narrowed(spec, sizes, found) for spec in program.inputs)
+    return bound_to(program, [_narrowed(spec, sizes, found) for spec in program.inputs])
+
+
+def bound_to(program: Program, inputs: Iterable[TensorSpec]) -> Program:
+    """Return a program whose inputs have other ranges of sizes, and the notes that say them."""
+    inputs = tuple(inputs)
     others = [note for note in program.notes if note not in range_notes(program.inputs)]
     return dataclasses.replace(program, inputs=inputs, notes=(*range_notes(inputs), *others))
 
