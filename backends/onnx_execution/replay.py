@@ -15,7 +15,8 @@ import torch
 from torch import fx
 
 from graphopt.backends.onnx_execution.agreement import WORSE_THAN_TORCH, half_of_the_digits, relative_error
-from graphopt.ir.operators import MOVES
+from graphopt.ir.aliasing import shared_inputs, written_inputs
+from graphopt.ir.operators import MOVES, SILENT_VIEWS
 from graphopt.ir.program import Program
 from graphopt.ir.torch_internals import pytree
 from graphopt.ir.walker import Walker
@@ -28,6 +29,7 @@ Tensors = tuple[torch.Tensor, ...]
 Codes = Mapping[str, Tensors]
 
 _MOST_KEPT = 1 << 27  # bytes of dequantized weights
+_SHAKEN_UNITS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,9 @@ class Drift:
 class Replay(Walker):
     """Runs a program on flat tensors, taking the runtime's integers over after comparing with them."""
 
-    def __init__(self, program: Program, *, exact: bool = False, noise: torch.Generator | None = None) -> None:
+    def __init__(
+        self, program: Program, *, exact: bool = False, noise: torch.Generator | None = None, everywhere: bool = False
+    ) -> None:
         """Prepare to run.
 
         Args:
@@ -71,11 +75,13 @@ class Replay(Walker):
             exact: compute every float32 value in float64.
             noise: change the last digits of what is computed out of a runtime's integers, and of what is rounded to 16
                 bits: values that are equal by these then come in either order.
+            everywhere: change those of all that is computed, by as many as the sum of a thousand terms may lose.
         """
         super().__init__(program)
         self._codes: Codes = {}
         self._exact = exact
         self._noise = noise
+        self._everywhere = everywhere
         self._weights: dict[fx.Node, torch.Tensor] = {}
         self.steps: list[Deviation] = []
         self.drifts: list[Drift] = []
@@ -120,9 +126,17 @@ class Replay(Walker):
             dynamic = isinstance(result, tuple)
             self.steps.append((_dynamic_step if dynamic else _step)(node.name, result if dynamic else (result,), codes))
             return self._widened(codes) if dynamic else codes[0]
-        if self._noise is not None and _is_half(result) and node not in MOVES:
-            return perturbed(result, self._noise, units=4)
+        if self._noise is not None and node not in MOVES:
+            if _is_half(result):
+                return perturbed(result, self._noise, units=4)
+            if self._everywhere and not shared_inputs(node) and not written_inputs(node) and node not in SILENT_VIEWS:
+                return self._shaken(result, self._noise)
         return self._widened(result)
+
+    def _shaken(self, value: Any, noise: torch.Generator) -> Any:
+        if isinstance(value, tuple | list):
+            return type(value)(self._shaken(item, noise) for item in value)
+        return perturbed(value, noise, units=_SHAKEN_UNITS) if isinstance(value, torch.Tensor) else value
 
     def _widened(self, value: Any) -> Any:
         if self._exact and (_is_half(value) or (isinstance(value, torch.Tensor) and value.dtype is torch.float32)):

@@ -183,7 +183,9 @@ class AtMostFour(nn.Module):
         return x + self.table.narrow(0, 0, x.shape[0])
 
 
-def reference(*wanted: Tensor, exact: Tensor | None = None, perturbed: Tensor | None = None) -> Reference:
+def reference(
+    *wanted: Tensor, exact: Tensor | None = None, perturbed: Tensor | None = None, shaken: Tensor | None = None
+) -> Reference:
     def never(*_: object) -> tuple[Tensor, ...]:
         raise AssertionError("not needed")
 
@@ -191,6 +193,7 @@ def reference(*wanted: Tensor, exact: Tensor | None = None, perturbed: Tensor | 
         wanted,
         (lambda: (exact,)) if exact is not None else never,
         (lambda seed: (perturbed,)) if perturbed is not None else never,
+        (lambda seed: (shaken,)) if shaken is not None else never,
     )
 
 
@@ -205,9 +208,19 @@ class TestAgreement:
     def test_what_torch_itself_loses_is_allowed_to_the_runtime(self) -> None:
         exact = torch.tensor([1.0, 2.0], dtype=torch.float64)
         want, got = torch.tensor([1.0, 2.01]), torch.tensor([1.0, 1.98])
-        assert disagreements(reference(want, exact=exact), (got,)) == []
+        assert disagreements(reference(want, exact=exact, shaken=torch.tensor([1.0, 2.005])), (got,)) == []
         (wrong,) = disagreements(reference(want, exact=exact), (torch.tensor([1.0, 1.5]),))
         assert wrong.text == "is off by 0.25 of its largest value, where float arithmetic explains 0.04"
+
+    def test_what_another_type_computes_is_no_rounding_where_the_last_digits_change_nothing(self) -> None:
+        want, got = torch.tensor([1.0, torch.inf]), torch.tensor([1.0, 1.5])
+        exact = torch.tensor([1.0, 2.0], dtype=torch.float64)
+        (wrong,) = disagreements(reference(want, exact=exact, shaken=want), (got,))
+        assert wrong.text.startswith("is off by 0.25 of its largest value, and the program itself by inf from what it")
+        assert disagreements(reference(want, exact=exact, shaken=want), (exact.float(),)) == []
+        places = torch.tensor([3, 1])
+        unsure = reference(places, exact=torch.tensor([3, 2]), perturbed=places, shaken=places)
+        assert [wrong.text for wrong in disagreements(unsure, (torch.tensor([3, 2]),))] == ["has 1 of 2 wrong entries"]
 
     def test_integers_must_be_equal(self) -> None:
         want = torch.tensor([3, 1])
@@ -216,7 +229,9 @@ class TestAgreement:
 
     def test_an_argmax_that_rounding_decides_is_no_error(self) -> None:
         want = torch.tensor([3, 1])
-        assert disagreements(reference(want, exact=torch.tensor([3, 2]), perturbed=want), (torch.tensor([3, 2]),)) == []
+        other = torch.tensor([3, 2])
+        assert disagreements(reference(want, exact=other, perturbed=want, shaken=other), (other,)) == []
+        assert disagreements(reference(want, exact=want, perturbed=other), (other,)) == []
 
     @pytest.mark.parametrize(
         ("want", "got", "error"),
@@ -238,6 +253,31 @@ class TestAgreement:
         want = torch.zeros(2, 3)
         (wrong,) = disagreements(reference(want), (torch.zeros(2, 3, dtype=torch.float64),))
         assert wrong.text == "is float64 of shape 2x3, expected float32 of shape 2x3"
+
+
+class Shifted(nn.Module):
+    """Writes to memory that it reads, which torch does in another order in every type."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        x[:, 2:] = x[:, :-2]
+        return x
+
+
+def test_a_program_that_is_another_in_another_type_is_not_believed(tmp_path_factory: pytest.TempPathFactory) -> None:
+    program, path = lowered(capture(Shifted(), torch.randn(2, 64)), tmp_path_factory)
+    with pytest.raises(LoweringError, match=r"neither of which rounding explains: .* write to memory that it reads"):
+        verify(path, program, None, SETTINGS)
+
+
+def test_all_that_is_computed_is_shaken() -> None:
+    program = capture(nn.Sequential(nn.Embedding(8, 4), nn.LayerNorm(4)), torch.arange(6))
+    shaken, wanted = (
+        Replay(program, noise=torch.Generator().manual_seed(0), everywhere=everywhere).outputs(program.flat_examples())
+        for everywhere in (True, False)
+    )
+    assert 1e-7 < relative_error(wanted[0], shaken[0]) < 1e-3
+    assert torch.equal(wanted[0], program.call_flat(program.flat_examples())[0])
 
 
 def test_an_exact_run_passes_assertions_of_the_traces_dtypes() -> None:
