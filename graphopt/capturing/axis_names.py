@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from graphopt.ir.dynamic_axes import LeafShapes, bound_dim
+from graphopt.capturing.tied_axes import TiedAxis
+from graphopt.ir.dynamic_axes import LeafShapes
 from graphopt.ir.names import Names
 from graphopt.ir.signature import Dimension
-from graphopt.ir.size_expressions import printed
+from graphopt.ir.size_expressions import Linear, linear, printed
 from graphopt.ir.sizes import ANY, SizeRange
 from graphopt.ir.torch_internals import range_asked, range_of
 
@@ -46,8 +47,10 @@ class AxisNames:
                 self._ranges[expression] = self._ranges.get(expression, ANY) & sizes
                 if expression.is_symbol:
                     defaults.setdefault(expression, f"{name}_{axis}" if axis else "batch")
-                    if own := getattr(dim, "__name__", None):
-                        given.setdefault(expression, str(own))
+                root = getattr(dim, "root", None)  # of `2 * Dim("n")`, whose name is "2*n"
+                own = getattr(dim if root is None else root, "__name__", None)
+                if own and expression.is_symbol == (root is None) and len(expression.free_symbols) == 1:
+                    given.setdefault(next(iter(expression.free_symbols)), str(own))
         self._names = Names()
         self._known = {expression: self._names.new(name) for expression, name in given.items()}
         for expression, name in defaults.items():
@@ -74,21 +77,25 @@ class AxisNames:
         return self._known[expression]
 
 
-def declared_ranges(model: nn.Module, inputs: int) -> list[dict[int, SizeRange]]:
-    """Return for each tensor that a model takes the sizes of its dynamic axes, if torch.export has made it."""
+def declared_axes(model: nn.Module, inputs: int) -> list[dict[int, TiedAxis]]:
+    """Return for each tensor that a model takes its dynamic axes, if torch.export has made it."""
     nodes = model.graph.find_nodes(op="placeholder") if isinstance(model, fx.GraphModule) else []
     values: list[Any] = [value for node in nodes if isinstance(value := node.meta.get("val"), torch.Tensor)]
     if len(values) != inputs:
         return [{} for _ in range(inputs)]
     return [
-        {axis: range_of(size) for axis, size in enumerate(value.shape) if _expression(size) is not None}
-        for value in values
+        {
+            axis: TiedAxis(_line(expression) or Linear(f"axis_{leaf}_{axis}", 1, 0), range_of(size))
+            for axis, size in enumerate(value.shape)
+            if (expression := _expression(size)) is not None
+        }
+        for leaf, value in enumerate(values)
     ]
 
 
-def within(dim: Any, sizes: SizeRange) -> Any:
-    """Return an axis that is asked to be dynamic with its sizes bound."""
-    return bound_dim(range_asked(dim) & sizes, getattr(dim, "__name__", ""))
+def _line(expression: Any) -> Linear | None:
+    found = linear(printed(expression) or "")
+    return found if found and found.factor > 0 else None
 
 
 def _expression(size: Any) -> Any:

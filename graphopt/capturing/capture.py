@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from graphopt.capturing.asked_sizes import AskedSizes
-from graphopt.capturing.axis_names import AxisNames, declared_ranges
+from graphopt.capturing.axis_names import AxisNames, declared_axes
 from graphopt.capturing.checks import check_equal, check_repeatable, run_model, wrong_batch, wrong_size
 from graphopt.capturing.dynamic_batch import with_dynamic_batch
 from graphopt.capturing.explain import explain
@@ -40,6 +40,7 @@ from graphopt.capturing.model_calls import (
 from graphopt.capturing.normal_form import normalise
 from graphopt.capturing.safe_graphs import evaluated
 from graphopt.capturing.smallest_call import with_the_smallest_call
+from graphopt.capturing.tied_axes import sizes_tied, torch_dims
 from graphopt.errors import CaptureError, ExampleError
 from graphopt.ir.contents import resolved
 from graphopt.ir.devices import OUT_OF_MEMORY, device_memory, device_of, held_by
@@ -77,8 +78,9 @@ def capture(
         args: example positional inputs, or the only one. The first axis of the first tensor that has one is the
             batch; every tensor input with the same first size shares it.
         kwargs: example keyword inputs.
-        dynamic_shapes: further dynamic axes in the form `torch.export.export` takes. An axis 0 given here
-            overrides the default for that input; `{0: None}` makes it static.
+        dynamic_shapes: further dynamic axes in the form `torch.export.export` takes, or by name: `{1: "tokens"}`
+            in two inputs is of one size. An axis 0 given here overrides the default for that input; `{0: None}`
+            makes it static.
         share_tensors: read the model's own tensors instead of copies. The model must not be trained then.
 
     Returns:
@@ -174,7 +176,7 @@ def _fixed_by_example(
 ) -> list[Note]:
     """Say which axes were exported as dynamic and are of one size in an example, which torch.export traces as fixed."""
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    names, declared = input_names(model, args, kwargs), declared_ranges(model, len(tensors))
+    names, declared = input_names(model, args, kwargs), declared_axes(model, len(tensors))
     return [
         Note("sizes", f"Axis {axis} of `{name}` was exported as dynamic and is fixed: its example has a size of 1.")
         for name, tensor, own, axes in zip(names, tensors, declared, shapes, strict=True)
@@ -189,8 +191,8 @@ def _capture(
     """Export with the dynamic axes asked for; without the default batch axis where that fails or is wrong."""
 
     def attempt(wanted: LeafShapes) -> ExportedProgram:
-        wanted_shapes = arranged(model, args, kwargs, wanted)
-        with without_idle_conversions():
+        wanted_shapes = arranged(model, args, kwargs, torch_dims(wanted))
+        with without_idle_conversions(), sizes_tied(model, wanted):
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=wanted_shapes, strict=False)
         _check_calls(exported.graph)
         return exported

@@ -5,17 +5,20 @@ The first axis of the first tensor that has one is the batch, and so is that of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.export import Dim
 
-from graphopt.capturing.axis_names import declared_ranges, within
+from graphopt.capturing.axis_names import declared_axes
 from graphopt.capturing.leaf_names import input_names
+from graphopt.capturing.tied_axes import TiedAxis
 from graphopt.errors import CaptureError, UsageError
 from graphopt.ir.dynamic_axes import LeafShapes
+from graphopt.ir.size_expressions import Linear
 from graphopt.ir.sizes import MOST_AT_LEAST
 from graphopt.ir.torch_internals import SMALLEST_TRACED, arguments_by_name, pytree, range_asked
 
@@ -44,32 +47,51 @@ def with_dynamic_batch(
     if batch == 0:
         raise CaptureError("The example inputs hold no samples. Give at least one.")
     shapes: LeafShapes = []
-    for tensor, wanted, declared in zip(tensors, asked, declared_ranges(model, len(tensors)), strict=True):
+    for leaf, (tensor, wanted, declared) in enumerate(
+        zip(tensors, asked, declared_axes(model, len(tensors)), strict=True)
+    ):
         batched = tensor.shape[:1] == (batch,)
         axes = [*([0] if batched else []), *(axis for axis in declared if tensor.shape[axis] >= SMALLEST_TRACED)]
         dims = {**dict.fromkeys(axes, Dim.DYNAMIC), **wanted}
         shapes.append(
             {
-                axis: within(dim, declared[axis]) if axis in declared else dim
+                axis: _tied(dim, declared.get(axis), f"axis_{leaf}_{axis}" if axis else "batch")
                 for axis, dim in dims.items()
                 if dim is not None and dim != Dim.STATIC
             }
         )
     _check_sizes(input_names(model, args, kwargs), shapes)
-    growing = [
-        axes.get(0) if tensor.shape[:1] == (batch,) else None for tensor, axes in zip(tensors, shapes, strict=True)
-    ]
-    rows = max([SMALLEST_TRACED, *(range_asked(dim).least for dim in growing)])
-    grown = iter(_grown(tensor, dim, rows) for tensor, dim in zip(tensors, growing, strict=True))
+    grown = iter(_grown(tensors, [axes.get(0) for axes in shapes], batch))
     leaves = [next(grown) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
     args, kwargs = pytree.tree_unflatten(leaves, structure)
     return args, kwargs, shapes
 
 
-def _grown(tensor: torch.Tensor, dim: Any, rows: int) -> torch.Tensor:
-    """Return so many rows, or as many as an axis may have; those that are there where they are more, or it is fixed."""
-    rows = range_asked(dim).nearest(rows)
-    if dim is None or len(tensor) >= rows:
+def _tied(dim: Any, declared: TiedAxis | None, name: str) -> Any:
+    """Return an axis as it is asked for, within what is declared, and with a name where torch takes it so only."""
+    sizes, given = range_asked(dim), getattr(dim, "__name__", "")
+    if declared is not None and not hasattr(dim, "root"):
+        return dataclasses.replace(declared, sizes=declared.sizes & sizes, given=given)
+    return dim if given or sizes.most != SMALLEST_TRACED else TiedAxis(Linear(name, 1, 0), sizes)
+
+
+def _grown(tensors: Sequence[torch.Tensor], firsts: Sequence[Any], batch: int | None) -> Iterator[torch.Tensor]:
+    """Yield tensors of a batch that is large enough to be traced as any, with what depends on it."""
+    growing = [dim for tensor, dim in zip(tensors, firsts, strict=True) if tensor.shape[:1] == (batch,)]
+    rows = max([SMALLEST_TRACED, *(range_asked(dim).least for dim in growing)])
+    values = {dim.line.name: max(SMALLEST_TRACED, dim.value(rows)) for dim in growing if isinstance(dim, TiedAxis)}
+    for tensor, dim in zip(tensors, firsts, strict=True):
+        if isinstance(dim, TiedAxis) and dim.line.name in values:
+            yield _repeated(tensor, dim.sizes.nearest(dim.at(values[dim.line.name])))
+        elif dim is not None and tensor.shape[:1] == (batch,):
+            yield _repeated(tensor, range_asked(dim).nearest(rows))
+        else:
+            yield tensor
+
+
+def _repeated(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    """Return so many rows; those that are there where they are more."""
+    if len(tensor) >= rows:
         return tensor
     return tensor.repeat(-(-rows // len(tensor)), *[1] * (tensor.dim() - 1))[:rows]
 
@@ -110,7 +132,7 @@ def _collect_axes(name: str, value: Any, asked: Any, found: LeafShapes) -> None:
                 f"Axis {unknown[0]} of input `{name}` cannot be dynamic: its example has the shape "
                 f"{tuple(value.shape)}, whose axes are {', '.join(map(str, range(value.dim()))) or 'none'}."
             )
-        found.append({axis: Dim.DYNAMIC if isinstance(dim, str) else dim for axis, dim in axes.items()})
+        found.append({axis: _called(dim) if isinstance(dim, str) else dim for axis, dim in axes.items()})
     elif isinstance(value, Mapping):
         for key, item in value.items():
             _collect_axes(f"{name}_{key}", item, asked.get(key) if isinstance(asked, Mapping) else None, found)
@@ -119,3 +141,9 @@ def _collect_axes(name: str, value: Any, asked: Any, found: LeafShapes) -> None:
             _collect_axes(f"{name}_{index}", item, asked[index] if isinstance(asked, list | tuple) else None, found)
     elif asked and asked != Dim.STATIC:
         raise UsageError(f"Input `{name}` is no tensor; only sizes of tensors can be dynamic.")
+
+
+def _called(name: str) -> TiedAxis:
+    if not name.isidentifier():
+        raise UsageError(f"An axis cannot be called {name!r}. Give it a name of letters, digits and underscores.")
+    return TiedAxis(Linear(name, 1, 0), given=name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import keyword
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -160,14 +160,21 @@ def spelled_out(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None]:
         return
     named = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     named += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in extra]
-    own = model.__dict__.get("forward")
     forward = model.forward
 
     def explicit(*args: Any, **inputs: Any) -> Any:
         return forward(*args, **inputs)
 
     explicit.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
-    model.__dict__["forward"] = explicit
+    with called_through(model, explicit):
+        yield
+
+
+@contextlib.contextmanager
+def called_through(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Call a module through another function."""
+    own = model.__dict__.get("forward")
+    model.__dict__["forward"] = forward
     try:
         yield
     finally:

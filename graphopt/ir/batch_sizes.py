@@ -93,14 +93,14 @@ class BatchSizes:
         """Yield what the name may be for the sake of one axis."""
         if not self.symbol:
             return
-        yield _solved(self._factor, self._offset, SizeRange(1))
+        yield solved(self._factor, self._offset, SizeRange(1))
         for spec in self._inputs:
             for axis, size in enumerate(spec.shape):
                 if not isinstance(size, str) or (size != self.symbol and self.symbol not in names_in(size)):
                     continue
                 line = (self.symbol, 1, 0) if size == self.symbol else linear(size)
                 if line is not None:
-                    yield _solved(line[1], line[2], spec.range_of(axis))
+                    yield solved(line[1], line[2], spec.range_of(axis))
                 elif spec.range_of(axis) != ANY:
                     raise LoweringError(
                         f"Axis {axis} of `{printable(spec.name)}` has a range and is {printable(size)}, which does not "
@@ -108,7 +108,7 @@ class BatchSizes:
                     )
 
 
-def _solved(factor: int, offset: int, sizes: SizeRange) -> SizeRange:
+def solved(factor: int, offset: int, sizes: SizeRange) -> SizeRange:
     """Return the numbers for which `factor * number + offset` is one of some sizes."""
     least, most = sizes.least - offset, None if sizes.most is None else sizes.most - offset
     if factor < 0:

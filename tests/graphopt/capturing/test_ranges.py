@@ -46,16 +46,8 @@ CASES: dict[str, tuple[Any, int, tuple[int, ...], SizeRange]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("rows", "way"),
-    [
-        (rows, way)
-        for rows in CASES
-        for way in ("file", "module", "capture")
-        # torch does not trace these as anything but what they are named
-        if way != "module" or rows not in ("at most 2", "pairs")
-    ],
-)
+@pytest.mark.parametrize("rows", CASES)
+@pytest.mark.parametrize("way", ["file", "module", "capture"])
 def test_sizes_at_both_ends(rows: str, way: str, tmp_path: Path) -> None:
     dim, count, ends, sizes = CASES[rows]
     model = Layers(rows).eval()
@@ -119,6 +111,13 @@ def test_what_is_exported_again_has_the_range_of_what_was_captured(
         with pytest.raises((RuntimeError, AssertionError)):
             exported.module()(torch.randn(most + 1 if most else least - 1, 4))
         exported.module()(torch.randn(most or least, 4))
+
+
+def test_an_axis_without_a_name_of_at_most_two() -> None:
+    shapes = {"x": {0: Dim.DYNAMIC(max=2), 1: Dim.DYNAMIC(max=2)}}
+    program = graphopt.capture(Layers(""), torch.randn(2, 2, 4), dynamic_shapes=shapes)
+    assert program.inputs[0].shape == ("batch", "x_1", 4)
+    assert program.inputs[0].ranges == (SizeRange(0, 2), SizeRange(0, 2), ANY)
 
 
 def test_an_example_is_made_as_large_as_the_range_begins() -> None:
