@@ -12,6 +12,7 @@ that capture found: what passes propagate would narrow them (a convolution asks 
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Mapping, Set
 from typing import Any
 
@@ -43,6 +44,7 @@ from graphopt.ir.torch_internals import (
 
 _RANGES = "graphopt.ranges"  # in a graph module's metadata: by symbol of the inputs what it may be
 _PYTHON = (operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod)
+_UNSPEAKABLE = re.compile(r"[^a-zA-Z0-9_]")  # in Python's own names: modules may be called anything (`block-0`)
 _PREFIX = {InputKind.PARAMETER: "p_", InputKind.BUFFER: "b_"}
 
 
@@ -156,7 +158,7 @@ def _lift(graph: fx.Graph, held: Mapping[str, tuple[InputKind, torch.Tensor]]) -
     inputs: dict[str, fx.Node] = {}
     with graph.inserting_before(next(iter(graph.nodes))):
         for name, (kind, _) in held.items():
-            inputs[name] = graph.placeholder(names.new(_PREFIX[kind] + name.replace(".", "_")))
+            inputs[name] = graph.placeholder(names.new(_PREFIX[kind] + _UNSPEAKABLE.sub("_", name)))
     for node in reads:
         lifted = inputs[str(node.target)]
         lifted.meta["val"] = node.meta["val"]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+import graphopt
 from graphopt import Program, capture, load
 from graphopt.ir.exporting import export_again, exported
 from graphopt.ir.graph import copy_graph_module
@@ -179,3 +180,14 @@ def test_a_file_keeps_the_names_of_inputs(tmp_path: Path) -> None:
     program = capture(nn.Sequential(nn.Linear(4, 8), nn.ReLU()).eval(), (torch.randn(2, 4),)).copy()
     program.save(tmp_path / "a.pt2")
     assert load(tmp_path / "a.pt2").graph_module.code == program.graph_module.code
+
+
+def test_modules_may_be_called_what_python_cannot_say(tmp_path: Path) -> None:
+    model = nn.Sequential()
+    for name in ("block-0", "block_0", "2 layers", "größe²"):
+        model.add_module(name, nn.Linear(4, 4))
+    x = torch.randn(3, 4)
+    result = graphopt.optimize(model.eval(), x, "fold", bench=False)
+    assert lift(result.program) is not None
+    torch.testing.assert_close(torch.from_numpy(result.artifact.session()(x.numpy())[0]), model(x).detach())
+    torch.testing.assert_close(load(result.program.save(tmp_path / "program.pt2"))(x), model(x))
