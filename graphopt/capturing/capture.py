@@ -53,7 +53,13 @@ from graphopt.ir.program import Program
 from graphopt.ir.provenance import record_capture, user_line
 from graphopt.ir.regions import compiled_for_their_shapes
 from graphopt.ir.signature import Note, TensorSpec, range_notes
-from graphopt.ir.torch_internals import arguments_by_name, is_function_transform, output_structure, pytree
+from graphopt.ir.torch_internals import (
+    arguments_by_name,
+    is_function_transform,
+    output_structure,
+    pytree,
+    steps_stay_dynamic,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -192,7 +198,7 @@ def _capture(
 
     def attempt(wanted: LeafShapes) -> ExportedProgram:
         wanted_shapes = arranged(model, args, kwargs, torch_dims(wanted))
-        with without_idle_conversions(), sizes_tied(model, wanted):
+        with without_idle_conversions(), sizes_tied(model, wanted), steps_stay_dynamic():
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=wanted_shapes, strict=False)
         _check_calls(exported.graph)
         return exported

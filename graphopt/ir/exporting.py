@@ -23,7 +23,7 @@ from graphopt.ir.regions import every_graph_module
 from graphopt.ir.signature import TensorSpec
 from graphopt.ir.size_expressions import linear
 from graphopt.ir.sizes import SizeRange
-from graphopt.ir.torch_internals import SMALLEST_TRACED
+from graphopt.ir.torch_internals import SMALLEST_TRACED, steps_stay_dynamic
 from graphopt.ir.training import set_training
 
 _SOURCE = "graphopt.source"  # in meta["custom"] while exporting, which renames nodes
@@ -121,7 +121,7 @@ def _lifted(program: Exportable) -> Exported | None:
 def _export(program: Exportable, gm: fx.GraphModule) -> Exported:
     shapes = _axes(program.inputs)
     args, kwargs = tuple(program.example_args), dict(program.example_kwargs)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), steps_stay_dynamic():
         warnings.simplefilter("ignore")
         try:
             again = torch.export.export(

@@ -29,6 +29,7 @@ from graphopt.ir.torch_internals import (
     enable_python_dispatcher,
     free_unbacked_symbols,
     pytree,
+    recurrent_results,
 )
 
 _OURS = ("aten", "graphopt")  # operators whose shapes follow from their arguments: who knows what a stranger's do
@@ -59,7 +60,9 @@ class Propagation:
         # Without the Python dispatcher aten.pad, among others, fixes a symbolic batch to its example size.
         with enable_python_dispatcher(), self._mode:
             like = _like_its_input(node.target, args) if key is not None else None
-            value = torch.empty_like(like) if like is not None else node.target(*args, **kwargs)  # type: ignore[operator]
+            value = torch.empty_like(like) if like is not None else recurrent_results(node.target, args)
+            if value is None:
+                value = node.target(*args, **kwargs)  # type: ignore[operator]
         if key is not None and not unbacked(value):
             if len(self._known) >= _MOST_KNOWN:
                 self._known.clear()

@@ -15,7 +15,7 @@ from unittest import mock
 
 import torch
 from torch import fx
-from torch._decomp import decompositions
+from torch._decomp import decomposition_table, decompositions
 from torch._dispatch.python import enable_python_dispatcher  # without it aten.pad fixes a symbolic batch to its hint
 from torch._export import utils as export_utils  # where an export looks for operators
 from torch._export.verifier import TrainingIRVerifier  # of what an export gives; a program by default is stricter
@@ -73,14 +73,17 @@ __all__ = [
     "pytree",
     "range_asked",
     "range_of",
+    "recurrent_results",
     "set_output_structure",
     "statically_known_true",
+    "steps_stay_dynamic",
     "sympy_interp",
     "target_of_conversion",
 ]
 
 SMALLEST_TRACED = 2  # as any size: torch.export specialises what is 0 or 1
 DECOMPOSITIONS = decompositions.__file__  # where a trace unrolls the steps of recurrent layers (2.13)
+_ANY_STEPS = (torch.ops.aten.lstm.input, torch.ops.aten.gru.input)  # not RNNs, which ONNX exports take apart
 SHAPES_LOGGER = symbolic_shapes.__name__  # where torch logs which line of a model guarded on a size
 
 
@@ -207,6 +210,46 @@ def is_function_transform(target: Any) -> bool:
     return str(getattr(target, "__module__", "")).startswith("torch._functorch")
 
 
+def recurrent_results(target: Any, args: tuple[Any, ...]) -> tuple[torch.Tensor, ...] | None:
+    """Return results of an LSTM or GRU over a dynamic number of steps, with nothing in them; None for any other call.
+
+    torch takes the steps one by one to know these shapes, which fixes their number (2.13).
+    """
+    if target not in _ANY_STEPS or len(args) != len(target._schema.arguments) or args[0].dim() != 3:
+        return None
+    x, states, bidirectional, batch_first = args[0], args[1], args[-2], args[-1]
+    steps = x.shape[1 if batch_first else 0]
+    if not isinstance(steps, torch.SymInt) or steps.node.expr.is_number:
+        return None
+    states = [states] if isinstance(states, torch.Tensor) else states
+    width = states[0].shape[-1] * (2 if bidirectional else 1)
+    return x.new_empty((*x.shape[:2], width)), *(state.new_empty(state.shape) for state in states)
+
+
+@contextlib.contextmanager
+def steps_stay_dynamic() -> Iterator[None]:
+    """Trace LSTMs and GRUs for any number of steps: for traces that leave them whole, as results are empty."""
+    keys = (torch._C.DispatchKey.Autograd, torch._C.DispatchKey.CompositeImplicitAutograd)
+
+    def whole(operator: OpOverload[..., Any], kernel: Any) -> Any:
+        @functools.wraps(kernel)
+        def call(*args: Any) -> Any:
+            found = recurrent_results(operator, args)
+            return kernel(*args) if found is None else found
+
+        return call
+
+    with one_thread_at_a_time(), contextlib.ExitStack() as stack:
+        for operator in _ANY_STEPS:
+            stack.callback(operator._dispatch_cache.clear)
+            kernels = {key: whole(operator, operator.py_kernels[key]) for key in keys}
+            stack.enter_context(mock.patch.dict(operator.py_kernels, kernels))
+            without_dispatcher = {operator: whole(operator, decomposition_table[operator])}
+            stack.enter_context(mock.patch.dict(decomposition_table, without_dispatcher))
+            operator._dispatch_cache.clear()
+        yield
+
+
 def load_pt2(stream: IO[bytes]) -> tuple[dict[str, ExportedProgram], dict[str, str]]:
     """Load the programs and the extra files of a `.pt2`. It runs what is in it.
 
@@ -265,7 +308,7 @@ def onnx_exporter() -> Iterator[None]:
     from torch.onnx._internal.exporter import _schemas
     from torch.onnx._internal.fx.passes import type_promotion
 
-    with one_thread_at_a_time():
+    with one_thread_at_a_time(), steps_stay_dynamic():
         function_ir, signature = _kept_signatures()
         looked_for = functools.cache(export_utils._materialize_cpp_cia_ops)
         with (
