@@ -71,6 +71,7 @@ class Int8Options:
     rounding: of weights: to the nearest, or by their inputs with gptq; none: gptq for accuracy=best.
     skip: what is left float, as globs of module paths or nodes.
     guard: what keeps layers float that are faster so: a table of costs, timing here, or nothing.
+    fill_up: whether depthwise layers get channels that change nothing where the target is faster with them.
     """
 
     mode: Literal["auto", "static", "dynamic"] = "auto"
@@ -85,6 +86,7 @@ class Int8Options:
     rounding: Literal["nearest", "gptq"] | None = None
     skip: tuple[str, ...] = ()
     guard: Literal["costs", "measure", "none"] = "costs"
+    fill_up: bool = True
 
     def __post_init__(self) -> None:
         """Refuse what would change nothing."""
@@ -100,6 +102,7 @@ class Int8Options:
             "accuracy": self.accuracy != "balanced",
             "rounding": self.rounding is not None,
             "bias_correction": self.bias_correction is not None,
+            "fill_up": not self.fill_up,
         }
         option = next((name for name, given in unread.items() if given), None)
         if self.weights == "float" and option:
@@ -143,20 +146,17 @@ class Int8(Pass[Int8Options, Int8Plan]):
 
     def plan(self, program: Program, ctx: Context) -> Int8Plan:
         """Place integers where they pay, calibrate, and choose scales and integer weights."""
-        return self._plan_for(program, ctx)
-
-    def _plan_for(self, program: Program, ctx: Context, *, widen: bool = True) -> Int8Plan:
         target, skip, guarding = self._target(ctx), self.options.skip, self.options.guard
         everywhere = Placer(target, skip, self._scales)
         by_costs = Placer(target, skip, self._scales, target.costs)
         if guarding != "measure":
             asked = guarding == "costs" and self._rounds_weights
-            return self._planned(by_costs if asked else everywhere, program, ctx, widen=widen)
+            return self._planned(by_costs if asked else everywhere, program, ctx)
         guard = Guard(ctx.need_timer(self.name))
         ways = [("integers everywhere", everywhere), *([("integers by costs", by_costs)] if target.costs else [])]
         chosen = fastest(
             ways,
-            lambda placer: self._planned(placer, program, ctx, widen=widen),
+            lambda placer: self._planned(placer, program, ctx),
             lambda plan: self.apply(program, plan),
             program,
             guard,
@@ -164,10 +164,10 @@ class Int8(Pass[Int8Options, Int8Plan]):
         measured = {name: list(times) for name, times in guard.measured.items()}
         return dataclasses.replace(chosen, measured={"time of float": measured})
 
-    def _planned(self, placer: Placer, program: Program, ctx: Context, *, widen: bool) -> Int8Plan:
+    def _planned(self, placer: Placer, program: Program, ctx: Context) -> Int8Plan:
         target, wider = placer.target, dict[str, int]()
         placed, placement = placer.run(program)
-        if widen and self._rounds_weights:
+        if self.options.fill_up and self._rounds_weights:
             program, wider = fill_up(placed, placement, target.depthwise_multiple, self.name)
             placed, placement = placer.run(program) if wider else (placed, placement)
         calibration = self._calibration(placement, program, ctx)
@@ -240,8 +240,8 @@ class Int8(Pass[Int8Options, Int8Plan]):
         return prepared.with_graph(editor.finish())
 
     def knobs(self, program: Program, ctx: Context) -> list[Knob]:
-        """List what it does to each weight, of those that there are: none gets wider."""
-        plan = self._plan_for(program, ctx, widen=False)
+        """List what it does to each weight, of those that there are: none is filled up."""
+        plan = Int8(dataclasses.replace(self.options, fill_up=False)).plan(program, ctx)
         return knobs_of(Prepared.of(program, plan.respelled), plan)
 
     def _calibration(self, placement: Placement, program: Program, ctx: Context) -> Calibration | None:

@@ -107,7 +107,7 @@ class Mixed(Pass[MixedOptions, MixedPlan]):
     4. An integer program chooses; what came of it is made, and measured on samples that nothing was fitted to.
     5. Where no choice meets a limit, the best one is made, and the run fails as at a gate.
 
-    Operators without weights follow the layers around them, as in `int8`.
+    Operators without weights follow the layers around them, as in `int8`; channels are not filled up.
     """
 
     name = "mixed"

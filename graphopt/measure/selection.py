@@ -15,6 +15,7 @@ from typing import TypeAlias
 Setting: TypeAlias = Mapping[str, float]  # what it costs, by quantity; what is not named is 0
 _SLACK = 1e-9  # of a limit: sums of floats differ in their last digits
 _GAP = 1e-7  # of the best sum that is left unproved
+_CHOSEN = 1 / 2  # what is chosen is 1 to within a tolerance, the rest 0
 
 
 def select(sites: Sequence[Sequence[Setting]], minimize: str, limits: Mapping[str, float]) -> list[int] | None:
@@ -45,21 +46,30 @@ def select(sites: Sequence[Sequence[Setting]], minimize: str, limits: Mapping[st
         raise ValueError("A cost or a limit is NaN.")
     possible = np.isfinite(np.stack([costs[name] for name in names])).all(0)
     one_each = csr_array((np.ones(len(flat)), (owner, np.arange(len(flat)))), shape=(len(sites), len(flat)))
-    constraints = [LinearConstraint(one_each, 1, 1)]
-    for name, limit in limits.items():
-        values = np.where(possible, costs[name], 0.0)
-        scale = np.abs(values).max() or 1.0  # solvers work to absolute tolerances
-        constraints.append(LinearConstraint(values[None] / scale, -np.inf, (limit + abs(limit) * _SLACK) / scale))
-    wanted = np.where(possible, costs[minimize], 0.0)
-    found = milp(
-        wanted / (np.abs(wanted).max() or 1.0),
-        integrality=np.ones(len(flat)),
-        bounds=Bounds(0, possible.astype(float)),
-        constraints=constraints,
-        options={"mip_rel_gap": _GAP},
-    )
-    if found.x is None:
+    chosen = None
+    while True:
+        constraints = [LinearConstraint(one_each, 1, 1)]
+        for name, limit in limits.items():
+            values = np.where(possible, costs[name], 0.0)
+            scale = np.abs(values).max() or 1.0  # solvers work to absolute tolerances
+            constraints.append(LinearConstraint(values[None] / scale, -np.inf, (limit + abs(limit) * _SLACK) / scale))
+        wanted = np.where(possible, costs[minimize], 0.0)
+        found = milp(
+            wanted / (np.abs(wanted).max() or 1.0),
+            integrality=np.ones(len(flat)),
+            bounds=Bounds(0, possible.astype(float)),
+            constraints=constraints,
+            options={"mip_rel_gap": _GAP},
+        )
+        if found.x is None:
+            break
+        chosen = np.flatnonzero(found.x > _CHOSEN)
+        # What alone costs more than all that is chosen is in no better choice, and hides small costs from the solver.
+        better = possible & (wanted <= wanted[chosen].sum())
+        if wanted.min() < 0 or (better == possible).all():
+            break
+        possible = better
+    if chosen is None:
         return None
-    chosen = np.flatnonzero(found.x > 0.5)
     starts = np.searchsorted(owner, np.arange(len(sites)))
     return [int(index) for index in chosen - starts]

@@ -40,7 +40,8 @@ _MADE_BY: Mapping[Form, tuple[str, Mapping[str, Any]]] = {
     "codebook2": ("codebook", {"bits": 2}),
     "codebook3": ("codebook", {"bits": 3}),
     "codebook4": ("codebook", {"bits": 4}),
-    "int8": ("int8", {"guard": "none"}),  # what pays is decided here, and by bytes perhaps
+    # What pays is decided by `mixed`, and by bytes perhaps, which channels that are filled up take more of.
+    "int8": ("int8", {"guard": "none", "fill_up": False}),
     "half": ("half", {}),
 }
 

@@ -72,8 +72,9 @@ class FormSearch:
             missing = {unit: candidate.excess[unit] for unit in wanted if unit in candidate.excess}
             if not missing:
                 return candidate
-            for unit, excess in missing.items():  # that much more has to be saved than was thought
-                wanted[unit] += excess
+            for unit, excess in missing.items():  # that much more has to be saved than this seemed to
+                seemed = sum(site.saves(candidate.chosen[site.name], unit) for site in self._sites)
+                wanted[unit] = max(wanted[unit], seemed) + excess
         self._make(self._select(next(iter(limits)), {}))
         return min(self.made.values(), key=self._goal.distance)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -24,12 +24,15 @@ from graphopt.measure.cost import cost
 from graphopt.passes import mixed
 from graphopt.passes.mixed import Mixed, MixedOptions, MixedPlan
 from graphopt.passes.mixing.forms import FLOAT, Form, compose, find_sites
+from graphopt.passes.mixing.goal import Candidate
+from graphopt.passes.mixing.search import FormSearch
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.options import build
 from graphopt.pipeline.pipeline import Pipeline
 from graphopt.statistics.sensitivity import Altered, sensitivities
 from graphopt.targets.description import TargetDescription
 from graphopt.testing import TensorSamples, check_pass
+from tests.passes.int8_models import Mobile, folded, images
 
 WIDTH = 64
 FORMS: tuple[Form, ...] = ("weights2", "weights4", "weights8", "codebook4", "int8", "half")
@@ -181,6 +184,42 @@ def test_bytes_are_what_is_left(words: Program) -> None:
     assert 0.2 < left <= 0.23
     assert plan.unmet == ()
     assert set(plan.forms.values()) >= {"weights4"}
+
+
+class Site(NamedTuple):
+    name: str
+    noise: Mapping[str, float]
+    weight: float
+
+    def saves(self, form: str, unit: str) -> float:
+        return self.weight if (form, unit) == ("int8", "bytes") else 0.0
+
+
+def test_another_choice_is_tried_where_one_saves_less_than_it_seemed_to() -> None:
+    """Two of three seem to save enough, and all but one do."""
+
+    class Dearer:
+        def attempt(self, sites: Sequence[Site], chosen: Mapping[str, str]) -> Candidate:
+            saved = sum(site.saves(chosen[site.name], "bytes") for site in sites) - 20
+            return Candidate(chosen, {}, {"bytes": 60 - saved} if saved < 60 else {})
+
+    weights = {"a": 34.0, "b": 42.0, "c": 23.0, "d": 200.0}
+    noise = {"a": 1e-3, "b": 1e-3, "c": 2e-3, "d": 1.0}
+    sites = [Site(name, {FLOAT: 0.0, "int8": noise[name]}, weights[name]) for name in weights]
+    search = FormSearch(sites, Dearer(), runs=1, trials=2)  # type: ignore[arg-type]
+    best = search.closest({"bytes": 60.0})
+    assert [site for site, form in best.chosen.items() if form != FLOAT] == ["a", "b", "c"]
+
+
+def test_no_channel_is_added_that_was_not_counted() -> None:
+    x = images()
+    program = folded(Mobile(), x)
+    ctx = Context(program, targets=(TARGET,), target=TARGET, samples=TensorSamples((x,)))
+    sites = find_sites(program, ctx, ["int8"], ())
+    (plan,), made = compose(program, ctx, sites, {site.name: "int8" for site in sites})
+    assert "depthwise.weight" in {site.name for site in sites}
+    assert made.state_dict()["depthwise.weight_int8"].shape[0] == 12
+    assert plan.options["fill_up"] is False
 
 
 def test_what_cannot_be_met_is_said(words: Program) -> None:

@@ -53,6 +53,14 @@ def test_small_numbers_count_as_much_as_large_ones() -> None:
     assert select(sites, "loss", {"bytes": 1e9}) == [0, 1]
 
 
+def test_large_costs_that_need_not_be_paid_hide_no_small_ones() -> None:
+    sites = [
+        [{"loss": 0.0}, {"loss": loss, "bytes": -1.0}, {"loss": 1.0, "bytes": -3.0}] for loss in (4e-8, 1e-9, 1e-8)
+    ]
+    assert select(sites, "loss", {"bytes": -1.0}) == [0, 1, 0]
+    assert select(sites, "loss", {"bytes": -2.0}) == [0, 1, 1]
+
+
 def test_nan_is_refused() -> None:
     with pytest.raises(ValueError, match="NaN"):
         select([[{"loss": math.nan}]], "loss", {})
