@@ -46,7 +46,7 @@ def other_sizes(program: Program, inputs: Sequence[Array] | None) -> Iterator[It
         return found
 
     for name, value in known.items():
-        if name == batch.symbol:
+        if name == batch.symbol or name in batch.alike:  # which the batches vary together
             continue
         least = 1 + bisect.bisect_left(range(1, value), True, key=lambda size, name=name: bool(shapes(name, size)))  # type: ignore[misc]
         smaller = {least, value // 2, *(value - step for step in _STEPS)} & {*range(least, value)}

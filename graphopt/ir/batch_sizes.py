@@ -18,6 +18,7 @@ class BatchSizes:
     Attributes:
         symbol: the name that first axes grow with ("batch", of "2*batch" too), "" where none is dynamic.
         values: what it may be.
+        alike: names of first axes that are as large as the first, with the sizes they may have.
     """
 
     def __init__(self, inputs: Sequence[TensorSpec], examples: Sequence[Sequence[int]] = ()) -> None:
@@ -38,8 +39,9 @@ class BatchSizes:
         self.symbol, self._factor, self._offset = line if line and line.factor > 0 else (first, 1, 0)
         pairs = zip(self._inputs, examples, strict=bool(examples))
         rows = {str(spec.shape[0]): example[0] for spec, example in pairs if spec.batched}
-        alike = [name for name in rows if names_in(name) == (name,) and rows[name] == rows[first]]
-        self._others = {name: self._range(name) for name in alike}
+        self.alike = {
+            name: self._range(name) for name in rows if names_in(name) == (name,) and rows[name] == rows[first]
+        }
         self.values = functools.reduce(operator.and_, self._bounds(), SizeRange(1))
         if not self.symbol:
             return
@@ -58,7 +60,7 @@ class BatchSizes:
     def shape(self, spec: TensorSpec, samples: int, example: Sequence[int]) -> list[int]:
         """Return the sizes of an input for so many samples, or as many as fit; others are the example's."""
         value = self._value(samples)
-        known = {name: sizes.nearest(self._samples(value)) for name, sizes in self._others.items()}
+        known = {name: sizes.nearest(self._samples(value)) for name, sizes in self.alike.items()}
         known[self.symbol] = value
         sizes = [size if isinstance(size, int) else evaluate(size, known) for size in spec.shape]
         return [own if size is None else size for size, own in zip(sizes, example, strict=True)]
