@@ -7,6 +7,7 @@
     fake_quantize   QuantizeLinear, DequantizeLinear
     observe         nothing
     stored          an operator of graphopt's own, while exporting (`stored_bytes`)
+    sym_numel       Size, which torch's table lacks (2.13): grids of dynamic sizes ask for it
 
 Ranges wider than eight bits have no QuantizeLinear that every runtime takes; they become plain arithmetic.
 """
@@ -46,6 +47,7 @@ def table() -> dict[Callable[..., Any], Callable[..., Any]]:
         ops.observe.default: _observe,
         ops.unpack.default: unpack,
         STORED: write_stored,
+        torch.ops.aten.sym_numel.default: _numel,
     }
 
 
@@ -87,6 +89,10 @@ def _fake_quantize(x: Any, scale: Any, zero_point: Any, axis: int | None, low: i
 
 def _observe(x: Any, name: str) -> Any:
     return op.Identity(x)
+
+
+def _numel(x: Any) -> Any:
+    return op.Size(x)
 
 
 def _steps(x: Any, scale: Any, zero_point: Any, axis: int | None, low: int, high: int) -> Any:

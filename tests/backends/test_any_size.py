@@ -42,6 +42,7 @@ CALLS: dict[str, Callable[[Tensor], object]] = {
     "to a size that varies": lambda x: F.adaptive_avg_pool2d(x, (x.shape[3], 4)),
     "tensor_split": lambda x: doubled(x.tensor_split(3, 2)),
     "chunk": lambda x: doubled(x.chunk(2, 2)),
+    "grid": lambda x: x + torch.meshgrid(torch.arange(x.shape[2]), torch.arange(x.shape[3]), indexing="ij")[0],
     "split": lambda x: x.split((1, x.shape[3] - 1), 3)[1].exp(),
 }
 
