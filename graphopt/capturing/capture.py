@@ -55,6 +55,7 @@ from graphopt.ir.regions import compiled_for_their_shapes
 from graphopt.ir.signature import Note, TensorSpec, range_notes
 from graphopt.ir.torch_internals import (
     arguments_by_name,
+    every_question_noted,
     is_function_transform,
     output_structure,
     pytree,
@@ -198,7 +199,7 @@ def _capture(
 
     def attempt(wanted: LeafShapes) -> ExportedProgram:
         wanted_shapes = arranged(model, args, kwargs, torch_dims(wanted))
-        with without_idle_conversions(), sizes_tied(model, wanted), steps_stay_dynamic():
+        with without_idle_conversions(), sizes_tied(model, wanted), steps_stay_dynamic(), every_question_noted():
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=wanted_shapes, strict=False)
         _check_calls(exported.graph)
         return exported

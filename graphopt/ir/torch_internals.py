@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import IO, Any
 from unittest import mock
 
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
 from torch._decomp import decomposition_table, decompositions
@@ -59,6 +60,7 @@ __all__ = [
     "copy_structures",
     "detect_fake_mode",
     "enable_python_dispatcher",
+    "every_question_noted",
     "flat_arguments",
     "free_symbols",
     "free_unbacked_symbols",
@@ -100,6 +102,23 @@ def optimization_hint(size: int | torch.SymInt, fallback: int) -> int:
         return int(hint)
     bounds = size.node.shape_env.bound_sympy(size.node.expr)
     return int(min(max(hint, bounds.lower), bounds.upper))
+
+
+@contextlib.contextmanager
+def every_question_noted() -> Iterator[None]:
+    """Have a trace note what it asks of sizes of inputs, though what was asked before implies the answer.
+
+    torch narrows what a size may be by each answer, and notes nothing that follows: neither `s < 16`, which kernels ask
+    and are the same for all, nor then a model's own `s < 20` (2.11 to 2.14).
+    """
+    narrow = ShapeEnv._refine_ranges
+
+    def refine(env: ShapeEnv, answer: Any) -> None:
+        if isinstance(answer, sympy.Eq) or not answer.free_symbols <= env.backed_var_to_val.keys():
+            narrow(env, answer)
+
+    with mock.patch.object(ShapeEnv, "_refine_ranges", refine):
+        yield
 
 
 def range_of(size: torch.SymInt) -> SizeRange:

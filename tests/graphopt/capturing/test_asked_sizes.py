@@ -149,3 +149,9 @@ def test_a_division_by_zero_asks_nothing() -> None:
     pooled = Deciding(lambda net, x: net.one(x.reshape(x.shape[0], x.shape[1] // 3, 3, 8).mean(2)))
     program = graphopt.capture(pooled.eval(), X, dynamic_shapes=({1: Dim.DYNAMIC},))
     assert program.inputs[0].shape[1] == "x_1"
+
+
+def test_a_question_is_noted_though_a_harmless_one_before_implies_its_answer() -> None:
+    twice = Deciding(lambda net, x: branch(1)(net, x if x.shape[1] < 12 else x + 0.0))
+    with pytest.raises(CaptureError, match="at size 16 of axis 1"):
+        graphopt.capture(twice.eval(), X, dynamic_shapes=({1: Dim.DYNAMIC},))
