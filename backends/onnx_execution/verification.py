@@ -85,10 +85,10 @@ def verify(
         failed = functools.partial(_not_run, program, where)
         try:
             found = exact(*arrays)
-        except LoweringError:
+        except LoweringError as err:
             with foreign_code(failed):  # in the program, first of all
                 replay.outputs(feed)
-            raise
+            raise LoweringError(f"{err}. The program runs {where}; the artifact may {remedy}.") from err
         codes = probe.codes(arrays, found) if probe else {}
         with foreign_code(failed):
             wanted = replay.outputs(feed, codes)
@@ -99,8 +99,8 @@ def verify(
         for wrong in disagreements(reference, got):
             raise LoweringError(
                 f"{path.name} computes something else than the program: output `{program.outputs[wrong.output].name}` "
-                f"{wrong.text}, {where}. Please report the model; it may work "
-                f"{'without int8, or ' if probe else ''}{remedy}."
+                f"{wrong.text}, {where}. Please report the model; it may "
+                f"{'work without int8, or ' if probe else ''}{remedy}."
             )
         if rounds or not codes or not index:
             plain = replay.outputs(feed) if codes else reference.wanted
@@ -115,12 +115,12 @@ def verify(
 def _sizes(program: Program, inputs: Sequence[Array] | None) -> Iterator[tuple[str, str, tuple[Array, ...]]]:
     """Yield what to verify on: batches, then other sizes of other axes as far as the program takes them."""
     for where, arrays in batches(program, inputs):
-        yield where, "for another target", arrays
+        yield where, "work for another target", arrays
     for sized in other_sizes(program, inputs):
         taken = next(((where, arrays) for where, arrays in sized if _takes(program, arrays)), None)
         if taken is not None:
             bound = "bound to the sizes it needs (--dynamic INPUT:AXIS:MIN-MAX, or Dim(.., min=.., max=..))"
-            yield taken[0], f"with that axis of one size, or {bound}", taken[1]
+            yield taken[0], f"work with that axis of one size, or {bound}", taken[1]
 
 
 def _takes(program: Program, arrays: Sequence[Array]) -> bool:

@@ -42,6 +42,17 @@ class Positions(nn.Module):
         return x + self.table(torch.arange(x.shape[1]))
 
 
+class Eighth(nn.Module):
+    """Reads nothing of the eighth row, where there is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("place", torch.tensor([7]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / x.shape[1] + 0 * x.index_select(1, self.place)
+
+
 class Together(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         return x.sum(1), y.sum(1)
@@ -60,6 +71,15 @@ def test_what_is_right_at_the_size_of_the_example_alone_is_found(tmp_path: Path)
     x = torch.randn(2, 8, 4)
     wrong = written(capture(Scaled(fixed=True), x, dynamic_shapes=T), tmp_path)
     with pytest.raises(LoweringError, match=r"where axis 1 of `x` has a size of 3\. .* with that axis of one size"):
+        verify(wrong, capture(Scaled(), x, dynamic_shapes=T), None, SETTINGS)
+
+
+def test_what_does_not_run_at_another_size_is_found(tmp_path: Path) -> None:
+    x = torch.randn(2, 8, 4)
+    wrong = written(capture(Eighth(), x, dynamic_shapes=T), tmp_path)
+    with pytest.raises(
+        LoweringError, match=r"fails on inputs x: 1x3x4.* The program runs where axis 1 of `x` has a size"
+    ):
         verify(wrong, capture(Scaled(), x, dynamic_shapes=T), None, SETTINGS)
 
 
