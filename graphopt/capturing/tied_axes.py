@@ -1,7 +1,7 @@
 """Dynamic axes whose sizes depend on each other, as torch.export takes them (2.13).
 
-    n and n         Dim.DYNAMIC and Dim.DYNAMIC, and while tracing torch._check(y.shape[0] == x.shape[0])
-    n and 2*n       Dim.DYNAMIC and Dim.DYNAMIC, torch._check(y.shape[0] == 2 * x.shape[0])
+    n and n         Dim.DYNAMIC and Dim.DYNAMIC, and while tracing a check of y.shape[0] == x.shape[0]
+    n and 2*n       Dim.DYNAMIC and Dim.DYNAMIC, and one of y.shape[0] == 2 * x.shape[0]
     2*n alone       2 * Dim("_n")
     n, at most 2    Dim("_n", max=2)
 
@@ -25,7 +25,7 @@ from graphopt.ir.batch_sizes import solved
 from graphopt.ir.dynamic_axes import LeafShapes, bound_dim
 from graphopt.ir.size_expressions import Linear
 from graphopt.ir.sizes import ANY, SizeRange
-from graphopt.ir.torch_internals import SMALLEST_TRACED, arguments_by_name, pytree
+from graphopt.ir.torch_internals import SMALLEST_TRACED, arguments_by_name, check_traced, pytree
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,9 @@ def sizes_tied(model: nn.Module, shapes: LeafShapes) -> Iterator[None]:
         for places in checked:
             (one, first), *_ = (place for place, axis in places.items() if axis.alone)
             for (other, second), axis in places.items():
-                torch._check(  # type: ignore[no-untyped-call]
+                check_traced(
                     tensors[other].shape[second] == axis.at(tensors[one].shape[first]),
-                    lambda: "its inputs have sizes that do not depend on each other as they were declared to",
+                    "its inputs have sizes that do not depend on each other as they were declared to",
                 )
 
     forward = model.forward

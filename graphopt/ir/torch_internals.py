@@ -54,6 +54,7 @@ __all__ = [
     "TrainingIRVerifier",
     "arguments_by_name",
     "calling_convention",
+    "check_traced",
     "compiled_module",
     "compiler_settings",
     "copy_code_generator",
@@ -119,6 +120,11 @@ def every_question_noted() -> Iterator[None]:
 
     with mock.patch.object(ShapeEnv, "_refine_ranges", refine):
         yield
+
+
+def check_traced(condition: bool | torch.SymBool, said: str) -> None:
+    """Let a trace know that a condition on sizes holds, and raise `said` where it does not."""
+    torch._check(condition, lambda: said)  # type: ignore[no-untyped-call]
 
 
 def range_of(size: torch.SymInt) -> SizeRange:
