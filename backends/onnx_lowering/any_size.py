@@ -21,6 +21,7 @@ from torch import fx
 from graphopt.errors import LoweringError
 from graphopt.ir.editor import Editor
 from graphopt.ir.graph import arguments, erase_dead
+from graphopt.ir.operators import Family
 from graphopt.ir.provenance import user_line
 from graphopt.ir.regions import graph_modules
 from graphopt.ir.torch_internals import OpOverload, statically_known_true
@@ -35,7 +36,8 @@ _MAXIMA = {
     aten.adaptive_max_pool3d.default: 3,
 }
 _POOLS = _MEANS | _MAXIMA  # with how many axes they pool
-_SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.tensor_split.sections)
+_SPLITS_BY_SIZE = Family("split", "unsafe_split", "split_with_sizes", "unsafe_split_with_sizes")
+_SPLITS = _SPLITS_BY_SIZE | Family("chunk", "unsafe_chunk", "tensor_split.sections")
 _SIZES = ("split_size", "split_sizes", "chunks", "sections")  # what they call how they split
 
 
@@ -46,7 +48,7 @@ def hold_at_any_size(gm: fx.GraphModule) -> None:
         LoweringError: a call has no ONNX form.
     """
     for body in graph_modules(gm):
-        for node in [node for node in body.graph.nodes if node.target in _POOLS or node.target in _SPLITS]:
+        for node in [node for node in body.graph.nodes if node.target in _POOLS or node in _SPLITS]:
             with body.graph.inserting_before(node):
                 (_pool if node.target in _POOLS else _split)(_Calls(body, node))
         erase_dead(body.graph)
@@ -140,7 +142,7 @@ def _split(call: _Calls) -> None:
     for place in range(max(read, default=-1) + 1):
         if isinstance(sizes, list | tuple):
             size = sizes[place]
-        elif node.target is aten.split.Tensor:
+        elif node in _SPLITS_BY_SIZE:
             size = sizes
         else:
             later = place if node.target is aten.tensor_split.sections else 0

@@ -27,7 +27,7 @@ from graphopt.capturing.guards import take_out_guards
 from graphopt.errors import LoweringError, foreign_code
 from graphopt.ir.exporting import exported
 from graphopt.ir.program import Program
-from graphopt.ir.provenance import module_path, user_line
+from graphopt.ir.provenance import line_in, module_path, user_line
 from graphopt.ir.torch_internals import onnx_exporter
 from graphopt.quantization.ops import DYNAMIC_QUANTIZE, QUANTIZE
 from graphopt.quantization.recurrent import DYNAMIC_LSTM
@@ -40,6 +40,7 @@ MODULE_PROPERTY = "graphopt.module"  # the module whose forward ran it, until no
 QUANTIZERS = ("QuantizeLinear", "DynamicQuantizeLinear", "DynamicQuantizeLSTM")
 _QUANTIZES = re.compile(r"graphopt\.(quantize|dynamic_quantize|dynamic_lstm)\.")
 _CALL = "pkg.torch.onnx.fx_node"  # where the exporter writes the call an ONNX node translates
+_TRACE = "pkg.torch.onnx.stack_trace"
 _UNTRANSLATED = re.compile(
     r"No ONNX function found for <OpOverload\(op='(?P<op>[^']+)', overload='(?P<overload>[^']+)'"
 )
@@ -185,7 +186,7 @@ def _explain(err: BaseException, graph: fx.Graph) -> str:
             f"The operator {name}{where} has no ONNX form. Write that line with other operators, or compute it outside "
             "of the model."
         )
-    shown = f" of {node.format_node()}" if node is not None else ""
+    shown = f" of {node.format_node()}" if isinstance(node, fx.Node) else ""
     return (
         f"torch.onnx cannot translate the program{where}{shown}: {_root(err)}. Write that line with other operators, "
         "or try a newer torch."
@@ -195,7 +196,10 @@ def _explain(err: BaseException, graph: fx.Graph) -> str:
 def failing_line(err: BaseException, graph: fx.Graph) -> str:
     """Return " at file:line" of the user's model, where an exception came up while a call of it was looked at."""
     node = _failing_node(err)
-    line = (user_line(node) if node is not None else "") or _line_of(node, graph)
+    if isinstance(node, ir.Node):
+        line = line_in(node.metadata_props.get(_TRACE, ""))
+    else:
+        line = (user_line(node) if node is not None else "") or _line_of(node, graph)
     return f" at {line}" if line else ""
 
 
@@ -213,13 +217,13 @@ def _root(err: BaseException) -> str:
     return next((line.strip() for line in str(err).splitlines() if line.strip()), type(err).__name__).rstrip(".")
 
 
-def _failing_node(err: BaseException | None) -> fx.Node | None:
-    """Return the node that was being translated: the local variable of the exporter's loop."""
+def _failing_node(err: BaseException | None) -> fx.Node | ir.Node | None:
+    """Return the node that was being translated, or rewritten: the local variable of the exporter's loops."""
     while err is not None:
         trace = err.__traceback__
         while trace is not None:
             found = trace.tb_frame.f_locals.get("node")
-            if isinstance(found, fx.Node):
+            if isinstance(found, fx.Node | ir.Node):
                 return found
             trace = trace.tb_next
         err = err.__cause__

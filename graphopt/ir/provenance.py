@@ -99,7 +99,12 @@ def module_path(node: fx.Node) -> str:
 
 def user_line(node: fx.Node) -> str:
     """Return the innermost line of the user's model behind `node`, `file:line`, or "" if unknown."""
-    frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
+    return line_in(node.meta.get("stack_trace") or "")
+
+
+def line_in(stack_trace: str) -> str:
+    """Return the innermost line of the user's model in a stack trace, `file:line`, or "" if there is none."""
+    frames = [line.strip() for line in stack_trace.splitlines()]
     files = [line for line in frames if line.startswith("File ")]
     foreign = [line for line in files if "/torch/" not in line] or files
     if not foreign:
