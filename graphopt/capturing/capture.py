@@ -39,6 +39,7 @@ from graphopt.capturing.model_calls import (
 )
 from graphopt.capturing.normal_form import normalise
 from graphopt.capturing.safe_graphs import evaluated
+from graphopt.capturing.sizes_of_one import without_ones
 from graphopt.capturing.smallest_call import with_the_smallest_call
 from graphopt.capturing.tied_axes import sizes_tied, torch_dims
 from graphopt.errors import CaptureError, ExampleError
@@ -219,7 +220,7 @@ def _capture(
                 f"The model cannot be captured: {wrong[1]}. It decides by size: let the axis be of one size, or "
                 "the model do the same for all."
             )
-        return found, wrong[1] if wrong is not None else ""
+        return without_ones(model, found), wrong[1] if wrong is not None else ""
 
     error: Exception | None = None
     try:

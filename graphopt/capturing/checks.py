@@ -186,7 +186,7 @@ def wrong_batch(model: nn.Module, program: Program, args: tuple[Any, ...], kwarg
             if size > 1:  # what takes one sample alone otherwise than several still takes any number of these
                 failed.append(f"at batch {size} the model fails ({getattr(err, 'reason', first_line(err))})")
             continue
-        worst = _difference(program, expected, other_args, other_kwargs)
+        worst = difference(program, expected, other_args, other_kwargs)
         if worst:
             return f"at batch {size} the captured program differs from the model ({worst})"
     return failed[0] if len(failed) > 1 and _only_batches_vary(program) else ""
@@ -223,7 +223,7 @@ def wrong_size(
             expected = run_model(model, other_args, other_kwargs)
         except CaptureError as err:
             return "", getattr(err, "reason", first_line(err))
-        return _difference(program, expected, other_args, other_kwargs), ""
+        return difference(program, expected, other_args, other_kwargs), ""
 
     for others in asked.others(program.inputs):
         failed: list[str] = []
@@ -265,7 +265,7 @@ def resized(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     return tensor
 
 
-def _difference(program: Program, expected: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+def difference(program: Program, expected: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """Say how a program differs from what the model returned, "" if it does not; that it fails is a difference."""
     try:
         return _disagreement(program, expected, args, kwargs)

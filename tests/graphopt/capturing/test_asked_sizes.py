@@ -155,3 +155,13 @@ def test_a_question_is_noted_though_a_harmless_one_before_implies_its_answer() -
     twice = Deciding(lambda net, x: branch(1)(net, x if x.shape[1] < 12 else x + 0.0))
     with pytest.raises(CaptureError, match="at size 16 of axis 1"):
         graphopt.capture(twice.eval(), X, dynamic_shapes=({1: Dim.DYNAMIC},))
+
+
+@pytest.mark.parametrize("dim", [Dim.DYNAMIC, "steps", Dim("steps", max=9)])
+def test_an_axis_that_is_decided_by_at_one_is_of_two_or_more(dim: object) -> None:
+    single = Deciding(lambda net, x: net.one(x).mean(1) if x.shape[1] > 1 else net.two(x).sum(1))
+    program = graphopt.capture(single.eval(), X, dynamic_shapes=({1: dim},))
+    assert program.inputs[0].range_of(1).least == 2
+    assert [note.text for note in program.notes if "2 or more" in note.text or "2 to 9" in note.text]
+    alike = Deciding(lambda net, x: net.one(x).mean(1) if x.shape[1] > 1 else net.one(x)[:, 0])
+    assert graphopt.capture(alike.eval(), X, dynamic_shapes=({1: dim},)).inputs[0].range_of(1).least == 0
