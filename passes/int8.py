@@ -117,7 +117,7 @@ class Int8(Pass[Int8Options, Int8Plan]):
     3. Operators that only move values (reshape, slice, pad) run on the stored integers.
     4. Activations that the integer range clamps anyway (ReLU, ReLU6 in front of an unsigned quantization) are dropped.
     5. Channels of depthwise layers are filled up to as many as the target's kernel computes at once, 80 in place of 72,
-       with zero weights behind them. Exact.
+       with zero weights behind them, where layers around them do not lose more by the costs. Exact.
     6. LSTMs run layer by layer on integer weights, whose kernels choose the scales of activations.
     7. Embedding tables are stored as integers, a scale for each row; what is read of them is float again.
     8. With `weights=float` activations alone are rounded where they would be, to see what that costs: layers compute in
@@ -168,7 +168,7 @@ class Int8(Pass[Int8Options, Int8Plan]):
         target, wider = placer.target, dict[str, int]()
         placed, placement = placer.run(program)
         if self.options.fill_up and self._rounds_weights:
-            program, wider = fill_up(placed, placement, target.depthwise_multiple, self.name)
+            program, wider = fill_up(placed, placement, target, self.name)
             placed, placement = placer.run(program) if wider else (placed, placement)
         calibration = self._calibration(placement, program, ctx)
         placed, placement, scales = self._with_scales(placer, placed, placement, calibration, ctx)

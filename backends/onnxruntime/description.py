@@ -69,6 +69,7 @@ DESCRIPTION = TargetDescription(
     ),
     channel_multiple=16,  # NCHWc and VNNI kernels work on blocks of 16 channels
     depthwise_multiple=16,  # with VNNI; see `graphopt.passes.quantization.widths`
+    depthwise_uneven=1.9,  # with 8 channels more than a multiple; 3.5 with 15 (24 to 248 channels of 7 x 7 to 28 x 28)
     rank_multiple=16,
     # Its CPU kernels compute in float32: around what is to be computed in float16 it converts back and forth.
     floats=(FloatKernels("float16", computes=False),),
@@ -88,7 +89,8 @@ DESCRIPTION_AVX2 = dataclasses.replace(
     name="onnxruntime-x86-avx2",
     weight=_SEVEN_BITS,
     table=_SEVEN_BITS,
-    depthwise_multiple=1,  # nobody has timed wider ones there
+    depthwise_multiple=1,
+    depthwise_uneven=1.0,  # nobody has timed wider ones there
     costs=read_costs(Path(__file__).with_name("costs_x86_avx2.json")),
     notes=("Weights have 7 bits, which x86 without VNNI multiplies without saturation, fast; right anywhere.",),
 )

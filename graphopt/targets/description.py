@@ -117,7 +117,8 @@ class TargetDescription:
         operators: how operators reach integer kernels; those without a rule stay float.
         channel_multiple: channel counts the runtime's kernels like best.
         depthwise_multiple: the same for those of its integer kernel for depthwise convolutions, which is so much slower
-            otherwise that channels are worth adding; 1 for no such kernel.
+            otherwise that channels may be worth adding; 1 for no such kernel.
+        depthwise_uneven: how many times as long it takes otherwise, for each channel.
         rank_multiple: the same for the inner size of factorised layers.
         sparsity: the pattern of sparse weights that has kernels, None for no such kernels.
         stored: weights that are read as integers by operators that compute in floating point.
@@ -136,6 +137,7 @@ class TargetDescription:
     operators: tuple[OperatorRule, ...] = ()
     channel_multiple: int = 1
     depthwise_multiple: int = 1
+    depthwise_uneven: float = 1.0
     rank_multiple: int = 1
     sparsity: SparseFormat | None = None
     table: IntegerFormat | None = None

@@ -1,8 +1,9 @@
 """Gives depthwise convolutions as many channels as the target's integer kernel computes at once.
 
 ONNX Runtime's fastest takes multiples of 16: with 3 x 3 taps 72 channels of 56 x 56 take 206 us and 80 take 118, with
-5 x 5 taps 120 of 28 x 28 take 178 and 128 take 100; 1 x 1 convolutions around them take as long as before (1.31.1, x86
-with VNNI, one thread). A group of channels that gets there with few more does (`graphopt.axes.widening`), exactly.
+5 x 5 taps 120 of 28 x 28 take 178 and 128 take 100 (1.31.1, x86 with VNNI, one thread). Layers around them take longer:
+a group of channels gets there where that costs less, by the target's table of costs, and it takes few more. Exactly
+(`graphopt.axes.widening`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from graphopt.measure.work import is_depthwise
 from graphopt.passes.quantization.kernels import kernel_of
 from graphopt.passes.quantization.placement import Placement
 from graphopt.passes.quantization.prepare import Prepared
+from graphopt.passes.quantization.width_costs import WidthCosts
+from graphopt.targets.description import TargetDescription
 
 logger = logging.getLogger(__name__)
 
@@ -27,22 +30,24 @@ logger = logging.getLogger(__name__)
 _MOST = 1 / 2
 
 
-def fill_up(placed: Prepared, placement: Placement, multiple: int, made_by: str) -> tuple[Program, dict[str, int]]:
+def fill_up(
+    placed: Prepared, placement: Placement, target: TargetDescription, made_by: str
+) -> tuple[Program, dict[str, int]]:
     """Return the program before it was prepared with wider groups, and by their names how many channels these have.
 
     Args:
         placed: what is to be quantized.
         placement: where its integers stand.
-        multiple: of how many channels the integer kernel for depthwise convolutions is fastest.
+        target: of how many channels its integer kernel for depthwise convolutions is fastest, and what others take.
         made_by: the pass on whose behalf it gets wider.
     """
     program, found = placed.source, dict[str, int]()
-    uneven = _uneven(program, multiple)
+    uneven = _uneven(program, target.depthwise_multiple)
     if not uneven:
         return program, found
     on_integers = {placed.unit(site.node) for site in placement.sites}
     axes = infer(program.graph_module)
-    growing = Growing(axes)
+    growing, costs = Growing(axes), WidthCosts(axes, placed, placement, target)
     groups = {group.axis: group for group in axes.groups()}
     for name, (weight, size) in uneven.items():
         layout = axes.parameters[weight][0]
@@ -50,6 +55,8 @@ def fill_up(placed: Prepared, placement: Placement, multiple: int, made_by: str)
         why = "it is float" if name not in on_integers else _why_left(growing, group, size)
         if why is not None:
             logger.debug("`%s` does not get %d channels: %s", name, size, why)
+        elif group is not None and target.costs and (saved := costs.saved(group, size, target.costs)) <= 0:
+            logger.debug("`%s` does not get %d channels: it all takes %.1f us more", name, size, -1e6 * saved)
         elif group is not None:
             found[group.name] = size
     return (program.with_graph(widen(program.graph_module, axes, found, made_by)) if found else program), found
