@@ -22,7 +22,7 @@ from graphopt.errors import LoweringError
 from graphopt.ir.editor import Editor
 from graphopt.ir.graph import arguments, erase_dead
 from graphopt.ir.operators import Family
-from graphopt.ir.provenance import user_line
+from graphopt.ir.provenance import at_line
 from graphopt.ir.regions import graph_modules
 from graphopt.ir.torch_internals import OpOverload, statically_known_true
 
@@ -101,7 +101,7 @@ def _pool(call: _Calls) -> None:
     for user in [user for user in node.users if user.users]:
         if user.args[1] != 0:
             raise LoweringError(
-                f"The pooling{_where(node)} returns where the largest values are along an axis of dynamic size, which "
+                f"The pooling{at_line(node)} returns where the largest values are along an axis of dynamic size, which "
                 "has no ONNX form. Leave out return_indices, or give that axis one size."
             )
         call.replace(user, x)
@@ -163,8 +163,3 @@ def _is_size(x: fx.Node, axis: int, size: Number) -> bool:
     """Whether a number is the size of an axis whatever that is."""
     number = size.meta["val"] if isinstance(size, fx.Node) else size
     return statically_known_true(x.meta["val"].shape[axis] == number)
-
-
-def _where(node: fx.Node) -> str:
-    line = user_line(node)
-    return f" at {line}" if line else ""

@@ -21,7 +21,7 @@ from torch.func import functionalize
 from graphopt.errors import LoweringError
 from graphopt.ir.graph import copy_graph_module, fake_mode_of
 from graphopt.ir.operators import short_name
-from graphopt.ir.provenance import user_line
+from graphopt.ir.provenance import at_line
 from graphopt.ir.torch_internals import OpOverload, ShapeEnv, enable_python_dispatcher, is_composite, make_fx
 
 _FEW = 16  # calls; of ResNet-50 two took 0.2 s to trace, the whole program 2 s
@@ -103,18 +103,13 @@ class Decisions:
             guard.expr.is_Relational and guard.expr.rel_op == "==" for guard in self._env.guards[self._before :]
         )
         if decided:
-            what = f"The operator {short_name(node)}{_where(node)}" if node is not None else "An operator"
+            what = f"The operator {short_name(node)}{at_line(node)}" if node is not None else "An operator"
             self._refused[self._env] = (
                 f"{what} would be lowered for the sizes of the example alone, and has a dynamic one. Write that line "
                 "with other operators, or give every axis but the batch one size."
             )
         if said := self._refused.get(self._env):
             raise LoweringError(said)
-
-
-def _where(node: fx.Node) -> str:
-    line = user_line(node)
-    return f" at {line}" if line else ""
 
 
 def _has_regions(gm: fx.GraphModule) -> bool:

@@ -25,7 +25,7 @@ from graphopt.ir.divisions import divided_without_minus_one, divides_integers, i
 from graphopt.ir.editor import Editor
 from graphopt.ir.graph import arguments
 from graphopt.ir.operators import Family
-from graphopt.ir.provenance import user_line
+from graphopt.ir.provenance import at_line
 from graphopt.ir.regions import graph_modules
 from graphopt.ir.torch_internals import OpOverload
 
@@ -78,14 +78,14 @@ def _other_words(node: fx.Node, editor: Editor) -> fx.Node | None:
             node.update_arg(1, editor.call(aten.expand_as.default, source, target, like=node))
     if node.target in (operator.floordiv, operator.mod) and _may_be_minus_one(node):
         raise LoweringError(
-            f"A number that depends on the data is divided{_where(node)}, by one that may be -1, which ends a process "
+            f"A number that depends on the data is divided{at_line(node)}, by one that may be -1, which ends a process "
             "with ONNX Runtime where it is the smallest integer. Divide tensors instead of what `.item()` returns."
         )
     if node in _ROUNDED and divides_integers(node):
         return _quotient(node, editor)
     if node.target is aten.lstm.input and _projects(node):
         raise LoweringError(
-            f"The LSTM{_where(node)} projects its state (proj_size), which the LSTM of ONNX does not. Make it without "
+            f"The LSTM{at_line(node)} projects its state (proj_size), which the LSTM of ONNX does not. Make it without "
             "proj_size, or keep it out of the model that is lowered."
         )
     return None
@@ -99,7 +99,7 @@ def _pool(node: fx.Node, editor: Editor) -> fx.Node | None:
         return None
     if given["ceil_mode"]:
         raise LoweringError(
-            f"The pooling{_where(node)} divides by divisor_override in windows that reach beyond its input "
+            f"The pooling{at_line(node)} divides by divisor_override in windows that reach beyond its input "
             "(ceil_mode), which has no ONNX form. Leave out one of the two."
         )
     kernel = given["kernel_size"]
@@ -171,8 +171,3 @@ def _projects(node: fx.Node) -> bool:
     """Whether the state that a recurrent weight takes is narrower than the cell."""
     recurrent = arguments(node, ("params",))["params"][1].meta["val"]
     return bool(recurrent.shape[0] != 4 * recurrent.shape[1])
-
-
-def _where(node: fx.Node) -> str:
-    line = user_line(node)
-    return f" at {line}" if line else ""

@@ -102,6 +102,12 @@ def user_line(node: fx.Node) -> str:
     return line_in(node.meta.get("stack_trace") or "")
 
 
+def at_line(node: fx.Node) -> str:
+    """Return the same for the middle of a sentence: " at file:line"."""
+    line = user_line(node)
+    return f" at {line}" if line else ""
+
+
 def line_in(stack_trace: str) -> str:
     """Return the innermost line of the user's model in a stack trace, `file:line`, or "" if there is none."""
     frames = [line.strip() for line in stack_trace.splitlines()]
