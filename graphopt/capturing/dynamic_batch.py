@@ -47,10 +47,10 @@ def with_dynamic_batch(
     if batch == 0:
         raise CaptureError("The example inputs hold no samples. Give at least one.")
     shapes: LeafShapes = []
-    for leaf, (tensor, wanted, declared) in enumerate(
-        zip(tensors, asked, declared_axes(model, len(tensors)), strict=True)
-    ):
-        batched = tensor.shape[:1] == (batch,)
+    every = declared_axes(model, len(tensors))
+    of_batch = {own[0].line.name for t, own in zip(tensors, every, strict=True) if 0 in own and len(t) == batch}
+    for leaf, (tensor, wanted, declared) in enumerate(zip(tensors, asked, every, strict=True)):
+        batched = tensor.shape[:1] == (batch,) or (0 in declared and declared[0].line.name in of_batch)
         axes = [*([0] if batched else []), *(axis for axis in declared if tensor.shape[axis] >= SMALLEST_TRACED)]
         dims = {**dict.fromkeys(axes, Dim.DYNAMIC), **wanted}
         shapes.append(

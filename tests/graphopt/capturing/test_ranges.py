@@ -141,10 +141,15 @@ def test_a_range_of_an_axis_that_is_no_batch_leaves_the_batch_as_it_is() -> None
     assert [spec.shape for spec in program.inputs] == [("b", 3), ("n", 3)]
 
 
-def test_ranges_are_those_of_inputs_by_position_or_by_name() -> None:
-    shapes = {"x": {0: Dim("b", max=8)}, "table": {0: Dim("n", min=5)}}
+@pytest.mark.parametrize("exported", [False, True])
+def test_ranges_are_those_of_inputs_by_position_or_by_name(exported: bool) -> None:
+    shapes: dict[str, Any] = {"x": {0: Dim("b", max=8)}, "table": {0: Dim("n", min=5)}}
     x, table, mask = torch.randn(4, 3), torch.randn(5, 3), torch.rand(1, 3)
-    program = graphopt.capture(Added(), (x,), {"mask": mask, "table": table}, dynamic_shapes=shapes)
+    model: nn.Module = Added()
+    if exported:
+        named, axes = {"table": table, "mask": mask}, {**shapes, "mask": None}
+        model, shapes = torch.export.export(model, (x,), named, dynamic_shapes=axes).module(), {}
+    program = graphopt.capture(model, (x,), {"mask": mask, "table": table}, dynamic_shapes=shapes)
     ranges = {spec.name: spec.range_of(0) for spec in program.inputs}
     assert ranges == {"x": SizeRange(0, 8), "table": SizeRange(5), "mask": ANY}
     for call in (
