@@ -239,7 +239,7 @@ class Job:
         kept = self._step_cache()
         if kept is not None:
             ctx = dataclasses.replace(kept.reads.watch(ctx), remember=kept.part)
-        recorder = Recorder(report, self.original, self._probe, judging, kept)
+        recorder = Recorder(report, self.original, self._probe, judging, kept, several=len(deciding) > 1)
         made = runner.run(pipeline, self.original, ctx, [recorder, *checks, *hooks], kept)
         if kept is not None and kept.found:
             said = ", ".join(f"`{text}`" for text in kept.found)

@@ -12,7 +12,7 @@ from typing import Any
 from graphopt.caching.digests import digest_of, of_evaluation
 from graphopt.caching.steps import StepCache
 from graphopt.ir.program import Program
-from graphopt.job.report import Report, Row, row_from_json, row_to_json
+from graphopt.job.report import Report, Row, of_target, row_from_json, row_to_json
 from graphopt.measure.cost import cost
 from graphopt.measure.equivalence import Probe
 from graphopt.pipeline.hooks import Hook
@@ -32,6 +32,7 @@ class Recorder(Hook):
         probe: inputs and original outputs that every other program is compared on.
         metric: value of a program under the user's `eval`, None without one.
         cache: what was measured before, None for nothing.
+        several: whether there are several targets, so that notes say which one they are on.
     """
 
     report: Report
@@ -39,6 +40,7 @@ class Recorder(Hook):
     probe: Probe
     metric: Score | None = None
     cache: StepCache | None = None
+    several: bool = False
     _started: float = field(default=0.0, init=False)
 
     def before(self, step: Step, program: Program, target: str) -> None:
@@ -49,9 +51,10 @@ class Recorder(Hook):
         """Add the step's row and its refusals."""
         seconds = time.perf_counter() - self._started
         label = f"{step.text} (for {step.inserted_for})" if step.inserted_for else step.text
-        self.report.add_plan(plan)
+        one = target if self.several else ""
+        self.report.add_plan(plan, one)
         if not plan.sites and not step.inserted_for:
-            self.report.notes.append(f"{step.text}: it changed nothing ({plan.summary()})")
+            self.report.notes.append(f"{of_target(step.text, one)}: it changed nothing ({plan.summary()})")
         self.report.rows.append(self._row(label, target, after, seconds, plan.summary()))
 
     def _row(self, label: str, target: str, program: Program, seconds: float | None, summary: str) -> Row:

@@ -170,10 +170,11 @@ class Report:
         """List the rows of lowered artifacts."""
         return [row for row in self.rows[1:] if row.size is not None]
 
-    def add_plan(self, plan: Plan) -> None:
-        """Take over the refusals and notes of a plan."""
-        self.notes += [f"{plan.pass_name}: {note}" for note in plan.notes]
-        self.unmet += [f"{plan.pass_name}: {text}" for text in plan.unmet]
+    def add_plan(self, plan: Plan, for_target: str = "") -> None:
+        """Take over the refusals and notes of a plan, made for one of several targets or, "", for all."""
+        name = of_target(plan.pass_name, for_target)
+        self.notes += [f"{name}: {note}" for note in plan.notes]
+        self.unmet += [f"{name}: {text}" for text in plan.unmet]
         self.refusals += [(plan.pass_name, refusal) for refusal in plan.refusals]
 
     def refusal_counts(self) -> list[tuple[str, str, int, str]]:
@@ -230,6 +231,11 @@ def row_from_json(data: Mapping[str, Any]) -> Row:
     """
     row: Row = pydantic.TypeAdapter(Row).validate_json(json.dumps(_with_its_infinities(data)), strict=True)
     return row
+
+
+def of_target(name: str, target: str) -> str:
+    """Return what notes on one of several targets start with, or on all, ""."""
+    return f"{name} for {target}" if target else name
 
 
 def _finite(value: Any) -> Any:

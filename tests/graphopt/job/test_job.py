@@ -152,8 +152,10 @@ def test_each_target_has_its_own_bytes_and_the_original_is_lowered_once(monkeypa
 
 def test_the_original_is_not_lowered_where_nothing_is_compared_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     lowered = _count_lowerings(monkeypatch)
-    found = graphopt.optimize(model(), X, "int8", ["onnxruntime", "tensorrt"], bench=False)
+    found = graphopt.optimize(model(), X, "int8:weights=float", ["onnxruntime", "tensorrt"], bench=False)
     assert sorted(lowered) == ["onnxruntime.onnx", "tensorrt.onnx"]
+    said = [note.partition(":")[0] for note in found.report.notes if note.startswith("int8")]
+    assert said == ["int8 for onnxruntime", "int8 for tensorrt"]
     assert found.report.baselines == {}
     assert found.report.original.size is None
     assert [row.label for row in found.report.artifact_rows()] == ["onnxruntime.onnx", "tensorrt.onnx"]

@@ -47,3 +47,18 @@ def test_an_output_that_is_declared_and_not_returned_is_not_equal(returned: int,
     found = recorder.report.rows[0].error
     assert found is not None
     assert (found.max_error, found.sqnr) == (error, -error if error else math.inf)
+
+
+@pytest.mark.parametrize(("several", "of"), [(False, ""), (True, " for tensorrt")])
+def test_what_holds_for_one_of_several_targets_says_so(several: bool, of: str) -> None:
+    original = program(2, 2)
+    report = Report("m", "fold", "", rows=[])
+    recorder = Recorder(report, original, Probe(original, original.flat_examples()), several=several)
+    step = Pipeline.parse("fold").steps[0]
+    for target in ("", "tensorrt"):
+        plan = Plan(pass_name="fold", notes=("slower",), unmet=("1 point",))
+        recorder.before(step, original, target)
+        recorder.after(step, original, original, plan, target)
+    nothing = "it changed nothing (matched 0, rewrote 0)"
+    assert report.notes == ["fold: slower", f"fold: {nothing}", f"fold{of}: slower", f"fold{of}: {nothing}"]
+    assert report.unmet == ["fold: 1 point", f"fold{of}: 1 point"]
