@@ -9,7 +9,7 @@ half         16 bits: computed in, or stored, as the target can
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from torch import fx
 
 from graphopt.errors import PassError
 from graphopt.ir.program import Program
-from graphopt.ir.provenance import module_path
+from graphopt.ir.provenance import module_path, origin
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.globs import check_globs
 from graphopt.pipeline.knobs import Knob
@@ -134,13 +134,20 @@ def compose(
         others = [site.knobs[form].skip for site in sites if form in site.knobs and chosen[site.name] != form]
         skip = [name for names in others for name in names if name in there]  # not what a pass before has rewritten
         made = make_pass(name, {**options, "skip": tuple(dict.fromkeys(skip))})
-        plan = made.plan(program, ctx)
+        plan = _without_own(made.plan(program, ctx), program, {before.pass_name for before in plans})
         plans.append(plan)
         if plan.sites:
             before, program = program, made.apply(program, plan.on(program.device))
             if len(plans) > 1:
                 ctx.forget(before)
     return plans, program
+
+
+def _without_own(plan: Plan, program: Program, passes: Collection[str]) -> Plan:
+    """Return a plan that refuses nothing that passes before have made: no model has that."""
+    origins = {node.name: origin(node) for node in program.graph.nodes}
+    own = {name for name, known in origins.items() if known is not None and known.made_by in passes}
+    return dataclasses.replace(plan, refusals=tuple(one for one in plan.refusals if one.site not in own))
 
 
 def _names(site: FormSite) -> list[str]:

@@ -222,6 +222,15 @@ def test_no_channel_is_added_that_was_not_counted() -> None:
     assert plan.options["fill_up"] is False
 
 
+def test_what_it_stored_itself_is_no_refusal(words: Program) -> None:
+    sites = find_sites(words, context(words), ["weights4", "int8"], ())
+    chosen = {site.name: "int8" for site in sites} | {"head.weight": "weights4"}
+    (stored, integers), _ = compose(words, context(words), sites, chosen)
+    assert stored.pass_name == "weights"
+    there = {node.name for node in words.graph.nodes} | set(words.state_dict())
+    assert {refusal.site for refusal in integers.refusals} <= there
+
+
 def test_what_cannot_be_met_is_said(words: Program) -> None:
     plan = plan_of(words, bytes=0.01)
     assert plan.unmet[0].startswith("bytes=0.01: ")
