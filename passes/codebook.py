@@ -32,7 +32,7 @@ from graphopt.passes.codes.sizes import OPERATORS, stored_bytes
 from graphopt.passes.codes.storing import StoredCodes, store
 from graphopt.passes.layers.input_moments import InputMoments, gather
 from graphopt.passes.layers.matrix_sites import MatrixSite, check_skip, find_sites
-from graphopt.passes.layers.skipping import as_asked
+from graphopt.passes.layers.skipping import as_asked, check_not_folded
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.knobs import Knob
 from graphopt.pipeline.pass_base import Pass
@@ -111,6 +111,7 @@ class Codebook(Pass[CodebookOptions, CodebookPlan]):
         """
         gm = program.graph_module
         found, refusals = find_sites(gm, convolutions=True)
+        check_not_folded(self.options.skip, program, ctx)
         check_skip(self.options.skip, found, gm)
         sites: dict[MatrixSite, Form] = {}
         for site in found:

@@ -20,6 +20,7 @@ from graphopt.errors import LoweringError
 from graphopt.ir.editor import Editor
 from graphopt.ir.operators import MOVES
 from graphopt.ir.program import Program
+from graphopt.passes.layers.skipping import check_not_folded
 from graphopt.passes.precision.knobs import knobs_of
 from graphopt.passes.precision.placement import Halves, Wishes, float32_tensors, place_halves
 from graphopt.passes.precision.rewrite import Caster, read_in_float32, store
@@ -131,6 +132,7 @@ class Half(Pass[HalfOptions, HalfPlan]):
         self.accepts(target)
         kernels = target.float_kernels(self._kind)
         without = kernels.without if kernels is not None else ()
+        check_not_folded(self.options.skip, program, ctx)
         wishes = Wishes(self.options.skip, self.options.keep, without, target.name)
         wishes.check(program.graph_module)
         if self._computes(target):

@@ -21,6 +21,7 @@ from graphopt.data.batches import Batch, pieces, whole_batches
 from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
 from graphopt.measure.budget import Guard
+from graphopt.passes.layers.skipping import check_not_folded
 from graphopt.passes.quantization.choice import choose_forms, inputs_to_keep
 from graphopt.passes.quantization.knobs import knobs_of
 from graphopt.passes.quantization.layers import LayerQuantizer
@@ -147,6 +148,7 @@ class Int8(Pass[Int8Options, Int8Plan]):
     def plan(self, program: Program, ctx: Context) -> Int8Plan:
         """Place integers where they pay, calibrate, and choose scales and integer weights."""
         target, skip, guarding = self._target(ctx), self.options.skip, self.options.guard
+        check_not_folded(skip, program, ctx)
         everywhere = Placer(target, skip, self._scales)
         by_costs = Placer(target, skip, self._scales, target.costs)
         if guarding != "measure":

@@ -23,7 +23,7 @@ from graphopt.data.batches import whole_batches
 from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
 from graphopt.measure.budget import Budget
-from graphopt.passes.layers.skipping import AS_ASKED, as_asked
+from graphopt.passes.layers.skipping import AS_ASKED, as_asked, check_not_folded
 from graphopt.passes.mixing.forms import FLOAT, Form, FormSite, compose, find_sites, stored_pass
 from graphopt.passes.mixing.goal import Candidate, Goal
 from graphopt.passes.mixing.latency import time_saved
@@ -137,6 +137,7 @@ class Mixed(Pass[MixedOptions, MixedPlan]):
         if all(limit is None for limit in (options.max_drop, options.min_sqnr, options.min_speedup, options.bytes)):
             options = dataclasses.replace(options, min_sqnr=_DEFAULT_SQNR)
         ctx.need_samples(self.name, "to see how sensitive each weight is")
+        check_not_folded(options.skip, program, ctx)
         goal = Goal(options, program, ctx, self.name)
         sites = find_sites(program, ctx, options.forms, options.skip)
         self._weigh(program, sites, ctx)

@@ -20,6 +20,7 @@ from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
 from graphopt.passes.layers.gptq import round_in_order
 from graphopt.passes.layers.matrix_sites import MatrixSite, check_skip, find_sites
+from graphopt.passes.layers.skipping import check_not_folded
 from graphopt.passes.weight_only.awq import input_scales, norm_of
 from graphopt.passes.weight_only.blocks import block_size, to_integers
 from graphopt.passes.weight_only.forms import form_of
@@ -107,6 +108,7 @@ class Weights(Pass[WeightsOptions, WeightsPlan]):
         if self.options.method in ("gptq", "awq"):
             ctx.need_samples(self.name, f"to see what weights are multiplied with (method={self.options.method})")
         found, refusals = find_sites(gm)
+        check_not_folded(self.options.skip, program, ctx)
         check_skip(self.options.skip, found, gm)
         forms: dict[MatrixSite, IntegerFormat] = {}
         for site in found:

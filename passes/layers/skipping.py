@@ -7,7 +7,10 @@ from fnmatch import fnmatchcase
 
 from torch import fx
 
-from graphopt.ir.provenance import module_path
+from graphopt.errors import UsageError
+from graphopt.ir.program import Program
+from graphopt.ir.provenance import module_path, origin
+from graphopt.pipeline.context import Context
 
 AS_ASKED = "left float as asked"
 
@@ -17,6 +20,40 @@ def why_skipped(node: fx.Node, skip: Sequence[str]) -> tuple[str, str] | None:
     path = module_path(node)
     pattern = next((p for p in skip if fnmatchcase(path, p) or fnmatchcase(node.name, p)), None)
     return None if pattern is None else as_asked(pattern)
+
+
+def check_not_folded(skip: Sequence[str], program: Program, ctx: Context) -> None:
+    """Check that no glob names only what the original has and the program, after passes before, has no more.
+
+    Raises:
+        UsageError: one does.
+    """
+    there = {name for node in program.graph.nodes for name in _names(node)}
+    for glob in skip:
+        if any(fnmatchcase(name, glob) for name in there):
+            continue
+        gone = [node for node in ctx.original.graph.nodes if any(fnmatchcase(name, glob) for name in _names(node))]
+        if gone:
+            raise UsageError(
+                f"`skip={glob}` names `{next(filter(None, _names(gone[0])))}`, {_why_gone(gone, program)}."
+            )
+
+
+def _names(node: fx.Node) -> tuple[str, ...]:
+    if node.op == "get_attr":
+        return (str(node.target),)
+    return (module_path(node), node.name) if node.op == "call_function" else ()
+
+
+def _why_gone(gone: Sequence[fx.Node], program: Program) -> str:
+    """Say where nodes are now, by what the pass that folded them wrote down."""
+    sites = {node.name for node in gone}
+    for node in program.graph.nodes:
+        known = origin(node)
+        if known is not None and known.made_by == "fold" and known.site in sites and node.op == "call_function":
+            layer = module_path(node) or node.name
+            return f"which was folded into `{layer}`. Write `skip={layer}`, which leaves that as it is"
+    return "which passes before this one folded away or removed: by its own name it cannot be skipped any more"
 
 
 def as_asked(pattern: str) -> tuple[str, str]:

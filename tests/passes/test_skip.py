@@ -42,10 +42,10 @@ PASSES = {
 }
 
 
-def plan(passes: str) -> list[str]:
+def plan(passes: str, model: nn.Module | None = None) -> list[str]:
     torch.manual_seed(0)
     x = torch.randn(16, 3, 8, 8)
-    program = capture(Net().eval(), x[:2])
+    program = capture((model or Net()).eval(), x[:2])
     backend = TensorRTBackend() if "sparsity24" in passes else OnnxRuntimeBackend()
     ctx = Context(original=program, targets=(backend.description,)).with_data(TensorSamples((x,)))
     outcome = run(Pipeline.parse(passes, PassRegistry()), program, ctx)
@@ -75,3 +75,29 @@ def test_every_glob_of_a_regulariser_must_name_something(make: Callable[..., obj
     program = capture(Net().eval(), torch.randn(2, 3, 8, 8))
     with pytest.raises(UsageError, match=r"`only=layer9` matches no group"):
         make(program, only=("stem*", "layer9"))
+
+
+class Normed(nn.Module):
+    """A convolution and its norm, and a product that falls away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.drop = nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.Dropout()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.drop(self.norm(self.conv(x))).relu().mean((2, 3))
+
+
+@pytest.mark.parametrize("pass_", ["int8", "half", "mixed:forms=int8"])
+@pytest.mark.parametrize(
+    ("glob", "said"),
+    [
+        ("norm", "names `norm`, which was folded into `conv`. Write `skip=conv`, which leaves that as it is"),
+        ("dropout", "names `drop`, which passes before this one folded away or removed"),
+    ],
+    ids=["into a layer", "away"],
+)
+def test_what_was_folded_is_named_by_what_it_was_folded_into(pass_: str, glob: str, said: str) -> None:
+    with pytest.raises(UsageError, match=f"`skip={glob}` {said}"):
+        plan(f"fold,{pass_}:skip={glob}", Normed())
+    plan(f"fold,{pass_}:skip=conv", Normed())
