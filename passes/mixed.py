@@ -23,6 +23,7 @@ from graphopt.data.batches import whole_batches
 from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
 from graphopt.measure.budget import Budget
+from graphopt.measure.decibels import decibels
 from graphopt.passes.layers.skipping import AS_ASKED, as_asked, check_not_folded
 from graphopt.passes.mixing.forms import FLOAT, Form, FormSite, compose, find_sites, stored_pass
 from graphopt.passes.mixing.goal import Candidate, Goal
@@ -234,4 +235,4 @@ def _why_float(site: FormSite, why: str) -> tuple[str, str]:
 def _alone(site: FormSite) -> dict[str, float | None]:
     """Return by form the dB that the outputs have with that alone, None where they are not changed."""
     noises = {form: noise for form, noise in site.noise.items() if form != FLOAT}
-    return {form: -10 * math.log10(noise) if noise else None for form, noise in noises.items()}
+    return {form: decibels(1.0, noise) if noise else None for form, noise in noises.items()}

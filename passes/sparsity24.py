@@ -23,6 +23,7 @@ from graphopt.ir.editor import Editor
 from graphopt.ir.graph import constant, tensor_attribute
 from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
+from graphopt.measure.decibels import decibels
 from graphopt.passes.layers.input_moments import InputMoments, gather
 from graphopt.passes.layers.weights import as_rows, as_weight
 from graphopt.passes.sparsity.layers import (
@@ -278,7 +279,8 @@ def _ratio(
 ) -> float | None:
     """Return the signal-to-noise ratio in dB of the outputs, of the weights where no moments are known."""
     noise, signal = (_power(rows, block, moments) for rows in (wanted - found, wanted))
-    return 10 * math.log10(signal / noise) if noise > 0 and signal > 0 else None
+    ratio = decibels(signal, noise)
+    return ratio if math.isfinite(ratio) else None
 
 
 def _power(rows: torch.Tensor, block: int, moments: Sequence[torch.Tensor] | None) -> float:

@@ -13,6 +13,7 @@ from graphopt.errors import CaptureError, DataError, VerifyError, foreign_code
 from graphopt.ir.finite import computable
 from graphopt.ir.program import Program
 from graphopt.ir.signature import TensorSpec
+from graphopt.measure.decibels import decibels
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,8 +238,7 @@ def _compare(spec: TensorSpec, want: torch.Tensor, got: torch.Tensor) -> Equival
     if not _is_number(want):
         differing = want != got
         wrong, error = float(differing.double().mean()), float((want.double() - got.double()).abs().max())
-        sqnr = -10 * math.log10(wrong) if wrong else math.inf
-        return Equivalence(error, wrong, sqnr, None, of_integers=True)
+        return Equivalence(error, wrong, decibels(1.0, wrong), None, of_integers=True)
     want, got = (
         computable(tensor).to(torch.complex128 if tensor.is_complex() else torch.float64) for tensor in (want, got)
     )
@@ -250,5 +250,5 @@ def _compare(spec: TensorSpec, want: torch.Tensor, got: torch.Tensor) -> Equival
     size = torch.where(torch.isfinite(want), want.abs(), 0.0)
     error, scale = float(difference.max()), float(size.max())
     noise, signal = float(difference.square().sum()), float(size.square().sum())
-    sqnr = math.inf if noise == 0 else 10 * (math.log10(max(signal, 1e-300)) - math.log10(noise))
+    sqnr = decibels(max(signal, 1e-300), noise)
     return Equivalence(error, error / scale if scale else (0.0 if error == 0 else math.inf), sqnr, None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from graphopt.data.batches import Batch
 from graphopt.ir.graph import constant
 from graphopt.ir.program import Program
 from graphopt.ir.walker import Walker
+from graphopt.measure.decibels import decibels
 from graphopt.pipeline.knobs import Alternative
 from graphopt.statistics.sensitivity import noise_shares
 
@@ -93,9 +93,8 @@ def _add_shares(
 
 
 def _ratios(shares: Shares) -> dict[fx.Node, dict[str, float]]:
-    return {node: {name: _decibels(each) for name, each in by_name.items()} for node, by_name in shares.items()}
+    return {node: {name: _ratio(each) for name, each in by_name.items()} for node, by_name in shares.items()}
 
 
-def _decibels(shares: Sequence[float]) -> float:
-    mean = sum(shares) / len(shares) if shares else 0.0
-    return -10 * math.log10(mean) if mean else math.inf
+def _ratio(shares: Sequence[float]) -> float:
+    return decibels(1.0, sum(shares) / len(shares) if shares else 0.0)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from graphopt.measure.decibels import decibels
 from graphopt.passes.codes.coded import Coded, Form
 from graphopt.passes.codes.packing import bases, pack
 from graphopt.passes.codes.plan import CodesRecord, codes_name
@@ -57,14 +58,15 @@ def store(site: MatrixSite, name: str, matrix: Tensor, coded: Coded, form: Form,
         vector=form.vector,
         group=form.group,
         weighted=weighted,
-        sqnr=_decibels(matrix, coded.reals(form, columns)),
+        sqnr=_sqnr(matrix, coded.reals(form, columns)),
         bytes=[matrix.nbytes, sum(tensor.nbytes for tensor in tensors.values())],
     )
     return StoredCodes(record, {f"{name}.{key}": tensor.contiguous() for key, tensor in tensors.items()})
 
 
-def _decibels(matrix: Tensor, reals: Tensor) -> float | None:
+def _sqnr(matrix: Tensor, reals: Tensor) -> float | None:
     """Return the signal-to-noise ratio of a weight, None where one of the two is nothing."""
     noise = float((reals - matrix).square().sum(dtype=torch.float64))
     signal = float(matrix.square().sum(dtype=torch.float64))
-    return 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None
+    found = decibels(signal, noise)
+    return found if math.isfinite(found) else None

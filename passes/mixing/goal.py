@@ -10,6 +10,7 @@ from typing import Protocol
 from graphopt.ir.program import Program
 from graphopt.measure.budget import Budget, Meter
 from graphopt.measure.cost import cost
+from graphopt.measure.decibels import decibels
 from graphopt.measure.equivalence import OutputError
 from graphopt.passes.mixing.forms import FormSite, compose
 from graphopt.pipeline.context import Context
@@ -130,12 +131,8 @@ class Goal:
             return None
         wanted, judging = asked.min_sqnr, ctx.held_out or ctx.need_samples(name, "to see how much is lost")
         error = OutputError(ctx.original, read_batches(ctx.original, judging, limit=_JUDGED, batch_size=_TOGETHER))
-        return _Loss("sqnr", lambda model: _decibels(error.of(model.call_flat)), lambda ratio: wanted - ratio)
+        return _Loss("sqnr", lambda model: decibels(1.0, error.of(model.call_flat)), lambda ratio: wanted - ratio)
 
     def _amount(self, unit: str, share: float) -> float:
         """Return a share of the original's as what sites save is counted in."""
         return share * cost(self._ctx.original).bytes if unit == "bytes" else share
-
-
-def _decibels(error: float) -> float:
-    return -10 * math.log10(error) if error else math.inf

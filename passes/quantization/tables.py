@@ -24,6 +24,7 @@ from graphopt.ir.finite import all_finite
 from graphopt.ir.graph import constant
 from graphopt.ir.operators import REORDERS, Family
 from graphopt.ir.torch_internals import OpOverload
+from graphopt.measure.decibels import decibels
 from graphopt.passes.layers.codes import is_lookup
 from graphopt.passes.layers.skipping import why_skipped
 from graphopt.passes.quantization.plan import TableRecord, table_name
@@ -145,4 +146,4 @@ def _sqnr(weight: Tensor, integers: Tensor, scales: Tensor) -> float:
     """Return the power of what tells rows of a table apart over that of what rounding changes, in dB."""
     noise = float((integers * scales.unsqueeze(1) - weight).square().sum(dtype=torch.float64))
     signal = float((weight - weight.mean(0)).square().sum(dtype=torch.float64))
-    return 10 * math.log10(signal / noise) if noise and signal else math.inf
+    return decibels(signal, noise) if signal else math.inf

@@ -11,6 +11,7 @@ import torch
 from graphopt.data.batches import Batch, SampleSource
 from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
+from graphopt.measure.decibels import decibels
 from graphopt.measure.equivalence import OutputError
 from graphopt.passes.residuals.branches import Branch, find_branches, stored_parameters
 from graphopt.passes.residuals.contribution import Criterion, influences, output_errors
@@ -133,8 +134,7 @@ class Search:
 
     def _beyond(self, following: Program, limit: float) -> bool:
         assert self._judge is not None  # `run` has made it
-        error = self._judge.of(following.call_flat)
-        found = math.inf if error == 0 else -10 * math.log10(error)
+        found = decibels(1.0, self._judge.of(following.call_flat))
         if found < limit:
             self.over_limit = found
         return found < limit

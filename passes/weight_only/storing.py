@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from graphopt.measure.decibels import decibels
 from graphopt.passes.layers.matrix_sites import MatrixSite
 from graphopt.passes.weight_only.awq import product_error
 from graphopt.passes.weight_only.blocks import Scales, block_size, noise, power, to_reals
@@ -84,4 +85,5 @@ def _of_products(matrix: Tensor, rounded: Tensor, moments: Tensor) -> float | No
 
 def _ratio(signal: float, noise: float) -> float | None:
     """Return a signal-to-noise ratio in dB, None where one of them is nothing."""
-    return 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None
+    found = decibels(signal, noise)
+    return found if math.isfinite(found) else None
