@@ -78,6 +78,11 @@ class MixedOptions:
             raise ValueError(f"with `{limited}` the least noise is looked for: no `minimize`, no `runs`")
         Budget.of(self)
 
+    @property
+    def fill_up(self) -> bool:
+        """Whether depthwise layers may get more channels: faster so, and more bytes than are counted by site."""
+        return self.bytes is None and (self.minimize == "latency" or self.min_speedup is not None)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MixedPlan(Plan):
@@ -108,7 +113,7 @@ class Mixed(Pass[MixedOptions, MixedPlan]):
     4. An integer program chooses; what came of it is made, and measured on samples that nothing was fitted to.
     5. Where no choice meets a limit, the best one is made, and the run fails as at a gate.
 
-    Operators without weights follow the layers around them, as in `int8`; channels are not filled up.
+    Operators without weights follow the layers around them, as in `int8`; channels are filled up for time alone.
     """
 
     name = "mixed"
@@ -151,7 +156,7 @@ class Mixed(Pass[MixedOptions, MixedPlan]):
         for number, candidate in enumerate(search.made.values()):
             found = {unit: value if math.isfinite(value) else None for unit, value in candidate.measured.items()}
             measured[f"trial {number + 1}"] = found
-        steps, _ = compose(program, ctx, sites, best.chosen)
+        steps, _ = compose(program, ctx, sites, best.chosen, fill_up=options.fill_up)
         plan = self._plan_of(best, steps, sites, "it is met without" if limits else "others take what may be lost")
         plan = dataclasses.replace(
             plan,
@@ -196,7 +201,7 @@ class Mixed(Pass[MixedOptions, MixedPlan]):
         timer = ctx.need_timer(self.name)
         measured: dict[str, Json] = {}
         for form in self.options.forms:
-            saved, found = time_saved(program, ctx, sites, form, timer)
+            saved, found = time_saved(program, ctx, sites, form, timer, fill_up=self.options.fill_up)
             measured |= found
             for site in sites:
                 if site.name in saved:

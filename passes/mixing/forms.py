@@ -40,8 +40,7 @@ _MADE_BY: Mapping[Form, tuple[str, Mapping[str, Any]]] = {
     "codebook2": ("codebook", {"bits": 2}),
     "codebook3": ("codebook", {"bits": 3}),
     "codebook4": ("codebook", {"bits": 4}),
-    # What pays is decided by `mixed`, and by bytes perhaps, which channels that are filled up take more of.
-    "int8": ("int8", {"guard": "none", "fill_up": False}),
+    "int8": ("int8", {"guard": "none"}),  # what pays is decided here, and by bytes perhaps
     "half": ("half", {}),
 }
 
@@ -113,7 +112,7 @@ def find_sites(program: Program, ctx: Context, forms: Sequence[Form], skip: Sequ
 
 
 def compose(
-    program: Program, ctx: Context, sites: Sequence[FormSite], chosen: Mapping[str, str]
+    program: Program, ctx: Context, sites: Sequence[FormSite], chosen: Mapping[str, str], *, fill_up: bool = False
 ) -> tuple[list[Plan], Program]:
     """Let passes bring each site into the form that is chosen for it.
 
@@ -122,6 +121,7 @@ def compose(
         ctx: what plans are made with.
         sites: all of them.
         chosen: by name of the site its form.
+        fill_up: whether depthwise layers may get more channels, faster and larger.
 
     Returns:
         Their plans, in order, and the program.
@@ -133,7 +133,8 @@ def compose(
         there = {node.name for node in program.graph.nodes} | set(map(module_path, program.graph.nodes))
         others = [site.knobs[form].skip for site in sites if form in site.knobs and chosen[site.name] != form]
         skip = [name for names in others for name in names if name in there]  # not what a pass before has rewritten
-        made = make_pass(name, {**options, "skip": tuple(dict.fromkeys(skip))})
+        filled = {"fill_up": fill_up} if form == "int8" else {}
+        made = make_pass(name, {**options, **filled, "skip": tuple(dict.fromkeys(skip))})
         plan = _without_own(made.plan(program, ctx), program, {before.pass_name for before in plans})
         plans.append(plan)
         if plan.sites:

@@ -32,6 +32,8 @@ class Asked(Protocol):
     def min_speedup(self) -> float | None: ...
     @property
     def bytes(self) -> float | None: ...
+    @property
+    def fill_up(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Goal:
 
     def attempt(self, sites: Sequence[FormSite], chosen: Mapping[str, str]) -> Candidate:
         """Make the program of some forms and measure it."""
-        _, made = compose(self._program, self._ctx, sites, chosen)
+        _, made = compose(self._program, self._ctx, sites, chosen, fill_up=self._asked.fill_up)
         measured = self._meter.left(made, self.limits)
         excess = {unit: self._amount(unit, measured[unit] - share) for unit, share in self.limits.items()}
         if self._lost is not None:

@@ -18,7 +18,7 @@ from graphopt.pipeline.context import Context
 
 
 def time_saved(
-    program: Program, ctx: Context, sites: Sequence[FormSite], form: Form, timer: Timer
+    program: Program, ctx: Context, sites: Sequence[FormSite], form: Form, timer: Timer, *, fill_up: bool
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return by site what a form saves, as a share of the time of the original, and what was measured, for the plan.
 
@@ -28,17 +28,19 @@ def time_saved(
         sites: all of them.
         form: of those that may have it.
         timer: measures in the target's runtime.
+        fill_up: as `compose` takes it.
     """
     there = [site for site in sites if form in site.noise]
     floats = {site.name: FLOAT for site in sites}
     all_of_it = {**floats, **{site.name: form for site in there}}
-    _, whole = compose(program, ctx, sites, all_of_it)
+    _, whole = compose(program, ctx, sites, all_of_it, fill_up=fill_up)
     left = timer(whole, ctx.original).median
     measured = {f"{form}: all": left}
     saved: dict[str, float] = {}
     classes = list(_classes(there).values())
     for members in ctx.progress.track(classes, f"timing {form}", len(classes)):
-        _, without = compose(program, ctx, sites, {**all_of_it, **{site.name: FLOAT for site in members}})
+        others = {**all_of_it, **{site.name: FLOAT for site in members}}
+        _, without = compose(program, ctx, sites, others, fill_up=fill_up)
         ratio = timer(without, whole).median
         measured[f"{form}: all but {members[0].name}"] = ratio
         saved |= dict.fromkeys((site.name for site in members), (ratio - 1) * left / len(members))

@@ -32,6 +32,7 @@ from graphopt.pipeline.pipeline import Pipeline
 from graphopt.statistics.sensitivity import Altered, sensitivities
 from graphopt.targets.description import TargetDescription
 from graphopt.testing import TensorSamples, check_pass
+from tests.passes.int8_models import WITHOUT_COSTS as WIDE
 from tests.passes.int8_models import Mobile, folded, images
 
 WIDTH = 64
@@ -211,15 +212,22 @@ def test_another_choice_is_tried_where_one_saves_less_than_it_seemed_to() -> Non
     assert [site for site, form in best.chosen.items() if form != FLOAT] == ["a", "b", "c"]
 
 
-def test_no_channel_is_added_that_was_not_counted() -> None:
+@pytest.mark.parametrize(
+    ("asked", "widths"),
+    [({"bytes": 0.5}, {}), ({"bytes": 0.5, "min_speedup": 6.5}, {}), ({"min_speedup": 6.5}, {"expand:width": 16})],
+)
+def test_channels_are_added_for_time_alone(asked: dict[str, float], widths: dict[str, int]) -> None:
+    def timer(program: Program, reference: Program) -> Spread:
+        one, other = (1 + sum(name.endswith(".weight") for name in made.state_dict()) for made in (program, reference))
+        share = one / other
+        return Spread(share, share, share, share, share)
+
     x = images()
     program = folded(Mobile(), x)
-    ctx = Context(program, targets=(TARGET,), target=TARGET, samples=TensorSamples((x,)))
-    sites = find_sites(program, ctx, ["int8"], ())
-    (plan,), made = compose(program, ctx, sites, {site.name: "int8" for site in sites})
-    assert "depthwise.weight" in {site.name for site in sites}
-    assert made.state_dict()["depthwise.weight_int8"].shape[0] == 12
-    assert plan.options["fill_up"] is False
+    ctx = Context(program, targets=(WIDE,), target=WIDE, samples=TensorSamples((x,)), timers={WIDE.name: timer})
+    plan = plan_of(program, ctx, forms="int8", **asked)
+    assert plan.unmet == ()
+    assert [step["widths"] for step in plan.steps] == [widths]
 
 
 def test_what_it_stored_itself_is_no_refusal(words: Program) -> None:
@@ -339,7 +347,7 @@ def test_sensitivity_is_measured_once(words: Program, tmp_path: Path, monkeypatc
         Job(words, Samples.open(data, ["ids"])).run(Pipeline.parse("mixed:forms=weights8:min_sqnr=15"))
 
     with monkeypatch.context() as patched:
-        patched.setattr(mixed, "compose", lambda *args: 1 / 0)  # the run dies behind it
+        patched.setattr(mixed, "compose", lambda *_, **__: 1 / 0)  # the run dies behind it
         with pytest.raises(ZeroDivisionError):
             run(IDS)
     run(IDS)
