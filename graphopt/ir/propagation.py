@@ -5,6 +5,9 @@ one: of the 122 of a folded ResNet-50 42 differ, and a pass leaves most as they 
 arguments, and shapes, strides and types of their tensors are; what they give is then one fake tensor, in every program
 of one fake mode. Who checks what is recorded knows nothing of who recorded it.
 
+What a kernel asks about sizes meanwhile (`s < 16`) is not noted: a trace has asked what matters, and whether a device's
+kernels ask must not be seen in what is made.
+
 What depends on data has sizes of its own, and is run every time: torch gives two such results of one fake tensor the
 same size, so what they are made of is not shared either.
 
@@ -14,6 +17,7 @@ of what propagating a pruned ResNet-50 takes.
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Hashable, Iterator, Set
 from typing import Any
@@ -58,7 +62,8 @@ class Propagation:
         if key is not None and key in self._known:
             return self._known[key]
         # Without the Python dispatcher aten.pad, among others, fixes a symbolic batch to its example size.
-        with enable_python_dispatcher(), self._mode:
+        env = self._mode.shape_env
+        with enable_python_dispatcher(), self._mode, env.suppress_guards() if env else contextlib.nullcontext():
             like = _like_its_input(node.target, args) if key is not None else None
             value = torch.empty_like(like) if like is not None else recurrent_results(node.target, args)
             if value is None:
