@@ -243,12 +243,15 @@ def recurrent_results(target: Any, args: tuple[Any, ...]) -> tuple[torch.Tensor,
     if target not in _ANY_STEPS or len(args) != len(target._schema.arguments) or args[0].dim() != 3:
         return None
     x, states, bidirectional, batch_first = args[0], args[1], args[-2], args[-1]
-    steps = x.shape[1 if batch_first else 0]
+    x = x.transpose(0, 1) if batch_first else x  # as kernels compute: their result is turned around, not copied
+    steps = x.shape[0]
     if not isinstance(steps, torch.SymInt) or steps.node.expr.is_number:
         return None
     states = [states] if isinstance(states, torch.Tensor) else states
     width = states[0].shape[-1] * (2 if bidirectional else 1)
-    return x.new_empty((*x.shape[:2], width)), *(state.new_empty(state.shape) for state in states)
+    result = x.new_empty((*x.shape[:2], width))
+    result = result.transpose(0, 1) if batch_first else result
+    return result, *(state.new_empty(state.shape) for state in states)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import graphopt
-from graphopt.ir.torch_internals import recurrent_results, steps_stay_dynamic
+from graphopt.ir.torch_internals import optimization_hint, pytree, recurrent_results, steps_stay_dynamic
 
 
 class Tagger(nn.Module):
@@ -45,6 +45,20 @@ def test_any_number_of_steps(kind: type[nn.Module], batch_first: bool, tmp_path:
         want = model(x)
         torch.testing.assert_close(torch.tensor(session(x.numpy())[0]), want, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(plain(x), want)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.filterwarnings("ignore:The tensor attributes")
+def test_results_lie_in_memory_as_kernels_leave_them(kind: type[nn.Module], batch_first: bool) -> None:
+    layer = kind(4, 6, 2, batch_first=batch_first, bidirectional=True).eval()  # type: ignore[call-arg]
+    x = torch.randn(4, 9, 4)
+    with steps_stay_dynamic():
+        exported = torch.export.export(layer, (x,), dynamic_shapes=({int(batch_first): Dim.DYNAMIC},))
+    results = exported.graph.output_node().args[0]
+    assert isinstance(results, tuple)
+    strides = [[optimization_hint(one, 0) for one in node.meta["val"].stride()] for node in results]  # type: ignore[union-attr]
+    assert strides == [[*tensor.stride()] for tensor in pytree.tree_leaves(layer(x))]
 
 
 def test_torch_is_as_it_was_afterwards() -> None:
