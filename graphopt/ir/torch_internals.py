@@ -36,6 +36,7 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 from torch.utils import _pytree as pytree  # `torch.utils.pytree` lacks TreeSpec's fields and key paths (2.13)
 from torch.utils._sympy.interp import sympy_interp  # computes what sympy would simplify
+from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 from graphopt.ir.global_state import one_thread_at_a_time
 from graphopt.ir.sizes import SizeRange
@@ -128,13 +129,15 @@ def check_traced(condition: bool | torch.SymBool, said: str) -> None:
 
 
 def range_of(size: torch.SymInt) -> SizeRange:
-    """Return which sizes an axis may have; what begins at 2 begins at 0.
+    """Return which sizes an axis may have; what begins at 2 begins at 0, and what grows with it there.
 
     torch traces what may be 0 or 1 as 2 or more, and lets these through where it checks ranges (2.13).
     """
-    known = size.node.shape_env.var_to_range.get(size.node.expr)
-    found = known if known is not None else size.node.shape_env.bound_sympy(size.node.expr)
-    return _range(int(found.lower), int(found.upper) if found.upper.is_Integer else None)
+    expression, known = size.node.expr, size.node.shape_env.var_to_range
+    ranges = {symbol: known[symbol] for symbol in expression.free_symbols}
+    widened = {symbol: ValueRanges(_least(int(r.lower)), r.upper) for symbol, r in ranges.items()}
+    found = bound_sympy(expression, widened)
+    return _range(max(int(found.lower), 0), int(found.upper) if found.upper.is_Integer else None)
 
 
 def range_asked(dim: Any) -> SizeRange:
@@ -144,7 +147,11 @@ def range_asked(dim: Any) -> SizeRange:
 
 
 def _range(least: int, most: int | None) -> SizeRange:
-    return SizeRange(0 if least <= SMALLEST_TRACED else least, most)
+    return SizeRange(_least(least), most)
+
+
+def _least(size: int) -> int:
+    return 0 if size <= SMALLEST_TRACED else size
 
 
 def arguments_by_name(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
