@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import fx
 from torch.export import ExportedProgram
+from torch.export.decomp_utils import PRESERVED_ATEN_CIA_OPS
 from torch.export.graph_signature import TensorArgument
 from torch.func import functionalize
 
@@ -24,6 +25,9 @@ from graphopt.ir.operators import short_name
 from graphopt.ir.provenance import at_line
 from graphopt.ir.torch_internals import OpOverload, ShapeEnv, enable_python_dispatcher, is_composite, make_fx
 
+aten = torch.ops.aten
+# A Resize each, which torch takes apart into reads of single elements where a whole program is traced.
+_RESIZES = {aten.upsample_nearest1d.vec, aten.upsample_nearest3d.vec, aten.upsample_trilinear3d.vec}
 _FEW = 16  # calls; of ResNet-50 two took 0.2 s to trace, the whole program 2 s
 
 
@@ -122,7 +126,8 @@ def _writes(target: Any) -> bool:
 
 def _always_decomposes(target: Any, default: Mapping[Any, Any]) -> bool:
     """Whether torch takes the operator apart whatever the table says (batch_norm, flatten: torch 2.13)."""
-    return isinstance(target, OpOverload) and is_composite(target) and target not in default  # the slow question last
+    kept = target in PRESERVED_ATEN_CIA_OPS or target in _RESIZES
+    return isinstance(target, OpOverload) and not kept and is_composite(target) and target not in default  # slow
 
 
 def _expand(gm: fx.GraphModule, node: fx.Node, table: dict[Any, Any], decisions: Decisions) -> bool:

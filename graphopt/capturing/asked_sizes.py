@@ -81,6 +81,7 @@ class AskedSizes:
                 sizes = {**self._traced, **dict(zip(symbols, points.T, strict=True))}
                 values = np.stack([computed(size, sizes) for size in axes.values()])  # (axes, points)
                 unlike = np.logical_not(holds(guard, sizes)) & _in_range(values, [*axes], inputs)
+                unlike &= (points != traced).any(1)
                 near = np.flatnonzero(unlike)[np.argsort(abs(points[unlike] - traced).sum(1), kind="stable")]
                 if len(near):
                     asked = tuple(firsts[symbol] for symbol in symbols)

@@ -225,7 +225,8 @@ def wrong_size(
             return "", getattr(err, "reason", first_line(err))
         return difference(program, expected, other_args, other_kwargs), ""
 
-    for others in asked.others(program.inputs):
+    questions = list(asked.others(program.inputs))
+    for others in questions:
         failed: list[str] = []
         for one in others:
             worst, reason = compared(frozenset(one.sizes.items()))
@@ -238,6 +239,9 @@ def wrong_size(
             rows = {one.sizes[place] > leaves[tensors[place[0]]].shape[0] for one in others for place in one.asked}
             if others[0].of_batch and len(others[0].asked) == 1 and len(rows) == 2:
                 return True, failed[0]
+    for one in (others[-1] for others in questions):  # what is no other yet beside the traced sizes may be farther on
+        if worst := compared(frozenset(one.sizes.items()))[0]:
+            return one.of_batch, f"at {_said(one, program)} the captured program differs from the model ({worst})"
     return None
 
 

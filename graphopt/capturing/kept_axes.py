@@ -26,7 +26,7 @@ from graphopt.ir.provenance import user_line
 from graphopt.ir.regions import every_graph_module
 from graphopt.ir.signature import Note, TensorSpec
 from graphopt.ir.sizes import SizeRange
-from graphopt.ir.torch_internals import pytree
+from graphopt.ir.torch_internals import free_unbacked_symbols, pytree
 
 aten = torch.ops.aten
 _SQUEEZES = {aten.squeeze, aten.squeeze_copy}
@@ -57,7 +57,7 @@ def _keep(gm: fx.GraphModule) -> Iterator[tuple[str, Any]]:
         asked = given.get("dim", range(len(shape)))
         axes = [axis % len(shape) for axis in ([asked] if isinstance(asked, int) else asked)] if shape else []
         dynamic = [shape[axis].node.expr for axis in axes if isinstance(shape[axis], torch.SymInt)]
-        if not dynamic:
+        if not dynamic or free_unbacked_symbols(given["self"].meta["val"]):  # of one by chance, as data have it
             continue
         fixed = [axis for axis in axes if not isinstance(shape[axis], torch.SymInt) and shape[axis] == 1]
         yield from ((user_line(node), size) for size in dynamic)

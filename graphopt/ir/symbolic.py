@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.ir.torch_internals import sympy_interp
+from graphopt.ir.torch_internals import PythonReferenceAnalysis, sympy_interp
+
+_SLOWLY = 512  # points that sympy substitutes, a millisecond each
 
 
 def computed(expression: Any, sizes: Mapping[Any, Any]) -> Any:
@@ -19,14 +21,32 @@ def computed(expression: Any, sizes: Mapping[Any, Any]) -> Any:
 def holds(guard: Any, sizes: Mapping[Any, Any]) -> Any:
     """Say for which of such sizes a guard holds, or asks nothing, since it divides by zero there.
 
-    It holds for none where it has a function that is not known here.
+    Powers of sizes do not fit into integers: numbers are floating, and exact up to 2^53.
     """
     arrays = _Arrays()
+    wide = {symbol: np.asarray(values, np.float64) for symbol, values in sizes.items()}
     try:
         with np.errstate(all="ignore"):
-            return sympy_interp(arrays, dict(sizes), guard) | arrays.undefined
-    except (AttributeError, KeyError):  # of `_Arrays`, or of torch's table of functions
-        return np.False_
+            return sympy_interp(arrays, wide, guard) | arrays.undefined
+    except (AttributeError, KeyError, TypeError):  # of `_Arrays`, or of torch's table of functions
+        return _held_one_by_one(guard, sizes)
+
+
+def _held_one_by_one(guard: Any, sizes: Mapping[Any, Any]) -> Any:
+    """Say the same of a guard with functions that arrays do not have (`round`, bits); beyond some, that it holds."""
+    points = np.broadcast_arrays(*sizes.values())
+    found = np.ones(points[0].size, bool)
+    for index, values in enumerate(zip(*(array.ravel().tolist() for array in points), strict=True)):
+        known = dict(zip(sizes, values, strict=True))
+        try:
+            found[index] = bool(sympy_interp(PythonReferenceAnalysis, known, guard))
+        except ZeroDivisionError:
+            pass
+        except (AttributeError, KeyError, TypeError):  # torch lacks it (`Where`, `ModularIndexing` in 2.13)
+            if index == _SLOWLY:
+                break
+            found[index] = bool(guard.subs(known) != False)  # noqa: E712 # sympy's own, which is no `bool`
+    return found.reshape(points[0].shape)
 
 
 def _static(function: Any) -> Any:

@@ -36,6 +36,7 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 from torch.utils import _pytree as pytree  # `torch.utils.pytree` lacks TreeSpec's fields and key paths (2.13)
 from torch.utils._sympy.interp import sympy_interp  # computes what sympy would simplify
+from torch.utils._sympy.reference import PythonReferenceAnalysis
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 from graphopt.ir.global_state import one_thread_at_a_time
@@ -51,6 +52,7 @@ __all__ = [
     "OpOverload",
     "OpOverloadPacket",
     "OperatorBase",
+    "PythonReferenceAnalysis",
     "ShapeEnv",
     "TrainingIRVerifier",
     "arguments_by_name",

@@ -57,6 +57,12 @@ def _not_training(given: Given, value: torch.Tensor) -> bool:
     return not given.get("train", given.get("training", False)) or given.get("p") == 0
 
 
+def _keeps_its_axes(given: Given, value: torch.Tensor) -> bool:
+    """Whether no axis that may go has a size that depends on data, and may be one."""
+    dim = given.get("dim", range(value.dim()))
+    return not any(isinstance(value.shape[axis], torch.SymInt) for axis in ([dim] if isinstance(dim, int) else dim))
+
+
 def _whole_axis(given: Given, value: torch.Tensor) -> bool:
     return given["start"] in (None, 0) and given["step"] == 1
 
@@ -108,6 +114,7 @@ def _unit_window(given: Given, value: torch.Tensor) -> bool:
 # operators -> when they return their input, given that shape, dtype, strides and device are those of the input
 _TESTS: Sequence[tuple[Family, Test]] = (
     (DROPOUTS, _not_training),
+    (Family("squeeze"), _keeps_its_axes),
     (COPIES | CASTS | RESHAPES | EXPANSIONS | ADAPTIVE_AVERAGE_POOLS | Family("view.dtype", "narrow"), _always),
     (AVERAGE_POOLS | MAX_POOLS, _unit_window),
     (SUMS, _adds_zero),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor, nn
 
 from graphopt import Program, capture
 from graphopt.backends.onnx_lowering.decomposition import Decomposed
+from graphopt.backends.onnxruntime import OnnxRuntimeBackend
 from graphopt.ir.exporting import exported
 
 
@@ -74,3 +78,25 @@ def test_what_takes_a_whole_trace_gets_one(model: nn.Module, monkeypatch: pytest
     assert decomposed is not own
     x = torch.randn(5, 3, 6, 6)
     torch.testing.assert_close(decomposed.module(check_guards=False)(x), program(x))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("rank", "mode", "align"),
+    [(1, "nearest", None), (2, "nearest", None), (3, "nearest", None), (2, "bilinear", True), (3, "trilinear", False)],
+)
+def test_an_image_is_resized_by_one_operator(
+    rank: int, mode: str, align: bool | None, dynamic: bool, tmp_path: Path
+) -> None:
+    """Taken apart it reads every element by an index of its own, from tables as large as the image."""
+
+    class Resized(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.interpolate(x, scale_factor=1.5, mode=mode, align_corners=align)
+
+    axes = {"x": {axis + 2: torch.export.Dim.DYNAMIC for axis in range(rank)}} if dynamic else None
+    program = capture(Resized(), torch.randn(2, 3, *[7, 5, 4][:rank]), dynamic_shapes=axes)
+    backend = OnnxRuntimeBackend()
+    artifact = backend.lower(program, tmp_path / "model.onnx")
+    assert [node.op_type for node in ir.load(artifact.path).graph] == ["Resize"]
+    assert backend.verify(artifact, program) < 1e-6

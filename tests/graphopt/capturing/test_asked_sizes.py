@@ -151,6 +151,23 @@ def test_a_division_by_zero_asks_nothing() -> None:
     assert program.inputs[0].shape[1] == "x_1"
 
 
+@pytest.mark.parametrize(
+    ("asked", "size"),
+    [
+        (lambda n: round(n / 4) < 5, 19),
+        (lambda n: n**0.5 < 5, 25),
+        (lambda n: (n | 1) < 20, 20),
+        (lambda n: 2**n < 2**70, 70),
+        (lambda n: n**12 < 10**20, 47),
+        (lambda n: int(n / 3) < 5, None),
+    ],
+)
+def test_whatever_function_of_a_size_is_asked_about_is_computed(asked: Callable[[int], bool], size: int | None) -> None:
+    model = Deciding(lambda net, x: net.one(x) if asked(x.shape[1]) else net.two(x))
+    with pytest.raises(CaptureError, match=f"at size {size or '[0-9]+'} of axis 1"):
+        graphopt.capture(model.eval(), X[:, :6], dynamic_shapes=({1: Dim.DYNAMIC},))
+
+
 def test_a_question_is_noted_though_a_harmless_one_before_implies_its_answer() -> None:
     twice = Deciding(lambda net, x: branch(1)(net, x if x.shape[1] < 12 else x + 0.0))
     with pytest.raises(CaptureError, match="at size 16 of axis 1"):

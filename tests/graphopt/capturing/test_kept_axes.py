@@ -82,3 +82,18 @@ def test_of_another_axis_sizes_that_make_it_one_are_left_out(then: Callable[[Ten
     steps = {"x": {1: Dim.DYNAMIC}}
     program = graphopt.capture(model, (torch.randn(3, 6, 6),), dynamic_shapes=steps)
     assert [program.inputs[0].range_of(axis) for axis in (0, 1)] == [ANY, SizeRange(least)]
+
+
+@pytest.mark.parametrize("then", [lambda z: z.nonzero().squeeze() + 0, lambda z: z[z[:, 0] > 0].squeeze(0) * 2])
+def test_what_depends_on_data_is_squeezed_as_it_comes(then: Callable[[Tensor], Tensor]) -> None:
+    class Chosen(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return then(x)
+
+    one, two = torch.tensor([[0.0, 0], [3, 0], [0, 0]]), torch.tensor([[0.0, 2], [3, 0], [1, 0]])
+    for example in (one, two):
+        program = graphopt.capture(Chosen(), example)
+        folded = graphopt.optimize(program, None, "fold", None).program
+        for x in (one, two):
+            assert torch.equal(program(x), then(x))
+            assert torch.equal(folded(x), then(x))

@@ -10,6 +10,7 @@ import pytest
 import sympy  # type: ignore[import-untyped]
 from torch.utils._sympy.functions import CeilToInt, FloorDiv, IntTrueDiv, Max, Mod, ModularIndexing, Where
 
+from graphopt.ir import symbolic
 from graphopt.ir.symbolic import computed, holds
 
 SIZE, OTHER = (sympy.Symbol(name, integer=True, positive=True) for name in ("size", "other"))
@@ -37,8 +38,16 @@ def test_what_divides_by_zero_asks_nothing() -> None:
     assert holds(guard, {SIZE: np.array([2, 3, 4, 9])}).tolist() == [True, True, True, False]
 
 
-def test_functions_that_are_not_known_hold_nowhere() -> None:
-    assert not holds(sympy.sin(SIZE) < 2, {SIZE: SIZES})
+def test_functions_that_arrays_lack_are_asked_one_by_one() -> None:
+    with mock.patch.object(symbolic, "_Arrays", return_value=mock.Mock(spec=["constant"])):
+        held = holds(SIZE + OTHER < 20, {SIZE: SIZES, OTHER: np.array(3)})
+    assert held.tolist() == [size < 17 for size in SIZES]
+    assert holds(sympy.sin(SIZE) < 0.5, {SIZE: SIZES}).tolist() == [np.sin(size) < 0.5 for size in SIZES]
+
+
+def test_powers_are_larger_than_integers_may_be() -> None:
+    assert holds(SIZE**12 < 10**19, {SIZE: SIZES}).tolist() == [size**12 < 10**19 for size in SIZES.tolist()]
+    assert holds(2**SIZE < 2**70, {SIZE: np.array([69, 70, 71])}).tolist() == [True, False, False]
 
 
 def test_sizes_of_axes() -> None:
