@@ -209,7 +209,8 @@ class ChannelRange:
         """Take in the values of `x`."""
         if x.numel() == 0:
             return
-        rows = x.detach().movedim(self.axis, 0).flatten(1)
+        rows = x.detach().movedim(self.axis, 0)
+        rows = rows.reshape(len(rows), -1)  # a value may have this one axis alone
         low, high = (bound.double().cpu() for bound in torch.aminmax(rows, dim=1))
         squares = rows.double().square().sum(1).cpu()
         if not bool(torch.isfinite(squares).all()):

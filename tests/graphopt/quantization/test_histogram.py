@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from graphopt.quantization.histogram import BINS, ChannelMean, Histogram, NotFiniteError
+from graphopt.quantization.histogram import BINS, ChannelMean, ChannelRange, Histogram, NotFiniteError
 
 FINITE = st.floats(-1e6, 1e6, width=32, allow_subnormal=False)  # kernels may flush subnormal numbers to 0
 
@@ -82,3 +82,15 @@ def test_channel_mean(axis: int) -> None:
         mean.update(part)
     others = [dim for dim in range(3) if dim != axis % 3]
     torch.testing.assert_close(mean.mean, x.double().mean(others))
+
+
+@pytest.mark.parametrize("shape", [(6,), (4, 6), (2, 4, 6)])
+def test_ranges_of_channels(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    seen = ChannelRange(-1)
+    for part in (x, 2 * x):
+        seen.update(part)
+    rows = torch.cat([x.reshape(-1, 6), 2 * x.reshape(-1, 6)]).double()
+    assert torch.equal(seen.low, rows.amin(0))
+    assert torch.equal(seen.high, rows.amax(0))
+    torch.testing.assert_close(seen.square, rows.square().mean(0))
