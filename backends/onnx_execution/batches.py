@@ -7,6 +7,7 @@ some numbers of samples only it is the first, the third and the eighth of these,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -61,10 +62,10 @@ def _along(array: Array, axis: int, wanted: int, *, shuffle: bool) -> Array:
     have = array.shape[axis]
     if have == wanted:
         return array
-    taken = np.take(array, np.arange(wanted), axis=axis, mode="wrap")
+    taken: Array = np.take(array, np.arange(wanted) % have, axis=axis)  # `mode="wrap"` takes the square of the time
     if shuffle:
         generator = np.random.default_rng(0)
-        rows = np.moveaxis(taken, axis, 0)
-        for row in range(have, wanted):
-            rows[row] = generator.permutation(rows[row].reshape(-1)).reshape(rows[row].shape)
+        more = np.moveaxis(taken, axis, 0)[have:]
+        flat = more.reshape(len(more), math.prod(more.shape[1:]))
+        more[:] = generator.permuted(flat, axis=1).reshape(more.shape)
     return taken

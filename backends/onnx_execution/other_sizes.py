@@ -13,7 +13,8 @@ from graphopt.backends.onnx_execution.batches import drawn
 from graphopt.ir.batch_sizes import BatchSizes
 from graphopt.ir.program import Program
 from graphopt.ir.signature import TensorSpec
-from graphopt.ir.size_expressions import evaluate, linear, names_in
+from graphopt.ir.size_expressions import evaluate, names_in, values_of_names
+from graphopt.ir.sizes import MOST_AT_LEAST
 from graphopt.targets.backend import Array
 
 Shapes = list[list[int]]
@@ -31,16 +32,18 @@ def other_sizes(program: Program, inputs: Sequence[Array] | None) -> Iterator[It
     examples = [tuple(array.shape) for array in (program.flat_examples() if inputs is None else inputs)]
     batch = BatchSizes(program.inputs, examples)
     (fewest,) = batch.near([1])
-    known = _values(program.inputs, examples)
+    pairs = zip(program.inputs, examples, strict=True)
+    known = values_of_names(pair for spec, own in pairs for pair in zip(spec.shape, own, strict=True))
 
     def shapes(name: str, value: int) -> Shapes | None:
         """Return those of the inputs where a name has another value, None where it may not."""
         values = {**known, batch.symbol: batch.values.least, name: value}
         found = [batch.shape(spec, fewest, own) for spec, own in zip(program.inputs, examples, strict=True)]
-        for spec, shape in zip(program.inputs, found, strict=True):
+        for spec, own, shape in zip(program.inputs, examples, found, strict=True):
             for axis in _axes(spec, name):
                 size = evaluate(str(spec.shape[axis]), values)
-                if size is None or size not in spec.range_of(axis):
+                most = max(MOST_AT_LEAST, 2 * own[axis])
+                if size is None or size > most or size not in spec.range_of(axis):
                     return None
                 shape[axis] = size
         return found
@@ -49,21 +52,11 @@ def other_sizes(program: Program, inputs: Sequence[Array] | None) -> Iterator[It
         if name == batch.symbol or name in batch.alike:  # which the batches vary together
             continue
         least = 1 + bisect.bisect_left(range(1, value), True, key=lambda size, name=name: bool(shapes(name, size)))  # type: ignore[misc]
-        smaller = {least, value // 2, *(value - step for step in _STEPS)} & {*range(least, value)}
+        smaller = {least, value // 2, *(value - step for step in _STEPS)}
         larger = {*(value + step for step in _STEPS), 2 * value}
-        for sizes in (smaller, larger):
+        for sizes in ({size for size in smaller if least <= size < value}, larger):
             tried = [found for size in sorted(sizes) if (found := shapes(name, size))]
             yield ((_where(program.inputs, name, found), drawn(program, inputs, found)) for found in tried)
-
-
-def _values(inputs: Iterable[TensorSpec], examples: Iterable[Sequence[int]]) -> dict[str, int]:
-    """Return the value that each name of an axis has in the example; it may stand in multiples alone ("2*n")."""
-    found: dict[str, int] = {}
-    for spec, example in zip(inputs, examples, strict=True):
-        for size, own in zip(spec.shape, example, strict=True):
-            if isinstance(size, str) and (line := linear(size)):
-                found.setdefault(line.name, (own - line.offset) // line.factor)
-    return found
 
 
 def _axes(spec: TensorSpec, name: str) -> list[int]:

@@ -46,7 +46,7 @@ from graphopt.ir.devices import OUT_OF_MEMORY
 from graphopt.ir.global_state import one_thread_at_a_time, random_state_kept
 from graphopt.ir.program import SCHEMA, Program
 from graphopt.ir.signature import Note, TensorSpec
-from graphopt.ir.size_expressions import is_expression
+from graphopt.ir.size_expressions import evaluate, is_expression, values_of_names
 from graphopt.ir.sizes import SizeRange
 from graphopt.ir.torch_internals import pytree
 from graphopt.loading import LoadedModel, load_model
@@ -222,6 +222,7 @@ def _with_signature(program: Program, text: str, source: str) -> Program:
                 Note(printable(str(note["subject"])), printable(str(note["text"]))) for note in stored["notes"]
             ),
         )
+        _check_sizes(found)
         found.takes(1)  # which looks for a size that all of its ranges allow
         return found
     except (KeyError, TypeError, ValueError, RecursionError, LoweringError) as err:
@@ -229,6 +230,19 @@ def _with_signature(program: Program, text: str, source: str) -> Program:
             f"`{source}` does not agree with the signature stored in it ({type(err).__name__}: {first_line(err)}). "
             "Save the program again."
         ) from err
+
+
+def _check_sizes(program: Program) -> None:
+    """Raise `ValueError` where what axes are called does not agree with the sizes that they have in the example."""
+    pairs = [*zip(program.inputs, program.flat_examples(), strict=True)]
+    values = values_of_names(pair for spec, own in pairs for pair in zip(spec.shape, own.shape, strict=True))
+    odd = [name for name, value in values.items() if not 0 <= value < 1 << 63]
+    if odd:
+        raise ValueError(f"`{cut(odd[0], 80)}` is of no size in its example inputs")
+    for spec, example in pairs:
+        for axis, (size, own) in enumerate(zip(spec.shape, example.shape, strict=True)):
+            if isinstance(size, str) and evaluate(size, values) not in (None, own):
+                raise ValueError(f"axis {axis} of `{spec.name}` is {cut(size, 80)}, and {own} in its example inputs")
 
 
 def _renamed(spec: TensorSpec, entry: Mapping[str, Any]) -> TensorSpec:

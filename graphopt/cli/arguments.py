@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graphopt.errors import UsageError
+from graphopt.errors import UsageError, cut
 
 if TYPE_CHECKING:
     from graphopt.data import Samples
@@ -52,7 +52,7 @@ Trust = Annotated[
 Seed = Annotated[int, typer.Option(help="Every random draw descends from it.")]
 Format = Annotated[str, typer.Option("--format", help="What to print on stdout: text or json.")]
 
-_DYNAMIC = re.compile(r"(?P<input>[^:=]+):(?P<axis>\d+)(:(?P<least>\d*)-(?P<most>\d*))?", re.ASCII)
+_DYNAMIC = re.compile(r"(?P<input>[^:=]+):(?P<axis>\d{1,18})(:(?P<least>\d{0,18})-(?P<most>\d{0,18}))?", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +103,8 @@ def _dynamic_shapes(texts: Sequence[str] | None) -> dict[str, Any] | None:
         match = _DYNAMIC.fullmatch(text)
         if match is None:
             raise UsageError(
-                f"Cannot read --dynamic {text}. Write input:axis, for example --dynamic tokens:1, and behind it which "
-                "sizes the axis may have, as in tokens:1:4-8, tokens:1:4- or tokens:1:-8."
+                f"Cannot read --dynamic {cut(text, 80)}. Write input:axis, for example --dynamic tokens:1, and behind "
+                "it which sizes the axis may have, as in tokens:1:4-8, tokens:1:4- or tokens:1:-8."
             )
         sizes = SizeRange(int(match["least"] or 0), int(match["most"]) if match["most"] else None)
         if sizes.most is not None and sizes.most <= max(sizes.least, 1):

@@ -30,7 +30,7 @@ class BatchSizes:
                 stay so: a kernel may ask for it where no trace does.
 
         Raises:
-            LoweringError: there are none, or only such of more samples than memory should be asked for, or a size is
+            LoweringError: there are none, or only such of larger sizes than memory should be asked for, or a size is
                 bound that does not grow or shrink evenly with the name.
         """
         self._inputs = tuple(inputs)
@@ -46,16 +46,19 @@ class BatchSizes:
         if not self.symbol:
             return
         empty = self.values.most is not None and self.values.least > self.values.most
-        if empty or self._samples(self.values.least) > MOST_AT_LEAST:
+        if empty or not self._is_made(self.values.least):
             raise LoweringError(
-                f"No call of at most {MOST_AT_LEAST} samples has sizes that all inputs may have: "
+                f"No call has sizes of at most {MOST_AT_LEAST} that all inputs may have: "
                 f"{'; '.join(printable(str(spec)) for spec in self._inputs)}. Export with other ranges."
             )
 
     def near(self, wanted: Iterable[int]) -> list[int]:
-        """Return numbers of samples, each once: those that many places from below, or the last."""
+        """Return numbers of samples, each once: those that many places from below, or the last.
+
+        The last is where inputs of them are made up, too: see `MOST_AT_LEAST`.
+        """
         below = self.values.least - 1
-        return [*dict.fromkeys(self._samples(self.values.nearest(below + place)) for place in wanted)]
+        return [*dict.fromkeys(self.at(below + place) for place in wanted)]
 
     def shape(self, spec: TensorSpec, samples: int, example: Sequence[int]) -> list[int]:
         """Return the sizes of an input for so many samples, or as many as fit; others are the example's."""
@@ -78,7 +81,13 @@ class BatchSizes:
 
     def at(self, value: int) -> int:
         """Return how many samples a call has where the name has a value, or one near that it may have."""
-        return self._samples(self.values.nearest(value))
+        nearest = self.values.nearest(value)
+        return self._samples(next(made for made in range(nearest, -1, -1) if self._is_made(made)))
+
+    def _is_made(self, value: int) -> bool:
+        """Whether inputs are made up where the name has a value: of no axis that would be larger than memory."""
+        sizes = [evaluate(str(size), {self.symbol: value}) or 0 for spec in self._inputs for size in spec.shape]
+        return all(size <= MOST_AT_LEAST for size in sizes)
 
     def _value(self, samples: int) -> int:
         return self.values.nearest((samples - self._offset) // self._factor) if self.symbol else samples

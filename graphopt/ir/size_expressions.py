@@ -10,7 +10,7 @@ import ast
 import functools
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
@@ -74,6 +74,15 @@ def linear(expression: str) -> Linear | None:
         return None
     factor, offset = (0, 0) if tree is None else _line(tree) or (0, 0)
     return Linear(names[0], factor, offset) if factor else None
+
+
+def values_of_names(sizes: Iterable[tuple[int | str, int]]) -> dict[str, int]:
+    """Return the value that each name has where expressions have sizes; it may stand in multiples alone ("2*n")."""
+    found: dict[str, int] = {}
+    for expression, size in sizes:
+        if isinstance(expression, str) and (line := linear(expression)):
+            found.setdefault(line.name, (size - line.offset) // line.factor)
+    return found
 
 
 @functools.lru_cache(maxsize=1024)

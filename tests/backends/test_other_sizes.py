@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,14 @@ def test_sizes_lie_in_their_range_and_follow_each_other() -> None:
 
 def test_the_batch_alone_is_no_other_axis() -> None:
     assert shapes(capture(Scaled(), torch.randn(2, 8, 4))) == []
+
+
+def test_sizes_are_those_that_memory_has() -> None:
+    program = capture(
+        Together(), (torch.randn(2, 8), torch.randn(5, 16)), dynamic_shapes={"x": {1: "n"}, "y": {1: "m"}}
+    )
+    x, y = program.inputs
+    odd = dataclasses.replace(x, shape=(2, "200000*n-1599992")), dataclasses.replace(y, shape=(5, f"{10**15}-m"))
+    grown, shrunk = shapes(dataclasses.replace(program, inputs=odd))[1::2]
+    assert [first for first, _ in grown] == [(2, 200008), (2, 400008), (2, 800008)]
+    assert [second for _, second in shrunk] == [(5, size) for size in (15, 14, 12, 8, 0)]

@@ -8,6 +8,7 @@ from torch import nn
 
 import graphopt
 from graphopt.cli.arguments import _dynamic_shapes
+from graphopt.errors import UsageError
 from graphopt.ir.sizes import ANY, SizeRange
 
 
@@ -20,3 +21,9 @@ def test_sizes_of_a_dynamic_axis(text: str, sizes: SizeRange) -> None:
     (spec,) = graphopt.capture(nn.ReLU(), torch.randn(3, 5), dynamic_shapes=shapes).inputs
     assert spec.shape == ("batch", "input_1")
     assert [spec.range_of(axis) for axis in (0, 1)] == [SizeRange(3), sizes]
+
+
+@pytest.mark.parametrize("text", ["x:{}", "x:1:{}-", "x:1:-{}"])
+def test_numbers_that_are_no_sizes(text: str) -> None:
+    with pytest.raises(UsageError, match=r"^Cannot read --dynamic x:.{,80}\. Write"):
+        _dynamic_shapes([text.format("9" * 5000)])

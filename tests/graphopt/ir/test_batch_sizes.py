@@ -69,11 +69,19 @@ def test_what_does_not_grow_evenly_is_a_name(name: str) -> None:
         [spec(("batch",), SizeRange(1 << 24))],
         [spec(("batch",), SizeRange(5)), spec(("batch",), SizeRange(0, 4))],
         [spec(("99999999*batch",))],
+        [spec(("batch",)), spec((3, "1048577*batch"))],
     ],
 )
 def test_calls_of_no_size_are_refused(inputs: list[TensorSpec]) -> None:
-    with pytest.raises(LoweringError, match="No call of at most 1048576 samples has sizes that all inputs may have"):
+    with pytest.raises(LoweringError, match="No call has sizes of at most 1048576 that all inputs may have"):
         BatchSizes(inputs)
+
+
+@pytest.mark.parametrize(("size", "samples"), [("200000*batch", [1, 3, 5]), ("*".join(["batch"] * 9), [1, 3, 4])])
+def test_inputs_are_made_up_of_sizes_that_memory_has(size: str, samples: list[int]) -> None:
+    sizes = BatchSizes([spec(("batch",)), spec((size,))])
+    assert sizes.near((1, 3, 8)) == samples
+    assert sizes.taken(8) == 8  # of what is given
 
 
 def test_a_range_of_what_does_not_grow_evenly_is_refused() -> None:

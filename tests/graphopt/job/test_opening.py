@@ -356,7 +356,25 @@ def test_sizes_of_a_file_that_no_call_has() -> None:
     signature = program._signature()
     for stored, ends in zip(signature["inputs"], ([4, None], [0, 3]), strict=True):
         stored["ranges"] = [ends, [0, None]]
-    with pytest.raises(LoadError, match="No call of at most 1048576 samples has sizes that all inputs may have"):
+    with pytest.raises(LoadError, match="No call has sizes of at most 1048576 that all inputs may have"):
+        _with_signature(program, json.dumps(signature), "file.pt2")
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        *(("n", name) for name in ("3*n", "n+n+n", "5-n", "n//7", f"{10**30}*n", "1000000-n")),
+        (f"{10**20}-n", "2*n"),
+        (f"{10**20}-n", "m"),
+        ("n+9", "m"),
+    ],
+)
+def test_sizes_of_a_file_that_its_example_does_not_have(sizes: tuple[str, str]) -> None:
+    program = graphopt.capture(nn.Bilinear(4, 3, 2).eval(), (torch.randn(2, 4), torch.randn(2, 3)))
+    signature = program._signature()
+    for stored, size in zip(signature["inputs"], sizes, strict=True):
+        stored["shape"][0] = size
+    with pytest.raises(LoadError, match=r"in its example inputs\)\. Save the program again"):
         _with_signature(program, json.dumps(signature), "file.pt2")
 
 
