@@ -285,17 +285,31 @@ def _disagreement(program: Program, expected: Any, args: tuple[Any, ...], kwargs
         found = run_program(program, args, kwargs)
     pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(found), strict=True)
     tensors = [pair for pair in pairs if isinstance(pair[0], torch.Tensor)]
-    relative = _CAPTURE_ULPS * torch.finfo(torch.float64 if _all_double(program) else torch.float32).eps
+    relative = tolerance(program)
     for spec, (want, got) in zip(program.outputs, tensors, strict=True):
-        want, got = computable(want), computable(got)
         if want.shape != got.shape:
             return f"output `{spec.name}` is {tuple(got.shape)} instead of {tuple(want.shape)}"
-        scale = _largest(want) if want.is_floating_point() else 1.0
-        rtol = relative if want.is_floating_point() or want.is_complex() else 0.0
-        if not torch.allclose(want, got, rtol=rtol, atol=rtol * scale, equal_nan=True):
-            difference = float((want.double() - got.double()).abs().max())
+        if not close(want, got, relative):
+            want, got = computable(want), computable(got)
+            difference, scale = float((want.double() - got.double()).abs().max()), _scale(want)
             return f"output `{spec.name}` is off by {difference:.3g} (largest value {scale:.3g})"
     return ""
+
+
+def tolerance(program: Program) -> float:
+    """Return how far, relative to the largest value, results of the same kernels may lie apart."""
+    return _CAPTURE_ULPS * torch.finfo(torch.float64 if _all_double(program) else torch.float32).eps
+
+
+def close(want: torch.Tensor, got: torch.Tensor, relative: float) -> bool:
+    """Whether two results of one shape are equal but for a `tolerance`; whole numbers have none."""
+    want, got = computable(want), computable(got)
+    relative = relative if want.is_floating_point() or want.is_complex() else 0.0
+    return torch.allclose(want, got, rtol=relative, atol=relative * _scale(want), equal_nan=True)
+
+
+def _scale(tensor: torch.Tensor) -> float:
+    return _largest(tensor) if tensor.is_floating_point() else 1.0
 
 
 def _all_double(program: Program) -> bool:

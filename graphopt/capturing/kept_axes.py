@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt.capturing.checks import resized, run_program
+from graphopt.capturing.checks import close, resized, run_program, tolerance
 from graphopt.capturing.smallest_call import bound_to
 from graphopt.errors import CaptureError
 from graphopt.ir.buffers import with_its_buffers
@@ -84,10 +84,12 @@ def _compared(program: Program, kept: Program, line: str, size: Any) -> Program:
         want, got = (_run(one, inputs) for one in (program, kept))
     except CaptureError:  # of no such size: that is known by another check
         return kept
-    if all(w.shape == g.shape and _equal(w, g) for w, g in zip(want, got, strict=True)):
-        return kept
-    if all(w.numel() == g.numel() and _equal(w.flatten(), g.flatten()) for w, g in zip(want, got, strict=True)):
-        output = next(i for i, (w, g) in enumerate(zip(want, got, strict=True)) if w.shape != g.shape)
+    relative = tolerance(program)
+    pairs = [*zip(want, got, strict=True)]
+    if all(w.numel() == g.numel() and close(w.flatten(), g.flatten(), relative) for w, g in pairs):
+        output = next((index for index, (w, g) in enumerate(pairs) if w.shape != g.shape), None)
+        if output is None:
+            return kept
         text = (
             f"Where `{_name(kept, symbols)}` is {ones[0]}, output `{kept.outputs[output].name}` is "
             f"{tuple(got[output].shape)}: it keeps its axes. The model gives {tuple(want[output].shape)}, by "
@@ -144,8 +146,3 @@ def _run(program: Program, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]
     with with_its_buffers(program.graph_module), torch.no_grad():
         found = run_program(program, args, kwargs)
     return [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, torch.Tensor)]
-
-
-def _equal(want: torch.Tensor, got: torch.Tensor) -> bool:
-    """Whether two results of the same kernels are equal, but for how these go through memory."""
-    return torch.allclose(want, got, rtol=1e-4, atol=1e-5, equal_nan=True)

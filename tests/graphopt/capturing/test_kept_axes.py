@@ -70,6 +70,12 @@ def test_one_sample_is_refused_where_it_gives_other_numbers(reload: bool, tmp_pa
         program(ONE)
 
 
+def test_small_numbers_are_compared_as_closely() -> None:
+    """An absolute tolerance would take them for equal."""
+    program = graphopt.capture(Squeezing(lambda z: z.squeeze().softmax(0) * 1e-9).eval(), ROWS)
+    assert program.inputs[0].range_of(0) == SizeRange(2)
+
+
 def test_a_file_of_another_is_treated_alike(tmp_path: Path) -> None:
     model = Squeezing(lambda z: z.squeeze().softmax(0)).eval()
     torch.export.save(torch.export.export(model, (ROWS,), dynamic_shapes=({0: Dim("rows")},)), tmp_path / "own.pt2")
