@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from graphopt.data.batches import Batch, batch_count
-from graphopt.distillation.objective import Objective
+from graphopt.distillation.lesson import Lesson
 from graphopt.distillation.pool import Index, Pool
 from graphopt.distillation.statistics import estimate_statistics
 from graphopt.distillation.weights import overwrite, snapshot
@@ -57,35 +57,33 @@ class History:
 
 
 class Trainer:
-    """Trains a student program towards a teacher program, and judges it on inputs it never trains on.
+    """Trains a student program by a lesson, and judges it on samples it never trains on.
 
     Args:
-        student: tapped, owning its tensors; trained in place, where it is, or where Accelerate puts each process.
-        teacher: tapped likewise, owning its tensors since they move too.
-        objective: reads the flat outputs of both.
+        student: with the outputs that the lesson reads, owning its tensors; trained in place, where it is, or where
+            Accelerate puts each process.
+        lesson: what is learned.
         held_out: what the student is judged on.
         batch_size: over all processes.
     """
 
-    def __init__(
-        self, student: Program, teacher: Program, objective: Objective, held_out: Pool, batch_size: int
-    ) -> None:
+    def __init__(self, student: Program, lesson: Lesson, held_out: Pool, batch_size: int) -> None:
         self._accelerator, self._device = _accelerator(student.device)
-        self._student, self._teacher, self._objective = student, teacher, objective
+        self._student, self._lesson = student, lesson
         self._held_out, self._batch_size = held_out, batch_size
         self._names = [name for name, tensor in student.state_dict().items() if tensor.is_floating_point()]
-        for program in (student, teacher):
-            place(program.graph_module, self._device)
-        self._expected: list[tuple[torch.Tensor, ...]] = []
+        place(student.graph_module, self._device)
+        lesson.place(self._device)
+        self._expected: list[Any] = []
 
     def held_out_loss(self) -> float:
-        """Return the loss of the student's own outputs on the held-out inputs, in evaluation mode."""
+        """Return what the student is judged by on the held-out samples, in evaluation mode."""
         self._student.eval()
         chunks = [self._on_device(self._held_out.take(index)) for index in self._batches(self._held_out)]
         with torch.no_grad():
-            self._expected = self._expected or [self._teacher.call_flat(chunk) for chunk in chunks]
+            self._expected = self._expected or [self._lesson.wanted(chunk) for chunk in chunks]
             losses = [
-                self._objective.of_outputs(self._student.call_flat(chunk), wanted) * batch_count(chunk)
+                self._lesson.judged(self._student.call_flat(self._own(chunk)), wanted, chunk) * batch_count(chunk)
                 for chunk, wanted in zip(chunks, self._expected, strict=True)
             ]
         mean = torch.stack(losses).sum() / sum(batch_count(chunk) for chunk in chunks)
@@ -95,7 +93,7 @@ class Trainer:
     def estimate(self, inputs: Pool) -> dict[str, torch.Tensor]:
         """Re-estimate the student's BatchNorm statistics on `inputs`, put them in place and return them."""
         self._student.eval()
-        batches = (self._on_device(inputs.take(index)) for index in self._batches(inputs))
+        batches = (self._own(self._on_device(inputs.take(index))) for index in self._batches(inputs))
         found = estimate_statistics(self._student, batches)
         overwrite(self._student, found)
         return snapshot(self._student, list(found))
@@ -155,8 +153,8 @@ class Trainer:
 
     def _step(self, module: nn.Module, optimizer: Any, batch: Batch) -> None:
         with torch.no_grad(), self._accelerator.autocast():
-            wanted = self._teacher.call_flat(batch)
-        loss = self._objective(module(batch), wanted)
+            wanted = self._lesson.wanted(batch)
+        loss = self._lesson.loss(module(self._own(batch)), wanted, batch)
         seen = float(self._accelerator.reduce(loss.detach(), "mean"))  # all processes stop, or none
         if not math.isfinite(seen):
             raise DivergedError(
@@ -189,6 +187,9 @@ class Trainer:
         bucket, samples = index
         share = samples.tensor_split(self._accelerator.num_processes)[self._accelerator.process_index]
         return self._on_device(inputs.take((bucket, share)))
+
+    def _own(self, batch: Batch) -> Batch:
+        return batch[: len(self._student.inputs)]
 
     def _on_device(self, batch: Batch) -> Batch:
         return tuple(part.to(self._device) for part in batch)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from graphopt.distillation.addresses import Tap
+from graphopt.distillation.lesson import Imitation
 from graphopt.distillation.loop import DivergedError, History, Schedule, Trainer, View
 from graphopt.distillation.objective import Objective
 from graphopt.distillation.pool import Pool
@@ -67,7 +68,8 @@ def recover(
         PassError: the loss is not finite, before training or at the last rate.
     """
     own = _tapped(student, [Tap(pair.teacher.address, pair.student.node) for pair in objective.pairs])
-    trainer = Trainer(own, _tapped(teacher, [pair.teacher for pair in objective.pairs]), objective, held, batch_size)
+    lesson = Imitation(_tapped(teacher, [pair.teacher for pair in objective.pairs]), objective)
+    trainer = Trainer(own, lesson, held, batch_size)
     lowest = trainer.held_out_loss()
     found = Recovery(losses={"before": lowest})
     if not math.isfinite(lowest):
