@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from graphopt.capturing.capture import capture
     from graphopt.capturing.load import load as load
     from graphopt.data.served import ServedInput
+    from graphopt.distillation.paired import PairedModule, finish, pair_for_training
+    from graphopt.distillation.plan import DistillPlan
     from graphopt.errors import (
         CaptureError,
         DataError,
@@ -51,6 +53,8 @@ _HOMES = {
     "graphopt.targets.backend": ("Artifact", "Backend", "Finding", "Session"),
     "graphopt.capturing.capture": ("capture",),
     "graphopt.pipeline.context": ("Context",),
+    "graphopt.distillation.paired": ("PairedModule", "finish", "pair_for_training"),
+    "graphopt.distillation.plan": ("DistillPlan",),
     "graphopt.errors": (
         "CaptureError",
         "DataError",
@@ -81,10 +85,10 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    *("capture", "load", "open", "optimize", "replay"),
+    *("capture", "finish", "load", "open", "optimize", "pair_for_training", "replay"),
     *("Program", "TensorSpec", "Pipeline", "Pass", "NoOptions", "Plan", "Refusal", "Context", "Editor", "Hook"),
     *("Job", "Result", "Report", "Artifact", "Backend", "Finding", "Session", "TargetDescription"),
-    "ServedInput",
+    *("DistillPlan", "PairedModule", "ServedInput"),
     *_HOMES["graphopt.errors"],
 ]
 

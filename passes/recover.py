@@ -11,19 +11,17 @@ Trained tensors are the plan's payload; applying it puts them in place byte for 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Final, Literal
 
-import torch
 from pydantic import Field
 
-from graphopt.data.batches import Batch
 from graphopt.data.split import FEWEST
 from graphopt.distillation.addresses import resolve
-from graphopt.distillation.augment import channel_axis, flip, shift
+from graphopt.distillation.augment import channel_axis, view_of
 from graphopt.distillation.cuts import auto_taps
-from graphopt.distillation.loop import Schedule, View
+from graphopt.distillation.loop import Schedule
 from graphopt.distillation.losses import tap_loss_for
 from graphopt.distillation.objective import Objective, comparable, targets_of
 from graphopt.distillation.pairing import Pair, derived_from, pair_stages, pair_taps
@@ -49,7 +47,6 @@ _WARMUP = 0.1  # fraction of the steps
 _RATES_WITH_BATCH_NORM = (0.03, 0.01, 0.003)
 _RATES_WITHOUT = (0.003, 0.001, 0.0003)
 _PATIENCE = 3  # epochs
-_VIEWS = {"flip": flip, "shift": shift}
 
 Augmentation = Literal["auto", "flip", "shift"]
 
@@ -137,7 +134,7 @@ class Recover(Pass[RecoverOptions, RecoverPlan]):
         views = self._views(program) if self.options.epochs else ()
         schedule = Schedule(self.options.epochs, _WARMUP, _PATIENCE)
         rates = (self.options.lr,) if self.options.lr else _rates(program)
-        view = _view(views, program)
+        view = view_of(views, program)
         found = recover(student, teacher, objective, training, held, batch_size, schedule, rates, view, ctx)
         if found.refusal:
             refusals.append(Refusal("program", found.refusal, found.refusal.partition(":")[0]))
@@ -217,19 +214,6 @@ def _check_outputs(teacher: Program, student: Program) -> None:
 
 def _rates(program: Program) -> tuple[float, ...]:
     return _RATES_WITH_BATCH_NORM if batch_norms(program) else _RATES_WITHOUT
-
-
-def _view(names: Sequence[str], program: Program) -> View:
-    """Return a function that makes new views of the first input, an image, and passes others on."""
-    channels = channel_axis(program) or 1
-
-    def view(batch: Batch, generator: torch.Generator) -> Batch:
-        images, *others = batch
-        for name in names:
-            images = _VIEWS[name](images.movedim(channels, 1), generator).movedim(1, channels)
-        return (images, *others)
-
-    return view
 
 
 def _loss_name(teacher: Program, student: Program, pair: Pair) -> str:

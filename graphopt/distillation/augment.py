@@ -1,14 +1,23 @@
-"""Label-free augmentation: new views of the same inputs, shown to teacher and student alike.
+"""Augmentation: new views of the same inputs, shown to teacher and student alike.
 
 The teacher says what a view means, so a view need not keep the label; it only has to look like an input. "Function
-matching" on augmented views is what makes distillation on few samples work (Beyer et al. 2022).
+matching" on augmented views is what makes distillation on few samples work (Beyer et al. 2022). Labels of mixed images
+are mixed likewise.
 """
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
 
+import torch
+from torch.nn.functional import one_hot
+
+from graphopt.data.batches import Batch
 from graphopt.ir.program import Program
+
+View: TypeAlias = Callable[[Batch, torch.Generator], Batch]  # a new view of the same samples
 
 _CHANNELS = (1, 3, 4)  # grey, colour, colour with alpha
 _SMALLEST = 16  # pixels a side; below it a shifted crop loses too much
@@ -53,3 +62,77 @@ def _moved(size: int, count: int, generator: torch.Generator) -> torch.Tensor:
     reach = size // _REACH
     offset = torch.randint(-reach, reach + 1, (count, 1), generator=generator)
     return (torch.arange(size) + offset).clamp(0, size - 1)
+
+
+@dataclass(frozen=True)
+class LabelColumn:
+    """Which column of a batch holds labels, and of how many classes class numbers are; None: of no classes."""
+
+    index: int
+    classes: int | None
+
+
+def view_of(names: Sequence[str], program: Program, labels: LabelColumn | None = None) -> View:
+    """Return a function that makes new views of the first input, an image, and mixes labels where it mixes images.
+
+    Args:
+        names: "flip", "shift", "mixup" and "cutmix", carried out in this order.
+        program: what the images are for.
+        labels: where the labels are; None: other columns are handed on.
+    """
+    channels = channel_axis(program) or 1
+
+    def view(batch: Batch, generator: torch.Generator) -> Batch:
+        images, *others = batch
+        images = images.movedim(channels, 1)
+        for name in names:
+            if name in _MIXING:
+                images, share, order = _MIXING[name](images, generator)
+                if labels is not None:
+                    others[labels.index - 1] = _mixed(others[labels.index - 1], labels.classes, share, order)
+            else:
+                images = _MOVING[name](images, generator)
+        return (images.movedim(1, channels), *others)
+
+    return view
+
+
+def mixup(images: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, float, torch.Tensor]:
+    """Return every image blended with another of the batch, its share, and which the others are.
+
+    Zhang et al. 2018, "mixup: Beyond Empirical Risk Minimization", with alpha 1.
+    """
+    share, order = float(torch.rand((), generator=generator)), _other(images, generator)
+    return share * images + (1 - share) * images[order], share, order
+
+
+def cutmix(images: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, float, torch.Tensor]:
+    """Return every image with a rectangle of another of the batch, its share, and which the others are.
+
+    Yun et al. 2019, "CutMix", equations 1 and 2.
+    """
+    order = _other(images, generator)
+    height, width = images.shape[2:]
+    side = (1 - float(torch.rand((), generator=generator))) ** 0.5
+    row, column = (int(torch.randint(size, (), generator=generator)) for size in (height, width))
+    tall, wide = int(side * height) // 2, int(side * width) // 2
+    rows, columns = slice(max(row - tall, 0), row + tall), slice(max(column - wide, 0), column + wide)
+    mixed = images.clone()
+    mixed[:, :, rows, columns] = images[order][:, :, rows, columns]
+    cut_out = len(range(height)[rows]) * len(range(width)[columns])
+    return mixed, 1 - cut_out / (height * width), order
+
+
+def _other(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return torch.randperm(len(images), generator=generator).to(images.device)
+
+
+def _mixed(labels: torch.Tensor, classes: int | None, share: float, order: torch.Tensor) -> torch.Tensor:
+    """Return labels as shares: of classes, where they are class numbers."""
+    if not labels.is_floating_point() and classes is not None:
+        labels = one_hot(labels.long(), classes).float()
+    return share * labels + (1 - share) * labels[order]
+
+
+_MOVING = {"flip": flip, "shift": shift}
+_MIXING = {"mixup": mixup, "cutmix": cutmix}

@@ -104,7 +104,7 @@ def stage_ends(program: Program) -> list[fx.Node]:
     return [
         point
         for index, point in enumerate(points)
-        if index + 1 == len(points) or _spatial(point) != _spatial(points[index + 1])
+        if index + 1 == len(points) or spatial_size(point) != spatial_size(points[index + 1])
     ]
 
 
@@ -156,6 +156,7 @@ def _same_shape(one: fx.Node, other: fx.Node) -> bool:
     return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and tuple(a.shape) == tuple(b.shape)
 
 
-def _spatial(node: fx.Node) -> tuple[int | torch.SymInt, ...]:
+def spatial_size(node: fx.Node) -> tuple[int | torch.SymInt, ...]:
+    """Return the height and width of what a node computes, nothing where it has none."""
     value = node.meta["val"]
     return tuple(value.shape[2:]) if value.dim() == 4 else ()

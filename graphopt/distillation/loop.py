@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from graphopt.data.batches import Batch, batch_count
+from graphopt.distillation.augment import View
 from graphopt.distillation.lesson import Lesson
 from graphopt.distillation.pool import Index, Pool
 from graphopt.distillation.statistics import estimate_statistics
@@ -27,8 +28,6 @@ from graphopt.pipeline.context import Progress
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-View = Callable[[Batch, torch.Generator], Batch]  # a new view of the same inputs
 
 # Floor of a tensor's root mean square, for biases that start at 0 (Adafactor: Shazeer and Stern 2018, section 8).
 _SMALLEST_RMS = 1e-3

@@ -40,7 +40,7 @@ def targets_of(teacher: Program) -> tuple[list[Target], list[Refusal]]:
     """
     targets, refusals = [], []
     for index, (spec, node) in enumerate(zip(own_outputs(teacher), output_values(teacher), strict=True)):
-        if _has_gradients(spec.dtype):
+        if has_gradients(spec.dtype):
             targets.append(Target(index, spec.name, _kind(node)))
         else:
             reason = f"output is {str(spec.dtype).removeprefix('torch.')}: it has no gradient to learn from"
@@ -82,7 +82,7 @@ class Objective:
         if target.kind == "values":
             return values
         if target.kind == "probabilities":
-            student, teacher = _log(student), _log(teacher)
+            student, teacher = log_of(student), log_of(teacher)
         # Soft labels do not see a constant added to all logits, and what looks like logits may be an embedding or a
         # regression: the relative error anchors the values themselves.
         return soft_labels(student, teacher, self.temperature) + values
@@ -94,7 +94,7 @@ def comparable(teacher: Program, student: Program, pairs: Sequence[Pair]) -> tup
     kept, refusals = [], []
     for pair in pairs:
         wanted, found = values[0][pair.teacher.node], values[1][pair.student.node]
-        if not (_has_gradients(wanted.dtype) and _has_gradients(found.dtype)):
+        if not (has_gradients(wanted.dtype) and has_gradients(found.dtype)):
             reason = "its value is of a type that has no gradient to learn from"
         elif not (wanted.dim() and found.dim() and str(wanted.shape[0]) == str(found.shape[0])):
             reason = f"teacher and student share no first axis: {tuple(wanted.shape)} and {tuple(found.shape)}"
@@ -105,12 +105,13 @@ def comparable(teacher: Program, student: Program, pairs: Sequence[Pair]) -> tup
     return kept, refusals
 
 
-def _has_gradients(dtype: torch.dtype) -> bool:
+def has_gradients(dtype: torch.dtype) -> bool:
     """Whether torch computes gradients in a type: there are no sums in float8."""
     return dtype.is_floating_point and not only_stored(dtype)
 
 
-def _log(probabilities: torch.Tensor) -> torch.Tensor:
+def log_of(probabilities: torch.Tensor) -> torch.Tensor:
+    """Return the logarithms of probabilities, finite where they are zero."""
     return probabilities.float().clamp_min(torch.finfo(torch.float32).tiny).log()
 
 

@@ -16,17 +16,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import fx
 
 from graphopt.distillation.addresses import Tap, Tappable, addresses
-from graphopt.distillation.cuts import WEIGHTED, residual_points, stage_ends
+from graphopt.distillation.cuts import WEIGHTED, residual_points, spatial_size, stage_ends
 from graphopt.ir.operators import COPIES, DROPOUTS, REORDERS, RESHAPES, Family
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import origin
 from graphopt.ir.torch_internals import pytree
 from graphopt.pipeline.plan import Refusal
+
+T = TypeVar("T")
 
 _SHOWING = RESHAPES | REORDERS | Family("contiguous")  # the same numbers in another shape or order
 _IDENTITIES = COPIES | DROPOUTS  # what passes its input on unchanged when nothing is trained
@@ -74,21 +77,32 @@ def pair_taps(teacher: Program, student: Program, taps: Sequence[Tap]) -> tuple[
 
 
 def pair_stages(teacher: Program, student: Program) -> list[Pair]:
-    """Pair two programs of different descent by structure: the ends of stages where both have equally many.
+    """Pair two programs of different descent by structure: the ends of their stages, or of their blocks.
 
-    A stage ends where the spatial size changes. With a single stage, as in a transformer, the student's block
-    boundaries are spread evenly over the teacher's (the uniform mapping of TinyBERT, Jiao et al. 2020).
+    A stage ends where the spatial size changes. Of stages that are not equally many, those of the same spatial size
+    pair, otherwise the deepest. With a single stage, as in a transformer, the boundaries of the blocks of one are
+    spread evenly over those of the other (the uniform mapping of TinyBERT, Jiao et al. 2020).
     """
-    ends = stage_ends(teacher), stage_ends(student)
-    if len(ends[0]) == len(ends[1]) > 1:
-        return _as_pairs(teacher, student, list(zip(*ends, strict=True)))
-    if len(ends[0]) > 1 or len(ends[1]) > 1:
-        return []
-    wide, narrow = residual_points(teacher), residual_points(student)
-    if len(wide) < len(narrow):
-        return []
-    last = [(index + 1) * len(wide) // len(narrow) - 1 for index in range(len(narrow))]
-    return _as_pairs(teacher, student, [(wide[at], point) for at, point in zip(last, narrow, strict=True)])
+    wide, narrow = stage_ends(teacher), stage_ends(student)
+    if len(wide) == len(narrow) == 1:
+        wide, narrow = residual_points(teacher), residual_points(student)
+        return _as_pairs(teacher, student, list(zip(*spread(wide, narrow), strict=True)))
+    if any(map(spatial_size, wide)) and any(map(spatial_size, narrow)):  # what a head takes is no stage
+        wide, narrow = ([point for point in points if spatial_size(point)] for points in (wide, narrow))
+    if len(wide) != len(narrow):
+        sized = [{spatial_size(point): point for point in reversed(points)} for points in (wide, narrow)]
+        shared = [size for size in map(spatial_size, narrow) if size and size in sized[0]]
+        count = min(len(wide), len(narrow))
+        wide = [sized[0][size] for size in shared] or wide[len(wide) - count :]
+        narrow = [sized[1][size] for size in shared] or narrow[len(narrow) - count :]
+    return _as_pairs(teacher, student, list(zip(wide, narrow, strict=True)))
+
+
+def spread(wide: Sequence[T], narrow: Sequence[T]) -> tuple[list[T], list[T]]:
+    """Return as many of both, in order: of the longer those that close equal shares of it, the last among them."""
+    count = min(len(wide), len(narrow))
+    chosen = [[points[(index + 1) * len(points) // count - 1] for index in range(count)] for points in (wide, narrow)]
+    return chosen[0], chosen[1]
 
 
 def _as_pairs(teacher: Program, student: Program, found: Sequence[tuple[fx.Node, fx.Node]]) -> list[Pair]:

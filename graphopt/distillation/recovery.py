@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import torch
 
 from graphopt.distillation.addresses import Tap
+from graphopt.distillation.augment import View
 from graphopt.distillation.lesson import Imitation
-from graphopt.distillation.loop import DivergedError, History, Schedule, Trainer, View
+from graphopt.distillation.loop import DivergedError, History, Schedule, Trainer
 from graphopt.distillation.objective import Objective
 from graphopt.distillation.pool import Pool
 from graphopt.distillation.statistics import batch_norms

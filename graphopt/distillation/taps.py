@@ -48,7 +48,7 @@ def insert_taps(program: Program, taps: Sequence[Tap]) -> Program:
     present = taps_of(program)
     known = {tap.address for tap in present}
     every = [*present, *(tap for tap in taps if tap.address not in known)]
-    return _with_outputs(program, every) if len(every) > len(present) else program
+    return with_taps(program, every) if len(every) > len(present) else program
 
 
 def strip_taps(program: Program, taps: Sequence[str] | None = None) -> Program:
@@ -58,7 +58,7 @@ def strip_taps(program: Program, taps: Sequence[str] | None = None) -> Program:
     """
     present = taps_of(program)
     kept = [tap for tap in present if taps is not None and tap.address not in taps]
-    return _with_outputs(program, kept) if len(kept) < len(present) else program
+    return with_taps(program, kept) if len(kept) < len(present) else program
 
 
 def own_outputs(program: Program) -> tuple[TensorSpec, ...]:
@@ -74,8 +74,8 @@ def output_values(program: Program) -> list[fx.Node]:
     return nodes[: len(own_outputs(program))]
 
 
-def _with_outputs(program: Program, taps: Sequence[Tap]) -> Program:
-    """Return a copy of `program` whose taps are exactly `taps`."""
+def with_taps(program: Program, taps: Sequence[Tap]) -> Program:
+    """Return a copy of `program` whose taps are exactly `taps`; what only others kept alive is dropped."""
     gm = copy_graph_module(program.graph_module)
     structure = output_structure(gm)
     had = len(_tap_addresses(program))

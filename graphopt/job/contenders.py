@@ -17,10 +17,10 @@ from graphopt.files import check_against_manifest
 from graphopt.ir.batch_sizes import BatchSizes
 from graphopt.ir.program import Program
 from graphopt.ir.signature import TensorSpec
-from graphopt.job.deliver import flat
 from graphopt.measure.bench import batch_of
 from graphopt.pipeline.registry import DEFAULT_TARGET, backend_of
 from graphopt.targets.backend import Artifact
+from graphopt.targets.flat_session import flat
 
 _SAMPLES = 8  # of made-up inputs
 

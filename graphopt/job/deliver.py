@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from graphopt.data.batches import Batch
 from graphopt.files import ScratchDirectory
 from graphopt.ir.contents import as_array
 from graphopt.ir.memory import give_back
@@ -23,7 +20,8 @@ from graphopt.measure.equivalence import Probe
 from graphopt.measure.evaluate import as_model
 from graphopt.measure.left_float import left_float
 from graphopt.quantization.stored import is_quantized
-from graphopt.targets.backend import Artifact, Backend, Session
+from graphopt.targets.backend import Artifact, Backend
+from graphopt.targets.flat_session import flat
 
 _SMALLER = 0.99  # of the bytes: a quantized artifact that saves less than a percent saves nothing to speak of
 
@@ -158,13 +156,3 @@ def _latency(options: str, found: Comparison, timing: Timing, ratio: Spread | No
         ratio.median if ratio else None,
         (ratio.lower, ratio.upper) if ratio and varies else None,
     )
-
-
-def flat(session: Session) -> Callable[[Batch], Batch]:
-    """Let a session take and return flat tensors, as `Program.call_flat` does, on any device."""
-
-    def call(batch: Batch) -> Batch:
-        outputs = session(*map(as_array, batch))
-        return tuple(torch.from_numpy(array).to(batch[0].device) for array in outputs)
-
-    return call

@@ -171,4 +171,5 @@ def test_one_stage_spreads_the_student_over_the_teacher() -> None:
         ("layers.2:add#2", "layers.1:add#1"),
         ("layers.3:add#2", "layers.1:add#2"),
     ]
-    assert pair_stages(shallow, deep) == []
+    reverse = [(pair.student.address, pair.teacher.address) for pair in pair_stages(shallow, deep)]
+    assert reverse == spread

@@ -1,0 +1,170 @@
+"""A student with its teachers as one module, for a training loop of the user's own, and the way back.
+
+paired = graphopt.pair_for_training(student, teacher, plan)
+optimizer = torch.optim.SGD(paired.parameters(), lr=0.1)
+for images, labels in loader:
+optimizer.zero_grad()
+paired(images, labels=labels).loss.backward()
+optimizer.step()
+program = graphopt.finish(paired)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import nn
+
+from graphopt.capturing.load import with_data
+from graphopt.distillation.plan import DistillPlan
+from graphopt.distillation.preparing import PreparedLesson, prepare
+from graphopt.distillation.taps import strip_taps, taps_of
+from graphopt.distillation.teachers import GivenTeacher, Teacher, check_inputs
+from graphopt.errors import DataError, UsageError
+from graphopt.ir.global_state import one_thread_at_a_time, random_state_kept
+from graphopt.ir.placing import place
+from graphopt.ir.program import Program
+from graphopt.ir.torch_internals import pytree
+
+
+class Taught(NamedTuple):
+    """What a student gave, and what its teachers say of it.
+
+    Attributes:
+        outputs: as the student's model returns them.
+        loss: what to train on.
+        losses: its parts by name, weighted.
+    """
+
+    outputs: Any
+    loss: torch.Tensor
+    losses: dict[str, torch.Tensor]
+
+
+class PairedModule(nn.Module):
+    """A student and its teachers: gives outputs and losses, and has the student's and the adapters' parameters alone.
+
+    Attributes:
+        program: the student's training graph.
+    """
+
+    def __init__(self, prepared: PreparedLesson) -> None:
+        super().__init__()
+        self.program = prepared.student
+        self.student = prepared.student.graph_module
+        self._prepared = prepared  # no module: its teachers are neither trained nor stored
+
+    def forward(
+        self, *inputs: torch.Tensor, labels: torch.Tensor | None = None, teacher_inputs: Sequence[torch.Tensor] = ()
+    ) -> Taught:
+        """Run student and teachers.
+
+        Args:
+            inputs: what the student takes, in the order of `program.inputs`.
+            labels: of the same samples, where the plan learns from labels.
+            teacher_inputs: what teachers take that have inputs of their own.
+
+        Raises:
+            DataError: there are no labels, and the plan learns from them.
+        """
+        lesson = self._prepared.lesson
+        if lesson.labels is not None and labels is None:
+            raise DataError("The plan learns from labels, and the batch came without: paired(inputs, labels=...).")
+        labelled = lesson.own > len(self.program.inputs)
+        batch = (*inputs, *([labels] if labelled and labels is not None else []), *teacher_inputs)
+        args, kwargs = self.program.unflatten(inputs)
+        found = self.program(*args, **kwargs)
+        with torch.no_grad():
+            wanted = lesson.wanted(batch)
+        leaves = [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, torch.Tensor)]
+        losses = lesson.terms(leaves, wanted, batch)
+        own = found[0] if taps_of(self.program) else found
+        return Taught(own, torch.stack([*losses.values()]).sum(), losses)
+
+    def train(self, mode: bool = True) -> Self:
+        """Put the student in training or evaluation mode; teachers stay as they are."""
+        super().train(mode)
+        self.program.train(mode)
+        return self
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        """Move the student, and the teachers behind it."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = next((tensor.device for tensor in self.parameters()), torch.device("cpu"))
+        place(self.student, device)
+        self._prepared.lesson.place(device)
+        return self
+
+
+@one_thread_at_a_time()
+@random_state_kept()
+def pair_for_training(
+    student: nn.Module | Program,
+    teacher: GivenTeacher | Sequence[GivenTeacher] | None,
+    plan: DistillPlan | Mapping[str, Any] | str | Path | None = None,
+    *,
+    data: Any = None,
+    teacher_data: Any = None,
+    labelled: bool | None = None,
+    seed: int = 0,
+) -> PairedModule:
+    """Put a student and its teachers into one module that returns outputs and losses.
+
+    Args:
+        student: a module, which is captured on `data`, or a program. It is not changed: its copy is trained.
+        teacher: what `distill` takes; several in a sequence; None where labels or the student itself teach.
+        plan: what is taught, and how; its training options (epochs, rates, views) are the user's loop's.
+        data: a few samples, where a module is to be captured.
+        teacher_data: likewise, for teachers that take inputs of their own.
+        labelled: whether batches come with labels; None: where the plan says something of them.
+        seed: of the weights of adapters.
+
+    Raises:
+        GraphOptError: as `distill` does.
+    """
+    plan = DistillPlan.of(plan)
+    program = with_data(student, data)[0].evaluated()
+    opened = open_teachers(teacher, program, program.flat_examples() if teacher_data is None else teacher_data)
+    if teacher_data is None:
+        for one in opened:
+            check_inputs(one, program.inputs, "the student")
+    generator = torch.Generator().manual_seed(seed)
+    found = prepare(
+        plan,
+        program,
+        opened,
+        generator,
+        labelled=plan.needs_labels if labelled is None else labelled,
+        apart=[teacher_data is not None for _ in opened],
+    )
+    return PairedModule(found)
+
+
+def open_teachers(
+    given: GivenTeacher | Sequence[GivenTeacher] | None,
+    student: Program,
+    data: Any,
+    *,
+    trust: bool = False,
+    seed: int = 0,
+) -> list[Teacher]:
+    """Open one teacher or several, where the student is."""
+    listed: list[Any] = [] if given is None else [given]
+    if isinstance(given, list | tuple):
+        listed = list(given)
+    return [Teacher.open(one, data=data, trust=trust, seed=seed).to(student.device) for one in listed]
+
+
+def finish(program: Program | PairedModule) -> Program:
+    """Return a trained student as it is deployed: without taps and adapters, in evaluation mode, with its own tensors.
+
+    Raises:
+        UsageError: it is neither a program nor what `pair_for_training` made.
+    """
+    found = program.program if isinstance(program, PairedModule) else program
+    if not isinstance(found, Program):
+        raise UsageError(f"{type(program).__name__} is no program. Give what pair_for_training returned.")
+    return strip_taps(found).copy(share_tensors=False).eval()

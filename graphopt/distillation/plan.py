@@ -1,0 +1,210 @@
+"""DistillPlan: who teaches what, at which values, by which losses and for how long, as data: TOML in, JSON out.
+
+temperature = 4.0
+alpha = 0.7                        # share of the teachers, the rest is the labels'
+epochs = 15
+
+[[pairs]]
+student = "features.6"
+teacher = "layer2"
+loss = "values"
+weight = 10.0
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field
+
+from graphopt.errors import UsageError, cut, first_line, first_problem, printable
+from graphopt.files import read_file
+
+_LARGEST_FILE = 1 << 20  # bytes
+_FUNCTION = r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$"
+
+Function = Annotated[str, Field(pattern=_FUNCTION)]  # of the user's own
+OutputLoss = Literal["auto", "soft_labels", "gumbel_labels", "dist", "values", "cosine"]
+LabelLoss = Literal["auto", "cross_entropy", "mse"]
+PairLoss = Literal[
+    "auto",
+    "values",
+    "cosine",
+    "attention",
+    "similarity",
+    "distances",
+    "angles",
+    "attention_scores",
+    "attention_probabilities",
+    "value_relations",
+]
+Adapter = Literal["auto", "none"]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+ViewName = Literal["auto", "flip", "shift", "mixup", "cutmix"]
+
+_CLOSED = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class TeacherPlan(pydantic.BaseModel):
+    """How much one of several teachers says, in the order that they are given in."""
+
+    model_config = _CLOSED
+
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+
+
+class OutputPlan(pydantic.BaseModel):
+    """How one output is taught.
+
+    Attributes:
+        student: name of the student's output.
+        teacher: name of the output that teaches it; "": the one in the same place.
+        loss: a name, or the user's `module:function` of the student's and the teacher's values. auto: soft labels for
+            logits and probabilities, the relative error for other values.
+        weight: of its loss among those of the outputs; 0: it is not taught.
+    """
+
+    model_config = _CLOSED
+
+    student: str
+    teacher: str = ""
+    loss: OutputLoss | Function = "auto"
+    weight: Weight = 1.0
+
+
+class PairPlan(pydantic.BaseModel):
+    """One value of the student that a value of a teacher teaches.
+
+    Attributes:
+        student: its address in the student, as `distill_hooks` takes them.
+        teacher: the address of what teaches it.
+        loss: a name, or the user's `module:function`. auto: the relative error where an adapter can make the shapes
+            equal, otherwise what the shapes allow.
+        weight: of its loss beside those of outputs and labels.
+        adapter: whether values of other shapes get layers of their own between them, which are trained and dropped.
+        channels: which of the teacher's channels the student's are, in the place of an adapter.
+        by: which teacher it is a value of, counted from 0; "student": it is a deeper value of the student itself.
+    """
+
+    model_config = _CLOSED
+
+    student: str
+    teacher: str
+    loss: PairLoss | Function = "auto"
+    weight: Weight = 1.0
+    adapter: Adapter = "auto"
+    channels: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    by: Annotated[int, Field(ge=0)] | Literal["student"] = 0
+
+
+class DistillPlan(pydantic.BaseModel):
+    """What a student learns, and how.
+
+    Attributes:
+        temperature: softens logits.
+        alpha: share of the teachers' outputs in the loss, the rest is the labels'; None: 0.5 with labels, 1 without.
+        outputs: how outputs are taught; those that are not named are by `auto`.
+        teachers: weights of several teachers, in the order that they are given in; none: all weigh the same.
+        pairs: values inside that are taught too.
+        features: pairs that are found: "stages" where the spatial size changes, or blocks end; "auto": those, where no
+            output of a teacher fits one of the student; "none".
+        feature_loss: of pairs that are found.
+        feature_weight: likewise, of each.
+        label_loss: a name, or the user's `module:function` of output and labels. auto: cross-entropy for class numbers,
+            the mean squared error for floats.
+        label_output: the output that labels are for; "": the first.
+        epochs: passes over the samples.
+        lr: largest step, as a fraction of the size of each tensor; None: 0.03 with BatchNorm, 0.003 without.
+        batch_size: samples per step.
+        samples: train on at most so many; None: all there are.
+        patience: epochs without a lower held-out loss before stopping; None: all are run.
+        augment: views of the samples that student and teachers both see. auto: flip and shift where inputs look like
+            images.
+    """
+
+    model_config = _CLOSED
+
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 4.0
+    alpha: Annotated[float, Field(ge=0, le=1)] | None = None
+    outputs: tuple[OutputPlan, ...] = ()
+    teachers: tuple[TeacherPlan, ...] = ()
+    pairs: tuple[PairPlan, ...] = ()
+    features: Literal["auto", "stages", "none"] = "auto"
+    feature_loss: PairLoss | Function = "auto"
+    feature_weight: Weight = 1.0
+    label_loss: LabelLoss | Function = "auto"
+    label_output: str = ""
+    epochs: Annotated[int, Field(ge=1)] = 8
+    lr: Annotated[float, Field(gt=0, le=1)] | None = None
+    batch_size: Annotated[int, Field(ge=2)] = 64
+    samples: Annotated[int, Field(ge=1)] | None = None
+    patience: Annotated[int, Field(ge=1)] | None = None
+    augment: tuple[ViewName, ...] = ("auto",)
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether it says something of labels."""
+        return self.alpha not in (None, 1) or self.label_loss != "auto" or bool(self.label_output)
+
+    @classmethod
+    def of(cls, given: DistillPlan | Mapping[str, Any] | str | Path | None) -> DistillPlan:
+        """Return the plan that is given as one, as its fields, or as the path of a TOML file; None: the defaults.
+
+        Raises:
+            UsageError: there is no such file, or a field is not known or has a value that it cannot have.
+        """
+        if isinstance(given, DistillPlan):
+            return given
+        if isinstance(given, str | Path):
+            return cls.from_toml(Path(given))
+        return cls._read(dict(given or {}), "The distillation plan")
+
+    @classmethod
+    def from_toml(cls, path: Path) -> DistillPlan:
+        """Read a plan from a file.
+
+        Raises:
+            UsageError: as `of` says.
+        """
+        try:
+            content = tomllib.loads(read_file(path, most=_LARGEST_FILE).decode())
+        except (OSError, ValueError, RecursionError) as err:
+            said = getattr(err, "strerror", None) or printable(first_line(err))
+            raise UsageError(f"{path} is no distillation plan: {said}. `graphopt presets` lists some to copy.") from err
+        return cls._read(content, str(path))
+
+    @classmethod
+    def _read(cls, content: Mapping[str, Any], where: str) -> DistillPlan:
+        try:
+            return cls.model_validate_json(json.dumps(content, default=str))
+        except pydantic.ValidationError as err:
+            raise UsageError(f"{where} cannot be followed: {_problem(err)}.") from err
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as JSON data, which `of` reads."""
+        return self.model_dump(mode="json")
+
+
+def _problem(err: pydantic.ValidationError) -> str:
+    """Say what is wrong with a field; which fields there are, where one is not known."""
+    place, kind = err.errors()[0]["loc"], err.errors()[0]["type"]
+    problem = first_problem(err)
+    field = [name for name in problem.path if not re.match(r"literal\[|constrained-|int$", name)]
+    said = f"`{cut('.'.join(field), 80)}`: {problem.said}"
+    if kind == "extra_forbidden":
+        tables: dict[str, type[pydantic.BaseModel]] = {
+            "outputs": OutputPlan,
+            "pairs": PairPlan,
+            "teachers": TeacherPlan,
+        }
+        known = tables.get(str(place[0]), DistillPlan) if len(place) > 1 else DistillPlan
+        return f"{said}. Known: {', '.join(known.model_fields)}"
+    if kind == "literal_error" and field[-1].endswith("loss"):
+        return f"{said}, or a function of yours, `module:function`"
+    return said

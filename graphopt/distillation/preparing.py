@@ -1,0 +1,146 @@
+"""From a plan to a lesson: what of it holds for a student and its teachers, and the student's training graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from graphopt.distillation.adapters import Change
+from graphopt.distillation.links import links_of
+from graphopt.distillation.matching import Match, matches_of
+from graphopt.distillation.named_losses import pair_loss
+from graphopt.distillation.plan import DistillPlan
+from graphopt.distillation.readings import Reading, adapted, opened
+from graphopt.distillation.taps import own_outputs
+from graphopt.distillation.taught_outputs import label_term, output_terms
+from graphopt.distillation.teachers import Reader, Teacher
+from graphopt.distillation.teaching import Teaching, Term
+from graphopt.errors import UsageError
+from graphopt.ir.plain_data import Json
+from graphopt.ir.program import Program
+from graphopt.pipeline.plan import Refusal
+
+
+@dataclass(frozen=True)
+class PreparedLesson:
+    """A student that can be taught, and what it is taught.
+
+    Attributes:
+        student: its training graph, with taps and adapters, owning its tensors.
+        lesson: what it learns.
+        said: how outputs and values are taught, for people.
+        refusals: what was looked for and is not taught.
+    """
+
+    student: Program
+    lesson: Teaching
+    said: dict[str, Json] = field(default_factory=dict)
+    refusals: tuple[Refusal, ...] = ()
+
+
+def prepare(
+    plan: DistillPlan,
+    student: Program,
+    teachers: Sequence[Teacher],
+    generator: torch.Generator,
+    *,
+    labelled: bool,
+    apart: Sequence[bool] = (),
+) -> PreparedLesson:
+    """Make a lesson of a plan.
+
+    Args:
+        plan: what is asked for.
+        student: it is not changed.
+        teachers: where the student is; none: labels and the student itself teach.
+        generator: draws the weights of adapters, and noise.
+        labelled: whether there are labels, behind the student's inputs in a batch.
+        apart: by teacher, whether it takes inputs of its own, which then lie behind the labels in a batch.
+
+    Raises:
+        UsageError: the plan names what is not there or cannot be, or nothing teaches.
+        DataError: a loss needs labels, and there are none.
+    """
+    if len(plan.teachers) not in (0, len(teachers)):
+        raise UsageError(f"The plan has weights for {len(plan.teachers)} teachers, and {len(teachers)} were given.")
+    terms, refusals = output_terms(plan, student, teachers, generator, labelled=labelled)
+    links, unpaired = links_of(plan, student, teachers, outputs_teach=bool(terms))
+    matches, unmatched = matches_of(links, student, teachers)
+    own = len(student.inputs) + labelled
+    by_labels = label_term(plan, student, labelled=labelled, outputs_teach=bool(terms))
+    if not terms and not matches and by_labels is None:
+        raise UsageError(_nothing(teachers, [*refusals, *unpaired, *unmatched]))
+    asked = [sorted({term.taught for term in terms if term.by == number}) for number in range(len(teachers))]
+    lesson = Teaching(
+        own,
+        [_reader(teacher, asked[number], matches, number) for number, teacher in enumerate(teachers)],
+        _places(student, teachers, apart, own),
+        [_numbered(term, asked) for term in terms],
+        _pair_terms(matches, len(own_outputs(student)), asked),
+        by_labels,
+    )
+    said: dict[str, Json] = {
+        "outputs": {f"{term.name} by {teachers[term.by].name}": term.weight for term in terms if term.by != "student"},
+        "pairs": [str(match) for match in matches],
+        "labels": by_labels.weight if by_labels else 0.0,
+    }
+    training = _training_graph(student, matches, generator).copy(share_tensors=False)
+    return PreparedLesson(training, lesson, said, (*refusals, *unpaired, *unmatched))
+
+
+def _training_graph(student: Program, matches: Sequence[Match], generator: torch.Generator) -> Program:
+    """Return the student with a tap for every match, behind its adapter; then one for each of its own values taught."""
+    if not matches:
+        return student
+    deeper = [match for match in matches if match.link.by == "student"]
+    readings = [Reading(match.link.student, match.loss) for match in matches]
+    readings += [Reading(match.link.teacher, match.loss) for match in deeper]
+    changes = [*(match.change for match in matches), *(Change() for _ in deeper)]
+    return adapted(opened(student, readings), changes, generator)
+
+
+def _reader(teacher: Teacher, outputs: Sequence[int], matches: Sequence[Match], number: int) -> Reader:
+    own = [match for match in matches if match.link.by == number]
+    readings = [Reading(match.link.teacher, match.loss) for match in own]
+    return teacher.reader(outputs, readings, [(match.channels, match.link.channels) for match in own])
+
+
+def _places(student: Program, teachers: Sequence[Teacher], apart: Sequence[bool], own: int) -> list[slice]:
+    places, start = [], own
+    for number, teacher in enumerate(teachers):
+        if number < len(apart) and apart[number]:
+            places.append(slice(start, start + len(teacher.inputs)))
+            start += len(teacher.inputs)
+        else:
+            places.append(slice(0, len(student.inputs)))
+    return places
+
+
+def _numbered(term: Term, asked: Sequence[Sequence[int]]) -> Term:
+    """Return a term that counts its teacher's output among those that are asked for."""
+    assert term.by != "student"
+    return Term(term.name, term.index, term.by, asked[term.by].index(term.taught), term.loss, term.weight)
+
+
+def _pair_terms(matches: Sequence[Match], own: int, asked: Sequence[Sequence[int]]) -> list[Term]:
+    terms = []
+    behind = {number: len(outputs) for number, outputs in enumerate(asked)}
+    deeper = own + len(matches)
+    for index, match in enumerate(matches, start=own):
+        by = match.link.by
+        if by == "student":
+            taught, deeper = deeper, deeper + 1
+        else:
+            taught, behind[by] = behind[by], behind[by] + 1
+        loss = pair_loss(match.loss, match.channels)
+        terms.append(Term(f"{match.link.student.address} {match.loss}", index, by, taught, loss, match.link.weight))
+    return terms
+
+
+def _nothing(teachers: Sequence[Teacher], refusals: Sequence[Refusal]) -> str:
+    if not teachers:
+        return "Nothing teaches the student: give a teacher, or labels."
+    reasons = "; ".join(f"`{refusal.site}`: {refusal.reason}" for refusal in refusals[:3])
+    return f"Nothing of {teachers[0].name} teaches the student: {reasons}. Name pairs in the plan, or give labels."

@@ -1,0 +1,115 @@
+"""Which outputs of a student are taught: by those of teachers, each by the loss that suits it, and by labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from graphopt.distillation.named_losses import label_loss, output_loss
+from graphopt.distillation.objective import OutputKind, Target, targets_of
+from graphopt.distillation.plan import DistillPlan, OutputPlan
+from graphopt.distillation.teachers import Teacher
+from graphopt.distillation.teaching import LabelTerm, Term
+from graphopt.errors import DataError, UsageError
+from graphopt.ir.program import Program
+from graphopt.ir.signature import TensorSpec
+from graphopt.pipeline.plan import Refusal
+
+_ALPHA = 0.5  # with labels, where the plan does not say
+
+
+def output_terms(
+    plan: DistillPlan,
+    student: Program,
+    teachers: Sequence[Teacher],
+    generator: torch.Generator,
+    *,
+    labelled: bool,
+) -> tuple[list[Term], list[Refusal]]:
+    """Say which outputs teachers teach; `Term.taught` is the number of the teacher's output.
+
+    Raises:
+        UsageError: the plan names an output that is not there, or one that differs from what it is to imitate.
+    """
+    alpha = plan.alpha if plan.alpha is not None else (_ALPHA if labelled else 1.0)
+    targets, refusals = targets_of(student)
+    named = _named(plan, student)
+    if not alpha:
+        return [], []
+    terms = []
+    for number, teacher in enumerate(teachers):
+        weight = plan.teachers[number].weight if plan.teachers else 1.0
+        for target in targets:
+            wish = named.get(target.name, OutputPlan(student=target.name))
+            found = _counterpart(target, student, teacher, wish)
+            if isinstance(found, str):
+                if target.name in named:
+                    raise UsageError(f"The output `{target.name}` cannot be taught as the plan says: {found}.")
+                refusals.append(Refusal(target.name, f"{found}: it is not taught", "outputs differ"))
+                continue
+            kinds = target.kind, _kind_of(teacher, found, target.kind)
+            loss = output_loss(wish.loss, kinds, plan.temperature, generator)
+            terms.append(Term(target.name, target.index, number, found, loss, weight * wish.weight))
+    terms = [term for term in terms if term.weight]
+    total = sum(term.weight for term in terms)
+    return [replace(term, weight=alpha * term.weight / total) for term in terms], refusals
+
+
+def label_term(plan: DistillPlan, student: Program, *, labelled: bool, outputs_teach: bool) -> LabelTerm | None:
+    """Say what labels teach: all that outputs of teachers do not.
+
+    Raises:
+        DataError: the plan needs labels, and there are none.
+        UsageError: the plan names an output that is not there.
+    """
+    if not labelled and plan.needs_labels:
+        raise DataError(
+            "The plan learns from labels (alpha below 1, label_loss or label_output), and the data has none. Give "
+            "them: --labels FILE, or labels=..., or say alpha = 1."
+        )
+    weight = 1 - (_ALPHA if plan.alpha is None else plan.alpha)
+    if not labelled or not weight:
+        return None
+    targets, _ = targets_of(student)
+    chosen = [target for target in targets if plan.label_output in ("", target.name)]
+    if not chosen:
+        known = ", ".join(f"`{target.name}`" for target in targets)
+        raise UsageError(f"The student has no output `{plan.label_output}` for the labels. It has {known or 'none'}.")
+    target = chosen[0]
+    loss = label_loss(plan.label_loss, target.kind)
+    return LabelTerm(target.index, len(student.inputs), loss, weight if outputs_teach else 1.0)
+
+
+def _named(plan: DistillPlan, student: Program) -> dict[str, OutputPlan]:
+    names = [spec.name for spec in student.outputs]
+    for output in plan.outputs:
+        if output.student not in names:
+            raise UsageError(f"The student has no output `{output.student}`. It has {', '.join(names)}.")
+    return {output.student: output for output in plan.outputs}
+
+
+def _counterpart(target: Target, student: Program, teacher: Teacher, wish: OutputPlan) -> int | str:
+    """Return the number of the teacher's output that teaches one of the student, or why there is none."""
+    names = [spec.name for spec in teacher.outputs]
+    if wish.teacher and wish.teacher not in names:
+        return f"the teacher `{teacher.name}` has no output `{wish.teacher}`, it has {', '.join(names)}"
+    index = names.index(wish.teacher) if wish.teacher else target.index
+    if index >= len(names):
+        return f"the teacher `{teacher.name}` has {len(names)} outputs"
+    own, other = student.outputs[target.index], teacher.outputs[index]
+    return index if _alike(own, other) else f"it is {own}, and that of the teacher `{teacher.name}` {other}"
+
+
+def _alike(own: TensorSpec, other: TensorSpec) -> bool:
+    sizes = zip(own.shape[1:], other.shape[1:], strict=False)
+    same = all(isinstance(a, str) or isinstance(b, str) or a == b for a, b in sizes)
+    return len(own.shape) == len(other.shape) and same and other.dtype.is_floating_point
+
+
+def _kind_of(teacher: Teacher, index: int, otherwise: OutputKind) -> OutputKind:
+    """Return the kind of a teacher's output; of an artifact nothing says it."""
+    if teacher.program is None:
+        return otherwise
+    return next((found.kind for found in targets_of(teacher.program)[0] if found.index == index), otherwise)

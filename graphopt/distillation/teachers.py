@@ -1,0 +1,175 @@
+"""Teachers: programs, modules, files and artifacts of a runtime, as something that flat inputs are given to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from graphopt.capturing.load import load_with_data, with_data
+from graphopt.data.batches import Batch
+from graphopt.distillation.addresses import Tap
+from graphopt.distillation.pairing import pair_taps
+from graphopt.distillation.readings import Reading, gathered, opened, truncated
+from graphopt.errors import LoadError, UsageError
+from graphopt.ir.placing import place
+from graphopt.ir.program import Program
+from graphopt.ir.signature import TensorSpec
+from graphopt.loading.functions import is_function_name
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.pipeline import Pipeline
+from graphopt.pipeline.registry import DEFAULT_TARGET, backend_of
+from graphopt.pipeline.runner import run
+from graphopt.targets.backend import Artifact
+from graphopt.targets.flat_session import flat
+
+GivenTeacher: TypeAlias = nn.Module | Program | Artifact | str | Path
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What a teacher is asked for: some of its outputs and values inside, without gradients.
+
+    Attributes:
+        call: computes them from the teacher's flat inputs.
+        program: what computes them, None for a runtime.
+    """
+
+    call: Callable[[Batch], Batch]
+    program: Program | None = None
+
+    def place(self, device: torch.device) -> None:
+        """Move a program; a runtime stays where it is, and gets and gives what is on the device."""
+        if self.program is not None:
+            place(self.program.graph_module, device)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A trained model that a student learns from.
+
+    Attributes:
+        name: what messages and reports call it.
+        inputs: its flat inputs.
+        outputs: its flat outputs.
+        program: its graph, None for an artifact, which has no values inside to read.
+        artifact: None for a program.
+    """
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    program: Program | None = None
+    artifact: Artifact | None = None
+
+    @classmethod
+    def open(cls, given: GivenTeacher, *, data: Any, trust: bool = False, seed: int = 0) -> Teacher:
+        """Open a teacher.
+
+        Args:
+            given: a module, which is captured on `data`; a program; an artifact of a runtime; the path of any of them;
+                or `module:function`, which returns a module, and behind an `@` the file with its weights.
+            data: inputs that it takes.
+            trust: let its file run code.
+            seed: of example inputs that are made up.
+
+        Raises:
+            GraphOptError: it cannot be loaded, or captured on the data.
+        """
+        if isinstance(given, Artifact):
+            return cls(given.path.name, given.inputs, given.outputs, artifact=given)
+        if isinstance(given, Program):
+            return cls._of("program", given)
+        if isinstance(given, nn.Module):
+            return cls._of(type(given).__name__, with_data(given, data, share_tensors=True)[0])
+        text = str(given)
+        factory, _, weights = text.partition("@")
+        if is_function_name(factory):
+            found = load_with_data(factory=factory, weights=weights or None, data=data, trust=trust, seed=seed)[0]
+            return cls._of(factory, found)
+        path = Path(given)
+        owner = backend_of(path, preferred=DEFAULT_TARGET)
+        if owner is not None:
+            if not path.is_file():
+                raise LoadError(f"There is no {path}. Give the teacher's file.")
+            return cls.open(owner.open(path), data=None)
+        return cls._of(path.name, load_with_data(path, data=data, trust=trust, seed=seed)[0])
+
+    @classmethod
+    def _of(cls, name: str, program: Program) -> Teacher:
+        program = program.evaluated()
+        return cls(name, program.inputs, program.outputs, program)
+
+    def to(self, device: torch.device) -> Teacher:
+        """Return the teacher on a device."""
+        if self.program is None:
+            return self
+        return Teacher(self.name, self.inputs, self.outputs, self.program.to(device))
+
+    def reader(
+        self, outputs: Sequence[int], readings: Sequence[Reading], channels: Sequence[tuple[int, Sequence[int]]]
+    ) -> Reader:
+        """Return what computes some outputs and values: a graph that ends at the deepest of them, BatchNorm folded.
+
+        Args:
+            outputs: which of its outputs.
+            readings: which values inside.
+            channels: for each value its axis of channels, and which of them are wanted; none: all.
+        """
+        if self.program is None:
+            assert self.artifact is not None
+            answer = flat(self.artifact.session())
+            return Reader(lambda batch: tuple(answer(batch)[index] for index in outputs))
+        program = truncated(gathered(self._opened(readings), channels), outputs).copy(share_tensors=False)
+        return Reader(_only_forward(program), program)
+
+    def _opened(self, readings: Sequence[Reading]) -> Program:
+        """Return the program with its BatchNorms folded, where all that is read is still there then."""
+        assert self.program is not None
+        folded = _folded(self.program)
+        pairs, lost = pair_taps(self.program, folded, [reading.tap for reading in readings])
+        if lost:
+            return opened(self.program, readings)
+        nodes = [Tap(pair.teacher.address, pair.student.node) for pair in pairs]
+        return opened(folded, [Reading(tap, old.loss) for tap, old in zip(nodes, readings, strict=True)])
+
+
+def check_inputs(teacher: Teacher, found: Sequence[TensorSpec], whose: str) -> None:
+    """Compare what a teacher takes with what it would be given.
+
+    Raises:
+        UsageError: it takes something else.
+    """
+
+    def fits(own: TensorSpec, other: TensorSpec) -> bool:
+        sizes = zip(own.shape[1:], other.shape[1:], strict=False)
+        same = all(isinstance(a, str) or isinstance(b, str) or a == b for a, b in sizes)
+        return own.dtype == other.dtype and len(own.shape) == len(other.shape) and same
+
+    if len(teacher.inputs) != len(found) or not all(map(fits, teacher.inputs, found)):
+        raise UsageError(
+            f"The teacher `{teacher.name}` takes {', '.join(map(str, teacher.inputs))}, and {whose} "
+            f"{', '.join(map(str, found))}. Give it inputs of its own, sample by sample the same: --teacher-data FILE, "
+            "or teacher_data=..."
+        )
+    single = [spec for spec in teacher.inputs if spec.shape and isinstance(spec.shape[0], int)]
+    if single:
+        raise UsageError(
+            f"The teacher `{teacher.name}` takes batches of {single[0].shape[0]} alone. Export it with a dynamic batch."
+        )
+
+
+def _folded(program: Program) -> Program:
+    return run(Pipeline.parse("fold"), program, Context(original=program)).programs[""]
+
+
+def _only_forward(program: Program) -> Callable[[Batch], Batch]:
+    def call(batch: Batch) -> Batch:
+        with torch.no_grad():
+            return program.call_flat(batch)
+
+    return call

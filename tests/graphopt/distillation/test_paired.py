@@ -1,0 +1,291 @@
+"""pair_for_training and finish: any student learns from any teacher in a plain loop, and is itself again afterwards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+import graphopt
+from graphopt.capturing.capture import capture
+from graphopt.distillation.paired import PairedModule, finish, pair_for_training
+from graphopt.errors import DataError, GraphOptError, UsageError
+from graphopt.ir.program import Program
+from graphopt.testing import assert_same_program, fingerprint
+from tests.graphopt.distillation.models import ResidualNet, settled
+
+IMAGES = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+LABELS = torch.randint(0, 5, (64,), generator=torch.Generator().manual_seed(2))
+
+
+class Slim(nn.Module):
+    """A chain of convolutions that shares nothing with the teacher, with a stage of 2x2 where that has one of 4x4."""
+
+    def __init__(self, classes: int = 5) -> None:
+        super().__init__()
+        self.stem, self.down, self.mix = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 6, 3, 4, 1), nn.Conv2d(6, 6, 1)
+        self.norm, self.drop, self.head = nn.BatchNorm2d(6), nn.Dropout(0.1), nn.Linear(6, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.mix(self.down(self.stem(x).relu()).relu())).relu()
+        return self.head(self.drop(x.mean((2, 3))))
+
+
+class Attending(nn.Module):
+    """Two layers of fused attention over tokens, with a mask of any kind."""
+
+    def __init__(self, width: int, layers: int = 2, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+        self.embed = nn.Linear(5, width)
+        self.layers = nn.ModuleList(nn.ModuleList([nn.Linear(width, 3 * width)]) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for (layer,) in self.layers:
+            q, k, v = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in layer(x).chunk(3, -1))
+            x = x + scaled_dot_product_attention(q, k, v, **self.options).transpose(1, 2).flatten(2)
+        return x
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Program:
+    torch.manual_seed(0)
+    model = settled(ResidualNet(), IMAGES)
+    nn.init.normal_(model.get_parameter("head.weight"))
+    return capture(model, IMAGES[:2])
+
+
+@pytest.fixture(scope="module")
+def student() -> Program:
+    torch.manual_seed(3)
+    return capture(Slim(), IMAGES[:2])
+
+
+def taught(paired: PairedModule, steps: int = 30, **columns: Tensor) -> list[float]:
+    optimizer = torch.optim.AdamW(paired.train().parameters(), 1e-2)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        found = paired(IMAGES, **columns)
+        found.loss.backward()
+        optimizer.step()
+        losses.append(float(found.loss.detach()))
+    return losses
+
+
+FEATURES = {"features": "stages", "alpha": 0.5}
+PAIRS = {
+    "pairs": [
+        {"student": "down", "teacher": "layer2", "loss": "values"},
+        {"student": "stem", "teacher": "layer1", "loss": "attention"},
+        {"student": "mix", "teacher": "layer1", "loss": "distances"},
+        {"student": "stem", "teacher": "norm:batch_norm", "loss": "cosine", "by": "student"},
+    ]
+}
+
+
+@pytest.mark.parametrize("plan", [{}, FEATURES, PAIRS], ids=["outputs", "stages", "pairs"])
+def test_a_plain_loop_teaches_and_the_deployed_graph_is_the_students_own(
+    teacher: Program, student: Program, plan: dict[str, Any]
+) -> None:
+    before = fingerprint(teacher), fingerprint(student)
+    paired = pair_for_training(student, teacher, plan, labelled=True)
+    losses = taught(paired, labels=LABELS)
+    assert losses[-1] < 0.8 * losses[0]
+    deployed = finish(paired)
+    assert (fingerprint(teacher), fingerprint(student)) == before
+    assert_same_program(deployed, student, compare_tensors=False)
+    assert [(node.name, node.meta["val"].shape) for node in deployed.graph.nodes if "val" in node.meta] == [
+        (node.name, node.meta["val"].shape) for node in student.graph.nodes if "val" in node.meta
+    ]
+    assert deployed.state_dict().keys() == student.state_dict().keys()
+    assert deployed.outputs == student.outputs
+    with torch.no_grad():
+        torch.testing.assert_close(deployed(IMAGES), paired.eval()(IMAGES, labels=LABELS).outputs)
+
+
+def test_terms_are_named_and_weighted_and_adapters_are_trained_and_counted(teacher: Program, student: Program) -> None:
+    paired = pair_for_training(student, teacher, {**PAIRS, "alpha": 0.7})
+    found = paired(IMAGES, labels=LABELS)
+    assert list(found.losses) == [
+        "output output",
+        "labels",
+        *(f"pair {name}" for name in ("down:conv2d values", "stem:conv2d attention", "mix:conv2d distances")),
+        "pair stem:conv2d cosine",
+    ]
+    torch.testing.assert_close(found.loss, sum(found.losses.values()))
+    logits, wanted = found.outputs, teacher(IMAGES)
+    labels_term = 0.3 * nn.functional.cross_entropy(logits, LABELS)
+    output_term = (
+        0.7
+        * 16
+        * nn.functional.kl_div(
+            (logits / 4).log_softmax(1), (wanted / 4).log_softmax(1), reduction="batchmean", log_target=True
+        )
+    )
+    torch.testing.assert_close(found.losses["labels"], labels_term)
+    torch.testing.assert_close(found.losses["output output"], output_term)
+    own = dict(student.graph_module.named_parameters())
+    extra = {name for name, _ in paired.program.graph_module.named_parameters() if name not in own}
+    assert extra == {"distill_adapters.0.weight", "distill_adapters.0.bias"} | {
+        f"distill_adapters.3.{leaf}" for leaf in ("weight", "bias")
+    }
+    found.loss.backward()
+    gradients = dict(paired.program.graph_module.named_parameters())
+    assert all(gradients[name].grad is not None for name in gradients)
+    assert not any("teacher" in name or "layer1" in name for name in paired.state_dict())
+
+
+def test_a_gather_of_the_teachers_channels_takes_the_place_of_an_adapter(teacher: Program, student: Program) -> None:
+    pair = {"student": "stem", "teacher": "layer1", "loss": "values", "channels": [1, 3, 5, 7]}
+    paired = pair_for_training(student, teacher, {"pairs": [pair]})
+    found = paired(IMAGES).losses["pair stem:conv2d values"]
+    tapped = graphopt.optimize(
+        teacher, passes="distill_hooks:taps=layer1", target=None, bench=False, cache=False
+    ).program(IMAGES)[1]
+    wanted = next(iter(tapped.values()))[:, [1, 3, 5, 7]]
+    own = nn.functional.conv2d(
+        IMAGES, *(student.state_dict()[f"stem.{leaf}"] for leaf in ("weight", "bias")), padding=1
+    )
+    torch.testing.assert_close(found, (own - wanted).square().sum() / wanted.square().sum())
+    assert paired.state_dict().keys() == {f"student.{name}" for name in student.state_dict()}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"is_causal": True},
+        {"scale": 0.3},
+        {"attn_mask": torch.tensor([[0.0, -9.0, 0.0, 0.5]])},
+        {"attn_mask": torch.tensor([[True, True, True, False]])},
+    ],
+    ids=["plain", "causal", "scaled", "added mask", "boolean mask"],
+)
+def test_fused_attention_is_opened_in_the_training_graph_alone(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    tokens = torch.randn(3, 4, 5)
+    wide, slim = (capture(Attending(width, **options), tokens) for width in (16, 8))
+    fused = "*:scaled_dot_product_attention"
+    plan = {
+        "alpha": 1,
+        "features": "none",
+        "pairs": [
+            {"student": fused, "teacher": fused, "loss": loss}
+            for loss in ("attention_scores", "attention_probabilities", "value_relations")
+        ],
+    }
+    paired = pair_for_training(slim, wide, plan)
+    found = paired(tokens)
+    assert len(found.losses) == 6  # of two calls of attention
+    found.loss.backward()
+    names = [node.name for node in paired.program.graph.nodes]
+    assert sum("scaled_dot_product_attention" in name for name in names) == 2
+    probabilities = list(paired.program(tokens)[1].values())[2:4]
+    q, k, v = (p.unflatten(-1, (2, -1)).transpose(1, 2) for p in _projected(slim, tokens).chunk(3, -1))
+    attended = scaled_dot_product_attention(q, k, v, **options)
+    torch.testing.assert_close(probabilities[0] @ v, attended)
+    assert_same_program(finish(paired), slim, compare_tensors=False)
+
+
+def _projected(program: Program, tokens: Tensor) -> Tensor:
+    weights = program.state_dict()
+    embedded = nn.functional.linear(tokens, weights["embed.weight"], weights["embed.bias"])
+    return nn.functional.linear(embedded, weights["layers.0.0.weight"], weights["layers.0.0.bias"])
+
+
+def test_several_teachers_weigh_as_the_plan_says(teacher: Program, student: Program) -> None:
+    torch.manual_seed(9)
+    other = capture(settled(ResidualNet(), IMAGES), IMAGES[:2])
+    alone = [float(pair_for_training(student, one).eval()(IMAGES).loss.detach()) for one in (teacher, other)]
+    both = pair_for_training(student, [teacher, other], {"teachers": [{"weight": 3.0}, {}]}).eval()
+    assert float(both(IMAGES).loss.detach()) == pytest.approx(0.75 * alone[0] + 0.25 * alone[1], rel=1e-5)
+
+
+def test_a_head_of_other_classes_learns_from_labels_and_features_alone(teacher: Program) -> None:
+    student = capture(Slim(classes=7), IMAGES[:2])
+    paired = pair_for_training(student, teacher, labelled=True)
+    names = list(paired(IMAGES, labels=LABELS).losses)
+    assert names[0] == "labels"
+    assert len(names) == 3  # and a pair for each of two stages
+
+
+def test_the_teacher_ends_where_it_is_read_and_holds_no_batch_norm(teacher: Program, student: Program) -> None:
+    plan = {"outputs": [{"student": "output", "weight": 0}], "pairs": [{"student": "stem", "teacher": "layer1"}]}
+    reader = pair_for_training(student, teacher, plan)._prepared.lesson.readers[0].program
+    assert reader is not None
+    called = [node.name for node in reader.graph.nodes if node.op == "call_function"]
+    assert not any(name.startswith(("batch_norm", "linear", "mean")) for name in called)
+    assert len(called) < 10
+
+
+BAD: dict[str, tuple[dict[str, Any], type[GraphOptError], str]] = {
+    "nothing there": (
+        {"pairs": [{"student": "stemm", "teacher": "layer1"}]},
+        UsageError,
+        r"Nothing in the program is at `stemm`. Nearest: `stem`",
+    ),
+    "shapes": (
+        {"pairs": [{"student": "stem", "teacher": "head", "loss": "values"}]},
+        UsageError,
+        r"The pair `stem:conv2d` by `head:linear` of the plan cannot be: the student's value is Nx4x8x8, the teacher's "
+        r"Nx5: they have other axes. A loss that compares samples alone",
+    ),
+    "no adapter": (
+        {"pairs": [{"student": "stem", "teacher": "layer1", "adapter": "none", "loss": "cosine"}]},
+        UsageError,
+        "there is to be no adapter",
+    ),
+    "a teacher too many": (
+        {"pairs": [{"student": "stem", "teacher": "layer1", "by": 1}]},
+        UsageError,
+        "a pair by teacher 1, and there are 1, counted from 0",
+    ),
+    "weights": ({"teachers": [{}, {}]}, UsageError, "weights for 2 teachers, and 1 were given"),
+    "an output": ({"outputs": [{"student": "logits"}]}, UsageError, "no output `logits`. It has output"),
+    "a channel": (
+        {"pairs": [{"student": "stem", "teacher": "layer1", "channels": [8]}]},
+        UsageError,
+        "channel 8 is asked of the teacher's Nx8x8x8",
+    ),
+    "a function": ({"label_loss": "nowhere:loss"}, UsageError, "importing `nowhere` failed"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_what_cannot_be_is_said(teacher: Program, student: Program, what: str) -> None:
+    plan, kind, said = BAD[what]
+    with pytest.raises(kind, match=said):
+        pair_for_training(student, teacher, plan)
+
+
+def test_labels_that_are_missing_or_of_another_shape_are_said_to_be(teacher: Program, student: Program) -> None:
+    paired = pair_for_training(student, teacher, {"alpha": 0.5})
+    with pytest.raises(DataError, match="The plan learns from labels, and the batch came without"):
+        paired(IMAGES)
+    with pytest.raises(DataError, match=r"Cross-entropy is of class numbers \[64\].* labels are int64 \[64, 1\]"):
+        paired(IMAGES, labels=LABELS[:, None])
+    with pytest.raises(DataError, match="The plan learns from labels"):
+        pair_for_training(student, teacher, {"alpha": 0.5}, labelled=False)
+
+
+def test_a_teacher_that_takes_something_else_is_refused_and_given_its_own(student: Program) -> None:
+    flat = capture(nn.Sequential(nn.Linear(4, 5)), torch.randn(2, 4))
+    with pytest.raises(UsageError, match=r"The teacher `program` takes input: batchx4 float32, and the student"):
+        pair_for_training(student, flat)
+    signals = torch.randn(64, 4)
+    paired = pair_for_training(student, flat, teacher_data=signals[:2])
+    assert float(paired(IMAGES, teacher_inputs=(signals,)).loss.detach()) > 0
+    with pytest.raises(DataError, match="the student gives 64 samples and what teaches it 8"):
+        paired(IMAGES, teacher_inputs=(signals[:8],))
+
+
+def test_nothing_to_learn_from_is_an_error(student: Program) -> None:
+    with pytest.raises(UsageError, match="Nothing teaches the student: give a teacher, or labels"):
+        pair_for_training(student, None)
+    with pytest.raises(UsageError, match="Tensor is no program"):
+        finish(IMAGES)  # type: ignore[arg-type]
