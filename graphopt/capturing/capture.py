@@ -17,7 +17,8 @@ from torch.export import ExportedProgram
 
 from graphopt.capturing.asked_sizes import AskedSizes
 from graphopt.capturing.axis_names import AxisNames, declared_axes
-from graphopt.capturing.checks import check_equal, check_repeatable, run_model, wrong_batch, wrong_size
+from graphopt.capturing.checks import check_equal, check_repeatable, run_model
+from graphopt.capturing.compared import Compared
 from graphopt.capturing.dynamic_batch import with_dynamic_batch
 from graphopt.capturing.explain import explain
 from graphopt.capturing.guards import insert_guards
@@ -42,6 +43,7 @@ from graphopt.capturing.safe_graphs import evaluated
 from graphopt.capturing.sizes_of_one import without_ones
 from graphopt.capturing.smallest_call import with_the_smallest_call
 from graphopt.capturing.tied_axes import sizes_tied, torch_dims
+from graphopt.capturing.wrong_sizes import wrong_batch, wrong_size
 from graphopt.errors import CaptureError, ExampleError
 from graphopt.ir.contents import resolved
 from graphopt.ir.devices import OUT_OF_MEMORY, device_memory, device_of, held_by
@@ -125,11 +127,12 @@ def capture(
     ):
         warnings.simplefilter("ignore")
         args, kwargs, leaf_shapes, expected, note = _examples(model, args, kwargs, dynamic_shapes)
-        program = _capture(model, args, kwargs, leaf_shapes, [*note, *notes])
-        program = program.to(device)  # constants in the model's code, too
-        check_equal(program, expected, args, kwargs)
+        captured, compared = _capture(model, args, kwargs, leaf_shapes, [*note, *notes])
+        program = captured.to(device)  # constants in the model's code, too
+        if program is not captured or not compared.agree_on_examples():
+            check_equal(program, expected, args, kwargs)
         check_repeatable(program, args, kwargs)
-        program = with_axes_kept(with_the_smallest_call(program))
+        program = with_axes_kept(with_the_smallest_call(program, compared))
     return program if share_tensors else program.copy(share_tensors=False)
 
 
@@ -195,7 +198,7 @@ def _fixed_by_example(
 
 def _capture(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: LeafShapes, given: list[Note]
-) -> Program:
+) -> tuple[Program, Compared]:
     """Export with the dynamic axes asked for; without the default batch axis where that fails or is wrong."""
 
     def attempt(wanted: LeafShapes) -> ExportedProgram:
@@ -205,8 +208,10 @@ def _capture(
         _check_calls(exported.graph)
         return exported
 
-    def program(exported: ExportedProgram, wanted: LeafShapes, notes: Sequence[Note] = ()) -> tuple[Program, str]:
-        """Return the program, and at which batch size it is not the model, "" for none."""
+    def program(
+        exported: ExportedProgram, wanted: LeafShapes, notes: Sequence[Note] = ()
+    ) -> tuple[Program, Compared, str]:
+        """Return the program, beside the model, and at which batch size it is not that, "" for none."""
         module = exported.module(check_guards=False)  # 2.13 adds a `_guards_fn` call without that argument
         record_ranges(module)
         asked = AskedSizes(module)
@@ -214,20 +219,21 @@ def _capture(
         found = dataclasses.replace(
             found, notes=(*found.notes, *given, *notes, *lost_in_eval(model, found.graph_module))
         )
-        wrong = wrong_size(model, found, asked, args, kwargs)
+        compared = Compared(model, found)
+        wrong = wrong_size(found, asked, compared)
         if wrong is not None and not wrong[0]:
             raise _DecidesBySizeError(
                 f"The model cannot be captured: {wrong[1]}. It decides by size: let the axis be of one size, or "
                 "the model do the same for all."
             )
-        return without_ones(model, found), wrong[1] if wrong is not None else ""
+        return without_ones(found, compared), compared, wrong[1] if wrong is not None else ""
 
     error: Exception | None = None
     try:
-        captured, reason = program(attempt(shapes), shapes)
-        reason = reason or wrong_batch(model, captured, args, kwargs)
+        captured, compared, reason = program(attempt(shapes), shapes)
+        reason = reason or wrong_batch(captured, compared)
         if not reason:
-            return captured
+            return captured, compared
     except (_UnfinishedTraceError, _DecidesBySizeError, *OUT_OF_MEMORY):
         raise
     except Exception as err:  # tracing runs the user's code, which may raise anything
@@ -247,7 +253,8 @@ def _capture(
         raise CaptureError(f"The model cannot be captured: {reason}") from err
     text = f"The batch size is fixed: {reason}"
     logger.warning("%s", text)
-    return program(exported, static, [Note("batch", text)])[0]
+    captured, compared, _ = program(exported, static, [Note("batch", text)])
+    return captured, compared
 
 
 def _partners(

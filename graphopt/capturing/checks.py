@@ -1,18 +1,15 @@
-"""Whether a captured program is the model: same outputs, at other batch sizes too, and no memory of earlier calls."""
+"""Whether a captured program is the model: same outputs, and no memory of earlier calls."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from graphopt.capturing.asked_sizes import AskedSizes, OtherSizes, Place
 from graphopt.errors import CaptureError, ExampleError, first_line, foreign_code
 from graphopt.ir.aliasing import Storages
-from graphopt.ir.batch_sizes import BatchSizes
 from graphopt.ir.buffers import with_its_buffers
 from graphopt.ir.devices import OUT_OF_MEMORY
 from graphopt.ir.finite import computable
@@ -29,7 +26,6 @@ from graphopt.ir.walker import Walker
 # tolerance is 1e-4 in single precision, and in what is narrower too.
 _CAPTURE_ULPS = 840
 _DOUBLES = {torch.float64, torch.complex128}
-_CHECKED_BATCHES = (1, 3)  # sizes beside the captured one at which program and model are compared
 
 
 def run_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -159,106 +155,6 @@ def _draws(node: fx.Node) -> bool:
         return False
     given = arguments(node, ())  # a dropout that is switched off is not to be named for what another draws
     return not (given.get("train") is False or given.get("training") is False or given.get("dropout_p") == 0)
-
-
-def wrong_batch(model: nn.Module, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """Say at which batch size a program with a dynamic batch is not the model, "" if at none tried.
-
-    A Python branch on the batch size leaves no trace in the graph, nor does an operator that takes one size alone where
-    what torch knows of its shapes does not ask: only running it shows.
-    """
-    examples = program.flat_examples()
-    sizes = BatchSizes(program.inputs, [tensor.shape for tensor in examples])
-    rows = next((len(tensor) for spec, tensor in zip(program.inputs, examples, strict=True) if spec.batched), 0)
-    near = sizes.near(_CHECKED_BATCHES) if rows else []
-    failed: list[str] = []
-    for size in dict.fromkeys([*near, sizes.nearest(2 * rows)]) if rows else ():
-        if size not in near and not failed:
-            break
-        sized = [
-            resized(tensor, sizes.shape(spec, size, tensor.shape))
-            for spec, tensor in zip(program.inputs, examples, strict=True)
-        ]
-        other_args, other_kwargs = program.unflatten(sized)
-        try:
-            expected = run_model(model, other_args, other_kwargs)
-        except CaptureError as err:
-            if size > 1:  # what takes one sample alone otherwise than several still takes any number of these
-                failed.append(f"at batch {size} the model fails ({getattr(err, 'reason', first_line(err))})")
-            continue
-        worst = difference(program, expected, other_args, other_kwargs)
-        if worst:
-            return f"at batch {size} the captured program differs from the model ({worst})"
-    return failed[0] if len(failed) > 1 and _only_batches_vary(program) else ""
-
-
-def wrong_size(
-    model: nn.Module, program: Program, asked: AskedSizes, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[bool, str] | None:
-    """Say at which sizes that were not traced a program is not the model, and how; None if at none that were tried.
-
-    Args:
-        model: the user's.
-        program: what was captured of it.
-        asked: what the trace that it was made of asked about sizes.
-        args: positional examples.
-        kwargs: keyword examples.
-
-    Returns:
-        Whether the batch is one of them, and the sentence.
-    """
-    leaves, spec = pytree.tree_flatten((args, kwargs))
-    tensors = [index for index, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-
-    @functools.cache
-    def compared(sizes: frozenset[tuple[Place, int]]) -> tuple[str, str]:
-        """Say how the two differ, and why the model fails."""
-        sized = list(leaves)
-        for (number, axis), size in sizes:
-            shape = [*sized[tensors[number]].shape]
-            shape[axis] = size
-            sized[tensors[number]] = resized(sized[tensors[number]], shape)
-        other_args, other_kwargs = pytree.tree_unflatten(sized, spec)
-        try:
-            expected = run_model(model, other_args, other_kwargs)
-        except CaptureError as err:
-            return "", getattr(err, "reason", first_line(err))
-        return difference(program, expected, other_args, other_kwargs), ""
-
-    questions = list(asked.others(program.inputs))
-    for others in questions:
-        failed: list[str] = []
-        for one in others:
-            worst, reason = compared(frozenset(one.sizes.items()))
-            if worst:
-                return one.of_batch, f"at {_said(one, program)} the captured program differs from the model ({worst})"
-            if not reason:
-                break
-            failed.append(f"at {_said(one, program)} the model fails ({reason})")
-        else:  # of a batch that must be a multiple, say, and not of one that must be large enough
-            rows = {one.sizes[place] > leaves[tensors[place[0]]].shape[0] for one in others for place in one.asked}
-            if others[0].of_batch and len(others[0].asked) == 1 and len(rows) == 2:
-                return True, failed[0]
-    for one in (others[-1] for others in questions):  # what is no other yet beside the traced sizes may be farther on
-        if worst := compared(frozenset(one.sizes.items()))[0]:
-            return one.of_batch, f"at {_said(one, program)} the captured program differs from the model ({worst})"
-    return None
-
-
-def _said(other: OtherSizes, program: Program) -> str:
-    if other.of_batch and len(other.asked) == 1:
-        return f"batch {other.sizes[other.asked[0]]}"
-    return " and ".join(
-        f"size {other.sizes[number, axis]} of axis {axis} of `{program.inputs[number].name}`"
-        for number, axis in other.asked
-    )
-
-
-def _only_batches_vary(program: Program) -> bool:
-    """Whether first axes of one size are all that is dynamic: what a model says of another is of that size alone."""
-    examples = zip(program.inputs, program.flat_examples(), strict=True)
-    firsts = {len(tensor) for spec, tensor in examples if spec.batched}
-    return len(firsts) == 1 and not any(isinstance(size, str) for spec in program.inputs for size in spec.shape[1:])
 
 
 def resized(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:

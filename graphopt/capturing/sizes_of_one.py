@@ -10,18 +10,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from torch import nn
-
-from graphopt.capturing.checks import difference, resized, run_model
+from graphopt.capturing.compared import Compared
 from graphopt.capturing.smallest_call import bound_to
-from graphopt.errors import CaptureError
 from graphopt.ir.program import Program
 from graphopt.ir.signature import TensorSpec
 from graphopt.ir.size_expressions import evaluate, names_in
 from graphopt.ir.sizes import SizeRange
 
 
-def without_ones(model: nn.Module, program: Program) -> Program:
+def without_ones(program: Program, compared: Compared) -> Program:
     """Return a program whose axes, but for first ones, are of two or more where it is not the model at one."""
     examples = program.flat_examples()
     pairs = [*zip(program.inputs, examples, strict=True)]
@@ -36,7 +33,7 @@ def without_ones(model: nn.Module, program: Program) -> Program:
             for axis, size in enumerate(shape)
             if isinstance(spec.shape[axis], str)
         )
-        if allowed and _wrong(model, program, shapes):
+        if allowed and compared.at(shapes)[0]:  # a model that fails takes no such size
             program = bound_to(program, [_of_two(spec, name) for spec in program.inputs])
     return program
 
@@ -44,16 +41,6 @@ def without_ones(model: nn.Module, program: Program) -> Program:
 def _shape(spec: TensorSpec, sizes: Mapping[str, int], example: Sequence[int]) -> list[int]:
     found = [evaluate(size, sizes) if isinstance(size, str) else size for size in spec.shape]
     return [own if size is None else size for size, own in zip(found, example, strict=True)]
-
-
-def _wrong(model: nn.Module, program: Program, shapes: Sequence[Sequence[int]]) -> bool:
-    sized = [resized(tensor, shape) for tensor, shape in zip(program.flat_examples(), shapes, strict=True)]
-    args, kwargs = program.unflatten(sized)
-    try:
-        expected = run_model(model, args, kwargs)
-    except CaptureError:  # it takes no such size
-        return False
-    return bool(difference(program, expected, args, kwargs))
 
 
 def _of_two(spec: TensorSpec, name: str) -> TensorSpec:

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import torch
 
 from graphopt.capturing.checks import resized, run_program
+from graphopt.capturing.compared import Compared
 from graphopt.errors import CaptureError
 from graphopt.ir.batch_sizes import BatchSizes
 from graphopt.ir.buffers import with_its_buffers
@@ -21,10 +22,14 @@ from graphopt.ir.size_expressions import linear
 from graphopt.ir.sizes import SizeRange
 
 
-def with_the_smallest_call(program: Program) -> Program:
+def with_the_smallest_call(program: Program, compared: Compared | None = None) -> Program:
     """Return a program whose ranges of sizes begin where it runs: at one sample where nothing else is known.
 
     What runs on some samples is taken to run on more, up to those of its examples, on which it has run.
+
+    Args:
+        program: as captured or loaded.
+        compared: what is known of it.
     """
     examples = program.flat_examples()
     sizes = BatchSizes(program.inputs, [tensor.shape for tensor in examples])
@@ -34,11 +39,12 @@ def with_the_smallest_call(program: Program) -> Program:
 
     @functools.cache
     def runs_on(samples: int) -> bool:
-        sized = [
-            resized(tensor, sizes.shape(spec, samples, tensor.shape))
-            for spec, tensor in zip(program.inputs, examples, strict=True)
+        shapes = [
+            sizes.shape(spec, samples, tensor.shape) for spec, tensor in zip(program.inputs, examples, strict=True)
         ]
-        args, kwargs = program.unflatten(sized)
+        if compared is not None and compared.agree(shapes):
+            return True
+        args, kwargs = program.unflatten([resized(*pair) for pair in zip(examples, shapes, strict=True)])
         try:  # torch writes the traceback of what a graph raises by itself
             with with_its_buffers(program.graph_module), torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
                 run_program(program, args, kwargs)
