@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from graphopt.ir.editor import Editor
     from graphopt.ir.program import Program
     from graphopt.ir.signature import TensorSpec
+    from graphopt.job.distilling import distill
     from graphopt.job.job import Job
     from graphopt.job.opening import open
     from graphopt.job.optimizing import optimize
@@ -69,6 +70,7 @@ _HOMES = {
     "graphopt.ir.editor": ("Editor",),
     "graphopt.pipeline.hooks": ("Hook",),
     "graphopt.capturing.load": ("load",),
+    "graphopt.job.distilling": ("distill",),
     "graphopt.job.job": ("Job",),
     "graphopt.data.served": ("ServedInput",),
     "graphopt.job.opening": ("open",),
@@ -85,7 +87,7 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    *("capture", "finish", "load", "open", "optimize", "pair_for_training", "replay"),
+    *("capture", "distill", "finish", "load", "open", "optimize", "pair_for_training", "replay"),
     *("Program", "TensorSpec", "Pipeline", "Pass", "NoOptions", "Plan", "Refusal", "Context", "Editor", "Hook"),
     *("Job", "Result", "Report", "Artifact", "Backend", "Finding", "Session", "TargetDescription"),
     *("DistillPlan", "PairedModule", "ServedInput"),

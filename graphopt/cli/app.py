@@ -14,7 +14,7 @@ import traceback
 import typer
 from typer.exceptions import TyperException
 
-from graphopt.cli import bench, cache, inspect, optimize, passes, replay, verify
+from graphopt.cli import bench, cache, distill, inspect, optimize, passes, presets, replay, verify
 from graphopt.errors import GraphOptError, first_line, printable
 from graphopt.versions import check_torch
 
@@ -35,8 +35,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("optimize", epilog=EXIT_CODES)(optimize.command)
+app.command("distill", epilog=EXIT_CODES)(distill.command)
 app.command("inspect")(inspect.command)
 app.add_typer(passes.app, name="passes")
+app.add_typer(presets.app, name="presets")
 app.command("bench")(bench.command)
 app.command("verify")(verify.command)
 app.command("apply")(replay.command)

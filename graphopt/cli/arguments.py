@@ -49,6 +49,33 @@ Weights = Annotated[Path | None, typer.Option(help="Weights for --factory: .safe
 Trust = Annotated[
     bool, typer.Option("--trust", help="Let the model file run code. Only for files you would run as a program.")
 ]
+Preset = Annotated[str | None, typer.Option(help="What `graphopt presets` lists, in the place of --passes.")]
+Evaluation = Annotated[
+    str | None, typer.Option("--eval", help="Labelled data, DATA[:metric], or module:function. Higher is better.")
+]
+Target = Annotated[
+    list[str] | None, typer.Option("--target", help="onnxruntime (default), tensorrt; repeat for several.")
+]
+Output = Annotated[
+    Path | None, typer.Option("-o", "--output", help="Directory for the results. Default: MODEL.graphopt/")
+]
+Plugin = Annotated[list[Path] | None, typer.Option(help="A Python file with passes of your own.")]
+FailIf = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--fail-if",
+        help='End with exit code 1 if this holds: "drop>0.5" (points of --eval), "drop%>1", "size>0.5", "speedup<1", '
+        '"error>0.1", "agreement<0.99".',
+    ),
+]
+Check = Annotated[str, typer.Option(help="fast, or full: prove every rewrite, export after every pass.")]
+Bench = Annotated[bool, typer.Option(help="Time the result against the original, and compare their files.")]
+Device = Annotated[
+    str | None, typer.Option(help="Where passes compute: cpu, cuda:0, or auto for the accelerator if there is one.")
+]
+Cache = Annotated[
+    bool, typer.Option(help="Keep what passes decide, and use what they decided on the same things before.")
+]
 Seed = Annotated[int, typer.Option(help="Every random draw descends from it.")]
 Format = Annotated[str, typer.Option("--format", help="What to print on stdout: text or json.")]
 

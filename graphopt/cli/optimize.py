@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Container, Sequence
+from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,67 +13,73 @@ import typer
 
 from graphopt.cli import arguments
 from graphopt.cli.arguments import (
+    Bench,
+    Cache,
+    Check,
     Data,
+    Device,
     Dynamic,
+    Evaluation,
     Factory,
+    FailIf,
     Format,
     Input,
     ModelArguments,
     ModelPath,
+    Output,
+    Plugin,
+    Preset,
     Seed,
     Served,
+    Target,
     Trust,
     Weights,
 )
+from graphopt.cli.delivering import (
+    check_or_fail,
+    chosen_passes,
+    default_directory,
+    directory_of_failure,
+    pipeline_of,
+    save,
+)
 from graphopt.cli.depfile import rules as depfile_rules
-from graphopt.errors import GateError, UsageError
-from graphopt.files import REPORT, SCRATCH, remove_result, replacing
+from graphopt.files import replacing
 from graphopt.pipeline.registry import DEFAULT_PASSES, DEFAULT_TARGET
 
 if TYPE_CHECKING:
-    from graphopt.job.result import Result
     from graphopt.pipeline.pipeline import Pipeline
-
-_FAIL_IF = (
-    'End with exit code 1 if this holds: "drop>0.5" (points of --eval), "drop%>1", "size>0.5", "speedup<1", '
-    '"error>0.1", "agreement<0.99".'
-)
 
 
 def command(
     model: ModelPath = None,
     passes: Annotated[
-        str, typer.Option(help="Passes in order: name:option=value,name. Or a .toml file. Empty: only lower.")
-    ] = DEFAULT_PASSES,
+        str | None,
+        typer.Option(
+            help="Passes in order: name:option=value,name. Or a .toml file. Empty: only lower. "
+            f"Default: {DEFAULT_PASSES}"
+        ),
+    ] = None,
+    preset: Preset = None,
     data: Data = None,
-    evaluation: Annotated[
-        str | None, typer.Option("--eval", help="Labelled data, DATA[:metric], or module:function. Higher is better.")
-    ] = None,
-    target: Annotated[
-        list[str] | None, typer.Option("--target", help="onnxruntime (default), tensorrt; repeat for several.")
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Directory for the results. Default: MODEL.graphopt/")
-    ] = None,
+    evaluation: Evaluation = None,
+    target: Target = None,
+    output: Output = None,
     inputs: Input = None,
     dynamic: Dynamic = None,
     served: Served = None,
     factory: Factory = None,
     weights: Weights = None,
     trust: Trust = False,
-    plugin: Annotated[list[Path] | None, typer.Option(help="A Python file with passes of your own.")] = None,
-    fail_if: Annotated[list[str] | None, typer.Option("--fail-if", help=_FAIL_IF)] = None,
-    check: Annotated[str, typer.Option(help="fast, or full: prove every rewrite, export after every pass.")] = "fast",
+    plugin: Plugin = None,
+    fail_if: FailIf = None,
+    check: Check = "fast",
     plan: Annotated[bool, typer.Option("--plan", help="Print what each pass decides as JSON; write nothing.")] = False,
-    bench: Annotated[bool, typer.Option(help="Time the result against the original, and compare their files.")] = True,
+    bench: Bench = True,
     depfile: Annotated[Path | None, typer.Option(help="Write a Make/Ninja dependency file here.")] = None,
     dump: Annotated[Path | None, typer.Option(help="Write the graph after every pass into this directory.")] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Where passes compute: cpu, cuda:0, or auto for the accelerator if there is one.")
-    ] = None,
-    cache: Annotated[
-        bool, typer.Option(help="Keep what passes decide, and use what they decided on the same things before.")
-    ] = True,
+    device: Device = None,
+    cache: Cache = True,
     seed: Seed = 0,
     format: Format = "text",
 ) -> None:
@@ -102,8 +108,9 @@ def command(
         seed=seed,
     )
     gates = [Gate.parse(text) for text in fail_if or ()]
-    pipeline = _pipeline(passes, plugin or ())
-    directory = output or _default_directory(source)
+    chosen = chosen_passes(passes, preset, otherwise=DEFAULT_PASSES)
+    pipeline = pipeline_of(chosen, plugin or ())
+    directory = output or default_directory(source)
     arguments.check_output(directory, dump=dump, depfile=depfile)
     backends = backends_named(target or [DEFAULT_TARGET])
     pipeline.check_targets(item.description for item in backends)
@@ -113,10 +120,10 @@ def command(
     times = bench and any(item.times_here for item in backends)
     check_measured(gates, evaluates=evaluation is not None, lowers=bool(backends) and not plan, times=times)
     may_fail = bool(gates) or any(step.instance.has_goal for step in pipeline.steps)
-    failed = _directory_of_failure(directory, expected=may_fail and not plan)
+    failed = directory_of_failure(directory, expected=may_fail and not plan)
 
     def rules() -> bytes:
-        used = [model, weights, *_paths(data, evaluation, passes), *(plugin or ())]
+        used = [model, weights, *_paths(data, evaluation, chosen), *(plugin or ())]
         sources = _sources(pipeline, known, factory, data, evaluation)
         return depfile_rules([item.path_in(directory) for item in backends], [*used, *sources])
 
@@ -149,67 +156,11 @@ def command(
     result = job.deliver(outcome, bench=bench, sizes=bench or any(gate.quantity == "size" for gate in gates))
     if backends:
         progress.done(f"{', '.join(item.name for item in backends)}: lowered, verified{' and timed' if times else ''}")
-    try:
-        check_gates(gates, result.report)
-    except (GateError, UsageError) as err:
-        result.save(failed)
-        _print(result, failed, format)
-        raise type(err)(f"{err} The results are in {failed}; {directory} is as it was.") from err
+    check_or_fail(result, gates, directory, failed, format)
     if depfile is not None:  # before the results: with them stands what they depend on
         with replacing(depfile) as temporary:
             temporary.write_bytes(rules())
-    result.save(directory)
-    if may_fail:
-        remove_result(failed)  # it is of an earlier run
-    _print(result, directory, format)
-
-
-def _pipeline(passes: str, plugins: Sequence[Path]) -> Pipeline:
-    from graphopt.pipeline.pipeline import Pipeline
-    from graphopt.pipeline.registry import PassRegistry
-
-    registry = PassRegistry(plugins)
-    if passes.endswith(".toml"):
-        return Pipeline.from_toml(Path(passes), registry)
-    return Pipeline.parse(passes, registry)
-
-
-def _default_directory(source: ModelArguments) -> Path:
-    if source.model is not None:
-        return source.model.with_name(f"{source.model.stem}.graphopt")
-    if source.factory is not None:
-        return Path(f"{source.factory.partition(':')[2] or source.factory}.graphopt")
-    raise UsageError("Give the path of a model file, or --factory package.module:function.")
-
-
-def _directory_of_failure(directory: Path, *, expected: bool) -> Path:
-    """Return where results go whose gate fails, so that no build takes them for good ones.
-
-    Raises:
-        UsageError: there is a directory of that name that no run wrote, which a failure would replace.
-    """
-    named = directory if directory.name not in ("", "..") else directory.resolve()
-    failed = Path(f"{named}.failed")
-    names = [path.name for path in failed.iterdir()] if failed.is_dir() else []
-    written = REPORT in names or any(name.startswith(SCRATCH) for name in names)  # the latter by one killed
-    empty = failed.is_dir() and not names
-    if expected and (failed.is_symlink() or (failed.exists() and not written and not empty)):
-        raise UsageError(f"{failed} is where results go if a gate fails, and holds something else. Move it away.")
-    return failed
-
-
-def _print(result: Result, directory: Path, format: str) -> None:
-    from graphopt.cli.table import count, print_report, terminal
-
-    if format == "json":
-        json.dump(result.report.to_json(), sys.stdout, indent=1)
-        print()
-        return
-    console = terminal(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 150)
-    print_report(result.report, console)
-    for name in result.report.files:
-        size = (directory / name).stat().st_size
-        console.print(f"{count(size) + 'B':>8}  {directory / name}", soft_wrap=True)
+    save(result, directory, failed if may_fail else None, format)
 
 
 def _paths(*arguments: str | None) -> list[Path]:

@@ -8,7 +8,7 @@ outside opens no way around a block.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -78,15 +78,7 @@ def residual_points(program: Program) -> list[fx.Node]:
     what enters each of its layers but the first. Values that are outputs anyway, and those that are written to
     later, are left out.
     """
-    found = flow(program)
-    outputs = set(output_values(program))
-    points = [
-        point for chain in found.chains for point in (_joins(found.graph, chain, outputs) or _layer_inputs(chain))
-    ]
-    order = {node: index for index, node in enumerate(program.graph.nodes)}
-    tappable = Tappable(program.graph)
-    usable = [point for point in dict.fromkeys(points) if point not in outputs and not tappable.why_not(point)]
-    return sorted(usable, key=order.__getitem__)
+    return _points(program, _layer_inputs)
 
 
 def auto_taps(program: Program, limit: int) -> list[Tap]:
@@ -100,12 +92,23 @@ def auto_taps(program: Program, limit: int) -> list[Tap]:
 
 def stage_ends(program: Program) -> list[fx.Node]:
     """Return the last block boundary before every change of spatial size, and the last of all."""
-    points = residual_points(program)
+    points = _points(program, _layer_inputs_and_pooled)
     return [
         point
         for index, point in enumerate(points)
         if index + 1 == len(points) or spatial_size(point) != spatial_size(points[index + 1])
     ]
+
+
+def _points(program: Program, of_a_chain: Callable[[Sequence[fx.Node]], list[fx.Node]]) -> list[fx.Node]:
+    """Return joins, and of an output without any what `of_a_chain` says."""
+    found = flow(program)
+    outputs = set(output_values(program))
+    points = [point for chain in found.chains for point in (_joins(found.graph, chain, outputs) or of_a_chain(chain))]
+    order = {node: index for index, node in enumerate(program.graph.nodes)}
+    tappable = Tappable(program.graph)
+    usable = [point for point in dict.fromkeys(points) if point not in outputs and not tappable.why_not(point)]
+    return sorted(usable, key=order.__getitem__)
 
 
 def _learned(program: Program) -> nx.DiGraph[fx.Node | str]:
@@ -151,12 +154,19 @@ def _layer_inputs(chain: Sequence[fx.Node]) -> list[fx.Node]:
     return [before for before, node in pairwise(chain) if node in WEIGHTED]
 
 
+def _layer_inputs_and_pooled(chain: Sequence[fx.Node]) -> list[fx.Node]:
+    """Return what enters layers, and what pooling makes smaller: the last of its size."""
+    pairs = [*pairwise(chain)]
+    return [before for before, node in pairs if node in WEIGHTED or spatial_size(before) != spatial_size(node)]
+
+
 def _same_shape(one: fx.Node, other: fx.Node) -> bool:
     a, b = one.meta["val"], other.meta["val"]
     return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and tuple(a.shape) == tuple(b.shape)
 
 
 def spatial_size(node: fx.Node) -> tuple[int | torch.SymInt, ...]:
-    """Return the height and width of what a node computes, nothing where it has none."""
+    """Return the height and width of what a node computes, nothing where it has none or both are 1."""
     value = node.meta["val"]
-    return tuple(value.shape[2:]) if value.dim() == 4 else ()
+    sized = isinstance(value, torch.Tensor) and value.dim() == 4 and tuple(value.shape[2:]) != (1, 1)
+    return tuple(value.shape[2:]) if sized else ()

@@ -150,7 +150,7 @@ class DistillPlan(pydantic.BaseModel):
     @property
     def needs_labels(self) -> bool:
         """Whether it says something of labels."""
-        return self.alpha not in (None, 1) or self.label_loss != "auto" or bool(self.label_output)
+        return self.alpha != 1 and (self.alpha is not None or self.label_loss != "auto" or bool(self.label_output))
 
     @classmethod
     def of(cls, given: DistillPlan | Mapping[str, Any] | str | Path | None) -> DistillPlan:

@@ -110,6 +110,10 @@ class Teacher:
             return self
         return Teacher(self.name, self.inputs, self.outputs, self.program.to(device))
 
+    def whole(self) -> Callable[[Batch], Batch]:
+        """Return what computes all of its outputs."""
+        return flat(self.artifact.session()) if self.artifact is not None else _only_forward(self._own())
+
     def reader(
         self, outputs: Sequence[int], readings: Sequence[Reading], channels: Sequence[tuple[int, Sequence[int]]]
     ) -> Reader:
@@ -121,21 +125,29 @@ class Teacher:
             channels: for each value its axis of channels, and which of them are wanted; none: all.
         """
         if self.program is None:
-            assert self.artifact is not None
-            answer = flat(self.artifact.session())
-            return Reader(lambda batch: tuple(answer(batch)[index] for index in outputs))
+            answer = self.whole()
+
+            def chosen(batch: Batch) -> Batch:
+                found = answer(batch)
+                return tuple(found[index] for index in outputs)
+
+            return Reader(chosen)
         program = truncated(gathered(self._opened(readings), channels), outputs).copy(share_tensors=False)
         return Reader(_only_forward(program), program)
 
     def _opened(self, readings: Sequence[Reading]) -> Program:
         """Return the program with its BatchNorms folded, where all that is read is still there then."""
-        assert self.program is not None
-        folded = _folded(self.program)
-        pairs, lost = pair_taps(self.program, folded, [reading.tap for reading in readings])
+        own = self._own()
+        folded = _folded(own)
+        pairs, lost = pair_taps(own, folded, [reading.tap for reading in readings])
         if lost:
-            return opened(self.program, readings)
+            return opened(own, readings)
         nodes = [Tap(pair.teacher.address, pair.student.node) for pair in pairs]
         return opened(folded, [Reading(tap, old.loss) for tap, old in zip(nodes, readings, strict=True)])
+
+    def _own(self) -> Program:
+        assert self.program is not None
+        return self.program
 
 
 def check_inputs(teacher: Teacher, found: Sequence[TensorSpec], whose: str) -> None:

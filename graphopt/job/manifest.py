@@ -25,6 +25,7 @@ from graphopt.versions import version_of
 
 SCHEMA = 2
 PAYLOAD = "plans.safetensors"
+DISTILLED = "distilled.safetensors"  # what a student learned, under the names of its own tensors
 _ADVICE = "Optimise again, or give what a whole run wrote."
 _LIBRARIES = ("graphopt", "torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "numpy")
 
@@ -73,6 +74,7 @@ class Manifest(pydantic.BaseModel, extra="forbid", strict=True, frozen=True):
         original: fingerprint of the unoptimised program.
         pipeline: as the user wrote it.
         served: inputs that the original takes as they are served, as `ServedInput.parse` reads them.
+        distillation: how the original was taught; empty where it was not.
         seed: every random draw descended from it.
         libraries: installed versions of what decides the bytes of an artifact.
         cpu: the instruction sets of the machine.
@@ -86,6 +88,7 @@ class Manifest(pydantic.BaseModel, extra="forbid", strict=True, frozen=True):
     original: _Digest
     pipeline: str
     served: list[str] = []
+    distillation: dict[str, pydantic.JsonValue] = {}
     seed: int
     libraries: dict[str, str]
     cpu: list[str]
@@ -128,14 +131,28 @@ class Manifest(pydantic.BaseModel, extra="forbid", strict=True, frozen=True):
         found: dict[int, dict[str, torch.Tensor]] = {index: {} for index in range(len(self.plans))}
         if PAYLOAD not in self.sha256:
             return found
-        self.check_files(directory, [PAYLOAD])
-        try:
-            for key, tensor in load_file(directory / PAYLOAD).items():
-                index, _, name = key.partition("/")
+        for key, tensor in self._read(directory, PAYLOAD).items():
+            index, _, name = key.partition("/")
+            try:
                 found[int(index)][name] = tensor
-        except (SafetensorError, ValueError, KeyError) as err:
-            raise LoadError(f"{directory / PAYLOAD} is damaged: {first_line(err)}. Optimise again.") from err
+            except (ValueError, KeyError) as err:
+                raise LoadError(f"{directory / PAYLOAD} is damaged: {first_line(err)}. Optimise again.") from err
         return found
+
+    def distilled(self, directory: Path) -> dict[str, torch.Tensor]:
+        """Read what a student learned before the plans were made, digest checked; nothing where it was not taught.
+
+        Raises:
+            LoadError: the file is missing, has changed, or is damaged.
+        """
+        return self._read(directory, DISTILLED) if DISTILLED in self.sha256 else {}
+
+    def _read(self, directory: Path, name: str) -> dict[str, torch.Tensor]:
+        self.check_files(directory, [name])
+        try:
+            return load_file(directory / name)
+        except (SafetensorError, ValueError) as err:
+            raise LoadError(f"{directory / name} is damaged: {first_line(err)}. Optimise again.") from err
 
     def other_libraries(self) -> list[str]:
         """Say which libraries are of another version here: what they compute may differ in the last bits."""
@@ -175,22 +192,31 @@ def write_payload(directory: Path, plans: Iterable[Plan]) -> list[Path]:
     Raises:
         OSError: the disk is full.
     """
-    payload = {
-        f"{index}/{name}": tensor.detach().cpu().contiguous()
-        for index, plan in enumerate(plans)
-        for name, tensor in plan.tensors.items()
-    }
+    payload = {f"{index}/{name}": tensor for index, plan in enumerate(plans) for name, tensor in plan.tensors.items()}
     if not payload:
         return []
-    path = directory / PAYLOAD
+    return [_write_tensors(directory / PAYLOAD, dict(sorted(payload.items())))]
+
+
+def write_learned(directory: Path, student: Program) -> Path:
+    """Write the tensors of a student that was taught to `distilled.safetensors`, tied ones under each of their names.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    tensors = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    return _write_tensors(directory / DISTILLED, tensors)
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> Path:
     path.touch()
     mode = path.stat().st_mode  # by the user's mask, which safetensors does not look at
     try:
-        save_file(dict(sorted(payload.items())), path)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
     except SafetensorError as err:
         raise OSError(first_line(err)) from err  # the disk is full, say
     path.chmod(mode)
-    return [path]
+    return path
 
 
 def read(path: Path) -> Manifest:

@@ -66,6 +66,7 @@ def open(directory: str | Path, *, plugins: Sequence[Path | str | type[Pass[Any,
         plan_targets=[target for target, _ in plans],
         fingerprint=stored.original,
         served=served_inputs(stored.served),
+        distillation=stored.distillation,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -52,7 +53,7 @@ def carry_out(
     program: Program, stored: manifest.Manifest, directory: Path, registry: PassRegistry
 ) -> tuple[dict[str, Program], list[tuple[str, Plan]]]:
     """Apply every plan of a manifest that was read from `directory`; return what `replay` does, and the plans."""
-    program = program.evaluated()
+    program = _taught(program.evaluated(), stored.distilled(directory))
     found = manifest.fingerprint(program)
     if found != stored.original:
         raise PassError(
@@ -76,6 +77,19 @@ def carry_out(
             made.call_flat(made.flat_examples())  # what is stored may be of any type and shape
         programs[target], bare[target] = made, unguarded[-1]
     return {target: programs.get(target, programs[""]) for target in stored.programs}, plans
+
+
+def _taught(program: Program, tensors: Mapping[str, torch.Tensor]) -> Program:
+    """Return a student with what it has learned; one that has other tensors as it is."""
+    own = program.state_dict()
+    known = {name: (tensor.shape, tensor.dtype) for name, tensor in own.items()}
+    if not tensors or known != {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}:
+        return program
+    taught = program.copy(share_tensors=False)
+    with torch.no_grad():
+        for name, tensor in taught.state_dict().items():
+            tensor.copy_(tensors[name])
+    return taught
 
 
 def _made_safe(before: Program, pass_name: str, unguarded: list[Program], made: Program) -> Program:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from graphopt.data.served import ServedInput
 from graphopt.errors import LoadError, UsageError
 from graphopt.files import MANIFEST, REPORT, check_replaceable, replacing_directory, sha256
+from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
 from graphopt.job import manifest
 from graphopt.job.report import Report
@@ -37,6 +39,7 @@ class Result:
         plan_targets: the target each plan was made for, "" before the pipeline forked.
         fingerprint: of the original as it was captured.
         served: which inputs are taken as they are served, not as the model takes them.
+        distillation: how the original was taught, as plain data: the plan, teachers, losses; empty where it was not.
     """
 
     original: Program | None
@@ -49,6 +52,7 @@ class Result:
     plan_targets: list[str]
     fingerprint: str = ""
     served: Sequence[ServedInput] = ()
+    distillation: Mapping[str, Json] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Note what was captured and what was lowered."""
@@ -113,12 +117,15 @@ class Result:
             script = directory / self._named("run", target, "py")
             script.write_text(found.backend.run_script(found))
             written.append(script)
+        if self.distillation and self.original is not None:
+            written.append(manifest.write_learned(directory, self.original))
         written += manifest.write_payload(directory, self.plans)
         stored = manifest.Manifest(
             model=self.report.model,
             original=self.fingerprint,
             pipeline=self.pipeline,
             served=[str(one) for one in self.served],
+            distillation=json.loads(json.dumps(dict(self.distillation))),
             seed=self.seed,
             libraries=manifest.library_versions(),
             cpu=manifest.cpu_features(),
@@ -179,7 +186,7 @@ def check_place(directory: Path, backends: Sequence[Backend]) -> None:
     Raises:
         UsageError: there is a file in its place, or something else, that no run wrote.
     """
-    names = [manifest.PAYLOAD, MANIFEST, REPORT]
+    names = [manifest.PAYLOAD, manifest.DISTILLED, MANIFEST, REPORT]
     for item in backends:
         names += [item.path_in(directory).name, _file_name("run", item.name, "py", of=len(backends))]
     targets = [item.name for item in backends] or [""]

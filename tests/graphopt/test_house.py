@@ -205,11 +205,11 @@ def test_every_package_is_shipped() -> None:
         str(file.relative_to(ROOT))
         for folder, globs in settings["package-data"].items()
         for pattern in globs
-        for file in (ROOT / settings["package-dir"][folder]).glob(pattern)
+        for file in (ROOT / settings["package-dir"].get(folder, folder.replace(".", "/"))).glob(pattern)
     }
-    assert data == {
-        str(file.relative_to(ROOT)) for name in ("passes", "backends") for file in ROOT.glob(f"{name}/**/*.json")
-    }
+    on_disk = {file for name in ("passes", "backends") for file in ROOT.glob(f"{name}/**/*.json")}
+    on_disk |= set(ROOT.glob("graphopt/*/**/*.toml"))
+    assert data == {str(file.relative_to(ROOT)) for file in on_disk}
 
 
 @pytest.mark.parametrize("statement", ["import graphopt", "from graphopt.cli.app import run; run(['--help'])"])

@@ -15,7 +15,7 @@ from torch import nn
 
 import graphopt
 from graphopt.cli.app import run
-from graphopt.cli.optimize import _directory_of_failure
+from graphopt.cli.delivering import directory_of_failure
 from graphopt.errors import UsageError
 from graphopt.files import SCRATCH
 from tests.graphopt.cli.conftest import Fails, Files
@@ -144,11 +144,11 @@ def test_a_file_of_somebody_is_found_before_anything_runs(files: Files, fails: F
 @pytest.mark.parametrize("left", ["", f"{SCRATCH}abcdefgh/new", "report.json"])
 def test_a_run_that_was_killed_where_failures_go_keeps_no_other_from_going_there(files: Files, left: str) -> None:
     Path("build.failed", left).mkdir(parents=True)
-    assert _directory_of_failure(Path("build"), expected=True) == Path("build.failed")
+    assert directory_of_failure(Path("build"), expected=True) == Path("build.failed")
     Path("build.failed/diary.txt").write_text("mine")
     if not left:
         with pytest.raises(UsageError, match="holds something else"):
-            _directory_of_failure(Path("build"), expected=True)
+            directory_of_failure(Path("build"), expected=True)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_where_nothing_can_be_written_is_said_before_anything_runs(
 def test_a_directory_without_a_name_of_its_own(files: Files, fails: Fails) -> None:
     Path("sub").mkdir()
     failed = Path(f"{files.folder}.failed")
-    assert _directory_of_failure(Path(), expected=True) == failed
+    assert directory_of_failure(Path(), expected=True) == failed
     said = fails(1, "optimize", "model.pt", "--passes", "", "--no-bench", "-o", "sub/..", "--fail-if", "error>=0")
     assert f"The results are in {failed}" in said
     assert (failed / "onnxruntime.onnx").is_file()

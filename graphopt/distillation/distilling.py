@@ -1,0 +1,172 @@
+"""Distilling: a student is trained by a plan, and what comes back is its own graph with what it learned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from graphopt.distillation.augment import LabelColumn, View, channel_axis, view_of
+from graphopt.distillation.beside import Beside
+from graphopt.distillation.loop import DivergedError, History, Schedule, Trainer
+from graphopt.distillation.named_losses import check_classes
+from graphopt.distillation.plan import DistillPlan
+from graphopt.distillation.pool import Pool
+from graphopt.distillation.preparing import PreparedLesson, prepare
+from graphopt.distillation.statistics import batch_norms
+from graphopt.distillation.taps import output_values
+from graphopt.distillation.teachers import Teacher
+from graphopt.distillation.weights import overwrite
+from graphopt.errors import PassError, UsageError
+from graphopt.ir.plain_data import Json
+from graphopt.ir.program import Program
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.plan import Refusal
+
+_WARMUP = 0.1  # fraction of the steps
+_RATE_WITH_BATCH_NORM, _RATE_WITHOUT = 0.03, 0.003
+_AGREED = 1e-6  # loss of a student that has nothing to learn
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What a student became.
+
+    Attributes:
+        program: its own graph, with the tensors that it learned.
+        record: the plan, who taught what and how, and the held-out losses, as plain data.
+        refusals: what was looked for and was not taught.
+    """
+
+    program: Program
+    record: dict[str, Json]
+    refusals: tuple[Refusal, ...]
+
+
+def distill_program(
+    student: Program,
+    teachers: Sequence[Teacher],
+    data: Beside,
+    plan: DistillPlan,
+    ctx: Context,
+) -> Distilled:
+    """Train a student by a plan; it is not changed.
+
+    Args:
+        student: in evaluation mode, with a floating parameter that has a gradient.
+        teachers: where the student is.
+        data: the samples, with labels and teachers' inputs beside them.
+        plan: what is taught, and how.
+        ctx: gives randomness and shows progress.
+
+    Raises:
+        UsageError: the plan does not fit the student and its teachers.
+        DataError: samples or labels are missing, or do not fit.
+        PassError: training diverged, or there is nothing to learn.
+    """
+    apart = bool(data.others) and bool(teachers)
+    found = prepare(
+        plan,
+        student,
+        teachers,
+        ctx.generator("distill/adapters"),
+        labelled=data.labelled,
+        apart=[apart] * len(teachers),
+    )
+    ctx = ctx.with_data(data)
+    training = Pool.read(ctx.need_samples("distill", "to learn from"), plan.samples)
+    held = Pool.read(ctx.need_held_out("distill"), None)
+    column = _label_column(found, student, (training, held))
+    views = _views(plan, student, apart=apart)
+    history, rate = _trained(plan, found, training, held, views, view_of(views, student, column), ctx)
+    program = student.copy(share_tensors=False)
+    own = program.state_dict()
+    overwrite(program, {name: tensor for name, tensor in history.best.items() if name in own})
+    refusals = list(found.refusals)
+    if not history.best:
+        reason = f"no epoch was better on {held.count} held-out samples: it is as it was"
+        refusals.append(Refusal("student", reason, "no epoch was better"))
+    record: dict[str, Json] = {
+        "plan": plan.to_json(),
+        "teachers": [teacher.name for teacher in teachers],
+        **found.said,
+        "views": list(views),
+        "lr": rate,
+        "held_out_losses": list(history.losses),
+    }
+    return Distilled(program, record, tuple(refusals))
+
+
+def _trained(
+    plan: DistillPlan,
+    found: PreparedLesson,
+    training: Pool,
+    held: Pool,
+    views: Sequence[str],
+    view: View,
+    ctx: Context,
+) -> tuple[History, float]:
+    """Train by the plan; return what became of it, and the rate."""
+    student, lesson = found.student, found.lesson
+    batch_size = student.takes(plan.batch_size)
+    if not views:
+        lesson.place(student.device)
+        lesson, (training, held) = lesson.remembered([training, held], batch_size, student.device)
+    trainer = Trainer(student, lesson, held, batch_size)
+    _check_start(trainer.held_out_loss(), held.count, labelled=lesson.labels is not None)
+    rate = plan.lr or (_RATE_WITH_BATCH_NORM if batch_norms(student) else _RATE_WITHOUT)
+    schedule = Schedule(plan.epochs, _WARMUP, plan.patience or plan.epochs)
+    with torch.random.fork_rng(devices=[]):  # Dropout draws from torch's own generator
+        torch.manual_seed(ctx.generator("distill/dropout").initial_seed())
+        try:
+            return trainer.fit(training, schedule, rate, view, ctx.generator("distill/batches"), ctx.progress), rate
+        except DivergedError as err:
+            raise PassError(
+                f"Distillation diverged: the loss is not finite. Try a lower rate than lr = {rate:g} in the plan, and "
+                "look for losses and samples that are not finite."
+            ) from err
+
+
+def _check_start(loss: float, count: int, *, labelled: bool) -> None:
+    if not math.isfinite(loss):
+        raise PassError(
+            f"Distillation cannot start: the loss on {count} held-out samples is {loss}. The student or a teacher "
+            "computes values that are not finite on this data."
+        )
+    if loss <= _AGREED and not labelled:
+        raise UsageError(
+            f"The student gives what its teacher gives already (a loss of {loss:.2g} on {count} held-out samples): "
+            "there is nothing to learn. Give another student, or labels."
+        )
+
+
+def _label_column(found: PreparedLesson, student: Program, pools: Sequence[Pool]) -> LabelColumn | None:
+    """Say where labels are, after a look at the classes of all of them."""
+    term = found.lesson.labels
+    if term is None:
+        return None
+    value = output_values(student)[term.index].meta["val"]
+    labels = [bucket[term.column] for pool in pools for bucket in pool.buckets]
+    of_classes = not labels[0].is_floating_point() and labels[0].dim() == value.dim() - 1
+    if not of_classes:
+        return LabelColumn(term.column, None)
+    for part in labels:
+        check_classes(value, part)
+    return LabelColumn(term.column, value.shape[-1])
+
+
+def _views(plan: DistillPlan, student: Program, *, apart: bool) -> tuple[str, ...]:
+    """Return the names of the views, each once.
+
+    Raises:
+        UsageError: the plan asks for views of what is no image, or that a teacher would not see.
+    """
+    named = tuple(dict.fromkeys(name for name in plan.augment if name != "auto"))
+    if named and (len(student.inputs[0].shape) != 4 or apart):
+        why = "a teacher takes inputs of its own" if apart else f"the first input is {student.inputs[0]}"
+        raise UsageError(f'The plan says augment = "{named[0]}", which changes images, and {why}. Say augment = [].')
+    if "auto" in plan.augment and not apart and channel_axis(student):
+        return tuple(dict.fromkeys(("flip", "shift", *named)))
+    return named

@@ -1,0 +1,302 @@
+"""graphopt.distill: any teacher, any student, labels or none; its result goes on, replays, and errors are sentences."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import graphopt
+from graphopt.capturing.capture import capture
+from graphopt.distillation import teaching
+from graphopt.distillation.augment import LabelColumn, view_of
+from graphopt.errors import DataError, GraphOptError, PassError, UsageError
+from graphopt.job.result import Result
+from graphopt.testing import assert_same_program, fingerprint
+from tests.graphopt.distillation.models import ResidualNet, settled
+
+IMAGES = torch.randn(320, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+SHORT: dict[str, Any] = {"epochs": 2, "batch_size": 32}
+
+
+class Slim(nn.Module):
+    """A student that shares nothing with the teacher."""
+
+    def __init__(self, classes: int = 5) -> None:
+        super().__init__()
+        self.stem, self.norm, self.down = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, 2, 1)
+        self.drop, self.head = nn.Dropout(0.1), nn.Linear(6, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down(self.norm(self.stem(x)).relu()).relu()
+        return self.head(self.drop(x.mean((2, 3))))
+
+
+@pytest.fixture(scope="module")
+def teacher() -> nn.Module:
+    torch.manual_seed(0)
+    model = settled(ResidualNet(), IMAGES[:64])
+    nn.init.normal_(model.get_parameter("head.weight"))
+    with torch.no_grad():
+        model.get_parameter("head.bias").sub_(model(IMAGES).mean(0))  # every class is some sample's
+    return model
+
+
+@pytest.fixture(scope="module")
+def labels(teacher: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return teacher(IMAGES).argmax(1)
+
+
+def slim(classes: int = 5) -> nn.Module:
+    torch.manual_seed(3)
+    return Slim(classes)
+
+
+def distilled(teacher: Any, plan: dict[str, Any] | None = None, **options: Any) -> Result:
+    options = {"target": None, "bench": False, **options}
+    return graphopt.distill(slim(), teacher, IMAGES, {**SHORT, **(plan or {})}, **options)
+
+
+@pytest.fixture(scope="module")
+def artifact(teacher: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher")
+    return graphopt.optimize(teacher, IMAGES[:2], passes="", bench=False).save(folder / "onnx")[0]
+
+
+@pytest.fixture(scope="module")
+def result(artifact: Path, labels: Tensor) -> Result:
+    test = {"x": IMAGES[:64], "labels": labels[:64]}
+    plan = {"epochs": 4, "alpha": 0.7}
+    return distilled(artifact, plan, labels=labels, eval=test, passes="int8", target="onnxruntime")
+
+
+def test_an_artifact_teaches_and_the_student_is_quantized_lowered_and_replayed(
+    result: Result, labels: Tensor, tmp_path: Path
+) -> None:
+    losses = result.distillation["held_out_losses"]
+    assert isinstance(losses, list)
+    assert min(losses) < 0.95 * losses[0]
+    assert result.distillation["labels"] == pytest.approx(0.3)
+    assert [plan.pass_name for plan in result.plans] == ["fold", "int8"]
+    assert any(
+        "of top1 the student had" in note and "onnxruntime.onnx has 100.00" in note for note in result.report.notes
+    )
+    result.save(tmp_path / "out")
+    opened = graphopt.open(tmp_path / "out")
+    assert opened.distillation == result.distillation
+    again = graphopt.replay(capture(slim(), IMAGES[:2]), tmp_path / "out" / "manifest.json")
+    assert fingerprint(again["onnxruntime"]) == fingerprint(result.program)
+    learned = slim()
+    learned.load_state_dict(load_file(tmp_path / "out" / "distilled.safetensors"))
+    assert result.original is not None
+    with torch.no_grad():
+        torch.testing.assert_close(learned.eval()(IMAGES), result.original(IMAGES))
+
+
+def test_features_leave_no_trace_and_neither_student_nor_teacher_is_changed(teacher: nn.Module) -> None:
+    student, given = slim(), capture(teacher, IMAGES[:2])
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    mark = fingerprint(given)
+    result = graphopt.distill(student, given, IMAGES, {**SHORT, "features": "stages"}, target=None, bench=False)
+    assert result.distillation["pairs"] == [
+        "`:relu#0` by `layer1.relu:relu#1`: values, weight 0.5, adapter 4 to 8 channels",
+        "`:relu#1` by `layer2.relu:relu#1`: values, weight 0.5, adapter 6 to 8 channels",
+    ]
+    assert_same_program(result.program, capture(student, IMAGES[:2]), compare_tensors=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+    assert fingerprint(given) == mark
+    assert student.training
+
+
+def test_what_teachers_say_is_kept_where_no_view_changes_the_samples_and_makes_no_difference(
+    teacher: nn.Module, labels: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[bool] = []
+    asked = teaching.Teaching.wanted
+
+    def counted(self: teaching.Teaching, batch: Any) -> Any:
+        calls.append(self.cached)
+        return asked(self, batch)
+
+    monkeypatch.setattr(teaching.Teaching, "wanted", counted)
+    kept = distilled(teacher, labels=labels)
+    assert calls.count(False) < len(calls) / 2
+    monkeypatch.setattr(teaching, "_MOST_CACHED", 0)
+    calls.clear()
+    asked_anew = distilled(teacher, labels=labels)
+    assert not any(calls)
+    for name, tensor in kept.program.state_dict().items():
+        torch.testing.assert_close(tensor, asked_anew.program.state_dict()[name])
+
+
+def test_the_same_seed_gives_the_same_tensors(teacher: nn.Module, labels: Tensor) -> None:
+    first, second, other = (
+        distilled(teacher, {"features": "stages", "epochs": 1}, labels=labels, seed=seed).program for seed in (4, 4, 5)
+    )
+    assert fingerprint(first) == fingerprint(second) != fingerprint(other)
+
+
+def test_the_student_teaches_itself_from_its_depths(labels: Tensor) -> None:
+    pair = {"student": "stem", "teacher": "down", "by": "student", "loss": "values"}
+    result = distilled(None, {"pairs": [pair]}, labels=labels)
+    assert result.distillation["pairs"] == [
+        "`stem:conv2d` by `down:conv2d`: values, weight 1, adapter resized to 4x4, 4 to 6 channels"
+    ]
+    assert result.distillation["teachers"] == []
+
+
+def test_a_teacher_of_other_inputs_gets_its_own_samples(labels: Tensor) -> None:
+    signals = IMAGES.mean((2, 3))
+    paired = nn.Sequential(nn.Linear(3, 5)).eval()
+    result = distilled(paired, teacher_data=signals)
+    losses = result.distillation["held_out_losses"]
+    assert isinstance(losses, list)
+    assert min(losses) < losses[0]
+    with pytest.raises(DataError, match="The teacher's data does not go with the student's: from sample 256 on"):
+        distilled(paired, teacher_data=signals[:256])
+
+
+def test_a_regression_learns_from_labels_by_the_squared_error(teacher: nn.Module) -> None:
+    with torch.no_grad():
+        wanted = teacher(IMAGES)
+    result = distilled(None, {"epochs": 3}, labels=wanted)
+    losses = result.distillation["held_out_losses"]
+    assert isinstance(losses, list)
+    with torch.no_grad():
+        assert losses[0] == pytest.approx(float((slim().eval()(IMAGES) - wanted).square().mean()), rel=0.5)
+    assert min(losses) < losses[0]
+
+
+@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+def test_mixed_images_have_mixed_labels(name: str) -> None:
+    images, numbers = torch.zeros(8, 3, 16, 16), torch.arange(8)
+    images += numbers.view(-1, 1, 1, 1)
+    program = capture(nn.Sequential(nn.Flatten(), nn.Linear(768, 8)), images)
+    mixed, shares = view_of([name], program, LabelColumn(1, 8))((images, numbers), torch.Generator().manual_seed(2))
+    assert shares.sum(1).tolist() == pytest.approx([1.0] * 8)
+    torch.testing.assert_close(mixed.mean((1, 2, 3)), shares @ numbers.float())
+    assert 0 < float(shares.trace()) < 8
+
+
+def test_views_are_trained_on(teacher: nn.Module, labels: Tensor) -> None:
+    images = nn.functional.interpolate(IMAGES[:64], scale_factor=2)
+    plan = {"epochs": 1, "augment": ["auto", "cutmix"]}
+    result = graphopt.distill(slim(), teacher, images, plan, labels=labels[:64], target=None, bench=False)
+    assert result.distillation["views"] == ["flip", "shift", "cutmix"]
+
+
+def never(found: Tensor, wanted: Tensor) -> Tensor:
+    """Return a loss that is not a number once training has started."""
+    return (found * float("nan")).mean() if found.requires_grad and torch.is_grad_enabled() else found.square().mean()
+
+
+def wrong(found: Tensor, wanted: Tensor) -> Tensor:
+    """Return a loss for each sample."""
+    return found.square().mean(1)
+
+
+HERE = "tests.graphopt.job.test_distilling"
+Case = tuple[Callable[[nn.Module, Tensor], object], type[GraphOptError], str]
+BAD: dict[str, Case] = {
+    "no data": (lambda t, y: graphopt.distill(slim(), t, None), DataError, "Distillation needs data to learn on"),
+    "too few": (
+        lambda t, y: graphopt.distill(slim(), t, IMAGES[:8]),
+        DataError,
+        "Pass `distill` needs samples to learn",
+    ),
+    "no labels": (
+        lambda t, y: distilled(t, {"alpha": 0.5}),
+        DataError,
+        r"The plan learns from labels \(alpha below 1, label_loss or label_output\), and the data has none",
+    ),
+    "too few labels": (lambda t, y: distilled(t, labels=y[:100]), DataError, "There are 100 labels, and more samples"),
+    "other classes": (
+        lambda t, y: distilled(t, labels=y + 1),
+        DataError,
+        "The output has 5 classes, and the labels go from 1 to 5",
+    ),
+    "no address": (
+        lambda t, y: distilled(t, {"pairs": [{"student": "stem", "teacher": "layer7"}]}),
+        UsageError,
+        r"Nothing in the program is at `layer7`. Nearest: `layer2`",
+    ),
+    "shapes": (
+        lambda t, y: distilled(t, {"pairs": [{"student": "stem", "teacher": "head", "loss": "attention"}]}),
+        UsageError,
+        "cannot be: the student's value is Nx4x8x8, the teacher's Nx5: they have other axes",
+    ),
+    "not a number": (
+        lambda t, y: distilled(t, {"outputs": [{"student": "output", "loss": f"{HERE}:never"}]}),
+        PassError,
+        "Distillation diverged: the loss is not finite. Try a lower rate than lr = 0.03",
+    ),
+    "a loss of its own": (
+        lambda t, y: distilled(t, {"outputs": [{"student": "output", "loss": f"{HERE}:wrong"}]}),
+        UsageError,
+        r"The loss `tests.graphopt.job.test_distilling:wrong` returned a value of shape \[",
+    ),
+    "a structure of its own": (
+        lambda t, y: distilled(nn.Sequential(t, nn.Unflatten(1, (5, 1))), {"features": "none"}),
+        UsageError,
+        "Nothing of Sequential teaches the student: `output`: it is output: batchx5 float32, and that of the teacher",
+    ),
+    "itself": (
+        lambda t, y: graphopt.distill(t, t, IMAGES, SHORT),
+        UsageError,
+        "The student gives what its teacher gives already",
+    ),
+    "integers": (
+        lambda t, y: graphopt.distill(
+            graphopt.optimize(t, IMAGES, passes="int8", target=None, bench=False).program, t, IMAGES
+        ),
+        UsageError,
+        "The student cannot be trained: its weight `.*` is stored as integers",
+    ),
+    "no file": (lambda t, y: distilled("gone.onnx"), GraphOptError, "There is no gone.onnx. Give the teacher's file"),
+    "an artifact's insides": (
+        lambda t, y: distilled(
+            graphopt.optimize(t, IMAGES[:2], passes="", bench=False).artifact,
+            {"pairs": [{"student": "stem", "teacher": "layer1"}]},
+        ),
+        UsageError,
+        "is run by its runtime, which gives its outputs alone: the value `layer1` cannot be read",
+    ),
+    "views of no images": (
+        lambda t, y: graphopt.distill(nn.Linear(3, 5), nn.Linear(3, 5), IMAGES.mean((2, 3)), {"augment": ["flip"]}),
+        UsageError,
+        'The plan says augment = "flip", which changes images, and the first input is input: batchx3 float32',
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_what_cannot_be_is_one_sentence(teacher: nn.Module, labels: Tensor, what: str) -> None:
+    call, kind, said = BAD[what]
+    with pytest.raises(kind, match=said):
+        call(teacher, labels)
+
+
+def test_an_output_of_another_task_is_not_taught_and_labels_are_its_own(teacher: nn.Module) -> None:
+    numbers = torch.arange(320) % 7
+    plan = {**SHORT, "epochs": 1}
+    result = graphopt.distill(slim(7), teacher, IMAGES, plan, labels=numbers, target=None, bench=False)
+    assert result.distillation["outputs"] == {}
+    assert result.distillation["labels"] == 1.0
+    assert result.distillation["pairs"]
+    assert any("output: it is output: batchx7 float32" in note for note in result.report.notes)
+
+
+def test_a_teacher_elsewhere_is_brought_to_the_student(teacher: nn.Module) -> None:
+    from graphopt.distillation.teachers import Teacher
+
+    moved = Teacher.open(teacher, data=IMAGES[:2]).to(torch.device("meta"))
+    assert moved.program is not None
+    assert moved.program.device.type == "meta"
+    assert dataclasses.replace(moved, program=None, artifact=None).to(torch.device("meta")).program is None
