@@ -2,7 +2,8 @@
 
 kernel                    special cases with costs of their own
 conv1d, conv2d, ..        conv2d_pointwise: a kernel of one tap; conv2d_depthwise: a group for each channel;
-                          conv2d_grouped: other groups; conv2d_first: of four channels at most
+                          conv2d_grouped: other groups, conv2d_narrow: of less than sixteen channels each, which no
+                          vector is full of; conv2d_first: of four channels at most
 add, mul                  add_broadcast, mul_broadcast: of operands of different sizes
 quantize, dequantize      quantize_map, dequantize_map: of more than one place per channel, which integer kernels keep
                           in another order than float ones
@@ -24,6 +25,7 @@ from graphopt.measure.cost import node_flops
 from graphopt.targets.costs import Work
 
 _FEW_CHANNELS = 4
+_VECTOR = 16  # channels that kernels for images hold beside each other
 
 
 class Workload:
@@ -60,7 +62,9 @@ def special_kernel(kernel: str, node: fx.Node) -> str:
         return kernel
     given = arguments(node, ())
     if int(given.get("groups", 1)) > 1:
-        return f"{kernel}_depthwise" if is_depthwise(node) else f"{kernel}_grouped"
+        if is_depthwise(node):
+            return f"{kernel}_depthwise"
+        return f"{kernel}_narrow" if _size(_tensors(given["weight"])[0].shape[1]) < _VECTOR else f"{kernel}_grouped"
     source, weight = (_tensors(given[name])[0].shape for name in ("input", "weight"))
     if _size(source[1]) <= _FEW_CHANNELS:
         return f"{kernel}_first"

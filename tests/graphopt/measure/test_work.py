@@ -45,10 +45,17 @@ def test_work_is_that_of_one_sample(program: Program, fixed: Program) -> None:
     assert Workload(fixed).of(linear) == Work(3 * 2 * 20, 3 * 4 + 20 + 5 + 3 * 5)
 
 
+@pytest.mark.parametrize(("channels", "groups", "kernel"), [(64, 4, "conv2d_grouped"), (60, 4, "conv2d_narrow")])
+def test_groups_that_fill_no_vector_are_told_from_others(channels: int, groups: int, kernel: str) -> None:
+    program = capture(nn.Conv2d(channels, 32, 3, groups=groups), torch.randn(2, channels, 4, 4))
+    node = next(node for node in program.graph.nodes if short_name(node) == "conv2d")
+    assert special_kernel("conv2d", node) == kernel
+
+
 def test_kernels_are_told_apart(program: Program) -> None:
     calls = [node for node in program.graph.nodes if node.op == "call_function"]
     found = [special_kernel(short_name(node), node) for node in calls if short_name(node) in ("conv2d", "add")]
-    kinds = ["conv2d_first", "conv2d_depthwise", "add_broadcast", "conv2d_grouped", "add", "conv2d_pointwise"]
+    kinds = ["conv2d_first", "conv2d_depthwise", "add_broadcast", "conv2d_narrow", "add", "conv2d_pointwise"]
     assert found == kinds
     layer, pooled = (next(node for node in calls if short_name(node) == name) for name in ("conv2d", "linear"))
     assert [special_move("quantize", value) for value in (layer, pooled)] == ["quantize_map", "quantize"]
