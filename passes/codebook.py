@@ -98,6 +98,7 @@ class Codebook(Pass[CodebookOptions, CodebookPlan]):
     plan_type = CodebookPlan
     cached = True
     needs = ("folded",)
+    produces = ("quantized",)
     after = ("drop_blocks", "prune", "svd", "recover", "equalize")
     before = ("int8", "half", "bfloat16")
     conflicts = ("sparsity24",)  # entries of a table keep no pattern of zeros

@@ -142,6 +142,7 @@ class Int8(Pass[Int8Options, Int8Plan]):
     plan_type = Int8Plan
     cached = True
     needs = ("folded",)
+    produces = ("quantized",)
     after = ("drop_blocks", "prune", "svd", "recover", "sparsity24")
     reads_target = True
 

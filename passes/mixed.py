@@ -121,6 +121,7 @@ class Mixed(Pass[MixedOptions, MixedPlan]):
     plan_type = MixedPlan
     cached = True
     needs = ("folded",)
+    produces = ("quantized",)
     after = ("drop_blocks", "prune", "svd", "recover", "sparsity24", "equalize")
     conflicts = ("int8", "weights", "codebook", "half", "bfloat16")
     reads_target = True

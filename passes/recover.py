@@ -1,4 +1,4 @@
-"""Recovery: the unoptimised program teaches the optimised one what it lost, without labels.
+"""recover, qat: the unoptimised program teaches the optimised one what it lost, without labels.
 
     statistics   every BatchNorm's mean and variance, re-estimated exactly by running forward
     loss         T^2 KL(teacher || student) + |student - teacher|^2 / |teacher|^2          for logits
@@ -6,6 +6,16 @@
                  + alpha * mean over taps of |student - teacher|^2 / |teacher|^2           at block boundaries
 
 Trained tensors are the plan's payload; applying it puts them in place byte for byte.
+
+`qat` does the same to integers, which it rounds again at every step (quantization-aware distillation):
+
+    w' = round(clamp(w / s)) * s        d loss / d w = d loss / d w' where w is in range, 0 elsewhere (straight through)
+                                        d loss / d s as in LSQ (Esser et al. 2020, "Learned Step Size Quantization")
+
+It stands behind whatever stores weights as integers, and trains what that has made of the program, where it stands: on
+a twin that computes the same on real numbers (`passes.twins`). So every form and option of every such pass can be
+trained, the steps begin as those that calibration chose, the graph that comes out is the one that went in, and a report
+shows what training is worth.
 """
 
 from __future__ import annotations
@@ -13,9 +23,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, Protocol
 
 from pydantic import Field
+from torch import Tensor
 
 from graphopt.data.split import FEWEST
 from graphopt.distillation.addresses import resolve
@@ -32,9 +43,11 @@ from graphopt.distillation.taps import own_outputs, strip_taps
 from graphopt.distillation.weights import integer_weights, overwrite, trainable
 from graphopt.errors import PassError
 from graphopt.ir.program import Program
+from graphopt.passes.twins.twin import Twin, twin_of
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.pass_base import Pass
 from graphopt.pipeline.plan import Plan, Refusal
+from graphopt.quantization.stored import is_quantized
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +105,25 @@ class RecoverPlan(Plan):
     views: tuple[str, ...] = ()
 
 
+class Trainee(Protocol):
+    """What is trained in the place of a program."""
+
+    @property
+    def program(self) -> Program:
+        """A program of the same inputs and outputs."""
+
+    def stored(self, trained: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the tensors of the program in whose place it is, by those of its own that training changed."""
+
+
+@dataclass(frozen=True)
+class _Itself:
+    program: Program
+
+    def stored(self, trained: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return trained
+
+
 class Recover(Pass[RecoverOptions, RecoverPlan]):
     """Win back accuracy by distillation from the unoptimised program; needs data, no labels.
 
@@ -116,14 +148,15 @@ class Recover(Pass[RecoverOptions, RecoverPlan]):
             DataError: there is no data, or too little.
             PassError: training diverged, or the outputs are not those of the unoptimised program.
         """
-        reason = _why_not(program)
+        reason = self.why_not(program)
         if reason:
             return self.new_plan(sites=(), refusals=[Refusal("program", reason, reason.partition(":")[0])])
         samples = ctx.need_samples(self.name, "to imitate the unoptimised program on")
         held = Pool.read(ctx.need_held_out(self.name), None)
         training = Pool.read(samples, self.options.samples)
         batch_size = self._batch_size(program)
-        teacher, student = strip_taps(ctx.original), strip_taps(program)
+        trainee = self.trainee(program, ctx)
+        teacher, student = strip_taps(ctx.original), strip_taps(trainee.program)
         _check_outputs(teacher, student)
         targets, refusals = targets_of(teacher)
         pairs, left = self._pairs(teacher, student) if self.options.epochs else ([], [])
@@ -138,16 +171,17 @@ class Recover(Pass[RecoverOptions, RecoverPlan]):
         found = recover(student, teacher, objective, training, held, batch_size, schedule, rates, view, ctx)
         if found.refusal:
             refusals.append(Refusal("program", found.refusal, found.refusal.partition(":")[0]))
+        tensors = trainee.stored(found.tensors)
         plan = self.new_plan(
-            sites=found.tensors,
+            sites=tensors,
             refusals=refusals,
-            tensors=found.tensors,
+            tensors=tensors,
             measured=found.losses,
             outputs={target.name: target.kind for target in targets},
             taps={pair.teacher.address: _loss_name(teacher, student, pair) for pair in pairs},
             views=views,
         )
-        logger.info("recover: %s, held-out losses %s", plan.summary(), found.losses)
+        logger.info("%s: %s, held-out losses %s", self.name, plan.summary(), found.losses)
         return plan
 
     def apply(self, program: Program, plan: RecoverPlan) -> Program:
@@ -158,6 +192,19 @@ class Recover(Pass[RecoverOptions, RecoverPlan]):
         result = program.copy(share_tensors=False)
         overwrite(result, plan.tensors)
         return result
+
+    def why_not(self, program: Program) -> str:
+        """Return why a program cannot be trained, "" if it can."""
+        frozen = integer_weights(program)
+        if frozen:
+            return f"weights are stored as integers: `{frozen[0]}` is trained by qat, or put recover before int8"
+        if not trainable(program):
+            return "there is no trainable parameter: the program holds no floating parameter with a gradient"
+        return ""
+
+    def trainee(self, program: Program, ctx: Context) -> Trainee:
+        """Return what is trained in the place of a program: here itself."""
+        return _Itself(program)
 
     def _batch_size(self, program: Program) -> int:
         size = program.takes(self.options.batch_size)
@@ -195,13 +242,55 @@ class Recover(Pass[RecoverOptions, RecoverPlan]):
         return tuple(wanted)
 
 
-def _why_not(program: Program) -> str:
-    frozen = integer_weights(program)
-    if frozen:
-        return f"weights are stored as integers: `{frozen[0]}` cannot be trained, put recover before int8"
-    if not trainable(program):
-        return "there is no trainable parameter: the program holds no floating parameter with a gradient"
-    return ""
+@dataclass(frozen=True, slots=True)
+class QatOptions(RecoverOptions):
+    """How long, on what and towards what to train, and whether steps are trained too.
+
+    epochs: passes over the samples.
+    lr: largest AdamW step, as a fraction of the root mean square of each tensor, and of each step of integers; none:
+        0.003, and a third of it if no epoch is better than what came in.
+    batch_size: samples per step, over all processes.
+    samples: train on at most so many; none: all there are.
+    temperature: softens the teacher's logits.
+    alpha: weight of the tap losses against the output loss; 0 leaves the taps out.
+    taps: addresses in the unoptimised program, as `distill_hooks` takes them; auto: block boundaries.
+    augment: views of the samples, flip+shift for images; auto: both where the input looks like images.
+    steps: of integers: learned, or fixed as calibration chose them.
+    """
+
+    steps: Literal["learned", "fixed"] = "learned"
+
+
+class Qat(Recover):
+    """Train a quantized program in the form in which it computes, towards the unoptimised one; no labels.
+
+    1. Weights and biases that are stored as integers of any number of bits are trained as the floating numbers that
+       are rounded to them, beginning where the program had them before it was quantized; floating ones as they are.
+    2. Steps of weights and activations are learned, but where a kernel takes one of them for given.
+    3. Norms are folded before weights are quantized: there are no statistics to freeze.
+    4. What is kept is what has the lowest loss on the samples that no pass fits, or, with a refusal, what came in.
+    """
+
+    name = "qat"
+    options_type = QatOptions
+    needs = ("quantized",)
+    after = ("drop_blocks", "prune", "svd", "recover", "sparsity24", "codebook", "weights", "int8", "mixed")
+    before = ("half", "bfloat16")
+    cached = True
+    reads_floating = True
+    options: QatOptions
+
+    def why_not(self, program: Program) -> str:
+        """Return why a program is not trained, "" if it is."""
+        return "" if is_quantized(program) else "nothing is stored as integers: recover trains floating weights"
+
+    def trainee(self, program: Program, ctx: Context) -> Twin:
+        """Return the twin of a quantized program."""
+        return twin_of(program, ctx.floating, ctx.original, learn_steps=self.options.steps == "learned")
+
+
+def _rates(program: Program) -> tuple[float, ...]:
+    return _RATES_WITH_BATCH_NORM if batch_norms(program) else _RATES_WITHOUT
 
 
 def _check_outputs(teacher: Program, student: Program) -> None:
@@ -210,10 +299,6 @@ def _check_outputs(teacher: Program, student: Program) -> None:
             f"Pass `recover` compares outputs, and the program has {[*map(str, student.outputs)]} where the "
             f"unoptimised one has {[*map(str, teacher.outputs)]}. Leave out the pass that changed them."
         )
-
-
-def _rates(program: Program) -> tuple[float, ...]:
-    return _RATES_WITH_BATCH_NORM if batch_norms(program) else _RATES_WITHOUT
 
 
 def _loss_name(teacher: Program, student: Program, pair: Pair) -> str:

@@ -93,6 +93,7 @@ class Weights(Pass[WeightsOptions, WeightsPlan]):
     plan_type = WeightsPlan
     cached = True
     needs = ("folded",)
+    produces = ("quantized",)
     after = ("drop_blocks", "prune", "svd", "recover", "sparsity24")
     before = ("int8", "half", "bfloat16")
     reads_target = True

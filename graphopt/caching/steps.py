@@ -167,7 +167,9 @@ class StepCache:
     def _key_of(self, step: Step, program: Program, ctx: Context) -> str | None:
         if self._kind is None:
             return None
-        programs = self.memory.digest(program), self.memory.digest(ctx.original)
+        programs = [self.memory.digest(program), self.memory.digest(ctx.original)]
+        if step.instance.reads_floating and ctx.floating is not None:
+            programs.append(self.memory.digest(ctx.floating))
         judge = digests.of_evaluation(ctx.metric) if step.instance.chooses_by_metric and ctx.metric is not None else ""
         if judge is None:
             return None

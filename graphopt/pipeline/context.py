@@ -46,6 +46,8 @@ class Context:
         original: the unoptimised program, the teacher of every recovery.
         targets: descriptions of all targets of this run, for alignments. May be empty.
         target: the one target this pass plans for; None before the pipeline forks.
+        floating: the last program of this run before weights were stored as integers, for passes that say they read it;
+            None where it is not known.
         samples: calibration data that passes may fit, None when the user gave none.
         held_out: the samples that passes choose by, and that no pass fits; None where there are none to spare. What
             is reported is taken on others, which no pass gets.
@@ -62,6 +64,7 @@ class Context:
     original: Program
     targets: tuple[TargetDescription, ...] = ()
     target: TargetDescription | None = None
+    floating: Program | None = None
     samples: SampleSource | None = None
     held_out: SampleSource | None = None
     loss: Loss | None = None

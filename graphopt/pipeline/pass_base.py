@@ -67,6 +67,7 @@ class Pass(ABC, Generic[OptionsT, PlanT]):
         conflicts: passes that cannot be in one pipeline with it.
         reads_target: whether its plan depends on the target description; with several targets the pipeline forks here.
             An instance may decide by its options.
+        reads_floating: whether it asks the context for the program before weights were stored as integers.
         chooses_by_metric: whether it asks the context's metric, of half of the labelled data; reports then take the
             other half. An instance may decide by its options.
         has_goal: whether its plan may say that what was asked for is not reached (`Plan.unmet`).
@@ -87,6 +88,7 @@ class Pass(ABC, Generic[OptionsT, PlanT]):
     before: ClassVar[tuple[str, ...]] = ()
     conflicts: ClassVar[tuple[str, ...]] = ()
     reads_target: bool = False
+    reads_floating: ClassVar[bool] = False
     chooses_by_metric: bool = False
     has_goal: ClassVar[bool] = False
     changes_outputs: ClassVar[bool] = False

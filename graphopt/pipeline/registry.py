@@ -135,10 +135,11 @@ class PassRegistry(Registry):
         return self.get(name, Pass, "pass")
 
     def producer_of(self, needed: str) -> str | None:
-        """Return the name of the first pass that produces the property `needed`."""
+        """Return the name of a pass that produces the property `needed`: one of the default passes, else the first."""
         from graphopt.pipeline.pass_base import Pass
 
-        return next((name for name, found in self.working(Pass).items() if needed in found.produces), None)
+        names = [name for name, found in self.working(Pass).items() if needed in found.produces]
+        return min(names, key=lambda name: (name not in DEFAULT_PASSES.split(","), name), default=None)
 
 
 def backend(name: str) -> Backend:

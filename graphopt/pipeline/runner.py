@@ -20,6 +20,7 @@ from graphopt.pipeline.hooks import Hook
 from graphopt.pipeline.order import Step
 from graphopt.pipeline.pipeline import Pipeline
 from graphopt.pipeline.plan import Plan, Refusal
+from graphopt.quantization.stored import is_quantized
 from graphopt.targets.description import TargetDescription
 
 _NOTHING_FOUND = Refusal("the program", "there is nothing in it that the pass rewrites")
@@ -61,22 +62,32 @@ def run(
         VerifyError: a result breaks an invariant, or an exact pass is further off than it declares.
     """
     fork = pipeline.fork() if ctx.targets else len(pipeline.steps)
-    forked, plans = _run_branch(pipeline.steps[:fork], program, ctx, hooks, cache)
+    shared, own = pipeline.steps[:fork], pipeline.steps[fork:]
+    ctx = dataclasses.replace(ctx)  # which is told what happens in this run
+    asked = any(step.instance.reads_floating for step in pipeline.steps)
+    forked, plans = _run_branch(shared, program, ctx, hooks, cache, asked)
     if not ctx.targets:
         return Rewritten({"": forked}, tuple(plans))
     programs = {}
     for target in ctx.targets:
-        programs[target.name], made = _run_branch(pipeline.steps[fork:], forked, _for_target(ctx, target), hooks, cache)
+        programs[target.name], made = _run_branch(own, forked, _for_target(ctx, target), hooks, cache, asked)
         plans += made
     return Rewritten(programs, tuple(plans))
 
 
 def _run_branch(
-    steps: Sequence[Step], first: Program, ctx: Context, hooks: Sequence[Hook], cache: PlanCache | None
+    steps: Sequence[Step],
+    first: Program,
+    ctx: Context,
+    hooks: Sequence[Hook],
+    cache: PlanCache | None,
+    keeps_floating: bool,
 ) -> tuple[Program, list[tuple[str, Plan]]]:
     program, plans = first, []
     for step in steps:
         before = program
+        if keeps_floating and not is_quantized(before):
+            ctx.floating = before
         program, plan = run_step(step, before, ctx, hooks, cache)
         plans.append((ctx.target.name if ctx.target else "", plan))
         if program is not before and before is not first:  # which other branches read too

@@ -43,6 +43,7 @@ class Rewriter:
         self._nodes = {node.name: node for node in editor.graph.nodes}
         self._reads: dict[str, fx.Node] = {}
         self._takers: dict[str, fx.Node] = {}  # calls that took over the operands of a respelled layer
+        self._dropped: dict[fx.Node, fx.Node] = {}  # activations, by what stands for them
         self._dynamic: dict[fx.Node, fx.Node] = {}
         self._first_input = next(node for node in editor.graph.nodes if node.op == "placeholder")
 
@@ -55,6 +56,7 @@ class Rewriter:
             source = activation.args[0]
             assert isinstance(source, fx.Node)  # an activation has one operand
             self._nodes[name] = source
+            self._dropped[source] = activation
             self._editor.replace(activation, source)
         moved = {record["value"] for record in self._plan.values if record["form"] == "move"}
         moving = {self._nodes[name] for name in moved}
@@ -143,7 +145,8 @@ class Rewriter:
             return
         scale, zero_point = self._qparams(record, node)
         with self._graph.inserting_after(behind_inputs(stored)):
-            real = self._editor.call(DEQUANTIZE, stored, scale, zero_point, None, like=node, site=record["value"])
+            like = self._dropped.get(node, node)
+            real = self._editor.call(DEQUANTIZE, stored, scale, zero_point, None, like=like, site=record["value"])
         for user in others:
             user.replace_input_with(node, real)
 
@@ -176,9 +179,9 @@ class Rewriter:
         if record["form"] == "constant":
             return self._read(stored_name(record["value"], "integers"), node)
         scale_of_reads, zero_point = self._qparams(record, node)
-        bounds = record["low"], record["high"]
+        bounds, like = (record["low"], record["high"]), self._dropped.get(node, node)
         return self._editor.call(
-            QUANTIZE, node, scale or scale_of_reads, zero_point, None, *bounds, like=node, site=record["value"]
+            QUANTIZE, node, scale or scale_of_reads, zero_point, None, *bounds, like=like, site=record["value"]
         )
 
     def _call(self, target: Any, *args: Any, like: fx.Node) -> fx.Node:

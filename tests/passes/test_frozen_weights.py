@@ -24,6 +24,7 @@ PIPELINES = {
     "int8": "int8",
     "mixed": "mixed:forms=weights4+int8:min_sqnr=10",
     "prune": "prune:ratio=0.5:round_to=1",
+    "qat": "weights:block=16:skip=head.2,qat:epochs=1",
     "recover": "prune:ratio=0.5:round_to=1,recover:epochs=1",
     "sparsity24": "sparsity24:force=yes",
     "svd": "svd:ratio=0.3",

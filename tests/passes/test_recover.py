@@ -242,7 +242,7 @@ def test_integer_weights_are_refused() -> None:
     plan = Recover().plan(frozen, Context(original=original))
     assert plan.sites == ()
     assert plan.refusals[0].reason == (
-        "weights are stored as integers: `weight_int8` cannot be trained, put recover before int8"
+        "weights are stored as integers: `weight_int8` is trained by qat, or put recover before int8"
     )
 
 

@@ -31,6 +31,7 @@ from graphopt.errors import PassError
 from graphopt.ir.program import Program
 from graphopt.job.job import Job, Outcome
 from graphopt.measure.evaluate import Evaluator
+from graphopt.pipeline.context import Context
 from graphopt.pipeline.order import Step
 from graphopt.pipeline.pipeline import Pipeline
 from graphopt.pipeline.plan import Plan
@@ -456,6 +457,22 @@ def test_a_class_without_a_file_is_asked_each_time(plugin: Path, monkeypatch: py
 @pytest.mark.parametrize("name", PassRegistry().names())
 def test_plans_of_built_in_passes_are_kept(name: str) -> None:
     assert digests.of_pass(PassRegistry().pass_class(name)()) is not None
+
+
+def test_what_weights_were_before_they_were_rounded_counts_for_who_reads_it() -> None:
+    """Other weights may round to the same integers."""
+    other = CAPTURED.copy(share_tensors=False)
+    with torch.no_grad():
+        next(other.parameters()).mul_(1.01)
+    cache, found = StepCache(Memory()), {}
+    for name in ("qat", "recover"):
+        step = Step(PassRegistry().pass_class(name)())
+        ctx = Context(original=CAPTURED, floating=CAPTURED)
+        assert cache.find(step, CAPTURED, ctx) is None
+        cache.keep(step, CAPTURED, ctx, step.instance.new_plan(sites=("x",)))
+        assert cache.find(step, CAPTURED, ctx) is not None
+        found[name] = cache.find(step, CAPTURED, dataclasses.replace(ctx, floating=other)) is not None
+    assert found == {"qat": False, "recover": True}
 
 
 def test_an_instance_that_holds_more_than_options_is_asked_each_time(plugin: Path) -> None:

@@ -13,11 +13,13 @@ from graphopt.distillation.addresses import Tap, addresses
 from graphopt.distillation.pairing import derived_from, pair_stages, pair_taps
 from graphopt.distillation.taps import insert_taps
 from graphopt.ir.editor import Editor
+from graphopt.ir.operators import short_name
 from graphopt.ir.program import Program
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.pipeline import Pipeline
 from graphopt.pipeline.runner import run
 from tests.graphopt.distillation.models import Encoder, Mlp, ResidualNet, settled
+from tests.passes.int8_models import quantized
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +102,16 @@ class NormFirst(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(self.norm(self.stem(x).relu())).relu()
+
+
+def test_a_relu_that_integers_clamp_stands_where_it_did(teacher: Program) -> None:
+    program = run(Pipeline.parse("fold"), teacher, Context(original=teacher)).programs[""]
+    stored, plan = quantized(program, torch.randn(16, 3, 8, 8))
+    assert plan.dropped
+    relus = [node.name for node in teacher.graph.nodes if short_name(node) == "relu"]
+    pairs, refusals = pair_taps(teacher, stored, [Tap(name, name) for name in relus])
+    assert [pair.teacher.node for pair in pairs] == relus
+    assert refusals == []
 
 
 def test_a_norm_folded_forward_leaves_the_value_before_it_as_it_was() -> None:

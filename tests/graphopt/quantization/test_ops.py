@@ -11,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from graphopt.quantization.ops import dequantize, dynamic_quantize, fake_quantize, observe, pack, quantize, unpack
+from graphopt.quantization.ops import (
+    dequantize,
+    dynamic_quantize,
+    fake_quantize,
+    observe,
+    pack,
+    quantize,
+    step_gain,
+    unpack,
+)
 
 OPS = torch.ops.graphopt
 SCALE, ZERO = torch.tensor(0.1), torch.tensor(3, dtype=torch.uint8)
@@ -95,6 +104,24 @@ def test_gradients_of_fake_quantize() -> None:
     assert scale.grad is not None
     assert x.grad.tolist() == [1.0, 0.0, 0.0]
     torch.testing.assert_close(scale.grad.item(), (2 - 2.4) + 7 - 8)
+
+
+def test_a_learned_step_in_blocks_has_the_gradient_of_what_it_rounds() -> None:
+    """What is rounded held fixed, integers times a step are linear in it: equation 3 says no more."""
+    x = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    scale = torch.tensor([[0.5, 1.0], [2.0, 0.25], [0.1, 0.3]], dtype=torch.float64, requires_grad=True)
+    zero, blocks = torch.tensor(1, dtype=torch.int8), torch.tensor([0, 0, 0, 1, 1])
+    found = fake_quantize(x, scale, zero, 1, -2, 3, 3, 0.5)
+    spread = scale[:, blocks]
+    steps = ((x / spread).round() + 1).clamp(-2, 3).detach() - 1
+    torch.testing.assert_close(found, steps * spread, rtol=0, atol=0)
+    inside = ((x / spread).round() + 1 >= -2) & ((x / spread).round() + 1 <= 3)
+    wanted = (steps - torch.where(inside, x / spread, 0.0)).detach()
+    found.sum().backward()  # type: ignore[no-untyped-call]
+    expected = 0.5 * torch.stack([wanted[:, :3].sum(1), wanted[:, 3:].sum(1)], 1)
+    torch.testing.assert_close(scale.grad, expected)
+    assert not bool(inside.all())
+    assert bool(inside.any())
 
 
 def test_gradient_of_dequantize() -> None:
@@ -215,3 +242,9 @@ def test_dynamic_quantize_is_that_of_onnx(values: list[float]) -> None:
 def test_dynamic_quantize_of_nothing() -> None:
     integers, scale, zero_point = dynamic_quantize(torch.empty(0, 3))
     assert (tuple(integers.shape), float(scale), int(zero_point)) == ((0, 3), 1.0, 0)
+
+
+def test_the_gain_of_a_step() -> None:
+    """Esser et al. 2020, section 2.2."""
+    assert step_gain(144, 7) == pytest.approx(1 / (144 * 7) ** 0.5)
+    assert step_gain(0, 0) == 1.0

@@ -1,0 +1,192 @@
+"""The twin of a quantized program: it computes the same to the bit, trains, and what it learned goes back exactly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from graphopt.backends.onnxruntime.description import DESCRIPTION
+from graphopt.backends.tensorrt.description import DESCRIPTION as TENSORRT
+from graphopt.distillation.weights import overwrite
+from graphopt.ir.program import Program
+from graphopt.passes.int8 import Int8Options
+from graphopt.passes.twins.twin import Twin, twin_of
+from graphopt.passes.weights import Weights, WeightsOptions
+from graphopt.pipeline.context import Context
+from graphopt.quantization.ops import DYNAMIC_QUANTIZE, FAKE_QUANTIZE, step_gain
+from graphopt.testing import TensorSamples
+from tests.passes.int8_models import (
+    EDGES,
+    IDS,
+    HardActivations,
+    Head,
+    Perceptron,
+    Tokens,
+    TwoConvs,
+    folded,
+    images,
+    noise,
+    quantized,
+)
+
+
+def by_weights(model: nn.Module, data: Tensor, **options: object) -> tuple[Program, Program]:
+    program = folded(model, data)
+    ctx = Context(original=program, target=DESCRIPTION, samples=TensorSamples((data,)))
+    pass_ = Weights(WeightsOptions(**options))  # type: ignore[arg-type]
+    return program, pass_.apply(program, pass_.plan(program, ctx))
+
+
+def results(program: Program, data: Tensor) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        return program.call_flat((data,))
+
+
+def shaken(twin: Twin) -> dict[str, Tensor]:
+    """Return tensors of a twin as training might leave them."""
+    generator = torch.Generator().manual_seed(0)
+    known = dict(twin.program.graph_module.named_parameters())
+    return {
+        name: one.detach() * (1 + 0.05 * torch.randn(one.shape, generator=generator)) for name, one in known.items()
+    }
+
+
+def check(floating: Program, stored: Program, data: Tensor) -> Twin:
+    """Check that a twin computes what the stored program does, has a gradient everywhere, and gives back what it is."""
+    twin = twin_of(stored, floating, floating, learn_steps=True)
+    for found, wanted in zip(results(twin.program, data), results(stored, data), strict=True):
+        assert torch.equal(found, wanted)
+    assert twin.stored({}) == {}
+    own = twin.program.copy(share_tensors=False)
+    torch.stack([part.square().sum() for part in own.call_flat((data,))]).sum().backward()  # type: ignore[no-untyped-call]
+    gradients = {name: one.grad for name, one in own.graph_module.named_parameters()}
+    assert all(gradient is not None and bool(gradient.isfinite().all()) for gradient in gradients.values())
+    assert all(bool(gradients[name].any()) for name in twin.integers)  # type: ignore[union-attr]
+    trained = shaken(twin)
+    overwrite(own, trained)
+    result = stored.copy(share_tensors=False)
+    overwrite(result, twin.stored(trained))
+    for found, wanted in zip(results(result, data), results(own, data), strict=True):
+        assert torch.equal(found, wanted)
+    return twin
+
+
+@pytest.mark.parametrize(("model", "data"), [edge[:2] for edge in EDGES], ids=lambda one: getattr(one, "__name__", ""))
+def test_of_every_placement_of_int8(model: type[nn.Module], data: Tensor) -> None:
+    program = folded(model(), data)
+    stored, _ = quantized(program, data)
+    check(program, stored, data)
+
+
+def test_for_a_target_of_symmetric_integers_and_with_dynamic_scales() -> None:
+    program = folded(TwoConvs(), images())
+    stored, _ = quantized(program, images(), target=TENSORRT)
+    check(program, stored, images())
+    program = folded(Perceptron(), noise(16, 8))
+    stored, _ = quantized(program, noise(16, 8), options=Int8Options(mode="dynamic"))
+    assert any(node.target is DYNAMIC_QUANTIZE for node in stored.graph.nodes)
+    check(program, stored, noise(16, 8))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"bits": 8, "block": 0}, {"bits": 4, "block": 16}, {"bits": 3}, {"bits": 2, "symmetric": False},
+     {"bits": 4, "symmetric": False, "block": 16}],
+    ids=str,
+)  # fmt: skip
+def test_of_weights_alone(options: dict[str, object]) -> None:
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(40, 64), nn.Linear(64, 32, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x).relu())
+
+    program, stored = by_weights(Wide(), noise(16, 40), **options)
+    twin = check(program, stored, noise(16, 40))
+    assert [one.high - one.low for one in twin.integers.values()] == [(1 << int(str(options["bits"]))) - 1] * 2
+
+
+def test_of_tables_of_rows_that_a_product_shares() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.body = nn.Embedding(600, 32), nn.Linear(32, 32)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.body(self.table(ids)) @ self.table.weight.t()
+
+    ids = torch.randint(0, 600, (8, 5), generator=torch.Generator().manual_seed(0))
+    program, stored = by_weights(Tied(), ids, bits=4)
+    check(program, stored, ids)
+    stored, plan = quantized(program, ids)
+    assert plan.tables
+    check(program, stored, ids)
+
+
+def test_weights_start_where_they_were_as_near_as_rounds_to_their_integers() -> None:
+    program = folded(TwoConvs(), images())
+    stored, _ = quantized(program, images(), options=Int8Options(weight_bits=3))
+    twin = twin_of(stored, program, program, learn_steps=True)
+    known, before = twin.program.state_dict(), program.state_dict()
+    for name in ("a", "b"):
+        start, wanted = known[f"{name}.weight_int8_real"], before[f"{name}.weight"]
+        step = known[f"{name}.weight_int8_scale"].reshape(-1, 1, 1, 1)
+        assert float(((start - wanted).abs() / step).max()) < 2e-3  # at the edges of what rounds to an integer
+    without = twin_of(stored, None, program, learn_steps=True).program.state_dict()["a.weight_int8_real"]
+    assert bool(((without / known["a.weight_int8_scale"].reshape(-1, 1, 1, 1)) % 1 == 0).all())
+
+
+def test_the_range_is_that_of_the_bits_asked_for() -> None:
+    program = folded(TwoConvs(), images())
+    stored, _ = quantized(program, images(), options=Int8Options(weight_bits=4))
+    twin = twin_of(stored, program, program, learn_steps=True)
+    assert {(one.low, one.high) for one in twin.integers.values()} == {(-7, 7)}
+    rounded = twin.stored({name: 10 * one for name, one in twin.program.state_dict().items() if "_real" in name})
+    assert all(int(one.abs().max()) == 7 for one in rounded.values())
+
+
+def test_steps_are_learned_but_what_a_kernel_takes_for_given() -> None:
+    stored, plan = quantized(HardActivations(), images())
+    shifted = {record["value"] for record in plan.values if record["form"] == "hard_sigmoid"}
+    twin = twin_of(stored, None, stored, learn_steps=True)
+    assert shifted
+    assert twin.factors
+    assert not [name for name in twin.factors for value in shifted if name.startswith(f"int8_{value}.")]
+    assert twin_of(stored, None, stored, learn_steps=False).factors == {}
+
+
+def test_the_step_of_an_integer_bias_stays_that_of_its_product() -> None:
+    program = folded(Head(), images())
+    stored, _ = quantized(program, images())
+    twin = twin_of(stored, program, program, learn_steps=True)
+    found = twin.stored(shaken(twin))
+    expected = found["int8_adaptive_avg_pool2d_default.scale"] * found["linear.weight_int8_scale"]
+    assert torch.equal(found["int8_linear.bias_scale"], expected)
+    assert found["int8_linear.bias"].dtype is torch.int32
+
+
+def test_a_weight_that_the_original_has_frozen_is_not_trained() -> None:
+    model = TwoConvs()
+    model.a.requires_grad_(False)
+    program = folded(model, images())
+    stored, _ = quantized(program, images())
+    twin = twin_of(stored, program, program, learn_steps=True)
+    assert [one.name for one in twin.integers.values()] == ["b.weight_int8"]
+    assert "a.weight_int8_scale" not in twin.factors
+
+
+def test_the_gain_of_a_step_is_by_what_shares_it() -> None:
+    """Esser et al. 2020, section 2.2: 1 / sqrt(values * largest integer), of a weight or of one sample's values."""
+    program = folded(Tokens(), IDS)
+    stored, _ = quantized(program, IDS)
+    weights = twin_of(stored, program, program, learn_steps=True).program
+    gains = {node.args[-1] for node in weights.graph.nodes if node.target is FAKE_QUANTIZE and node.args[3] is not None}
+    assert gains == {step_gain(8, 127), step_gain(16, 127)}  # a row has 8 inputs, or 16
+    program = folded(Perceptron(), noise(16, 8))
+    stored, _ = quantized(program, noise(16, 8))
+    values = twin_of(stored, program, program, learn_steps=True).program
+    gains = {node.args[-1] for node in values.graph.nodes if node.target is FAKE_QUANTIZE and node.args[3] is None}
+    assert gains == {step_gain(8, 255), step_gain(16, 255)}
