@@ -18,22 +18,14 @@ import torch
 from pydantic import Field
 from torch import fx
 
-from graphopt.errors import PassError
-from graphopt.ir.editor import Editor
-from graphopt.ir.graph import constant, tensor_attribute
+from graphopt.ir.graph import tensor_attribute
 from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
 from graphopt.measure.decibels import decibels
 from graphopt.passes.layers.input_moments import InputMoments, gather
+from graphopt.passes.layers.sparse_weights import SparseSite, find_sites, named, with_weights
 from graphopt.passes.layers.weights import as_rows, as_weight
-from graphopt.passes.sparsity.layers import (
-    SparseSite,
-    at_the_ends,
-    find_sites,
-    has_pattern,
-    named,
-    why_not,
-)
+from graphopt.passes.sparsity.layers import at_the_ends, has_pattern, why_not
 from graphopt.passes.sparsity.selection import fit, sparsify
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.globs import check_globs
@@ -151,18 +143,7 @@ class Sparsity24(Pass[Sparsity24Options, Sparsity24Plan]):
         Raises:
             PassError: the plan was made for another program.
         """
-        program = program.copy()
-        gm = program.graph_module
-        editor = Editor(gm, self.name)
-        known = program.state_dict()
-        for name, tensor in plan.tensors.items():
-            if name not in known or known[name].shape != tensor.shape:
-                raise PassError(
-                    f"The plan holds weights for `{name}`, which this program has not. Make the plan again."
-                )
-            for alias in _names_of(gm, name):
-                editor.put(alias, tensor, kind_of=tensor_attribute(gm, alias))
-        return program.with_graph(editor.finish())
+        return with_weights(program, plan.tensors, self.name, sparse=plan.sites)
 
     def _form(self, ctx: Context) -> SparseFormat:
         """Return the pattern wanted: the target's, with what the options say instead."""
@@ -287,10 +268,3 @@ def _power(rows: torch.Tensor, block: int, moments: Sequence[torch.Tensor] | Non
     parts = torch.split(rows, block, 2)
     images = parts if moments is None else [part @ matrix for part, matrix in zip(parts, moments, strict=True)]
     return sum(float((image * part).sum()) for image, part in zip(images, parts, strict=True))
-
-
-def _names_of(gm: fx.GraphModule, name: str) -> list[str]:
-    """List every name under which the tensor called `name` is stored."""
-    tensor = tensor_attribute(gm, name)
-    names = [str(node.target) for node in gm.graph.nodes if constant(node, gm) is not None]
-    return [known for known in dict.fromkeys(names) if tensor_attribute(gm, known) is tensor]

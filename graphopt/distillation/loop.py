@@ -20,7 +20,7 @@ from graphopt.distillation.augment import View
 from graphopt.distillation.lesson import Lesson
 from graphopt.distillation.pool import Index, Pool
 from graphopt.distillation.statistics import estimate_statistics
-from graphopt.distillation.weights import overwrite, snapshot
+from graphopt.distillation.weights import keep_zeros, overwrite, snapshot
 from graphopt.errors import PassError
 from graphopt.ir.placing import place
 from graphopt.ir.program import Program
@@ -73,6 +73,7 @@ class Trainer:
         self._names = [name for name, tensor in student.state_dict().items() if tensor.is_floating_point()]
         place(student.graph_module, self._device)
         lesson.place(self._device)
+        keep_zeros(student)
         self._expected: list[Any] = []
 
     def held_out_loss(self) -> float:

@@ -8,6 +8,7 @@ import torch
 
 from graphopt.ir.operators import short_name
 from graphopt.ir.program import Program
+from graphopt.ir.zeros import held_zeros
 
 
 def trainable(program: Program) -> list[str]:
@@ -28,6 +29,18 @@ def integer_weights(program: Program) -> list[str]:
         for source in node.all_input_nodes[:1]
         if source.op == "get_attr"
     ]
+
+
+def keep_zeros(program: Program) -> None:
+    """Let no training of a program's parameters change the zeros that a pass has chosen (`graphopt.ir.zeros`)."""
+    parameters = dict(program.graph_module.named_parameters())
+    for name, mask in held_zeros(program.graph_module).items():
+
+        def masked(parameter: torch.Tensor, mask: torch.Tensor = mask) -> None:
+            assert parameter.grad is not None  # it has just been computed
+            parameter.grad.mul_(mask)
+
+        parameters[name].register_post_accumulate_grad_hook(masked)  # type: ignore[no-untyped-call]
 
 
 def overwrite(program: Program, tensors: Mapping[str, torch.Tensor]) -> None:

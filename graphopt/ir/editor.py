@@ -23,6 +23,7 @@ from graphopt.ir.propagation import Propagation, unbacked
 from graphopt.ir.provenance import Origin, origin, record, user_line
 from graphopt.ir.regions import Region, inputs, region, results
 from graphopt.ir.torch_internals import FakeTensor, FakeTensorMode, free_symbols, pytree
+from graphopt.ir.zeros import hold, holds
 
 
 class Editor:
@@ -184,6 +185,8 @@ class Editor:
         for key in ("nn_module_stack", "stack_trace"):
             if key in like.meta:
                 node.meta[key] = like.meta[key]
+        if holds(like):
+            hold(node)
         base = origin(like) or Origin(like.name, "", short_name(like))
         record(node, Origin(base.node, base.module, base.op, self._made_by, site or like.name))
 

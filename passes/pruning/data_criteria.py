@@ -22,7 +22,7 @@ Both are in units of the loss, so groups can be ranked against each other withou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,19 +30,16 @@ import torch
 from torch import fx
 
 from graphopt.axes.groups import Group
-from graphopt.data.batches import batch_count, whole_batches, whole_labelled_batches
-from graphopt.errors import DataError, PassError, foreign_code
-from graphopt.ir.graph import tensor_attribute
-from graphopt.ir.torch_internals import pytree
+from graphopt.data.batches import whole_batches
+from graphopt.errors import DataError
 from graphopt.ir.walker import Walker
+from graphopt.passes.layers.directions import Purpose, directions
 from graphopt.passes.pruning.gates import UnitGate, gated
 from graphopt.passes.pruning.standing import Standing, Worths
 from graphopt.passes.pruning.weight_criteria import mean_one
 from graphopt.statistics.calibration import no_batch
 
 _BATCH = 64  # samples run forward at once
-# Samples a gradient is taken of: each gives one draw of the squares averaged, so few and many of them.
-_BATCH_OF_GRADIENT = 4
 _GRADIENT_SAMPLES = 512
 
 
@@ -151,73 +148,17 @@ def _averaged(
     names += [gate.name for each in gates.values() for gate in each]
     totals: dict[int, torch.Tensor] = {}
     count = 0
-    for directions in _directions(standing, gm, list(dict.fromkeys(names)), criterion):
+    setting, limit = f"criterion={criterion}", min(standing.samples, _GRADIENT_SAMPLES)
+    samples = standing.ctx.need_samples("prune", f"for {setting}")
+    asked = Purpose("prune", setting, "criterion=activation or l2")
+    for along in directions(standing.program, gm, list(dict.fromkeys(names)), samples, limit, standing.ctx, asked):
         count += 1
         for group in groups:
-            found = of_elements(_Elements(standing, group, gates.get(group.axis, ()), directions))
+            found = of_elements(_Elements(standing, group, gates.get(group.axis, ()), along))
             totals[group.axis] = totals.get(group.axis, torch.zeros_like(found)) + found
     if not count:
         raise _too_few(standing, criterion)
     return {axis: total / count for axis, total in totals.items()}
-
-
-def _directions(
-    standing: Standing, gm: fx.GraphModule, names: list[str], criterion: str
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield gradients of the loss, or of the outputs along random directions, by name of the weight or gate."""
-    ctx, program = standing.ctx, standing.program
-    samples = ctx.need_samples("prune", f"for criterion={criterion}")
-    limit = min(standing.samples, _GRADIENT_SAMPLES)
-    generator = ctx.generator("output directions")
-    batches = whole_labelled_batches(samples, _BATCH_OF_GRADIENT, limit, takes=program.takes)
-    for batch, labels in ctx.progress.track(batches, "following gradients"):
-        weights = _tracked(gm, names)
-        args, kwargs = program.unflatten([tensor.clone() for tensor in batch])  # a program may write to its inputs
-        with torch.enable_grad():
-            output = torch.func.functional_call(gm, weights, args, dict(kwargs), strict=False)
-            if ctx.loss is None:
-                value = _along_random(output, generator)
-            else:
-                value = _checked(ctx.loss, output, labels) * batch_count(batch)
-        if not value.requires_grad:
-            raise PassError(
-                f"Pass `prune` cannot use criterion={criterion}: no gradient reaches the weights from the outputs"
-                f"{'' if ctx.loss is None else ' through the loss'}. Use criterion=activation or l2."
-            )
-        found = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
-        yield {
-            name: torch.zeros_like(weight).double() if gradient is None else gradient.double()
-            for (name, weight), gradient in zip(weights.items(), found, strict=True)
-        }
-
-
-def _tracked(gm: fx.GraphModule, names: list[str]) -> dict[str, torch.Tensor]:
-    """Return the weights as tensors that gradients are taken of; names of one tensor share one."""
-    tensors = {name: tensor_attribute(gm, name) for name in names}
-    own = {id(tensor): tensor.detach().requires_grad_() for tensor in tensors.values()}
-    return {name: own[id(tensor)] for name, tensor in tensors.items()}
-
-
-def _along_random(output: Any, generator: torch.Generator) -> torch.Tensor:
-    """Return the outputs summed with random signs."""
-    value = torch.zeros(())
-    for leaf in pytree.tree_leaves(output):
-        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.requires_grad:
-            signs = torch.randint(0, 2, leaf.shape, generator=generator).to(leaf) * 2 - 1
-            value = value + (leaf * signs).sum().to(value.device, torch.float32)
-    return value
-
-
-def _checked(loss: Callable[[Any, torch.Tensor | None], torch.Tensor], output: Any, labels: Any) -> torch.Tensor:
-    given = "no labels, for the data has none" if labels is None else f"labels of shape {tuple(labels.shape)}"
-    with foreign_code(
-        lambda said, _: DataError(f"The loss failed with {said}. It was called with the model's output and {given}.")
-    ):
-        value = loss(output, labels)
-    if not isinstance(value, torch.Tensor) or value.numel() != 1:
-        found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
-        raise DataError(f"The loss returned {found}; expected a scalar tensor. It was called with {given}.")
-    return value.reshape(())
 
 
 def _too_few(standing: Standing, criterion: str) -> DataError:

@@ -8,71 +8,20 @@ where TensorRT looks for it (its documentation, "I/O formats and sparsity": of e
 
 from __future__ import annotations
 
-import fnmatch
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from graphopt.ir.finite import all_finite
-from graphopt.ir.graph import constant, tensor_attribute
-from graphopt.passes.layers.recognition import Layers, Unweighted
+from graphopt.ir.graph import tensor_attribute
+from graphopt.passes.layers.sparse_weights import SparseSite
 from graphopt.passes.layers.weighted_call import (
-    IN_A_REGION,
-    WeightedCall,
     is_layer,
-    layer_call,
-    regions_with_layers,
-    uses,
     weighted_call,
 )
 from graphopt.passes.layers.weights import as_rows
-from graphopt.pipeline.plan import Refusal
 from graphopt.targets.description import SparseFormat
-
-
-@dataclass(frozen=True, eq=False)
-class SparseSite:
-    """One weight and the calls that read it.
-
-    Attributes:
-        weight_name: qualified name of the weight.
-        calls: in graph order; all of them read it in the same layout.
-    """
-
-    weight_name: str
-    calls: tuple[WeightedCall, ...]
-
-
-def find_sites(gm: fx.GraphModule) -> tuple[list[SparseSite], list[Refusal]]:
-    """List the weights of linear layers and convolutions, and the layers whose weight is none or not theirs alone."""
-    by_weight: dict[int, list[WeightedCall]] = {}
-    closed = regions_with_layers(gm)
-    refusals = [Refusal(node.name, IN_A_REGION) for node in closed]
-    layers, unweighted = Layers(gm), Unweighted(gm)
-    for node in gm.graph.nodes:
-        call = weighted_call(node, gm)
-        if call is not None:
-            by_weight.setdefault(id(constant(call.weight, gm)), []).append(call)
-        elif is_layer(node):
-            refusals.append(Refusal(node.name, unweighted.why(layer_call(node, gm))))
-        elif node in layers and node not in closed:
-            reason = unweighted.why_of_product(node) or "its weight is no stored matrix of a plain product"
-            refusals.append(Refusal(node.name, reason))
-    sites = []
-    for calls in by_weight.values():
-        name = calls[0].weight_name
-        known = {call.node for call in calls}
-        others = [user for user in uses(gm, name) if user not in known]
-        kinds = {(call.kind, call.groups) for call in calls}
-        if others or len(kinds) > 1:
-            other = others[0] if others else calls[1].node
-            refusals.append(Refusal(name, f"weight is shared with `{other.name}`", "weight is shared"))
-        else:
-            sites.append(SparseSite(name, tuple(calls)))
-    return sites, refusals
 
 
 def why_not(site: SparseSite, form: SparseFormat, gm: fx.GraphModule) -> tuple[str, str] | None:
@@ -114,11 +63,6 @@ def at_the_ends(gm: fx.GraphModule) -> set[fx.Node]:
         elif len(_computed(node)) == 1:
             behind += _computed(node)
     return found
-
-
-def named(site: SparseSite, globs: Sequence[str]) -> bool:
-    """Whether one of `globs` matches the weight's name."""
-    return any(fnmatch.fnmatchcase(site.weight_name, glob) for glob in globs)
 
 
 def has_pattern(rows: torch.Tensor, form: SparseFormat) -> bool:

@@ -26,6 +26,7 @@ PIPELINES = {
     "prune": "prune:ratio=0.5:round_to=1",
     "qat": "weights:block=16:skip=head.2,qat:epochs=1",
     "recover": "prune:ratio=0.5:round_to=1,recover:epochs=1",
+    "sparsify": "sparsify",
     "sparsity24": "sparsity24:force=yes",
     "svd": "svd:ratio=0.3",
     "weights": "weights",

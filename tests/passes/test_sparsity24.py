@@ -20,7 +20,7 @@ from graphopt.errors import DataError, PassError, UsageError
 from graphopt.ir.program import Program
 from graphopt.ir.walker import Walker
 from graphopt.passes.layers import input_moments as moments_module
-from graphopt.passes.sparsity.layers import find_sites
+from graphopt.passes.layers.sparse_weights import find_sites
 from graphopt.passes.sparsity.selection import fit, sparsify
 from graphopt.passes.sparsity24 import Sparsity24, Sparsity24Options, Sparsity24Plan
 from graphopt.pipeline.context import Context

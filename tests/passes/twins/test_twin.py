@@ -153,9 +153,9 @@ def test_steps_are_learned_but_what_a_kernel_takes_for_given() -> None:
     shifted = {record["value"] for record in plan.values if record["form"] == "hard_sigmoid"}
     twin = twin_of(stored, None, stored, learn_steps=True)
     assert shifted
-    assert twin.factors
-    assert not [name for name in twin.factors for value in shifted if name.startswith(f"int8_{value}.")]
-    assert twin_of(stored, None, stored, learn_steps=False).factors == {}
+    assert twin.shares
+    assert not [name for name in twin.shares for value in shifted if name.startswith(f"int8_{value}.")]
+    assert twin_of(stored, None, stored, learn_steps=False).shares == {}
 
 
 def test_the_step_of_an_integer_bias_stays_that_of_its_product() -> None:
@@ -175,7 +175,7 @@ def test_a_weight_that_the_original_has_frozen_is_not_trained() -> None:
     stored, _ = quantized(program, images())
     twin = twin_of(stored, program, program, learn_steps=True)
     assert [one.name for one in twin.integers.values()] == ["b.weight_int8"]
-    assert "a.weight_int8_scale" not in twin.factors
+    assert "a.weight_int8_scale" not in twin.shares
 
 
 def test_the_gain_of_a_step_is_by_what_shares_it() -> None:
