@@ -126,20 +126,12 @@ def capture(
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
-        order = arguments_by_name(model, args, kwargs)  # as torch.export asks for dynamic axes
-        kwargs = {name: kwargs[name] for name in order if name in kwargs}
-        args, kwargs, shapes = with_dynamic_batch(model, args, kwargs, dynamic_shapes)
-        notes = [*_fixed_by_example(model, args, kwargs, shapes), *notes]
-        try:
-            program = _checked(model, args, kwargs, shapes, notes)
-        except CaptureError:  # perhaps because the model does not run on the examples, which takes as long as all else
-            reason = _fails_on_several(model, args, kwargs)
-            if not reason:
-                raise
-            text = f"The batch size is fixed to 1: with more samples the model raises {reason}."
-            logger.warning("%s", text)
-            args, kwargs = _of_one(args, kwargs)
-            program = _checked(model, args, kwargs, _without_batch(shapes), [Note("batch", text), *notes])
+        args, kwargs, leaf_shapes, expected, note = _examples(model, args, kwargs, dynamic_shapes)
+        program, compared = _capture(model, args, kwargs, leaf_shapes, [*note, *notes])
+        program = program.to(device)  # constants in the model's code, too
+        check_equal(program, expected, args, kwargs)  # of the traced size, too: a model may remember its last batch
+        check_repeatable(program, args, kwargs)
+        program = with_axes_kept(with_the_smallest_call(program, compared))
     return program if share_tensors else program.copy(share_tensors=False)
 
 
@@ -167,41 +159,26 @@ def from_module(
     return Program(gm, inputs, outputs, tuple(args), dict(kwargs), tuple(range_notes(inputs)))
 
 
-def _checked(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: LeafShapes, notes: list[Note]
-) -> Program:
-    """Capture a model with these dynamic axes and compare the two."""
-    captured, compared = _capture(model, args, kwargs, shapes, notes)
-    program = captured.to(device_of(held_by(model)))  # constants in the model's code, too
-    if program is not captured or not compared.agree_on_examples():
-        check_equal(program, run_model(model, args, kwargs), args, kwargs)
-    check_repeatable(program, args, kwargs)
-    return with_axes_kept(with_the_smallest_call(program, compared))
-
-
-def _fails_on_several(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """Say why a model that runs on one sample does not on the examples, "" where it does.
-
-    Raises:
-        CaptureError: it runs on neither.
-    """
+def _examples(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], requested: Any
+) -> tuple[tuple[Any, ...], dict[str, Any], LeafShapes, Any, list[Note]]:
+    """Find a batch the model takes: arguments, dynamic axes, outputs, and a note where only a batch of 1 works."""
+    order = arguments_by_name(model, args, kwargs)  # as torch.export asks for dynamic axes
+    kwargs = {name: kwargs[name] for name in order if name in kwargs}
+    batch_args, batch_kwargs, shapes = with_dynamic_batch(model, args, kwargs, requested)
+    notes = _fixed_by_example(model, batch_args, batch_kwargs, shapes)
     try:
-        run_model(model, args, kwargs)
+        return batch_args, batch_kwargs, shapes, run_model(model, batch_args, batch_kwargs), notes
     except ExampleError as err:
+        one_args, one_kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t[:1] if t.dim() else t, (args, kwargs))
+        static = [{axis: dim for axis, dim in axes.items() if axis != 0} for axes in shapes]
         try:
-            run_model(model, *_of_one(args, kwargs))
+            expected = run_model(model, one_args, one_kwargs)
         except ExampleError:
             raise err from None
-        return err.reason
-    return ""
-
-
-def _of_one(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return pytree.tree_map_only(torch.Tensor, lambda t: t[:1] if t.dim() else t, (args, kwargs))  # type: ignore[no-any-return]
-
-
-def _without_batch(shapes: LeafShapes) -> LeafShapes:
-    return [{axis: dim for axis, dim in axes.items() if axis != 0} for axes in shapes]
+        text = f"The batch size is fixed to 1: with more samples the model raises {err.reason}."
+        logger.warning("%s", text)
+        return one_args, one_kwargs, static, expected, [Note("batch", text), *notes]
 
 
 def _fixed_by_example(
@@ -261,7 +238,7 @@ def _capture(
     except Exception as err:  # tracing runs the user's code, which may raise anything
         error = err
         reason = explain(err, lambda: attempt(shapes))
-    static = _without_batch(shapes)
+    static = [{axis: dim for axis, dim in axes.items() if axis != 0} for axes in shapes]
     if static == shapes:
         reason = (error and _partners(input_names(model, args, kwargs), args, kwargs, shapes, attempt)) or reason
         raise CaptureError(f"The model cannot be captured: {reason}") from error

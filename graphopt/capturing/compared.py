@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
 
 from torch import nn
@@ -41,16 +40,6 @@ class Compared:
     def agree(self, shapes: Iterable[Sequence[int]]) -> bool:
         """Whether both were run on inputs of these shapes and gave the same."""
         return self._found.get(tuple(map(tuple, shapes))) == ("", "")
-
-    def agree_on_examples(self) -> bool:
-        """Whether both gave the same on inputs that hold the examples whole."""
-        examples = [tensor.shape for tensor in self._program.flat_examples()]
-        own = [size for shape in examples for size in shape]
-        return any(
-            all(size >= least for size, least in zip(itertools.chain(*found), own, strict=True))
-            for found in self._found
-            if self.agree(found)
-        )
 
     def _run(self, shapes: Shapes) -> tuple[str, str]:
         examples = zip(self._program.flat_examples(), shapes, strict=True)

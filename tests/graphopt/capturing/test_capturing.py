@@ -585,31 +585,10 @@ class Full(Small):
         return super().forward(x)
 
 
-@pytest.mark.parametrize("size", [0, 1, 3])
+@pytest.mark.parametrize("size", [0, 2, 3])
 def test_a_lack_of_memory_is_no_other_model(size: int) -> None:
     with pytest.raises(CaptureError, match=r"ran out of memory: .*20.00 GiB. Capture the model on the CPU"):
         capture(Full(size), torch.randn(2, 4))
-
-
-class Counted(Small):
-    """Notes how many samples it was run on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[int] = []
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.compiler.is_exporting():
-            self.seen.append(x.shape[0])
-        return super().forward(x)
-
-
-@pytest.mark.parametrize("dynamic", [{0: "batch"}, {0: None}])
-def test_the_model_is_run_once_with_inputs_of_one_size(dynamic: dict[int, str | None]) -> None:
-    model = Counted()
-    capture(model, torch.randn(2, 4), dynamic_shapes={"x": dynamic})
-    assert model.seen
-    assert len(model.seen) == len({*model.seen})
 
 
 def test_captures_of_two_threads_do_not_mix() -> None:
