@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from graphopt.capturing.load import with_data
+from graphopt.distillation.heads import with_head
 from graphopt.distillation.plan import DistillPlan
 from graphopt.distillation.preparing import PreparedLesson, prepare
 from graphopt.distillation.taps import strip_taps, taps_of
@@ -126,7 +127,7 @@ def pair_for_training(
         GraphOptError: as `distill` does.
     """
     plan = DistillPlan.of(plan)
-    program = with_data(student, data)[0].evaluated()
+    program = with_new_head(with_data(student, data)[0].evaluated(), plan, seed)
     opened = open_teachers(teacher, program, program.flat_examples() if teacher_data is None else teacher_data)
     if teacher_data is None:
         for one in opened:
@@ -141,6 +142,13 @@ def pair_for_training(
         apart=[teacher_data is not None for _ in opened],
     )
     return PairedModule(found)
+
+
+def with_new_head(student: Program, plan: DistillPlan, seed: int) -> Program:
+    """Return the student with the head that a plan asks for."""
+    if plan.head is None:
+        return student
+    return with_head(student, plan.head, plan.label_output, torch.Generator().manual_seed(seed))
 
 
 def open_teachers(

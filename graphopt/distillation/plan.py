@@ -119,6 +119,7 @@ class DistillPlan(pydantic.BaseModel):
         label_loss: a name, or the user's `module:function` of output and labels. auto: cross-entropy for class numbers,
             the mean squared error for floats.
         label_output: the output that labels are for; "": the first.
+        head: so many classes are to be in that output: the student's last layer is drawn anew; None: it stays.
         epochs: passes over the samples.
         lr: largest step, as a fraction of the size of each tensor; None: 0.03 with BatchNorm, 0.003 without.
         batch_size: samples per step.
@@ -140,6 +141,7 @@ class DistillPlan(pydantic.BaseModel):
     feature_weight: Weight = 1.0
     label_loss: LabelLoss | Function = "auto"
     label_output: str = ""
+    head: Annotated[int, Field(ge=1)] | None = None
     epochs: Annotated[int, Field(ge=1)] = 8
     lr: Annotated[float, Field(gt=0, le=1)] | None = None
     batch_size: Annotated[int, Field(ge=2)] = 64

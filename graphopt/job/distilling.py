@@ -15,7 +15,7 @@ from graphopt.data import Samples
 from graphopt.data.sources import LABELS, open_file
 from graphopt.distillation.beside import Beside
 from graphopt.distillation.distilling import Distilled, distill_program
-from graphopt.distillation.paired import open_teachers
+from graphopt.distillation.paired import open_teachers, with_new_head
 from graphopt.distillation.plan import DistillPlan
 from graphopt.distillation.teachers import GivenTeacher, Teacher, check_inputs
 from graphopt.distillation.weights import integer_weights, trainable
@@ -103,7 +103,7 @@ def distill(
     found, samples = with_data(student, data, dynamic_shapes, share_tensors=True)
     assert samples is not None
     home = found.device
-    found = found.evaluated().to(home if device is None else device_called(device))
+    found = with_new_head(found.evaluated(), wanted, seed).to(home if device is None else device_called(device))
     _check_trainable(found)
     for item in backends:
         item.accepts(found.to("cpu"))

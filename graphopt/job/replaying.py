@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,6 +12,8 @@ from torch import fx
 from graphopt.capturing.guards import insert_guards
 from graphopt.capturing.model_calls import gradients_recorded
 from graphopt.capturing.unchecked_arguments import check_arguments
+from graphopt.distillation.paired import with_new_head
+from graphopt.distillation.plan import DistillPlan
 from graphopt.errors import CaptureError, PassError, printable
 from graphopt.files import MANIFEST
 from graphopt.ir.global_state import one_thread_at_a_time
@@ -53,7 +54,7 @@ def carry_out(
     program: Program, stored: manifest.Manifest, directory: Path, registry: PassRegistry
 ) -> tuple[dict[str, Program], list[tuple[str, Plan]]]:
     """Apply every plan of a manifest that was read from `directory`; return what `replay` does, and the plans."""
-    program = _taught(program.evaluated(), stored.distilled(directory))
+    program = _taught(program.evaluated(), stored, directory)
     found = manifest.fingerprint(program)
     if found != stored.original:
         raise PassError(
@@ -79,13 +80,17 @@ def carry_out(
     return {target: programs.get(target, programs[""]) for target in stored.programs}, plans
 
 
-def _taught(program: Program, tensors: Mapping[str, torch.Tensor]) -> Program:
-    """Return a student with what it has learned; one that has other tensors as it is."""
-    own = program.state_dict()
-    known = {name: (tensor.shape, tensor.dtype) for name, tensor in own.items()}
-    if not tensors or known != {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}:
+def _taught(program: Program, stored: manifest.Manifest, directory: Path) -> Program:
+    """Return a student with the head it was given and what it learned; a program of other tensors as it is."""
+    tensors = stored.distilled(directory)
+    if not tensors:
         return program
-    taught = program.copy(share_tensors=False)
+    plan = stored.distillation.get("plan")
+    student = with_new_head(program, DistillPlan.of(plan if isinstance(plan, dict) else None), stored.seed)
+    known = {name: (tensor.shape, tensor.dtype) for name, tensor in student.state_dict().items()}
+    if known != {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}:
+        return program
+    taught = student.copy(share_tensors=False)
     with torch.no_grad():
         for name, tensor in taught.state_dict().items():
             tensor.copy_(tensors[name])

@@ -300,3 +300,17 @@ def test_a_teacher_elsewhere_is_brought_to_the_student(teacher: nn.Module) -> No
     assert moved.program is not None
     assert moved.program.device.type == "meta"
     assert dataclasses.replace(moved, program=None, artifact=None).to(torch.device("meta")).program is None
+
+
+def test_a_new_head_learns_the_labels_of_another_task_and_is_replayed(teacher: nn.Module, tmp_path: Path) -> None:
+    numbers = torch.arange(320) % 7
+    plan = {**SHORT, "epochs": 1, "head": 7}
+    result = graphopt.distill(slim(), teacher, IMAGES, plan, labels=numbers, bench=False)
+    assert result.program(IMAGES).shape == (320, 7)
+    assert result.artifact.outputs[0].shape[1:] == (7,)
+    assert result.distillation["pairs"]
+    result.save(tmp_path / "out")
+    again = graphopt.replay(capture(slim(), IMAGES[:2]), tmp_path / "out" / "manifest.json")
+    assert fingerprint(again["onnxruntime"]) == fingerprint(result.program)
+    with pytest.raises(UsageError, match="The output `output` cannot have a new head: no Linear is behind it"):
+        graphopt.distill(nn.Sequential(slim(), nn.ReLU()), teacher, IMAGES, plan, labels=numbers)
