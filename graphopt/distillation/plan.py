@@ -45,6 +45,7 @@ PairLoss = Literal[
     "value_relations",
 ]
 Adapter = Literal["auto", "none"]
+FEWEST = 64  # samples that are made up: of fewer, statistics say little
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 ViewName = Literal["auto", "flip", "shift", "mixup", "cutmix"]
 
@@ -124,6 +125,7 @@ class DistillPlan(pydantic.BaseModel):
         lr: largest step, as a fraction of the size of each tensor; None: 0.03 with BatchNorm, 0.003 without.
         batch_size: samples per step.
         samples: train on at most so many; None: all there are.
+        synthesised: without data, so many samples are made up of the statistics that the first teacher keeps.
         patience: epochs without a lower held-out loss before stopping; None: all are run.
         augment: views of the samples that student and teachers both see. auto: flip and shift where inputs look like
             images.
@@ -146,6 +148,7 @@ class DistillPlan(pydantic.BaseModel):
     lr: Annotated[float, Field(gt=0, le=1)] | None = None
     batch_size: Annotated[int, Field(ge=2)] = 64
     samples: Annotated[int, Field(ge=1)] | None = None
+    synthesised: Annotated[int, Field(ge=FEWEST)] | None = None
     patience: Annotated[int, Field(ge=1)] | None = None
     augment: tuple[ViewName, ...] = ("auto",)
 

@@ -17,6 +17,7 @@ from graphopt.distillation.beside import Beside
 from graphopt.distillation.distilling import Distilled, distill_program
 from graphopt.distillation.paired import open_teachers, with_new_head
 from graphopt.distillation.plan import DistillPlan
+from graphopt.distillation.synthesis import synthesised
 from graphopt.distillation.teachers import GivenTeacher, Teacher, check_inputs
 from graphopt.distillation.weights import integer_weights, trainable
 from graphopt.errors import DataError, UsageError
@@ -69,7 +70,7 @@ def distill(
         teacher: a module, a program, an artifact, the path of any of them or of an ONNX file, `module:function` that
             returns a module (with the file of its weights behind an `@`), or several of these; None where labels or
             the student itself teach.
-        data: samples to learn on, labelled or not, as `optimize` takes them.
+        data: samples to learn on, labelled or not, as `optimize` takes them; None where the plan makes some up.
         plan: what is taught, and how: a `DistillPlan`, its fields, or the path of a TOML file.
         labels: of the samples of `data`: a tensor, an array, or the path of a file; None: those in `data`, if any.
         teacher_data: what teachers take whose inputs are not the student's, sample by sample the same.
@@ -98,8 +99,8 @@ def distill(
     pipeline = Pipeline.parse(passes, PassRegistry(plugins))
     backends = backends_named(target)
     pipeline.check_targets(item.description for item in backends)
-    if data is None:
-        raise DataError("Distillation needs data to learn on, and none was given. Give --data samples.npz, or data=...")
+    progress = progress or NoProgress()
+    data = _made_up(teacher, wanted, seed, progress, trust=trust) if data is None else data
     found, samples = with_data(student, data, dynamic_shapes, share_tensors=True)
     assert samples is not None
     home = found.device
@@ -112,7 +113,6 @@ def distill(
     samples = samples.on(found.device)
     teachers = open_teachers(teacher, found, _inputs(samples, teacher_data), trust=trust, seed=seed)
     beside = _beside(samples, labels, teacher_data, teachers, found, wanted)
-    progress = progress or NoProgress()
     with device_memory():
         taught = distill_program(found, teachers, beside, wanted, Context(found, seed=seed, progress=progress))
     job = Job(
@@ -131,6 +131,25 @@ def distill(
     result = job.deliver(outcome, bench=bench)
     result.distillation = taught.record
     return result
+
+
+def _made_up(teacher: Any, plan: DistillPlan, seed: int, progress: Progress, *, trust: bool) -> torch.Tensor:
+    """Return samples made up of what the first teacher knows of its data.
+
+    Raises:
+        DataError: the plan does not ask for them, so that data are missing.
+        UsageError: nothing is known of a teacher's insides.
+    """
+    if plan.synthesised is None:
+        raise DataError(
+            "Distillation needs data to learn on, and none was given. Give --data samples.npz, or data=..., or say "
+            "synthesised = 1024 in the plan for samples made up of the teacher's BatchNorms."
+        )
+    first = teacher[0] if isinstance(teacher, list | tuple) else teacher
+    known = None if first is None else Teacher.open(first, data=None, trust=trust, seed=seed).program
+    if known is None:
+        raise UsageError("Samples are made up of what a teacher's graph holds: give one that is no artifact, or data.")
+    return synthesised(known, plan.synthesised, Context(known, seed=seed).generator("distill/samples"), progress)
 
 
 def _check_trainable(program: Program) -> None:

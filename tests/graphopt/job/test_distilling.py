@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 import graphopt
 from graphopt.capturing.capture import capture
-from graphopt.distillation import teaching
+from graphopt.distillation import synthesis, teaching
 from graphopt.distillation.augment import LabelColumn, view_of
+from graphopt.distillation.synthesis import synthesised
 from graphopt.errors import DataError, GraphOptError, PassError, UsageError
 from graphopt.job.result import Result
+from graphopt.pipeline.context import NoProgress
 from graphopt.testing import assert_same_program, fingerprint
 from tests.graphopt.distillation.models import ResidualNet, settled
 
@@ -314,3 +316,26 @@ def test_a_new_head_learns_the_labels_of_another_task_and_is_replayed(teacher: n
     assert fingerprint(again["onnxruntime"]) == fingerprint(result.program)
     with pytest.raises(UsageError, match="The output `output` cannot have a new head: no Linear is behind it"):
         graphopt.distill(nn.Sequential(slim(), nn.ReLU()), teacher, IMAGES, plan, labels=numbers)
+
+
+def test_without_data_samples_are_made_up_of_what_batch_norms_know(
+    teacher: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = nn.Sequential(nn.BatchNorm2d(3), teacher).eval()
+    told[0].running_mean.copy_(torch.tensor([2.0, -3.0, 0.5]))
+    told[0].running_var.copy_(torch.tensor([4.0, 0.25, 1.0]))
+    program = capture(told, IMAGES[:2])
+    made = synthesised(program, 80, torch.Generator().manual_seed(0), NoProgress())
+    assert made.shape == (80, 3, 8, 8)
+    torch.testing.assert_close(made.mean((0, 2, 3)), told[0].running_mean, atol=0.3, rtol=0)
+    torch.testing.assert_close(made.var((0, 2, 3)), told[0].running_var, atol=0, rtol=0.5)
+    with torch.no_grad():
+        assert len(told(made).argmax(1).unique()) == 5  # of every class some
+    monkeypatch.setattr(synthesis, "_STEPS", 5)
+    plan = {**SHORT, "synthesised": 80}
+    result = graphopt.distill(capture(slim(), IMAGES[:2]), program, None, plan, target=None, bench=False)
+    losses = result.distillation["held_out_losses"]
+    assert isinstance(losses, list)
+    assert len(losses) == 3
+    with pytest.raises(UsageError, match="Samples are made up of the statistics of BatchNorms"):
+        synthesised(capture(nn.Linear(3, 5), torch.randn(2, 3)), 80, torch.Generator(), NoProgress())
