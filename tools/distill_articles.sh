@@ -9,7 +9,7 @@ set -eu
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 cd "$(dirname "$0")"
 
-teach() { python -m graphopt distill --data article_models:samples --epochs 1 --temperature 4 --passes int8 --no-bench "$@"; }
+teach() { python -m graphopt distill --data article_models:samples --epochs 3 --temperature 4 --passes int8 --no-bench "$@"; }
 
 # soft labels, half of the loss
 teach --factory article_models:mobilenet --teacher article_models:resnet18 --alpha 0.5 -o "$out/resnet-0.5"

@@ -14,8 +14,10 @@ that no student value stands for (the convolution before a folded BatchNorm) is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import TypeVar
 
 import torch
@@ -79,9 +81,9 @@ def pair_taps(teacher: Program, student: Program, taps: Sequence[Tap]) -> tuple[
 def pair_stages(teacher: Program, student: Program) -> list[Pair]:
     """Pair two programs of different descent by structure: the ends of their stages, or of their blocks.
 
-    A stage ends where the spatial size changes. Of stages that are not equally many, those of the same spatial size
-    pair, otherwise the deepest. With a single stage, as in a transformer, the boundaries of the blocks of one are
-    spread evenly over those of the other (the uniform mapping of TinyBERT, Jiao et al. 2020).
+    A stage ends where the spatial size changes. Of stages that are not equally many, those of like spatial size pair,
+    the deepest where that does not tell. With a single stage, as in a transformer, the boundaries of the blocks of one
+    are spread evenly over those of the other (the uniform mapping of TinyBERT, Jiao et al. 2020).
     """
     wide, narrow = stage_ends(teacher), stage_ends(student)
     if len(wide) == len(narrow) == 1:
@@ -89,13 +91,24 @@ def pair_stages(teacher: Program, student: Program) -> list[Pair]:
         return _as_pairs(teacher, student, list(zip(*spread(wide, narrow), strict=True)))
     if any(map(spatial_size, wide)) and any(map(spatial_size, narrow)):  # what a head takes is no stage
         wide, narrow = ([point for point in points if spatial_size(point)] for points in (wide, narrow))
-    if len(wide) != len(narrow):
-        sized = [{spatial_size(point): point for point in reversed(points)} for points in (wide, narrow)]
-        shared = [size for size in map(spatial_size, narrow) if size and size in sized[0]]
-        count = min(len(wide), len(narrow))
-        wide = [sized[0][size] for size in shared] or wide[len(wide) - count :]
-        narrow = [sized[1][size] for size in shared] or narrow[len(narrow) - count :]
-    return _as_pairs(teacher, student, list(zip(wide, narrow, strict=True)))
+    return _as_pairs(teacher, student, list(zip(*_of_like_size(wide, narrow), strict=True)))
+
+
+def _of_like_size(wide: Sequence[fx.Node], narrow: Sequence[fx.Node]) -> tuple[Sequence[fx.Node], Sequence[fx.Node]]:
+    """Return as many of both, in order: of the longer those of the nearest sizes, the deepest of equally near."""
+    longer, shorter = (wide, narrow) if len(wide) > len(narrow) else (narrow, wide)
+
+    def apart(chosen: Sequence[int]) -> tuple[float, int]:
+        pairs = zip((longer[index] for index in chosen), shorter, strict=True)
+        return sum(abs(_log_size(one) - _log_size(other)) for one, other in pairs), -sum(chosen)
+
+    best = [longer[index] for index in min(combinations(range(len(longer)), len(shorter)), key=apart)]
+    return (best, shorter) if longer is wide else (shorter, best)
+
+
+def _log_size(node: fx.Node) -> float:
+    """Return the logarithm of how many places a value has; of dynamic sizes nothing is known."""
+    return math.log(math.prod(size for size in spatial_size(node) if isinstance(size, int)))
 
 
 def spread(wide: Sequence[T], narrow: Sequence[T]) -> tuple[list[T], list[T]]:

@@ -173,6 +173,20 @@ def test_stages_pair_programs_of_different_descent(teacher: Program) -> None:
     assert [pair.student.address for pair in pairs] == ["layer1.relu:relu#1", "layer2.relu:relu#1"]
 
 
+def test_stages_that_are_not_equally_many_pair_by_their_sizes() -> None:
+    def chain(*strides: int) -> Program:
+        layers = [(nn.Conv2d(3 if not at else 4, 4, 3, stride, 1), nn.ReLU()) for at, stride in enumerate(strides)]
+        torch.manual_seed(0)
+        return capture(
+            nn.Sequential(*(part for pair in layers for part in pair), nn.Flatten()), torch.randn(2, 3, 32, 32)
+        )
+
+    long, short = chain(1, 2, 2, 2, 1), chain(1, 3, 3, 1)  # 32, 16, 8, 4 and 32, 11, 4
+    paired = [(pair.teacher.address, pair.student.address) for pair in pair_stages(long, short)]
+    assert paired == [("1:relu", "1:relu"), ("5:relu", "3:relu"), ("9:relu", "7:relu")]
+    assert [(pair.student.address, pair.teacher.address) for pair in pair_stages(short, long)] == paired
+
+
 def test_one_stage_spreads_the_student_over_the_teacher() -> None:
     inputs = (torch.randint(0, 11, (2, 6)), torch.ones(2, 6, dtype=torch.long))
     deep, shallow = capture(Encoder(layers=4), inputs), capture(Encoder(layers=2), inputs)
