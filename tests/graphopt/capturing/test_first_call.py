@@ -76,3 +76,22 @@ def test_what_is_done_once_is_no_part_of_the_program(kind: type[nn.Module]) -> N
 def test_what_is_remembered_of_the_last_batch_is_noticed() -> None:
     with pytest.raises(CaptureError, match=r"does not compute what the model does.*changes between calls"):
         capture(Remembering(), torch.randn(2, 3, 4))
+
+
+class Counted(nn.Linear):
+    """Notes how many samples it is run on."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.seen: list[int] = []
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.compiler.is_exporting():
+            self.seen.append(len(input))
+        return super().forward(input)
+
+
+def test_a_model_is_run_once_on_inputs_of_one_size() -> None:
+    model = Counted()
+    capture(model, torch.randn(2, 4))
+    assert sorted(model.seen) == [1, 2, 3]
