@@ -24,12 +24,12 @@ from graphopt.passes.codes.choosing import encode
 from graphopt.passes.codes.coded import Form
 from graphopt.passes.codes.in_order import Inputs
 from graphopt.passes.codes.knobs import knobs_of
-from graphopt.passes.codes.packing import BYTE, bases, digits
 from graphopt.passes.codes.plan import CodebookPlan, CodesRecord
 from graphopt.passes.codes.rewrite import CodesRewriter
 from graphopt.passes.codes.signs import SIGNS
 from graphopt.passes.codes.sizes import OPERATORS, stored_bytes
 from graphopt.passes.codes.storing import StoredCodes, store
+from graphopt.passes.layers.code_packing import BYTE, bases, digits
 from graphopt.passes.layers.input_moments import InputMoments, gather
 from graphopt.passes.layers.matrix_sites import MatrixSite, check_skip, find_sites
 from graphopt.passes.layers.skipping import as_asked, check_not_folded

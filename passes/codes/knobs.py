@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.ir.program import Program
-from graphopt.passes.codes.packing import BYTE, digits, digits_of
 from graphopt.passes.codes.plan import CodebookPlan, CodesRecord, codes_name
+from graphopt.passes.layers.code_packing import BYTE, digits, digits_of
 from graphopt.passes.layers.weighted_call import WeightedCall, weighted_call
 from graphopt.pipeline.knobs import Alternative, Knob, on_changed
 

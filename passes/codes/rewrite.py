@@ -20,8 +20,8 @@ from graphopt.errors import PassError
 from graphopt.ir.editor import Editor
 from graphopt.ir.graph import tensor_attribute
 from graphopt.ir.torch_internals import OpOverload
-from graphopt.passes.codes.packing import BYTE, digits, digits_of, per_byte
 from graphopt.passes.codes.plan import CodebookPlan, CodesRecord, codes_name
+from graphopt.passes.layers.code_packing import BYTE, digits, digits_of, per_byte
 from graphopt.passes.layers.weighted_call import WeightedCall, weighted_call
 
 aten = torch.ops.aten

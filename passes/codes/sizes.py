@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from graphopt.passes.codes.coded import Form
-from graphopt.passes.codes.packing import bases, packed_bytes
+from graphopt.passes.layers.code_packing import bases, packed_bytes
 
 OPERATORS = 1400  # bytes that the operators take in an ONNX file which look a weight up, for each part of its codes
 _FLOAT, _FIRST = 4, 8

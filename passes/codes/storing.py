@@ -10,9 +10,9 @@ from torch import Tensor
 
 from graphopt.measure.decibels import decibels
 from graphopt.passes.codes.coded import Coded, Form
-from graphopt.passes.codes.packing import bases, pack
 from graphopt.passes.codes.plan import CodesRecord, codes_name
 from graphopt.passes.codes.sizes import shape_of_codes
+from graphopt.passes.layers.code_packing import bases, pack
 from graphopt.passes.layers.matrix_sites import MatrixSite
 
 

@@ -8,7 +8,8 @@ from torch import Tensor, fx
 from graphopt.ir.graph import constant
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import origin
-from graphopt.passes.layers.weighted_call import layer_call
+from graphopt.passes.layers.weighted_call import WeightedCall, layer_call
+from graphopt.passes.layers.weights import by_taps
 
 _EMBEDDING = torch.ops.aten.embedding.default
 
@@ -18,6 +19,7 @@ class LayerWeights:
 
     def __init__(self, program: Program | None) -> None:
         self._known: dict[str, Tensor | None] = {}
+        self._calls: dict[str, WeightedCall | None] = {}
         if program is None:
             return
         for node in program.graph.nodes:
@@ -25,11 +27,19 @@ class LayerWeights:
             weight = node.args[0] if node.target is _EMBEDDING else None if call is None else call.weight
             if descent is not None and weight is not None:
                 self._known[descent.node] = constant(weight, program.graph_module)
+                self._calls[descent.node] = call
 
     def of(self, node: fx.Node) -> Tensor | None:
         """Return the stored weight of the layer that a call descends from, None where there is none."""
         descent = origin(node)
         return None if descent is None else self._known.get(descent.node)
+
+    def rows(self, node: fx.Node) -> Tensor | None:
+        """Return the same as (rows, columns), a row for each output, a column for each input and tap."""
+        descent = origin(node)
+        call = None if descent is None else self._calls.get(descent.node)
+        weight = self.of(node)
+        return None if weight is None or call is None else by_taps(call, weight.detach()).flatten(0, 1).flatten(1)
 
     def trained(self, node: fx.Node) -> bool:
         """Whether a call descends from a layer, and its weight is trained: one that is computed counts as such."""

@@ -6,6 +6,7 @@ dequantize(move(quantize(x, s)), s)      move(fake_quantize(x, s))      what onl
 dequantize(quantize(x, s, z), t, y)      (fake_quantize(x, s, z) / s + z - y) * t
 dequantize(dynamic_quantize(x))          fake_quantize(x, s, z)         by the range of x, without a gradient to it
 dequantize(b_int, s_x * s_w)             fake_quantize(b, s_x * s_w)
+table[codes]                             table[nearest(w)]              straight through to w, see `codes`
 s                                        s * (7 / 8 + share)            a share of each step, 1 / 8 at first, learned
 
 Untrained it computes what the program does, to the bit. What is trained goes back into the program's tensors: its graph
@@ -28,6 +29,7 @@ from graphopt.ir.graph import tensor_attribute
 from graphopt.ir.operators import ALL_CONVOLUTIONS, PRODUCTS, RESHAPES, short_name
 from graphopt.ir.program import Program
 from graphopt.passes.layers.weighted_call import layer_call
+from graphopt.passes.twins.codes import NEAREST, StoredLookup, find_lookups
 from graphopt.passes.twins.sources import LayerWeights
 from graphopt.passes.twins.stored import IntegerRead, StoredIntegers, find_reads, stored_way
 from graphopt.quantization.ops import DEQUANTIZE, DYNAMIC_QUANTIZE, FAKE_QUANTIZE, QUANTIZE, step_gain
@@ -49,6 +51,7 @@ class Twin:
         program: the twin; tensors that are floating in both are called the same.
         integers: trained weights and biases, by the names of what they are trained as.
         shares: names of what is learned of scales, by those of the scales.
+        lookups: weights that are looked up, by the names of what they are trained as.
         products: by the name of a bias's scale those of its input and of its weight.
     """
 
@@ -56,6 +59,7 @@ class Twin:
     program: Program
     integers: Mapping[str, StoredIntegers]
     shares: Mapping[str, str]
+    lookups: Mapping[str, StoredLookup]
     products: Mapping[str, tuple[str, str]]
 
     def stored(self, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -74,6 +78,8 @@ class Twin:
             found[scale] = steps.repeat(known[scale].numel() // steps.numel())
         for name, integers in self.integers.items():
             found[integers.name] = integers.of(known[name], found.get(integers.scale, known[integers.scale]))
+        for name, lookup in self.lookups.items():
+            found |= lookup.of(known[name], known[f"{lookup.stem}.table"])
         return {name: tensor for name, tensor in found.items() if not torch.equal(tensor, before[name])}
 
 
@@ -96,6 +102,7 @@ class _Builder:
         self._editor = Editor(self._gm, "qat")
         self._nodes = list(self._gm.graph.nodes)
         self._floating, self._original, self._learn_steps = floating, original, learn_steps
+        self._lookups = {lookup.node: lookup for lookup in find_lookups(self._gm)}
         self._weights = {read.node: read for read in find_reads(self._gm) if _readers(read)}
         self._products = dict(filter(None, map(self._product, self._weights.values())))
         self._roots = _quantizations(self._nodes)
@@ -104,6 +111,7 @@ class _Builder:
         self._scales: dict[str, fx.Node] = {}
         self._whole: dict[str, fx.Node] = {}  # weights, by the names of their integers
         self._integers: dict[str, StoredIntegers] = {}
+        self._looked_up: dict[str, StoredLookup] = {}
         self._shares: dict[str, str] = {}
 
     def build(self) -> Twin:
@@ -111,6 +119,8 @@ class _Builder:
             with self._gm.graph.inserting_before(node):
                 if node in self._weights:
                     self._replace(node, self._weight(self._weights[node]))
+                elif node in self._lookups and self._original.trained(node):
+                    self._replace(node, self._nearest(self._lookups[node]))
                 elif node.target is QUANTIZE:
                     self._reals[node] = self._quantized(node)
                 elif node.target is DYNAMIC_QUANTIZE:
@@ -122,7 +132,7 @@ class _Builder:
         self._let_all_read_learned_scales()
         program = self._copy.with_graph(self._editor.finish())
         products = {name: pair for name, pair in self._products.items() if any(part in self._shares for part in pair)}
-        return Twin(self._source, program, self._integers, self._shares, products)
+        return Twin(self._source, program, self._integers, self._shares, self._looked_up, products)
 
     def _weight(self, read: IntegerRead) -> fx.Node:
         name = read.integers.name
@@ -151,6 +161,23 @@ class _Builder:
         return self._call(
             FAKE_QUANTIZE, value, steps, zero_point, integers.axis, *bounds, integers.block, gain, like=like
         )
+
+    def _nearest(self, lookup: StoredLookup) -> fx.Node:
+        """Insert the entries nearest to what trains in the place of codes."""
+        node, gm = lookup.node, self._gm
+        table, codes = node.args
+        entries = lookup.looked_up(gm)
+        start = lookup.near(self._floating.rows(node), entries, gm)
+        name = self._editor.put(self._editor.new_name(f"{lookup.stem}_real"), start, trainable=True)
+        self._looked_up[name] = lookup
+        first = self._editor.put(self._editor.new_name(f"{lookup.stem}_first"), lookup.first)
+        real, begin = self._editor.read(name, like=node), self._editor.read(first, like=node)
+        fixed = self._call(aten.detach.default, real, like=node)
+        known = self._call(aten.detach.default, table, like=node)
+        codes = self._call(NEAREST, fixed, known, begin, lookup.entries, like=node)
+        entry = self._call(aten.embedding.default, table, codes, like=node)
+        entry = self._call(aten.detach.default, entry, like=node) if lookup.signs(gm) else entry
+        return self._call(aten.add.Tensor, entry, self._call(aten.sub.Tensor, real, fixed, like=node), like=node)
 
     def _steps_of_bias(self, integers: StoredIntegers, like: fx.Node) -> fx.Node | None:
         if integers.scale not in self._products:

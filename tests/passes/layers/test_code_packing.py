@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from graphopt.passes.codes.packing import bases, digits, digits_of, pack, packed_bytes, per_byte
+from graphopt.passes.layers.code_packing import bases, digits, digits_of, pack, packed_bytes, per_byte
 
 
 def looked_up(packed: list[Tensor], parts: tuple[int, ...], count: int) -> Tensor:
