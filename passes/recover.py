@@ -267,10 +267,11 @@ class Qat(Recover):
     1. Weights and biases that are stored as integers of any number of bits are trained as the floating numbers that
        are rounded to them, beginning where the program had them before it was quantized; floating ones as they are.
     2. Steps of weights and activations are learned, but where a kernel takes one of them for given.
-    3. Weights of layers that are looked up in a codebook may change their entry, and the entries of k-means are
+    3. LSTMs keep their integers, which gradients pass through.
+    4. Weights of layers that are looked up in a codebook may change their entry, and the entries of k-means are
        learned; signs (binary, ternary) have their scales learned. Of embedding tables the entries alone are.
-    4. Norms are folded before weights are quantized: there are no statistics to freeze.
-    5. What is kept is what has the lowest loss on the samples that no pass fits, or, with a refusal, what came in.
+    5. Norms are folded before weights are quantized: there are no statistics to freeze.
+    6. What is kept is what has the lowest loss on the samples that no pass fits, or, with a refusal, what came in.
     """
 
     name = "qat"

@@ -11,6 +11,7 @@ Runtime may split a batch among threads, each with a range of its own: its resul
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,6 +56,32 @@ def _(x: Tensor, h: Tensor, c: Tensor, *stored: Tensor) -> tuple[Tensor, Tensor,
     _check_shapes(x, h, c, *stored)
     return x.new_empty((x.shape[0], *h.shape)), torch.empty_like(h), torch.empty_like(c)
 
+
+def _setup(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    """Run it again, with what is rounded passed straight through; integers have no gradient."""
+    wanted = [index for index, needed in enumerate(ctx.needs_input_grad) if needed]
+    given = [tensor.detach() for tensor in ctx.saved_tensors]
+    with torch.enable_grad():
+        for index in wanted:
+            given[index].requires_grad_()
+        found = torch.autograd.grad(
+            lstm(*given, read=_straight_through), [given[index] for index in wanted], gradients, allow_unused=True
+        )
+    by_index = dict(zip(wanted, found, strict=True))
+    return tuple(by_index.get(index) for index in range(len(given)))
+
+
+def _straight_through(value: Tensor) -> Tensor:
+    fixed = value.detach()
+    rounded: Tensor = dequantize(*dynamic_quantize(fixed), None)
+    return rounded + (value - fixed)
+
+
+dynamic_lstm.register_autograd(_backward, setup_context=_setup)
 
 DYNAMIC_LSTM = torch.ops.graphopt.dynamic_lstm.default
 

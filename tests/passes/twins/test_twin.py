@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from graphopt.backends.onnxruntime.description import DESCRIPTION
 from graphopt.backends.tensorrt.description import DESCRIPTION as TENSORRT
+from graphopt.capturing.capture import capture
 from graphopt.distillation.weights import overwrite
 from graphopt.ir.program import Program
 from graphopt.passes.codebook import Codebook, CodebookOptions
@@ -31,6 +32,7 @@ from tests.passes.int8_models import (
     noise,
     quantized,
 )
+from tests.passes.test_int8_lstm import Tagger
 
 
 def by_weights(model: nn.Module, data: Tensor, **options: object) -> tuple[Program, Program]:
@@ -227,3 +229,23 @@ def test_of_weights_that_are_looked_up(options: dict[str, object]) -> None:
     entries = {one.stem: one.looked_up(gm) for one in find_lookups(gm)}
     for name, lookup in twin.lookups.items():  # most start where they were, not at what they are looked up as
         assert float((known[name] != entries[lookup.stem]).double().mean()) > 0.5
+
+
+def test_gradients_pass_through_lstms_on_integers_whose_weights_stay() -> None:
+    torch.manual_seed(0)
+    x = noise(4, 5, 6)
+    program = capture(Tagger().eval(), (x,))
+    stored, plan = quantized(program, x)
+    assert plan.recurrent
+    twin = twin_of(stored, program, program, learn_steps=True)
+    for found, wanted in zip(results(twin.program, x), results(stored, x), strict=True):
+        assert torch.equal(found, wanted)
+    gradients = []
+    for one in (program, twin.program):
+        given = x.clone().requires_grad_()
+        torch.stack([part.square().sum() for part in one.call_flat((given,))]).sum().backward()  # type: ignore[no-untyped-call]
+        assert given.grad is not None
+        gradients.append(given.grad.flatten())
+    assert float(torch.cosine_similarity(*gradients, dim=0)) > 0.999
+    biases = [name for name, one in twin.program.graph_module.named_parameters() if name.endswith(".bias")]
+    assert all(twin.program.graph_module.get_parameter(name).grad is not None for name in biases)
