@@ -87,7 +87,8 @@ class Sparsity24(Pass[Sparsity24Options, Sparsity24Plan]):
 
     With calibration data the weights that go are those that change the outputs least, and the others are refitted to
     the outputs; without it, those of least magnitude go, which the plan says. A layer that sees fewer than two samples
-    (pixels, tokens) for each input is not refitted, which the plan says too. `int8` keeps the zeros.
+    (pixels, tokens) for each input is not refitted, which the plan says too. `int8` keeps the
+    zeros, and so does all training that follows.
 
     Left dense, with the reason:
 
@@ -102,7 +103,7 @@ class Sparsity24(Pass[Sparsity24Options, Sparsity24Plan]):
     options_type = Sparsity24Options
     plan_type = Sparsity24Plan
     cached = True
-    after = ("drop_blocks", "prune", "svd", "recover")
+    after = ("drop_blocks", "prune", "svd")
     reads_target = True
 
     def plan(self, program: Program, ctx: Context) -> Sparsity24Plan:
