@@ -89,7 +89,8 @@ class StoredLookup:
 
     def of(self, reals: Tensor, table: Tensor) -> dict[str, Tensor]:
         """Return the bytes of the codes whose entries are nearest."""
-        codes = nearest(reals, table, self.first, self.entries).reshape(len(self.first), -1) - self.first
+        first = self.first.to(table.device)
+        codes = nearest(reals, table, first, self.entries).reshape(len(first), -1) - first
         packed = pack(codes.reshape(self.packed_rows, -1), self.parts)
         return {f"{self.stem}.codes{base}": part for base, part in zip(self.parts, packed, strict=True)}
 
@@ -111,7 +112,8 @@ def find_lookups(gm: fx.GraphModule) -> list[StoredLookup]:
         first = next((constant(source, gm) for source in behind if source.target == f"{stem}.tables"), None)
         parts = bases(math.prod(int(match["base"]) for match in codes))
         packed = tensor_attribute(gm, codes[0].string)
-        found.append(StoredLookup(node, stem, parts, torch.zeros(1, 1).long() if first is None else first, len(packed)))
+        first = torch.zeros(1, 1, dtype=torch.int64, device=packed.device) if first is None else first
+        found.append(StoredLookup(node, stem, parts, first, len(packed)))
     return [lookup for lookup in found if lookup.stem not in by_rows]
 
 

@@ -75,7 +75,8 @@ class StoredIntegers:
 
     def of(self, reals: Tensor, scale: Tensor) -> Tensor:
         """Return what is stored of real numbers."""
-        integers = rounded(reals, scale, self.zero, self.axis, self.low, self.high, self.block)
+        zero = self.zero.to(reals.device)
+        integers = rounded(reals, scale, zero, self.axis, self.low, self.high, self.block)
         if self.packing is None:
             return integers.to(self.zero.dtype)
         _, bits, low = self.packing
