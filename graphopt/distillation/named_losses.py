@@ -64,16 +64,13 @@ def pair_loss(name: str, axis: int) -> Loss:
     return known[name] if name in known else users_loss(name, "pairs.loss")
 
 
-def output_loss(
-    name: str, kinds: tuple[OutputKind, OutputKind], temperature: float, generator: torch.Generator
-) -> Loss:
+def output_loss(name: str, kinds: tuple[OutputKind, OutputKind], temperature: float) -> Loss:
     """Return the loss of an output.
 
     Args:
         name: its name in the plan.
         kinds: what the student's output is, and the teacher's.
         temperature: softens logits.
-        generator: draws the noise of Gumbel labels.
 
     Raises:
         UsageError: the user's function cannot be found.
@@ -82,7 +79,7 @@ def output_loss(
         name = "values" if "values" in kinds else "soft_labels"
     of_classes: Mapping[str, Loss] = {
         "soft_labels": partial(soft_labels, temperature=temperature),
-        "gumbel_labels": partial(gumbel_labels, temperature=temperature, generator=generator),
+        "gumbel_labels": partial(_drawn_labels, temperature=temperature),
         "dist": partial(dist, temperature=temperature),
     }
     if name in of_classes:
@@ -169,6 +166,11 @@ def _squared_error(output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
             f"{list(labels.shape)}. Give others, or a student with as many outputs."
         )
     return mse_loss(output, labels.to(output.dtype).view_as(output))
+
+
+def _drawn_labels(found: torch.Tensor, wanted: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Return Gumbel labels, with noise of torch's own generator as Dropout draws it; without gradients soft labels."""
+    return (gumbel_labels if torch.is_grad_enabled() else soft_labels)(found, wanted, temperature)
 
 
 def _of_logits(loss: Loss, kinds: tuple[OutputKind, OutputKind]) -> Loss:

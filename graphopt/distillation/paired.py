@@ -145,7 +145,8 @@ def pair_for_training(
 
 
 def with_new_head(student: Program, plan: DistillPlan, seed: int) -> Program:
-    """Return the student with the head that a plan asks for."""
+    """Return the student without taps of its own, and with the head that a plan asks for."""
+    student = strip_taps(student)
     if plan.head is None:
         return student
     return with_head(student, plan.head, plan.label_output, torch.Generator().manual_seed(seed))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -21,6 +21,8 @@ from graphopt.errors import UsageError
 from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
 from graphopt.pipeline.plan import Refusal
+
+_ALIKE = ("values", "cosine", "attention_scores", "attention_probabilities")  # losses of values of one shape
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def prepare(
         plan: what is asked for.
         student: it is not changed.
         teachers: where the student is; none: labels and the student itself teach.
-        generator: draws the weights of adapters, and noise.
+        generator: draws the weights of adapters.
         labelled: whether there are labels, behind the student's inputs in a batch.
         apart: by teacher, whether it takes inputs of its own, which then lie behind the labels in a batch.
 
@@ -65,7 +67,7 @@ def prepare(
     """
     if len(plan.teachers) not in (0, len(teachers)):
         raise UsageError(f"The plan has weights for {len(plan.teachers)} teachers, and {len(teachers)} were given.")
-    terms, refusals = output_terms(plan, student, teachers, generator, labelled=labelled)
+    terms, refusals = output_terms(plan, student, teachers, labelled=labelled)
     links, unpaired = links_of(plan, student, teachers, outputs_teach=bool(terms))
     matches, unmatched = matches_of(links, student, teachers)
     own = len(student.inputs) + labelled
@@ -121,7 +123,7 @@ def _places(student: Program, teachers: Sequence[Teacher], apart: Sequence[bool]
 def _numbered(term: Term, asked: Sequence[Sequence[int]]) -> Term:
     """Return a term that counts its teacher's output among those that are asked for."""
     assert term.by != "student"
-    return Term(term.name, term.index, term.by, asked[term.by].index(term.taught), term.loss, term.weight)
+    return replace(term, taught=asked[term.by].index(term.taught))
 
 
 def _pair_terms(matches: Sequence[Match], own: int, asked: Sequence[Sequence[int]]) -> list[Term]:
@@ -135,7 +137,10 @@ def _pair_terms(matches: Sequence[Match], own: int, asked: Sequence[Sequence[int
         else:
             taught, behind[by] = behind[by], behind[by] + 1
         loss = pair_loss(match.loss, match.channels)
-        terms.append(Term(f"{match.link.student.address} {match.loss}", index, by, taught, loss, match.link.weight))
+        alike = match.loss in _ALIKE
+        terms.append(
+            Term(f"{match.link.student.address} {match.loss}", index, by, taught, loss, match.link.weight, alike)
+        )
     return terms
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-
 from graphopt.distillation.named_losses import label_loss, output_loss
 from graphopt.distillation.objective import OutputKind, Target, targets_of
 from graphopt.distillation.plan import DistillPlan, OutputPlan
@@ -24,7 +22,6 @@ def output_terms(
     plan: DistillPlan,
     student: Program,
     teachers: Sequence[Teacher],
-    generator: torch.Generator,
     *,
     labelled: bool,
 ) -> tuple[list[Term], list[Refusal]]:
@@ -50,8 +47,9 @@ def output_terms(
                 refusals.append(Refusal(target.name, f"{found}: it is not taught", "outputs differ"))
                 continue
             kinds = target.kind, _kind_of(teacher, found, target.kind)
-            loss = output_loss(wish.loss, kinds, plan.temperature, generator)
-            terms.append(Term(target.name, target.index, number, found, loss, weight * wish.weight))
+            loss = output_loss(wish.loss, kinds, plan.temperature)
+            named_loss = ":" not in wish.loss
+            terms.append(Term(target.name, target.index, number, found, loss, weight * wish.weight, named_loss))
     terms = [term for term in terms if term.weight]
     total = sum(term.weight for term in terms)
     return [replace(term, weight=alpha * term.weight / total) for term in terms], refusals

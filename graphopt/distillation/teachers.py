@@ -15,6 +15,7 @@ from graphopt.data.batches import Batch
 from graphopt.distillation.addresses import Tap
 from graphopt.distillation.pairing import pair_taps
 from graphopt.distillation.readings import Reading, gathered, opened, truncated
+from graphopt.distillation.taps import strip_taps
 from graphopt.errors import LoadError, UsageError
 from graphopt.ir.placing import place
 from graphopt.ir.program import Program
@@ -101,7 +102,7 @@ class Teacher:
 
     @classmethod
     def _of(cls, name: str, program: Program) -> Teacher:
-        program = program.evaluated()
+        program = strip_taps(program.evaluated())
         return cls(name, program.inputs, program.outputs, program)
 
     def to(self, device: torch.device) -> Teacher:

@@ -37,6 +37,7 @@ class Term:
         taught: of the teacher's value among what its reader gives, or of the student's deeper value.
         loss: of both.
         weight: of the loss.
+        alike: whether it compares values of one shape.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Term:
     taught: int
     loss: Loss
     weight: float
+    alike: bool = False
 
     def __call__(self, outputs: Sequence[torch.Tensor], wanted: Wanted) -> torch.Tensor:
         """Return the weighted loss.
@@ -54,10 +56,10 @@ class Term:
         """
         target = outputs[self.taught].detach() if self.by == "student" else wanted[self.by][self.taught]
         found = outputs[self.index]
-        if len(found) != len(target):
+        if len(found) != len(target) or (self.alike and found.shape != target.shape):
             raise DataError(
-                f"Of `{self.name}` the student gives {len(found)} samples and what teaches it {len(target)}. Give both "
-                "the same samples."
+                f"Of `{self.name}` the student gives {list(found.shape)} for this batch, and what teaches it "
+                f"{list(target.shape)}. Give both the same samples, of the same sizes."
             )
         return self.weight * self.loss(found, target)
 

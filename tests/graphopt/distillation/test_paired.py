@@ -280,7 +280,7 @@ def test_a_teacher_that_takes_something_else_is_refused_and_given_its_own(studen
     signals = torch.randn(64, 4)
     paired = pair_for_training(student, flat, teacher_data=signals[:2])
     assert float(paired(IMAGES, teacher_inputs=(signals,)).loss.detach()) > 0
-    with pytest.raises(DataError, match="the student gives 64 samples and what teaches it 8"):
+    with pytest.raises(DataError, match=r"the student gives \[64, 5\] for this batch, and what teaches it \[8, 5\]"):
         paired(IMAGES, teacher_inputs=(signals[:8],))
 
 
@@ -289,3 +289,24 @@ def test_nothing_to_learn_from_is_an_error(student: Program) -> None:
         pair_for_training(student, None)
     with pytest.raises(UsageError, match="Tensor is no program"):
         finish(IMAGES)  # type: ignore[arg-type]
+
+
+def test_noise_of_gumbel_labels_is_torchs_own_and_judges_nobody(teacher: Program, student: Program) -> None:
+    plan = {"outputs": [{"student": "output", "loss": "gumbel_labels"}]}
+    paired = pair_for_training(student, teacher, plan).eval()
+    torch.manual_seed(1)
+    drawn = [float(paired(IMAGES).loss.detach()) for _ in range(2)]
+    torch.manual_seed(1)
+    assert float(paired(IMAGES).loss.detach()) == drawn[0] != drawn[1]
+    with torch.no_grad():
+        judged = paired(IMAGES).loss
+    torch.testing.assert_close(judged, pair_for_training(student, teacher).eval()(IMAGES).loss.detach())
+
+
+def test_taps_of_distill_hooks_are_no_outputs_of_a_student_or_a_teacher(teacher: Program, student: Program) -> None:
+    def tapped(program: Program) -> Program:
+        return graphopt.optimize(program, passes="distill_hooks", target=None, bench=False, cache=False).program
+
+    paired = pair_for_training(tapped(student), tapped(teacher))
+    assert list(paired(IMAGES).losses) == ["output output"]
+    assert_same_program(finish(paired), student, compare_tensors=False)
