@@ -113,13 +113,15 @@ def images(data: Path, name: str, *, normalised: bool = True) -> tuple[torch.Ten
     return (scaled - mean) / deviation, torch.from_numpy(stored["y"]).long()
 
 
+def classes(program: object, pictures: torch.Tensor) -> torch.Tensor:
+    """Return the class that anything callable like the model gives each image."""
+    with torch.no_grad():
+        return torch.cat([program(x).argmax(1) for x in pictures.split(500)])  # type: ignore[operator]
+
+
 def top1(program: object, pictures: torch.Tensor, labels: torch.Tensor) -> float:
     """Return the top-1 accuracy in percent of anything callable like the model."""
-    correct = 0
-    with torch.no_grad():
-        for x, y in zip(pictures.split(500), labels.split(500), strict=True):
-            correct += int((program(x).argmax(1) == y).sum())  # type: ignore[operator]
-    return 100 * correct / len(labels)
+    return 100 * int((classes(program, pictures) == labels).sum()) / len(labels)
 
 
 def _stage(count: int, inputs: int, outputs: int, stride: int) -> nn.Sequential:

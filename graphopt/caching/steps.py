@@ -24,6 +24,7 @@ from graphopt.errors import PassError
 from graphopt.ir.memory import mapped
 from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
+from graphopt.pipeline.checkpoints import State
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.order import Step
 from graphopt.pipeline.plan import Plan
@@ -88,6 +89,7 @@ class StepCache:
     reads: Reads = field(default_factory=Reads)
     _kind: str | None = field(default=None, init=False)  # of the step that was last looked for
     _key: str | None = field(default=None, init=False)
+    _stages: set[str] = field(default_factory=set, init=False)  # whose states are on disk
 
     def find(self, step: Step, program: Program, ctx: Context) -> Plan | None:
         """Return the plan that this step made of the same before, None if there is none."""
@@ -115,10 +117,27 @@ class StepCache:
         self._add(key, self._entry(content), {})
         return content
 
+    def load(self, stage: str) -> State | None:
+        """Return the state of a stage, if the step that was last looked for has come to it before."""
+        if self._key is None:
+            return None
+        key = _of_stage(self._key, stage)
+        self._stages.add(key)
+        return next(((entry.content, tensors) for entry, tensors in self._kept(key)), None)
+
+    def save(self, stage: str, content: Mapping[str, Json], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep the state of a stage on disk, in place of the one before, until the plan of its step is kept."""
+        store = self._disk()
+        if self._key is not None and store is not None:
+            self._stages.add(_of_stage(self._key, stage))
+            store.add(_of_stage(self._key, stage), self._entry(dict(content)), tensors, instead=True)
+
     def keep(self, step: Step, program: Program, ctx: Context, plan: Plan) -> None:
         """Keep the plan of the step that was last looked for, which has been carried out and checked."""
         if self._key is None:
             return
+        while self._stages and self.store is not None:
+            self.store.remove(self._stages.pop())
         content = plan.to_json()
         try:
             whole = type(plan).from_json(content, plan.tensors).to_json() == content
@@ -185,7 +204,14 @@ class StepCache:
                 if here and all(self.reads.again(read) == digest for read, digest in entry.reads):
                     yield entry, tensors
 
+    def _disk(self) -> Store | None:
+        return None if self.reads.judged or self.memory.alone else self.store
+
     def _add(self, key: str, entry: CacheEntry, tensors: Mapping[str, torch.Tensor]) -> None:
-        store = None if self.reads.judged or self.memory.alone else self.store
+        store = self._disk()
         if store is None or not store.add(key, entry, tensors):
             self.memory.add(key, entry, tensors)
+
+
+def _of_stage(key: str, stage: str) -> str:
+    return digest_of("stage", key, stage)

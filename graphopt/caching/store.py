@@ -85,10 +85,16 @@ class Store:
             if found is not None:
                 yield found
 
-    def add(self, key: str, entry: CacheEntry, tensors: Mapping[str, torch.Tensor]) -> bool:
+    def add(self, key: str, entry: CacheEntry, tensors: Mapping[str, torch.Tensor], *, instead: bool = False) -> bool:
         """Keep an entry, and let go of what has not been used for longest where there is too much.
 
         Where it cannot be written, that is said once and nothing is kept.
+
+        Args:
+            key: what it is found by.
+            entry: the entry.
+            tensors: its tensors.
+            instead: of all others under this key.
 
         Returns:
             Whether it is there.
@@ -111,13 +117,25 @@ class Store:
                 text = entry.model_dump_json().encode()
                 file = Path(scratch) / "entry"
                 file.write_bytes(text)
-                os.replace(file, self.folder / f"{key}-{hashlib.sha256(text).hexdigest()}.json")
+                path = self.folder / f"{key}-{hashlib.sha256(text).hexdigest()}.json"
+                os.replace(file, path)
+            if instead:
+                self.remove(key, but=path)
             self._shrink()
             return True
         except (OSError, UsageError, safetensors.SafetensorError) as err:
             said = getattr(err, "strerror", None) or first_line(err)
             _say_once(f"Nothing is kept in the cache {self.folder}: {said}.")
             return False
+
+    def remove(self, key: str, *, but: Path | None = None) -> None:
+        """Let go of what is kept under a key, with its tensors, and say nothing where that cannot be."""
+        for path in set(self.folder.glob(f"{key}-*.json")) - {but}:
+            with contextlib.suppress(OSError, ValueError):
+                entry = CacheEntry.model_validate_json(read_file(path, most=_MOST_OF_AN_ENTRY))
+                path.unlink()
+                if entry.payload:
+                    self._payload(entry).unlink()
 
     def usage(self) -> tuple[int, int]:
         """Return how many entries there are, and bytes of all files.

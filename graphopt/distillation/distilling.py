@@ -10,7 +10,8 @@ import torch
 
 from graphopt.distillation.augment import LabelColumn, View, channel_axis, view_of
 from graphopt.distillation.beside import Beside
-from graphopt.distillation.loop import DivergedError, History, Schedule, Trainer
+from graphopt.distillation.history import History
+from graphopt.distillation.loop import DivergedError, Schedule, Trainer
 from graphopt.distillation.named_losses import check_classes
 from graphopt.distillation.plan import DistillPlan
 from graphopt.distillation.pool import Pool
@@ -25,7 +26,6 @@ from graphopt.ir.program import Program
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.plan import Refusal
 
-_WARMUP = 0.1  # fraction of the steps
 _RATE_WITH_BATCH_NORM, _RATE_WITHOUT = 0.03, 0.003
 _AGREED = 1e-6  # loss of a student that has nothing to learn
 
@@ -95,6 +95,7 @@ def distill_program(
         "views": list(views),
         "lr": rate,
         "held_out_losses": list(history.losses),
+        "stopped": history.stopped,
     }
     return Distilled(program, record, tuple(refusals))
 
@@ -117,16 +118,21 @@ def _trained(
     trainer = Trainer(student, lesson, held, batch_size)
     _check_start(trainer.held_out_loss(), held.count, labelled=lesson.labels is not None)
     rate = plan.lr or (_RATE_WITH_BATCH_NORM if batch_norms(student) else _RATE_WITHOUT)
-    schedule = Schedule(plan.epochs, _WARMUP, plan.patience or plan.epochs)
-    with torch.random.fork_rng(devices=[]):  # Dropout draws from torch's own generator
-        torch.manual_seed(ctx.generator("distill/dropout").initial_seed())
-        try:
-            return trainer.fit(training, schedule, rate, view, ctx.generator("distill/batches"), ctx.progress), rate
-        except DivergedError as err:
-            raise PassError(
-                f"Distillation diverged: the loss is not finite. Try a lower rate than lr = {rate:g} in the plan, and "
-                "look for losses and samples that are not finite."
-            ) from err
+    schedule = Schedule(plan.epochs, rate, patience=plan.patience)
+
+    def draws(purpose: str) -> torch.Generator:
+        return ctx.generator(f"distill/{purpose}")
+
+    try:
+        history = trainer.fit(
+            training, schedule, view, draws, ctx.progress, stage="distill: training", checkpoints=ctx.checkpoints
+        )
+    except DivergedError as err:
+        raise PassError(
+            f"Distillation diverged: the loss is not finite. Try a lower rate than lr = {rate:g} in the plan, and "
+            "look for losses and samples that are not finite."
+        ) from err
+    return history, rate
 
 
 def _check_start(loss: float, count: int, *, labelled: bool) -> None:

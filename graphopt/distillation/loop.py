@@ -1,58 +1,87 @@
 """The training loop, under Accelerate: where the program is or, started by `accelerate launch`, in many processes.
 
 The one adapter to `accelerate`, which is imported when a loop starts and not before. Every process draws the same
-batches and computes its share of each, so a run takes the same steps however many there are.
+batches and views and computes its share of each, so a run takes the same steps however many there are. What is drawn
+depends on the step alone, so a run that goes on where another was killed takes the same steps, too.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
-from graphopt.data.batches import Batch, batch_count
+from graphopt.data.batches import Batch, batch_count, taken
 from graphopt.distillation.augment import View
+from graphopt.distillation.history import Averages, History, packed, unpack
 from graphopt.distillation.lesson import Lesson
+from graphopt.distillation.optimizer import RelativeAdamW
 from graphopt.distillation.pool import Index, Pool
-from graphopt.distillation.statistics import estimate_statistics
-from graphopt.distillation.weights import keep_zeros, overwrite, snapshot
+from graphopt.distillation.statistics import batch_norms, estimate_statistics
+from graphopt.distillation.weights import floating, keep_zeros, overwrite, snapshot
 from graphopt.errors import PassError
 from graphopt.ir.placing import place
 from graphopt.ir.program import Program
+from graphopt.ir.training import set_training
+from graphopt.pipeline.checkpoints import Checkpoints, NoCheckpoints, State
 from graphopt.pipeline.context import Progress
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-# Floor of a tensor's root mean square, for biases that start at 0 (Adafactor: Shazeer and Stern 2018, section 8).
-_SMALLEST_RMS = 1e-3
+Draws = Callable[[str], torch.Generator]  # a generator that depends on what it is for alone
+Precision = Literal["float32", "bfloat16"]
+
+_CHECKED = 32  # steps; the loss of so many is looked at together, since looking waits for the device
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """How long to train."""
+    """How long to train, and by which steps.
+
+    Attributes:
+        epochs: passes over the samples.
+        rate: the largest step, as a fraction of the root mean square of each tensor.
+        warmup: fraction of all steps in which the rate rises from 0; it falls to 0 as a cosine after.
+        steps: taken at most; None: those of all epochs.
+        patience: epochs without a lower held-out loss before stopping; None: the rate falls to the end, as it should.
+        parts: that the samples of a step are computed in, one after the other, for less memory.
+        clip: norm that all gradients together are scaled down to; None: as they are.
+        average: of the weights, the share that a step keeps of those before; None: the weights themselves are judged.
+        frozen: whether BatchNorm normalises by the statistics it has, not by those of each batch.
+    """
 
     epochs: int
-    warmup: float  # fraction of all steps in which the rate rises from 0; it falls to 0 as a cosine after
-    patience: int  # epochs without a lower held-out loss before stopping
+    rate: float
+    warmup: float = 0.1
+    steps: int | None = None
+    patience: int | None = None
+    parts: int = 1
+    clip: float | None = None
+    average: float | None = None
+    frozen: bool = False
+
+    def total(self, per_epoch: int) -> int:
+        """Return how many steps are taken."""
+        total = self.epochs * per_epoch
+        return total if self.steps is None else min(total, self.steps)
+
+    def rate_at(self, at: int, total: int) -> float:
+        """Return the rate of a step."""
+        rising = max(1, round(self.warmup * total))
+        if at < rising:
+            return self.rate * (at + 1) / rising
+        return self.rate * 0.5 * (1 + math.cos(math.pi * (at - rising) / max(1, total - rising)))
 
 
 class DivergedError(PassError):
-    """Training reached a loss that is not finite."""
-
-
-@dataclass
-class History:
-    """The held-out loss before training and after each epoch, and the tensors where it was lowest."""
-
-    losses: list[float]
-    best: dict[str, torch.Tensor] = field(default_factory=dict)  # empty: no epoch was better than what came in
-    stale: int = 0  # epochs since the lowest
+    """Training reached a loss that is not finite, and no epoch before was better than what came in."""
 
 
 class Trainer:
@@ -64,13 +93,24 @@ class Trainer:
         lesson: what is learned.
         held_out: what the student is judged on.
         batch_size: over all processes.
+        precision: what training computes products in; weights, steps and what is judged stay float32.
+        judge: judges the student instead, lower is better; called with the student in evaluation mode.
     """
 
-    def __init__(self, student: Program, lesson: Lesson, held_out: Pool, batch_size: int) -> None:
+    def __init__(
+        self,
+        student: Program,
+        lesson: Lesson,
+        held_out: Pool,
+        batch_size: int,
+        *,
+        precision: Precision = "float32",
+        judge: Callable[[], float] | None = None,
+    ) -> None:
         self._accelerator, self._device = _accelerator(student.device)
         self._student, self._lesson = student, lesson
-        self._held_out, self._batch_size = held_out, batch_size
-        self._names = [name for name, tensor in student.state_dict().items() if tensor.is_floating_point()]
+        self._held_out, self._batch_size, self._precision = held_out, batch_size, precision
+        self._judge = judge or self.held_out_loss
         place(student.graph_module, self._device)
         lesson.place(self._device)
         keep_zeros(student)
@@ -98,101 +138,177 @@ class Trainer:
         overwrite(self._student, found)
         return snapshot(self._student, list(found))
 
+    def steps_per_epoch(self, inputs: Pool) -> int:
+        """Return how many steps one pass over samples takes."""
+        return len(self._batches(inputs))
+
     def fit(
         self,
         inputs: Pool,
         schedule: Schedule,
-        rate: float,
         view: View,
-        generator: torch.Generator,
+        draws: Draws,
         progress: Progress,
+        *,
+        stage: str = "training",
+        checkpoints: Checkpoints | None = None,
     ) -> History:
         """Train on `inputs`; keep the tensors of the epoch with the lowest held-out loss.
 
         Args:
             inputs: what to train on.
-            schedule: how long.
-            rate: largest AdamW step, as a fraction of the root mean square of each tensor.
+            schedule: how long, and by which steps.
             view: makes a new view of each batch.
-            generator: draws batches and views.
+            draws: draws batches and views, and what the student draws itself.
             progress: shows the steps.
+            stage: what progress and checkpoints are called.
+            checkpoints: keep where training is after each epoch; it goes on there. None keeps nothing.
 
         Raises:
-            DivergedError: the loss is not finite.
+            DivergedError: the loss is not finite, and no epoch was better before.
         """
-        per_epoch = len(self._batches(inputs))
-        total = schedule.epochs * per_epoch
-        history = History([self.held_out_loss()])
-        steps = progress.track(self._drawn(inputs, schedule.epochs, generator), "recover: training", total)
-        with self._prepared(rate, total, schedule.warmup) as step:
-            for done, index in enumerate(steps, start=1):
-                step(view(self._share(inputs, index), generator))
-                if done % per_epoch == 0:
-                    self._keep(history)
-                    if history.stale >= schedule.patience:
-                        break
-                    self._student.train()
+        checkpoints = checkpoints or NoCheckpoints()
+        per_epoch = self.steps_per_epoch(inputs)
+        total = schedule.total(per_epoch)
+        with self._prepared(schedule) as steps, self._random_state_kept():
+            history, start = self._resumed(steps, checkpoints.load(stage)) or (History([self._judge()]), 0)
+            indices = self._drawn(inputs, draws, start // per_epoch, 0 if history.stopped else total - start)
+            for at, index in enumerate(progress.track(indices, stage, total - start), start + 1):
+                if (at - 1) % per_epoch == 0:
+                    self._learn(schedule)
+                torch.manual_seed(draws(f"noise {at}, {self._accelerator.process_index}").initial_seed())
+                self._step(steps, view(self._on_device(inputs.take(index)), draws(f"view {at}")), at - 1, total)
+                ends = at % per_epoch == 0 or at == total
+                if (ends or at % _CHECKED == 0) and not self._is_finite(steps):
+                    history.stopped = f"the loss was no longer finite after {at} steps"
+                    if not history.best:
+                        raise DivergedError(
+                            f"Training diverged: the loss is not finite after {at} steps. Try a tenth of the rate "
+                            f"(lr={schedule.rate / 10:g}), and look for samples that are not finite."
+                        )
+                elif ends:
+                    self._keep(steps, history, at, checkpoints, stage)
+                if history.stopped:
+                    break
         return history
 
     @contextlib.contextmanager
-    def _prepared(self, rate: float, total: int, warmup: float) -> Iterator[Callable[[Batch], None]]:
-        """Yield a function that takes one step on one batch."""
-        optimizer = torch.optim.AdamW(_groups(self._student, rate), weight_decay=0.0)
-        rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda at: _rate(at, total, warmup))
+    def _prepared(self, schedule: Schedule) -> Iterator[_Steps]:
+        """Yield what takes steps."""
+        parameters = [
+            parameter for parameter in self._student.parameters() if parameter.requires_grad and parameter.numel()
+        ]
+        optimizer = RelativeAdamW(parameters, schedule.rate)
+        averages = None if schedule.average is None else Averages(parameters, schedule.average)
         module, prepared = self._accelerator.prepare(_Module(self._student), optimizer)
-
-        def step(batch: Batch) -> None:
-            self._step(module, prepared, batch)
-            rates.step()
-
         try:
-            yield step
+            yield _Steps(schedule, parameters, module, prepared, averages)
         finally:
             self._student.eval()
             self._accelerator.free_memory()  # hooks of a wrapped module would fire again in the next training
 
-    def _step(self, module: nn.Module, optimizer: Any, batch: Batch) -> None:
-        with torch.no_grad(), self._accelerator.autocast():
-            wanted = self._lesson.wanted(batch)
-        loss = self._lesson.loss(module(self._own(batch)), wanted, batch)
-        seen = float(self._accelerator.reduce(loss.detach(), "mean"))  # all processes stop, or none
-        if not math.isfinite(seen):
-            raise DivergedError(
-                f"Recovery training diverged: the loss is {seen}. Try a tenth of the rate, recover:lr=..., and "
-                "look for samples that are not finite."
-            )
-        optimizer.zero_grad()
-        self._accelerator.backward(loss)
-        optimizer.step()
+    @contextlib.contextmanager
+    def _random_state_kept(self) -> Iterator[None]:
+        devices = [self._device] if self._device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):  # Dropout draws from torch's own generators
+            yield
 
-    def _keep(self, history: History) -> None:
-        """Note the held-out loss of an epoch; copy the tensors if it is the lowest so far."""
-        loss = self.held_out_loss()
-        better = loss < min(history.losses)
-        history.losses.append(loss)
-        history.stale = 0 if better else history.stale + 1
-        if better:
-            history.best = snapshot(self._student, self._names)
+    def _resumed(self, steps: _Steps, state: State | None) -> tuple[History, int] | None:
+        """Go on from a state, if all processes have the same."""
+        at = torch.tensor(-1 if state is None else int(str(state[0]["step"])), device=self._device)
+        if state is None or len(self._accelerator.gather(at).unique()) > 1:
+            return None
+        return unpack(state, self._student, steps.optimizer, steps.averages)
+
+    def _learn(self, schedule: Schedule) -> None:
+        """Put the student in training mode."""
+        spared = batch_norms(self._student) if schedule.frozen else []
+        set_training(self._student.graph_module, True, spared=spared)
+
+    def _step(self, steps: _Steps, batch: Batch, at: int, total: int) -> None:
+        """Take one step on this process's share of a batch."""
+        schedule, optimizer = steps.schedule, steps.optimizer
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.rate_at(at, total)
+        optimizer.zero_grad()
+        parts = self._shares(batch, schedule.parts)
+        for number, (part, share) in enumerate(parts, start=1):
+            last = number == len(parts)
+            with contextlib.nullcontext() if last else self._accelerator.no_sync(steps.module):
+                with torch.no_grad(), self._precise():
+                    wanted = self._lesson.wanted(part)
+                with self._precise():
+                    loss = share * self._lesson.loss(steps.module(self._own(part)), wanted, part)
+                self._accelerator.backward(loss)
+            steps.losses.append(loss.detach())
+        if schedule.clip is not None:
+            self._accelerator.clip_grad_norm_(steps.parameters, schedule.clip)
+        optimizer.step()
+        if steps.averages is not None:
+            steps.averages.follow(at)
+
+    def _is_finite(self, steps: _Steps) -> bool:
+        """Whether the losses since this was last asked are finite in all processes, which stop together."""
+        found = self._accelerator.reduce(torch.stack(steps.losses).sum(), "sum")
+        steps.losses.clear()
+        return math.isfinite(float(found))
+
+    def _keep(self, steps: _Steps, history: History, at: int, checkpoints: Checkpoints, stage: str) -> None:
+        """Judge an epoch, copy the tensors if it is the best so far, and keep where training is."""
+        with steps.averages.in_place() if steps.averages is not None else contextlib.nullcontext():
+            if history.add(self._judge()):
+                history.best = floating(self._student)
+        patience = steps.schedule.patience
+        if patience is not None and history.stale >= patience:
+            history.stopped = f"the held-out loss had not fallen for {patience} epochs"
+        if self._accelerator.is_main_process:
+            checkpoints.save(stage, *packed(self._student, steps.optimizer, steps.averages, history, at))
 
     def _batches(self, inputs: Pool, generator: torch.Generator | None = None) -> list[Index]:
         return inputs.batches(self._batch_size, generator, takes=self._student.takes)
 
-    def _drawn(self, inputs: Pool, epochs: int, generator: torch.Generator) -> Iterator[Index]:
-        self._student.train()
-        for _ in range(epochs):
-            yield from self._batches(inputs, generator)
+    def _drawn(self, inputs: Pool, draws: Draws, epoch: int, count: int) -> Iterator[Index]:
+        """Yield `count` batches from the beginning of an epoch on."""
+        for at in itertools.count(epoch):
+            batches = self._batches(inputs, draws(f"batches {at}"))[:count]
+            yield from batches
+            count -= len(batches)
+            if not count:
+                return
 
-    def _share(self, inputs: Pool, index: Index) -> Batch:
-        """Return this process's share of a batch."""
-        bucket, samples = index
-        share = samples.tensor_split(self._accelerator.num_processes)[self._accelerator.process_index]
-        return self._on_device(inputs.take((bucket, share)))
+    def _shares(self, batch: Batch, parts: int) -> list[tuple[Batch, float]]:
+        """Return the parts of a batch that this process computes, each with its weight in the mean of processes."""
+        processes, total = self._accelerator.num_processes, batch_count(batch)
+        if processes * parts == 1:
+            return [(batch, 1.0)]
+        own = torch.arange(total).tensor_split(processes * parts)[self._accelerator.process_index :: processes]
+        shares = [(taken(batch, samples), processes * len(samples) / total) for samples in own if len(samples)]
+        return shares or [(taken(batch, torch.zeros(1, dtype=torch.long)), 0.0)]  # all processes take every step
+
+    def _precise(self) -> contextlib.AbstractContextManager[Any]:
+        """Compute in the precision asked for, or in Accelerate's own."""
+        if self._precision == "float32":
+            found: contextlib.AbstractContextManager[Any] = self._accelerator.autocast()
+            return found
+        return torch.autocast(self._device.type, torch.bfloat16)
 
     def _own(self, batch: Batch) -> Batch:
         return batch[: len(self._student.inputs)]
 
     def _on_device(self, batch: Batch) -> Batch:
         return tuple(part.to(self._device) for part in batch)
+
+
+@dataclass
+class _Steps:
+    """What takes steps: a module and an optimizer as Accelerate prepared them."""
+
+    schedule: Schedule
+    parameters: list[nn.Parameter]
+    module: nn.Module
+    optimizer: Any
+    averages: Averages | None
+    losses: list[torch.Tensor] = field(default_factory=list)  # that have not been looked at
 
 
 class _Module(nn.Module):
@@ -217,19 +333,3 @@ def _accelerator(device: torch.device) -> tuple[Accelerator, torch.device]:
         device_placement=several, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]
     )
     return found, found.device if several else device
-
-
-def _groups(student: Program, rate: float) -> list[dict[str, Any]]:
-    """Give every tensor steps in proportion to its size, so that one rate suits convolutions and transformers."""
-    return [
-        {"params": [parameter], "lr": rate * max(float(parameter.detach().square().mean().sqrt()), _SMALLEST_RMS)}
-        for parameter in student.parameters()
-        if parameter.requires_grad and parameter.numel()
-    ]
-
-
-def _rate(at: int, total: int, warmup: float) -> float:
-    rising = max(1, round(warmup * total))
-    if at < rising:
-        return (at + 1) / rising
-    return 0.5 * (1 + math.cos(math.pi * (at - rising) / max(1, total - rising)))

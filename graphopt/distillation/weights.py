@@ -55,3 +55,8 @@ def snapshot(program: Program, names: list[str]) -> dict[str, torch.Tensor]:
     """Copy the tensors called `names` to the CPU."""
     stored = program.state_dict()
     return {name: stored[name].detach().cpu().clone() for name in names}
+
+
+def floating(program: Program) -> dict[str, torch.Tensor]:
+    """Copy all floating tensors to the CPU."""
+    return snapshot(program, [name for name, tensor in program.state_dict().items() if tensor.is_floating_point()])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 from unittest import mock
 
@@ -56,6 +56,7 @@ __all__ = [
     "ShapeEnv",
     "TrainingIRVerifier",
     "arguments_by_name",
+    "blend_each",
     "calling_convention",
     "check_traced",
     "compiled_module",
@@ -73,6 +74,7 @@ __all__ = [
     "is_function_transform",
     "load_pt2",
     "make_fx",
+    "multiply_each",
     "onnx_exporter",
     "optimization_hint",
     "output_structure",
@@ -381,3 +383,15 @@ def _record_states_of_lstms() -> None:
 
 if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12):
     _record_states_of_lstms()
+
+
+def multiply_each(tensors: Sequence[torch.Tensor], factors: Sequence[float]) -> None:
+    """Multiply each tensor by its factor, in place, in one call for all of them."""
+    if tensors:
+        torch._foreach_mul_(list(tensors), list(factors))
+
+
+def blend_each(tensors: Sequence[torch.Tensor], others: Sequence[torch.Tensor], share: float) -> None:
+    """Move each tensor to its other by a share of the way, in place, in one call for all of them."""
+    if tensors:
+        torch._foreach_lerp_(list(tensors), list(others), share)

@@ -11,7 +11,7 @@ Which operators behave otherwise in training is read from their schemas: they ha
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 from torch import fx
@@ -26,12 +26,12 @@ _FLAGS = ("train", "training", "use_input_stats")  # what their schemas call it
 _SWITCHED = "graphopt_training"  # in meta["custom"]: this module switched the call to training
 
 
-def set_training(gm: fx.GraphModule, mode: bool) -> None:
-    """Set the training flag of every call that eval capture switched off, in place."""
+def set_training(gm: fx.GraphModule, mode: bool, spared: Container[fx.Node] = ()) -> None:
+    """Set the training flag of every call that eval capture switched off, but for those of `spared`, in place."""
     for body in _trained(gm):
         changed = False
         for node, flag in _flagged(body):
-            if arguments(node, (flag,))[flag] is mode:
+            if arguments(node, (flag,))[flag] is mode or node in spared:
                 continue
             custom = custom_notes(node)
             if not mode and custom.pop(_SWITCHED, None) is None:

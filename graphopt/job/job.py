@@ -238,7 +238,7 @@ class Job:
         checks = [FullCheck()] if check == "full" else []
         kept = self._step_cache()
         if kept is not None:
-            ctx = dataclasses.replace(kept.reads.watch(ctx), remember=kept.part)
+            ctx = dataclasses.replace(kept.reads.watch(ctx), remember=kept.part, checkpoints=kept)
         recorder = Recorder(report, self.original, self._probe, judging, kept, several=len(deciding) > 1)
         made = runner.run(pipeline, self.original, ctx, [recorder, *checks, *hooks], kept)
         if kept is not None and kept.found:

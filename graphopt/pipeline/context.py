@@ -16,6 +16,7 @@ from graphopt.errors import DataError, PassError
 from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
 from graphopt.measure.budget import Timer
+from graphopt.pipeline.checkpoints import Checkpoints, NoCheckpoints
 from graphopt.targets.description import TargetDescription, channel_multiple, rank_multiple
 
 T = TypeVar("T")
@@ -59,6 +60,7 @@ class Context:
         progress: shows long loops.
         remember: by a name of the pass's own returns what was computed in an earlier run of the same step on the same
             things, or computes and keeps it: what takes long, so that a killed run need not do it again.
+        checkpoints: keep where a computation has come to, so that a killed run goes on there.
     """
 
     original: Program
@@ -73,6 +75,7 @@ class Context:
     seed: int = 0
     progress: Progress = field(default_factory=NoProgress)
     remember: Callable[[str, Callable[[], dict[str, Json]]], dict[str, Json]] = lambda name, compute: compute()
+    checkpoints: Checkpoints = field(default_factory=NoCheckpoints)
     cache: dict[int, tuple[Program, dict[str, Any]]] = field(default_factory=dict, repr=False)
 
     def with_data(self, source: SampleSource) -> Context:

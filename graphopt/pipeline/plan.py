@@ -52,6 +52,7 @@ class Plan:
         tensors: payload by name: factors, scales, trained weights. Stored as safetensors.
         measured: times or scores that steered a decision. Recorded, not reproducible.
         notes: what a user should know, for the report.
+        seconds: that parts of the decision took, by what they are called. For reports: they are not stored.
         unmet: what was asked for and is not reached by the best that was found: the run fails as at a gate.
     """
 
@@ -67,6 +68,7 @@ class Plan:
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
     measured: Mapping[str, Json] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict, repr=False)
     unmet: tuple[str, ...] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -94,8 +96,9 @@ class Plan:
         return dataclasses.replace(self, tensors=moved)
 
     def to_json(self) -> dict[str, Json]:
-        """Return everything but the tensors as JSON data; what is not finite is null."""
-        data = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "tensors"}
+        """Return everything but tensors and seconds as JSON data; what is not finite is null."""
+        names = [item.name for item in dataclasses.fields(self) if item.name not in ("tensors", "seconds")]
+        data = {name: getattr(self, name) for name in names}
         return typing.cast("dict[str, Json]", _plain(data))
 
     @classmethod

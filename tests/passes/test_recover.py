@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from graphopt.caching.steps import Memory, StepCache
+from graphopt.caching.store import Store
 from graphopt.capturing.capture import capture
 from graphopt.distillation.taps import taps_of
 from graphopt.errors import DataError, PassError
@@ -15,13 +22,13 @@ from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
 from graphopt.passes.distill_hooks import DistillHooks, DistillHooksOptions
 from graphopt.passes.recover import Recover, RecoverOptions, RecoverPlan
-from graphopt.pipeline.context import Context
+from graphopt.pipeline.context import Context, NoProgress
 from graphopt.pipeline.pipeline import Pipeline
 from graphopt.pipeline.runner import run
 from graphopt.testing import TensorSamples, check_pass, fingerprint
 from tests.graphopt.distillation.models import Encoder, Mlp, ResidualNet, settled
 
-SMALL = RecoverOptions(epochs=3, batch_size=32)
+SMALL = RecoverOptions(epochs=3, batch_size=32, lr=0.02)
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +56,10 @@ def recovered(
     recover = Recover(options)
     plan = recover.plan(program, Context(original=original, seed=seed).with_data(TensorSamples(data)))
     return recover.apply(program, plan), plan
+
+
+def stages(plan: RecoverPlan) -> list[Any]:
+    return list(plan.measured["stages"])  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +125,8 @@ class _Taught(Recover):
 def test_without_epochs_only_statistics_change(teacher: Program, pruned: Program, samples: Tensor) -> None:
     result, plan = recovered(pruned, teacher, samples, options=RecoverOptions(epochs=0))
     assert all(name.endswith(("running_mean", "running_var")) for name in plan.sites)
-    assert plan.measured["statistics"] < plan.measured["before"]  # type: ignore[operator]
+    assert [(stage["stage"], stage["kept"]) for stage in stages(plan)] == [("statistics", True)]
+    assert plan.measured["after"] == stages(plan)[0]["loss"] < plan.measured["before"]  # type: ignore[operator]
     assert plan.taps == {}
     before, after = pruned.state_dict(), result.state_dict()
     assert {name for name in before if not torch.equal(before[name], after[name])} <= set(plan.sites)
@@ -136,21 +148,31 @@ def test_what_is_worse_than_before_is_refused(
     assert plan.refusals[-1].counted_as == "nothing tried is better"
 
 
-def test_a_rate_too_large_gives_way_to_a_smaller_one(
+def test_a_rate_is_chosen_on_a_few_steps(
     teacher: Program, pruned: Program, samples: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = dataclasses.replace(SMALL, epochs=1)
-    monkeypatch.setattr("graphopt.passes.recover._RATES_WITH_BATCH_NORM", (1e30, 1.0, 0.03))
+    monkeypatch.setattr(Recover, "rates", (1e30, 0.03))
+    options = dataclasses.replace(SMALL, lr=None, stages=("end-to-end",))
     _, plan = recovered(pruned, teacher, samples, options=options)
-    assert plan.measured["lr"] == 0.03
-    monkeypatch.setattr("graphopt.passes.recover._RATES_WITH_BATCH_NORM", (0.03,))
-    _, at_once = recovered(pruned, teacher, samples, options=options)
-    assert all(torch.equal(plan.tensors[name], at_once.tensors[name]) for name in plan.sites)
+    (stage,) = stages(plan)
+    tried = [(trial["rate"], trial["frozen"], trial["loss"] < math.inf) for trial in stage["tried"]]
+    assert tried == [(0.03, False, True), (1e30, False, False), (0.03, True, True)]
+    assert {trial["steps"] for trial in stage["tried"]} == {12}
+    assert stage["rate"] == pytest.approx(0.03 * 33 / 12)  # as many steps are taken in all
+    assert stage["frozen"] == (stage["tried"][2]["loss"] < stage["tried"][0]["loss"])
+    monkeypatch.setattr(Recover, "rates", (0.03, 1e-9))  # what is tried is scaled up to the highest at most
+    _, plan = recovered(pruned, teacher, samples, options=options)
+    assert stages(plan)[0]["rate"] == 0.03
+    at_once = dataclasses.replace(options, lr=0.03)
+    _, again = recovered(pruned, teacher, samples, options=at_once)
+    assert stages(again)[0]["tried"] == []
+    if not stages(plan)[0]["frozen"]:
+        assert stages(again)[0]["epochs"] == stages(plan)[0]["epochs"]  # a trial leaves nothing behind
 
 
 def test_divergence_at_the_only_rate_is_an_error(teacher: Program, pruned: Program, samples: Tensor) -> None:
-    with pytest.raises(PassError, match=r"Recovery training diverged: the loss is nan\."):
-        recovered(pruned, teacher, samples, options=dataclasses.replace(SMALL, lr=1e30))
+    with pytest.raises(PassError, match=r"Training diverged: the loss is not finite after \d+ steps\. Try a tenth"):
+        recovered(pruned, teacher, samples, options=dataclasses.replace(SMALL, lr=1e30, stages=("end-to-end",)))
 
 
 def test_a_weight_that_two_layers_share_stays_one() -> None:
@@ -188,7 +210,7 @@ def test_factorised_layers_and_texts_of_unlike_length_learn() -> None:
             return [(part, torch.ones_like(part)) for part in ids]
 
     plan = Recover(SMALL).plan(program, Context(original=original).with_data(Texts()))  # type: ignore[arg-type]
-    assert plan.measured["epochs"][-1] < plan.measured["before"]  # type: ignore[index, operator]
+    assert plan.measured["after"] < plan.measured["before"]  # type: ignore[operator]
     assert list(plan.taps) == ["layers.0:add#1", "layers.0:add#2", "layers.1:add#1", "layers.1:add#2"]
     assert plan.outputs == {"output": "values"}
 
@@ -281,4 +303,62 @@ def test_a_static_batch_is_trained_at_its_own_size() -> None:
         program.state_dict()["second.weight"].mul_(0.5)
     assert program.batch_size == 8
     _, plan = recovered(program, original, x)
-    assert plan.measured["epochs"][-1] < plan.measured["before"]  # type: ignore[index, operator]
+    assert plan.measured["after"] < plan.measured["before"]  # type: ignore[operator]
+    with pytest.raises(PassError, match="takes 8 samples at a time, and recover:parts=2 would divide them"):
+        recovered(program, original, x, options=RecoverOptions(parts=2))
+
+
+def test_blocks_learn_by_themselves_where_the_values_between_them_are_the_same(
+    teacher: Program, pruned: Program, samples: Tensor
+) -> None:
+    _, plan = recovered(pruned, teacher, samples, options=dataclasses.replace(SMALL, stages=("blocks",), lr=0.01))
+    (stage,) = stages(plan)
+    assert (stage["blocks"], stage["kept"], len(stage["epochs"])) == (3, True, 1)
+    assert plan.measured["after"] == stage["loss"] < plan.measured["before"]  # type: ignore[operator]
+    assert re.search(r"; held-out loss [\d.]+, blocks [\d.]+ \(3 blocks, [\d.]+ s each\)$", plan.summary())
+    narrower = run(Pipeline.parse("prune:ratio=0.5:round_to=1"), teacher, Context(original=teacher)).programs[""]
+    _, plan = recovered(narrower, teacher, samples, options=dataclasses.replace(SMALL, stages=("blocks",)))
+    assert plan.refusals[0].reason.startswith("no value between blocks has the shape it had")
+
+
+def test_dropout_is_off_while_it_imitates() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 64), nn.Dropout(0.5), nn.ReLU(), nn.Linear(64, 4)).eval()
+    x = torch.randn(128, 12)
+    original = capture(model, x[:2])
+    program = original.copy(share_tensors=False)
+    with torch.no_grad():
+        next(program.parameters()).mul_(1.01)
+    _, plan = recovered(program, original, x, options=dataclasses.replace(SMALL, lr=0.003, epochs=8))
+    assert plan.measured["after"] < 0.3 * plan.measured["before"]  # type: ignore[operator]
+
+
+class Killed(NoProgress):
+    """Ends the run in the middle of its training."""
+
+    def __init__(self, at: float) -> None:
+        self.at, self.taken = at, 0
+
+    def track(self, steps: Iterable[Any], label: str, total: int | None = None) -> Iterator[Any]:
+        for step in steps:
+            self.taken += label == "recover: training"
+            if self.taken > self.at:
+                raise KeyboardInterrupt
+            yield step
+
+
+def test_a_killed_run_goes_on_where_it_was(teacher: Program, pruned: Program, samples: Tensor, tmp_path: Path) -> None:
+    def taken(progress: Killed, folder: str) -> tuple[str, int]:
+        kept = StepCache(Memory(), Store(tmp_path / folder))
+        ctx = Context(original=teacher, progress=progress).with_data(TensorSamples((samples,)))
+        ctx = dataclasses.replace(kept.reads.watch(ctx), checkpoints=kept)
+        pipeline = Pipeline.parse("recover:epochs=3:lr=0.03:batch_size=64:stages=end-to-end")
+        return fingerprint(run(pipeline, pruned, ctx, cache=kept).programs[""]), progress.taken
+
+    whole, steps = taken(Killed(math.inf), "one")
+    assert steps == 18
+    with pytest.raises(KeyboardInterrupt):
+        taken(Killed(14), "another")
+    assert taken(Killed(math.inf), "another") == (whole, 6)  # the third epoch
+    names = [len([*(tmp_path / folder).glob("*.safetensors")]) for folder in ("one", "another")]
+    assert names == [1, 1]  # the plan's; no checkpoint outlives it

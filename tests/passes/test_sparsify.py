@@ -135,13 +135,13 @@ def test_zeros_that_no_pass_has_chosen_are_trained(teacher: Program, samples: Te
     start = teacher.copy(share_tensors=False)
     with torch.no_grad():
         start.state_dict()["layer1.conv1.weight"][:, :4] = 0
-    trained = ran("recover:epochs=1:batch_size=16", start, samples, teacher)
+    trained = ran("recover:epochs=4:batch_size=16", start, samples, teacher)
     assert zeros(trained.state_dict()["layer1.conv1.weight"]) == 0
 
 
 def test_integers_are_zero_where_weights_were_and_stay_so_in_training(teacher: Program, samples: Tensor) -> None:
     sparse = ran("sparsify:ratio=0.6,fold", teacher, samples)
-    stored = ran("sparsify:ratio=0.6,int8:weight_bits=3,qat:epochs=2:batch_size=16", teacher, samples)
+    stored = ran("sparsify:ratio=0.6,int8:weight_bits=3,qat:epochs=2:batch_size=16:lr=0.02", teacher, samples)
     plain = ran("sparsify:ratio=0.6,int8:weight_bits=3", teacher, samples)
     for name in ("stem.weight", "layer1.conv1.weight", "down.weight"):
         chosen, integers = sparse.state_dict()[name] == 0, stored.state_dict()[f"{name}_int8"]
@@ -161,7 +161,7 @@ def test_in_steps_the_share_grows_and_what_is_left_is_trained_in_between(teacher
     kept = plan.tensors["stem.weight"] != 0
     assert not torch.equal(plan.tensors["stem.weight"][kept], teacher.state_dict()["stem.weight"][kept])
     assert any("running_mean" in name for name in plan.tensors)
-    trained = ran("recover:epochs=1:batch_size=16", pass_.apply(teacher, plan), samples, teacher)
+    trained = ran("recover:epochs=1:batch_size=16:lr=0.01", pass_.apply(teacher, plan), samples, teacher)
     assert all(before == after for before, after in of_kind(trained, weights).values())
 
 

@@ -288,3 +288,12 @@ def test_types_are_promoted_as_torch_does_and_calls_before_that_are_not_run() ->
     assert str(ours.graph) == str(theirs.graph)
     assert [str(n.meta.get("val")) for n in ours.graph.nodes] == [str(n.meta.get("val")) for n in theirs.graph.nodes]
     assert torch.ops.prims.convert_element_type.default in {node.target for node in ours.graph.nodes}
+
+
+def test_tensors_are_changed_in_one_call() -> None:
+    tensors, others = ([torch.full((count,), value) for count in (1, 3)] for value in (2.0, 4.0))
+    torch_internals.multiply_each(tensors, [3.0, 0.5])
+    assert [tensor.tolist() for tensor in tensors] == [[6.0], [1.0] * 3]
+    torch_internals.blend_each(tensors, others, 0.5)
+    assert [tensor.tolist() for tensor in tensors] == [[5.0], [2.5] * 3]
+    torch_internals.multiply_each([], [])

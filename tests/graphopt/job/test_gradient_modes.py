@@ -13,7 +13,7 @@ from torch import nn
 import graphopt
 from graphopt.pipeline.pipeline import Pipeline
 
-LEARNS = "prune:ratio=0.5:criterion=taylor:round_to=1,recover:epochs=1"
+LEARNS = "prune:ratio=0.5:criterion=taylor:round_to=1,recover:epochs=8"
 
 
 def made() -> tuple[nn.Module, torch.Tensor]:
