@@ -88,6 +88,8 @@ def distill_program(
     if not history.best:
         reason = f"no epoch was better on {held.count} held-out samples: it is as it was"
         refusals.append(Refusal("student", reason, "no epoch was better"))
+    if history.stopped:
+        refusals.append(Refusal("training", f"it ended early: {history.stopped}", "it ended early"))
     record: dict[str, Json] = {
         "plan": plan.to_json(),
         "teachers": [teacher.name for teacher in teachers],
@@ -95,7 +97,6 @@ def distill_program(
         "views": list(views),
         "lr": rate,
         "held_out_losses": list(history.losses),
-        "stopped": history.stopped,
     }
     return Distilled(program, record, tuple(refusals))
 
@@ -115,10 +116,17 @@ def _trained(
     if not views:
         lesson.place(student.device)
         lesson, (training, held) = lesson.remembered([training, held], batch_size, student.device)
-    trainer = Trainer(student, lesson, held, batch_size)
+    if plan.parts > 1 and student.batch_size is not None:
+        raise UsageError(
+            f"The student takes {student.batch_size} samples at a time, and parts = {plan.parts} divides those of a "
+            "step. Leave it out, or capture the student with a dynamic batch."
+        )
+    trainer = Trainer(student, lesson, held, batch_size, precision=plan.precision)
     _check_start(trainer.held_out_loss(), held.count, labelled=lesson.labels is not None)
     rate = plan.lr or (_RATE_WITH_BATCH_NORM if batch_norms(student) else _RATE_WITHOUT)
-    schedule = Schedule(plan.epochs, rate, patience=plan.patience)
+    schedule = Schedule(
+        plan.epochs, rate, patience=plan.patience, parts=plan.parts, clip=plan.clip, average=plan.average
+    )
 
     def draws(purpose: str) -> torch.Generator:
         return ctx.generator(f"distill/{purpose}")

@@ -127,6 +127,10 @@ class DistillPlan(pydantic.BaseModel):
         samples: train on at most so many; None: all there are.
         synthesised: without data, so many samples are made up of the statistics that the first teacher keeps.
         patience: epochs without a lower held-out loss before stopping; None: all are run.
+        parts: that the samples of a step are computed in, one after the other, for less memory.
+        clip: norm that all gradients together, those of adapters among them, are scaled down to; None: as they are.
+        average: judge moving averages of the weights, of which a step keeps this share; None: the weights.
+        precision: what products are computed in while training, bfloat16 or float32.
         augment: views of the samples that student and teachers both see. auto: flip and shift where inputs look like
             images.
     """
@@ -150,12 +154,24 @@ class DistillPlan(pydantic.BaseModel):
     samples: Annotated[int, Field(ge=1)] | None = None
     synthesised: Annotated[int, Field(ge=FEWEST)] | None = None
     patience: Annotated[int, Field(ge=1)] | None = None
+    parts: Annotated[int, Field(ge=1)] = 1
+    clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    average: Annotated[float, Field(gt=0, lt=1)] | None = None
+    precision: Literal["float32", "bfloat16"] = "float32"
     augment: tuple[ViewName, ...] = ("auto",)
 
     @property
     def needs_labels(self) -> bool:
         """Whether it says something of labels."""
         return self.alpha != 1 and (self.alpha is not None or self.label_loss != "auto" or bool(self.label_output))
+
+    @property
+    def functions(self) -> list[str]:
+        """The functions of the user's own that it names."""
+        losses = [self.label_loss, self.feature_loss]
+        losses += [output.loss for output in self.outputs]
+        losses += [pair.loss for pair in self.pairs]
+        return [loss for loss in losses if ":" in loss]
 
     @classmethod
     def of(cls, given: DistillPlan | Mapping[str, Any] | str | Path | None) -> DistillPlan:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from graphopt.caching.digests import asks_the_user, digest_of, of_libraries, of_program
+from graphopt.caching.run_checkpoints import RunCheckpoints
+from graphopt.caching.store import Store
 from graphopt.capturing.load import with_data
 from graphopt.capturing.model_calls import gradients_recorded
 from graphopt.data import Samples
@@ -21,6 +25,7 @@ from graphopt.distillation.synthesis import synthesised
 from graphopt.distillation.teachers import GivenTeacher, Teacher, check_inputs
 from graphopt.distillation.weights import integer_weights, trainable
 from graphopt.errors import DataError, UsageError
+from graphopt.files import sha256
 from graphopt.ir.devices import device_called, device_memory
 from graphopt.ir.global_state import one_thread_at_a_time, random_state_kept
 from graphopt.ir.program import Program
@@ -34,6 +39,8 @@ from graphopt.pipeline.pass_base import Pass
 from graphopt.pipeline.pipeline import Pipeline
 from graphopt.pipeline.registry import DEFAULT_TARGET, PassRegistry, backends_named
 from graphopt.targets.backend import Backend
+
+_READ_SIZE = 256  # samples read at once
 
 
 @one_thread_at_a_time()
@@ -86,7 +93,8 @@ def distill(
         progress: shows long loops.
         name: what the report calls the student.
         device: where it is trained and passes compute; None leaves the student where it is.
-        cache: whether plans of passes are kept; what is learned is not.
+        cache: whether training is kept after each epoch, so that a killed run goes on there and one on the same
+            things is not trained again, and plans of passes are.
         trust: let a teacher's file run code.
 
     Returns:
@@ -113,8 +121,10 @@ def distill(
     samples = samples.on(found.device)
     teachers = open_teachers(teacher, found, _inputs(samples, teacher_data), trust=trust, seed=seed)
     beside = _beside(samples, labels, teacher_data, teachers, found, wanted)
+    ctx = Context(found, seed=seed, progress=progress)
+    kept = _checkpoints(found, teachers, beside, wanted, seed) if cache else None
     with device_memory():
-        taught = distill_program(found, teachers, beside, wanted, Context(found, seed=seed, progress=progress))
+        taught = distill_program(found, teachers, beside, wanted, replace(ctx, checkpoints=kept) if kept else ctx)
     job = Job(
         taught.program.to(home),
         samples,
@@ -204,6 +214,22 @@ def _labels(given: Any) -> torch.Tensor | None:
         raise DataError(f"{given} holds {len(columns)} arrays, none of them called `labels`. Give a file of labels.")
     column = columns[chosen[0]]
     return column.read(0, column.shape[0])
+
+
+def _checkpoints(
+    student: Program, teachers: Sequence[Teacher], beside: Beside, plan: DistillPlan, seed: int
+) -> RunCheckpoints | None:
+    """Return where training is kept after each epoch, None where nothing tells whether another run is the same."""
+    store = Store.of_user()
+    programs = [student, *(teacher.program for teacher in teachers if teacher.program is not None)]
+    if store is None or plan.functions or any(map(asks_the_user, programs)):
+        return None
+    files = [sha256(file) for teacher in teachers if teacher.artifact is not None for file in teacher.artifact.files]
+    samples = [digest_of(batch) for batch in beside.batches(_READ_SIZE)]
+    named = [teacher.name for teacher in teachers]  # in their order, whichever are programs
+    return RunCheckpoints(
+        store, digest_of(list(map(of_program, programs)), files, named, samples, plan.to_json(), seed, of_libraries())
+    )
 
 
 def _same_outputs(teacher: Teacher, student: Program) -> bool:

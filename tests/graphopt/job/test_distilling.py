@@ -16,6 +16,7 @@ import graphopt
 from graphopt.capturing.capture import capture
 from graphopt.distillation import synthesis, teaching
 from graphopt.distillation.augment import LabelColumn, view_of
+from graphopt.distillation.loop import Trainer
 from graphopt.distillation.synthesis import synthesised
 from graphopt.errors import DataError, GraphOptError, PassError, UsageError
 from graphopt.job.result import Result
@@ -62,7 +63,7 @@ def slim(classes: int = 5) -> nn.Module:
 
 
 def distilled(teacher: Any, plan: dict[str, Any] | None = None, **options: Any) -> Result:
-    options = {"target": None, "bench": False, **options}
+    options = {"target": None, "bench": False, "cache": False, **options}
     return graphopt.distill(slim(), teacher, IMAGES, {**SHORT, **(plan or {})}, **options)
 
 
@@ -339,3 +340,36 @@ def test_without_data_samples_are_made_up_of_what_batch_norms_know(
     assert len(losses) == 3
     with pytest.raises(UsageError, match="Samples are made up of the statistics of BatchNorms"):
         synthesised(capture(nn.Linear(3, 5), torch.randn(2, 3)), 80, torch.Generator(), NoProgress())
+
+
+class Killed(NoProgress):
+    """Ends a run as ^C does, in the second epoch of training."""
+
+    def track(self, steps: Any, label: str, total: int | None = None) -> Any:
+        for at, step in enumerate(super().track(steps, label, total)):
+            if at == 12:
+                raise KeyboardInterrupt
+            yield step
+
+
+def test_a_killed_run_goes_on_and_a_finished_one_is_over(
+    teacher: nn.Module, labels: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = {"features": "stages", "clip": 1.0, "average": 0.9, "parts": 2}
+    whole = distilled(teacher, plan, labels=labels)
+    monkeypatch.setenv("GRAPHOPT_CACHE", str(tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        distilled(teacher, plan, labels=labels, cache=True, progress=Killed())
+    steps: list[int] = []
+    taken = Trainer._step
+    monkeypatch.setattr(Trainer, "_step", lambda self, *args: (steps.append(1), taken(self, *args))[1])
+    resumed = distilled(teacher, plan, labels=labels, cache=True)
+    assert len(steps) == 9  # of 18: the second epoch
+    assert fingerprint(resumed.program) == fingerprint(whole.program)
+    assert resumed.distillation == whole.distillation
+    again = distilled(teacher, plan, labels=labels, cache=True, passes="fold")
+    assert len(steps) == 9
+    assert again.original is not None
+    assert fingerprint(again.original) == fingerprint(whole.program)
+    distilled(teacher, plan, labels=labels, cache=True, seed=1)
+    assert len(steps) == 27
