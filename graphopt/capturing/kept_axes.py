@@ -40,6 +40,8 @@ def with_axes_kept(program: Program) -> Program:
         A program that gives the same numbers, in outputs that may have more axes of one, which a note says; or that
         takes no such size.
     """
+    if not any(_squeezes(node) for gm in every_graph_module(program.graph_module) for node in gm.graph.nodes):
+        return program
     kept = program.copy()
     squeezed = [found for gm in every_graph_module(kept.graph_module) for found in _keep(gm)]
     for line, size in squeezed:
@@ -47,10 +49,14 @@ def with_axes_kept(program: Program) -> Program:
     return kept if squeezed else program
 
 
+def _squeezes(node: fx.Node) -> bool:
+    return getattr(node.target, "overloadpacket", None) in _SQUEEZES
+
+
 def _keep(gm: fx.GraphModule) -> Iterator[tuple[str, Any]]:
     """Let calls squeeze axes of one size only; yield the line of each, and each dynamic size that it keeps."""
     for node in list(gm.graph.nodes):
-        if getattr(node.target, "overloadpacket", None) not in _SQUEEZES:
+        if not _squeezes(node):
             continue
         given = arguments(node, ())
         shape = given["self"].meta["val"].shape
