@@ -80,6 +80,8 @@ def view_of(names: Sequence[str], program: Program, labels: LabelColumn | None =
         program: what the images are for.
         labels: where the labels are; None: other columns are handed on.
     """
+    if not names:
+        return lambda batch, generator: batch
     channels = channel_axis(program) or 1
 
     def view(batch: Batch, generator: torch.Generator) -> Batch:
