@@ -23,12 +23,14 @@ PASSES = {
     "drop_blocks": (":ratio=0.6", ":ratio=0.3:criterion=random"),
     "prune": (":ratio=0.3:round_to=1", ":flops=0.9:scope=global:round_to=1", ":ratio=0.5:criterion=random:steps=2"),
     "svd": (":energy=0.9:min_rank=1", ":ratio=0.5:min_rank=1", ":rank=2:min_rank=1"),
+    "sparsify": (":ratio=0.3", ":by=gradient:scope=global", ":ratio=0.6:steps=2:epochs=0"),
     "recover": (":epochs=1:samples=32:batch_size=8",),
     "sparsity24": ("", ":force=yes:refit=no"),
     "distill_hooks": ("",),
     "fold": ("",),
     "equalize": ("", ":gain=0"),
     "int8": ("", ":weights=tensor:bias_correction=no"),
+    "qat": (":epochs=1:samples=32:batch_size=8",),
 }
 
 
