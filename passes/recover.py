@@ -184,7 +184,7 @@ class Recover(Pass[RecoverOptions, RecoverPlan]):
         batch_size = self._batch_size(program)
         trainee = self.trainee(program, ctx)
         teacher, student = strip_taps(ctx.original), strip_taps(trainee.program)
-        _check_outputs(teacher, student)
+        _check_outputs(teacher, student, self.name)
         targets, refusals = targets_of(teacher)
         trains = self.options.epochs != 0
         pairs, left = self._pairs(teacher, student) if trains else ([], [])
@@ -259,7 +259,7 @@ class Recover(Pass[RecoverOptions, RecoverPlan]):
         size = program.takes(self.options.batch_size)
         if self.options.parts > 1 and program.batch_size is not None:
             raise PassError(
-                f"The program takes {program.batch_size} samples at a time, and recover:parts={self.options.parts} "
+                f"The program takes {program.batch_size} samples at a time, and {self.name}:parts={self.options.parts} "
                 "would divide them. Capture it with a dynamic batch, or leave the option out."
             )
         if size < 2 and batch_norms(program):
@@ -290,7 +290,7 @@ class Recover(Pass[RecoverOptions, RecoverPlan]):
             return ("flip", "shift") if channel_axis(program) else ()
         if wanted and len(program.inputs[0].shape) != 4:
             raise PassError(
-                f"recover:augment={'+'.join(wanted)} moves images, and the first input is {program.inputs[0]}. "
+                f"{self.name}:augment={'+'.join(wanted)} moves images, and the first input is {program.inputs[0]}. "
                 "Leave the option out, or say augment=none."
             )
         return tuple(wanted)
@@ -354,10 +354,10 @@ class Qat(Recover):
         return twin_of(program, ctx.floating, ctx.original, learn_steps=self.options.steps == "learned")
 
 
-def _check_outputs(teacher: Program, student: Program) -> None:
+def _check_outputs(teacher: Program, student: Program, name: str) -> None:
     if [spec.dtype for spec in own_outputs(teacher)] != [spec.dtype for spec in own_outputs(student)]:
         raise PassError(
-            f"Pass `recover` compares outputs, and the program has {[*map(str, student.outputs)]} where the "
+            f"Pass `{name}` compares outputs, and the program has {[*map(str, student.outputs)]} where the "
             f"unoptimised one has {[*map(str, teacher.outputs)]}. Leave out the pass that changed them."
         )
 
