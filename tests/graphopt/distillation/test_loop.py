@@ -134,7 +134,7 @@ def test_a_loss_that_is_not_finite_ends_it_with_the_best_so_far() -> None:
 
 
 def test_it_stops_where_it_is_told_to() -> None:
-    _, history = fit(student(), Schedule(9, 1.0, patience=2))
+    _, history = fit(student(), Schedule(9, 10.0, patience=2))
     assert history.stopped == "the held-out loss had not fallen for 2 epochs"
     _, history = fit(student(), Schedule(9, 0.01, steps=5))
     assert len(history.losses) == 3  # after four steps and after the fifth
