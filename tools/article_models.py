@@ -50,6 +50,6 @@ def timm_mobilenet() -> nn.Module:
 def samples() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Batches of made-up images with labels."""
     draws = torch.Generator().manual_seed(2)
-    for _ in range(4):
+    for _ in range(16):
         labels = torch.randint(0, _CLASSES, (16,), generator=draws)
         yield torch.randn(16, 3, _SIDE, _SIDE, generator=draws) + labels.view(-1, 1, 1, 1) / _CLASSES, labels

@@ -1,7 +1,7 @@
 #!/bin/sh
 # The articles' distillations as commands: ResNet and Inception teach MobileNets of torchvision and timm, then int8.
 #
-#     sh tools/distill_articles.sh OUT        torchvision and timm are to be there; a few minutes on two cores
+#     sh tools/distill_articles.sh OUT        torchvision and timm are to be there; five minutes on one core
 #
 # Models are drawn at random and samples are made up: this shows that the commands work, not what they are worth.
 # Yours: --factory package.module:function --weights FILE, --teacher package.module:function@FILE, --data train.npz.
