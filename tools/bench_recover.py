@@ -26,7 +26,7 @@ from graphopt.testing import TensorSamples
 
 # The shortcuts of option A freeze the residual widths of stages 2 and 3; `skip` keeps that of stage 1 as well.
 _PRUNE = "prune:ratio=0.5:criterion=l1:round_to=1:skip=conv1*"
-_RECOVER = ["stages=statistics", "stages=blocks:epochs=4", "epochs=4:lr=0.02:batch_size=32:alpha=30"]
+_RECOVER = ["stages=statistics", "stages=blocks:epochs=4", "epochs=4:lr=0.02:batch_size=32:alpha=100"]
 
 
 def main() -> None:
