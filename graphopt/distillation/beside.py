@@ -50,6 +50,8 @@ class Beside:
                 columns += found
             yield tuple(columns)
             first += count
+        if limit is None and self.labels is not None and len(self.labels) > first:
+            raise DataError(f"There are {len(self.labels)} labels for {first} samples. Give a label for each.")
 
     def labelled_batches(self, batch_size: int, limit: int | None = None) -> Iterator[Labelled]:
         """Yield the batches; what labels there are is a column of them."""

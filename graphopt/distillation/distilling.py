@@ -18,6 +18,7 @@ from graphopt.distillation.pool import Pool
 from graphopt.distillation.preparing import PreparedLesson, prepare
 from graphopt.distillation.statistics import batch_norms
 from graphopt.distillation.taps import output_values
+from graphopt.distillation.taught_outputs import label_term
 from graphopt.distillation.teachers import Teacher
 from graphopt.distillation.weights import overwrite
 from graphopt.errors import PassError, UsageError
@@ -79,7 +80,10 @@ def distill_program(
     training = Pool.read(ctx.need_samples("distill", "to learn from"), plan.samples)
     held = Pool.read(ctx.need_held_out("distill"), None)
     column = _label_column(found, student, (training, held))
-    views = _views(plan, student, apart=apart)
+    if column is not None and column.classes and plan.label_loss == "auto":  # shares of classes, once they are mixed
+        classes = plan.model_copy(update={"label_loss": "cross_entropy"})
+        found.lesson.labels = label_term(classes, student, labelled=True, outputs_teach=bool(found.lesson.outputs))
+    views = _views(plan, student, column, apart=apart)
     history, rate = _trained(plan, found, training, held, views, view_of(views, student, column), ctx)
     program = student.copy(share_tensors=False)
     own = program.state_dict()
@@ -171,8 +175,8 @@ def _label_column(found: PreparedLesson, student: Program, pools: Sequence[Pool]
     return LabelColumn(term.column, value.shape[-1])
 
 
-def _views(plan: DistillPlan, student: Program, *, apart: bool) -> tuple[str, ...]:
-    """Return the names of the views, each once.
+def _views(plan: DistillPlan, student: Program, labels: LabelColumn | None, *, apart: bool) -> tuple[str, ...]:
+    """Return the names of the views, each once; by itself none where labels may say where something is.
 
     Raises:
         UsageError: the plan asks for views of what is no image, or that a teacher would not see.
@@ -181,6 +185,7 @@ def _views(plan: DistillPlan, student: Program, *, apart: bool) -> tuple[str, ..
     if named and (len(student.inputs[0].shape) != 4 or apart):
         why = "a teacher takes inputs of its own" if apart else f"the first input is {student.inputs[0]}"
         raise UsageError(f'The plan says augment = "{named[0]}", which changes images, and {why}. Say augment = [].')
-    if "auto" in plan.augment and not apart and channel_axis(student):
+    placeless = labels is None or labels.classes is not None
+    if "auto" in plan.augment and placeless and not apart and channel_axis(student):
         return tuple(dict.fromkeys(("flip", "shift", *named)))
     return named

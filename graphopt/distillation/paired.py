@@ -1,7 +1,7 @@
 """A student with its teachers as one module, for a training loop of the user's own, and the way back.
 
 paired = graphopt.pair_for_training(student, teacher, plan)
-optimizer = torch.optim.SGD(paired.parameters(), lr=0.1)
+optimizer = torch.optim.SGD(paired.train().parameters(), lr=0.1)
 for images, labels in loader:
 optimizer.zero_grad()
 paired(images, labels=labels).loss.backward()
@@ -57,6 +57,7 @@ class PairedModule(nn.Module):
         self.program = prepared.student
         self.student = prepared.student.graph_module
         self._prepared = prepared  # no module: its teachers are neither trained nor stored
+        self.eval()  # as the student is
 
     def forward(
         self, *inputs: torch.Tensor, labels: torch.Tensor | None = None, teacher_inputs: Sequence[torch.Tensor] = ()

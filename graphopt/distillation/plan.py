@@ -132,7 +132,7 @@ class DistillPlan(pydantic.BaseModel):
         average: judge moving averages of the weights, of which a step keeps this share; None: the weights.
         precision: what products are computed in while training, bfloat16 or float32.
         augment: views of the samples that student and teachers both see. auto: flip and shift where inputs look like
-            images.
+            images and labels, if any, are class numbers.
     """
 
     model_config = _CLOSED

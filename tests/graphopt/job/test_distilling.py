@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import graphopt
 from graphopt.capturing.capture import capture
-from graphopt.distillation import synthesis, teaching
+from graphopt.distillation import named_losses, synthesis, teaching
 from graphopt.distillation.augment import LabelColumn, view_of
 from graphopt.distillation.loop import Trainer
 from graphopt.distillation.synthesis import synthesised
@@ -195,6 +195,22 @@ def test_views_are_trained_on(teacher: nn.Module, labels: Tensor) -> None:
     assert result.distillation["views"] == ["flip", "shift", "cutmix"]
 
 
+def test_views_leave_labels_alone_that_may_say_where_something_is(teacher: nn.Module) -> None:
+    images = nn.functional.interpolate(IMAGES[:64], scale_factor=2)
+    with torch.no_grad():
+        wanted = teacher(IMAGES[:64])
+    result = graphopt.distill(slim(), None, images, SHORT, labels=wanted, target=None, bench=False, cache=False)
+    assert result.distillation["views"] == []
+
+
+def test_mixed_classes_are_trained_on_by_their_cross_entropy(labels: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(named_losses, "_squared_error")
+    images = nn.functional.interpolate(IMAGES[:64], scale_factor=2)
+    plan = {**SHORT, "augment": ["mixup"]}
+    result = graphopt.distill(slim(), None, images, plan, labels=labels[:64], target=None, bench=False, cache=False)
+    assert result.distillation["views"] == ["mixup"]
+
+
 def never(found: Tensor, wanted: Tensor) -> Tensor:
     """Return a loss that is not a number once training has started."""
     return (found * float("nan")).mean() if found.requires_grad and torch.is_grad_enabled() else found.square().mean()
@@ -220,6 +236,11 @@ BAD: dict[str, Case] = {
         r"The plan learns from labels \(alpha below 1, label_loss or label_output\), and the data has none",
     ),
     "too few labels": (lambda t, y: distilled(t, labels=y[:100]), DataError, "There are 100 labels, and more samples"),
+    "too many labels": (
+        lambda t, y: distilled(t, labels=torch.cat([y, y])),
+        DataError,
+        "There are 640 labels for 320 samples",
+    ),
     "other classes": (
         lambda t, y: distilled(t, labels=y + 1),
         DataError,
