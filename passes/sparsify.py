@@ -20,6 +20,7 @@ from torch import Tensor
 from graphopt.ir.finite import all_finite
 from graphopt.ir.graph import tensor_attribute
 from graphopt.ir.program import Program
+from graphopt.ir.zeros import held_zeros
 from graphopt.passes.layers.directions import Purpose, directions
 from graphopt.passes.layers.sparse_weights import find_sites, named, with_weights
 from graphopt.pipeline.context import Context
@@ -135,8 +136,12 @@ class Sparsify(Pass[SparsifyOptions, SparsifyPlan]):
         result = self._sparse(program, names, ctx) if names else program
         before, after = program.state_dict(), result.state_dict()
         changed = {name: one for name, one in after.items() if not torch.equal(one, before[name])}
-        kept = {name: after[name] for name in names if name in changed}
-        refusals += [Refusal(name, "as many of its weights are zero already") for name in names if name not in kept]
+        held = held_zeros(gm)
+        kept = {name: after[name] for name in names if name in changed or (name not in held and _zeros(after[name]))}
+        for name in names:
+            if name not in kept:
+                reason = "as many of its weights are zero already" if name in held else "none of its weights is chosen"
+                refusals.append(Refusal(name, reason))
         plan = self.new_plan(
             sites=kept,
             refusals=[*others, *refusals],

@@ -37,7 +37,7 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, low
         high: largest stored integer.
     """
     _check_axis(x, scale, zero_point, axis)
-    return _stored(rounded(x, scale, zero_point, axis, low, high), storage_dtype(low, high))
+    return to_integers(rounded(x, scale, zero_point, axis, low, high), storage_dtype(low, high))
 
 
 @quantize.register_fake
@@ -105,7 +105,7 @@ def dynamic_quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scale = torch.where(high == low, 1.0, (high - low) / 255)
     zero_point = torch.round(-low / scale).clamp_(0, 255)
     integers = torch.round(x / scale).add_(zero_point).clamp_(0, 255)
-    return _stored(integers, torch.uint8), scale, zero_point.to(torch.uint8)
+    return to_integers(integers, torch.uint8), scale, zero_point.to(torch.uint8)
 
 
 @dynamic_quantize.register_fake
@@ -244,9 +244,13 @@ def rounded(
     return steps.add_(spread(zero_point, x, axis, block).to(x.dtype)).clamp_(low, high)
 
 
-def _stored(integers: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert whole numbers in the range of `dtype`; by way of int16 uint8 takes a quarter of the time (2.13)."""
-    return integers.to(torch.int16).to(dtype) if dtype is torch.uint8 else integers.to(dtype)
+def to_integers(whole: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert whole numbers that are within the range of `dtype`, but for what the largest of int32 is as a float."""
+    if dtype is torch.int32:
+        limits = torch.iinfo(dtype)
+        return whole.to(torch.int64).clamp_(limits.min, limits.max).to(dtype)
+    # by way of int16, uint8 takes a quarter of the time (torch 2.13)
+    return whole.to(torch.int16).to(dtype) if dtype is torch.uint8 else whole.to(dtype)
 
 
 # The operators as they stand in graphs.

@@ -86,11 +86,13 @@ def with_weights(
     gm = program.graph_module
     editor = Editor(gm, made_by)
     known = program.state_dict()
-    for name, tensor in tensors.items():
-        if name not in known or known[name].shape != tensor.shape:
+    for name in (*tensors, *sparse):
+        if name not in known or (name in tensors and known[name].shape != tensors[name].shape):
             raise PassError(f"The plan holds weights for `{name}`, which this program has not. Make the plan again.")
-        for call in uses(gm, name) if name in sparse else ():
+    for name in sparse:
+        for call in uses(gm, name):
             hold(call)
+    for name, tensor in tensors.items():
         for alias in _names_of(gm, name):
             editor.put(alias, tensor, kind_of=tensor_attribute(gm, alias))
     return program.with_graph(editor.finish())

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from graphopt.ir.graph import arguments, constant, tensor_attribute
 from graphopt.ir.operators import CASTS
-from graphopt.quantization.ops import DEQUANTIZE, UNPACK, dequantize, pack, rounded, spread, unpack
+from graphopt.quantization.ops import DEQUANTIZE, UNPACK, dequantize, pack, rounded, spread, to_integers, unpack
 
 aten = torch.ops.aten
 
@@ -78,7 +78,7 @@ class StoredIntegers:
         zero = self.zero.to(reals.device)
         integers = rounded(reals, scale, zero, self.axis, self.low, self.high, self.block)
         if self.packing is None:
-            return integers.to(self.zero.dtype)
+            return to_integers(integers, self.zero.dtype)
         _, bits, low = self.packing
         return pack(integers, bits, low)
 

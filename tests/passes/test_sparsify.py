@@ -131,6 +131,16 @@ def test_training_keeps_the_zeros_and_trains_the_rest(teacher: Program, samples:
         assert not torch.equal(trained.state_dict()["stem.weight"], start.state_dict()["stem.weight"])
 
 
+def test_zeros_that_were_there_before_are_kept_where_they_are_as_many_as_asked(
+    teacher: Program, samples: Tensor
+) -> None:
+    start = ran("sparsify:ratio=0.7", teacher, samples).copy(share_tensors=False)
+    plain = teacher.copy(share_tensors=False)
+    plain.graph_module.load_state_dict(start.state_dict())
+    trained = ran("sparsify:ratio=0.6,recover:epochs=1:batch_size=16:lr=0.003", plain, samples, teacher)
+    assert zeros(trained.state_dict()["layer1.conv1.weight"]) == zeros(start.state_dict()["layer1.conv1.weight"]) > 0
+
+
 def test_zeros_that_no_pass_has_chosen_are_trained(teacher: Program, samples: Tensor) -> None:
     start = teacher.copy(share_tensors=False)
     with torch.no_grad():

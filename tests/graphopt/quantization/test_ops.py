@@ -248,3 +248,10 @@ def test_the_gain_of_a_step() -> None:
     """Esser et al. 2020, section 2.2."""
     assert step_gain(144, 7) == pytest.approx(1 / (144 * 7) ** 0.5)
     assert step_gain(0, 0) == 1.0
+
+
+def test_what_is_too_large_for_int32_is_its_largest() -> None:
+    one, zero = torch.ones(()), torch.zeros((), dtype=torch.int32)
+    found = torch.ops.graphopt.quantize.default(torch.tensor([3e9, -3e9]), one, zero, None, -(2**31) + 1, 2**31 - 1)
+    assert found[0] == 2**31 - 1
+    assert found[1] <= -(2**31) + 1
