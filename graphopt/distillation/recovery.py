@@ -193,11 +193,12 @@ class _Run:
             if not trials.best:
                 raise
             history = History([math.inf], stopped=str(err))
-        best = history.best or trials.best
+        # of one loss and the tensors that have it
+        lowest, best = min((min(history.losses), history.best), (trials.lowest, trials.best), key=lambda pair: pair[0])
         overwrite(self.student, best or trials.start)
         more: dict[str, Json] = {"rate": chosen.rate, "frozen": chosen.frozen, "tried": trials.tried}
         more |= {"epochs": history.losses[1:]} | ({"stopped": history.stopped} if history.stopped else {})
-        self._judge("end-to-end", began, min(*history.losses, trials.lowest), best, **more)
+        self._judge("end-to-end", began, lowest, best, **more)
 
     def _fit(self, trainer: Trainer, schedule: Schedule, view: View, stage: str) -> History:
         def draws(purpose: str) -> torch.Generator:
