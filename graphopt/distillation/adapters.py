@@ -15,17 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from graphopt.distillation.cuts import WEIGHTED
+from graphopt.distillation.channels import axis_of_channels
 from graphopt.distillation.named_losses import Agreement
 from graphopt.ir.editor import Editor
-from graphopt.ir.operators import ALL_CONVOLUTIONS, NORMALISATIONS, REORDERS, Family
 
 PREFIX = "distill_adapters"  # of the names of their parameters
 
 _ATEN = torch.ops.aten
 _CONVOLUTIONS = {3: _ATEN.conv1d.default, 4: _ATEN.conv2d.default, 5: _ATEN.conv3d.default}
 _POOLS = {3: _ATEN.adaptive_avg_pool1d.default, 4: _ATEN.adaptive_avg_pool2d.default}
-_LAST = Family("linear", "layer_norm", "native_layer_norm", "rms_norm", "embedding")  # their channels come last
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Shape:
     def of(cls, node: fx.Node) -> Shape:
         """Return the shape of what a node computes."""
         sizes = tuple(size if isinstance(size, int) else None for size in node.meta["val"].shape)
-        return cls(sizes, _channel_axis(node))
+        return cls(sizes, axis_of_channels(node))
 
     @property
     def channels(self) -> int | None:
@@ -161,30 +159,6 @@ def _resized(editor: Editor, node: fx.Node, places: tuple[int, ...], site: str) 
     if value.dim() == 3:
         return editor.call(_ATEN.upsample_linear1d.default, node, list(places), False, like=node, site=site)
     return editor.call(_ATEN.upsample_bilinear2d.default, node, list(places), False, like=node, site=site)
-
-
-def _channel_axis(node: fx.Node) -> int:
-    """Return the axis of the channels: that of the layer a value comes from; by custom where none tells."""
-    dimensions: int = node.meta["val"].dim()
-    last = dimensions - 1
-    if dimensions < 3:
-        return max(last, 0)
-    current: fx.Node | None = node
-    while current is not None and current.op == "call_function" and current not in REORDERS:
-        if current in _LAST:
-            return last
-        if current in ALL_CONVOLUTIONS or current in NORMALISATIONS:
-            return 1
-        if current in WEIGHTED:
-            break
-        before = [source for source in current.all_input_nodes if source.op != "get_attr"]
-        current = before[0] if before and _dimensions(before[0]) == dimensions else None
-    return 1 if dimensions > 3 else last
-
-
-def _dimensions(node: fx.Node) -> int:
-    value = node.meta.get("val")
-    return int(value.dim()) if isinstance(value, torch.Tensor) else -1
 
 
 def _differ(one: int | None, other: int | None) -> bool:

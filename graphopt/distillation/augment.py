@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
-from torch.nn.functional import one_hot
 
 from graphopt.data.batches import Batch
+from graphopt.distillation.label_losses import shares_of
 from graphopt.ir.program import Program
 
 View: TypeAlias = Callable[[Batch, torch.Generator], Batch]  # a new view of the same samples
@@ -66,10 +66,19 @@ def _moved(size: int, count: int, generator: torch.Generator) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class LabelColumn:
-    """Which column of a batch holds labels, and of how many classes class numbers are; None: of no classes."""
+    """Which column of a batch holds labels.
+
+    Attributes:
+        index: of the column.
+        classes: of how many classes class numbers are; None: of no classes.
+        axis: of the classes in the output that they are for.
+        axes: how many a batch of labels has: with one each is of a whole sample.
+    """
 
     index: int
-    classes: int | None
+    classes: int | None = None
+    axis: int = 1
+    axes: int = 1
 
 
 def view_of(names: Sequence[str], program: Program, labels: LabelColumn | None = None) -> View:
@@ -91,7 +100,7 @@ def view_of(names: Sequence[str], program: Program, labels: LabelColumn | None =
             if name in _MIXING:
                 images, share, order = _MIXING[name](images, generator)
                 if labels is not None:
-                    others[labels.index - 1] = _mixed(others[labels.index - 1], labels.classes, share, order)
+                    others[labels.index - 1] = _mixed(others[labels.index - 1], labels, share, order)
             else:
                 images = _MOVING[name](images, generator)
         return (images.movedim(1, channels), *others)
@@ -129,10 +138,10 @@ def _other(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return torch.randperm(len(images), generator=generator).to(images.device)
 
 
-def _mixed(labels: torch.Tensor, classes: int | None, share: float, order: torch.Tensor) -> torch.Tensor:
+def _mixed(labels: torch.Tensor, column: LabelColumn, share: float, order: torch.Tensor) -> torch.Tensor:
     """Return labels as shares: of classes, where they are class numbers."""
-    if not labels.is_floating_point() and classes is not None:
-        labels = one_hot(labels.long(), classes).float()
+    if not labels.is_floating_point() and column.classes is not None:
+        labels = shares_of(labels, column.classes, column.axis)
     return share * labels + (1 - share) * labels[order]
 
 

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from graphopt.data.batches import Batch
 from graphopt.distillation.augment import LabelColumn, View, channel_axis, view_of
 from graphopt.distillation.beside import Beside
 from graphopt.distillation.history import History
+from graphopt.distillation.label_losses import check_classes, of_classes
 from graphopt.distillation.loop import DivergedError, Schedule, Trainer
-from graphopt.distillation.named_losses import check_classes
 from graphopt.distillation.plan import DistillPlan
 from graphopt.distillation.pool import Pool
 from graphopt.distillation.preparing import PreparedLesson, prepare
 from graphopt.distillation.statistics import batch_norms
 from graphopt.distillation.taps import output_values
-from graphopt.distillation.taught_outputs import label_term
 from graphopt.distillation.teachers import Teacher
+from graphopt.distillation.teaching import Teaching
 from graphopt.distillation.weights import overwrite
-from graphopt.errors import PassError, UsageError
+from graphopt.errors import DataError, PassError, UsageError
 from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
 from graphopt.pipeline.context import Context
@@ -80,9 +81,6 @@ def distill_program(
     training = Pool.read(ctx.need_samples("distill", "to learn from"), plan.samples)
     held = Pool.read(ctx.need_held_out("distill"), None)
     column = _label_column(found, student, (training, held))
-    if column is not None and column.classes and plan.label_loss == "auto":  # shares of classes, once they are mixed
-        classes = plan.model_copy(update={"label_loss": "cross_entropy"})
-        found.lesson.labels = label_term(classes, student, labelled=True, outputs_teach=bool(found.lesson.outputs))
     views = _views(plan, student, column, apart=apart)
     history, rate = _trained(plan, found, training, held, views, view_of(views, student, column), ctx)
     program = student.copy(share_tensors=False)
@@ -125,6 +123,7 @@ def _trained(
             f"The student takes {student.batch_size} samples at a time, and parts = {plan.parts} divides those of a "
             "step. Leave it out, or capture the student with a dynamic batch."
         )
+    lesson, held, view = _counted(lesson, held, view)
     trainer = Trainer(student, lesson, held, batch_size, precision=plan.precision)
     _check_start(trainer.held_out_loss(), held.count, labelled=lesson.labels is not None)
     rate = plan.lr or (_RATE_WITH_BATCH_NORM if batch_norms(student) else _RATE_WITHOUT)
@@ -147,6 +146,21 @@ def _trained(
     return history, rate
 
 
+def _counted(lesson: Teaching, held: Pool, view: View) -> tuple[Teaching, Pool, View]:
+    """Put how many labels there are for a sample behind a batch, so that its parts know what the mean of it is over."""
+    term = lesson.labels
+    if term is None or term.loss.name != "cross_entropy":
+        return lesson, held, view
+
+    def counting(batch: Batch, generator: torch.Generator) -> Batch:
+        batch = view(batch, generator)
+        return (*batch, term.loss.density([batch[term.column]]))
+
+    density = term.loss.density([bucket[term.column] for bucket in held.buckets])
+    held = Pool(tuple((*bucket, density) for bucket in held.buckets))
+    return replace(lesson, labels=replace(term, counted=True)), held, counting
+
+
 def _check_start(loss: float, count: int, *, labelled: bool) -> None:
     if not math.isfinite(loss):
         raise PassError(
@@ -161,18 +175,27 @@ def _check_start(loss: float, count: int, *, labelled: bool) -> None:
 
 
 def _label_column(found: PreparedLesson, student: Program, pools: Sequence[Pool]) -> LabelColumn | None:
-    """Say where labels are, after a look at the classes of all of them."""
+    """Say where labels are, after a look at all of them; those of classes stay so when they are mixed."""
     term = found.lesson.labels
     if term is None:
         return None
-    value = output_values(student)[term.index].meta["val"]
-    labels = [bucket[term.column] for pool in pools for bucket in pool.buckets]
-    of_classes = not labels[0].is_floating_point() and labels[0].dim() == value.dim() - 1
-    if not of_classes:
-        return LabelColumn(term.column, None)
-    for part in labels:
-        check_classes(value, part)
-    return LabelColumn(term.column, value.shape[-1])
+    labels = [[bucket[term.column] for bucket in pool.buckets] for pool in pools]
+    sizes = output_values(student)[term.loss.target.index].meta["val"].shape
+    axis, axes = term.loss.axis_in(sizes, labels[0][0]), labels[0][0].dim()
+    classes = None if axis is None else sizes[axis]
+    if axis is None or not isinstance(classes, int) or term.loss.name == "mse":
+        return LabelColumn(term.column, axes=axes)
+    if term.loss.function is not None:
+        known = all(of_classes(classes, part) for parts in labels for part in parts)
+        return LabelColumn(term.column, classes if known else None, axis, axes)
+    loss = replace(term.loss, name="cross_entropy", target=replace(term.loss.target, axis=axis))
+    for pool, parts in zip(("learn from", "judge by"), labels, strict=True):
+        for part in parts:
+            check_classes(classes, part)
+        if not loss.density(parts):
+            raise DataError(f"Of the samples to {pool} none has a label: all are -100, and left out. Give others.")
+    found.lesson.labels = replace(term, loss=loss)
+    return LabelColumn(term.column, classes, axis, axes)
 
 
 def _views(plan: DistillPlan, student: Program, labels: LabelColumn | None, *, apart: bool) -> tuple[str, ...]:
@@ -185,7 +208,13 @@ def _views(plan: DistillPlan, student: Program, labels: LabelColumn | None, *, a
     if named and (len(student.inputs[0].shape) != 4 or apart):
         why = "a teacher takes inputs of its own" if apart else f"the first input is {student.inputs[0]}"
         raise UsageError(f'The plan says augment = "{named[0]}", which changes images, and {why}. Say augment = [].')
-    placeless = labels is None or labels.classes is not None
+    moving = [name for name in named if name != "mixup"]
+    if moving and labels is not None and labels.axes > 2:
+        raise UsageError(
+            f'The plan says augment = "{moving[0]}", which moves what is in images, and labels of {labels.axes} axes '
+            'say where it is: they would not move with it. Say augment = [], or ["mixup"].'
+        )
+    placeless = labels is None or (labels.classes is not None and labels.axes == 1)
     if "auto" in plan.augment and placeless and not apart and channel_axis(student):
         return tuple(dict.fromkeys(("flip", "shift", *named)))
     return named

@@ -9,18 +9,18 @@ from typing import Literal
 import torch
 from torch import fx
 
+from graphopt.distillation.channels import axis_of_channels, axis_of_classes
 from graphopt.distillation.losses import relative_error, soft_labels, tap_loss
 from graphopt.distillation.pairing import Pair
 from graphopt.distillation.taps import output_values, own_outputs
 from graphopt.ir.finite import only_stored
-from graphopt.ir.graph import arguments
 from graphopt.ir.operators import ALL_CONVOLUTIONS, CARRYING, LOG_SOFTMAXES, PRODUCTS, SOFTMAXES
 from graphopt.ir.program import Program
 from graphopt.pipeline.plan import Refusal
 
 OutputKind = Literal["logits", "probabilities", "values"]
 
-_MAKING_LOGITS = PRODUCTS | ALL_CONVOLUTIONS | LOG_SOFTMAXES
+_WEIGHTED = PRODUCTS | ALL_CONVOLUTIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,18 +30,19 @@ class Target:
     index: int  # among the tensor outputs
     name: str
     kind: OutputKind
+    axis: int  # of its classes or channels
 
 
 def targets_of(teacher: Program) -> tuple[list[Target], list[Refusal]]:
     """Say how each output of `teacher` is imitated; outputs that have no gradient are refused.
 
-    "logits": what a weighted layer (or log-softmax) gives as (batch, ..., classes). "probabilities": what a softmax
-    over the last axis gives. "values": everything else, embeddings and dense maps among it.
+    "logits": what a weighted layer gives for each sample or each place of a sequence, or a log-softmax for anything.
+    "probabilities": what a softmax gives. "values": everything else, embeddings and maps among it.
     """
     targets, refusals = [], []
     for index, (spec, node) in enumerate(zip(own_outputs(teacher), output_values(teacher), strict=True)):
         if has_gradients(spec.dtype):
-            targets.append(Target(index, spec.name, _kind(node)))
+            targets.append(Target(index, spec.name, *_kind(node)))
         else:
             reason = f"output is {str(spec.dtype).removeprefix('torch.')}: it has no gradient to learn from"
             refusals.append(Refusal(spec.name, reason, "output has no gradient"))
@@ -81,11 +82,10 @@ class Objective:
         values = relative_error(student, teacher)
         if target.kind == "values":
             return values
-        if target.kind == "probabilities":
-            student, teacher = log_of(student), log_of(teacher)
         # Soft labels do not see a constant added to all logits, and what looks like logits may be an embedding or a
         # regression: the relative error anchors the values themselves.
-        return soft_labels(student, teacher, self.temperature) + values
+        found, wanted = (logits_of(value, target.kind, target.axis) for value in (student, teacher))
+        return soft_labels(found, wanted, self.temperature) + values
 
 
 def comparable(teacher: Program, student: Program, pairs: Sequence[Pair]) -> tuple[list[Pair], list[Refusal]]:
@@ -110,18 +110,24 @@ def has_gradients(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point and not only_stored(dtype)
 
 
-def log_of(probabilities: torch.Tensor) -> torch.Tensor:
-    """Return the logarithms of probabilities, finite where they are zero."""
-    return probabilities.float().clamp_min(torch.finfo(torch.float32).tiny).log()
+def logits_of(values: torch.Tensor, kind: OutputKind, axis: int) -> torch.Tensor:
+    """Return logits with their classes last: of probabilities the logarithms, finite where they are zero."""
+    values = values.movedim(axis, -1)
+    if kind != "probabilities":
+        return values
+    wide = values.to(torch.promote_types(values.dtype, torch.float32))
+    return wide.clamp_min(torch.finfo(torch.float32).tiny).log()
 
 
-def _kind(node: fx.Node) -> OutputKind:
-    shape = node.meta["val"].shape
-    if len(shape) not in (2, 3) or (isinstance(shape[-1], int) and shape[-1] < 2):
-        return "values"
+def _kind(node: fx.Node) -> tuple[OutputKind, int]:
+    """Return what an output is, and the axis of its classes or channels."""
+    value = node.meta["val"]
+    told = axis_of_classes(node)
+    axis = told or axis_of_channels(node)
     while node in CARRYING and isinstance(node.args[0], fx.Node):
         node = node.args[0]
-    if node in SOFTMAXES:
-        axis = arguments(node, ("dim",))["dim"]
-        return "probabilities" if axis in (-1, node.meta["val"].dim() - 1) else "values"
-    return "logits" if node in _MAKING_LOGITS else "values"
+    if not value.dim() or (isinstance(value.shape[axis], int) and value.shape[axis] < 2):
+        return "values", axis
+    if node in SOFTMAXES or node in LOG_SOFTMAXES:
+        return "values" if not told else "probabilities" if node in SOFTMAXES else "logits", axis
+    return "logits" if node in _WEIGHTED and value.dim() in (2, 3) else "values", axis

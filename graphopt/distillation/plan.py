@@ -67,8 +67,11 @@ class OutputPlan(pydantic.BaseModel):
         student: name of the student's output.
         teacher: name of the output that teaches it; "": the one in the same place.
         loss: a name, or the user's `module:function` of the student's and the teacher's values. auto: soft labels for
-            logits and probabilities, the relative error for other values.
+            logits and probabilities, with the relative error beside them where no labels are for this output; for
+            other values the relative error alone.
         weight: of its loss among those of the outputs; 0: it is not taught.
+        axis: that holds its classes, which labels are of, too; None: the axis of the softmax, the channels of the
+            convolution or the last of the Linear that it comes from.
     """
 
     model_config = _CLOSED
@@ -77,6 +80,7 @@ class OutputPlan(pydantic.BaseModel):
     teacher: str = ""
     loss: OutputLoss | Function = "auto"
     weight: Weight = 1.0
+    axis: Annotated[int, Field(ge=1)] | None = None
 
 
 class PairPlan(pydantic.BaseModel):

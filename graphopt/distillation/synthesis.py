@@ -16,7 +16,7 @@ from torch import fx
 from torch.nn.functional import cross_entropy
 
 from graphopt.distillation.addresses import Tap
-from graphopt.distillation.objective import targets_of
+from graphopt.distillation.objective import Target, targets_of
 from graphopt.distillation.readings import Reading, opened
 from graphopt.distillation.statistics import batch_norms
 from graphopt.distillation.taps import own_outputs
@@ -55,7 +55,7 @@ def synthesised(teacher: Program, count: int, generator: torch.Generator, progre
         )
     read = opened(teacher, [Reading(Tap(node.name, _input(node).name), "values") for node in norms])
     wanted = [_statistics(node, teacher) for node in norms]
-    logits = next((target.index for target in targets_of(teacher)[0] if target.kind == "logits"), None)
+    logits = next((target for target in targets_of(teacher)[0] if target.kind == "logits"), None)
     shapes = [(min(_BATCH, count - start), *sizes) for start in range(0, count, _BATCH)]
     found = [torch.randn(shape, generator=generator).to(teacher.device).requires_grad_() for shape in shapes]
     optimizers = [torch.optim.Adam([batch], _RATE) for batch in found]
@@ -69,7 +69,7 @@ def synthesised(teacher: Program, count: int, generator: torch.Generator, progre
 
 
 def _mismatch(
-    read: Program, batch: torch.Tensor, wanted: Sequence[tuple[torch.Tensor, torch.Tensor]], logits: int | None
+    read: Program, batch: torch.Tensor, wanted: Sequence[tuple[torch.Tensor, torch.Tensor]], logits: Target | None
 ) -> torch.Tensor:
     """Return how far the statistics of a batch are off, and how far its samples are from classes in equal numbers."""
     outputs = read.call_flat((batch,))
@@ -81,7 +81,7 @@ def _mismatch(
         apart = (has_mean - mean).square() / variance + (has_variance / variance - 1).square()
         loss = loss + apart.mean() / len(wanted)
     if logits is not None:
-        rows = outputs[logits].flatten(0, -2)
+        rows = outputs[logits.index].movedim(logits.axis, -1).flatten(0, -2)
         classes = torch.arange(len(rows), device=batch.device) % rows.shape[-1]
         loss = loss + _CLASSES * cross_entropy(rows, classes)
     return loss

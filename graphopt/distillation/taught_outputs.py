@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from graphopt.distillation.named_losses import label_loss, output_loss
+from graphopt.distillation.label_losses import LabelLoss
+from graphopt.distillation.named_losses import output_loss
 from graphopt.distillation.objective import OutputKind, Target, targets_of
 from graphopt.distillation.plan import DistillPlan, OutputPlan
 from graphopt.distillation.teachers import Teacher
@@ -31,8 +32,8 @@ def output_terms(
         UsageError: the plan names an output that is not there, or one that differs from what it is to imitate.
     """
     alpha = plan.alpha if plan.alpha is not None else (_ALPHA if labelled else 1.0)
-    targets, refusals = targets_of(student)
     named = _named(plan, student)
+    targets, refusals = _targets(student, named)
     if not alpha:
         return [], []
     terms = []
@@ -46,8 +47,9 @@ def output_terms(
                     raise UsageError(f"The output `{target.name}` cannot be taught as the plan says: {found}.")
                 refusals.append(Refusal(target.name, f"{found}: it is not taught", "outputs differ"))
                 continue
-            kinds = target.kind, _kind_of(teacher, found, target.kind)
-            loss = output_loss(wish.loss, kinds, plan.temperature)
+            kinds = target.kind, _kind_of(teacher, found, target.kind, wish)
+            anchored = not (labelled and target.name == (plan.label_output or targets[0].name))
+            loss = output_loss(wish.loss, kinds, target.axis, plan.temperature, anchored=anchored)
             named_loss = ":" not in wish.loss
             terms.append(Term(target.name, target.index, number, found, loss, weight * wish.weight, named_loss))
     terms = [term for term in terms if term.weight]
@@ -70,14 +72,16 @@ def label_term(plan: DistillPlan, student: Program, *, labelled: bool, outputs_t
     weight = 1 - (_ALPHA if plan.alpha is None else plan.alpha)
     if not labelled or not weight:
         return None
-    targets, _ = targets_of(student)
+    named = _named(plan, student)
+    targets, _ = _targets(student, named)
     chosen = [target for target in targets if plan.label_output in ("", target.name)]
     if not chosen:
         known = ", ".join(f"`{target.name}`" for target in targets)
         raise UsageError(f"The student has no output `{plan.label_output}` for the labels. It has {known or 'none'}.")
     target = chosen[0]
-    loss = label_loss(plan.label_loss, target.kind)
-    return LabelTerm(target.index, len(student.inputs), loss, weight if outputs_teach else 1.0)
+    fixed = target.name in named and named[target.name].axis is not None
+    loss = LabelLoss(plan.label_loss, target, fixed)
+    return LabelTerm(len(student.inputs), loss, weight if outputs_teach else 1.0)
 
 
 def _named(plan: DistillPlan, student: Program) -> dict[str, OutputPlan]:
@@ -86,6 +90,27 @@ def _named(plan: DistillPlan, student: Program) -> dict[str, OutputPlan]:
         if output.student not in names:
             raise UsageError(f"The student has no output `{output.student}`. It has {', '.join(names)}.")
     return {output.student: output for output in plan.outputs}
+
+
+def _targets(student: Program, named: Mapping[str, OutputPlan]) -> tuple[list[Target], list[Refusal]]:
+    """Return the outputs that can be taught, their classes along the axes that the plan says."""
+    found, refusals = targets_of(student)
+    targets = []
+    for target in found:
+        wish = named.get(target.name, OutputPlan(student=target.name))
+        output = student.outputs[target.index]
+        if wish.axis is not None and wish.axis >= len(output.shape):
+            raise UsageError(
+                f"The plan says that axis {wish.axis} of the output `{target.name}` holds its classes, and it is "
+                f"{output}: its last is {len(output.shape) - 1}."
+            )
+        kind, axis = _said(target.kind, wish), target.axis if wish.axis is None else wish.axis
+        targets.append(replace(target, kind=kind, axis=axis))
+    return targets, refusals
+
+
+def _said(kind: OutputKind, wish: OutputPlan) -> OutputKind:
+    return "logits" if kind == "values" and wish.axis is not None else kind
 
 
 def _counterpart(target: Target, student: Program, teacher: Teacher, wish: OutputPlan) -> int | str:
@@ -106,8 +131,9 @@ def _alike(own: TensorSpec, other: TensorSpec) -> bool:
     return len(own.shape) == len(other.shape) and same and other.dtype.is_floating_point
 
 
-def _kind_of(teacher: Teacher, index: int, otherwise: OutputKind) -> OutputKind:
+def _kind_of(teacher: Teacher, index: int, otherwise: OutputKind, wish: OutputPlan) -> OutputKind:
     """Return the kind of a teacher's output; of an artifact nothing says it."""
     if teacher.program is None:
         return otherwise
-    return next((found.kind for found in targets_of(teacher.program)[0] if found.index == index), otherwise)
+    found = next((found.kind for found in targets_of(teacher.program)[0] if found.index == index), otherwise)
+    return _said(found, wish)

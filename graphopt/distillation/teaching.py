@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from graphopt.data.batches import Batch, batch_count, taken
+from graphopt.distillation.label_losses import LabelLoss
 from graphopt.distillation.links import By
 from graphopt.distillation.named_losses import Loss
 from graphopt.distillation.pool import Pool
@@ -66,16 +67,24 @@ class Term:
 
 @dataclass(frozen=True)
 class LabelTerm:
-    """The loss of one output against the labels, which lie behind the student's inputs in a batch."""
+    """The loss of one output against the labels.
 
-    index: int
+    Attributes:
+        column: of a batch, that holds the labels: behind the student's inputs.
+        loss: of the output and its labels.
+        weight: of the loss.
+        counted: whether the last column says how many labels there are for a sample of the whole batch.
+    """
+
     column: int
-    loss: Loss
+    loss: LabelLoss
     weight: float
+    counted: bool = False
 
     def __call__(self, outputs: Sequence[torch.Tensor], batch: Batch) -> torch.Tensor:
         """Return the weighted loss."""
-        return self.weight * self.loss(outputs[self.index], batch[self.column])
+        density = batch[-1] if self.counted else None
+        return self.weight * self.loss(outputs[self.loss.target.index], batch[self.column], density)
 
 
 @dataclass

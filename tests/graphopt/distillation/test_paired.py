@@ -300,7 +300,8 @@ def test_noise_of_gumbel_labels_is_torchs_own_and_judges_nobody(teacher: Program
     assert float(paired(IMAGES).loss.detach()) == drawn[0] != drawn[1]
     with torch.no_grad():
         judged = paired(IMAGES).loss
-    torch.testing.assert_close(judged, pair_for_training(student, teacher).eval()(IMAGES).loss.detach())
+    soft = pair_for_training(student, teacher, {"outputs": [{"student": "output", "loss": "soft_labels"}]}).eval()
+    torch.testing.assert_close(judged, soft(IMAGES).loss.detach())
 
 
 def test_taps_of_distill_hooks_are_no_outputs_of_a_student_or_a_teacher(teacher: Program, student: Program) -> None:
@@ -310,3 +311,32 @@ def test_taps_of_distill_hooks_are_no_outputs_of_a_student_or_a_teacher(teacher:
     paired = pair_for_training(tapped(student), tapped(teacher))
     assert list(paired(IMAGES).losses) == ["output output"]
     assert_same_program(finish(paired), student, compare_tensors=False)
+
+
+def test_a_regression_is_taught_its_values_where_no_labels_say_that_it_is_of_classes() -> None:
+    torch.manual_seed(0)
+    one, other = nn.Linear(3, 5), nn.Linear(3, 5)
+    other.load_state_dict({**one.state_dict(), "bias": one.bias.detach() + 10})
+    rows = torch.randn(8, 3)
+    student, teacher = (capture(model, rows) for model in (one, other))
+    error = (one(rows) - other(rows)).square().sum() / other(rows).square().sum()
+    torch.testing.assert_close(pair_for_training(student, teacher)(rows).loss, error)  # no temperature sees it
+    named = pair_for_training(student, teacher, {"outputs": [{"student": "output", "loss": "soft_labels"}]})
+    assert float(named(rows).loss.detach()) == pytest.approx(0, abs=1e-5)
+    labelled = pair_for_training(student, teacher, labelled=True)(rows, labels=LABELS[:8])
+    assert float(labelled.losses["output output"].detach()) == pytest.approx(0, abs=1e-5)
+
+
+def test_classes_of_maps_are_taught_and_labelled_where_the_convolution_has_them() -> None:
+    torch.manual_seed(0)
+    maps = torch.randn(4, 3, 5, 5)
+    student, teacher = (capture(nn.Conv2d(3, 5, 1), maps) for _ in range(2))
+    labels = torch.randint(0, 5, (4, 5, 5))
+    plan = {"temperature": 1, "outputs": [{"student": "output", "loss": "soft_labels"}]}
+    found = pair_for_training(student, teacher, plan, labelled=True)(maps, labels=labels)
+    own, wanted = student(maps), teacher(maps)
+    divergence = (wanted.softmax(1) * (wanted.log_softmax(1) - own.log_softmax(1))).sum(1).mean()
+    torch.testing.assert_close(found.losses["output output"], 0.5 * divergence)
+    torch.testing.assert_close(found.losses["labels"], 0.5 * nn.functional.cross_entropy(own, labels))
+    with pytest.raises(UsageError, match=r"axis 4 of the output `output` holds its classes.*: its last is 3"):
+        pair_for_training(student, teacher, {"outputs": [{"student": "output", "axis": 4}]})

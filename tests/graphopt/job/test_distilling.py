@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import graphopt
 from graphopt.capturing.capture import capture
-from graphopt.distillation import named_losses, synthesis, teaching
+from graphopt.distillation import label_losses, synthesis, teaching
 from graphopt.distillation.augment import LabelColumn, view_of
 from graphopt.distillation.loop import Trainer
 from graphopt.distillation.synthesis import synthesised
@@ -204,11 +204,23 @@ def test_views_leave_labels_alone_that_may_say_where_something_is(teacher: nn.Mo
 
 
 def test_mixed_classes_are_trained_on_by_their_cross_entropy(labels: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(named_losses, "_squared_error")
+    monkeypatch.delattr(label_losses, "_squared_error")
     images = nn.functional.interpolate(IMAGES[:64], scale_factor=2)
     plan = {**SHORT, "augment": ["mixup"]}
     result = graphopt.distill(slim(), None, images, plan, labels=labels[:64], target=None, bench=False, cache=False)
     assert result.distillation["views"] == ["mixup"]
+
+
+def test_labels_left_out_weigh_nothing_in_whichever_part_of_a_step_they_are(labels: Tensor) -> None:
+    images, numbers = IMAGES[:128].mean((2, 3)), labels[:128].clone()
+    numbers[::2] = -100
+    torch.manual_seed(0)
+    student = nn.Linear(3, 5)
+    whole, parts = (
+        graphopt.distill(student, None, images, {**SHORT, "parts": count}, labels=numbers, target=None, bench=False)
+        for count in (1, 32)
+    )
+    assert parts.distillation["held_out_losses"] == pytest.approx(whole.distillation["held_out_losses"], rel=1e-5)
 
 
 def never(found: Tensor, wanted: Tensor) -> Tensor:
@@ -291,6 +303,18 @@ BAD: dict[str, Case] = {
         ),
         UsageError,
         "is run by its runtime, which gives its outputs alone: the value `layer1` cannot be read",
+    ),
+    "labels left out": (
+        lambda t, y: distilled(t, labels=torch.full_like(y, -100)),
+        DataError,
+        "Of the samples to learn from none has a label: all are -100",
+    ),
+    "views of labels": (
+        lambda t, y: graphopt.distill(
+            nn.Conv2d(3, 5, 1), None, IMAGES, {"augment": ["flip"]}, labels=torch.zeros(320, 8, 8, dtype=torch.long)
+        ),
+        UsageError,
+        'augment = "flip", which moves what is in images, and labels of 3 axes say where it is',
     ),
     "views of no images": (
         lambda t, y: graphopt.distill(nn.Linear(3, 5), nn.Linear(3, 5), IMAGES.mean((2, 3)), {"augment": ["flip"]}),
