@@ -204,6 +204,5 @@ def set_argument(node: fx.Node, name: str, value: fx.Node) -> None:
 def uses(gm: fx.GraphModule, name: str) -> list[fx.Node]:
     """List the calls that read the tensor called `name`, or another name it is tied to, in graph order."""
     tensor = tensor_attribute(gm, name)
-    reads = [node for node in gm.graph.nodes if constant(node, gm) is tensor]
-    users = {user for read in reads for user in read.users}
-    return [node for node in gm.graph.nodes if node in users]
+    reads = [node for node in gm.graph.find_nodes(op="get_attr", sort=False) if constant(node, gm) is tensor]
+    return sorted({user for read in reads for user in read.users})
