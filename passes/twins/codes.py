@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,22 +69,22 @@ class StoredLookup:
         """Whether entries are signs."""
         return tensor_attribute(gm, f"{self.stem}.table").flatten().tolist() in _SIGNS
 
-    def near(self, rows: Tensor | None, entries: Tensor, gm: fx.GraphModule) -> Tensor:
+    def near(self, rows: Sequence[Tensor], entries: Tensor, gm: fx.GraphModule) -> Tensor:
         """Return what codes stand for, of what they would best be where that is nearest to the same entries.
 
         Args:
-            rows: the weight, (rows, columns); None where it is not known.
+            rows: weights, (rows, columns), of which the nearest is meant.
             entries: what they stand for.
             gm: the program.
         """
-        if rows is None:
-            return entries
         table, scale = tensor_attribute(gm, f"{self.stem}.table"), getattr(gm.get_submodule(self.stem), "scale", None)
-        wanted = rows if scale is None else rows / torch.where(scale == 0, 1.0, scale).reshape(-1, 1)
-        wanted = pad(wanted, (0, -wanted.shape[1] % table.shape[1]))
-        if wanted.numel() != entries.numel():
+        units = table.new_ones(1, 1) if scale is None else torch.where(scale == 0, 1.0, scale.detach()).reshape(-1, 1)
+        known = [one / units for one in rows if len(units) in (1, len(one))]
+        wide = [pad(one, (0, -one.shape[1] % table.shape[1])) for one in known]
+        ways = [one.reshape(entries.shape).to(entries) for one in wide if one.numel() == entries.numel()]
+        if not ways:
             return entries
-        wanted = wanted.reshape(entries.shape).to(entries)
+        wanted = min(ways, key=lambda one: float((one - entries).square().sum()))
         same = nearest(wanted, table, self.first, self.entries) == nearest(entries, table, self.first, self.entries)
         return torch.where(same.reshape(entries.shape[:-1]).unsqueeze(-1), wanted, entries)
 

@@ -9,6 +9,7 @@ to(embedding(q, ids)) * embedding(s, ids)        some rows, a scale for each
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,16 +58,16 @@ class StoredIntegers:
         found: Tensor = dequantize(integers, scale, self.zero, self.axis, self.block)
         return found
 
-    def near(self, wanted: Tensor | None, gm: fx.GraphModule) -> Tensor:
+    def near(self, wanted: Sequence[Tensor], gm: fx.GraphModule) -> Tensor:
         """Return the numbers nearest those wanted, either way round, that round to the integers of a program.
 
         Args:
-            wanted: what they would best be, None or of another shape where that is not known.
+            wanted: what they would best be: the nearest of these that has their shape.
             gm: the program.
         """
         reals = self.reals(gm)
-        ways = [] if wanted is None else [wanted, wanted.mT] if wanted.dim() == 2 else [wanted]
-        off = [way.detach().to(reals) - reals for way in ways if way.shape == reals.shape]
+        ways = [way for one in wanted for way in ((one, one.mT) if one.dim() == 2 else (one,))]
+        off = [way.to(reals) - reals for way in ways if way.shape == reals.shape]
         if not off:
             return reals
         steps = spread(tensor_attribute(gm, self.scale), reals, self.axis, self.block)

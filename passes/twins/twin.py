@@ -68,8 +68,8 @@ class Twin:
         Args:
             trained: tensors of the twin, by name.
         """
-        before = _on_cpu(self.source.state_dict())
-        known = {**before, **_on_cpu(self.program.state_dict()), **_on_cpu(trained)}
+        before, start = _on_cpu(self.source.state_dict()), _on_cpu(self.program.state_dict())
+        known = {**before, **start, **_on_cpu(trained)}
         found = {name: known[name] for name in trained if name in before}
         for scale, share in self.shares.items():
             found[scale] = known[scale] * (known[share] + (1 - _SHARE)).clamp_min(_SMALLEST)
@@ -77,7 +77,9 @@ class Twin:
             steps = (found.get(w, known[w]) * found.get(x, known[x])).reshape(-1)
             found[scale] = steps.repeat(known[scale].numel() // steps.numel())
         for name, integers in self.integers.items():
-            found[integers.name] = integers.of(known[name], found.get(integers.scale, known[integers.scale]))
+            steps = found.get(integers.scale, before[integers.scale])
+            if not (torch.equal(known[name], start[name]) and torch.equal(steps, before[integers.scale])):
+                found[integers.name] = integers.of(known[name], steps)  # biases above 2^24 are no float32
         for name, lookup in self.lookups.items():
             found |= lookup.of(known[name], known[f"{lookup.stem}.table"])
         return {name: tensor for name, tensor in found.items() if not torch.equal(tensor, before[name])}
@@ -106,7 +108,9 @@ class _Builder:
         self._weights = {read.node: read for read in find_reads(self._gm) if _readers(read)}
         self._products = dict(filter(None, map(self._product, self._weights.values())))
         self._roots = _quantizations(self._nodes)
-        self._fixed = _read_otherwise(self._roots)
+        self._trained = {read.integers.name for read in self._weights.values() if self._is_trained(read)}
+        frozen = {read.integers.scale for read in self._weights.values() if read.integers.name not in self._trained}
+        self._fixed = _read_otherwise(self._roots) | frozen
         self._reals: dict[fx.Node, fx.Node] = {}  # by the integers that they stand for
         self._scales: dict[str, fx.Node] = {}
         self._whole: dict[str, fx.Node] = {}  # weights, by the names of their integers
@@ -137,7 +141,7 @@ class _Builder:
     def _weight(self, read: IntegerRead) -> fx.Node:
         name = read.integers.name
         if name not in self._whole:
-            trained = any(map(self._original.trained, _readers(read)))
+            trained = name in self._trained
             if not trained and read.integers.scale not in self._products:
                 return read.node
             self._whole[name] = self._rounded(read, trained=trained)
@@ -155,7 +159,7 @@ class _Builder:
         self._integers[name] = integers
         zero = self._editor.put(self._editor.new_name(f"{integers.name}_zero"), integers.zero)
         value, zero_point = self._editor.read(name, like=like), self._editor.read(zero, like=like)
-        steps = self._steps_of_bias(integers, like) or self._scale(integers.scale, like, learned=trained)
+        steps = self._steps_of_bias(integers, like) or self._scale(integers.scale, like)
         gain = step_gain(reals.numel() // max(scale.numel(), 1), integers.high)
         bounds = integers.low, integers.high
         return self._call(
@@ -219,12 +223,12 @@ class _Builder:
             args = (*args[:3], 0.0)  # which the zero point stands for
         return self._call(node.target, *args, like=node, **kwargs)  # type: ignore[arg-type]
 
-    def _scale(self, name: str, like: fx.Node, *, learned: bool = True) -> fx.Node:
+    def _scale(self, name: str, like: fx.Node) -> fx.Node:
         """Return the one read of a scale, with what is learned of it."""
         if name not in self._scales:
             with self._gm.graph.inserting_before(self._nodes[0]):
                 scale = self._editor.read(name, like=like)
-                if self._learn_steps and learned and name not in self._fixed:
+                if self._learn_steps and name not in self._fixed:
                     start = torch.full_like(tensor_attribute(self._gm, name), _SHARE)
                     share = self._editor.put(self._editor.new_name(f"{name}_share"), start, trainable=True)
                     self._shares[name] = share
@@ -240,6 +244,13 @@ class _Builder:
         for node in self._nodes:
             if node.op == "get_attr" and str(node.target) in self._shares:
                 node.replace_all_uses_with(self._scales[str(node.target)])
+
+    def _is_trained(self, read: IntegerRead) -> bool:
+        def trained(layer: fx.Node) -> bool:
+            call = layer_call(layer, self._gm)
+            return self._original.trained(layer, bias=call is not None and call.bias is read.node)
+
+        return any(map(trained, _readers(read)))
 
     def _product(self, read: IntegerRead) -> tuple[str, tuple[str, str]] | None:
         """Return the scale of an integer bias, and those that it is the product of."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,10 +15,12 @@ from graphopt.distillation.weights import overwrite
 from graphopt.ir.program import Program
 from graphopt.passes.codebook import Codebook, CodebookOptions
 from graphopt.passes.int8 import Int8Options
+from graphopt.passes.svd import Svd, SvdOptions
 from graphopt.passes.twins.codes import find_lookups
 from graphopt.passes.twins.twin import Twin, twin_of
 from graphopt.passes.weights import Weights, WeightsOptions
 from graphopt.pipeline.context import Context
+from graphopt.pipeline.pass_base import Pass
 from graphopt.quantization.ops import DYNAMIC_QUANTIZE, FAKE_QUANTIZE, step_gain
 from graphopt.testing import TensorSamples
 from tests.passes.int8_models import (
@@ -182,6 +186,53 @@ def test_a_weight_that_the_original_has_frozen_is_not_trained() -> None:
     twin = twin_of(stored, program, program, learn_steps=True)
     assert [one.name for one in twin.integers.values()] == ["b.weight_int8"]
     assert "a.weight_int8_scale" not in twin.shares
+
+
+@pytest.mark.parametrize(("frozen", "trained"), [("", 2), (".bias", 1), (".weight", 0)])
+def test_a_layer_with_an_integer_bias_that_the_original_has_frozen_is_not_trained(frozen: str, trained: int) -> None:
+    model = Head()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not (frozen and name.endswith(frozen)))
+    program = folded(model, images())
+    stored, _ = quantized(program, images())
+    twin = twin_of(stored, program, program, learn_steps=True)
+    own = dict(twin.program.graph_module.named_parameters())
+    assert len({"linear.weight_int8_real", "int8_linear.bias_real"} & own.keys()) == trained
+    assert ("linear.weight_int8_scale" in twin.shares) is (trained > 0)
+    found = twin.stored(shaken(twin))
+    x, w = (f"{name}scale" for name in ("int8_adaptive_avg_pool2d_default.", "linear.weight_int8_"))
+    assert torch.equal(found["int8_linear.bias_scale"], found[x] * found.get(w, stored.state_dict()[w]))
+
+
+def test_integers_of_a_bias_that_no_float32_holds_come_back_the_same() -> None:
+    model = Head()
+    stored, _ = quantized(model, images())
+    with torch.no_grad():
+        stored.state_dict()["int8_linear.bias"].copy_(torch.tensor([2**24 + 1, -(2**30) - 3, 7, 2**31 - 1, 0]))
+    twin = twin_of(stored, None, stored, learn_steps=True)
+    assert any(one.name == "int8_linear.bias" for one in twin.integers.values())
+    assert twin.stored({}) == {}
+    for found, wanted in zip(results(twin.program, images()), results(stored, images()), strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("looked_up", [False, True])
+def test_factors_of_a_weight_start_each_where_it_was(looked_up: bool) -> None:
+    def after(pass_: Pass[Any, Any], program: Program) -> Program:
+        return pass_.apply(program, pass_.plan(program, Context(original=program)))
+
+    original = folded(nn.Sequential(nn.Linear(96, 96), nn.ReLU(), nn.Linear(96, 4)), noise(16, 96))
+    program = after(Svd(SvdOptions(rank=32)), original)
+    if looked_up:
+        stored = after(Codebook(CodebookOptions(bits=2)), program)
+    else:
+        stored, _ = quantized(program, noise(16, 96), options=Int8Options(weight_bits=4))
+    known, before = twin_of(stored, program, original, learn_steps=True).program.state_dict(), program.state_dict()
+    for name in ("0.v.weight", "0.u.weight"):
+        (start,) = (one for other, one in known.items() if other.startswith(name) and other.endswith("_real"))
+        start = start.reshape(before[name].shape) * known.get(f"{name}_codebook.scale", torch.ones(1))
+        ways = (before[name], before[name].mT.reshape(start.shape))  # a product may read it the other way round
+        assert max(float(torch.isclose(start, way, atol=1e-3).double().mean()) for way in ways) > 0.95
 
 
 def test_the_gain_of_a_step_is_by_what_shares_it() -> None:
