@@ -41,7 +41,7 @@ _NO_KERNEL = "no kernel of ONNX Runtime or TensorRT is faster for it: single zer
 class SparsifyOptions:
     """How many weights become zero, which, and in how many steps.
 
-    ratio: share of the weights that are zero then, those that were so before among them.
+    ratio: share of the weights that are zero then, those that were so before among them; none: 0.5, or by a threshold.
     by: what goes first: small weights, or by gradients those that the outputs miss least, which needs data.
     threshold: weights smaller than this become zero, however many, in the place of a ratio.
     scope: whether every layer loses its share, or all together, whichever weights count least.
@@ -51,7 +51,7 @@ class SparsifyOptions:
     skip: weights left dense, as globs of names like `head.*`.
     """
 
-    ratio: Annotated[float, Field(gt=0, lt=1)] = _RATIO
+    ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
     by: Literal["magnitude", "gradient"] = "magnitude"
     threshold: Annotated[float, Field(gt=0)] | None = None
     scope: Literal["layer", "global"] = "layer"
@@ -63,7 +63,7 @@ class SparsifyOptions:
     def __post_init__(self) -> None:
         """Refuse what would change nothing."""
         given = {
-            "ratio": self.ratio != _RATIO,
+            "ratio": self.ratio is not None,
             "by": self.by != "magnitude",
             "scope": self.scope != "layer",
             "steps": self.steps != 1,
@@ -96,8 +96,8 @@ class Sparsify(Pass[SparsifyOptions, SparsifyPlan]):
 
     No kernel of a target gains by it; what is stored compresses better.
 
-    Left dense, with the reason: weights that are computed, stored as integers, shared with other operators, NaN or
-    without elements, or named by `skip`; the largest weight of a layer always stays.
+    Left dense, with the reason: weights that are computed, stored as integers, shared with other operators, without
+    elements or named by `skip`, and where they or their gradients are NaN; the largest weight of a layer always stays.
     """
 
     name = "sparsify"
@@ -133,7 +133,7 @@ class Sparsify(Pass[SparsifyOptions, SparsifyPlan]):
             else:
                 sites.append(site)
         names = [site.weight_name for site in sites]
-        result = self._sparse(program, names, ctx) if names else program
+        result, unknown = self._sparse(program, names, ctx) if names else (program, set[str]())
         before, after = program.state_dict(), result.state_dict()
         changed = {name: one for name, one in after.items() if not torch.equal(one, before[name])}
         held = held_zeros(gm)
@@ -141,7 +141,7 @@ class Sparsify(Pass[SparsifyOptions, SparsifyPlan]):
         for name in names:
             if name not in kept:
                 reason = "as many of its weights are zero already" if name in held else "none of its weights is chosen"
-                refusals.append(Refusal(name, reason))
+                refusals.append(Refusal(name, "its gradients are not finite" if name in unknown else reason))
         plan = self.new_plan(
             sites=kept,
             refusals=[*others, *refusals],
@@ -160,19 +160,27 @@ class Sparsify(Pass[SparsifyOptions, SparsifyPlan]):
         """
         return with_weights(program, plan.tensors, self.name, sparse=plan.sites)
 
-    def _sparse(self, program: Program, names: Sequence[str], ctx: Context) -> Program:
-        """Return a program with the zeros of all steps."""
+    def _sparse(self, program: Program, names: Sequence[str], ctx: Context) -> tuple[Program, set[str]]:
+        """Return a program with the zeros of all steps, and the weights that nothing tells what they count."""
+        if self.options.steps > 1:
+            ctx.need_samples(self.name, "to recover on between steps (steps=1 needs none)")
+            ctx.need_held_out(self.name)
+        unknown = set[str]()
         for step in range(1, self.options.steps + 1):
-            scores = self._scores(program, names, ctx)
-            ratio = self.options.ratio * (1 - (1 - step / self.options.steps) ** 3)
-            masks = self._masks(scores, ratio)
-            weights = {name: tensor_attribute(program.graph_module, name).detach() * masks[name] for name in names}
-            program = with_weights(program, weights, self.name, sparse=names)
+            every = self._scores(program, names, ctx)
+            scores = {name: score for name, score in every.items() if all_finite(score)}
+            unknown |= every.keys() - scores.keys()
+            if not scores:
+                break
+            masks = self._masks(scores, (self.options.ratio or _RATIO) * (1 - (1 - step / self.options.steps) ** 3))
+            gm = program.graph_module
+            weights = {name: tensor_attribute(gm, name).detach() * kept for name, kept in masks.items()}
+            program = with_weights(program, weights, self.name, sparse=weights)
             if step < self.options.steps:
                 recover = _recover(self.options.epochs)
                 learned = recover.plan(program, ctx)
                 program = recover.apply(program, learned.on(program.device)) if learned.sites else program
-        return program
+        return program, unknown
 
     def _scores(self, program: Program, names: Sequence[str], ctx: Context) -> dict[str, Tensor]:
         """Return what each weight counts."""

@@ -97,6 +97,10 @@ def test_by_gradient_goes_what_outputs_miss_least(samples: Tensor) -> None:
     assert float((kept > gone.max()).double().mean()) > 0.8
     with pytest.raises(DataError, match=r"by=magnitude needs none"):
         plan_of(program, by="gradient")
+    data[3, 3] = torch.nan
+    for scope in ("layer", "global"):
+        plan = plan_of(program, data, by="gradient", scope=scope)
+        assert (plan.sites, [one.reason for one in plan.refusals]) == ((), ["its gradients are not finite"])
 
 
 def of_kind(program: Program, like: dict[str, Tensor]) -> dict[str, tuple[int, int]]:
@@ -184,7 +188,7 @@ def test_the_contract_of_a_pass(samples: Tensor) -> None:
 
 def test_what_would_change_nothing_is_refused(program: Program) -> None:
     for options, said in (
-        ({"threshold": 0.1, "ratio": 0.2}, "it reads no `ratio`"),
+        ({"threshold": 0.1, "ratio": 0.5}, "it reads no `ratio`"),
         ({"samples": 3}, "by=magnitude reads no `samples`"),
         ({"epochs": 3}, "steps=1 has nothing in between"),
     ):
@@ -192,5 +196,9 @@ def test_what_would_change_nothing_is_refused(program: Program) -> None:
             build("sparsify", SparsifyOptions, options)
     with pytest.raises(UsageError, match="nothing"):
         plan_of(program, skip=("nothing",))
+    with pytest.raises(DataError, match="Pass `sparsify` needs data to recover on between steps"):
+        plan_of(program, steps=2)
+    with pytest.raises(DataError, match="Pass `sparsify` needs samples to learn from and others to judge by"):
+        plan_of(program, torch.randn(4, 3, 8, 8), steps=2)
     plan = plan_of(program, skip=("head.*",))
     assert ("head.weight", "named in skip") in [(one.site, one.reason) for one in plan.refusals]
