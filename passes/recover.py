@@ -173,7 +173,7 @@ class Recover(Pass[RecoverOptions, RecoverPlan]):
 
         Raises:
             DataError: there is no data, or too little.
-            PassError: training diverged, or the outputs are not those of the unoptimised program.
+            PassError: the outputs are not those of the unoptimised program, or not finite.
         """
         reason = self.why_not(program)
         if reason:
@@ -369,7 +369,7 @@ def _said(stage: Mapping[str, Any], seconds: Mapping[str, float]) -> str:
     notes += [f"{blocks} blocks"] if blocks else [f"rate {stage['rate']:g}"] if "rate" in stage else []
     if name in seconds:  # not in a plan that was found
         notes.append(f"{seconds[name] / (blocks or 1):.1f} s{' each' if blocks else ''}")
-    return f"{name} {stage['loss']:.4g} ({', '.join(notes)})"
+    return f"{name} {'diverged' if stage['loss'] is None else format(stage['loss'], '.4g')} ({', '.join(notes)})"
 
 
 def _loss_name(teacher: Program, student: Program, pair: Pair) -> str:

@@ -109,7 +109,7 @@ def recover(
         precision: what products are computed in.
 
     Raises:
-        PassError: the loss is not finite, before training or at every rate.
+        PassError: the loss is not finite before training.
     """
     own = _without_noise(_tapped(student, [Tap(pair.teacher.address, pair.student.node) for pair in objective.pairs]))
     taught = _tapped(teacher, [pair.teacher for pair in objective.pairs])
@@ -175,7 +175,7 @@ class _Run:
         schedule = dataclasses.replace(schedule, epochs=max(1, schedule.epochs // _BLOCK_SHARE), frozen=True)
         history = self._fit(trainer, schedule, lesson.view_of(material.view), "blocks")
         overwrite(self.student, history.best or start)
-        more: dict[str, Json] = {"blocks": len(lesson.taps) + 1, "rate": schedule.rate, "epochs": history.losses[1:]}
+        more: dict[str, Json] = {"blocks": len(lesson.taps) + 1, "rate": schedule.rate, **_noted(history)}
         self._judge("blocks", began, min(history.losses), history.best, **more)
 
     def train(self, schedule: Schedule, rates: Sequence[float]) -> None:
@@ -187,18 +187,12 @@ class _Run:
         began = time.perf_counter()
         trials = RateTrials(fit, self.student, schedule, self.trainer.steps_per_epoch(self.material.training))
         chosen = dataclasses.replace(schedule, rate=rates[0]) if len(rates) == 1 else trials.choose(rates)
-        try:
-            history = fit(chosen, "training")
-        except DivergedError as err:
-            if not trials.best:
-                raise
-            history = History([math.inf], stopped=str(err))
+        history = fit(chosen, "training")
         # of one loss and the tensors that have it
         lowest, best = min((min(history.losses), history.best), (trials.lowest, trials.best), key=lambda pair: pair[0])
         overwrite(self.student, best or trials.start)
         more: dict[str, Json] = {"rate": chosen.rate, "frozen": chosen.frozen, "tried": trials.tried}
-        more |= {"epochs": history.losses[1:]} | ({"stopped": history.stopped} if history.stopped else {})
-        self._judge("end-to-end", began, lowest, best, **more)
+        self._judge("end-to-end", began, lowest, best, **more, **_noted(history))
 
     def _fit(self, trainer: Trainer, schedule: Schedule, view: View, stage: str) -> History:
         def draws(purpose: str) -> torch.Generator:
@@ -206,17 +200,27 @@ class _Run:
 
         ctx, training = self.ctx, self.material.training
         label = f"{self.by}: {stage}"
-        return trainer.fit(training, schedule, view, draws, ctx.progress, stage=label, checkpoints=ctx.checkpoints)
+        try:
+            return trainer.fit(training, schedule, view, draws, ctx.progress, stage=label, checkpoints=ctx.checkpoints)
+        except DivergedError as err:
+            return History([math.inf], stopped=str(err))
 
     def _judge(self, stage: str, began: float, loss: float, tensors: dict[str, torch.Tensor], **more: Json) -> bool:
         """Note what a stage won, and keep its tensors if it won something."""
         kept = loss < self.found.after and bool(tensors)
+        if not math.isfinite(loss) and "stopped" in more:
+            self.found.left[stage] = str(more["stopped"])
         if kept:
             self.found.after = loss
             self.found.tensors.update(tensors)
         self.found.seconds[stage] = time.perf_counter() - began
-        self.found.stages.append({"stage": stage, "loss": loss, "kept": kept, **more})
+        self.found.stages.append({"stage": stage, "loss": loss if math.isfinite(loss) else None, "kept": kept, **more})
         return kept
+
+
+def _noted(history: History) -> dict[str, Json]:
+    noted: dict[str, Json] = {"epochs": history.losses[1:]}
+    return {**noted, "stopped": history.stopped} if history.stopped else noted
 
 
 def _without_noise(program: Program) -> Program:

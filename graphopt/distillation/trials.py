@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from graphopt.distillation.history import History
-from graphopt.distillation.loop import DivergedError, Schedule
+from graphopt.distillation.loop import Schedule
 from graphopt.distillation.statistics import batch_norms
 from graphopt.distillation.weights import floating, overwrite
 from graphopt.ir.plain_data import Json
@@ -72,11 +72,8 @@ class RateTrials:
     def _try(self, rate: float, *, frozen: bool) -> float:
         """Return the held-out loss after a trial."""
         schedule = dataclasses.replace(self._schedule, rate=rate, frozen=frozen, steps=self._steps)
-        try:
-            history = self._fit(schedule, f"trying rate {rate:g}{', BatchNorm frozen' if frozen else ''}")
-            loss = history.losses[-1]
-        except DivergedError:
-            history, loss = History([math.inf]), math.inf
+        history = self._fit(schedule, f"trying rate {rate:g}{', BatchNorm frozen' if frozen else ''}")
+        loss = history.losses[-1]
         overwrite(self._student, self.start)
         if history.best and min(history.losses) < self.lowest:
             self.best, self.lowest = history.best, min(history.losses)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from graphopt.caching.steps import Memory, StepCache
 from graphopt.caching.store import Store
 from graphopt.capturing.capture import capture
+from graphopt.distillation.recovery import Stage
 from graphopt.distillation.taps import taps_of
 from graphopt.errors import DataError, PassError
 from graphopt.ir.editor import Editor
@@ -60,6 +61,17 @@ def recovered(
 
 def stages(plan: RecoverPlan) -> list[Any]:
     return list(plan.measured["stages"])  # type: ignore[arg-type]
+
+
+def worse_mlp() -> tuple[Program, Program, Tensor]:
+    """A small network, what became of it, and samples."""
+    torch.manual_seed(0)
+    x = torch.randn(128, 24)
+    original = capture(Mlp(), x[:2])
+    program = original.copy(share_tensors=False)
+    with torch.no_grad():
+        program.state_dict()["second.weight"].mul_(0.5)
+    return original, program, x
 
 
 @pytest.fixture(scope="module")
@@ -170,9 +182,31 @@ def test_a_rate_is_chosen_on_a_few_steps(
         assert stages(again)[0]["epochs"] == stages(plan)[0]["epochs"]  # a trial leaves nothing behind
 
 
-def test_divergence_at_the_only_rate_is_an_error(teacher: Program, pruned: Program, samples: Tensor) -> None:
-    with pytest.raises(PassError, match=r"Training diverged: the loss is not finite after \d+ steps\. Try a tenth"):
-        recovered(pruned, teacher, samples, options=dataclasses.replace(SMALL, lr=1e30, stages=("end-to-end",)))
+@pytest.mark.parametrize("stage", ["blocks", "end-to-end"])
+def test_what_diverges_leaves_the_program_as_it_was(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphopt.distillation.recovery._BLOCK_RATE", 1e30)
+    original, program, x = worse_mlp()
+    _, plan = recovered(program, original, x, options=dataclasses.replace(SMALL, lr=1e30, stages=(stage,)))
+    assert plan.sites == ()
+    assert [(one.site, one.counted_as) for one in plan.refusals] == [
+        (stage, "Training diverged"),
+        ("program", "nothing tried is better"),
+    ]
+    assert "Try a tenth of the rate (lr=1e+29)" in plan.refusals[0].reason
+    again = RecoverPlan.from_json(plan.to_json(), plan.tensors)  # JSON has no number for its loss
+    assert f"{stage} diverged (not kept, " in again.summary()
+
+
+def test_the_loss_that_is_noted_is_that_of_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Recover, "rates", (1e3, 0.03))  # scaled it is too high: training wins less than the trial
+    original, program, x = worse_mlp()
+    options = dataclasses.replace(SMALL, lr=None, epochs=40, patience=3)
+    result, plan = recovered(program, original, x, options=options)
+    (stage,) = stages(plan)
+    before: Any = plan.measured["before"]
+    assert before > min(stage["epochs"]) > stage["loss"] == plan.measured["after"]
+    _, again = recovered(result, original, x, options=dataclasses.replace(SMALL, epochs=0))
+    assert again.measured["before"] == pytest.approx(plan.measured["after"], rel=1e-5)
 
 
 def test_a_weight_that_two_layers_share_stays_one() -> None:
