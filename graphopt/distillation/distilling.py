@@ -13,11 +13,11 @@ from graphopt.distillation.augment import LabelColumn, View, channel_axis, view_
 from graphopt.distillation.beside import Beside
 from graphopt.distillation.history import History
 from graphopt.distillation.label_losses import check_classes, of_classes
-from graphopt.distillation.loop import DivergedError, Schedule, Trainer
+from graphopt.distillation.loop import Schedule, Trainer
 from graphopt.distillation.plan import DistillPlan
 from graphopt.distillation.pool import Pool
 from graphopt.distillation.preparing import PreparedLesson, prepare
-from graphopt.distillation.statistics import batch_norms
+from graphopt.distillation.statistics import batch_norms, fewest_samples
 from graphopt.distillation.taps import output_values
 from graphopt.distillation.teachers import Teacher
 from graphopt.distillation.teaching import Teaching
@@ -90,6 +90,10 @@ def distill_program(
     if not history.best:
         reason = f"no epoch was better on {held.count} held-out samples: it is as it was"
         refusals.append(Refusal("student", reason, "no epoch was better"))
+    alone = training.alone(fewest_samples(student))
+    if alone:
+        reason = f"{alone} of {training.count} are each alone in their shape, and BatchNorm has no variance of one"
+        refusals.append(Refusal("samples", f"{reason}: they are left out", "alone in their shape"))
     if history.stopped:
         refusals.append(Refusal("training", f"it ended early: {history.stopped}", "it ended early"))
     record: dict[str, Json] = {
@@ -124,6 +128,11 @@ def _trained(
             "step. Leave it out, or capture the student with a dynamic batch."
         )
     lesson, held, view = _counted(lesson, held, view)
+    if batch_size < fewest_samples(student):
+        raise UsageError(
+            "The student takes one sample at a time, and BatchNorm cannot be trained on single samples. Capture it "
+            "with a dynamic batch."
+        )
     trainer = Trainer(student, lesson, held, batch_size, precision=plan.precision)
     _check_start(trainer.held_out_loss(), held.count, labelled=lesson.labels is not None)
     rate = plan.lr or (_RATE_WITH_BATCH_NORM if batch_norms(student) else _RATE_WITHOUT)
@@ -134,15 +143,9 @@ def _trained(
     def draws(purpose: str) -> torch.Generator:
         return ctx.generator(f"distill/{purpose}")
 
-    try:
-        history = trainer.fit(
-            training, schedule, view, draws, ctx.progress, stage="distill: training", checkpoints=ctx.checkpoints
-        )
-    except DivergedError as err:
-        raise PassError(
-            f"Distillation diverged: the loss is not finite. Try a lower rate than lr = {rate:g} in the plan, and "
-            "look for losses and samples that are not finite."
-        ) from err
+    history = trainer.fit(
+        training, schedule, view, draws, ctx.progress, stage="distill: training", checkpoints=ctx.checkpoints
+    )
     return history, rate
 
 

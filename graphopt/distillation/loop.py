@@ -23,9 +23,9 @@ from graphopt.distillation.history import Averages, History, packed, unpack
 from graphopt.distillation.lesson import Lesson
 from graphopt.distillation.optimizer import RelativeAdamW
 from graphopt.distillation.pool import Index, Pool
-from graphopt.distillation.statistics import batch_norms, estimate_statistics
+from graphopt.distillation.statistics import batch_norms, estimate_statistics, fewest_samples
 from graphopt.distillation.weights import floating, keep_zeros, overwrite, snapshot
-from graphopt.errors import PassError
+from graphopt.errors import DataError, PassError
 from graphopt.ir.placing import place
 from graphopt.ir.program import Program
 from graphopt.ir.training import set_training
@@ -115,11 +115,13 @@ class Trainer:
         lesson.place(self._device)
         keep_zeros(student)
         self._expected: list[Any] = []
+        self._fewest = fewest_samples(student)
 
     def held_out_loss(self) -> float:
         """Return what the student is judged by on the held-out samples, in evaluation mode."""
         self._student.eval()
-        chunks = [self._on_device(self._held_out.take(index)) for index in self._batches(self._held_out)]
+        indices = self._held_out.batches(self._batch_size, takes=self._student.takes)
+        chunks = [self._on_device(self._held_out.take(index)) for index in indices]
         with torch.no_grad():
             self._expected = self._expected or [self._lesson.wanted(chunk) for chunk in chunks]
             losses = [
@@ -139,8 +141,19 @@ class Trainer:
         return snapshot(self._student, list(found))
 
     def steps_per_epoch(self, inputs: Pool) -> int:
-        """Return how many steps one pass over samples takes."""
-        return len(self._batches(inputs))
+        """Return how many steps one pass over samples takes.
+
+        Raises:
+            DataError: no samples make a batch.
+        """
+        steps = len(self._batches(inputs))
+        if not steps:
+            why = "BatchNorm cannot be trained on single ones" if self._fewest > 1 else "the program takes more at once"
+            raise DataError(
+                f"Of {inputs.count} samples, by their shapes {len(inputs.buckets)} kinds, no two make a batch to train "
+                f"on, and {why}. Give more of the same shape."
+            )
+        return steps
 
     def fit(
         self,
@@ -166,6 +179,7 @@ class Trainer:
 
         Raises:
             DivergedError: the loss is not finite, and no epoch was better before.
+            DataError: no samples make a batch.
         """
         checkpoints = checkpoints or NoCheckpoints()
         per_epoch = self.steps_per_epoch(inputs)
@@ -179,15 +193,18 @@ class Trainer:
                 torch.manual_seed(draws(f"noise {at}, {self._accelerator.process_index}").initial_seed())
                 self._step(steps, view(self._on_device(inputs.take(index)), draws(f"view {at}")), at - 1, total)
                 ends = at % per_epoch == 0 or at == total
+                wrong = ""
                 if (ends or at % _CHECKED == 0) and not self._is_finite(steps):
-                    history.stopped = f"the loss was no longer finite after {at} steps"
+                    wrong = "loss"
+                elif ends and not self._keep(steps, history, at, checkpoints, stage):
+                    wrong = "held-out loss"
+                if wrong:
+                    history.stopped = f"the {wrong} was no longer finite after {at} steps"
                     if not history.best:
                         raise DivergedError(
-                            f"Training diverged: the loss is not finite after {at} steps. Try a tenth of the rate "
+                            f"Training diverged: the {wrong} is not finite after {at} steps. Try a tenth of the rate "
                             f"(lr={schedule.rate / 10:g}), and look for samples that are not finite."
                         )
-                elif ends:
-                    self._keep(steps, history, at, checkpoints, stage)
                 if history.stopped:
                     break
         return history
@@ -253,19 +270,27 @@ class Trainer:
         steps.losses.clear()
         return math.isfinite(float(found))
 
-    def _keep(self, steps: _Steps, history: History, at: int, checkpoints: Checkpoints, stage: str) -> None:
-        """Judge an epoch, copy the tensors if it is the best so far, and keep where training is."""
+    def _keep(self, steps: _Steps, history: History, at: int, checkpoints: Checkpoints, stage: str) -> bool:
+        """Judge an epoch, copy the tensors if it is the best so far, and keep where training is.
+
+        Returns:
+            Whether the held-out loss is finite; where it is not nothing is kept.
+        """
         with steps.averages.in_place() if steps.averages is not None else contextlib.nullcontext():
-            if history.add(self._judge()):
+            loss = self._judge()
+            if not math.isfinite(loss):
+                return False
+            if history.add(loss):
                 history.best = floating(self._student)
         patience = steps.schedule.patience
         if patience is not None and history.stale >= patience:
             history.stopped = f"the held-out loss had not fallen for {patience} epochs"
         if self._accelerator.is_main_process:
             checkpoints.save(stage, *packed(self._student, steps.optimizer, steps.averages, history, at))
+        return True
 
     def _batches(self, inputs: Pool, generator: torch.Generator | None = None) -> list[Index]:
-        return inputs.batches(self._batch_size, generator, takes=self._student.takes)
+        return inputs.batches(self._batch_size, generator, takes=self._student.takes, fewest=self._fewest)
 
     def _drawn(self, inputs: Pool, draws: Draws, epoch: int, count: int) -> Iterator[Index]:
         """Yield `count` batches from the beginning of an epoch on."""
@@ -281,9 +306,10 @@ class Trainer:
         processes, total = self._accelerator.num_processes, batch_count(batch)
         if processes * parts == 1:
             return [(batch, 1.0)]
-        own = torch.arange(total).tensor_split(processes * parts)[self._accelerator.process_index :: processes]
-        shares = [(taken(batch, samples), processes * len(samples) / total) for samples in own if len(samples)]
-        return shares or [(taken(batch, torch.zeros(1, dtype=torch.long)), 0.0)]  # all processes take every step
+        divided = torch.arange(total).tensor_split(min(processes * parts, max(total // self._fewest, 1)))
+        own = divided[self._accelerator.process_index :: processes]
+        shares = [(taken(batch, samples), processes * len(samples) / total) for samples in own]
+        return shares or [(taken(batch, divided[0]), 0.0)]  # all processes take every step
 
     def _precise(self) -> contextlib.AbstractContextManager[Any]:
         """Compute in the precision asked for, or in Accelerate's own."""

@@ -42,25 +42,39 @@ class Pool:
         """How many samples there are."""
         return sum(batch_count(bucket) for bucket in self.buckets)
 
-    def batches(self, size: int, generator: torch.Generator | None = None, *, takes: Takes = any_number) -> list[Index]:
+    def batches(
+        self,
+        size: int,
+        generator: torch.Generator | None = None,
+        *,
+        takes: Takes = any_number,
+        fewest: int = 1,
+    ) -> list[Index]:
         """Divide the samples into batches of at most `size`, as even as they can be, each within one bucket.
 
         Args:
             size: samples per batch.
             generator: shuffles samples and then batches; None keeps the order.
             takes: how many samples the program takes, see `Program.takes`; those that do not fill a batch are left out.
+            fewest: samples of a batch: it is rather larger than smaller, and a bucket of fewer is left out.
         """
         drawn: list[Index] = []
         for bucket, parts in enumerate(self.buckets):
             count = batch_count(parts)
             order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
-            calls: Sequence[torch.Tensor] = order.tensor_split(math.ceil(count / size))
+            if count < fewest:
+                continue
+            calls: Sequence[torch.Tensor] = order.tensor_split(min(math.ceil(count / size), count // fewest))
             if any(takes(len(call)) != len(call) for call in calls):
                 calls = [order[piece] for piece in pieces(count, takes(min(size, count)), takes)]
             drawn += [(bucket, call) for call in calls]
         if generator is None:
             return drawn
         return [drawn[at] for at in torch.randperm(len(drawn), generator=generator)]
+
+    def alone(self, fewest: int) -> int:
+        """Return how many samples are in buckets of fewer than so many."""
+        return sum(count for bucket in self.buckets if (count := batch_count(bucket)) < fewest)
 
     def take(self, index: Index) -> Batch:
         """Return one batch."""

@@ -31,6 +31,15 @@ def batch_norms(program: Program) -> list[fx.Node]:
     ]
 
 
+def fewest_samples(program: Program) -> int:
+    """Return of how many samples its BatchNorms can train: 2 where one sees a single value of a channel in a sample.
+
+    There is no unbiased variance of one value, and it would stay in the running one.
+    """
+    shapes = [node.all_input_nodes[_INPUT].meta["val"].shape for node in batch_norms(program)]
+    return 2 if any(all(isinstance(size, int) and size == 1 for size in shape[2:]) for shape in shapes) else 1
+
+
 def estimate_statistics(program: Program, batches: Iterable[tuple[torch.Tensor, ...]]) -> dict[str, torch.Tensor]:
     """Return the mean and the unbiased variance of every BatchNorm's input over all of `batches`, by buffer name.
 

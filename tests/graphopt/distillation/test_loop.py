@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -49,6 +50,12 @@ def test_parts_of_a_batch_make_the_same_step() -> None:
     assert whole.keys() == parts.keys()
     for name, tensor in whole.items():
         torch.testing.assert_close(parts[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_parts_hold_as_many_samples_as_batch_norm_needs() -> None:
+    _, history = fit(student(), Schedule(2, 0.01, parts=8))
+    assert all(map(math.isfinite, history.losses))
+    assert not history.stopped
 
 
 def test_two_processes_make_the_same_steps_as_one(tmp_path: Path) -> None:
@@ -131,6 +138,22 @@ def test_a_loss_that_is_not_finite_ends_it_with_the_best_so_far() -> None:
     assert all(bool(tensor.isfinite().all()) for tensor in history.best.values())
     with pytest.raises(DivergedError, match="Training diverged: the loss is not finite after 4 steps"):
         fit(student(), Schedule(1, 1e30))
+
+
+def test_a_held_out_loss_that_is_not_finite_is_said_and_ends_it() -> None:
+    class Unjudged(Numbers):
+        def judged(self, outputs: Sequence[Tensor], wanted: Any, batch: Batch) -> Tensor:
+            self.steps += 1  # calls: two of each epoch
+            return super().judged(outputs, wanted, batch) * (float("nan") if self.steps > good else 1)
+
+    good = 4
+    _, history = fit(student(), SHORT, lesson=Unjudged())
+    assert history.stopped == "the held-out loss was no longer finite after 8 steps"
+    assert len(history.losses) == 2
+    assert history.best
+    good = 2
+    with pytest.raises(DivergedError, match="Training diverged: the held-out loss is not finite after 4 steps"):
+        fit(student(), SHORT, lesson=Unjudged())
 
 
 def test_it_stops_where_it_is_told_to() -> None:

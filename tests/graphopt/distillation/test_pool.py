@@ -43,6 +43,13 @@ def test_the_same_generator_draws_the_same_batches() -> None:
     assert torch.equal(once, again)
 
 
+def test_batches_of_a_least_size_are_rather_larger_and_leave_out_what_is_alone() -> None:
+    pool = Pool((*numbers(5).buckets, *numbers(1).buckets))
+    assert sizes([pool.take(index) for index in pool.batches(2)]) == [2, 2, 1, 1]
+    assert sizes([pool.take(index) for index in pool.batches(2, fewest=2)]) == [3, 2]
+    assert pool.alone(2) == 1
+
+
 def test_a_fixed_size_leaves_the_rest_out() -> None:
     assert sizes([numbers(10).take(index) for index in numbers(10).batches(4, takes=lambda _: 4)]) == [4, 4]
 

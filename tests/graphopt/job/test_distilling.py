@@ -223,6 +223,23 @@ def test_labels_left_out_weigh_nothing_in_whichever_part_of_a_step_they_are(labe
     assert parts.distillation["held_out_losses"] == pytest.approx(whole.distillation["held_out_losses"], rel=1e-5)
 
 
+def test_no_batch_norm_is_trained_on_a_single_sample() -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.norm, self.head = nn.Embedding(9, 6), nn.BatchNorm1d(6), nn.Linear(6, 4)
+
+        def forward(self, words: Tensor) -> Tensor:
+            return self.head(self.norm(self.embed(words).mean(1)))
+
+    torch.manual_seed(0)
+    words = [torch.randint(0, 9, (count, length)) for count, length in ((24, 4), (17, 6), (1, 8))]
+    options: dict[str, Any] = {"dynamic_shapes": {"words": {1: "length"}}, "target": None, "bench": False}
+    result = graphopt.distill(Words(), Words(), words, {**SHORT, "batch_size": 2, "parts": 2}, **options)
+    assert len(result.distillation["held_out_losses"]) == 3
+    assert any("samples: 1 of" in note and "alone in their shape" in note for note in result.report.notes)
+
+
 def never(found: Tensor, wanted: Tensor) -> Tensor:
     """Return a loss that is not a number once training has started."""
     return (found * float("nan")).mean() if found.requires_grad and torch.is_grad_enabled() else found.square().mean()
@@ -271,7 +288,7 @@ BAD: dict[str, Case] = {
     "not a number": (
         lambda t, y: distilled(t, {"outputs": [{"student": "output", "loss": f"{HERE}:never"}]}),
         PassError,
-        "Distillation diverged: the loss is not finite. Try a lower rate than lr = 0.03",
+        "Training diverged: the loss is not finite after 9 steps. Try a tenth of the rate",
     ),
     "a loss of its own": (
         lambda t, y: distilled(t, {"outputs": [{"student": "output", "loss": f"{HERE}:wrong"}]}),
