@@ -19,11 +19,12 @@ import torch
 from torch import nn
 
 from graphopt.capturing.load import with_data
+from graphopt.data.batches import Batch
 from graphopt.distillation.heads import with_head
 from graphopt.distillation.plan import DistillPlan
 from graphopt.distillation.preparing import PreparedLesson, prepare
 from graphopt.distillation.taps import strip_taps, taps_of
-from graphopt.distillation.teachers import GivenTeacher, Teacher, check_inputs
+from graphopt.distillation.teachers import GivenTeacher, Teacher
 from graphopt.errors import DataError, UsageError
 from graphopt.ir.global_state import one_thread_at_a_time, random_state_kept
 from graphopt.ir.placing import place
@@ -129,10 +130,7 @@ def pair_for_training(
     """
     plan = DistillPlan.of(plan)
     program = with_new_head(with_data(student, data)[0].evaluated(), plan, seed)
-    opened = open_teachers(teacher, program, program.flat_examples() if teacher_data is None else teacher_data)
-    if teacher_data is None:
-        for one in opened:
-            check_inputs(one, program.inputs, "the student")
+    opened = open_teachers(teacher, program, program.flat_examples(), teacher_data)
     generator = torch.Generator().manual_seed(seed)
     found = prepare(
         plan,
@@ -156,16 +154,19 @@ def with_new_head(student: Program, plan: DistillPlan, seed: int) -> Program:
 def open_teachers(
     given: GivenTeacher | Sequence[GivenTeacher] | None,
     student: Program,
-    data: Any,
+    inputs: Batch,
+    own: Any = None,
     *,
     trust: bool = False,
     seed: int = 0,
 ) -> list[Teacher]:
-    """Open one teacher or several, where the student is."""
+    """Open one teacher or several, where the student is, on some of its inputs or on their own."""
     listed: list[Any] = [] if given is None else [given]
     if isinstance(given, list | tuple):
         listed = list(given)
-    return [Teacher.open(one, data=data, trust=trust, seed=seed).to(student.device) for one in listed]
+    names = [spec.name for spec in student.inputs] if own is None else []
+    data = inputs if own is None else own
+    return [Teacher.open(one, data=data, names=names, trust=trust, seed=seed).to(student.device) for one in listed]
 
 
 def finish(program: Program | PairedModule) -> Program:

@@ -15,7 +15,7 @@ from graphopt.distillation.plan import DistillPlan
 from graphopt.distillation.readings import Reading, adapted, opened
 from graphopt.distillation.taps import own_outputs
 from graphopt.distillation.taught_outputs import label_term, output_terms
-from graphopt.distillation.teachers import Reader, Teacher
+from graphopt.distillation.teachers import Reader, Teacher, check_inputs
 from graphopt.distillation.teaching import Teaching, Term
 from graphopt.errors import UsageError
 from graphopt.ir.plain_data import Json
@@ -109,14 +109,15 @@ def _reader(teacher: Teacher, outputs: Sequence[int], matches: Sequence[Match], 
     return teacher.reader(outputs, readings, [(match.channels, match.link.channels) for match in own])
 
 
-def _places(student: Program, teachers: Sequence[Teacher], apart: Sequence[bool], own: int) -> list[slice]:
-    places, start = [], own
+def _places(student: Program, teachers: Sequence[Teacher], apart: Sequence[bool], own: int) -> list[Sequence[int]]:
+    places: list[Sequence[int]] = []
+    start = own
     for number, teacher in enumerate(teachers):
         if number < len(apart) and apart[number]:
-            places.append(slice(start, start + len(teacher.inputs)))
+            places.append(range(start, start + len(teacher.inputs)))
             start += len(teacher.inputs)
         else:
-            places.append(slice(0, len(student.inputs)))
+            places.append(check_inputs(teacher, student.inputs, "the student"))
     return places
 
 

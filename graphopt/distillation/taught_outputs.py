@@ -9,11 +9,11 @@ from graphopt.distillation.label_losses import LabelLoss
 from graphopt.distillation.named_losses import output_loss
 from graphopt.distillation.objective import OutputKind, Target, targets_of
 from graphopt.distillation.plan import DistillPlan, OutputPlan
-from graphopt.distillation.teachers import Teacher
+from graphopt.distillation.taps import own_outputs
+from graphopt.distillation.teachers import Teacher, alike, by_name
 from graphopt.distillation.teaching import LabelTerm, Term
 from graphopt.errors import DataError, UsageError
 from graphopt.ir.program import Program
-from graphopt.ir.signature import TensorSpec
 from graphopt.pipeline.plan import Refusal
 
 _ALPHA = 0.5  # with labels, where the plan does not say
@@ -116,19 +116,16 @@ def _said(kind: OutputKind, wish: OutputPlan) -> OutputKind:
 def _counterpart(target: Target, student: Program, teacher: Teacher, wish: OutputPlan) -> int | str:
     """Return the number of the teacher's output that teaches one of the student, or why there is none."""
     names = [spec.name for spec in teacher.outputs]
-    if wish.teacher and wish.teacher not in names:
-        return f"the teacher `{teacher.name}` has no output `{wish.teacher}`, it has {', '.join(names)}"
-    index = names.index(wish.teacher) if wish.teacher else target.index
+    named = by_name(own_outputs(student), teacher.outputs) or by_name(teacher.outputs, own_outputs(student))
+    taught = wish.teacher or (target.name if named else "")
+    if taught and taught not in names:
+        return f"the teacher `{teacher.name}` has no output `{taught}`, it has {', '.join(names)}"
+    index = names.index(taught) if taught else target.index
     if index >= len(names):
         return f"the teacher `{teacher.name}` has {len(names)} outputs"
     own, other = student.outputs[target.index], teacher.outputs[index]
-    return index if _alike(own, other) else f"it is {own}, and that of the teacher `{teacher.name}` {other}"
-
-
-def _alike(own: TensorSpec, other: TensorSpec) -> bool:
-    sizes = zip(own.shape[1:], other.shape[1:], strict=False)
-    same = all(isinstance(a, str) or isinstance(b, str) or a == b for a, b in sizes)
-    return len(own.shape) == len(other.shape) and same and other.dtype.is_floating_point
+    same = alike(replace(own, dtype=other.dtype), other) and other.dtype.is_floating_point
+    return index if same else f"it is {own}, and that of the teacher `{teacher.name}` {other}"
 
 
 def _kind_of(teacher: Teacher, index: int, otherwise: OutputKind, wish: OutputPlan) -> OutputKind:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,13 +69,16 @@ class Teacher:
     artifact: Artifact | None = None
 
     @classmethod
-    def open(cls, given: GivenTeacher, *, data: Any, trust: bool = False, seed: int = 0) -> Teacher:
+    def open(
+        cls, given: GivenTeacher, *, data: Any, names: Sequence[str] = (), trust: bool = False, seed: int = 0
+    ) -> Teacher:
         """Open a teacher.
 
         Args:
             given: a module, which is captured on `data`; a program; an artifact of a runtime; the path of any of them;
                 or `module:function`, which returns a module, and behind an `@` the file with its weights.
             data: inputs that it takes.
+            names: of them, where they are in a tuple: a module whose arguments have these names takes them by name.
             trust: let its file run code.
             seed: of example inputs that are made up.
 
@@ -86,19 +90,42 @@ class Teacher:
         if isinstance(given, Program):
             return cls._of("program", given)
         if isinstance(given, nn.Module):
+            if len(names) > 1 and set(names) <= set(inspect.signature(given.forward).parameters):
+                data = dict(zip(names, data, strict=True))
             return cls._of(type(given).__name__, with_data(given, data, share_tensors=True)[0])
+        if not isinstance(given, str | Path):
+            raise UsageError(
+                f"A teacher cannot be of type {type(given).__name__}. Give a module, a program, an artifact, the path "
+                "of one of them, or `module:function`."
+            )
         text = str(given)
         factory, _, weights = text.partition("@")
         if is_function_name(factory):
-            found = load_with_data(factory=factory, weights=weights or None, data=data, trust=trust, seed=seed)[0]
-            return cls._of(factory, found)
+            return cls._loaded(
+                factory,
+                lambda inputs: load_with_data(
+                    factory=factory, weights=weights or None, data=inputs, trust=trust, seed=seed
+                )[0],
+                data,
+                names,
+            )
         path = Path(given)
         owner = backend_of(path, preferred=DEFAULT_TARGET)
         if owner is not None:
             if not path.is_file():
                 raise LoadError(f"There is no {path}. Give the teacher's file.")
             return cls.open(owner.open(path), data=None)
-        return cls._of(path.name, load_with_data(path, data=data, trust=trust, seed=seed)[0])
+        return cls._loaded(
+            path.name, lambda inputs: load_with_data(path, data=inputs, trust=trust, seed=seed)[0], data, names
+        )
+
+    @classmethod
+    def _loaded(cls, name: str, load: Callable[[Any], Program], data: Any, names: Sequence[str]) -> Teacher:
+        """Return what a file or function holds, captured on inputs of the names that it gives them."""
+        found = cls._of(name, load(data))
+        own = [spec.name for spec in found.inputs]
+        same = len(names) > 1 and sorted(own) == sorted(names) and own != list(names)
+        return cls._of(name, load(dict(zip(names, data, strict=True)))) if same else found
 
     @classmethod
     def _of(cls, name: str, program: Program) -> Teacher:
@@ -151,29 +178,39 @@ class Teacher:
         return self.program
 
 
-def check_inputs(teacher: Teacher, found: Sequence[TensorSpec], whose: str) -> None:
-    """Compare what a teacher takes with what it would be given.
+def check_inputs(teacher: Teacher, found: Sequence[TensorSpec], whose: str) -> tuple[int, ...]:
+    """Return which of the inputs that are there a teacher takes: those of its names, otherwise by place.
 
     Raises:
         UsageError: it takes something else.
     """
-
-    def fits(own: TensorSpec, other: TensorSpec) -> bool:
-        sizes = zip(own.shape[1:], other.shape[1:], strict=False)
-        same = all(isinstance(a, str) or isinstance(b, str) or a == b for a, b in sizes)
-        return own.dtype == other.dtype and len(own.shape) == len(other.shape) and same
-
-    if len(teacher.inputs) != len(found) or not all(map(fits, teacher.inputs, found)):
-        raise UsageError(
-            f"The teacher `{teacher.name}` takes {', '.join(map(str, teacher.inputs))}, and {whose} "
-            f"{', '.join(map(str, found))}. Give it inputs of its own, sample by sample the same: --teacher-data FILE, "
-            "or teacher_data=..."
-        )
     single = [spec for spec in teacher.inputs if spec.shape and isinstance(spec.shape[0], int)]
     if single:
         raise UsageError(
             f"The teacher `{teacher.name}` takes batches of {single[0].shape[0]} alone. Export it with a dynamic batch."
         )
+    by_place = range(len(found)) if len(found) == len(teacher.inputs) else None
+    for places in (by_name(teacher.inputs, found), by_place):
+        if places is not None and all(alike(own, found[at]) for own, at in zip(teacher.inputs, places, strict=True)):
+            return tuple(places)
+    raise UsageError(
+        f"The teacher `{teacher.name}` takes {', '.join(map(str, teacher.inputs))}, and {whose} "
+        f"{', '.join(map(str, found))}. Give it inputs of its own, sample by sample the same: --teacher-data FILE, "
+        "or teacher_data=..."
+    )
+
+
+def by_name(wanted: Sequence[TensorSpec], there: Sequence[TensorSpec]) -> list[int] | None:
+    """Return where among some inputs or outputs all of others are by their names; None: not all are there."""
+    places = {spec.name: at for at, spec in enumerate(there)}
+    return [places[spec.name] for spec in wanted] if all(spec.name in places for spec in wanted) else None
+
+
+def alike(one: TensorSpec, other: TensorSpec) -> bool:
+    """Whether two tensors have the same type and, but for the number of samples and where both are known, sizes."""
+    sizes = zip(one.shape[1:], other.shape[1:], strict=False)
+    same = all(isinstance(a, str) or isinstance(b, str) or a == b for a, b in sizes)
+    return one.dtype == other.dtype and len(one.shape) == len(other.shape) and same
 
 
 def _folded(program: Program) -> Program:

@@ -103,7 +103,7 @@ class Teaching:
 
     own: int
     readers: Sequence[Reader]
-    places: Sequence[slice]
+    places: Sequence[Sequence[int]]
     outputs: Sequence[Term]
     pairs: Sequence[Term]
     labels: LabelTerm | None = None
@@ -117,8 +117,9 @@ class Teaching:
     def wanted(self, batch: Batch) -> Wanted:
         """Return what each teacher says of a batch."""
         if self.cached:
-            return [batch[place] for place in self.places]
-        return [reader.call(batch[place]) for reader, place in zip(self.readers, self.places, strict=True)]
+            return [_columns(batch, place) for place in self.places]
+        pairs = zip(self.readers, self.places, strict=True)
+        return [reader.call(_columns(batch, place)) for reader, place in pairs]
 
     def terms(self, outputs: Sequence[torch.Tensor], wanted: Wanted, batch: Batch) -> dict[str, torch.Tensor]:
         """Return the weighted parts of the loss by name."""
@@ -173,12 +174,16 @@ class Teaching:
         found = [Pool(tuple(map(with_answers, pool.buckets))) for pool in pools]
         places, start = [], self.own
         for answers in self.wanted(_on(sample, device)):
-            places.append(slice(start, start := start + len(answers)))
+            places.append(range(start, start := start + len(answers)))
         return dataclasses.replace(self, places=places, cached=True), found
 
     @staticmethod
     def _flat(wanted: Wanted) -> Batch:
         return tuple(answer for answers in wanted for answer in answers)
+
+
+def _columns(batch: Batch, places: Sequence[int]) -> Batch:
+    return tuple(batch[at] for at in places)
 
 
 def _on(batch: Batch, device: torch.device) -> Batch:

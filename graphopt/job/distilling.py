@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,14 @@ from graphopt.caching.store import Store
 from graphopt.capturing.load import with_data
 from graphopt.capturing.model_calls import gradients_recorded
 from graphopt.data import Samples
+from graphopt.data.batches import Batch
 from graphopt.data.sources import LABELS, open_file
 from graphopt.distillation.beside import Beside
 from graphopt.distillation.distilling import Distilled, distill_program
 from graphopt.distillation.paired import open_teachers, with_new_head
 from graphopt.distillation.plan import DistillPlan
 from graphopt.distillation.synthesis import synthesised
-from graphopt.distillation.teachers import GivenTeacher, Teacher, check_inputs
+from graphopt.distillation.teachers import GivenTeacher, Teacher, alike, by_name, check_inputs
 from graphopt.distillation.weights import integer_weights, trainable
 from graphopt.errors import DataError, UsageError
 from graphopt.files import sha256
@@ -119,7 +120,7 @@ def distill(
     if eval is not None:
         judge_of(eval, found)  # what is wrong with it is said before anything is trained
     samples = samples.on(found.device)
-    teachers = open_teachers(teacher, found, _inputs(samples, teacher_data), trust=trust, seed=seed)
+    teachers = open_teachers(teacher, found, samples.first(2), teacher_data, trust=trust, seed=seed)
     beside = _beside(samples, labels, teacher_data, teachers, found, wanted)
     ctx = Context(found, seed=seed, progress=progress)
     kept = _checkpoints(found, teachers, beside, wanted, seed) if cache else None
@@ -169,14 +170,6 @@ def _check_trainable(program: Program) -> None:
         raise UsageError(
             f"The student cannot be trained: {why}. Give the float model, and quantize it after: --passes."
         )
-
-
-def _inputs(samples: Samples, teacher_data: Any) -> Any:
-    """Return what a teacher that is a module is captured on: by position, since its arguments have their own names."""
-    if teacher_data is not None:
-        return teacher_data
-    first = samples.first(2)
-    return first if len(first) > 1 else first[0]
 
 
 def _beside(
@@ -232,10 +225,20 @@ def _checkpoints(
     )
 
 
-def _same_outputs(teacher: Teacher, student: Program) -> bool:
-    return [(spec.shape[1:], spec.dtype) for spec in teacher.outputs] == [
-        (spec.shape[1:], spec.dtype) for spec in student.outputs
-    ]
+def _answering(teacher: Teacher, student: Program) -> Callable[[Batch], Batch] | None:
+    """Return what takes and gives what the student does; None: the teacher gives something else."""
+    taken = check_inputs(teacher, student.inputs, "the student")
+    given = by_name(student.outputs, teacher.outputs) or [*range(len(teacher.outputs))]
+    found = [teacher.outputs[at] for at in given]
+    if len(found) != len(student.outputs) or not all(map(alike, found, student.outputs)):
+        return None
+    answer = teacher.whole()
+
+    def call(batch: Batch) -> Batch:
+        outputs = answer(tuple(batch[at] for at in taken))
+        return tuple(outputs[at] for at in given)
+
+    return call
 
 
 def _notes(taught: Distilled, student: Program, teachers: Sequence[Teacher], job: Job, *, apart: bool) -> list[str]:
@@ -247,8 +250,9 @@ def _notes(taught: Distilled, student: Program, teachers: Sequence[Teacher], job
     notes += [f"distill: {refusal.site}: {refusal.reason}" for refusal in taught.refusals]
     if job.metric is not None:
         scores = [f"the student had {job.metric(student.to(job.original.device)):.2f} before"]
-        alike = [teacher for teacher in teachers if not apart and _same_outputs(teacher, student)]
-        for teacher in alike:
-            scores.append(f"{teacher.name} has {job.metric(as_model(teacher.whole(), student)):.2f}")
+        for teacher in () if apart else teachers:
+            answer = _answering(teacher, student)
+            if answer is not None:
+                scores.append(f"{teacher.name} has {job.metric(as_model(answer, student)):.2f}")
         notes.append(f"distill: of {job.metric.name} {', '.join(scores)}")
     return notes

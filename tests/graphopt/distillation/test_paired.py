@@ -340,3 +340,36 @@ def test_classes_of_maps_are_taught_and_labelled_where_the_convolution_has_them(
     torch.testing.assert_close(found.losses["labels"], 0.5 * nn.functional.cross_entropy(own, labels))
     with pytest.raises(UsageError, match=r"axis 4 of the output `output` holds its classes.*: its last is 3"):
         pair_for_training(student, teacher, {"outputs": [{"student": "output", "axis": 4}]})
+
+
+class Named(nn.Module):
+    """Two inputs and two outputs by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classes, self.box = nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+        return {"classes": self.classes(a - 2 * b), "box": self.box(a + b)}
+
+
+class Turned(Named):
+    """The same, in another order."""
+
+    def forward(self, b: Tensor, a: Tensor) -> dict[str, Tensor]:
+        found = super().forward(a, b)
+        return {"box": found["box"], "classes": found["classes"]}
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_inputs_and_outputs_are_matched_by_their_names(captured: bool) -> None:
+    torch.manual_seed(0)
+    student, teacher = Named(), Turned()
+    a, b = torch.randn(2, 8, 6)
+    given = capture(teacher, (b, a)) if captured else teacher
+    plan = {"outputs": [{"student": name, "loss": "values"} for name in ("classes", "box")]}
+    found = pair_for_training(student, given, plan, data=(a, b))(a, b).losses
+    own, wanted = student(a, b), teacher(b, a)
+    for name in own:
+        error = 0.5 * (own[name] - wanted[name]).square().sum() / wanted[name].square().sum()
+        torch.testing.assert_close(found[f"output {name}"], error)
