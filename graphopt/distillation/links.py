@@ -87,6 +87,9 @@ def _named(pair: PairPlan, student: Program, teachers: Sequence[Teacher]) -> lis
         owner = program
     wide, narrow = _readable(owner, pair.teacher), _readable(student, pair.student)
     found = list(zip(*spread(wide, narrow), strict=True))
+    same = [own for taught, own in found if pair.by == "student" and taught.node == own.node]
+    if same:
+        raise UsageError(f"The plan has `{same[0].address}` of the student taught by itself. Name a deeper value.")
     return [
         Link(own, taught, pair.by, pair.loss, pair.weight / len(found), pair.adapter, pair.channels)
         for taught, own in found

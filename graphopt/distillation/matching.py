@@ -98,6 +98,11 @@ def _match(link: Link, own: _Value, other: _Value) -> Match:
     if loss == "auto":
         loss = _loss_for(own.shape, wanted, free=free)
     agreement = AGREEMENTS.get(loss)
+    if link.channels and agreement == "sizes" and own.shape.channels not in (None, len(link.channels)):
+        raise MismatchError(
+            f"{len(link.channels)} channels are asked of the teacher's {other.shape}, and the student's value is "
+            f"{own.shape}, with {own.shape.channels}"
+        )
     if agreement is None:  # the user's own, who may take shapes that nothing makes equal
         agreement = "sizes" if free and len(own.shape.sizes) == len(wanted.sizes) else "samples"
     between = change(own.shape, wanted, agreement)

@@ -106,6 +106,10 @@ def users_loss(name: str, field: str) -> Loss:
         if not isinstance(value, torch.Tensor) or value.dim():
             said = f"of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
             raise UsageError(f"The loss `{name}` returned a value {said}. Return a tensor without axes: its mean.")
+        if torch.is_grad_enabled() and found.requires_grad and not value.requires_grad:
+            raise UsageError(
+                f"The loss `{name}` returned a value without a gradient. Compute it of its first argument."
+            )
         return value
 
     return loss

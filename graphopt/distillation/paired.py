@@ -11,6 +11,7 @@ program = graphopt.finish(paired)
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -71,13 +72,12 @@ class PairedModule(nn.Module):
             teacher_inputs: what teachers take that have inputs of their own.
 
         Raises:
-            DataError: there are no labels, and the plan learns from them.
+            DataError: there are no labels, and the plan learns from them, or they do not fit.
+            UsageError: something else is given than student and teachers take.
         """
         lesson = self._prepared.lesson
-        if lesson.labels is not None and labels is None:
-            raise DataError("The plan learns from labels, and the batch came without: paired(inputs, labels=...).")
-        labelled = lesson.own > len(self.program.inputs)
-        batch = (*inputs, *([labels] if labelled and labels is not None else []), *teacher_inputs)
+        self._check(inputs, labels, teacher_inputs)
+        batch = (*inputs, *([] if labels is None else [labels]), *teacher_inputs)
         args, kwargs = self.program.unflatten(inputs)
         found = self.program(*args, **kwargs)
         with torch.no_grad():
@@ -93,13 +93,59 @@ class PairedModule(nn.Module):
         self.program.train(mode)
         return self
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> PairedModule:
+        """Copy the student with its adapters, and the teachers."""
+        student, lesson = self.program.copy(share_tensors=False), self._prepared.lesson.copied()
+        found = PairedModule(dataclasses.replace(self._prepared, student=student, lesson=lesson))
+        memo[id(self)] = found
+        return found.train(self.training)
+
+    def _check(
+        self, inputs: Sequence[torch.Tensor], labels: torch.Tensor | None, teacher_inputs: Sequence[torch.Tensor]
+    ) -> None:
+        """Compare what is given with what student and teachers take."""
+        lesson, specs = self._prepared.lesson, self.program.inputs
+        takes = ", ".join(map(str, specs))
+        if len(inputs) != len(specs):
+            raise UsageError(f"The student takes {takes}: {len(specs)} tensors, and {len(inputs)} were given.")
+        for spec, given in zip(specs, inputs, strict=True):
+            if not isinstance(given, torch.Tensor) or given.dim() != len(spec.shape) or not _fits(given, spec.dtype):
+                was = f"{list(given.shape)} {given.dtype}" if isinstance(given, torch.Tensor) else type(given).__name__
+                raise UsageError(f"The student takes {takes}, and {was} was given.")
+        if lesson.labels is not None and labels is None:
+            raise DataError("The plan learns from labels, and the batch came without: paired(inputs, labels=...).")
+        if lesson.labels is None and labels is not None:
+            raise UsageError("Labels are given that nothing learns from. Say labelled=True where the two are paired.")
+        if len(teacher_inputs) != (own := lesson.columns - lesson.own):
+            raise UsageError(
+                f"Teachers take {own} tensors of their own, and {len(teacher_inputs)} were given: teacher_inputs=(...)."
+            )
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        """Move the student, and the teachers behind it."""
+        """Move the student, and the teachers behind it.
+
+        Raises:
+            UsageError: `fn` makes them of another type.
+        """
+        for kind, device in {(tensor.dtype, tensor.device) for tensor in self.parameters()}:
+            if fn(torch.empty(0, dtype=kind, device=device)).dtype != kind:
+                raise UsageError(
+                    f"A captured student computes in its own types, here {kind}, as its teachers do. Convert the "
+                    "models before they are paired, or call the pair under torch.autocast."
+                )
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = next((tensor.device for tensor in self.parameters()), torch.device("cpu"))
         place(self.student, device)
+        examples = self.program.example_args, dict(self.program.example_kwargs)
+        args, kwargs = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), examples)
+        self.program = dataclasses.replace(self.program, example_args=args, example_kwargs=kwargs)
         self._prepared.lesson.place(device)
         return self
+
+
+def _fits(given: torch.Tensor, kind: torch.dtype) -> bool:
+    casts = torch.is_autocast_enabled(given.device.type) and given.is_floating_point() and kind.is_floating_point
+    return given.dtype == kind or casts
 
 
 @one_thread_at_a_time()
@@ -137,7 +183,7 @@ def pair_for_training(
         program,
         opened,
         generator,
-        labelled=plan.needs_labels if labelled is None else labelled,
+        labelled=plan.needs_labels if labelled is None else labelled and plan.alpha != 1,
         apart=[teacher_data is not None for _ in opened],
     )
     return PairedModule(found)

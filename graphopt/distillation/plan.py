@@ -182,12 +182,17 @@ class DistillPlan(pydantic.BaseModel):
         """Return the plan that is given as one, as its fields, or as the path of a TOML file; None: the defaults.
 
         Raises:
-            UsageError: there is no such file, or a field is not known or has a value that it cannot have.
+            UsageError: there is no such file, it is none of these, or a field is not known or cannot have its value.
         """
         if isinstance(given, DistillPlan):
             return given
         if isinstance(given, str | Path):
             return cls.from_toml(Path(given))
+        if given is not None and not isinstance(given, Mapping):
+            raise UsageError(
+                f"A distillation plan cannot be of type {type(given).__name__}. Give a DistillPlan, its fields as a "
+                "dict, or the path of a TOML file."
+            )
         return cls._read(dict(given or {}), "The distillation plan")
 
     @classmethod

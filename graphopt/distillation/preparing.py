@@ -148,5 +148,5 @@ def _pair_terms(matches: Sequence[Match], own: int, asked: Sequence[Sequence[int
 def _nothing(teachers: Sequence[Teacher], refusals: Sequence[Refusal]) -> str:
     if not teachers:
         return "Nothing teaches the student: give a teacher, or labels."
-    reasons = "; ".join(f"`{refusal.site}`: {refusal.reason}" for refusal in refusals[:3])
+    reasons = "; ".join(f"`{refusal.site}`: {refusal.reason}" for refusal in refusals[:3]) or "all weights are 0"
     return f"Nothing of {teachers[0].name} teaches the student: {reasons}. Name pairs in the plan, or give labels."

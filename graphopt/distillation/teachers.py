@@ -44,6 +44,15 @@ class Reader:
     call: Callable[[Batch], Batch]
     program: Program | None = None
 
+    @classmethod
+    def of(cls, program: Program) -> Reader:
+        """Return what reads all that a program gives."""
+        return cls(_only_forward(program), program)
+
+    def copied(self) -> Reader:
+        """Return a reader with tensors of its own; a runtime is shared."""
+        return self if self.program is None else Reader.of(self.program.copy(share_tensors=False))
+
     def place(self, device: torch.device) -> None:
         """Move a program; a runtime stays where it is, and gets and gives what is on the device."""
         if self.program is not None:
@@ -160,8 +169,7 @@ class Teacher:
                 return tuple(found[index] for index in outputs)
 
             return Reader(chosen)
-        program = truncated(gathered(self._opened(readings), channels), outputs).copy(share_tensors=False)
-        return Reader(_only_forward(program), program)
+        return Reader.of(truncated(gathered(self._opened(readings), channels), outputs).copy(share_tensors=False))
 
     def _opened(self, readings: Sequence[Reading]) -> Program:
         """Return the program with its BatchNorms folded, where all that is read is still there then."""

@@ -109,6 +109,15 @@ class Teaching:
     labels: LabelTerm | None = None
     cached: bool = False
 
+    @property
+    def columns(self) -> int:
+        """How many columns a batch has: the student's inputs, the labels, then inputs of teachers of their own."""
+        return max([self.own, *(at + 1 for place in self.places for at in place)])
+
+    def copied(self) -> Teaching:
+        """Return the lesson by teachers with tensors of their own."""
+        return dataclasses.replace(self, readers=[reader.copied() for reader in self.readers])
+
     def place(self, device: torch.device) -> None:
         """Move the teachers."""
         for reader in self.readers:

@@ -25,7 +25,7 @@ from graphopt.distillation.plan import DistillPlan
 from graphopt.distillation.synthesis import synthesised
 from graphopt.distillation.teachers import GivenTeacher, Teacher, alike, by_name, check_inputs
 from graphopt.distillation.weights import integer_weights, trainable
-from graphopt.errors import DataError, UsageError
+from graphopt.errors import DataError, UsageError, first_line
 from graphopt.files import sha256
 from graphopt.ir.devices import device_called, device_memory
 from graphopt.ir.global_state import one_thread_at_a_time, random_state_kept
@@ -198,7 +198,12 @@ def _labels(given: Any) -> torch.Tensor | None:
     if given is None:
         return None
     if not isinstance(given, str | Path):
-        found: torch.Tensor = torch.as_tensor(given)
+        try:
+            found: torch.Tensor = torch.as_tensor(given)
+        except (RuntimeError, TypeError, ValueError) as err:
+            raise DataError(f"No tensor can be made of the labels: {first_line(err)}. Give numbers.") from err
+        if not found.dim():
+            raise DataError(f"The labels are a single value, {given!r}. Give one for each sample.")
         return found
     chunk = open_file(Path(given))
     columns = {**chunk.columns, **({"labels": chunk.labels} if chunk.labels is not None else {})}

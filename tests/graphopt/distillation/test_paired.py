@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -252,6 +253,21 @@ BAD: dict[str, tuple[dict[str, Any], type[GraphOptError], str]] = {
         UsageError,
         "channel 8 is asked of the teacher's Nx8x8x8",
     ),
+    "channels": (
+        {"pairs": [{"student": "stem", "teacher": "layer1", "channels": [1, 2]}]},
+        UsageError,
+        "2 channels are asked of the teacher's Nx8x8x8, and the student's value is Nx4x8x8, with 4",
+    ),
+    "itself": (
+        {"pairs": [{"student": "stem", "teacher": "stem", "by": "student"}]},
+        UsageError,
+        "has `stem:conv2d` of the student taught by itself",
+    ),
+    "no weight": (
+        {"outputs": [{"student": "output", "weight": 0}], "features": "none"},
+        UsageError,
+        "Nothing of program teaches the student: all weights are 0",
+    ),
     "a function": ({"label_loss": "nowhere:loss"}, UsageError, "importing `nowhere` failed"),
 }
 
@@ -261,6 +277,56 @@ def test_what_cannot_be_is_said(teacher: Program, student: Program, what: str) -
     plan, kind, said = BAD[what]
     with pytest.raises(kind, match=said):
         pair_for_training(student, teacher, plan)
+
+
+def test_what_is_not_taken_is_said(teacher: Program, student: Program) -> None:
+    paired = pair_for_training(student, teacher)
+    calls: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
+        ((), {}, r"The student takes x: batchx3x8x8 float32: 1 tensors, and 0 were given"),
+        ((IMAGES, IMAGES), {}, "1 tensors, and 2 were given"),
+        (([1],), {}, "and list was given"),
+        ((IMAGES.double(),), {}, r"and \[64, 3, 8, 8\] torch.float64 was given"),
+        ((IMAGES,), {"labels": LABELS}, "Labels are given that nothing learns from. Say labelled=True"),
+        ((IMAGES,), {"teacher_inputs": (IMAGES,)}, "Teachers take 0 tensors of their own, and 1 were given"),
+    ]
+    for inputs, columns, said in calls:
+        with pytest.raises(UsageError, match=said):
+            paired(*inputs, **columns)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert paired(IMAGES).outputs.dtype == torch.bfloat16
+    for convert in (paired.double, paired.half, lambda: paired.to(torch.bfloat16)):
+        with pytest.raises(UsageError, match=r"computes in its own types, here torch\.float32, as its teachers do"):
+            convert()
+    assert next(paired.parameters()).dtype == torch.float32
+    with pytest.raises(UsageError, match="A teacher cannot be of type int"):
+        pair_for_training(student, 3)  # type: ignore[arg-type]
+
+
+def test_a_copy_and_a_moving_average_train_and_are_finished_by_themselves(teacher: Program, student: Program) -> None:
+    paired = pair_for_training(student, teacher, FEATURES, labelled=True)
+    average = torch.optim.swa_utils.AveragedModel(paired, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
+    copied = copy.deepcopy(paired)
+    start = copied(IMAGES, labels=LABELS).loss.detach()
+    taught(copied, steps=5, labels=LABELS)
+    assert copied.training
+    assert float(copied.eval()(IMAGES, labels=LABELS).loss.detach()) < float(start)
+    torch.testing.assert_close(paired(IMAGES, labels=LABELS).loss.detach(), start)
+    average.update_parameters(copied)
+    averaged, last = finish(average.module).state_dict(), finish(copied).state_dict()
+    torch.testing.assert_close(averaged["head.weight"], last["head.weight"])
+    assert not torch.equal(averaged["head.weight"], student.state_dict()["head.weight"])
+
+
+def test_a_pair_moves_as_a_whole(teacher: Program, student: Program) -> None:
+    paired = pair_for_training(student, teacher, FEATURES, labelled=True)
+    reader = paired._prepared.lesson.readers[0].program
+    assert reader is not None
+    stays = copy.deepcopy(paired)
+    paired.to("meta")
+    assert {str(device) for device in paired.program.devices} == {"meta"}
+    assert {tensor.device.type for tensor in reader.parameters()} == {"meta"}
+    assert {str(device) for device in stays.program.devices} == {"cpu"}
+    assert stays(IMAGES, labels=LABELS).loss.device.type == "cpu"
 
 
 def test_labels_that_are_missing_or_of_another_shape_are_said_to_be(teacher: Program, student: Program) -> None:

@@ -72,6 +72,11 @@ def test_bad_values_are_one_sentence(given: dict[str, Any], said: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_plan_is_no_list() -> None:
+    with pytest.raises(UsageError, match="A distillation plan cannot be of type list"):
+        DistillPlan.of([1])  # type: ignore[arg-type]
+
+
 def test_files_that_are_no_plans_are_said_to_be(tmp_path: Path) -> None:
     (tmp_path / "broken.toml").write_text("alpha = ")
     for name, said in (("broken.toml", "Invalid value"), ("missing.toml", "No such file")):

@@ -250,6 +250,22 @@ def wrong(found: Tensor, wanted: Tensor) -> Tensor:
     return found.square().mean(1)
 
 
+def apart(found: Tensor, wanted: Tensor) -> Tensor:
+    """Return a loss that no gradient comes from."""
+    return (found - wanted).square().mean().detach()
+
+
+def ordinal(found: Tensor, wanted: Tensor) -> Tensor:
+    """Return a loss of numbers that are no classes."""
+    return (found.mean(1) - wanted.float() / 10).square().mean()
+
+
+def test_what_labels_mean_to_a_loss_of_the_users_own_is_up_to_it() -> None:
+    numbers = torch.arange(320) % 40
+    result = distilled(None, {"epochs": 1, "label_loss": f"{HERE}:ordinal"}, labels=numbers)
+    assert result.distillation["labels"] == 1.0
+
+
 HERE = "tests.graphopt.job.test_distilling"
 Case = tuple[Callable[[nn.Module, Tensor], object], type[GraphOptError], str]
 BAD: dict[str, Case] = {
@@ -320,6 +336,17 @@ BAD: dict[str, Case] = {
         ),
         UsageError,
         "is run by its runtime, which gives its outputs alone: the value `layer1` cannot be read",
+    ),
+    "a label": (lambda t, y: distilled(t, labels=3), DataError, "The labels are a single value, 3"),
+    "words": (
+        lambda t, y: distilled(t, labels=["a"] * 320),
+        DataError,
+        "No tensor can be made of the labels: too many",
+    ),
+    "a loss apart": (
+        lambda t, y: distilled(t, {"outputs": [{"student": "output", "loss": f"{HERE}:apart"}]}),
+        UsageError,
+        "apart` returned a value without a gradient",
     ),
     "labels left out": (
         lambda t, y: distilled(t, labels=torch.full_like(y, -100)),
