@@ -85,7 +85,8 @@ def output_loss(
     }
     if chosen in of_classes:
         loss = _of_logits(of_classes[chosen], kinds, axis)
-        return _sum(loss, relative_error) if name == "auto" and anchored else loss
+        both = name == "auto" and anchored and kinds == ("logits", "logits")
+        return _sum(loss, relative_error) if both else loss
     if chosen == "cosine":
         return partial(cosine, axis=axis)
     return relative_error if chosen == "values" else users_loss(chosen, "outputs.loss")

@@ -391,6 +391,8 @@ def test_a_regression_is_taught_its_values_where_no_labels_say_that_it_is_of_cla
     assert float(named(rows).loss.detach()) == pytest.approx(0, abs=1e-5)
     labelled = pair_for_training(student, teacher, labelled=True)(rows, labels=LABELS[:8])
     assert float(labelled.losses["output output"].detach()) == pytest.approx(0, abs=1e-5)
+    sure = capture(nn.Sequential(other, nn.Softmax(1)), rows)  # its values are no logits'
+    assert float(pair_for_training(sure, student)(rows).loss.detach()) == pytest.approx(0, abs=1e-5)
 
 
 def test_classes_of_maps_are_taught_and_labelled_where_the_convolution_has_them() -> None:
