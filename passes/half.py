@@ -55,10 +55,6 @@ class BFloat16Options:
 class HalfOptions(BFloat16Options):
     """What computes in 16 bits, and how much data is looked at.
 
-    compute: what weights are multiplied in: auto, 16 bits where the target's kernels do; yes, always; no, never: they
-        are stored in them.
-    skip: what is left in float32, as globs of module paths or nodes.
-    keep: further operators that compute in float32, as globs of names like `gelu`, `matmul`.
     samples: calibration samples whose values are looked at for overflow.
     batch_size: samples per calibration step; does not change the result.
     """

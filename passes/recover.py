@@ -300,22 +300,8 @@ class Recover(Pass[RecoverOptions, RecoverPlan]):
 class QatOptions(RecoverOptions):
     """How long, on what and towards what to train, and whether steps are trained too.
 
-    stages: which are tried, statistics, blocks, end-to-end: what each makes is kept if the held-out loss falls. Blocks
-        are trained for a quarter of the epochs.
-    epochs: passes over the samples; none: 8, and over few samples as many as make 128 steps.
     lr: largest AdamW step, as a fraction of the root mean square of each tensor, and of each step of integers; none:
         the best of several in a few steps each, scaled to the length of the training, 0.003 at most.
-    batch_size: samples per step, over all processes.
-    parts: that the samples of a step are computed in, one after the other, for less memory.
-    clip: norm that all gradients together are scaled down to; none: as they are.
-    average: judge moving averages of the weights, of which a step keeps this share; none: the weights.
-    patience: epochs without a lower held-out loss that end training; none: it runs to its end, where the rate is 0.
-    precision: what products are computed in while training, bfloat16 or float32.
-    samples: train on at most so many; none: all there are.
-    temperature: softens the teacher's logits.
-    alpha: weight of the tap losses against the output loss; 0 leaves the taps out.
-    taps: addresses in the unoptimised program, as `distill_hooks` takes them; auto: block boundaries.
-    augment: views of the samples, flip+shift for images; auto: both where the input looks like images.
     steps: of integers: learned, or fixed as calibration chose them.
     """
 

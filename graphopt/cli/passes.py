@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 from pathlib import Path
@@ -57,7 +58,16 @@ def show(name: str, plugin: Plugins = None) -> None:
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    console.print(_unwrapped(found.options_type))
+    console.print(explained(found.options_type))
+
+
+def explained(options_type: type) -> str:
+    """Return the docstring of options, with the lines of those that it inherits and does not explain anew."""
+    own = _unwrapped(options_type)
+    lines = [line for kind in options_type.__mro__[1:-1] for line in _unwrapped(kind).splitlines()]
+    known = {line.partition(": ")[0]: line for line in reversed(lines)}
+    inherited = [item.name for item in dataclasses.fields(options_type) if f"\n{item.name}: " not in own]
+    return "\n".join([own, *(known[name] for name in inherited if name in known)])
 
 
 def _unwrapped(documented: type) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
-import inspect
 import io
 import json
 import shutil
@@ -21,6 +20,7 @@ from torch import nn
 
 import graphopt
 from graphopt.cli.app import run
+from graphopt.cli.passes import explained
 from graphopt.pipeline.pass_base import Pass
 from graphopt.pipeline.registry import PassRegistry
 from tests.graphopt.cli.conftest import Fails, Files
@@ -268,7 +268,7 @@ def test_inspect_and_passes(files: Files, capsys: pytest.CaptureFixture[str]) ->
 
 def test_every_option_of_every_pass_is_explained() -> None:
     for name, found in PassRegistry().working(Pass).items():
-        documented = (inspect.getdoc(found.options_type) or "").splitlines()
+        documented = explained(found.options_type).splitlines()
         for option in dataclasses.fields(found.options_type):
             assert any(line.startswith(f"{option.name}: ") for line in documented), (name, option.name)
 
