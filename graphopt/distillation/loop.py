@@ -222,7 +222,9 @@ class Trainer:
             yield _Steps(schedule, parameters, module, prepared, averages)
         finally:
             self._student.eval()
-            self._accelerator.free_memory()  # hooks of a wrapped module would fire again in the next training
+            # One that has forgotten them: hooks of a wrapped module would fire again in the next training. To let it
+            # free its memory collects all garbage of the process first, a third of a second each time.
+            self._accelerator, _ = _accelerator(self._student.device)
 
     @contextlib.contextmanager
     def _random_state_kept(self) -> Iterator[None]:
@@ -354,8 +356,15 @@ def _accelerator(device: torch.device) -> tuple[Accelerator, torch.device]:
     from accelerate import Accelerator, PartialState
     from accelerate.utils import DistributedDataParallelKwargs
 
-    several = PartialState().num_processes > 1
+    # Not told so, Accelerate (1.15) takes each of several processes on CPUs for the only one.
+    several = PartialState(cpu=_on_cpu()).num_processes > 1
     found = Accelerator(
         device_placement=several, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]
     )
     return found, found.device if several else device
+
+
+def _on_cpu() -> bool:
+    from accelerate.utils import parse_flag_from_env
+
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()

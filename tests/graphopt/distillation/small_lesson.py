@@ -85,7 +85,7 @@ def fit(
 
 
 if __name__ == "__main__":
-    import accelerate  # noqa: F401
+    from accelerate import PartialState
     from safetensors.torch import save_file
 
     torch.set_num_threads(1)
@@ -94,7 +94,9 @@ if __name__ == "__main__":
     rank = int(other == 0)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/meeting", rank=rank, world_size=2)
-    found, _ = fit(one, Schedule(2, 0.01, frozen=True))
+    for _ in range(2):
+        found, _ = fit(one, Schedule(2, 0.01, frozen=True))
+    assert PartialState().num_processes == 2
     save_file(found, f"{sys.argv[1]}/{rank}.safetensors")
     if other:
         sys.exit(os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]))
