@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cifar10 import images, top1, trained_resnet
+from cifar10 import images, top1, trained_resnet, training_images
 from torch import nn
 
 import graphopt
@@ -75,9 +75,7 @@ def main() -> None:
     options = _arguments()
     torch.set_num_threads(options.threads)
     pictures, labels = images(options.data, "cifar10_test")
-    known = options.images <= 5120
-    training, answers = images(options.data, "cifar10_train_5k" if known else "cifar10_train")
-    training, answers = training[: options.images], answers[: options.images]
+    training, answers = training_images(options.data, options.images)
     teacher = graphopt.capture(trained_resnet(options.data, 56), (training[:2],))
     student = graphopt.capture(SmallMobileNet(), (training[:2],))
     ratio = cost(student).flops / cost(teacher).flops

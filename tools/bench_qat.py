@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from cifar10 import images, top1, trained_resnet
+from cifar10 import images, top1, trained_resnet, training_images
 
 from graphopt.backends.onnxruntime.description import DESCRIPTION
 from graphopt.capturing.capture import capture
@@ -31,8 +31,7 @@ def main() -> None:
     options = _arguments()
     torch.set_num_threads(options.threads)
     test = images(options.data, "cifar10_test")
-    few = options.images <= 5120
-    unlabelled = images(options.data, "cifar10_train_5k" if few else "cifar10_train")[0][: options.images]
+    unlabelled = training_images(options.data, options.images)[0]
     original = capture(trained_resnet(options.data, options.depth), (unlabelled[:2],))
     qat = f"qat:epochs={options.epochs}{':' if options.qat else ''}{options.qat}"
     print(f"{'':64s} {'top-1 %':>8s} {'seconds':>8s}")

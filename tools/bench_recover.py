@@ -1,6 +1,7 @@
-"""How much accuracy `recover` wins back on ResNet-20 after half of every block's inner channels are gone.
+"""How much accuracy `recover` wins back on a ResNet of CIFAR-10 after half of every block's inner channels are gone.
 
     python tools/bench_recover.py --data DIR [--seeds 0 1] [--recover epochs=4:lr=0.03 ...] [--prune PIPELINE]
+                                  [--depth 20] [--images 5120]
 
 Prints one row per stage and per set of options: parameters, top-1 on the 10,000 test images, how often the
 unoptimised network says the same, seconds. No labels are used but to score.
@@ -13,7 +14,7 @@ import time
 from pathlib import Path
 
 import torch
-from cifar10 import classes, images, trained_resnet
+from cifar10 import classes, images, trained_resnet, training_images
 
 from graphopt.capturing.capture import capture
 from graphopt.ir.program import Program
@@ -34,8 +35,8 @@ def main() -> None:
     options = _arguments()
     torch.set_num_threads(options.threads)
     data, labels = images(options.data, "cifar10_test")
-    unlabelled, _ = images(options.data, "cifar10_train_5k")
-    original = capture(trained_resnet(options.data, 20), (unlabelled[:2],))
+    unlabelled = training_images(options.data, options.images)[0]
+    original = capture(trained_resnet(options.data, options.depth), (unlabelled[:2],))
     said = classes(original, data)
     print(f"{'':56s} {'parameters':>10s} {'top-1 %':>8s} {'as before %':>11s} {'seconds':>8s}")
 
@@ -62,6 +63,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="directory with CIFAR-10 and the trained ResNets")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--depth", type=int, default=20, choices=[20, 56])
+    parser.add_argument("--images", type=int, default=5120, help="of the training set; more than that need all of it")
     parser.add_argument("--prune", default=_PRUNE, help="pipeline that damages the model")
     parser.add_argument("--recover", nargs="+", default=_RECOVER, help="options of recover, one run for each")
     return parser.parse_args()

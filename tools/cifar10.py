@@ -113,6 +113,12 @@ def images(data: Path, name: str, *, normalised: bool = True) -> tuple[torch.Ten
     return (scaled - mean) / deviation, torch.from_numpy(stored["y"]).long()
 
 
+def training_images(data: Path, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the first `count` images to train on and their labels; up to 5120 come from a small file."""
+    pictures, labels = images(data, "cifar10_train_5k" if count <= 5120 else "cifar10_train")
+    return pictures[:count], labels[:count]
+
+
 def classes(program: object, pictures: torch.Tensor) -> torch.Tensor:
     """Return the class that anything callable like the model gives each image."""
     with torch.no_grad():
