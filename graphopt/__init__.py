@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from graphopt.pipeline.pass_base import NoOptions, Pass
     from graphopt.pipeline.pipeline import Pipeline
     from graphopt.pipeline.plan import Plan, Refusal
+    from graphopt.pipeline.tensorboard import TensorBoard
     from graphopt.targets.backend import Artifact, Backend, Finding, Session
     from graphopt.targets.description import TargetDescription
 
@@ -78,6 +79,7 @@ _HOMES = {
     "graphopt.pipeline.pass_base": ("NoOptions", "Pass"),
     "graphopt.pipeline.pipeline": ("Pipeline",),
     "graphopt.pipeline.plan": ("Plan", "Refusal"),
+    "graphopt.pipeline.tensorboard": ("TensorBoard",),
     "graphopt.ir.program": ("Program", "TensorSpec"),
     "graphopt.job.replaying": ("replay",),
     "graphopt.job.report": ("Report",),
@@ -90,7 +92,7 @@ __all__ = [
     *("capture", "distill", "finish", "load", "open", "optimize", "pair_for_training", "replay"),
     *("Program", "TensorSpec", "Pipeline", "Pass", "NoOptions", "Plan", "Refusal", "Context", "Editor", "Hook"),
     *("Job", "Result", "Report", "Artifact", "Backend", "Finding", "Session", "TargetDescription"),
-    *("DistillPlan", "PairedModule", "ServedInput"),
+    *("DistillPlan", "PairedModule", "ServedInput", "TensorBoard"),
     *_HOMES["graphopt.errors"],
 ]
 

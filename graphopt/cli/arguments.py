@@ -76,6 +76,10 @@ Device = Annotated[
 Cache = Annotated[
     bool, typer.Option(help="Keep what passes decide, and use what they decided on the same things before.")
 ]
+TensorBoardDirectory = Annotated[
+    Path | None,
+    typer.Option("--tensorboard", help="Write losses of training into this directory, as events for TensorBoard."),
+]
 Seed = Annotated[int, typer.Option(help="Every random draw descends from it.")]
 Format = Annotated[str, typer.Option("--format", help="What to print on stdout: text or json.")]
 

@@ -26,6 +26,7 @@ from graphopt.cli.arguments import (
     Preset,
     Seed,
     Target,
+    TensorBoardDirectory,
     Trust,
     Weights,
 )
@@ -80,12 +81,13 @@ def command(
     bench: Bench = True,
     device: Device = None,
     cache: Cache = True,
+    tensorboard: TensorBoardDirectory = None,
     seed: Seed = 0,
     format: Format = "text",
 ) -> None:
     """Train a student by what teachers and labels say, then optimise, lower, verify and time it."""
     from graphopt.cli.gates import Gate, check_measured
-    from graphopt.cli.progress import TerminalProgress
+    from graphopt.cli.progress import TerminalProgress, logging_to
     from graphopt.job.distilling import distill
     from graphopt.job.result import check_place
     from graphopt.pipeline.registry import backends_named
@@ -114,6 +116,7 @@ def command(
     may_fail = bool(gates) or any(step.instance.has_goal for step in pipeline.steps)
     failed = directory_of_failure(directory, expected=may_fail)
     progress = TerminalProgress()
+    logged = logging_to(tensorboard, progress)
     program, samples = source.load()
     progress.done(f"{source.name}: loaded")
     result = distill(
@@ -130,7 +133,7 @@ def command(
         hooks=[progress],
         check=check,
         bench=bench,
-        progress=progress,
+        progress=logged,
         name=source.name,
         device=device,
         cache=cache,

@@ -32,6 +32,7 @@ from graphopt.cli.arguments import (
     Seed,
     Served,
     Target,
+    TensorBoardDirectory,
     Trust,
     Weights,
 )
@@ -80,13 +81,14 @@ def command(
     dump: Annotated[Path | None, typer.Option(help="Write the graph after every pass into this directory.")] = None,
     device: Device = None,
     cache: Cache = True,
+    tensorboard: TensorBoardDirectory = None,
     seed: Seed = 0,
     format: Format = "text",
 ) -> None:
     """Prune, factorise, quantize and lower a model; verify and time the result."""
     from graphopt.cli.gates import Gate, check_measured
     from graphopt.cli.gates import check as check_gates
-    from graphopt.cli.progress import TerminalProgress
+    from graphopt.cli.progress import TerminalProgress, logging_to
     from graphopt.data.served import served_inputs
     from graphopt.ir.devices import device_called
     from graphopt.job.job import Job
@@ -130,6 +132,7 @@ def command(
     if depfile is not None:
         rules()  # what it cannot say is refused before anything runs
     progress = TerminalProgress()
+    logged = logging_to(tensorboard, progress)
     program, samples = source.load()
     progress.done(f"{source.name}: loaded")
     job = Job(
@@ -138,7 +141,7 @@ def command(
         evaluation=evaluation,
         backends=backends,
         seed=seed,
-        progress=progress,
+        progress=logged,
         name=source.name,
         device=computing,
         cache=cache,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from pathlib import Path
 from typing import TypeVar
 
 from graphopt.errors import printable
 from graphopt.ir.program import Program
+from graphopt.pipeline.context import Progress
 from graphopt.pipeline.hooks import Hook
 from graphopt.pipeline.order import Step
 from graphopt.pipeline.plan import Plan
@@ -25,6 +27,7 @@ class TerminalProgress(Hook):
         """Start the clock."""
         self._since = time.monotonic()
         self._steps = False
+        self._numbers: dict[str, dict[str, float]] = {}  # of loops by their labels
 
     def done(self, text: str) -> None:
         """Say what has been done since this was last called."""
@@ -46,19 +49,20 @@ class TerminalProgress(Hook):
         if total is None and isinstance(steps, Sized):
             total = len(steps)
         if not sys.stderr.isatty():
-            yield from _told(steps, label, total)
+            yield from self._told(steps, label, total)
             return
+        from rich import progress as rich
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        bar = Progress(*columns, console=Console(stderr=True), transient=True)
+        done = rich.BarColumn(), rich.MofNCompleteColumn(), rich.TimeRemainingColumn()
+        columns = rich.TextColumn("{task.description}"), *done
+        bar = rich.Progress(*columns, console=Console(stderr=True), transient=True)
         task = bar.add_task(label, total=total)
         started, shown = time.monotonic(), False
         try:
             for step in steps:
                 yield step
-                bar.advance(task)
+                bar.update(task, advance=1, description=self._with_numbers(label, label))
                 if not shown and time.monotonic() - started > _PATIENCE:
                     bar.start()
                     shown = True
@@ -66,17 +70,33 @@ class TerminalProgress(Hook):
             if shown:
                 bar.stop()
 
+    def numbers(self, label: str, step: int, values: Mapping[str, float]) -> None:
+        """Show them with the loop from now on."""
+        self._numbers.setdefault(label, {}).update(values)
+
+    def _with_numbers(self, label: str, done: str) -> str:
+        return ", ".join([done, *(f"{name} {value:.3g}" for name, value in self._numbers.get(label, {}).items())])
+
+    def _told(self, steps: Iterable[T], label: str, total: int | None) -> Iterator[T]:
+        """Yield from `steps`, and say every half minute how many are done."""
+        started = said = time.monotonic()
+        for done, step in enumerate(steps):
+            now = time.monotonic()
+            if now - said >= _REST:
+                said = now
+                of = "" if total is None else f" of {total}"
+                _say(now - started, self._with_numbers(label, f"{label}: {done}{of}"))
+            yield step
+
+
+def logging_to(directory: Path | None, progress: TerminalProgress) -> Progress:
+    """Return progress that also writes its numbers into a directory, where one is given."""
+    if directory is None:
+        return progress
+    from graphopt.pipeline.tensorboard import TensorBoard
+
+    return TensorBoard(directory, progress)
+
 
 def _say(seconds: float, text: str) -> None:
     print(f"{seconds:7.1f} s  {printable(text)}", file=sys.stderr, flush=True)
-
-
-def _told(steps: Iterable[T], label: str, total: int | None) -> Iterator[T]:
-    """Yield from `steps`, and say every half minute how many are done."""
-    started = said = time.monotonic()
-    for done, step in enumerate(steps):
-        now = time.monotonic()
-        if now - said >= _REST:
-            said = now
-            _say(now - started, f"{label}: {done}{'' if total is None else f' of {total}'}")
-        yield step

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -193,18 +193,13 @@ class Trainer:
                 torch.manual_seed(draws(f"noise {at}, {self._accelerator.process_index}").initial_seed())
                 self._step(steps, view(self._on_device(inputs.take(index)), draws(f"view {at}")), at - 1, total)
                 ends = at % per_epoch == 0 or at == total
-                wrong = ""
-                if (ends or at % _CHECKED == 0) and not self._is_finite(steps):
-                    wrong = "loss"
-                elif ends and not self._keep(steps, history, at, checkpoints, stage):
-                    wrong = "held-out loss"
-                if wrong:
-                    history.stopped = f"the {wrong} was no longer finite after {at} steps"
-                    if not history.best:
-                        raise DivergedError(
-                            f"Training diverged: the {wrong} is not finite after {at} steps. Try a tenth of the rate "
-                            f"(lr={schedule.rate / 10:g}), and look for samples that are not finite."
-                        )
+                if ends or at % _CHECKED == 0:
+                    told = {"loss": self._mean_loss(steps), "rate": schedule.rate_at(at - 1, total)}
+                    if ends and math.isfinite(told["loss"]):
+                        told["held-out loss"] = self._keep(steps, history, at, checkpoints, stage)
+                    if self._accelerator.is_main_process:
+                        progress.numbers(stage, at, told)
+                    self._check(told, history, at, schedule)
                 if history.stopped:
                     break
         return history
@@ -250,7 +245,7 @@ class Trainer:
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate_at(at, total)
         optimizer.zero_grad()
-        parts = self._shares(batch, schedule.parts)
+        parts, losses = self._shares(batch, schedule.parts), []
         for number, (part, share) in enumerate(parts, start=1):
             last = number == len(parts)
             with contextlib.nullcontext() if last else self._accelerator.no_sync(steps.module):
@@ -259,29 +254,44 @@ class Trainer:
                 with self._precise():
                     loss = share * self._lesson.loss(steps.module(self._own(part)), wanted, part)
                 self._accelerator.backward(loss)
-            steps.losses.append(loss.detach())
+            losses.append(loss.detach())
+        steps.losses.append(losses)
         if schedule.clip is not None:
             self._accelerator.clip_grad_norm_(steps.parameters, schedule.clip)
         optimizer.step()
         if steps.averages is not None:
             steps.averages.follow(at)
 
-    def _is_finite(self, steps: _Steps) -> bool:
-        """Whether the losses since this was last asked are finite in all processes, which stop together."""
-        found = self._accelerator.reduce(torch.stack(steps.losses).sum(), "sum")
-        steps.losses.clear()
-        return math.isfinite(float(found))
+    @staticmethod
+    def _check(told: Mapping[str, float], history: History, at: int, schedule: Schedule) -> None:
+        """Stop where a loss is not finite."""
+        wrong = [name for name, value in told.items() if not math.isfinite(value)]
+        if wrong:
+            history.stopped = f"the {wrong[0]} was no longer finite after {at} steps"
+        if wrong and not history.best:
+            raise DivergedError(
+                f"Training diverged: the {wrong[0]} is not finite after {at} steps. Try a tenth of the rate "
+                f"(lr={schedule.rate / 10:g}), and look for samples that are not finite."
+            )
 
-    def _keep(self, steps: _Steps, history: History, at: int, checkpoints: Checkpoints, stage: str) -> bool:
+    def _mean_loss(self, steps: _Steps) -> float:
+        """Return the mean over the steps since this was last asked, and over all processes, which stop together."""
+        found = self._accelerator.reduce(
+            torch.stack([torch.stack(parts).sum() for parts in steps.losses]).mean(), "mean"
+        )
+        steps.losses.clear()
+        return float(found)
+
+    def _keep(self, steps: _Steps, history: History, at: int, checkpoints: Checkpoints, stage: str) -> float:
         """Judge an epoch, copy the tensors if it is the best so far, and keep where training is.
 
         Returns:
-            Whether the held-out loss is finite; where it is not nothing is kept.
+            The held-out loss; where it is not finite nothing is kept.
         """
         with steps.averages.in_place() if steps.averages is not None else contextlib.nullcontext():
             loss = self._judge()
             if not math.isfinite(loss):
-                return False
+                return loss
             if history.add(loss):
                 history.best = floating(self._student)
         patience = steps.schedule.patience
@@ -289,7 +299,7 @@ class Trainer:
             history.stopped = f"the held-out loss had not fallen for {patience} epochs"
         if self._accelerator.is_main_process:
             checkpoints.save(stage, *packed(self._student, steps.optimizer, steps.averages, history, at))
-        return True
+        return loss
 
     def _batches(self, inputs: Pool, generator: torch.Generator | None = None) -> list[Index]:
         return inputs.batches(self._batch_size, generator, takes=self._student.takes, fewest=self._fewest)
@@ -336,7 +346,7 @@ class _Steps:
     module: nn.Module
     optimizer: Any
     averages: Averages | None
-    losses: list[torch.Tensor] = field(default_factory=list)  # that have not been looked at
+    losses: list[list[torch.Tensor]] = field(default_factory=list)  # of steps and their parts, not looked at yet
 
 
 class _Module(nn.Module):

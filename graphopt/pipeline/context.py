@@ -30,6 +30,9 @@ class Progress(Protocol):
     def track(self, steps: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
         """Yield from `steps`, reporting each."""
 
+    def numbers(self, label: str, step: int, values: Mapping[str, float]) -> None:
+        """Show what the loop of a label has computed after so many steps: its loss."""
+
 
 class NoProgress:
     """Progress that shows nothing."""
@@ -37,6 +40,9 @@ class NoProgress:
     def track(self, steps: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
         """Yield from `steps`."""
         yield from steps
+
+    def numbers(self, label: str, step: int, values: Mapping[str, float]) -> None:
+        """Show nothing."""
 
 
 @dataclass(eq=False)

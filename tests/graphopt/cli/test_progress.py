@@ -35,3 +35,10 @@ def test_a_long_loop_says_now_and_then_how_far_it_is_where_no_terminal_shows_a_b
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     assert list(progress.TerminalProgress().track(range(5), "calibrating")) == [0, 1, 2, 3, 4]
     assert capsys.readouterr().err.splitlines() == ["   40.0 s  calibrating: 1 of 5", "   80.0 s  calibrating: 3 of 5"]
+    shown = progress.TerminalProgress()
+    for step in shown.track(range(4), "training"):
+        shown.numbers("training", step, {"loss": 1 / (step + 1)})
+    assert capsys.readouterr().err.splitlines() == [
+        "   40.0 s  training: 1 of 4, loss 1",
+        "   80.0 s  training: 3 of 4, loss 0.333",
+    ]
