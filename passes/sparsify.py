@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -23,6 +23,7 @@ from graphopt.ir.program import Program
 from graphopt.ir.zeros import held_zeros
 from graphopt.passes.layers.directions import Purpose, directions
 from graphopt.passes.layers.sparse_weights import find_sites, named, with_weights
+from graphopt.pipeline.checkpoints import PartCheckpoints
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.globs import check_globs
 from graphopt.pipeline.options import build
@@ -178,7 +179,8 @@ class Sparsify(Pass[SparsifyOptions, SparsifyPlan]):
             program = with_weights(program, weights, self.name, sparse=weights)
             if step < self.options.steps:
                 recover = _recover(self.options.epochs)
-                learned = recover.plan(program, ctx)
+                part = PartCheckpoints(ctx.checkpoints, f"step {step}")
+                learned = recover.plan(program, replace(ctx, checkpoints=part))
                 program = recover.apply(program, learned.on(program.device)) if learned.sites else program
         return program, unknown
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -31,3 +32,24 @@ class NoCheckpoints:
 
     def save(self, stage: str, content: Mapping[str, Json], tensors: Mapping[str, torch.Tensor]) -> None:
         """Do nothing."""
+
+
+@dataclass(frozen=True)
+class PartCheckpoints:
+    """Those of one part of a step, whose stages are called as those of others.
+
+    Attributes:
+        checkpoints: of the whole step.
+        part: its name.
+    """
+
+    checkpoints: Checkpoints
+    part: str
+
+    def load(self, stage: str) -> State | None:
+        """Return the state of a stage of this part."""
+        return self.checkpoints.load(f"{self.part}: {stage}")
+
+    def save(self, stage: str, content: Mapping[str, Json], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep the state of a stage of this part."""
+        self.checkpoints.save(f"{self.part}: {stage}", content, tensors)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from graphopt.data.batches import Batch
 from graphopt.distillation.history import History
 from graphopt.distillation.loop import Precision, Schedule, Trainer
 from graphopt.distillation.pool import Pool
+from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
 from graphopt.pipeline.checkpoints import Checkpoints
 from graphopt.pipeline.context import Context, NoProgress, Progress
@@ -38,6 +39,19 @@ class Numbers:
 
     def judged(self, outputs: Sequence[Tensor], wanted: Any, batch: Batch) -> Tensor:
         return mse_loss(outputs[0], batch[1])
+
+
+class Kept:
+    """Checkpoints in memory."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, Any] = {}
+
+    def load(self, stage: str) -> Any:
+        return self.held.get(stage)
+
+    def save(self, stage: str, content: Mapping[str, Json], tensors: Mapping[str, Tensor]) -> None:
+        self.held[stage] = content, tensors
 
 
 def student(dropout: float = 0.0) -> Program:

@@ -6,7 +6,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from graphopt.data.batches import Batch
 from graphopt.distillation.loop import DivergedError, Schedule
 from graphopt.distillation.optimizer import RelativeAdamW
-from graphopt.ir.plain_data import Json
 from graphopt.pipeline.context import NoProgress
-from tests.graphopt.distillation.small_lesson import Numbers, fit, student
+from tests.graphopt.distillation.small_lesson import Kept, Numbers, fit, student
 
 SHORT = Schedule(epochs=3, rate=0.01)
 
@@ -76,19 +75,6 @@ def test_two_processes_make_the_same_steps_as_one(tmp_path: Path) -> None:
         assert found.keys() == alone.keys()
         for name, tensor in alone.items():
             torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
-
-
-class Kept:
-    """Checkpoints in memory."""
-
-    def __init__(self) -> None:
-        self.held: dict[str, Any] = {}
-
-    def load(self, stage: str) -> Any:
-        return self.held.get(stage)
-
-    def save(self, stage: str, content: Mapping[str, Json], tensors: Mapping[str, Tensor]) -> None:
-        self.held[stage] = content, tensors
 
 
 class Killed(NoProgress):
