@@ -68,20 +68,20 @@ def distill_program(
         DataError: samples or labels are missing, or do not fit.
         PassError: training diverged, or there is nothing to learn.
     """
-    apart = bool(data.others) and bool(teachers)
+    apart = plan.apart(len(teachers), given=bool(data.others))
     found = prepare(
         plan,
         student,
         teachers,
         ctx.generator("distill/adapters"),
         labelled=data.labelled,
-        apart=[apart] * len(teachers),
+        apart=apart,
     )
     ctx = ctx.with_data(data)
     training = Pool.read(ctx.need_samples("distill", "to learn from"), plan.samples)
     held = Pool.read(ctx.need_held_out("distill"), None)
     column = _label_column(found, student, (training, held))
-    views = _views(plan, student, column, apart=apart)
+    views = _views(plan, student, column, apart=any(apart))
     history, rate = _trained(plan, found, training, held, views, view_of(views, student, column), ctx)
     program = student.copy(share_tensors=False)
     own = program.state_dict()

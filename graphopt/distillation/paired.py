@@ -176,7 +176,7 @@ def pair_for_training(
     """
     plan = DistillPlan.of(plan)
     program = with_new_head(with_data(student, data)[0].evaluated(), plan, seed)
-    opened = open_teachers(teacher, program, program.flat_examples(), teacher_data)
+    opened = open_teachers(teacher, program, program.flat_examples(), plan, teacher_data)
     generator = torch.Generator().manual_seed(seed)
     found = prepare(
         plan,
@@ -184,7 +184,7 @@ def pair_for_training(
         opened,
         generator,
         labelled=plan.needs_labels if labelled is None else labelled and plan.alpha != 1,
-        apart=[teacher_data is not None for _ in opened],
+        apart=plan.apart(len(opened), given=teacher_data is not None),
     )
     return PairedModule(found)
 
@@ -201,18 +201,23 @@ def open_teachers(
     given: GivenTeacher | Sequence[GivenTeacher] | None,
     student: Program,
     inputs: Batch,
+    plan: DistillPlan,
     own: Any = None,
     *,
     trust: bool = False,
     seed: int = 0,
 ) -> list[Teacher]:
-    """Open one teacher or several, where the student is, on some of its inputs or on their own."""
+    """Open one teacher or several, where the student is, on some of its inputs or, as the plan says, on their own."""
     listed: list[Any] = [] if given is None else [given]
     if isinstance(given, list | tuple):
         listed = list(given)
-    names = [spec.name for spec in student.inputs] if own is None else []
-    data = inputs if own is None else own
-    return [Teacher.open(one, data=data, names=names, trust=trust, seed=seed).to(student.device) for one in listed]
+    names = [spec.name for spec in student.inputs]
+    return [
+        Teacher.open(one, data=own if apart else inputs, names=[] if apart else names, trust=trust, seed=seed).to(
+            student.device
+        )
+        for one, apart in zip(listed, plan.apart(len(listed), given=own is not None), strict=True)
+    ]
 
 
 def finish(program: Program | PairedModule) -> Program:

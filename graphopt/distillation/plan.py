@@ -53,11 +53,17 @@ _CLOSED = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class TeacherPlan(pydantic.BaseModel):
-    """How much one of several teachers says, in the order that they are given in."""
+    """How much one of several teachers says, and of what, in the order that they are given in.
+
+    Attributes:
+        weight: of what it says, among them.
+        inputs: whether it takes the student's or its own. auto: its own, where there are data of teachers.
+    """
 
     model_config = _CLOSED
 
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    inputs: Literal["auto", "student", "own"] = "auto"
 
 
 class OutputPlan(pydantic.BaseModel):
@@ -115,7 +121,7 @@ class DistillPlan(pydantic.BaseModel):
         temperature: softens logits.
         alpha: share of the teachers' outputs in the loss, the rest is the labels'; None: 0.5 with labels, 1 without.
         outputs: how outputs are taught; those that are not named are by `auto`.
-        teachers: weights of several teachers, in the order that they are given in; none: all weigh the same.
+        teachers: several teachers, in the order that they are given in; none: all weigh the same.
         pairs: values inside that are taught too.
         features: pairs that are found: "stages" where the spatial size changes, or blocks end; "auto": those, where no
             output of a teacher fits one of the student; "none".
@@ -168,6 +174,22 @@ class DistillPlan(pydantic.BaseModel):
     def needs_labels(self) -> bool:
         """Whether it says something of labels."""
         return self.alpha != 1 and (self.alpha is not None or self.label_loss != "auto" or bool(self.label_output))
+
+    def apart(self, count: int, *, given: bool) -> list[bool]:
+        """Say of so many teachers whether each takes inputs of its own, for which data are given or not.
+
+        Raises:
+            UsageError: the plan is of other teachers, or one is to have inputs of its own, and there are no such data.
+        """
+        if len(self.teachers) not in (0, count):
+            raise UsageError(f"The plan is of {len(self.teachers)} teachers, and {count} were given.")
+        said = [teacher.inputs for teacher in self.teachers] or ["auto"] * count
+        if "own" in said and not given:
+            raise UsageError(
+                f"The plan has teacher {said.index('own')}, counted from 0, take inputs of its own, and there are "
+                "none. Give them, sample by sample as the student's: --teacher-data FILE, or teacher_data=..."
+            )
+        return [given and inputs != "student" for inputs in said]
 
     @property
     def functions(self) -> list[str]:

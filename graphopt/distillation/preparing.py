@@ -49,7 +49,7 @@ def prepare(
     generator: torch.Generator,
     *,
     labelled: bool,
-    apart: Sequence[bool] = (),
+    apart: Sequence[bool],
 ) -> PreparedLesson:
     """Make a lesson of a plan.
 
@@ -65,8 +65,6 @@ def prepare(
         UsageError: the plan names what is not there or cannot be, or nothing teaches.
         DataError: a loss needs labels, and there are none.
     """
-    if len(plan.teachers) not in (0, len(teachers)):
-        raise UsageError(f"The plan has weights for {len(plan.teachers)} teachers, and {len(teachers)} were given.")
     terms, refusals = output_terms(plan, student, teachers, labelled=labelled)
     links, unpaired = links_of(plan, student, teachers, outputs_teach=bool(terms))
     matches, unmatched = matches_of(links, student, teachers)
@@ -113,7 +111,7 @@ def _places(student: Program, teachers: Sequence[Teacher], apart: Sequence[bool]
     places: list[Sequence[int]] = []
     start = own
     for number, teacher in enumerate(teachers):
-        if number < len(apart) and apart[number]:
+        if apart[number]:
             places.append(range(start, start + len(teacher.inputs)))
             start += len(teacher.inputs)
         else:

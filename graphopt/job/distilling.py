@@ -120,7 +120,7 @@ def distill(
     if eval is not None:
         judge_of(eval, found)  # what is wrong with it is said before anything is trained
     samples = samples.on(found.device)
-    teachers = open_teachers(teacher, found, samples.first(2), teacher_data, trust=trust, seed=seed)
+    teachers = open_teachers(teacher, found, samples.first(2), wanted, teacher_data, trust=trust, seed=seed)
     beside = _beside(samples, labels, teacher_data, teachers, found, wanted)
     ctx = Context(found, seed=seed, progress=progress)
     kept = _checkpoints(found, teachers, beside, wanted, seed) if cache else None
@@ -138,7 +138,8 @@ def distill(
         cache=cache,
     )
     outcome = job.run(pipeline, hooks=hooks, check=check)
-    outcome.report.notes += _notes(taught, found, teachers, job, apart=teacher_data is not None)
+    apart = wanted.apart(len(teachers), given=bool(beside.others))
+    outcome.report.notes += _notes(taught, found, teachers, job, apart)
     result = job.deliver(outcome, bench=bench)
     result.distillation = taught.record
     return result
@@ -181,12 +182,15 @@ def _beside(
     plan: DistillPlan,
 ) -> Beside:
     """Put labels and the inputs of teachers beside the samples."""
-    for teacher in teachers if teacher_data is None else ():
-        check_inputs(teacher, student.inputs, "the student")
     others = []
-    for teacher in teachers if teacher_data is not None else ():
-        names = [spec.name for spec in teacher.inputs]
-        others.append(Samples.open(teacher_data, names).check(teacher.inputs).on(student.device))
+    for teacher, apart in zip(teachers, plan.apart(len(teachers), given=teacher_data is not None), strict=True):
+        if apart:
+            names = [spec.name for spec in teacher.inputs]
+            others.append(Samples.open(teacher_data, names).check(teacher.inputs).on(student.device))
+        else:
+            check_inputs(teacher, student.inputs, "the student")
+    if teacher_data is not None and not others:
+        raise UsageError("There are data of teachers, and no teacher takes them. Leave them out: --teacher-data.")
     given = _labels(labels)
     own = next(iter(samples.labelled_batches(2)))[1] is not None
     labelled = (given is not None or own) and (plan.alpha != 1 or plan.needs_labels)
@@ -246,8 +250,10 @@ def _answering(teacher: Teacher, student: Program) -> Callable[[Batch], Batch] |
     return call
 
 
-def _notes(taught: Distilled, student: Program, teachers: Sequence[Teacher], job: Job, *, apart: bool) -> list[str]:
-    """Say who taught, and how the student and its teachers were judged before."""
+def _notes(
+    taught: Distilled, student: Program, teachers: Sequence[Teacher], job: Job, apart: Sequence[bool]
+) -> list[str]:
+    """Say who taught, and how the student was judged before, and the teachers that take the same."""
     losses = taught.record["held_out_losses"]
     assert isinstance(losses, list)
     said = f"held-out loss {losses[0]:.4g}, then at its lowest {min(losses):.4g}" if losses else ""
@@ -255,8 +261,8 @@ def _notes(taught: Distilled, student: Program, teachers: Sequence[Teacher], job
     notes += [f"distill: {refusal.site}: {refusal.reason}" for refusal in taught.refusals]
     if job.metric is not None:
         scores = [f"the student had {job.metric(student.to(job.original.device)):.2f} before"]
-        for teacher in () if apart else teachers:
-            answer = _answering(teacher, student)
+        for teacher, own in zip(teachers, apart, strict=True):
+            answer = None if own else _answering(teacher, student)
             if answer is not None:
                 scores.append(f"{teacher.name} has {job.metric(as_model(answer, student)):.2f}")
         notes.append(f"distill: of {job.metric.name} {', '.join(scores)}")

@@ -246,7 +246,7 @@ BAD: dict[str, tuple[dict[str, Any], type[GraphOptError], str]] = {
         UsageError,
         "a pair by teacher 1, and there are 1, counted from 0",
     ),
-    "weights": ({"teachers": [{}, {}]}, UsageError, "weights for 2 teachers, and 1 were given"),
+    "weights": ({"teachers": [{}, {}]}, UsageError, "The plan is of 2 teachers, and 1 were given"),
     "an output": ({"outputs": [{"student": "logits"}]}, UsageError, "no output `logits`. It has output"),
     "a channel": (
         {"pairs": [{"student": "stem", "teacher": "layer1", "channels": [8]}]},
@@ -348,6 +348,20 @@ def test_a_teacher_that_takes_something_else_is_refused_and_given_its_own(studen
     assert float(paired(IMAGES, teacher_inputs=(signals,)).loss.detach()) > 0
     with pytest.raises(DataError, match=r"the student gives \[64, 5\] for this batch, and what teaches it \[8, 5\]"):
         paired(IMAGES, teacher_inputs=(signals[:8],))
+
+
+def test_of_several_teachers_some_take_inputs_of_their_own(teacher: Program, student: Program) -> None:
+    flat = capture(nn.Sequential(nn.Linear(4, 5)), torch.randn(2, 4))
+    signals = torch.randn(64, 4)
+    plan = {"teachers": [{"inputs": "student"}, {}]}
+    paired = pair_for_training(student, [teacher, flat], plan, teacher_data=signals[:2])
+    alone = [
+        pair_for_training(student, teacher)(IMAGES).loss,
+        pair_for_training(student, flat, teacher_data=signals[:2])(IMAGES, teacher_inputs=(signals,)).loss,
+    ]
+    torch.testing.assert_close(paired(IMAGES, teacher_inputs=(signals,)).loss, torch.stack(alone).mean())
+    with pytest.raises(UsageError, match="The plan has teacher 1, counted from 0, take inputs of its own, and there"):
+        pair_for_training(student, [teacher, flat], {"teachers": [{}, {"inputs": "own"}]})
 
 
 def test_nothing_to_learn_from_is_an_error(student: Program) -> None:

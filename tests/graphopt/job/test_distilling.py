@@ -162,6 +162,11 @@ def test_a_teacher_of_other_inputs_gets_its_own_samples(labels: Tensor) -> None:
     losses = result.distillation["held_out_losses"]
     assert isinstance(losses, list)
     assert min(losses) < losses[0]
+    plan = {"teachers": [{"inputs": "own"}, {"inputs": "student"}]}
+    both = distilled([paired, slim().eval()], plan, teacher_data=signals)
+    assert both.distillation["outputs"] == {"output by Sequential": 0.5, "output by Slim": 0.5}
+    with pytest.raises(UsageError, match="There are data of teachers, and no teacher takes them"):
+        distilled(slim().eval(), {"teachers": [{"inputs": "student"}]}, teacher_data=signals)
     with pytest.raises(DataError, match="The teacher's data does not go with the student's: from sample 256 on"):
         distilled(paired, teacher_data=signals[:256])
 
