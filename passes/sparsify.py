@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -21,15 +21,13 @@ from graphopt.ir.finite import all_finite
 from graphopt.ir.graph import tensor_attribute
 from graphopt.ir.program import Program
 from graphopt.ir.zeros import held_zeros
+from graphopt.passes.between_steps import recovered
 from graphopt.passes.layers.directions import Purpose, directions
 from graphopt.passes.layers.sparse_weights import find_sites, named, with_weights
-from graphopt.pipeline.checkpoints import PartCheckpoints
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.globs import check_globs
-from graphopt.pipeline.options import build
 from graphopt.pipeline.pass_base import Pass
 from graphopt.pipeline.plan import Plan, Refusal
-from graphopt.pipeline.registry import PassRegistry
 from graphopt.statistics.calibration import no_batch
 
 logger = logging.getLogger(__name__)
@@ -178,10 +176,7 @@ class Sparsify(Pass[SparsifyOptions, SparsifyPlan]):
             weights = {name: tensor_attribute(gm, name).detach() * kept for name, kept in masks.items()}
             program = with_weights(program, weights, self.name, sparse=weights)
             if step < self.options.steps:
-                recover = _recover(self.options.epochs)
-                part = PartCheckpoints(ctx.checkpoints, f"step {step}")
-                learned = recover.plan(program, replace(ctx, checkpoints=part))
-                program = recover.apply(program, learned.on(program.device)) if learned.sites else program
+                program, _ = recovered(program, self.options.epochs, ctx, step)
         return program, unknown
 
     def _scores(self, program: Program, names: Sequence[str], ctx: Context) -> dict[str, Tensor]:
@@ -222,11 +217,6 @@ def _largest(scores: Sequence[Tensor], ratio: float) -> list[Tensor]:
     kept[every.sort(stable=True).indices[: round(ratio * len(every))]] = False
     parts = torch.split(kept, [score.numel() for score in scores])
     return [part.reshape(score.shape) for part, score in zip(parts, scores, strict=True)]
-
-
-def _recover(epochs: int) -> Pass[Any, Any]:
-    kind = PassRegistry().pass_class("recover")
-    return kind(build("recover", kind.options_type, {"epochs": epochs}))
 
 
 def _why_not(weight: Tensor) -> str:

@@ -34,6 +34,7 @@ class Allocation:
         multiples: by axis what counts are rounded up to.
         least: keep at least so many of every group.
         left: by axis how many are left, where some have gone already.
+        returns: whether a target may give back what has gone already.
     """
 
     groups: Sequence[Group]
@@ -42,6 +43,11 @@ class Allocation:
     multiples: Mapping[int, int] = field(default_factory=dict)
     least: int = 1
     left: Mapping[int, int] = field(default_factory=dict)
+    returns: bool = True
+
+    def most(self, group: Group) -> int:
+        """Return how many indices a group may have."""
+        return group.size if self.returns else self.left.get(group.axis, group.size)
 
     def counts(self, level: Level, scores: Mapping[int, torch.Tensor], part: Fraction = Fraction(1)) -> Counts:
         """Return how many indices each group that has scores keeps.

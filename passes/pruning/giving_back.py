@@ -60,8 +60,8 @@ def _multiples(counts: Counts, allocation: Allocation, worths: Mapping[int, torc
         if group.axis not in counts or group.axis in allocation.ratios:
             continue
         multiple, count = allocation.multiples.get(group.axis, 1), counts[group.axis]
-        while count < group.size:
-            larger = min(multiple * (count // multiple + 1), group.size)
+        while count < allocation.most(group):
+            larger = min(multiple * (count // multiple + 1), allocation.most(group))
             steps.append((float(worths[group.axis][count:larger].mean()), _Multiple(group.axis, larger)))
             count = larger
     return [step for _, step in sorted(steps, key=lambda scored: -scored[0])]

@@ -41,6 +41,7 @@ class PruneOptions:
     min_channels: keep at least so many of every group.
     kinds: which kinds of axis may go.
     steps: remove in so many rounds, and rank what is left anew after each.
+    epochs: with data, `recover` for so many in between; none: nothing is trained.
     guard: alignment trusts round_to to keep the runtime fast; measure times each class of groups in the target's
         runtime and leaves whole what does not pay.
     compensate: with data, refit the layers behind what is removed, so that the model works before any training.
@@ -61,12 +62,13 @@ class PruneOptions:
     min_channels: Annotated[int, Field(ge=1)] = 2
     kinds: tuple[GroupKind, ...] = ("channels", "hidden", "heads", "head_dim", "width")
     steps: Annotated[int, Field(ge=1, le=100)] = 1
+    epochs: Annotated[int, Field(ge=1)] | None = None
     guard: Literal["alignment", "measure"] = "alignment"
     compensate: bool = True
     samples: Annotated[int, Field(ge=FEWEST)] = 1024
 
     def __post_init__(self) -> None:
-        """Refuse a ratio beside a target, a loss that nothing follows, and overrides that are none."""
+        """Refuse a ratio beside a target, a loss nothing follows, training of no round, overrides that are none."""
         limits = self.budget.limits
         if limits and self.ratio != DEFAULT_RATIO:
             name = next(iter(limits))
@@ -76,6 +78,12 @@ class PruneOptions:
                 raise ValueError("`loss` is no module:function, as in loss=my_losses:smooth")
             if self.criterion not in _WITH_LOSS:
                 raise ValueError(f"criterion={self.criterion} follows no `loss`; {' and '.join(_WITH_LOSS)} do")
+        if self.epochs is not None and self.steps == 1:
+            raise ValueError("steps=1 has nothing in between: `epochs` are of the recoveries there")
+        if self.epochs is not None and self.guard == "measure":
+            raise ValueError(
+                "guard=measure leaves groups whole in the last step, and `epochs` train without them before"
+            )
         self.overrides  # noqa: B018 - reading it checks it
 
     @property

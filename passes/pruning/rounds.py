@@ -1,8 +1,9 @@
 """Deciding what goes: rank, allocate, remove, refit, and again for as many rounds as asked.
 
 In round k of n a share k/n of the removal is carried out, and what is left is ranked anew on the program as it is by
-then, refitted where there is data. Where a target leaves room, a round gives back what an earlier one removed. Indices
-are those of the original throughout, so the rounds make one plan, and applying it is one removal.
+then, refitted where there is data. Where a target leaves room, a round gives back what an earlier one removed, unless
+what was left has been trained since. Indices are those of the original throughout, so the rounds make one plan, and
+applying it is one removal.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from graphopt.axes.rewrite import remove
 from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
 from graphopt.measure.budget import Guard, Meter
+from graphopt.passes.between_steps import recovered
 from graphopt.passes.pruning.alignment import multiples
 from graphopt.passes.pruning.allocation import Allocation, Counts
 from graphopt.passes.pruning.choice import Choice
@@ -30,6 +32,7 @@ from graphopt.passes.pruning.ranking import Ranking
 from graphopt.passes.pruning.reconstruction import reconstruct, with_tensors
 from graphopt.passes.pruning.search import Trials, least_removal
 from graphopt.passes.pruning.standing import Standing
+from graphopt.passes.pruning.trained import Trained, differing
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.options import exact
 from graphopt.pipeline.plan import Refusal
@@ -82,6 +85,7 @@ class _Rounds:
         self._meter = Meter(ctx.original, ctx.need_timer("prune") if "latency" in self._wanted else None)
         self._left: dict[str, float] = {}  # of the original, by unit that is limited
         self._found = Decision()
+        self._trained: Trained | None = None
         self._reasons: dict[int, tuple[str, str]] = {}  # by axis: why it is left whole, and how that is counted
 
     def run(self) -> Decision:
@@ -96,6 +100,8 @@ class _Rounds:
                 ranking, counts = self._guarded(ranking, counts)
             self._found.kept = ranking.kept(counts)
             self._found.fitted, quality = self._fit()
+            if self._options.epochs is not None:
+                self._train(step, last=step == steps)
         assert ranking is not None
         self._found.measured.update({f"{name} left": share for name, share in self._left.items()})
         if self._meter.timed:
@@ -109,7 +115,9 @@ class _Rounds:
     def _scores(self) -> dict[int, torch.Tensor]:
         """Score every group on the program as it is now."""
         program = self._program
-        if self._found.kept:
+        if self._trained is not None:
+            program = self._trained.program
+        elif self._found.kept:
             program = with_tensors(self._pruned(), self._found.fitted.tensors, "prune")
         standing = Standing(program, self._axes, self._found.kept, self._ctx, self._options.samples)
         scores, reasons = rank(self._options.criterion, standing, self._groups)
@@ -142,6 +150,7 @@ class _Rounds:
             else dict.fromkeys((group.axis for group in groups), alignment),
             least=self._options.min_channels,
             left={axis: len(kept) for axis, kept in self._found.kept.items()},
+            returns=self._trained is None,
         )
 
     def _guarded(self, ranking: Ranking, counts: Counts) -> tuple[Ranking, Counts]:
@@ -167,7 +176,28 @@ class _Rounds:
         if self._ctx.samples is None:
             return Compensation(refusals=[Refusal("compensation", "not compensated: there is no data")]), {}
         limit = self._options.samples
-        return reconstruct(self._program, self._pruned, self._axes, self._found.kept, self._ctx, limit, "prune")
+        if self._trained is None:
+            return reconstruct(self._program, self._pruned, self._axes, self._found.kept, self._ctx, limit, "prune")
+        axes, kept = self._trained.own(self._found.kept)
+        if not kept:
+            return Compensation(), {}
+        before, pruned = self._trained.program, self._trained.without(self._found.kept)
+        return reconstruct(before, pruned, axes, kept, self._ctx, limit, "prune")
+
+    def _train(self, step: int, *, last: bool) -> None:
+        """Train what is left, but after the last round, whose tensors then are those of what was trained."""
+        kept, fitted = dict(self._found.kept), self._found.fitted
+        if not kept:
+            return
+        pruned = self._pruned if self._trained is None else self._trained.without(kept)
+        program = with_tensors(pruned(), fitted.tensors, "prune")
+        if last:
+            fitted.tensors = differing(program, self._pruned())
+            return
+        assert self._options.epochs is not None
+        program, plan = recovered(program, self._options.epochs, self._ctx, step)
+        self._found.measured[f"recovery after step {step}"] = dict(plan.measured)
+        self._trained = Trained(program, self._axes, kept)
 
     def _pruned(self) -> Program:
         gm = remove(self._program.graph_module, self._axes, self._found.kept, "prune")

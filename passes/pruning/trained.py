@@ -1,0 +1,58 @@
+"""Training between two rounds of removal: what is left learns from the unoptimised program, and loses more then.
+
+    remove, refit, train (`recover`), remove from what was trained, refit, ..
+
+Indices are those of the original throughout; here they become those of a program that has lost some already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from graphopt.axes.infer import Axes, infer
+from graphopt.axes.rewrite import remove
+from graphopt.ir.program import Program
+
+Kept = Mapping[int, Sequence[int]]  # by axis the indices that stay, where some go
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A program that lost indices and was trained.
+
+    Attributes:
+        program: it.
+        axes: of the original.
+        kept: the original's indices that it has, by axes of the original.
+    """
+
+    program: Program
+    axes: Axes
+    kept: Kept
+
+    def own(self, kept: Kept) -> tuple[Axes, dict[int, list[int]]]:
+        """Return its axes, and which indices of them are the original's `kept`, where it has more than these."""
+        axes = infer(self.program.graph_module)
+        named = {group.name: group.axis for group in axes.groups()}
+        found = {}
+        for group in self.axes.groups():
+            wanted = kept.get(group.axis)
+            present = self.kept.get(group.axis, range(group.size))
+            if wanted is not None and len(wanted) < len(present):
+                place = {index: at for at, index in enumerate(present)}
+                found[named[group.name]] = [place[index] for index in wanted]
+        return axes, found
+
+    def without(self, kept: Kept) -> Callable[[], Program]:
+        """Return what makes the program that has but these of the original's indices."""
+        axes, own = self.own(kept)
+        return lambda: self.program.with_graph(remove(self.program.graph_module, axes, own, "prune"))
+
+
+def differing(program: Program, other: Program) -> dict[str, torch.Tensor]:
+    """Return the tensors of `program` that are not those of `other`, which has the same names."""
+    own, theirs = program.state_dict(), other.state_dict()
+    return {name: tensor.detach() for name, tensor in own.items() if not torch.equal(tensor, theirs[name])}
