@@ -79,6 +79,19 @@ class Change:
         return ", ".join(parts) or "none"
 
 
+@dataclass(frozen=True)
+class Classifier:
+    """A head on a value: the mean over its places, and a Linear.
+
+    Attributes:
+        axis: of the channels.
+        channels: how many there are, and of how many classes the head is.
+    """
+
+    axis: int
+    channels: tuple[int, int]
+
+
 class MismatchError(Exception):
     """Two values that nothing makes comparable; the text says why."""
 
@@ -118,10 +131,16 @@ def change(student: Shape, teacher: Shape, agreement: Agreement) -> Change:
     return Change(teacher.axis, order, places, channels)
 
 
-def insert_adapter(editor: Editor, node: fx.Node, wanted: Change, number: int, generator: torch.Generator) -> fx.Node:
-    """Insert an adapter on a value at the graph's insertion point; return what it gives."""
+def insert_adapter(
+    editor: Editor, node: fx.Node, wanted: Change | Classifier, number: int, generator: torch.Generator
+) -> fx.Node:
+    """Insert an adapter or a head on a value at the graph's insertion point; return what it gives."""
     site = f"{PREFIX}.{number}"
     found = node
+    if isinstance(wanted, Classifier):
+        places = [axis for axis in range(1, node.meta["val"].dim()) if axis != wanted.axis]
+        found = editor.call(_ATEN.mean.dim, node, places, like=node, site=site) if places else node
+        return _layer(editor, found, wanted.channels, site, generator, last=True)
     if wanted.order:
         found = editor.call(_ATEN.permute.default, found, list(wanted.order), like=node, site=site)
     grows = bool(wanted.places) and math.prod(wanted.places) > math.prod(found.meta["val"].shape[2:])

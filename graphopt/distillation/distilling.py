@@ -161,7 +161,7 @@ def _counted(lesson: Teaching, held: Pool, view: View) -> tuple[Teaching, Pool, 
 
     density = term.loss.density([bucket[term.column] for bucket in held.buckets])
     held = Pool(tuple((*bucket, density) for bucket in held.buckets))
-    return replace(lesson, labels=replace(term, counted=True)), held, counting
+    return lesson.relabelled(lambda one: replace(one, counted=True)), held, counting
 
 
 def _check_start(loss: float, count: int, *, labelled: bool) -> None:
@@ -198,6 +198,7 @@ def _label_column(found: PreparedLesson, student: Program, pools: Sequence[Pool]
         if not loss.density(parts):
             raise DataError(f"Of the samples to {pool} none has a label: all are -100, and left out. Give others.")
     found.lesson.labels = replace(term, loss=loss)
+    found.lesson.heads = [replace(head, loss=replace(head.loss, name="cross_entropy")) for head in found.lesson.heads]
     return LabelColumn(term.column, classes, axis, axes)
 
 

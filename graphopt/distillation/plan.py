@@ -27,6 +27,7 @@ from graphopt.errors import UsageError, cut, first_line, first_problem, printabl
 from graphopt.files import read_file
 
 _LARGEST_FILE = 1 << 20  # bytes
+_ALPHA = 0.5  # with labels, where a plan does not say
 _FUNCTION = r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$"
 
 Function = Annotated[str, Field(pattern=_FUNCTION)]  # of the user's own
@@ -114,6 +115,20 @@ class PairPlan(pydantic.BaseModel):
     by: Annotated[int, Field(ge=0)] | Literal["student"] = 0
 
 
+class HeadPlan(pydantic.BaseModel):
+    """A head on a shallower value of the student, which learns from labels and from the student's own output.
+
+    Attributes:
+        student: the address of the value; each that a glob matches gets its own.
+        weight: of what it learns beside outputs and labels, of which `alpha` is the share of the student's output.
+    """
+
+    model_config = _CLOSED
+
+    student: str
+    weight: Weight = 1.0
+
+
 class DistillPlan(pydantic.BaseModel):
     """What a student learns, and how.
 
@@ -123,6 +138,7 @@ class DistillPlan(pydantic.BaseModel):
         outputs: how outputs are taught; those that are not named are by `auto`.
         teachers: several teachers, in the order that they are given in; none: all weigh the same.
         pairs: values inside that are taught too.
+        heads: heads on shallower values of the student, dropped after training.
         features: pairs that are found: "stages" where the spatial size changes, or blocks end; "auto": those, where no
             output of a teacher fits one of the student; "none".
         feature_loss: of pairs that are found.
@@ -152,6 +168,7 @@ class DistillPlan(pydantic.BaseModel):
     outputs: tuple[OutputPlan, ...] = ()
     teachers: tuple[TeacherPlan, ...] = ()
     pairs: tuple[PairPlan, ...] = ()
+    heads: tuple[HeadPlan, ...] = ()
     features: Literal["auto", "stages", "none"] = "auto"
     feature_loss: PairLoss | Function = "auto"
     feature_weight: Weight = 1.0
@@ -174,6 +191,10 @@ class DistillPlan(pydantic.BaseModel):
     def needs_labels(self) -> bool:
         """Whether it says something of labels."""
         return self.alpha != 1 and (self.alpha is not None or self.label_loss != "auto" or bool(self.label_output))
+
+    def share_of_teachers(self, *, labelled: bool) -> float:
+        """Return the share of teachers' outputs in the loss, with labels or without."""
+        return self.alpha if self.alpha is not None else (_ALPHA if labelled else 1.0)
 
     def apart(self, count: int, *, given: bool) -> list[bool]:
         """Say of so many teachers whether each takes inputs of its own, for which data are given or not.
@@ -253,6 +274,7 @@ def _problem(err: pydantic.ValidationError) -> str:
         tables: dict[str, type[pydantic.BaseModel]] = {
             "outputs": OutputPlan,
             "pairs": PairPlan,
+            "heads": HeadPlan,
             "teachers": TeacherPlan,
         }
         known = tables.get(str(place[0]), DistillPlan) if len(place) > 1 else DistillPlan

@@ -7,14 +7,15 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from graphopt.distillation.adapters import Change
+from graphopt.distillation.adapters import Change, Classifier
 from graphopt.distillation.links import links_of
 from graphopt.distillation.matching import Match, matches_of
 from graphopt.distillation.named_losses import pair_loss
 from graphopt.distillation.plan import DistillPlan
 from graphopt.distillation.readings import Reading, adapted, opened
+from graphopt.distillation.shallow_heads import ShallowHead, head_terms, shallow_heads
 from graphopt.distillation.taps import own_outputs
-from graphopt.distillation.taught_outputs import label_term, output_terms
+from graphopt.distillation.taught_outputs import label_target, label_term, output_terms
 from graphopt.distillation.teachers import Reader, Teacher, check_inputs
 from graphopt.distillation.teaching import Teaching, Term
 from graphopt.errors import UsageError
@@ -70,35 +71,51 @@ def prepare(
     matches, unmatched = matches_of(links, student, teachers)
     own = len(student.inputs) + labelled
     by_labels = label_term(plan, student, labelled=labelled, outputs_teach=bool(terms))
+    target = label_target(plan, student) if plan.heads else None
+    heads = [] if target is None else shallow_heads(plan, student, target)
     if not terms and not matches and by_labels is None:
         raise UsageError(_nothing(teachers, [*refusals, *unpaired, *unmatched]))
     asked = [sorted({term.taught for term in terms if term.by == number}) for number in range(len(teachers))]
+    pairs = _pair_terms(matches, len(own_outputs(student)), asked)
+    first = len(own_outputs(student)) + len(_readings(matches))
+    of_heads = ([], []) if target is None else head_terms(plan, heads, target, first, by_labels)
     lesson = Teaching(
         own,
         [_reader(teacher, asked[number], matches, number) for number, teacher in enumerate(teachers)],
         _places(student, teachers, apart, own),
         [_numbered(term, asked) for term in terms],
-        _pair_terms(matches, len(own_outputs(student)), asked),
+        [*pairs, *of_heads[0]],
         by_labels,
+        of_heads[1],
     )
     said: dict[str, Json] = {
         "outputs": {f"{term.name} by {teachers[term.by].name}": term.weight for term in terms if term.by != "student"},
         "pairs": [str(match) for match in matches],
+        "heads": [head.tap.address for head in heads],
         "labels": by_labels.weight if by_labels else 0.0,
     }
-    training = _training_graph(student, matches, generator).copy(share_tensors=False)
+    training = _training_graph(student, matches, heads, generator).copy(share_tensors=False)
     return PreparedLesson(training, lesson, said, (*refusals, *unpaired, *unmatched))
 
 
-def _training_graph(student: Program, matches: Sequence[Match], generator: torch.Generator) -> Program:
-    """Return the student with a tap for every match, behind its adapter; then one for each of its own values taught."""
-    if not matches:
+def _training_graph(
+    student: Program, matches: Sequence[Match], heads: Sequence[ShallowHead], generator: torch.Generator
+) -> Program:
+    """Return the student with a tap for every reading of its values, behind the adapter, then for every head."""
+    found = [*_readings(matches), *((Reading(head.tap, "values"), head.classifier) for head in heads)]
+    if not found:
         return student
-    deeper = [match for match in matches if match.link.by == "student"]
-    readings = [Reading(match.link.student, match.loss) for match in matches]
-    readings += [Reading(match.link.teacher, match.loss) for match in deeper]
-    changes = [*(match.change for match in matches), *(Change() for _ in deeper)]
+    readings, changes = zip(*found, strict=True)
     return adapted(opened(student, readings), changes, generator)
+
+
+def _readings(matches: Sequence[Match]) -> list[tuple[Reading, Change | Classifier]]:
+    """List what is read of the student, with what stands behind it: each value taught, then those that teach."""
+    deeper = [match for match in matches if match.link.by == "student"]
+    return [
+        *((Reading(match.link.student, match.loss), match.change) for match in matches),
+        *((Reading(match.link.teacher, match.loss), Change()) for match in deeper),
+    ]
 
 
 def _reader(teacher: Teacher, outputs: Sequence[int], matches: Sequence[Match], number: int) -> Reader:
@@ -138,7 +155,7 @@ def _pair_terms(matches: Sequence[Match], own: int, asked: Sequence[Sequence[int
         loss = pair_loss(match.loss, match.channels)
         alike = match.loss in _ALIKE
         terms.append(
-            Term(f"{match.link.student.address} {match.loss}", index, by, taught, loss, match.link.weight, alike)
+            Term(f"pair {match.link.student.address} {match.loss}", index, by, taught, loss, match.link.weight, alike)
         )
     return terms
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from graphopt.distillation.adapters import Change, insert_adapter
+from graphopt.distillation.adapters import Change, Classifier, insert_adapter
 from graphopt.distillation.addresses import Tap
 from graphopt.distillation.attention_taps import read_attention
 from graphopt.distillation.taps import output_values, own_outputs, taps_of, with_taps
@@ -49,7 +49,7 @@ def tapped_nodes(program: Program) -> list[fx.Node]:
     return [nodes[tap.node] for tap in taps_of(program)]
 
 
-def adapted(program: Program, changes: Sequence[Change], generator: torch.Generator) -> Program:
+def adapted(program: Program, changes: Sequence[Change | Classifier], generator: torch.Generator) -> Program:
     """Return an opened program whose taps are behind adapters, one change for each tap."""
 
     def behind(editor: Editor, node: fx.Node, number: int) -> fx.Node:

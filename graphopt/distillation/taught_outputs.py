@@ -16,8 +16,6 @@ from graphopt.errors import DataError, UsageError
 from graphopt.ir.program import Program
 from graphopt.pipeline.plan import Refusal
 
-_ALPHA = 0.5  # with labels, where the plan does not say
-
 
 def output_terms(
     plan: DistillPlan,
@@ -31,7 +29,7 @@ def output_terms(
     Raises:
         UsageError: the plan names an output that is not there, or one that differs from what it is to imitate.
     """
-    alpha = plan.alpha if plan.alpha is not None else (_ALPHA if labelled else 1.0)
+    alpha = plan.share_of_teachers(labelled=labelled)
     named = _named(plan, student)
     targets, refusals = _targets(student, named)
     if not alpha:
@@ -69,19 +67,27 @@ def label_term(plan: DistillPlan, student: Program, *, labelled: bool, outputs_t
             "The plan learns from labels (alpha below 1, label_loss or label_output), and the data has none. Give "
             "them: --labels FILE, or labels=..., or say alpha = 1."
         )
-    weight = 1 - (_ALPHA if plan.alpha is None else plan.alpha)
+    weight = 1 - plan.share_of_teachers(labelled=True)
     if not labelled or not weight:
         return None
-    named = _named(plan, student)
-    targets, _ = _targets(student, named)
+    target = label_target(plan, student)
+    fixed = any(output.student == target.name and output.axis is not None for output in plan.outputs)
+    loss = LabelLoss(plan.label_loss, target, fixed)
+    return LabelTerm("labels", len(student.inputs), loss, weight if outputs_teach else 1.0)
+
+
+def label_target(plan: DistillPlan, student: Program) -> Target:
+    """Return the output that labels are for.
+
+    Raises:
+        UsageError: there is none.
+    """
+    targets, _ = _targets(student, _named(plan, student))
     chosen = [target for target in targets if plan.label_output in ("", target.name)]
     if not chosen:
         known = ", ".join(f"`{target.name}`" for target in targets)
         raise UsageError(f"The student has no output `{plan.label_output}` for the labels. It has {known or 'none'}.")
-    target = chosen[0]
-    fixed = target.name in named and named[target.name].axis is not None
-    loss = LabelLoss(plan.label_loss, target, fixed)
-    return LabelTerm(len(student.inputs), loss, weight if outputs_teach else 1.0)
+    return chosen[0]
 
 
 def _named(plan: DistillPlan, student: Program) -> dict[str, OutputPlan]:

@@ -9,7 +9,7 @@ there is nothing else.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,12 +70,14 @@ class LabelTerm:
     """The loss of one output against the labels.
 
     Attributes:
+        name: what it is called.
         column: of a batch, that holds the labels: behind the student's inputs.
         loss: of the output and its labels.
         weight: of the loss.
         counted: whether the last column says how many labels there are for a sample of the whole batch.
     """
 
+    name: str
     column: int
     loss: LabelLoss
     weight: float
@@ -96,8 +98,9 @@ class Teaching:
         readers: the teachers, as far as they are read.
         places: which columns of a batch each of them takes.
         outputs: the outputs that are taught.
-        pairs: the values inside that are.
-        labels: what the labels say; None without them.
+        pairs: the values inside that are, and the heads on them.
+        labels: what the labels say of an output; None without them.
+        heads: what they say of heads.
         cached: whether the columns hold what the teachers say, not what they take.
     """
 
@@ -107,6 +110,7 @@ class Teaching:
     outputs: Sequence[Term]
     pairs: Sequence[Term]
     labels: LabelTerm | None = None
+    heads: Sequence[LabelTerm] = ()
     cached: bool = False
 
     @property
@@ -134,9 +138,9 @@ class Teaching:
         """Return the weighted parts of the loss by name."""
         found = self._judging(outputs, wanted, batch)
         for term in self.pairs:
-            name, value = f"pair {term.name}", term(outputs, wanted)
+            name, value = term.name, term(outputs, wanted)
             found[name] = found[name] + value if name in found else value
-        return found
+        return found | {head.name: head(outputs, batch) for head in self.heads}
 
     def loss(self, outputs: Sequence[torch.Tensor], wanted: Wanted, batch: Batch) -> torch.Tensor:
         """Return the sum of all terms."""
@@ -153,8 +157,13 @@ class Teaching:
             name, value = f"output {term.name}", term(outputs, wanted)
             found[name] = found[name] + value if name in found else value
         if self.labels is not None:
-            found["labels"] = self.labels(outputs, batch)
+            found[self.labels.name] = self.labels(outputs, batch)
         return found
+
+    def relabelled(self, change: Callable[[LabelTerm], LabelTerm]) -> Teaching:
+        """Return the lesson with other terms of labels."""
+        labels = None if self.labels is None else change(self.labels)
+        return dataclasses.replace(self, labels=labels, heads=[*map(change, self.heads)])
 
     def remembered(self, pools: Sequence[Pool], batch_size: int, device: torch.device) -> tuple[Teaching, list[Pool]]:
         """Ask the teachers once for all samples and keep what they say as columns, if that is not too much to hold.

@@ -141,6 +141,30 @@ def test_terms_are_named_and_weighted_and_adapters_are_trained_and_counted(teach
     assert not any("teacher" in name or "layer1" in name for name in paired.state_dict())
 
 
+def test_heads_on_shallow_values_learn_from_labels_and_from_the_students_own_output(student: Program) -> None:
+    plan = {"alpha": 0.25, "temperature": 2, "heads": [{"student": "stem", "weight": 0.5}, {"student": "*:relu"}]}
+    paired = pair_for_training(student, None, plan)
+    found = paired(IMAGES, labels=LABELS)
+    names = ["stem:conv2d", ":relu#0", ":relu#1", ":relu#2"]
+    assert list(found.losses) == [
+        "labels",
+        *(f"head {name}" for name in names),
+        *(f"labels of head {name}" for name in names),
+    ]
+    weights = paired.state_dict()
+    value = paired.program.graph_module.get_submodule("stem")
+    stem = nn.functional.conv2d(IMAGES, value.weight, value.bias, padding=1).mean((2, 3))
+    head = stem @ weights["student.distill_adapters.0.weight"].T + weights["student.distill_adapters.0.bias"]
+    wanted = found.outputs.detach()
+    divergence = nn.functional.kl_div(
+        (head / 2).log_softmax(1), (wanted / 2).log_softmax(1), reduction="batchmean", log_target=True
+    )
+    torch.testing.assert_close(found.losses["head stem:conv2d"], 0.5 * 0.25 * 4 * divergence)
+    by_labels = 0.5 * 0.75 * nn.functional.cross_entropy(head, LABELS)
+    torch.testing.assert_close(found.losses["labels of head stem:conv2d"], by_labels)
+    assert_same_program(finish(paired), student, compare_tensors=False)
+
+
 def test_a_gather_of_the_teachers_channels_takes_the_place_of_an_adapter(teacher: Program, student: Program) -> None:
     pair = {"student": "stem", "teacher": "layer1", "loss": "values", "channels": [1, 3, 5, 7]}
     paired = pair_for_training(student, teacher, {"pairs": [pair]})
@@ -252,6 +276,11 @@ BAD: dict[str, tuple[dict[str, Any], type[GraphOptError], str]] = {
         {"pairs": [{"student": "stem", "teacher": "layer1", "channels": [8]}]},
         UsageError,
         "channel 8 is asked of the teacher's Nx8x8x8",
+    ),
+    "no head": (
+        {"heads": [{"student": "stemm"}]},
+        UsageError,
+        "Nothing in the program is at `stemm`",
     ),
     "channels": (
         {"pairs": [{"student": "stem", "teacher": "layer1", "channels": [1, 2]}]},

@@ -148,7 +148,8 @@ def test_the_same_seed_gives_the_same_tensors(teacher: nn.Module, labels: Tensor
 
 def test_the_student_teaches_itself_from_its_depths(labels: Tensor) -> None:
     pair = {"student": "stem", "teacher": "down", "by": "student", "loss": "values"}
-    result = distilled(None, {"pairs": [pair]}, labels=labels)
+    result = distilled(None, {"pairs": [pair], "heads": [{"student": "down"}]}, labels=labels)
+    assert result.distillation["heads"] == ["down:conv2d"]
     assert result.distillation["pairs"] == [
         "`stem:conv2d` by `down:conv2d`: values, weight 1, adapter resized to 4x4, 4 to 6 channels"
     ]
