@@ -90,10 +90,8 @@ def distill_program(
     if not history.best:
         reason = f"no epoch was better on {held.count} held-out samples: it is as it was"
         refusals.append(Refusal("student", reason, "no epoch was better"))
-    alone = training.alone(fewest_samples(student))
-    if alone:
-        reason = f"{alone} of {training.count} are each alone in their shape, and BatchNorm has no variance of one"
-        refusals.append(Refusal("samples", f"{reason}: they are left out", "alone in their shape"))
+    if reason := training.left_out(fewest_samples(student)):
+        refusals.append(Refusal("samples", reason))
     if history.stopped:
         refusals.append(Refusal("training", f"it ended early: {history.stopped}", "it ended early"))
     record: dict[str, Json] = {

@@ -72,9 +72,11 @@ class Pool:
             return drawn
         return [drawn[at] for at in torch.randperm(len(drawn), generator=generator)]
 
-    def alone(self, fewest: int) -> int:
-        """Return how many samples are in buckets of fewer than so many."""
-        return sum(count for bucket in self.buckets if (count := batch_count(bucket)) < fewest)
+    def left_out(self, fewest: int) -> str:
+        """Say how many samples are in buckets of fewer than so many, "" where none are."""
+        alone = sum(count for bucket in self.buckets if (count := batch_count(bucket)) < fewest)
+        said = f"alone in their shape, where BatchNorm has no variance: {alone} of {self.count} samples are left out"
+        return said if alone else ""
 
     def take(self, index: Index) -> Batch:
         """Return one batch."""

@@ -24,7 +24,7 @@ from graphopt.distillation.lesson import Imitation
 from graphopt.distillation.loop import DivergedError, Precision, Schedule, Trainer
 from graphopt.distillation.objective import Objective
 from graphopt.distillation.pool import Pool
-from graphopt.distillation.statistics import batch_norms
+from graphopt.distillation.statistics import batch_norms, fewest_samples
 from graphopt.distillation.taps import insert_taps
 from graphopt.distillation.trials import RateTrials
 from graphopt.distillation.weights import floating, overwrite, snapshot
@@ -124,6 +124,8 @@ def recover(
     if lowest <= _AGREED:
         found.left["program"] = "outputs already agree: there is nothing to recover"
         return found
+    if reason := material.training.left_out(fewest_samples(own)):
+        found.left["samples"] = reason
     run = _Run(own, trainer, material, ctx, found, by)
     if "statistics" in stages:
         run.estimate("statistics")

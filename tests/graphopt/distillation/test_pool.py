@@ -47,7 +47,8 @@ def test_batches_of_a_least_size_are_rather_larger_and_leave_out_what_is_alone()
     pool = Pool((*numbers(5).buckets, *numbers(1).buckets))
     assert sizes([pool.take(index) for index in pool.batches(2)]) == [2, 2, 1, 1]
     assert sizes([pool.take(index) for index in pool.batches(2, fewest=2)]) == [3, 2]
-    assert pool.alone(2) == 1
+    assert pool.left_out(2).endswith("1 of 6 samples are left out")
+    assert not pool.left_out(1)
 
 
 def test_a_fixed_size_leaves_the_rest_out() -> None:
