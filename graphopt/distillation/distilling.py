@@ -181,8 +181,9 @@ def _label_column(found: PreparedLesson, student: Program, pools: Sequence[Pool]
     if term is None:
         return None
     labels = [[bucket[term.column] for bucket in pool.buckets] for pool in pools]
-    sizes = output_values(student)[term.loss.target.index].meta["val"].shape
-    axis, axes = term.loss.axis_in(sizes, labels[0][0]), labels[0][0].dim()
+    first = labels[0][0]
+    sizes = (len(first), *output_values(student)[term.loss.target.index].meta["val"].shape[1:])
+    axis, axes = term.loss.axis_in(sizes, first), first.dim()
     classes = None if axis is None else sizes[axis]
     if axis is None or not isinstance(classes, int) or term.loss.name == "mse":
         return LabelColumn(term.column, axes=axes)

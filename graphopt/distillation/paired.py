@@ -1,12 +1,14 @@
 """A student with its teachers as one module, for a training loop of the user's own, and the way back.
 
-paired = graphopt.pair_for_training(student, teacher, plan)
-optimizer = torch.optim.SGD(paired.train().parameters(), lr=0.1)
-for images, labels in loader:
-optimizer.zero_grad()
-paired(images, labels=labels).loss.backward()
-optimizer.step()
-program = graphopt.finish(paired)
+    paired = graphopt.pair_for_training(student, teacher, plan)
+    optimizer = torch.optim.SGD(paired.train().parameters(), lr=0.1)
+    for images, labels in loader:
+        optimizer.zero_grad()
+        paired(images, labels=labels).loss.backward()
+        optimizer.step()
+    program = graphopt.finish(paired)
+
+It is moved and copied as one, too.
 """
 
 from __future__ import annotations
@@ -144,8 +146,9 @@ class PairedModule(nn.Module):
 
 
 def _fits(given: torch.Tensor, kind: torch.dtype) -> bool:
-    casts = torch.is_autocast_enabled(given.device.type) and given.is_floating_point() and kind.is_floating_point
-    return given.dtype == kind or casts
+    if given.dtype == kind or not (given.is_floating_point() or kind.is_floating_point):
+        return True
+    return torch.is_autocast_enabled(given.device.type) and given.is_floating_point() and kind.is_floating_point
 
 
 @one_thread_at_a_time()

@@ -292,6 +292,13 @@ BAD: dict[str, Case] = {
         DataError,
         "There are 640 labels for 320 samples",
     ),
+    "other classes of a fixed batch": (
+        lambda t, y: graphopt.distill(
+            capture(slim(), IMAGES[:2], dynamic_shapes={"x": {0: None}}), t, IMAGES, SHORT, labels=y + 1
+        ),
+        DataError,
+        "The output has 5 classes, and the labels go from 1 to 5",
+    ),
     "other classes": (
         lambda t, y: distilled(t, labels=y + 1),
         DataError,
