@@ -460,10 +460,12 @@ def test_a_second_run_finds_its_own_result_and_goes_on_from_it() -> None:
 def test_random_networks_come_out_no_worse_than_plain(steps: list[Step], seed: int) -> None:
     data = torch.randn(24, 2, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     program = capture(Network(steps, seed).double(), (data[:2],))
-    pass_ = prune(criterion="random")
-    plan = plan_of(pass_, program, data)
+    pass_, ctx = prune(criterion="random"), Context(original=program).with_data(TensorSamples((data,)))
+    assert ctx.held_out is not None
+    plan = pass_.plan(program, ctx)
     after = pass_.apply(program, plan)
     plain = pass_.apply(program, dataclasses.replace(plan, tensors={}))
-    errors = [measure(program, found.call_flat, (data,)).sqnr for found in (after, plain)]
+    (judged,) = ctx.held_out.batches(len(data))
+    errors = [measure(program, found.call_flat, judged).sqnr for found in (after, plain)]
     assert errors[0] >= errors[1] - 1e-9
     pass_.prove(program, after, plan)
