@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from graphopt.data.batches import Batch
+from graphopt.distillation.adversarial import ADVERSARIAL, adversarial
 from graphopt.distillation.augment import LabelColumn, View, channel_axis, view_of
 from graphopt.distillation.beside import Beside
 from graphopt.distillation.history import History
@@ -82,7 +83,8 @@ def distill_program(
     held = Pool.read(ctx.need_held_out("distill"), None)
     column = _label_column(found, student, (training, held))
     views = _views(plan, student, column, apart=any(apart))
-    history, rate = _trained(plan, found, training, held, views, view_of(views, student, column), ctx)
+    view = view_of([name for name in views if name != ADVERSARIAL], student, column)
+    history, rate = _trained(plan, found, training, held, views, view, ctx)
     program = student.copy(share_tensors=False)
     own = program.state_dict()
     overwrite(program, {name: tensor for name, tensor in history.best.items() if name in own})
@@ -125,6 +127,8 @@ def _trained(
             f"The student takes {student.batch_size} samples at a time, and parts = {plan.parts} divides those of a "
             "step. Leave it out, or capture the student with a dynamic batch."
         )
+    if ADVERSARIAL in views:
+        view = adversarial(view, student, lesson)
     lesson, held, view = _counted(lesson, held, view)
     if batch_size < fewest_samples(student):
         raise UsageError(
@@ -208,10 +212,19 @@ def _views(plan: DistillPlan, student: Program, labels: LabelColumn | None, *, a
         UsageError: the plan asks for views of what is no image, or that a teacher would not see.
     """
     named = tuple(dict.fromkeys(name for name in plan.augment if name != "auto"))
-    if named and (len(student.inputs[0].shape) != 4 or apart):
-        why = "a teacher takes inputs of its own" if apart else f"the first input is {student.inputs[0]}"
-        raise UsageError(f'The plan says augment = "{named[0]}", which changes images, and {why}. Say augment = [].')
-    moving = [name for name in named if name != "mixup"]
+    first, of_images = student.inputs[0], [name for name in named if name != ADVERSARIAL]
+    if named and apart:
+        raise UsageError(
+            f'The plan says augment = "{named[0]}", which a teacher of other inputs would not see. Say augment = [].'
+        )
+    if of_images and len(first.shape) != 4:
+        raise UsageError(
+            f'The plan says augment = "{of_images[0]}", which changes images, and the first input is {first}. Say '
+            "augment = []."
+        )
+    if ADVERSARIAL in named and not first.dtype.is_floating_point:
+        raise UsageError(f'The plan says augment = "{ADVERSARIAL}", and {first} has no gradient. Say augment = [].')
+    moving = [name for name in of_images if name != "mixup"]
     if moving and labels is not None and labels.axes > 2:
         raise UsageError(
             f'The plan says augment = "{moving[0]}", which moves what is in images, and labels of {labels.axes} axes '

@@ -48,7 +48,7 @@ PairLoss = Literal[
 Adapter = Literal["auto", "none"]
 FEWEST = 64  # samples that are made up: of fewer, statistics say little
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-ViewName = Literal["auto", "flip", "shift", "mixup", "cutmix"]
+ViewName = Literal["auto", "flip", "shift", "mixup", "cutmix", "adversarial"]
 
 _CLOSED = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -157,8 +157,8 @@ class DistillPlan(pydantic.BaseModel):
         clip: norm that all gradients together, those of adapters among them, are scaled down to; None: as they are.
         average: judge moving averages of the weights, of which a step keeps this share; None: the weights.
         precision: what products are computed in while training, bfloat16 or float32.
-        augment: views of the samples that student and teachers both see. auto: flip and shift where inputs look like
-            images and labels, if any, are class numbers.
+        augment: views of the samples that student and teachers both see: of images, and "adversarial" of any floats.
+            auto: flip and shift where inputs look like images and labels, if any, are class numbers.
     """
 
     model_config = _CLOSED

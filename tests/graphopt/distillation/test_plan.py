@@ -62,7 +62,10 @@ def test_what_the_defaults_need_no_labels_for_and_what_does() -> None:
         ({"pairs": [{"student": "a"}]}, "`pairs.0.teacher`: field required."),
         ({"pairs": [{"student": "a", "teacher": "b", "loss": "hint"}]}, "or a function of yours, `module:function`."),
         ({"epochs": 1.5}, "`epochs`: input should be a valid integer."),
-        ({"augment": ["flop"]}, "`augment.0`: input should be 'auto', 'flip', 'shift', 'mixup' or 'cutmix'."),
+        (
+            {"augment": ["flop"]},
+            "`augment.0`: input should be 'auto', 'flip', 'shift', 'mixup', 'cutmix' or 'adversarial'.",
+        ),
     ],
 )
 def test_bad_values_are_one_sentence(given: dict[str, Any], said: str) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import graphopt
 from graphopt.capturing.capture import capture
 from graphopt.distillation import label_losses, synthesis, teaching
+from graphopt.distillation.adversarial import adversarial
 from graphopt.distillation.augment import LabelColumn, view_of
 from graphopt.distillation.loop import Trainer
 from graphopt.distillation.synthesis import synthesised
@@ -201,6 +202,20 @@ def test_views_are_trained_on(teacher: nn.Module, labels: Tensor) -> None:
     assert result.distillation["views"] == ["flip", "shift", "cutmix"]
 
 
+def test_adversarial_views_are_where_the_student_errs_more_and_leave_its_statistics(teacher: nn.Module) -> None:
+    paired = graphopt.pair_for_training(slim(), teacher, data=IMAGES[:2]).train()
+    before = {name: tensor.clone() for name, tensor in paired.program.state_dict().items()}
+    lesson = paired._prepared.lesson
+    torch.manual_seed(0)  # of its Dropout
+    (moved,) = adversarial(lambda batch, _: batch, paired.program, lesson)((IMAGES,), torch.Generator())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in paired.program.state_dict().items())
+    torch.testing.assert_close((moved - IMAGES).abs().max(), 0.1 * IMAGES.std())
+    paired.eval()
+    assert float(paired(moved).loss.detach()) > 1.01 * float(paired(IMAGES).loss.detach())
+    result = distilled(teacher, {"epochs": 1, "augment": ["adversarial"]}, labels=torch.arange(320) % 5)
+    assert result.distillation["views"] == ["adversarial"]
+
+
 def test_views_leave_labels_alone_that_may_say_where_something_is(teacher: nn.Module) -> None:
     images = nn.functional.interpolate(IMAGES[:64], scale_factor=2)
     with torch.no_grad():
@@ -365,6 +380,13 @@ BAD: dict[str, Case] = {
         lambda t, y: distilled(t, labels=torch.full_like(y, -100)),
         DataError,
         "Of the samples to learn from none has a label: all are -100",
+    ),
+    "views of what has no gradient": (
+        lambda t, y: graphopt.distill(
+            nn.Embedding(9, 5), nn.Embedding(9, 5), torch.arange(64) % 9, {"augment": ["adversarial"]}
+        ),
+        UsageError,
+        'augment = "adversarial", and input: batch int64 has no gradient',
     ),
     "views of labels": (
         lambda t, y: graphopt.distill(
