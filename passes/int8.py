@@ -197,6 +197,7 @@ class Int8(Pass[Int8Options, Int8Plan]):
             dropped=tuple(node.name for node in placement.dropped),
             tables=tuple(tables),
             recurrent=tuple(recurrent),
+            weight_range=(target.weight.low, target.weight.high),
             notes=_notes(wider) if self._rounds_weights else (_SIMULATED,),
         )
 

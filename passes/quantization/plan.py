@@ -79,6 +79,7 @@ class Int8Plan(Plan):
         dropped: activations left out because the integer range clamps the same.
         tables: every read of an embedding table that is stored as integers, in graph order.
         recurrent: every layer of an LSTM whose weights are, in graph order.
+        weight_range: the smallest and the largest integer of the weights of layers.
     """
 
     widths: Mapping[str, int] = field(default_factory=dict)
@@ -88,6 +89,7 @@ class Int8Plan(Plan):
     dropped: tuple[str, ...] = ()
     tables: tuple[TableRecord, ...] = ()
     recurrent: tuple[RecurrentRecord, ...] = ()
+    weight_range: tuple[int, int] = (-127, 127)
 
 
 def table_name(weight: str) -> str:

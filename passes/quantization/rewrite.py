@@ -27,6 +27,7 @@ from graphopt.passes.quantization.given_scales import WIDTH, steps_of_shift
 from graphopt.passes.quantization.plan import Int8Plan, LayerRecord, ValueRecord, stored_name
 from graphopt.quantization.formats import storage_dtype
 from graphopt.quantization.ops import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
+from graphopt.quantization.stored_range import record_range
 
 aten = torch.ops.aten
 
@@ -204,7 +205,10 @@ class Rewriter:
         scale = self._read(f"{name}_scale", like)
         zero = torch.zeros(self._tensors[f"{name}_scale"].shape, dtype=self._tensors[name].dtype)
         zero_point = self._put(f"{name}_zero_point", zero, like)
-        return self._editor.call(DEQUANTIZE, integers, scale, zero_point, axis, like=like, site=like.name)
+        read = self._editor.call(DEQUANTIZE, integers, scale, zero_point, axis, like=like, site=like.name)
+        if self._tensors[name].dtype is not torch.int32 and name not in self._tables:
+            record_range(read, *self._plan.weight_range)
+        return read
 
     def _read(self, name: str, like: fx.Node, *, trainable: bool = False, kind_of: Tensor | None = None) -> fx.Node:
         return self._put(name, self._tensors[name], like, trainable=trainable, kind_of=kind_of)

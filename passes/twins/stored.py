@@ -19,12 +19,12 @@ from torch import Tensor, fx
 from graphopt.ir.graph import arguments, constant, tensor_attribute
 from graphopt.ir.operators import CASTS
 from graphopt.quantization.ops import DEQUANTIZE, UNPACK, dequantize, pack, rounded, spread, to_integers, unpack
+from graphopt.quantization.stored_range import recorded_range
 
 aten = torch.ops.aten
 
 _WHOLE = (UNPACK, aten.t.default, aten.embedding.default, aten.unsqueeze.default)
-_INT32 = 2**31 - 1
-_EIGHT_BITS = 127
+_UNSAID = {torch.int8: (-127, 127), torch.int32: (-(2**31) + 1, 2**31 - 1)}
 _WITHIN = 0.499  # of a step: what is further from an integer may round to the next
 
 
@@ -117,7 +117,7 @@ def find_reads(gm: fx.GraphModule) -> list[IntegerRead]:
             unpacking = next((step for step in way if step.target is UNPACK), None)
             packing = None if unpacking is None else tuple(unpacking.args[1:])
             axis = 1 - found["axis"] if turned and found["axis"] is not None else found["axis"]
-            known[name] = _described(name, found, axis, packing, gm)
+            known[name] = _described(node, name, found, axis, packing, gm)
         reads.append(IntegerRead(node, known[name], rows, turned))
     return reads
 
@@ -153,7 +153,9 @@ def _scaled_rows(node: fx.Node) -> dict[str, Any] | None:
     return {"q": integers[0][0], "scale": node.args[1], "zero_point": None, "axis": 0, "block": None}
 
 
-def _described(name: str, found: dict[str, Any], axis: int | None, packing: Any, gm: fx.GraphModule) -> StoredIntegers:
+def _described(
+    read: fx.Node, name: str, found: dict[str, Any], axis: int | None, packing: Any, gm: fx.GraphModule
+) -> StoredIntegers:
     stored = tensor_attribute(gm, name)
     scale, (way, zero_read) = stored_way(found["scale"])[1], stored_way(found["zero_point"])
     assert scale is not None  # scales are stored
@@ -162,19 +164,16 @@ def _described(name: str, found: dict[str, Any], axis: int | None, packing: Any,
         zero = torch.zeros_like(tensor_attribute(gm, str(scale.target)), dtype=stored.dtype)
     unpacking = next((step for step in way if step.target is UNPACK), None)
     zero = unpacked(zero, None if unpacking is None else tuple(unpacking.args[1:]))  # type: ignore[arg-type]
-    low, high = _range(unpacked(stored, packing))
+    low, high = _range(read, stored.dtype, packing)
     return StoredIntegers(name, str(scale.target), zero, axis, found["block"], packing, low, high)
 
 
-def _range(integers: Tensor) -> tuple[int, int]:
-    """Return the range of integers, out of those that there are: a weight uses both ends of it, or one."""
-    if integers.dtype is torch.int32:
-        return -_INT32, _INT32
-    least, most = (int(bound) for bound in torch.aminmax(integers)) if integers.numel() else (0, 0)
-    if least == most == 0:
-        least, most = (0, 255) if integers.dtype is torch.uint8 else (-_EIGHT_BITS, _EIGHT_BITS)
-    if least >= 0 and integers.dtype is torch.uint8:
-        return 0, (1 << most.bit_length()) - 1
-    bits = max((-least - 1).bit_length() if least < 0 else 0, most.bit_length())
-    high = (1 << bits) - 1
-    return (-high - 1 if least == -high - 1 else -high), high
+def _range(read: fx.Node, dtype: torch.dtype, packing: tuple[int, int, int] | None) -> tuple[int, int]:
+    """Return the range of integers: as the call that reads them says, or as wide as what they are stored in."""
+    if packing is not None:
+        _, bits, low = packing
+        widest = low, low + (1 << bits) - 1
+    else:
+        widest = torch.iinfo(dtype).min, torch.iinfo(dtype).max
+    least, most = recorded_range(read) or _UNSAID.get(dtype, widest)
+    return max(least, widest[0]), min(most, widest[1])

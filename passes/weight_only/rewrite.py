@@ -19,6 +19,7 @@ from graphopt.ir.graph import arguments, tensor_attribute
 from graphopt.passes.layers.weighted_call import layer_call
 from graphopt.passes.weight_only.plan import InputRecord, RowsRecord, WeightsPlan, scaling_name, stored_as
 from graphopt.quantization.ops import DEQUANTIZE, UNPACK
+from graphopt.quantization.stored_range import record_range
 
 aten = torch.ops.aten
 
@@ -81,7 +82,9 @@ class MatrixRewriter:
             blocks = -(-rows["columns"] // rows["block"])
             zero = self._unpacked(chosen(zero), rows, blocks, like)
         integers = self._unpacked(integers, rows, rows["columns"], like)
-        return self._editor.call(DEQUANTIZE, integers, scale, zero, -1, rows["block"], like=like, site=like.name)
+        read = self._editor.call(DEQUANTIZE, integers, scale, zero, -1, rows["block"], like=like, site=like.name)
+        record_range(read, rows["low"], rows["low"] + (1 << rows["bits"]) - 1)
+        return read
 
     def _unpacked(self, packed: fx.Node, rows: RowsRecord, size: int, like: fx.Node) -> fx.Node:
         if rows["stored_bits"] == 8:

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -101,13 +102,16 @@ class Steps(nn.Module):
         return self.lstm(self.first(x))[0]
 
 
-def test_a_pass_behind_another_is_replayed_on_what_it_was_planned_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("of_a_file", [False, True])
+def test_a_pass_behind_another_is_replayed_on_what_it_was_planned_on(tmp_path: Path, of_a_file: bool) -> None:
     torch.manual_seed(0)
     data = torch.randn(16, 5, 32)
-    result = graphopt.optimize(Steps().eval(), data, "weights:block=0,int8:mode=dynamic", None, bench=False)
+    program = graphopt.capture(Steps().eval(), data[:2])
+    program.save(tmp_path / "model.pt2")
+    program, again = ((graphopt.load(tmp_path / "model.pt2") if of_a_file else program) for _ in range(2))
+    result = graphopt.optimize(program, data, "weights:block=0,int8:mode=dynamic", None, bench=False)
     assert all(plan.sites for plan in result.plans)
     result.save(tmp_path / "out")
-    assert result.original is not None
-    replayed = graphopt.replay(result.original, tmp_path / "out" / "manifest.json")
+    replayed = graphopt.replay(again, tmp_path / "out" / "manifest.json")
     made = {name: fingerprint(program) for name, program in result.programs.items()}
     assert {name: fingerprint(program) for name, program in replayed.items()} == made

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,6 @@ from graphopt.pipeline.pipeline import Pipeline
 from graphopt.pipeline.runner import run
 from graphopt.testing import TensorSamples, check_pass
 from tests.graphopt.distillation.models import ResidualNet, settled
-from tests.graphopt.distillation.small_lesson import Kept
 from tests.passes.int8_models import WITHOUT_COSTS
 
 
@@ -168,10 +166,8 @@ def test_integers_are_zero_where_weights_were_and_stay_so_in_training(teacher: P
 
 def test_in_steps_the_share_grows_and_what_is_left_is_trained_in_between(teacher: Program, samples: Tensor) -> None:
     ctx = Context(original=teacher).with_data(TensorSamples((samples,)))
-    pass_ = Sparsify(SparsifyOptions(ratio=0.8, steps=3, epochs=1))
+    pass_ = Sparsify(SparsifyOptions(ratio=0.8, steps=2, epochs=1))
     plan = pass_.plan(teacher, ctx)
-    kept = pass_.plan(teacher, replace(ctx, checkpoints=Kept()))
-    assert all(torch.equal(kept.tensors[name], one) for name, one in plan.tensors.items())
     weights = {name: plan.tensors[name] for name in plan.sites}
     assert {name: zeros(one) / one.numel() for name, one in weights.items()} == pytest.approx(
         dict.fromkeys(weights, 0.8), abs=0.02
