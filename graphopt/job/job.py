@@ -240,7 +240,7 @@ class Job:
         if kept is not None:
             ctx = dataclasses.replace(kept.reads.watch(ctx), remember=kept.part, checkpoints=kept)
         recorder = Recorder(report, self.original, self._probe, judging, kept, several=len(deciding) > 1)
-        made = runner.run(pipeline, self.original, ctx, [recorder, *checks, *hooks], kept, self._probe)
+        made = runner.run(pipeline, self.original, ctx, [recorder, *checks, *hooks], kept)
         if kept is not None and kept.found:
             said = ", ".join(f"`{text}`" for text in kept.found)
             report.notes.append(

@@ -69,7 +69,7 @@ class Recorder(Hook):
         return row_from_json(found)
 
     def _measured(self, program: Program) -> Row:
-        error = None if program is self.original else self.probe.distance(program)
+        error = None if program is self.original else self.probe.measure(program.call_flat, declared=program.outputs)
         return Row("", cost=cost(program), error=error, metric=self.metric(program) if self.metric else None)
 
     @functools.cached_property

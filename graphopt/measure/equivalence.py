@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import fx
 
 from graphopt.data.batches import Batch, batch_count
 from graphopt.errors import CaptureError, DataError, VerifyError, foreign_code
@@ -79,7 +76,7 @@ def measure(
 
 
 class Probe:
-    """Inputs on which many candidates are compared with one program; programs run on them once each.
+    """Inputs on which many candidates are compared with one program, which runs on them once.
 
     Raises:
         CaptureError: the program fails on them.
@@ -88,7 +85,6 @@ class Probe:
     def __init__(self, reference: Program, batch: Batch) -> None:
         self.batch = batch
         self._reference = reference.evaluated()
-        self._known: WeakKeyDictionary[fx.GraphModule, Batch] = WeakKeyDictionary()
 
         def failed(said: str, _: BaseException) -> CaptureError:
             inputs = ", ".join(map(str, reference.inputs))
@@ -99,15 +95,7 @@ class Probe:
             )
 
         with torch.no_grad(), foreign_code(failed):
-            self._wanted = self._outputs(self._reference)
-
-    def against(self, reference: Program) -> Probe | None:
-        """Return a probe on the same inputs for another reference, None if that has not run on them."""
-        if reference.graph_module not in self._known:
-            return None
-        other = copy.copy(self)
-        other._reference, other._wanted = reference, self._known[reference.graph_module]
-        return other
+            self._wanted = self._reference.call_flat(batch)
 
     @property
     def undefined(self) -> bool:
@@ -127,18 +115,6 @@ class Probe:
                 found = found[: len(specs)]
             count = len(specs) if declared is None else min(len(specs), len(declared))
             return compare_outputs(specs[:count], self._wanted[:count], found)
-
-    def distance(self, program: Program, *, settled: bool = False) -> Equivalence:
-        """Compare a program that no one changes any more with the reference (see `measure`).
-
-        Raises:
-            VerifyError: an output is not finite where the reference is.
-        """
-
-        def outputs(_: Batch) -> Batch:
-            return self._outputs(program)
-
-        return self.measure(self.settling(outputs) if settled else outputs, declared=program.outputs)
 
     def settling(self, candidate: FlatCallable) -> FlatCallable:
         """Return a candidate that agrees with the reference on every integer which that gives as well, when nudged."""
@@ -162,11 +138,6 @@ class Probe:
             return tuple(found)
 
         return call
-
-    def _outputs(self, program: Program) -> Batch:
-        if program.graph_module not in self._known:
-            self._known[program.graph_module] = program.call_flat(self.batch)
-        return self._known[program.graph_module]
 
 
 class OutputError:

@@ -13,7 +13,7 @@ from graphopt.errors import VerifyError
 from graphopt.ir.invariants import check_invariants
 from graphopt.ir.memory import give_back
 from graphopt.ir.program import Program
-from graphopt.measure.equivalence import Probe
+from graphopt.measure.equivalence import measure
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.contract import called, checked_plan, checked_program
 from graphopt.pipeline.hooks import Hook
@@ -53,22 +53,9 @@ class PlanCache(Protocol):
 
 
 def run(
-    pipeline: Pipeline,
-    program: Program,
-    ctx: Context,
-    hooks: Sequence[Hook] = (),
-    cache: PlanCache | None = None,
-    probe: Probe | None = None,
+    pipeline: Pipeline, program: Program, ctx: Context, hooks: Sequence[Hook] = (), cache: PlanCache | None = None
 ) -> Rewritten:
     """Run every step. Steps up to the first that reads a target description run once for all targets.
-
-    Args:
-        pipeline: the steps.
-        program: what they start from.
-        ctx: what they may ask for.
-        hooks: called around every step.
-        cache: knows plans that were made before.
-        probe: inputs that exact passes are judged on where a program has run on them; examples otherwise.
 
     Raises:
         PassError: a pass could not plan or apply.
@@ -78,12 +65,12 @@ def run(
     shared, own = pipeline.steps[:fork], pipeline.steps[fork:]
     ctx = dataclasses.replace(ctx)  # which is told what happens in this run
     asked = any(step.instance.reads_floating for step in pipeline.steps)
-    forked, plans = _run_branch(shared, program, ctx, hooks, cache, probe, asked)
+    forked, plans = _run_branch(shared, program, ctx, hooks, cache, asked)
     if not ctx.targets:
         return Rewritten({"": forked}, tuple(plans))
     programs = {}
     for target in ctx.targets:
-        programs[target.name], made = _run_branch(own, forked, _for_target(ctx, target), hooks, cache, probe, asked)
+        programs[target.name], made = _run_branch(own, forked, _for_target(ctx, target), hooks, cache, asked)
         plans += made
     return Rewritten(programs, tuple(plans))
 
@@ -94,7 +81,6 @@ def _run_branch(
     ctx: Context,
     hooks: Sequence[Hook],
     cache: PlanCache | None,
-    probe: Probe | None,
     keeps_floating: bool,
 ) -> tuple[Program, list[tuple[str, Plan]]]:
     program, plans = first, []
@@ -102,7 +88,7 @@ def _run_branch(
         before = program
         if keeps_floating and not is_quantized(before):
             ctx.floating = before
-        program, plan = run_step(step, before, ctx, hooks, cache, probe)
+        program, plan = run_step(step, before, ctx, hooks, cache)
         plans.append((ctx.target.name if ctx.target else "", plan))
         if program is not before and before is not first:  # which other branches read too
             ctx.forget(before)
@@ -111,12 +97,7 @@ def _run_branch(
 
 
 def run_step(
-    step: Step,
-    program: Program,
-    ctx: Context,
-    hooks: Sequence[Hook] = (),
-    cache: PlanCache | None = None,
-    probe: Probe | None = None,
+    step: Step, program: Program, ctx: Context, hooks: Sequence[Hook] = (), cache: PlanCache | None = None
 ) -> tuple[Program, Plan]:
     """Plan and apply one step, check the result, and tell the hooks; a plan that is kept was checked before."""
     target = ctx.target.name if ctx.target else ""
@@ -126,7 +107,7 @@ def run_step(
     plan = kept or _planned(step, program, ctx)
     for hook in hooks:
         hook.planned(step, plan, target)
-    result = apply(step.instance, program, plan, checked=kept is not None, probe=probe)
+    result = apply(step.instance, program, plan, checked=kept is not None)
     if cache is not None:
         if kept is None:
             cache.keep(step, program, ctx, plan)
@@ -151,7 +132,6 @@ def apply(
     *,
     stored: Callable[[Program], Program] | None = None,
     checked: bool = False,
-    probe: Probe | None = None,
 ) -> Program:
     """Carry out a plan and check what every pass must keep. A plan without sites returns `program` itself.
 
@@ -161,7 +141,6 @@ def apply(
         plan: what the pass decided.
         stored: where the plan comes from a file, see `called`: what makes a program safe that is made of it.
         checked: whether what it makes of this very program was checked before.
-        probe: inputs to compare both programs on where `program` has run on them; the examples otherwise.
     """
     if not plan.sites:
         return program
@@ -177,13 +156,12 @@ def apply(
             result = stored(result)
         check_invariants(program, result, instance.name, changes_outputs=instance.changes_outputs, exact=exact)
         if exact:
-            _check_exact(instance, program, result, probe)
+            _check_exact(instance, program, result)
     return result
 
 
-def _check_exact(instance: Any, before: Program, after: Program, probe: Probe | None) -> None:
-    known = probe.against(before) if probe is not None else None
-    found = (known or Probe(before, before.flat_examples())).distance(after, settled=True)
+def _check_exact(instance: Any, before: Program, after: Program) -> None:
+    found = measure(before, after.call_flat, before.flat_examples(), declared=after.outputs, settled=True)
     tolerance = instance.tolerance * _coarseness(before)
     if found.relative > tolerance:
         raise VerifyError(

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import gc
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -30,7 +30,6 @@ from graphopt.pipeline.plan import Plan
 from graphopt.pipeline.registry import PassRegistry, backends_named
 from graphopt.targets.backend import Artifact
 from graphopt.testing import fingerprint
-from tests.graphopt.toy_passes import ExactLie, ScaleOptions
 
 
 def model() -> nn.Module:
@@ -324,18 +323,3 @@ def test_what_passes_choose_by_is_not_what_reports_are_made_of() -> None:
     asked = Job.open(model(), X, target=None, eval=lambda found: float(found(X).sum()))
     notes = asked.run(Pipeline.parse("chooses", registry)).report.notes
     assert any("the function that passes chose by also judges" in note for note in notes)
-
-
-def test_every_program_runs_once_on_what_reports_are_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    exact = ExactLie(ScaleOptions(factor=1.0))
-    ran: list[Program] = []
-    call = Program.call_flat
-
-    def counted(self: Program, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        ran.append(self)
-        return call(self, tensors)
-
-    job = Job.open(model(), X, target=None, cache=False)
-    monkeypatch.setattr(Program, "call_flat", counted)
-    job.run(Pipeline.parse([exact, exact]))
-    assert len(ran) == len({id(program.graph_module) for program in ran}) == 3
