@@ -52,7 +52,6 @@ def hold_at_any_size(gm: fx.GraphModule) -> None:
             with body.graph.inserting_before(node):
                 (_pool if node.target in _POOLS else _split)(_Calls(body, node))
         erase_dead(body.graph)
-        body.recompile()
 
 
 class _Calls:

@@ -28,6 +28,7 @@ from graphopt.errors import LoweringError, foreign_code
 from graphopt.ir.exporting import exported
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import line_in, module_path, user_line
+from graphopt.ir.regions import graph_modules
 from graphopt.ir.torch_internals import onnx_exporter
 from graphopt.quantization.ops import DYNAMIC_QUANTIZE, QUANTIZE
 from graphopt.quantization.recurrent import DYNAMIC_LSTM
@@ -63,6 +64,8 @@ def export(program: Program, opset: int) -> ir.Model:
     hold_at_any_size(own.graph_module)
     restate(own.graph_module)
     keep_bytes(own)
+    for body in graph_modules(own.graph_module):
+        body.recompile()
     with (
         onnx_exporter(),
         warnings.catch_warnings(),
@@ -101,7 +104,6 @@ def _forget_strides(gm: fx.GraphModule) -> None:
         copy.meta.update({key: value for key, value in source.meta.items() if key != "custom"})
         copy.meta["val"] = source.meta["val"].contiguous()
         node.replace_input_with(source, copy)
-    gm.recompile()
 
 
 def _forget_sizes(model: ir.Model) -> None:

@@ -51,7 +51,6 @@ def reduce_fixed_bags(gm: fx.GraphModule) -> None:
         editor.replace(bags.result, reduced)
         reduced.name = name
         erase_dead(gm.graph)
-    gm.recompile()
 
 
 def _bags(node: fx.Node) -> _Bags | None:

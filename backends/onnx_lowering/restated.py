@@ -51,7 +51,6 @@ def restate(gm: fx.GraphModule) -> None:
                     name = node.name
                     editor.replace(node, other)
                     other.name = name
-        body.recompile()
 
 
 def _spared(node: fx.Node, editor: Editor) -> fx.Node | None:

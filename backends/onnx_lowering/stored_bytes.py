@@ -64,7 +64,6 @@ def keep_bytes(exported: ExportedProgram) -> None:
             kept.meta["val"] = node.meta["val"]
             for reader in readers:
                 reader.replace_input_with(node, kept)
-    exported.graph_module.recompile()
 
 
 class StoredBytesPass(ir.passes.InPlacePass):

@@ -62,7 +62,7 @@ def insert_guards(gm: fx.GraphModule) -> None:
 
 
 def take_out_guards(gm: fx.GraphModule) -> None:
-    """Let guarded calls read what their guards read, in place, in the bodies of regions too."""
+    """Let guarded calls of its graphs read what their guards read, in place, in the bodies of regions too."""
     for body in graph_modules(gm):
         for node in body.graph.nodes:
             if node.target is aten.lstm.input:
@@ -70,7 +70,6 @@ def take_out_guards(gm: fx.GraphModule) -> None:
             elif node.target in _BAGS:
                 _replace_arguments(node, ("offsets",), _unasked)
         erase_dead(body.graph)
-        body.recompile()
 
 
 def _replace_arguments(node: fx.Node, names: tuple[str, ...], replaced: Callable[[fx.Node], Any]) -> None:

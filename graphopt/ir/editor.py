@@ -175,11 +175,9 @@ class Editor:
         return self._mode.from_tensor(tensor, static_shapes=True)
 
     def finish(self) -> fx.GraphModule:
-        """Drop dead nodes and unread attributes, recompile, and return the graph module."""
+        """Drop dead nodes and unread attributes, and return the graph module."""
         erase_dead(self.graph)
-        result = assemble(self.gm, self.graph)
-        result.recompile()
-        return result
+        return assemble(self.gm, self.graph)
 
     def _describe(self, node: fx.Node, like: fx.Node, site: str) -> None:
         for key in ("nn_module_stack", "stack_trace"):
