@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
 from pathlib import Path
 
@@ -283,3 +284,9 @@ EDGES: list[tuple[type[nn.Module], Tensor, dict[str, int]]] = [
     (OptionA, images(), {"QLinearConv": 2, "QLinearAdd": 1, "QGemm": 1, "Pad": 1, "QuantizeLinear": 1}),
     (Residual, images(), {"QLinearConv": 3, "QLinearAdd": 1}),
 ]
+
+
+@functools.cache
+def edge(kind: type[nn.Module]) -> Program:
+    """Capture and fold one of them, for every test that starts there."""
+    return folded(kind(), next(data for model, data, _ in EDGES if model is kind))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 import onnx
@@ -38,6 +37,7 @@ from tests.passes.int8_models import (
     Tokens,
     TwoConvs,
     TwoReaders,
+    edge,
     folded,
     images,
     kernels,
@@ -273,12 +273,6 @@ def test_needs_fold() -> None:
 
 
 # At the edges
-
-
-@functools.cache
-def edge(kind: type[nn.Module]) -> Program:
-    """Capture and fold one of them, for every test that starts there."""
-    return folded(kind(), next(data for model, data, _ in EDGES if model is kind))
 
 
 @pytest.mark.parametrize(("model", "data", "wanted"), EDGES, ids=[model.__name__ for model, _, _ in EDGES])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from graphopt.distillation.augment import LabelColumn, view_of
 from graphopt.distillation.loop import Trainer
 from graphopt.distillation.synthesis import synthesised
 from graphopt.errors import DataError, GraphOptError, PassError, UsageError
+from graphopt.ir.program import Program
 from graphopt.job.result import Result
 from graphopt.pipeline.context import NoProgress
 from graphopt.testing import assert_same_program, fingerprint
@@ -63,9 +65,19 @@ def slim(classes: int = 5) -> nn.Module:
     return Slim(classes)
 
 
+@functools.cache
+def captured(model: nn.Module) -> Program:
+    """Capture what many tests begin with."""
+    return capture(model.eval(), IMAGES[:2])
+
+
+STUDENT = slim()
+
+
 def distilled(teacher: Any, plan: dict[str, Any] | None = None, **options: Any) -> Result:
     options = {"target": None, "bench": False, "cache": False, **options}
-    return graphopt.distill(slim(), teacher, IMAGES, {**SHORT, **(plan or {})}, **options)
+    teacher = captured(teacher) if isinstance(teacher, ResidualNet) else teacher
+    return graphopt.distill(captured(STUDENT), teacher, IMAGES, {**SHORT, **(plan or {})}, **options)
 
 
 @pytest.fixture(scope="module")

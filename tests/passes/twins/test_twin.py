@@ -33,6 +33,7 @@ from tests.passes.int8_models import (
     Perceptron,
     Tokens,
     TwoConvs,
+    edge,
     folded,
     images,
     noise,
@@ -86,7 +87,7 @@ def check(floating: Program, stored: Program, data: Tensor) -> Twin:
 
 @pytest.mark.parametrize(("model", "data"), [edge[:2] for edge in EDGES], ids=lambda one: getattr(one, "__name__", ""))
 def test_of_every_placement_of_int8(model: type[nn.Module], data: Tensor) -> None:
-    program = folded(model(), data)
+    program = edge(model)
     stored, _ = quantized(program, data)
     check(program, stored, data)
 
