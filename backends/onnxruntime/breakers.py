@@ -18,6 +18,9 @@ Result:  QuantizeLinear(Max(MaxPool(x)))
 Given:   MatMul(Transpose(x), w)                               x: float16, its first axis moved; the process would end
 Result:  MatMul(Max(Transpose(x)), w)                          in FusedMatMul, while it loads the file
 
+Given:   MaxPool(Pad(x))                                       by zeros; the optimizer would pad the pooling, which no
+Result:  MaxPool(Max(Pad(x)))                                  window sees (microsoft/onnxruntime#24737)
+
 The Max of one value is that value, which the optimizer does not know: it fuses nothing across it, whatever options the
 file is loaded with. Every entry was found by `tools/fuzz_runtime.py`, with the version it was last seen in.
 
@@ -98,8 +101,18 @@ def keep_apart(model: ir.Model) -> None:
             elif node.op_type == "Transpose" and node.outputs[0].dtype == ir.DataType.FLOAT16:  # 1.31.1
                 moved = node.attributes.get_ints("perm", (1,))[0] != 0
                 _copy(graph, node, [reader for reader in readers if moved and reader.op_type == "MatMul"], names)
+            elif node.op_type == "Pad" and _zeros_may_be_largest(node):  # 1.31.1
+                _copy(graph, node, [reader for reader in readers if reader.op_type == "MaxPool"], names)
             elif node.op_type in BREAKERS and _between_integers(node) and BREAKERS[node.op_type].wrong(node):
                 _copy(graph, node, readers, names)
+
+
+def _zeros_may_be_largest(pad: ir.Node) -> bool:
+    """Whether what is put around is zero, which alone the optimizer takes, and may be above what it is around."""
+    filling = pad.inputs[2] if len(pad.inputs) > 2 else None
+    constant = None if filling is None else filling.const_value
+    source = pad.inputs[0].producer() if pad.inputs[0] is not None else None
+    return (constant is None or not constant.numpy().any()) and (source is None or source.op_type != "Relu")
 
 
 def _between_integers(node: ir.Node) -> bool:

@@ -130,6 +130,17 @@ class TestPoolsOfFloats:
         assert operators(built) == before
 
 
+@pytest.mark.parametrize("before", ["Neg", "Relu"])
+def test_zeros_around_a_pooling_may_be_the_largest(before: str) -> None:
+    body = f"a = {before}(x) b = Pad(a, p) y = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(b)"
+    built = model(f"g (float[n,1,4,4] x) => (float[n,1,3,3] y) {{ {body} }}", p=np.array([0, 0, 1, 1, 0, 0, 1, 1]))
+    keep_apart(built)
+    assert operators(built) == [before, "Pad", *(["Max"] if before == "Neg" else []), "MaxPool"]
+    session = OnnxSession(ir.to_proto(built).SerializeToString(), SessionSettings(threads=1))
+    corner = session(np.ones((1, 1, 4, 4), np.float32))[0][0, 0, 0, 0]
+    assert corner == (0 if before == "Neg" else 1)
+
+
 class TestProductsOfTurnedHalves:
     def _built(self, perm: str, kind: str = "float16") -> ir.Model:
         body = f"t = Transpose<perm = {perm}>(x) y = MatMul(t, w)"
