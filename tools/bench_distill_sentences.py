@@ -58,7 +58,7 @@ def main() -> None:
             print(f"{name:24s} {sentences.spearman(program, options.pairs):6.2f}", flush=True)
         for row in options.rows:
             start = time.perf_counter()
-            plan = {"epochs": options.epochs, **_ROWS[row]}
+            plan = {"epochs": options.epochs, "lr": 0.003, **_ROWS[row]}
             result = graphopt.distill(student, teacher, samples, plan, passes="int8", bench=False, seed=options.seed)
             seconds = time.perf_counter() - start
             result.save(Path(home) / row)

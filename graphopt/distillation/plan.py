@@ -148,7 +148,8 @@ class DistillPlan(pydantic.BaseModel):
         label_output: the output that labels are for; "": the first.
         head: so many classes are to be in that output: the student's last layer is drawn anew; None: it stays.
         epochs: passes over the samples.
-        lr: largest step, as a fraction of the size of each tensor; None: 0.03 with BatchNorm, 0.003 without.
+        lr: largest step, as a fraction of the size of each tensor; None: 0.03 with BatchNorm; without, the best of
+            several in a few steps each, scaled to the length of the training, 0.1 at most.
         batch_size: samples per step.
         samples: train on at most so many; None: all there are.
         synthesised: without data, so many samples are made up of the statistics that the first teacher keeps.

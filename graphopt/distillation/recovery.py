@@ -175,12 +175,7 @@ class _Run:
         judge = self.trainer.held_out_loss
         trainer = Trainer(apart, lesson, material.held, material.batch_size, precision=precision, judge=judge)
         schedule = dataclasses.replace(schedule, epochs=max(1, schedule.epochs // _BLOCK_SHARE), frozen=True)
-        try:
-            history = self._fit(trainer, schedule, lesson.view_of(material.view), "blocks")
-        except DivergedError as err:
-            self.found.left["blocks"] = str(err)
-            overwrite(self.student, start)
-            return
+        history = self._fit(trainer, schedule, lesson.view_of(material.view), "blocks")
         overwrite(self.student, history.best or start)
         more: dict[str, Json] = {"blocks": len(lesson.taps) + 1, "rate": schedule.rate, **_noted(history)}
         self._judge("blocks", began, min(history.losses), history.best, **more)

@@ -52,8 +52,13 @@ class RateTrials:
         self.lowest = math.inf
         self.tried: list[dict[str, Json]] = []
 
-    def choose(self, rates: Sequence[float]) -> Schedule:
-        """Return the schedule at the best of `rates`, from high to low, scaled to its length, the highest at most."""
+    def choose(self, rates: Sequence[float], growth: float = 1.0) -> Schedule:
+        """Return the schedule at the best of `rates`, from high to low, scaled to its length, the highest at most.
+
+        Args:
+            rates: those that are tried.
+            growth: the power of the length over that of a trial that the rate is scaled by.
+        """
         found: dict[int, float] = {}
 
         def loss(at: int) -> float:
@@ -66,7 +71,7 @@ class RateTrials:
         while 0 <= (further := at - 1 if up else at + 1) < len(rates) and loss(further) < loss(at):
             at = further
         frozen = bool(batch_norms(self._student)) and self._try(rates[at], frozen=True) < loss(at)
-        rate = min(rates[at] * self._total / self._steps, rates[0])
+        rate = min(rates[at] * (self._total / self._steps) ** growth, rates[0])
         return dataclasses.replace(self._schedule, rate=rate, frozen=frozen)
 
     def _try(self, rate: float, *, frozen: bool) -> float:

@@ -273,6 +273,41 @@ def test_no_batch_norm_is_trained_on_a_single_sample() -> None:
     assert any("samples: alone in their shape" in note and "1 of" in note for note in result.report.notes)
 
 
+def test_without_batch_norm_a_rate_is_chosen_that_a_student_from_scratch_learns_at(labels: Tensor) -> None:
+    signals = IMAGES.mean((2, 3))
+    torch.manual_seed(0)
+    student, teacher = (nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 5)) for _ in range(2))
+    nn.init.constant_(teacher[2].bias, 3.0)
+    result = graphopt.distill(student, teacher, signals, {"epochs": 8}, target=None, bench=False, cache=False)
+    losses, tried = result.distillation["held_out_losses"], result.distillation["tried"]
+    assert isinstance(losses, list)
+    assert isinstance(tried, list)
+    assert min(losses) < 0.2 * losses[0]
+    assert [one["rate"] for one in tried] == [0.01, 0.03, 0.1]
+    assert result.distillation["lr"] == 0.1
+
+
+def test_what_a_trial_won_is_kept_where_training_diverges() -> None:
+    _spoiled.clear()
+    signals = IMAGES.mean((2, 3))
+    plan = {**SHORT, "outputs": [{"student": "output", "loss": f"{HERE}:spoiled"}]}
+    torch.manual_seed(0)
+    result = graphopt.distill(nn.Linear(3, 5), nn.Linear(3, 5), signals, plan, target=None, bench=False, cache=False)
+    losses = result.distillation["held_out_losses"]
+    assert isinstance(losses, list)
+    assert losses[1] < losses[0]
+    assert any("it ended early: Training diverged" in note for note in result.report.notes)
+
+
+_spoiled: list[None] = []  # steps
+
+
+def spoiled(found: Tensor, wanted: Tensor) -> Tensor:
+    """Return a loss that is not a number after three trials of twelve steps."""
+    _spoiled.extend([None] * torch.is_grad_enabled())
+    return (found - wanted).square().mean() * (float("nan") if len(_spoiled) > 36 else 1.0)
+
+
 def never(found: Tensor, wanted: Tensor) -> Tensor:
     """Return a loss that is not a number once training has started."""
     return (found * float("nan")).mean() if found.requires_grad and torch.is_grad_enabled() else found.square().mean()
