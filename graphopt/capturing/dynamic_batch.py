@@ -110,6 +110,10 @@ def _requested_axes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     """Bring a `dynamic_shapes` argument to one dictionary per tensor leaf."""
     combined = arguments_by_name(model, args, kwargs)
     if requested is not None and not isinstance(requested, Mapping):
+        if len(requested) > len(combined):
+            raise UsageError(
+                f"dynamic_shapes describes {len(requested)} inputs, and the model takes {', '.join(combined)}."
+            )
         requested = dict(zip(combined, requested, strict=False))
     requested = dict(requested or {})
     unknown = sorted(set(requested) - set(combined))
@@ -134,11 +138,21 @@ def _collect_axes(name: str, value: Any, asked: Any, found: LeafShapes) -> None:
             )
         found.append({axis: _called(dim) if isinstance(dim, str) else dim for axis, dim in axes.items()})
     elif isinstance(value, Mapping):
+        if asked is not None and not (isinstance(asked, Mapping) and asked.keys() <= value.keys()):
+            raise UsageError(
+                f"Input `{name}` is a dictionary of {', '.join(map(str, value))}, and dynamic_shapes gives it {asked}. "
+                "Give a dictionary with some of these names."
+            )
         for key, item in value.items():
-            _collect_axes(f"{name}_{key}", item, asked.get(key) if isinstance(asked, Mapping) else None, found)
+            _collect_axes(f"{name}_{key}", item, None if asked is None else asked.get(key), found)
     elif isinstance(value, list | tuple):
+        if asked is not None and not (isinstance(asked, list | tuple) and len(asked) == len(value)):
+            raise UsageError(
+                f"Input `{name}` is a list of {len(value)}, and dynamic_shapes gives it {asked}. Give a list of "
+                f"{len(value)}, None where an axis keeps its size."
+            )
         for index, item in enumerate(value):
-            _collect_axes(f"{name}_{index}", item, asked[index] if isinstance(asked, list | tuple) else None, found)
+            _collect_axes(f"{name}_{index}", item, None if asked is None else asked[index], found)
     elif asked and asked != Dim.STATIC:
         raise UsageError(f"Input `{name}` is no tensor; only sizes of tensors can be dynamic.")
 

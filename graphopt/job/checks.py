@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import fx
 
+from graphopt.distillation.statistics import batch_norms
 from graphopt.errors import CaptureError, UsageError
+from graphopt.ir.contents import content
 from graphopt.ir.finite import all_finite, computable
+from graphopt.ir.graph import constant, tensor_attribute
 from graphopt.ir.program import Program
 from graphopt.job.manifest import fingerprint
 
@@ -51,11 +55,20 @@ def notes_on_types(program: Program) -> list[str]:
 
 
 def state_of(program: Program) -> State:
-    """Return what tells whether trained tensors were changed in place, or others put in their place, at no cost."""
-    return {
-        name: (one.dtype, one.device, tuple(one.shape), 0 if one.is_inference() else one._version)
-        for name, one in program.graph_module.named_parameters()
+    """Return what tells whether trained tensors were changed in place, or others put in their place, at little cost.
+
+    Of statistics of BatchNorm it is what they hold: torch counts no change that a run in training mode makes (2.13).
+    """
+    gm = program.graph_module
+    read = [node for norm in batch_norms(program) for node in norm.args[3:5]]
+    held = {
+        str(node.target): hash(bytes(content(tensor_attribute(gm, str(node.target)))))
+        for node in read
+        if isinstance(node, fx.Node) and constant(node, gm) is not None
     }
+    trained = {name: 0 if one.is_inference() else one._version for name, one in gm.named_parameters()}
+    found = {name: (tensor_attribute(gm, name), version) for name, version in {**trained, **held}.items()}
+    return {name: (one.dtype, one.device, tuple(one.shape), version) for name, (one, version) in found.items()}
 
 
 def check_as_opened(program: Program, opened: State) -> None:

@@ -73,6 +73,29 @@ def test_a_number_that_differs_from_call_to_call_is_refused(tmp_path: Path) -> N
     assert torch.equal(load(tmp_path / "Idle.pt2")(given[0], 7), given[0] * 2)
 
 
+class Sums(nn.Module):
+    """Takes a list and a dictionary."""
+
+    def forward(self, pair: list[Tensor], named: dict[str, Tensor]) -> Tensor:
+        return pair[0] + pair[1] + named["x"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ([None, None, {1: "t"}], "describes 3 inputs, and the model takes pair, named"),
+        ([{1: "t"}], "Input `pair` is a list of 2, and dynamic_shapes gives it"),
+        ({"pair": [{1: "t"}]}, "Give a list of 2"),
+        ({"named": {"y": {1: "t"}}}, "Input `named` is a dictionary of x, and dynamic_shapes gives it"),
+        ({"named": [{1: "t"}]}, "Give a dictionary with some of these names"),
+    ],
+)
+def test_axes_of_another_structure_are_refused(asked: Any, said: str) -> None:
+    x = torch.randn(2, 5)
+    with pytest.raises(UsageError, match=said):
+        capture(Sums(), ([x, x], {"x": x}), dynamic_shapes=asked)
+
+
 @pytest.mark.parametrize("axes", [{}, {0: Dim.DYNAMIC}], ids=["static", "dynamic"])
 def test_a_file_whose_call_would_write_beyond_its_memory(axes: dict[int, Any], tmp_path: Path) -> None:
     layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 9))

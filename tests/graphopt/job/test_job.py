@@ -273,6 +273,18 @@ def test_a_module_changed_after_the_job_was_opened_is_refused(change: Callable[[
             work()
 
 
+def test_a_module_whose_statistics_moved_after_the_job_was_opened_is_refused() -> None:
+    mine = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4)).eval()
+    job = Job.open(mine, X, target=None)
+    job.run(Pipeline.parse("fold"))
+    mine(X)
+    job.run(Pipeline.parse("fold"))
+    with torch.no_grad():
+        mine.train()(X)
+    with pytest.raises(UsageError, match=r"after the job was opened on it: `1\.running_mean` was written to"):
+        job.run(Pipeline.parse("fold"))
+
+
 def test_an_outcome_whose_program_was_trained_is_not_delivered_again() -> None:
     job = Job.open(model(), X)
     outcome = job.run(Pipeline.parse(PRUNE))
