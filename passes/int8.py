@@ -23,6 +23,7 @@ from graphopt.ir.program import Program
 from graphopt.measure.budget import Guard
 from graphopt.passes.layers.skipping import check_not_folded
 from graphopt.passes.quantization.choice import choose_forms, inputs_to_keep
+from graphopt.passes.quantization.given_scales import too_wide
 from graphopt.passes.quantization.knobs import knobs_of
 from graphopt.passes.quantization.layers import LayerQuantizer
 from graphopt.passes.quantization.placement import Placement, Site
@@ -38,6 +39,7 @@ from graphopt.passes.quantization.widths import fill_up, widened
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.knobs import Knob
 from graphopt.pipeline.pass_base import Pass
+from graphopt.pipeline.plan import Refusal
 from graphopt.quantization.histogram import ChannelMean, FirstSamples, Statistic
 from graphopt.quantization.observers import Observer
 from graphopt.quantization.qparams import QParams
@@ -224,6 +226,10 @@ class Int8(Pass[Int8Options, Int8Plan]):
             return choose_scales(placement, gm, calibration, placed.originals, activation, observing, also)
 
         scales = scales_of(placed, placement, [*means, *kept])
+        if wide := too_wide(placement, scales):
+            units = {placed.unit(node): reason for node, reason in wide.items()}
+            placer = placer.without({unit: Refusal(unit, reason) for unit, reason in units.items()})
+            return self._with_scales(placer, *placer.run(program), calibration, ctx)
         if not choosing or calibration is None:
             return placed, placement, scales
         found = zip(inputs, calibration.gather(kept), strict=True)

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.ir.graph import constant
-from graphopt.passes.quantization.given_scales import dividing_shift, given_scale, given_sites, read_shifted
+from graphopt.passes.quantization.given_scales import (
+    SHIFT,
+    dividing_shift,
+    gated_alone,
+    given_scale,
+    given_sites,
+    read_shifted,
+)
 from graphopt.passes.quantization.placement import Placement
 from graphopt.passes.quantization.plan import Form, ValueRecord, stored_name
 from graphopt.quantization.formats import IntegerFormat
@@ -85,7 +92,8 @@ def choose_scales(
     scales: dict[fx.Node, QParams] = {}
     for node in gm.graph.nodes:
         if node in seen:
-            limits = placement.dropped.get(node, (-math.inf, math.inf))
+            below = -SHIFT if node in shifted and gated_alone(node) else -math.inf
+            limits = placement.dropped.get(node, (below, math.inf))
             scales[node] = choose(seen[node], integers, observers[node], percentile=observing.percentile, bounds=limits)
         elif node in given:
             scales[node] = given_scale(given[node], placement, scales, gm, integers)

@@ -53,6 +53,41 @@ def test_scales_that_divide_the_shift(bounds: tuple[float, float]) -> None:
     assert found.range[1] >= bounds[1] - found.scale
 
 
+@pytest.mark.parametrize(("times", "floating"), [(1, 0), (10, 0), (100, 0), (1000, 1)])
+def test_hard_swish_stores_nothing_below_its_bend_and_is_float_where_steps_do_not_reach(
+    times: float, floating: int, tmp_path: Path
+) -> None:
+    data = images()
+    program = folded(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Hardswish(), nn.Conv2d(8, 4, 1)), data)
+    with torch.no_grad():
+        program.graph_module.get_parameter("0.weight").mul_(times)
+    result, plan = quantized(program, data)
+    assert operators(result)["hardswish"] == floating
+    assert measure(program, result.call_flat, (data,)).sqnr > 30
+    stored = next(record for record in plan.values if record["value"] == "conv2d")
+    lowest = stored["scale"] * (stored["low"] - stored["zero_point"])
+    assert lowest == pytest.approx(-3) if not floating else lowest < -765
+    said = {name: reason for name, reason in reasons(plan).items() if "do not span" in reason}
+    assert list(said) == ["hardswish"] * floating
+    kernels(result, tmp_path, data)
+
+
+def test_what_others_read_is_stored_below_the_bend_of_hard_swish() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.a(20 * x)
+            return self.b(F.hardswish(x)), self.c(x)
+
+    data = images()
+    program = folded(Both(), data)
+    result, _ = quantized(program, data)
+    assert measure(program, result.call_flat, (data,)).sqnr > 30
+
+
 class Float(nn.Module):
     """Activations of floats, beside a layer."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from graphopt.capturing.capture import capture
 from graphopt.ir.program import Program
 from graphopt.measure.equivalence import measure
 from graphopt.passes.int8 import Int8Options
-from tests.passes.int8_models import images, quantized, seeded
+from tests.passes.int8_models import images, kernels, quantized, seeded
 
 _NORMAL = float(np.finfo(np.float32).tiny)
 OBSERVERS = ("minmax", "average", "percentile", "mse", "entropy")
@@ -46,6 +48,20 @@ def test_numbers_are_right(program: Program, data: Tensor, observer: str) -> Non
     clipped = observer == "percentile" and data is DATA["one value that is not zero"]
     if not clipped:  # which is what a percentile is for
         assert measure(program, result.call_flat, (data,)).sqnr > 20
+
+
+@pytest.mark.parametrize("small", [1e-5, 1e-7, 1e-12, 1e-30])
+@pytest.mark.parametrize("at", [0, 2, 3])
+def test_channels_that_are_nearly_dead_and_have_a_bias(small: float, at: int, tmp_path: Path) -> None:
+    layers = nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1)
+    model = seeded(nn.Sequential(*layers))
+    with torch.no_grad():
+        model[at].weight[1] *= small
+        model[at].bias[1] = 0.5
+    program, data = capture(model, (images(count=2),)), images()
+    result, _ = quantized(program, data)
+    assert measure(program, result.call_flat, (data,)).sqnr > 25
+    kernels(result, tmp_path, data)
 
 
 @pytest.mark.parametrize("accuracy", ["fast", "balanced", "best"])
