@@ -163,6 +163,13 @@ class Manifest(pydantic.BaseModel, extra="forbid", strict=True, frozen=True):
             if there != here.get(name)
         ]
 
+    def other_processor(self) -> str:
+        """Say where it was made on a processor of other instruction sets, "" where on one of the same."""
+        here = cpu_features()
+        if set(self.cpu) == set(here):
+            return ""
+        return f"a processor with {', '.join(map(printable, self.cpu))}; this one has {', '.join(here)}"
+
 
 def library_versions() -> dict[str, str]:
     """Return the installed versions of what decides the bytes of an artifact."""

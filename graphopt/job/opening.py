@@ -48,6 +48,8 @@ def open(directory: str | Path, *, plugins: Sequence[Path | str | type[Pass[Any,
     stored.check_files(directory, {*stored.sha256, *used})
     for text in stored.other_libraries():
         logger.warning("%s was made with another version: %s.", directory, text)
+    if elsewhere := stored.other_processor():
+        logger.warning("%s was made on %s: times in its report are of that one.", directory, elsewhere)
     plans = read_plans(stored, directory, PassRegistry(plugins))
     artifacts = {
         target: dataclasses.replace(
@@ -55,6 +57,9 @@ def open(directory: str | Path, *, plugins: Sequence[Path | str | type[Pass[Any,
         )
         for target, found in stored.artifacts.items()
     }
+    for artifact in artifacts.values() if elsewhere else ():
+        for text in artifact.backend.advice(artifact):
+            logger.warning("%s: %s.", artifact.path, text)
     return Result(
         original=None,
         programs={target: load(directory / name) for target, name in stored.programs.items()},

@@ -65,6 +65,8 @@ def carry_out(
         )
     if stored.other_libraries():
         logger.warning("The plans were made with other versions: %s.", "; ".join(stored.other_libraries()))
+    if elsewhere := stored.other_processor():
+        logger.warning("The plans were made on %s, by what is fastest there.", elsewhere)
     programs, plans = {"": program}, read_plans(stored, directory, registry)
     bare = dict(programs)  # without guards, which the passes that made the plans have not seen
     for (target, plan), entry in zip(plans, stored.plans, strict=True):

@@ -139,6 +139,23 @@ def test_other_library_versions_are_said(
     assert "torch 1.0, here" in caplog.text
 
 
+def test_another_processor_is_said(
+    folder: Path, result: graphopt.Result, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    graphopt.open(folder)
+    assert "a processor with" not in caplog.text
+    there = Path(shutil.copytree(folder, tmp_path / "copy"))
+    data = json.loads((there / "manifest.json").read_text())
+    data["cpu"] = ["aarch64", "asimddp"]
+    (there / "manifest.json").write_text(json.dumps(data))
+    said = "made on a processor with aarch64, asimddp; this one has"
+    graphopt.open(there)
+    assert f"{there} was {said}" in caplog.text
+    assert result.original is not None
+    graphopt.replay(result.original, there / "manifest.json")
+    assert f"The plans were {said}" in caplog.text
+
+
 @pytest.mark.parametrize("target", [None, "onnxruntime", ["onnxruntime", "tensorrt"]])
 @pytest.mark.parametrize("passes", ["", "prune:ratio=0.4:round_to=1", PASSES])
 def test_replay_makes_what_optimize_made(result: graphopt.Result, tmp_path: Path, target: Any, passes: str) -> None:
