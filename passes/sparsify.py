@@ -21,7 +21,7 @@ from graphopt.ir.finite import all_finite
 from graphopt.ir.graph import tensor_attribute
 from graphopt.ir.program import Program
 from graphopt.ir.zeros import held_zeros
-from graphopt.passes.between_steps import recovered
+from graphopt.passes.layers.between_steps import recovered
 from graphopt.passes.layers.directions import Purpose, directions
 from graphopt.passes.layers.sparse_weights import find_sites, named, with_weights
 from graphopt.pipeline.context import Context

@@ -20,7 +20,7 @@ from graphopt.axes.rewrite import remove
 from graphopt.ir.plain_data import Json
 from graphopt.ir.program import Program
 from graphopt.measure.budget import Guard, Meter
-from graphopt.passes.between_steps import recovered
+from graphopt.passes.layers.between_steps import recovered
 from graphopt.passes.pruning.alignment import multiples
 from graphopt.passes.pruning.allocation import Allocation, Counts
 from graphopt.passes.pruning.choice import Choice

@@ -10,7 +10,7 @@ import torch
 from graphopt.capturing.capture import capture
 from graphopt.errors import DataError, UsageError
 from graphopt.ir.program import Program
-from graphopt.passes.between_steps import recovered
+from graphopt.passes.layers.between_steps import recovered
 from graphopt.passes.prune import Prune, PruningPlan
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.pipeline import Pipeline
