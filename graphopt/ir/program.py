@@ -31,7 +31,7 @@ from graphopt.ir.graph import copy_graph_module
 from graphopt.ir.ownership import own_tensors
 from graphopt.ir.placing import place
 from graphopt.ir.signature import Note, TensorSpec, batch_size, size_out_of_range
-from graphopt.ir.torch_internals import flat_arguments, pytree
+from graphopt.ir.torch_internals import flat_arguments, pytree, save_pt2
 from graphopt.ir.training import is_training, set_training
 
 if TYPE_CHECKING:
@@ -261,7 +261,7 @@ class Program:
         stored.example_inputs = program.unflatten(program.made_up_examples())
         with failing_late(path) as stream, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about tensors that share memory, which load as they were saved
-            torch.export.save(stored, stream, extra_files=extra)
+            save_pt2(stored, stream, extra)
 
     def _signature(self) -> dict[str, Any]:
         def plain(spec: TensorSpec) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import io
 import threading
+import zipfile
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -15,6 +17,7 @@ from onnxscript.function_libs.torch_lib import registration
 from onnxscript.values import TracedOnnxFunction
 from torch import Tensor, fx, nn
 from torch._export import utils as export_utils
+from torch._export.serde import serialize
 from torch.export import Dim
 from torch.onnx._internal.exporter import _schemas
 from torch.onnx._internal.exporter._registration import ONNXRegistry
@@ -43,6 +46,7 @@ from graphopt.ir.torch_internals import (
     optimization_hint,
     output_structure,
     pytree,
+    save_pt2,
     statically_known_true,
     target_of_conversion,
 )
@@ -233,6 +237,19 @@ def test_the_exporter_sees_an_operator_that_takes_the_place_of_another() -> None
     second.define("op(Tensor x) -> Tensor")
     with onnx_exporter():
         assert library().functions.keys() ^ before == {"first_place::op", "second_place::op"}
+
+
+def test_a_program_is_written_as_torch_does_and_put_in_order_by_nobody() -> None:
+    exported = torch.export.export(Doubled(), (torch.ones(3, 4),), {"y": torch.ones(3, 4)})
+    ours, theirs, extra = io.BytesIO(), io.BytesIO(), {"note": "kept"}
+    with mock.patch.object(serialize, "canonicalize", side_effect=serialize.canonicalize) as ordered:
+        save_pt2(exported, ours, dict(extra))
+        assert not ordered.called
+        torch.export.save(exported, theirs, extra_files=dict(extra))
+        assert ordered.called
+    one, other = (zipfile.ZipFile(stream) for stream in (ours, theirs))
+    assert one.namelist() == other.namelist()
+    assert all(one.read(name) == other.read(name) for name in one.namelist() if not name.endswith("serialization_id"))
 
 
 def test_nothing_of_torch_stays_patched() -> None:
