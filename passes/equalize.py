@@ -47,7 +47,7 @@ class EqualizeOptions:
     gain: dB that rounding must add less, by the model, for a value to be scaled.
     multiply: put a multiplication behind a value that is read elsewhere too, or that takes no factor in.
     samples: calibration samples used.
-    batch_size: samples per calibration step; does not change the result.
+    batch_size: samples per calibration step; changes the last digits of the result at most.
     """
 
     gain: Annotated[float, Field(ge=0)] = 1.0

@@ -56,7 +56,7 @@ class HalfOptions(BFloat16Options):
     """What computes in 16 bits, and how much data is looked at.
 
     samples: calibration samples whose values are looked at for overflow.
-    batch_size: samples per calibration step; does not change the result.
+    batch_size: samples per calibration step; changes the last digits of the result at most.
     """
 
     samples: Annotated[int, Field(ge=1)] = 64
@@ -116,10 +116,10 @@ class Half(Pass[HalfOptions, HalfPlan]):
             LoweringError: it says what to do instead.
         """
         if self.options.compute == "auto" and target.float_kernels(self._kind) is None:
-            others = " or ".join(f"`{_PASSES[kernels.dtype]}`" for kernels in target.floats)
+            others = "".join(f", use `{_PASSES[kernels.dtype]}`" for kernels in target.floats)
             raise LoweringError(
                 f"Pass `{self.name}` is not for {target.name}, which has no {self._kind} kernels. "
-                f"Leave it out{f', or use {others}' if others else ''}."
+                f"Leave it out{others}, or store weights in it alone ({self.name}:compute=no)."
             )
 
     def plan(self, program: Program, ctx: Context) -> HalfPlan:
@@ -199,7 +199,8 @@ def _moved(value: fx.Node) -> fx.Node:
 class BFloat16(Half):
     """Compute in bfloat16, which has the range of float32 and a third of its digits, as `half` does in float16.
 
-    What `half` does and refuses holds for it; no value overflows, so data are not asked for.
+    What `half` does holds for it, but that targets without kernels for it are refused unless `compute=no` stores
+    weights in it alone; no value overflows, so data are not asked for.
     """
 
     name = "bfloat16"

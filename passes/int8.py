@@ -66,7 +66,7 @@ class Int8Options:
     observer: how ranges are chosen from the data; auto: by kind of operator.
     percentile: percent of values kept in range, of observer=percentile.
     samples: calibration samples used.
-    batch_size: samples per calibration step; does not change the result.
+    batch_size: samples per calibration step; changes the last digits of the result at most.
     weights: one scale for each output channel, or for the tensor; float: weights are not rounded.
     weight_bits: of a weight, at most; fewer than 8 lie in bytes all the same, for studies.
     accuracy: what the next two are where nothing is said of them: fast, neither; balanced, the first; best, both.
@@ -122,7 +122,8 @@ class Int8(Pass[Int8Options, Int8Plan]):
     5. Channels of depthwise layers are filled up to as many as the target's kernel computes at once, 80 in place of 72,
        with zero weights behind them, where layers around them do not lose more by the costs. Exact.
     6. LSTMs run layer by layer on integer weights, whose kernels choose the scales of activations.
-    7. Embedding tables are stored as integers, a scale for each row; what is read of them is float again.
+    7. Embedding tables are stored as integers, a scale for each row, where the target reads such; what is read of them
+       is float again.
     8. With `weights=float` activations alone are rounded where they would be, to see what that costs: layers compute in
        float32 then, and nothing is smaller or faster.
 
@@ -258,6 +259,7 @@ class Int8(Pass[Int8Options, Int8Plan]):
         """Return what saw the samples; None where nothing needs them and there are none."""
         if not placement.sites or (ctx.samples is None and all(site.dynamic for site in placement.sites)):
             return None
+        ctx.need_samples(self.name, "to measure the ranges of activations (mode=dynamic, for products, needs none)")
         per_sample = self.options.observer == "average"  # it asks for the range of each
         together = 1 if per_sample else self.options.batch_size
         return Calibration.of(ctx, program, self.name, limit=self.options.samples, batch_size=together)

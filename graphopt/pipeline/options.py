@@ -132,12 +132,14 @@ def _is_tuple(hint: Any) -> bool:
 
 def _type_text(schema: Mapping[str, Any]) -> str:
     options = schema.get("anyOf", [schema])
-    return " or ".join(str(option.get("type", "choice" if "enum" in option else "value")) for option in options)
+    kinds = (str(option.get("type", "choice" if "enum" in option else "value")) for option in options)
+    return " or ".join(dict.fromkeys(kinds))
 
 
 def _range_text(schema: Mapping[str, Any]) -> str:
     texts = []
     for option in schema.get("anyOf", [schema]):
+        option = option.get("items", option)  # those of one item
         if "enum" in option:
             texts.append(" | ".join(map(str, option["enum"])))
         signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}

@@ -332,7 +332,7 @@ class Untouchable(nn.Module):
 
 
 def test_a_target_without_the_type_is_refused_before_anything_runs() -> None:
-    said = "`bfloat16` is not for onnxruntime, which has no bfloat16 kernels. Leave it out, or use `half`."
+    said = "`bfloat16` is not for onnxruntime, which has no bfloat16 kernels. Leave it out, use `half`, or store"
     with pytest.raises(LoweringError, match=said):
         graphopt.optimize(Untouchable(), torch.zeros(4, 2), passes=[BFloat16()])
     with pytest.raises(LoweringError, match=said):
