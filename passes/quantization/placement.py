@@ -13,7 +13,7 @@ operators, and modules the user asked to leave.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -212,7 +212,7 @@ class _Placer:
                     readers.append(node)
 
     def _refuse_float(self, node: fx.Node, kernel: Kernel, rule: OperatorRule | None) -> None:
-        if rule is not None or not _is_float(node):
+        if rule is not None or not any(_floats(node)):  # of a maximum the place is none
             return
         chained = any(operand in self._result.integers for operand in kernel.operands)
         absorbed = node in self._result.integers
@@ -295,7 +295,11 @@ class _Placer:
 
 
 def _is_float(node: fx.Node) -> bool:
-    return all(isinstance(leaf, torch.Tensor) and leaf.dtype is torch.float32 for leaf in _leaves(node))
+    return all(_floats(node))
+
+
+def _floats(node: fx.Node) -> Iterator[bool]:
+    return (isinstance(leaf, torch.Tensor) and leaf.dtype is torch.float32 for leaf in _leaves(node))
 
 
 def _is_empty(node: fx.Node) -> bool:

@@ -138,11 +138,13 @@ def test_says_what_has_no_integer_kernel() -> None:
             super().__init__()
             self.conv, self.up = nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 3, 2, stride=2)
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.up(F.mish(self.conv(x)))
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.conv(x)
+            return self.up(F.mish(x)), F.adaptive_max_pool2d(x, 1)  # which gives places, too
 
     _, plan = quantized(Up(), images())
     assert reasons(plan) == {
+        "adaptive_max_pool2d": "`adaptive_max_pool2d` has no integer kernel on onnxruntime",
         "mish": "`mish` has no integer kernel on onnxruntime",
         "conv_transpose2d": "`conv_transpose2d` has no integer kernel on onnxruntime",
     }
