@@ -94,6 +94,15 @@ class Goal:
         knobs = [site.knobs[form] for site in sites if (form := chosen[site.name]) in site.knobs]
         return self._lost.beyond(self._lost.of(Altered(self._program, knobs)))
 
+    @property
+    def limits_loss(self) -> bool:
+        """Whether there is a limit on what is lost."""
+        return self._lost is not None
+
+    def loses_too_much(self, candidate: Candidate) -> bool:
+        """Whether a candidate loses more than it may, whatever it saves."""
+        return self._lost is not None and self._lost.unit in candidate.excess
+
     def attempt(self, sites: Sequence[FormSite], chosen: Mapping[str, str]) -> Candidate:
         """Make the program of some forms and measure it."""
         _, made = compose(self._program, self._ctx, sites, chosen, fill_up=self._asked.fill_up)

@@ -42,15 +42,9 @@ class FormSearch:
 
     def least(self, unit: str) -> Candidate:
         """Return what costs least of a unit, "bytes" or "latency", and loses no more than it may."""
-        chosen, budget = self._within(unit)
-        for _ in range(self._trials):
-            candidate = self._make(chosen)
-            if not candidate.excess:
-                return candidate
-            before = chosen
-            while chosen == before and budget > _FINEST:
-                budget *= _TIGHTER
-                chosen = self._select(unit, {"noise": budget})
+        found = self._losing_little(unit)
+        if found is not None:
+            return found
         self.notes.append(
             f"none of {len(self.made)} choices lost as little when it was made as it seemed to, so all weights stay "
             "float32; more trials= may find one"
@@ -75,8 +69,24 @@ class FormSearch:
             for unit, excess in missing.items():  # that much more has to be saved than this seemed to
                 seemed = sum(site.saves(candidate.chosen[site.name], unit) for site in self._sites)
                 wanted[unit] = max(wanted[unit], seemed) + excess
-        self._make(self._select(next(iter(limits)), {}))
+        unit = next(iter(limits))
+        self._make(self._select(unit, {}))
+        if self._goal.limits_loss:
+            self._losing_little(unit)
         return min(self.made.values(), key=self._goal.distance)
+
+    def _losing_little(self, unit: str) -> Candidate | None:
+        """Make what saves most of a unit and loses no more than it may, with smaller budgets until it does not."""
+        chosen, budget = self._within(unit)
+        for _ in range(self._trials):
+            candidate = self._make(chosen)
+            if not self._goal.loses_too_much(candidate):
+                return candidate
+            before = chosen
+            while chosen == before and budget > _FINEST:
+                budget *= _TIGHTER
+                chosen = self._select(unit, {"noise": budget})
+        return None
 
     def _within(self, unit: str) -> tuple[Chosen, float]:
         """Return the forms of the largest budget whose choice holds when it is run, and that budget."""

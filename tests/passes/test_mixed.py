@@ -245,6 +245,9 @@ def test_what_cannot_be_met_is_said(words: Program) -> None:
     assert plan.sites  # the nearest that there is
     both = plan_of(words, bytes=0.23, min_sqnr=60)
     assert [text.partition(":")[0] for text in both.unmet] == ["min_sqnr=60.0"]
+    small = plan_of(words, bytes=0.01, min_sqnr=30)
+    assert [text.partition(":")[0] for text in small.unmet] == ["bytes=0.01"]
+    assert small.sites
 
 
 def test_points_of_the_metric_are_those_of_the_labels_it_gets(words: Program) -> None:
