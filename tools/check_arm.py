@@ -64,7 +64,7 @@ from tools.result_digests import model_of
 # Kernels there add up float16 in float16: 576 products at most, and each addition rounds by half an eps at most, in
 # either direction.
 _SUMMED_IN_HALF = math.sqrt(576) * torch.finfo(torch.float16).eps / 2
-_TARGETS = ("onnxruntime", "onnxruntime-x86-avx2")
+_TARGETS = ("onnxruntime", "onnxruntime-arm", "onnxruntime-x86-avx2")
 _SAMPLES = 64
 
 

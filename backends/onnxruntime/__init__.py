@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
-from graphopt.backends.onnxruntime.backend import OnnxRuntimeAvx2Backend, OnnxRuntimeBackend
+from graphopt.backends.onnxruntime.backend import (
+    OnnxRuntimeArmBackend,
+    OnnxRuntimeAvx2Backend,
+    OnnxRuntimeBackend,
+)
 
-__all__ = ["OnnxRuntimeAvx2Backend", "OnnxRuntimeBackend"]
+__all__ = ["OnnxRuntimeArmBackend", "OnnxRuntimeAvx2Backend", "OnnxRuntimeBackend"]

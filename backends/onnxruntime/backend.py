@@ -17,7 +17,7 @@ from graphopt.backends.onnx_lowering.saving import EXTERNAL_DATA_ABOVE
 from graphopt.backends.onnx_lowering.simplification import simplify_where_smaller
 from graphopt.backends.onnxruntime.block_kernels import BlockKernelsPass
 from graphopt.backends.onnxruntime.breakers import keep_apart
-from graphopt.backends.onnxruntime.description import DESCRIPTION, DESCRIPTION_AVX2
+from graphopt.backends.onnxruntime.description import DESCRIPTION, DESCRIPTION_ARM, DESCRIPTION_AVX2
 from graphopt.backends.onnxruntime.fusion import Layer, quantized_layers
 from graphopt.backends.onnxruntime.grouped_half import widen_grouped_convolutions
 from graphopt.backends.onnxruntime.integer_products import write_integer_products
@@ -114,7 +114,10 @@ class OnnxRuntimeBackend(OnnxBackend):
         costs = self.description.costs
         if costs is not None and platform.machine() not in X86:
             said = f"what is faster as float is told by costs of {costs.processor}, and this is {platform.machine()}"
-            return [f"{said}: int8:guard=measure times it here"] if artifact.facts.get("quantized") else []
+            remedy = (
+                f"--target {DESCRIPTION_ARM.name.replace('-', ':', 1)} goes by none, int8:guard=measure times it here"
+            )
+            return [f"{said}: {remedy}"] if artifact.facts.get("quantized") else []
         if "avx2" not in " ".join(said_of_processor("flags")).split():
             return []
         narrow = self.name == DESCRIPTION_AVX2.name
@@ -148,6 +151,24 @@ class OnnxRuntimeAvx2Backend(OnnxRuntimeBackend):
     def description(self) -> TargetDescription:
         """What passes need to know about the runtime on such processors."""
         return DESCRIPTION_AVX2
+
+
+class OnnxRuntimeArmBackend(OnnxRuntimeBackend):
+    """Lowers for 64-bit ARM, where nothing was timed: what is faster as float is told by timing there alone."""
+
+    name: ClassVar[str] = DESCRIPTION_ARM.name
+    times_here: ClassVar[bool] = platform.machine() not in X86
+
+    @property
+    def description(self) -> TargetDescription:
+        """What passes need to know about the runtime on such processors."""
+        return DESCRIPTION_ARM
+
+    def advice(self, artifact: Artifact) -> list[str]:
+        """Say that times on this machine are not those of the target, where it is another."""
+        if self.times_here or not artifact.facts.get("quantized"):
+            return []
+        return ["it is not timed: this machine is no ARM, and its times say nothing of one"]
 
 
 def _computes_in(dtype: torch.dtype, program: Program) -> bool:

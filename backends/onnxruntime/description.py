@@ -94,3 +94,15 @@ DESCRIPTION_AVX2 = dataclasses.replace(
     costs=read_costs(Path(__file__).with_name("costs_x86_avx2.json")),
     notes=("Weights have 7 bits, which x86 without VNNI multiplies without saturation, fast; right anywhere.",),
 )
+
+# Products of 8 bits are exact there; nobody has timed a kernel.
+DESCRIPTION_ARM = dataclasses.replace(
+    DESCRIPTION,
+    name="onnxruntime-arm",
+    depthwise_multiple=1,
+    depthwise_uneven=1.0,
+    costs=None,
+    notes=(
+        "No kernel was timed on ARM, so integers stand wherever there are kernels; int8:guard=measure times there.",
+    ),
+)

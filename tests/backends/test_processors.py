@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from graphopt.backends.onnx_execution.session import SessionSettings
-from graphopt.backends.onnxruntime import OnnxRuntimeAvx2Backend, OnnxRuntimeBackend
+from graphopt.backends.onnxruntime import OnnxRuntimeArmBackend, OnnxRuntimeAvx2Backend, OnnxRuntimeBackend
 from graphopt.backends.onnxruntime import backend as module
 from graphopt.backends.onnxruntime.description import DESCRIPTION, DESCRIPTION_AVX2
 from graphopt.backends.onnxruntime.options import recorded_options
@@ -28,7 +28,7 @@ X86, ARM = ("x86_64", "fpu avx2 avx512f"), ("aarch64", "asimd i8mm")
 @pytest.fixture(scope="module")
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     made = {}
-    for backend in (OnnxRuntimeBackend(), OnnxRuntimeAvx2Backend()):
+    for backend in (OnnxRuntimeBackend(), OnnxRuntimeArmBackend(), OnnxRuntimeAvx2Backend()):
         program, _ = quantized(TwoConvs(), images(), target=backend.description, options=UNGUARDED)
         artifact = backend.lower(program, backend.path_in(tmp_path_factory.mktemp(backend.name)))
         backend.verify(artifact, program)
@@ -37,7 +37,8 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
 
 
 def test_files_and_names(artifacts: dict[str, Artifact]) -> None:
-    assert [item.name for item in backends_named("onnxruntime:x86-avx2,onnxruntime")] == [*reversed(artifacts)]
+    named = "onnxruntime:x86-avx2,onnxruntime:arm,onnxruntime"
+    assert [item.name for item in backends_named(named)] == [*reversed(artifacts)]
     assert Path(artifacts["onnxruntime-x86-avx2"].path).name == "onnxruntime-x86-avx2.onnx"
 
 
@@ -67,6 +68,7 @@ def test_what_is_rounded_by_scales_of_its_own_is_not_rounded_otherwise_on_arm() 
         ("onnxruntime-x86-avx2", X86, True, None),
         ("onnxruntime", ARM, False, "costs of AMD EPYC, x86_64 with VNNI, and this is aarch64"),
         ("onnxruntime-x86-avx2", ARM, False, "costs of AMD EPYC, x86_64 without VNNI, and this is aarch64"),
+        ("onnxruntime-arm", X86, False, "this machine is no ARM"),
     ],
 )
 def test_says_what_suits_the_machine(
@@ -93,6 +95,14 @@ def test_costs_are_shipped_where_they_were_measured() -> None:
         large = Work(operations=2 * 56 * 56 * 64 * 576, elements=2 * 56 * 56 * 64)  # a layer of ResNet-18
         integer, floating = (description.costs.seconds("conv2d", form, large) or 0.0 for form in ("static", "float"))
         assert 1e-4 < integer < floating < 1e-2
+
+
+def test_on_arm_nothing_is_float_for_costs_of_other_processors(artifacts: dict[str, Artifact]) -> None:
+    target = OnnxRuntimeArmBackend().description
+    assert target.costs is None
+    _, plan = quantized(TwoConvs(), images(), target=target)
+    assert {record["site"] for record in plan.layers} == {"conv2d", "conv2d_1"}
+    assert artifacts[target.name].facts["integer"] == artifacts[target.name].facts["quantized"] > 0
 
 
 def test_of_costs_that_decided_nothing_nothing_is_said(

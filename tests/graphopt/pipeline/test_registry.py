@@ -133,7 +133,8 @@ def test_an_entry_point_that_is_no_pass(monkeypatch: pytest.MonkeyPatch) -> None
 def test_an_unknown_target() -> None:
     with pytest.raises(UsageError, match=r"There is no target `onnxruntim`; did you mean `onnxruntime`\?"):
         registry.backend("onnxruntim")
-    said = r"There is no target `onnxruntime:cuda`.* Known: onnxruntime, onnxruntime-x86-avx2, tensorrt\."
+    known = "onnxruntime, onnxruntime-arm, onnxruntime-x86-avx2, tensorrt"
+    said = rf"There is no target `onnxruntime:cuda`.* Known: {known}\."
     with pytest.raises(UsageError, match=said):
         registry.backends_named("onnxruntime:cuda")
     (found,) = registry.backends_named("onnxruntime:x86-avx2")
