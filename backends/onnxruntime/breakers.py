@@ -33,6 +33,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from graphopt.backends.onnx_lowering.values import value_names
@@ -101,10 +102,24 @@ def keep_apart(model: ir.Model) -> None:
             elif node.op_type == "Transpose" and node.outputs[0].dtype == ir.DataType.FLOAT16:  # 1.31.1
                 moved = node.attributes.get_ints("perm", (1,))[0] != 0
                 _copy(graph, node, [reader for reader in readers if moved and reader.op_type == "MatMul"], names)
-            elif node.op_type == "Pad" and _zeros_may_be_largest(node):  # 1.31.1
-                _copy(graph, node, [reader for reader in readers if reader.op_type == "MaxPool"], names)
+            elif node.op_type == "Pad":  # 1.31.1
+                _copy(graph, node, [reader for reader in readers if _takes_a_pad_wrongly(node, reader)], names)
             elif node.op_type in BREAKERS and _between_integers(node) and BREAKERS[node.op_type].wrong(node):
                 _copy(graph, node, readers, names)
+
+
+def _takes_a_pad_wrongly(pad: ir.Node, pool: ir.Node) -> bool:
+    """Whether a pooling behind is wrong with a pad taken in: zeros may be the largest, or more than its kernel is."""
+    if pool.op_type not in ("MaxPool", "AveragePool"):
+        return False
+    kernel = pool.attributes.get_ints("kernel_shape", ())
+    around = pad.inputs[1].const_value if len(pad.inputs) > 1 and pad.inputs[1] is not None else None
+    own = pool.attributes.get_ints("pads", (0,) * 2 * len(kernel))
+    if around is None:
+        return True
+    sides = around.numpy().reshape(2, -1)[:, -len(kernel) :]
+    wide = (sides + np.reshape(own, (2, -1)) >= np.array(kernel)).any()
+    return bool(wide) or (pool.op_type == "MaxPool" and _zeros_may_be_largest(pad))
 
 
 def _zeros_may_be_largest(pad: ir.Node) -> bool:

@@ -110,6 +110,11 @@ def _requested_axes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     """Bring a `dynamic_shapes` argument to one dictionary per tensor leaf."""
     combined = arguments_by_name(model, args, kwargs)
     if requested is not None and not isinstance(requested, Mapping):
+        if not isinstance(requested, list | tuple):
+            raise UsageError(
+                f"dynamic_shapes cannot be {requested!r}. Give the axes of each input by its name: "
+                '{"x": {1: torch.export.Dim.DYNAMIC}}.'
+            )
         if len(requested) > len(combined):
             raise UsageError(
                 f"dynamic_shapes describes {len(requested)} inputs, and the model takes {', '.join(combined)}."
@@ -129,6 +134,8 @@ def _requested_axes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 def _collect_axes(name: str, value: Any, asked: Any, found: LeafShapes) -> None:
     if isinstance(value, torch.Tensor):
+        if asked and not isinstance(asked, Mapping | list | tuple):
+            raise UsageError(f'dynamic_shapes gives input `{name}` {asked!r}. Give its axes: {{1: "{name}_1"}}.')
         axes = dict(enumerate(asked)) if isinstance(asked, list | tuple) else dict(asked or {})
         unknown = [axis for axis in axes if not 0 <= axis < value.dim()]
         if unknown:

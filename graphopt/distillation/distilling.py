@@ -162,9 +162,9 @@ def _trained(
         schedule = trials.choose(_RATES, _GROWTH)
     tried: list[Json] = [{**one, "loss": _finite(one["loss"])} for one in trials.tried]
     history = fit(schedule, "training")
-    if history.losses == [math.inf]:
-        if not trials.best:
-            raise PassError(history.stopped)
+    if history.losses == [math.inf] and not trials.best:
+        raise PassError(history.stopped)
+    if trials.best and trials.lowest < min(history.losses):
         history = History([start, trials.lowest], trials.best, stopped=history.stopped)
     return history, {"lr": schedule.rate, "tried": tried}
 

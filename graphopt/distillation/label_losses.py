@@ -58,7 +58,8 @@ class LabelLoss:
         """
         if self.function is not None:
             return self.function(output, labels)
-        regresses = labels.is_floating_point() and labels.numel() == output.numel()
+        labels = _numbers(labels)
+        regresses = labels.is_floating_point() and _beside_ones(labels) == _beside_ones(output)
         if self.name == "mse" or (self.name == "auto" and regresses):
             return _squared_error(output, labels)
         axis = self._axis(output, labels)
@@ -84,7 +85,7 @@ class LabelLoss:
         """Return how many labels that are not left out there are for a sample."""
         counts = [
             (part.movedim(self.target.axis, -1).any(-1) if part.is_floating_point() else part != _LEFT_OUT).sum()
-            for part in parts
+            for part in map(_numbers, parts)
         ]
         return torch.stack(counts).sum() / sum(map(len, parts))
 
@@ -104,7 +105,7 @@ class LabelLoss:
 
 def of_classes(classes: int, labels: torch.Tensor) -> bool:
     """Whether labels are numbers of so many classes, or left out."""
-    known = labels[labels != _LEFT_OUT]
+    known = _known(labels)
     return not known.numel() or 0 <= int(known.min()) <= int(known.max()) < classes
 
 
@@ -115,7 +116,7 @@ def check_classes(classes: int, labels: torch.Tensor) -> None:
         DataError: there are others.
     """
     if not of_classes(classes, labels):
-        known = labels[labels != _LEFT_OUT]
+        known = _known(labels)
         raise DataError(
             f"The output has {classes} classes, and the labels go from {int(known.min())} to {int(known.max())}. Give "
             "labels of its own classes, or a student with as many outputs."
@@ -124,8 +125,24 @@ def check_classes(classes: int, labels: torch.Tensor) -> None:
 
 def shares_of(labels: torch.Tensor, classes: int, axis: int) -> torch.Tensor:
     """Return class numbers as shares of the classes along an axis: 1 of one, of what is left out 0 of all."""
-    shares = one_hot(labels.long().clamp_min(0), classes).float()
+    labels = _numbers(labels)
+    shares = one_hot(labels.clamp_min(0), classes).float()
     return (shares * (labels != _LEFT_OUT)[..., None]).movedim(-1, axis)
+
+
+def _numbers(labels: torch.Tensor) -> torch.Tensor:
+    """Return class numbers in a type that -100 fits in: of bytes it would be class 156."""
+    return labels if labels.is_floating_point() or labels.is_complex() else labels.long()
+
+
+def _known(labels: torch.Tensor) -> torch.Tensor:
+    labels = _numbers(labels)
+    return labels[labels != _LEFT_OUT]
+
+
+def _beside_ones(tensor: torch.Tensor) -> list[int]:
+    """Return the sizes of the axes that order a tensor's elements."""
+    return [size for size in tensor.shape if size != 1]
 
 
 def _agree(sizes: Sequence[int | torch.SymInt], others: Sequence[int]) -> bool:
@@ -144,7 +161,7 @@ def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def _squared_error(output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    if labels.numel() != output.numel():
+    if _beside_ones(labels) != _beside_ones(output):
         raise DataError(
             f"The mean squared error is of as many labels as outputs: {list(output.shape)}, and the labels are "
             f"{list(labels.shape)}. Give others, or a student with as many outputs."

@@ -28,6 +28,7 @@ from graphopt.distillation.plan import DistillPlan
 from graphopt.distillation.preparing import PreparedLesson, prepare
 from graphopt.distillation.taps import strip_taps, taps_of
 from graphopt.distillation.teachers import GivenTeacher, Teacher
+from graphopt.distillation.weights import keep_zeros
 from graphopt.errors import DataError, UsageError
 from graphopt.ir.global_state import one_thread_at_a_time, random_state_kept
 from graphopt.ir.placing import place
@@ -60,6 +61,7 @@ class PairedModule(nn.Module):
         super().__init__()
         self.program = prepared.student
         self.student = prepared.student.graph_module
+        keep_zeros(self.program)
         self._prepared = prepared  # no module: its teachers are neither trained nor stored
         self.eval()  # as the student is
 

@@ -67,7 +67,8 @@ def prepare(
         DataError: a loss needs labels, and there are none.
     """
     terms, refusals = output_terms(plan, student, teachers, labelled=labelled)
-    links, unpaired = links_of(plan, student, teachers, outputs_teach=bool(terms))
+    taught = bool(terms) or not plan.share_of_teachers(labelled=labelled)  # else labels alone teach, as was asked
+    links, unpaired = links_of(plan, student, teachers, outputs_teach=taught)
     matches, unmatched = matches_of(links, student, teachers)
     own = len(student.inputs) + labelled
     by_labels = label_term(plan, student, labelled=labelled, outputs_teach=bool(terms))
@@ -89,7 +90,9 @@ def prepare(
         of_heads[1],
     )
     said: dict[str, Json] = {
-        "outputs": {f"{term.name} by {teachers[term.by].name}": term.weight for term in terms if term.by != "student"},
+        "outputs": {
+            f"{term.name} by {_called(teachers, term.by)}": term.weight for term in terms if term.by != "student"
+        },
         "pairs": [str(match) for match in matches],
         "heads": [head.tap.address for head in heads],
         "labels": by_labels.weight if by_labels else 0.0,
@@ -158,6 +161,12 @@ def _pair_terms(matches: Sequence[Match], own: int, asked: Sequence[Sequence[int
             Term(f"pair {match.link.student.address} {match.loss}", index, by, taught, loss, match.link.weight, alike)
         )
     return terms
+
+
+def _called(teachers: Sequence[Teacher], number: int) -> str:
+    """Return the name of a teacher, with its number where several have it."""
+    name = teachers[number].name
+    return name if [teacher.name for teacher in teachers].count(name) == 1 else f"{name} ({number + 1})"
 
 
 def _nothing(teachers: Sequence[Teacher], refusals: Sequence[Refusal]) -> str:

@@ -10,7 +10,7 @@ from graphopt.distillation.named_losses import output_loss
 from graphopt.distillation.objective import OutputKind, Target, targets_of
 from graphopt.distillation.plan import DistillPlan, OutputPlan
 from graphopt.distillation.taps import own_outputs
-from graphopt.distillation.teachers import Teacher, alike, by_name
+from graphopt.distillation.teachers import Teacher, alike, by_name, by_name_and_place
 from graphopt.distillation.teaching import LabelTerm, Term
 from graphopt.errors import DataError, UsageError
 from graphopt.ir.program import Program
@@ -126,7 +126,8 @@ def _counterpart(target: Target, student: Program, teacher: Teacher, wish: Outpu
     taught = wish.teacher or (target.name if named else "")
     if taught and taught not in names:
         return f"the teacher `{teacher.name}` has no output `{taught}`, it has {', '.join(names)}"
-    index = names.index(taught) if taught else target.index
+    places = by_name_and_place(own_outputs(student), teacher.outputs)
+    index = names.index(taught) if taught else target.index if places is None else places[target.index]
     if index >= len(names):
         return f"the teacher `{teacher.name}` has {len(names)} outputs"
     own, other = student.outputs[target.index], teacher.outputs[index]

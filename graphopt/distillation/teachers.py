@@ -99,8 +99,8 @@ class Teacher:
         if isinstance(given, Program):
             return cls._of("program", given)
         if isinstance(given, nn.Module):
-            if len(names) > 1 and set(names) <= set(inspect.signature(given.forward).parameters):
-                data = dict(zip(names, data, strict=True))
+            if len(names) > 1:
+                data = _by_arguments(given, names, data)
             return cls._of(type(given).__name__, with_data(given, data, share_tensors=True)[0])
         if not isinstance(given, str | Path):
             raise UsageError(
@@ -197,8 +197,7 @@ def check_inputs(teacher: Teacher, found: Sequence[TensorSpec], whose: str) -> t
         raise UsageError(
             f"The teacher `{teacher.name}` takes batches of {single[0].shape[0]} alone. Export it with a dynamic batch."
         )
-    by_place = range(len(found)) if len(found) == len(teacher.inputs) else None
-    for places in (by_name(teacher.inputs, found), by_place):
+    for places in (by_name(teacher.inputs, found), by_name_and_place(teacher.inputs, found)):
         if places is not None and all(alike(own, found[at]) for own, at in zip(teacher.inputs, places, strict=True)):
             return tuple(places)
     raise UsageError(
@@ -214,11 +213,31 @@ def by_name(wanted: Sequence[TensorSpec], there: Sequence[TensorSpec]) -> list[i
     return [places[spec.name] for spec in wanted] if all(spec.name in places for spec in wanted) else None
 
 
+def by_name_and_place(wanted: Sequence[TensorSpec], there: Sequence[TensorSpec]) -> list[int] | None:
+    """Return where each is among as many others: equal names together, the rest in order; None: not as many."""
+    if len(wanted) != len(there):
+        return None
+    names = {spec.name for spec in wanted}
+    rest = iter([at for at, spec in enumerate(there) if spec.name not in names])
+    places = {spec.name: at for at, spec in enumerate(there)}
+    return [places[spec.name] if spec.name in places else next(rest) for spec in wanted]
+
+
 def alike(one: TensorSpec, other: TensorSpec) -> bool:
     """Whether two tensors have the same type and, but for the number of samples and where both are known, sizes."""
     sizes = zip(one.shape[1:], other.shape[1:], strict=False)
     same = all(isinstance(a, str) or isinstance(b, str) or a == b for a, b in sizes)
     return one.dtype == other.dtype and len(one.shape) == len(other.shape) and same
+
+
+def _by_arguments(module: nn.Module, names: Sequence[str], data: Any) -> Any:
+    """Return inputs by the arguments of a module that have their names, the rest by those left, where any has."""
+    arguments = list(inspect.signature(module.forward).parameters)
+    if not set(names) & set(arguments):
+        return data
+    rest = iter([argument for argument in arguments if argument not in names])
+    called = [name if name in arguments else next(rest, name) for name in names]
+    return dict(zip(called, data, strict=True))
 
 
 def _folded(program: Program) -> Program:

@@ -40,7 +40,8 @@ def keep_zeros(program: Program) -> None:
             assert parameter.grad is not None  # it has just been computed
             parameter.grad.mul_(mask)
 
-        parameters[name].register_post_accumulate_grad_hook(masked)  # type: ignore[no-untyped-call]
+        if parameters[name].requires_grad:
+            parameters[name].register_post_accumulate_grad_hook(masked)  # type: ignore[no-untyped-call]
 
 
 def overwrite(program: Program, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -46,7 +46,7 @@ def call_undoing_writes(gm: fx.GraphModule, args: Sequence[Any], kwargs: Mapping
 
     Statistics that training moves are not among it.
     """
-    written = [tensor_attribute(gm, name) for name in _names_written(gm)]
+    written = [tensor_attribute(gm, name) for name in names_written(gm)]
     if not written:
         return gm(*args, **kwargs)
     values = [tensor.detach().clone() for tensor in written]
@@ -63,7 +63,8 @@ def call_undoing_writes(gm: fx.GraphModule, args: Sequence[Any], kwargs: Mapping
                 tensor.copy_(value)
 
 
-def _names_written(gm: fx.GraphModule) -> tuple[str, ...]:
+def names_written(gm: fx.GraphModule) -> tuple[str, ...]:
+    """Return the names of the tensors that a graph writes to by itself, when it is called in evaluation mode."""
     code, names = _written.get(gm, ("", ()))
     if code != gm.code:
         storages = Storages(gm.graph)

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import fx
 
-from graphopt.distillation.statistics import batch_norms
 from graphopt.errors import CaptureError, UsageError
+from graphopt.ir.buffers import names_written
 from graphopt.ir.contents import content
 from graphopt.ir.finite import all_finite, computable
-from graphopt.ir.graph import constant, tensor_attribute
+from graphopt.ir.graph import constant
 from graphopt.ir.program import Program
 from graphopt.job.manifest import fingerprint
 
+_NORMS = (torch.ops.aten.batch_norm.default, torch.ops.aten.instance_norm.default)
 State = Mapping[str, tuple[torch.dtype, torch.device, tuple[int, ...], int]]
 
 
@@ -55,20 +55,22 @@ def notes_on_types(program: Program) -> list[str]:
 
 
 def state_of(program: Program) -> State:
-    """Return what tells whether trained tensors were changed in place, or others put in their place, at little cost.
+    """Return what tells whether tensors were changed in place, or others put in their place, at little cost.
 
-    Of statistics of BatchNorm it is what they hold: torch counts no change that a run in training mode makes (2.13).
+    Of running statistics it is what they hold: torch counts no change that a run in training mode makes (2.13). Tensors
+    that the graph writes to are not among them: every run does.
     """
     gm = program.graph_module
-    read = [node for norm in batch_norms(program) for node in norm.args[3:5]]
-    held = {
-        str(node.target): hash(bytes(content(tensor_attribute(gm, str(node.target)))))
-        for node in read
-        if isinstance(node, fx.Node) and constant(node, gm) is not None
-    }
-    trained = {name: 0 if one.is_inference() else one._version for name, one in gm.named_parameters()}
-    found = {name: (tensor_attribute(gm, name), version) for name, version in {**trained, **held}.items()}
-    return {name: (one.dtype, one.device, tuple(one.shape), version) for name, (one, version) in found.items()}
+    written = names_written(gm)
+    norms = [node for node in program.graph.nodes if node.target in _NORMS]
+    statistics = {str(node.target) for norm in norms for node in norm.args[3:5] if constant(node, gm) is not None}
+    found = {}
+    for name, one in (*gm.named_parameters(), *gm.named_buffers()):
+        if name not in written:
+            counted = 0 if one.is_inference() else one._version
+            holds = hash(bytes(content(one))) if name in statistics else counted
+            found[name] = (one.dtype, one.device, tuple(one.shape), holds)
+    return found
 
 
 def check_as_opened(program: Program, opened: State) -> None:

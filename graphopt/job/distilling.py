@@ -23,7 +23,7 @@ from graphopt.distillation.distilling import Distilled, distill_program
 from graphopt.distillation.paired import open_teachers, with_new_head
 from graphopt.distillation.plan import DistillPlan
 from graphopt.distillation.synthesis import synthesised
-from graphopt.distillation.teachers import GivenTeacher, Teacher, alike, by_name, check_inputs
+from graphopt.distillation.teachers import GivenTeacher, Teacher, alike, by_name, by_name_and_place, check_inputs
 from graphopt.distillation.weights import integer_weights, trainable
 from graphopt.errors import DataError, UsageError, first_line
 from graphopt.files import sha256
@@ -237,7 +237,7 @@ def _checkpoints(
 def _answering(teacher: Teacher, student: Program) -> Callable[[Batch], Batch] | None:
     """Return what takes and gives what the student does; None: the teacher gives something else."""
     taken = check_inputs(teacher, student.inputs, "the student")
-    given = by_name(student.outputs, teacher.outputs) or [*range(len(teacher.outputs))]
+    given = by_name(student.outputs, teacher.outputs) or by_name_and_place(student.outputs, teacher.outputs) or []
     found = [teacher.outputs[at] for at in given]
     if len(found) != len(student.outputs) or not all(map(alike, found, student.outputs)):
         return None

@@ -41,7 +41,7 @@ class PruneOptions:
     min_channels: keep at least so many of every group.
     kinds: which kinds of axis may go.
     steps: remove in so many rounds, and rank what is left anew after each.
-    epochs: with data, `recover` for so many in between; none: nothing is trained.
+    epochs: `recover` for so many in between, which needs data; none: nothing is trained.
     guard: alignment trusts round_to to keep the runtime fast; measure times each class of groups in the target's
         runtime and leaves whole what does not pay.
     compensate: with data, refit the layers behind what is removed, so that the model works before any training.

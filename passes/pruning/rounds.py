@@ -91,6 +91,9 @@ class _Rounds:
     def run(self) -> Decision:
         """Go through the rounds."""
         steps = self._options.steps
+        if self._options.epochs is not None:
+            self._ctx.need_samples("prune", "to recover on between steps (without `epochs` none is needed)")
+            self._ctx.need_held_out("prune")
         ranking: Ranking | None = None
         for step in range(1, steps + 1):
             part = Fraction(step, steps)
@@ -103,6 +106,10 @@ class _Rounds:
             if self._options.epochs is not None:
                 self._train(step, last=step == steps)
         assert ranking is not None
+        if self._options.epochs is not None and self._trained is None and self._found.kept:
+            self._found.notes.append(
+                f"epochs={self._options.epochs}: all that goes goes in the last step, so nothing was trained in between"
+            )
         self._found.measured.update({f"{name} left": share for name, share in self._left.items()})
         if self._meter.timed:
             self._found.measured["latencies tried"] = list(self._meter.timed)

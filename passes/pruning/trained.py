@@ -7,6 +7,7 @@ Indices are those of the original throughout; here they become those of a progra
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ import torch
 
 from graphopt.axes.infer import Axes, infer
 from graphopt.axes.rewrite import remove
+from graphopt.errors import PassError
 from graphopt.ir.program import Program
 
 Kept = Mapping[int, Sequence[int]]  # by axis the indices that stay, where some go
@@ -37,6 +39,12 @@ class Trained:
         """Return its axes, and which indices of them are the original's `kept`, where it has more than these."""
         axes = infer(self.program.graph_module)
         named = {group.name: group.axis for group in axes.groups()}
+        counts, before = (Counter(map(_unnumbered, names)) for names in (named, [g.name for g in self.axes.groups()]))
+        if lost := next((name for name in before if before[name] != counts[name]), ""):
+            raise PassError(
+                f"Pass `prune` cannot go on from what was trained: an axis of `{lost}` has one index left, which tells "
+                "it from no other. Leave at least two (min_channels=2), or leave `epochs` out."
+            )
         found = {}
         for group in self.axes.groups():
             wanted = kept.get(group.axis)
@@ -50,6 +58,10 @@ class Trained:
         """Return what makes the program that has but these of the original's indices."""
         axes, own = self.own(kept)
         return lambda: self.program.with_graph(remove(self.program.graph_module, axes, own, "prune"))
+
+
+def _unnumbered(name: str) -> str:
+    return name.partition("#")[0]
 
 
 def differing(program: Program, other: Program) -> dict[str, torch.Tensor]:

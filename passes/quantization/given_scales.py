@@ -76,7 +76,7 @@ def too_wide(placement: Placement, scales: Mapping[fx.Node, QParams]) -> dict[fx
     return {
         node: f"integers of steps that divide {SHIFT:g} do not span its operand ({low:.3g} to {high:.3g})"
         for node, root in sites.items()
-        if scales[root].scale > SHIFT
+        if not _divides_shift(scales[root])
         for low, high in (scales[root].range,)
     }
 
@@ -91,6 +91,12 @@ def dividing_shift(chosen: QParams, integers: IntegerFormat) -> QParams:
     scale = np.float32(SHIFT / steps)
     zero_point = min(integers.high, integers.low + round(-low / float(scale)))
     return QParams(float(scale), zero_point, integers.low, integers.high)
+
+
+def _divides_shift(chosen: QParams) -> bool:
+    """Whether x + SHIFT is the same integers with another zero point that is stored, too."""
+    steps = steps_of_shift(chosen.scale)
+    return math.isclose(steps * chosen.scale, SHIFT, rel_tol=1e-5) and chosen.zero_point - steps >= chosen.low
 
 
 def steps_of_shift(scale: float) -> int:

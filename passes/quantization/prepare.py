@@ -132,12 +132,14 @@ def respell(editor: Editor, wanted: Mapping[str, str]) -> tuple[dict[str, str], 
 def stays_respelled(respelled: Mapping[str, str], originals: Mapping[str, str], placement: Placement) -> dict[str, str]:
     """Return the spellings that end up on integers; to be worth a convolution, what is spelled must read integers.
 
-    A norm must be read as such, too.
+    A norm must be read as such, too, and a gate be on integers where what it multiplies is.
     """
     sites = {site.node for site in placement.sites}
 
     def pays(site: Site) -> bool:
         spelling = respelled.get(originals.get(site.node.name, ""), "")
+        if any(operand.target in _GATES and operand not in placement.integers for operand in site.kernel.operands):
+            return not spelling
         if "convolution" not in spelling:
             return True
         reads_integers = site.kernel.operands[0] in placement.integers
@@ -149,6 +151,7 @@ def stays_respelled(respelled: Mapping[str, str], originals: Mapping[str, str], 
     return {name: spelling for name, spelling in respelled.items() if name in placed}
 
 
+_GATES = (aten.sigmoid.default, aten.hardsigmoid.default)
 _Made = tuple[Sequence[fx.Node], Sequence[fx.Node]]  # new calls in order, and those that compute what the old one did
 _Scale = Callable[[Editor, fx.Node, Any, str, Tensor], fx.Node]  # scales each channel of a value by stored factors
 

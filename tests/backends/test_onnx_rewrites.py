@@ -141,6 +141,18 @@ def test_zeros_around_a_pooling_may_be_the_largest(before: str) -> None:
     assert corner == (0 if before == "Neg" else 1)
 
 
+@pytest.mark.parametrize("pool", ["MaxPool", "AveragePool"])
+@pytest.mark.parametrize(("around", "own"), [(2, 0), (1, 1)])
+def test_no_pooling_takes_in_as_much_as_its_kernel(pool: str, around: int, own: int) -> None:
+    """The file would not load."""
+    body = f"a = Relu(x) b = Pad(a, p) y = {pool}<kernel_shape = [2, 2], strides = [2, 2], pads = {[own] * 4}>(b)"
+    sides = np.array([0, 0, around, around, 0, 0, around, around])
+    built = model(f"g (float[n,1,4,4] x) => (float[n,1,4,4] y) {{ {body} }}", p=sides)
+    keep_apart(built)
+    assert operators(built) == ["Relu", "Pad", "Max", pool]
+    OnnxSession(ir.to_proto(built).SerializeToString(), SessionSettings(threads=1))(np.ones((1, 1, 4, 4), np.float32))
+
+
 class TestProductsOfTurnedHalves:
     def _built(self, perm: str, kind: str = "float16") -> ir.Model:
         body = f"t = Transpose<perm = {perm}>(x) y = MatMul(t, w)"

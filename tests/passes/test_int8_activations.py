@@ -72,6 +72,27 @@ def test_hard_swish_stores_nothing_below_its_bend_and_is_float_where_steps_do_no
     kernels(result, tmp_path, data)
 
 
+@pytest.mark.parametrize("largest", [761.0, 762.5, 765.0, 766.0])
+def test_operands_of_hard_swish_at_the_edge_of_what_steps_of_three_reach(largest: float) -> None:
+    data = torch.rand(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    program = folded(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Hardswish(), nn.Conv2d(8, 4, 1)), data)
+    with torch.no_grad():
+        weight, bias = (program.graph_module.get_parameter(f"0.{name}") for name in ("weight", "bias"))
+        bias.zero_()
+        weight.abs_().mul_(largest / F.conv2d(data, weight).max())
+    result, plan = quantized(program, data, options=Int8Options(guard="none", observer="minmax"))
+    assert measure(program, result.call_flat, (data,)).sqnr > 30
+    assert ("hardswish" in reasons(plan)) == (largest > 762)
+
+
+def test_hard_swish_behind_a_clamp_that_is_dropped_is_spelled_as_before(tmp_path: Path) -> None:
+    data = images()
+    program = folded(nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Hardswish(), nn.Conv2d(8, 4, 1)), data)
+    result, _ = quantized(program, data)
+    assert operators(result)["hardswish"] == 1
+    kernels(result, tmp_path, data)
+
+
 def test_what_others_read_is_stored_below_the_bend_of_hard_swish() -> None:
     class Both(nn.Module):
         def __init__(self) -> None:

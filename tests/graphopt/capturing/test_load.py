@@ -88,6 +88,8 @@ class Sums(nn.Module):
         ({"pair": [{1: "t"}]}, "Give a list of 2"),
         ({"named": {"y": {1: "t"}}}, "Input `named` is a dictionary of x, and dynamic_shapes gives it"),
         ({"named": [{1: "t"}]}, "Give a dictionary with some of these names"),
+        ("pair", "dynamic_shapes cannot be 'pair'"),
+        ({"named": {"x": "t"}}, "dynamic_shapes gives input `named_x` 't'"),
     ],
 )
 def test_axes_of_another_structure_are_refused(asked: Any, said: str) -> None:

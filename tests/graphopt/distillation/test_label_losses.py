@@ -71,3 +71,16 @@ def test_mixed_images_have_shares_of_classes_where_the_output_has_them_and_none_
     shares = view((images, labels), torch.Generator().manual_seed(1))[1]
     assert shares.shape == (4, 5, 16, 16)
     torch.testing.assert_close(shares.sum(1), (labels != -100).float())
+
+
+def test_class_numbers_may_be_bytes() -> None:
+    outputs, labels = torch.randn(4, 200, generator=DRAWN), torch.tensor([3, 156, 156, 199])
+    torch.testing.assert_close(loss(1)(outputs, labels.to(torch.uint8)), cross_entropy(outputs, labels))
+    assert torch.equal(shares_of(labels.to(torch.uint8), 200, 1), shares_of(labels, 200, 1))
+
+
+def test_values_of_another_layout_are_refused() -> None:
+    outputs = torch.randn(4, 3, 8, 8, generator=DRAWN)
+    with pytest.raises(DataError, match="mean squared error is of as many labels as outputs"):
+        loss(1, "mse")(outputs, outputs.permute(0, 2, 3, 1))
+    assert loss(1, "mse")(outputs[:, :1], outputs[:, 0]) == 0

@@ -484,3 +484,20 @@ def test_inputs_and_outputs_are_matched_by_their_names(captured: bool) -> None:
     for name in own:
         error = 0.5 * (own[name] - wanted[name]).square().sum() / wanted[name].square().sum()
         torch.testing.assert_close(found[f"output {name}"], error)
+
+
+def test_what_a_pass_set_to_zero_stays_so_in_a_loop_of_ones_own() -> None:
+    torch.manual_seed(0)
+    data = torch.randn(64, 8)
+    dense = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)).eval()
+    sparse = graphopt.optimize(dense, data, "sparsify:ratio=0.7", None).program
+    held = sparse.state_dict()["0.weight"] == 0
+    paired = graphopt.pair_for_training(sparse, nn.Linear(8, 3).eval(), {})
+    for module in (paired, copy.deepcopy(paired)):
+        optimizer = torch.optim.AdamW(module.train().parameters(), 1e-2)
+        for _ in range(3):
+            optimizer.zero_grad()
+            module(data).loss.backward()
+            optimizer.step()
+        trained = graphopt.finish(module).state_dict()["0.weight"]
+        assert torch.equal(trained == 0, held)

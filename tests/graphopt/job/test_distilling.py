@@ -544,3 +544,36 @@ def test_a_killed_run_goes_on_and_a_finished_one_is_over(
     assert fingerprint(again.original) == fingerprint(whole.program)
     distilled(teacher, plan, labels=labels, cache=True, seed=1)
     assert len(steps) == 27
+
+
+class Named(nn.Module):
+    """Two outputs of one size by names."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        self.names, self.layers = names, nn.ModuleList(nn.Linear(8, 4) for _ in names)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {name: layer(x) for name, layer in zip(self.names, self.layers, strict=True)}
+
+
+def test_outputs_of_equal_names_go_together_where_others_differ() -> None:
+    torch.manual_seed(0)
+    data, teacher = torch.randn(96, 8), Named("box", "score").eval()
+    with torch.no_grad():
+        for value, layer in zip((5.0, -5.0), teacher.layers, strict=True):
+            nn.init.zeros_(layer.weight)
+            nn.init.constant_(layer.bias, value)
+    plan = {"epochs": 30, "batch_size": 8, "lr": 0.1, "outputs": [{"student": "box", "loss": "values"}]}
+    student = graphopt.distill(Named("logits", "box"), teacher, data, plan, target=None, cache=False).original
+    assert student is not None
+    assert student(data)["box"].mean() > 1
+
+
+def test_labels_alone_have_no_features_beside_them() -> None:
+    torch.manual_seed(0)
+    data, labels = torch.randn(64, 3, 8, 8), torch.arange(64) % 5
+    plan = {"epochs": 1, "alpha": 0.0}
+    found = graphopt.distill(ResidualNet(4), ResidualNet().eval(), data, plan, labels=labels, target=None, cache=False)
+    assert found.distillation["pairs"] == []
+    assert found.distillation["labels"] == 1.0

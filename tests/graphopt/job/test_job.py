@@ -273,15 +273,38 @@ def test_a_module_changed_after_the_job_was_opened_is_refused(change: Callable[[
             work()
 
 
-def test_a_module_whose_statistics_moved_after_the_job_was_opened_is_refused() -> None:
-    mine = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4)).eval()
-    job = Job.open(mine, X, target=None)
+class Buffered(nn.Module):
+    """Holds a factor that is not trained."""
+
+    def __init__(self, _: int) -> None:
+        super().__init__()
+        self.register_buffer("factor", torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.factor.mul_(2)
+        return x * self.factor
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "moved"),
+    [
+        (nn.BatchNorm1d, (16, 4), "running_mean"),
+        (functools.partial(nn.InstanceNorm1d, track_running_stats=True), (16, 4, 2), "running_mean"),
+        (Buffered, (16, 4), "factor"),
+    ],
+)
+def test_a_module_whose_buffers_moved_after_the_job_was_opened_is_refused(
+    layer: Callable[[int], nn.Module], shape: tuple[int, ...], moved: str
+) -> None:
+    mine, data = nn.Sequential(layer(4), nn.ReLU()).eval(), torch.randn(shape)
+    job = Job.open(mine, data, target=None)
     job.run(Pipeline.parse("fold"))
-    mine(X)
+    mine(data)
     job.run(Pipeline.parse("fold"))
     with torch.no_grad():
-        mine.train()(X)
-    with pytest.raises(UsageError, match=r"after the job was opened on it: `1\.running_mean` was written to"):
+        mine.train()(data)
+    with pytest.raises(UsageError, match=rf"after the job was opened on it: `0\.{moved}` was written to"):
         job.run(Pipeline.parse("fold"))
 
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from graphopt.capturing.capture import capture
-from graphopt.errors import DataError, UsageError
+from graphopt.errors import DataError, PassError, UsageError
 from graphopt.ir.program import Program
 from graphopt.passes.layers.between_steps import recovered
 from graphopt.passes.prune import Prune, PruningPlan
@@ -85,6 +86,21 @@ def test_training_in_between_that_cannot_be(options: str, said: str) -> None:
         Pipeline.parse(f"prune:{options}")
 
 
+def test_axes_that_cannot_be_told_apart_any_more_are_not_guessed() -> None:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 32, 3), nn.GroupNorm(2, 32), nn.ReLU(), nn.Conv2d(32, 32, 3, groups=2), nn.ReLU()
+    halves = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5)).eval()
+    text = "prune:ratio=0.75:steps=3:epochs=1:min_channels=1:round_to=1"
+    with pytest.raises(PassError, match=r"an axis of `0:channels` has one index left.* \(min_channels=2\)"):
+        made(capture(halves, X[:2]), text)
+
+
+def test_steps_that_remove_nothing_before_the_last_say_so(program: Program) -> None:
+    outcome = made(program, "prune:ratio=0.5:round_to=4:steps=2:epochs=1:compensate=no")
+    ((_, plan),) = outcome.plans
+    assert plan.notes == ("epochs=1: all that goes goes in the last step, so nothing was trained in between",)
+
+
 def test_training_in_between_needs_data(program: Program) -> None:
-    with pytest.raises(DataError, match="needs data"):
+    with pytest.raises(DataError, match="Pass `prune` needs data to recover on between steps"):
         run(Pipeline.parse(f"{PRUNE}:steps=2:epochs=1"), program, Context(original=program))
