@@ -136,8 +136,8 @@ def _counterpart(target: Target, student: Program, teacher: Teacher, wish: Outpu
 
 
 def _kind_of(teacher: Teacher, index: int, otherwise: OutputKind, wish: OutputPlan) -> OutputKind:
-    """Return the kind of a teacher's output; of an artifact nothing says it."""
+    """Return the kind of a teacher's output; of an artifact the operator that it comes from says it."""
     if teacher.program is None:
-        return otherwise
+        return "probabilities" if teacher.comes_from(index) == "Softmax" else otherwise
     found = next((found.kind for found in targets_of(teacher.program)[0] if found.index == index), otherwise)
     return _said(found, wish)

@@ -128,6 +128,10 @@ class Teacher:
             path.name, lambda inputs: load_with_data(path, data=inputs, trust=trust, seed=seed)[0], data, names
         )
 
+    def comes_from(self, index: int) -> str:
+        """Return the operator that an output of an artifact comes from, "" where nothing says it."""
+        return "" if self.artifact is None else _operator_of(self.artifact.path, self.outputs[index].name)
+
     @classmethod
     def _loaded(cls, name: str, load: Callable[[Any], Program], data: Any, names: Sequence[str]) -> Teacher:
         """Return what a file or function holds, captured on inputs of the names that it gives them."""
@@ -184,6 +188,16 @@ class Teacher:
     def _own(self) -> Program:
         assert self.program is not None
         return self.program
+
+
+def _operator_of(path: Path, output: str) -> str:
+    """Return the operator of a file that an output comes from, "" where it says none."""
+    if path.suffix != ".onnx":
+        return ""
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    return next((node.op_type for node in graph.node if output in node.output), "")
 
 
 def check_inputs(teacher: Teacher, found: Sequence[TensorSpec], whose: str) -> tuple[int, ...]:

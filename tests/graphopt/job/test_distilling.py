@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -544,6 +545,22 @@ def test_a_killed_run_goes_on_and_a_finished_one_is_over(
     assert fingerprint(again.original) == fingerprint(whole.program)
     distilled(teacher, plan, labels=labels, cache=True, seed=1)
     assert len(steps) == 27
+
+
+def test_probabilities_of_a_file_are_not_taken_for_logits(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    data = torch.randn(48, 8)
+    model = nn.Sequential(nn.Linear(8, 5), nn.Softmax(-1)).eval()
+    plan = {"epochs": 1, "lr": 0.01}
+    student = nn.Linear(8, 5).eval()
+    graphopt.optimize(model, data, "", bench=False).save(tmp_path)
+    found = [
+        graphopt.distill(student, teacher, data, plan, target=None, cache=False).report.notes
+        for teacher in (model, tmp_path / "onnxruntime.onnx")
+    ]
+    losses = [re.findall(r"held-out loss ([\d.]+)", " ".join(notes)) for notes in found]
+    assert losses[0]
+    assert losses[0] == losses[1]
 
 
 class Named(nn.Module):
