@@ -16,6 +16,7 @@ from graphopt.ir.editor import Editor
 from graphopt.ir.graph import arguments, constant, readers
 from graphopt.ir.operators import COPIES, DROPOUTS, LOG_SOFTMAXES, SOFTMAXES, Family
 from graphopt.ir.program import Program
+from graphopt.ir.signature import TensorSpec
 
 _HEADS = Family("linear")
 _BEHIND = COPIES | DROPOUTS | SOFTMAXES | LOG_SOFTMAXES  # what may stand between a head and its output
@@ -55,9 +56,14 @@ def with_head(program: Program, classes: int, output: str, generator: torch.Gene
             drawn = (torch.rand((classes, *old.shape[1:]), generator=generator) * 2 - 1) * bound
             editor.put(str(node.target), drawn.to(old.dtype), trainable=True)
     editor.propagate_from([head])
-    specs = list(program.outputs)
-    specs[index] = replace(specs[index], shape=(*specs[index].shape[:-1], classes))
-    return result.with_graph(editor.finish(), outputs=specs)
+    outputs = zip(program.outputs, output_values(result), strict=True)  # others may be computed of the same head
+    return result.with_graph(editor.finish(), outputs=[_resized(spec, value) for spec, value in outputs])
+
+
+def _resized(spec: TensorSpec, value: fx.Node) -> TensorSpec:
+    sizes = zip(spec.shape, value.meta["val"].shape, strict=True)
+    fixed = (now if isinstance(size, int) and isinstance(now, int) else size for size, now in sizes)
+    return replace(spec, shape=tuple(fixed))
 
 
 def _head(node: fx.Node) -> fx.Node | None:

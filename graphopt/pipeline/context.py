@@ -118,8 +118,8 @@ class Context:
         target = self.need_target(pass_name)
         if target.name not in self.timers:
             raise PassError(
-                f"Pass `{pass_name}` is to decide by measured latency, and `{target.name}` does not execute on this "
-                "machine. Give a target on FLOPs instead, or --target onnxruntime."
+                f"Pass `{pass_name}` is to decide by measured latency, and `{target.name}` is not timed on this "
+                "machine. Decide by something else (costs, FLOPs), or give --target onnxruntime."
             )
         return self.timers[target.name]
 

@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import graphopt
 from graphopt.capturing.capture import capture
+from graphopt.distillation.heads import with_head
 from graphopt.distillation.paired import PairedModule, finish, pair_for_training
 from graphopt.errors import DataError, GraphOptError, UsageError
 from graphopt.ir.program import Program
@@ -229,6 +230,20 @@ def test_several_teachers_weigh_as_the_plan_says(teacher: Program, student: Prog
     alone = [float(pair_for_training(student, one).eval()(IMAGES).loss.detach()) for one in (teacher, other)]
     both = pair_for_training(student, [teacher, other], {"teachers": [{"weight": 3.0}, {}]}).eval()
     assert float(both(IMAGES).loss.detach()) == pytest.approx(0.75 * alone[0] + 0.25 * alone[1], rel=1e-5)
+
+
+def test_a_new_head_is_said_of_all_that_comes_from_it() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(8, 7)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            logits = self.head(x)
+            return {"logits": logits, "probabilities": logits.softmax(-1), "x": x}
+
+    program = with_head(capture(Both().eval(), torch.randn(2, 8)), 3, "", torch.Generator())
+    assert [spec.shape for spec in program.outputs] == [("batch", 3), ("batch", 3), ("batch", 8)]
 
 
 def test_a_head_of_other_classes_learns_from_labels_and_features_alone(teacher: Program) -> None:
