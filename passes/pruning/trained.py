@@ -7,6 +7,7 @@ Indices are those of the original throughout; here they become those of a progra
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ class Trained:
 
     def own(self, kept: Kept) -> tuple[Axes, dict[int, list[int]]]:
         """Return its axes, and which indices of them are the original's `kept`, where it has more than these."""
-        axes = infer(self.program.graph_module)
+        axes = self._axes
         named = {group.name: group.axis for group in axes.groups()}
         counts, before = (Counter(map(_unnumbered, names)) for names in (named, [g.name for g in self.axes.groups()]))
         if lost := next((name for name in before if before[name] != counts[name]), ""):
@@ -53,6 +54,10 @@ class Trained:
                 place = {index: at for at, index in enumerate(present)}
                 found[named[group.name]] = [place[index] for index in wanted]
         return axes, found
+
+    @functools.cached_property
+    def _axes(self) -> Axes:
+        return infer(self.program.graph_module)
 
     def without(self, kept: Kept) -> Callable[[], Program]:
         """Return what makes the program that has but these of the original's indices."""
