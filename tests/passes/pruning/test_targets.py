@@ -240,7 +240,7 @@ def test_the_latencies_of_every_search_are_recorded(options: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("options", [{"latency": 0.5}, {"guard": "measure"}])
 def test_measuring_needs_a_runtime(options: dict[str, Any]) -> None:
-    with pytest.raises(PassError, match="is to decide by measured latency, and `here` does not execute"):
+    with pytest.raises(PassError, match="is to decide by measured latency, and `here` is not timed on this machine"):
         plan_of(prune(**options), targets=(TARGET,), target=TARGET)
 
 
