@@ -136,6 +136,7 @@ class OnnxSession:
         *,
         folder: Path | None = None,
         optimized: Path | None = None,
+        profile: Path | None = None,
     ) -> None:
         """Load `model` on the CPU.
 
@@ -144,6 +145,7 @@ class OnnxSession:
             settings: session options.
             folder: where the external data of a serialized model lies.
             optimized: where to write the graph that the runtime's optimizer makes of it.
+            profile: how the name of the file begins that `end_profiling` returns.
 
         Raises:
             LoweringError: the runtime cannot read the model or has no kernel for an operator.
@@ -153,6 +155,8 @@ class OnnxSession:
             native.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         if optimized is not None:
             native.optimized_model_filepath = str(optimized)
+        if profile is not None:
+            native.enable_profiling, native.profile_file_prefix = True, str(profile)
         trim(_bytes_of(model) // 4)  # what a session before took, and below what loading took
         try:
             self._session = onnxruntime.InferenceSession(
@@ -187,6 +191,10 @@ class OnnxSession:
     def named(self, outputs: Sequence[str], inputs: Sequence[Array]) -> dict[str, Array]:
         """Run once and return some outputs by name."""
         return dict(zip(outputs, self._run(list(outputs), inputs), strict=True))
+
+    def end_profiling(self) -> Path:
+        """Return the file that says what every operator took in every run so far."""
+        return Path(self._session.end_profiling())
 
     def _run(self, outputs: list[str] | None, inputs: Sequence[Array]) -> list[Array]:
         feed = {name: np.asarray(array, order="C") for name, array in zip(self.inputs, inputs, strict=True)}

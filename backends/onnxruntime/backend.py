@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -10,6 +11,7 @@ import onnx_ir as ir
 import torch
 
 from graphopt.backends.onnx_backend import OnnxBackend
+from graphopt.backends.onnx_execution.operator_times import operator_times
 from graphopt.backends.onnx_execution.saturating_products import products_saturate
 from graphopt.backends.onnx_execution.session import OnnxSession, SessionSettings
 from graphopt.backends.onnx_lowering.lowering import Style
@@ -29,7 +31,7 @@ from graphopt.ir.program import Program
 from graphopt.ir.regions import graph_modules
 from graphopt.ir.torch_internals import pytree
 from graphopt.measure.processor import X86, said_of_processor
-from graphopt.targets.backend import Artifact, Finding
+from graphopt.targets.backend import Array, Artifact, Finding, OperatorTime
 from graphopt.targets.description import TargetDescription
 
 
@@ -133,6 +135,10 @@ class OnnxRuntimeBackend(OnnxBackend):
     def integer_operators(self, artifact: Artifact) -> list[Layer]:
         """List the quantized operators of an artifact with the kernel each reaches."""
         return quantized_layers(artifact.path, SessionSettings.of(artifact.session_options))
+
+    def operator_times(self, artifact: Artifact, inputs: Sequence[Array]) -> list[OperatorTime]:
+        """Run it with one thread and say what each operator of the optimized graph takes."""
+        return operator_times(artifact.path, SessionSettings.of(artifact.session_options), inputs)
 
     def summary(self, artifact: Artifact) -> str:
         """Say how many of the quantized operators run on integers."""

@@ -14,11 +14,11 @@ from graphopt.ir.memory import give_back
 from graphopt.ir.program import Program
 from graphopt.job.recorder import Score
 from graphopt.job.report import Latency, Row
-from graphopt.measure.bench import Comparison, Spread, Timing, compare
+from graphopt.measure.bench import Comparison, Spread, Timing, batch_of, compare
 from graphopt.measure.cost import cost
 from graphopt.measure.equivalence import Probe
 from graphopt.measure.evaluate import as_model
-from graphopt.measure.left_float import left_float
+from graphopt.measure.left_float import left_float, time_in_float
 from graphopt.quantization.stored import is_quantized
 from graphopt.targets.backend import Artifact, Backend
 from graphopt.targets.flat_session import flat
@@ -107,6 +107,7 @@ def deliver(
     del session  # every session holds the weights once more
     baseline = None
     doubts: list[str] = []
+    in_float = left_float(program)
     if bench or sizes:
         plain = artifact if program is original else originals.lowered_for(item)
         baseline = Row("original", target=item.name, cost=cost(original), size=plain.size)
@@ -115,8 +116,11 @@ def deliver(
             row = _timed(row, found, "second")
             baseline = _timed(baseline, found, "first")
             doubts = found.doubts()
+            if is_quantized(program):
+                times = item.operator_times(artifact, batch_of(artifact.inputs, inputs, 1))
+                in_float.extend(time_in_float(times))
     said = [*doubts, *(finding.text for finding in item.check(artifact))]
-    said += [*left_float(program), *item.advice(artifact), *_what_does_not_pay(row, baseline, is_quantized(program))]
+    said += [*in_float, *item.advice(artifact), *_what_does_not_pay(row, baseline, is_quantized(program))]
     return Delivery(artifact, row, baseline, tuple(f"{item.name}: {text}" for text in said))
 
 

@@ -1,9 +1,10 @@
-"""What of a quantized program is still float32: layers by their share of the operations, weights by their bytes."""
+"""What of a quantized program is still float32: layers by operations, weights by bytes, operators by their time."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 
 import torch
 from torch import fx
@@ -15,9 +16,11 @@ from graphopt.ir.provenance import module_path
 from graphopt.measure.cost import node_flops
 from graphopt.quantization.ops import DEQUANTIZE
 from graphopt.quantization.stored import is_quantized, stored_as_integers
+from graphopt.targets.backend import OperatorTime
 
 _WORK = PRODUCTS | ALL_CONVOLUTIONS | ATTENTION | RECURRENT
 _LEAST_WORK = 0.02  # of all operations, below which a layer is not worth a word
+_LEAST_TIME = 0.02  # likewise of all time
 _LEAST_BYTES = 1 << 16
 _NAMED = 4
 
@@ -27,6 +30,26 @@ def left_float(program: Program) -> list[str]:
     if not is_quantized(program):
         return []
     return [said for said in (_layers(program.graph), _weights(program)) if said]
+
+
+def time_in_float(times: Sequence[OperatorTime]) -> list[str]:
+    """Say what share of an artifact's time goes to floats, and to turning them into integers and back."""
+    total = sum(time.seconds for time in times)
+    floats, turned = defaultdict[str, float](float), 0.0
+    for time in times:
+        if time.values == "float":
+            floats[time.operator] += time.seconds / total
+        elif time.values == "turned":
+            turned += time.seconds / total
+    named = [f"{name} {share:.0%}" for name, share in sorted(floats.items(), key=_falling) if share > _LEAST_TIME]
+    said = [f"{sum(floats.values()):.0%} of the time is of operators on floats: {_listed(named)}"] if named else []
+    if turned > _LEAST_TIME:
+        said.append(f"{turned:.0%}{'' if said else ' of the time'} turns values into integers and back")
+    return [", and ".join(said)] if said else []
+
+
+def _falling(share: tuple[str, float]) -> float:
+    return -share[1]
 
 
 def _layers(graph: fx.Graph) -> str:

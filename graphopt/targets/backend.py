@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from graphopt.ir.signature import TensorSpec
 from graphopt.targets.description import TargetDescription
 
 Array = np.ndarray
+Values = Literal["float", "integer", "turned", "other"]
 TARGET_NAME = "[A-Za-z0-9_-]+"  # files bear the names of targets
 
 
@@ -35,6 +36,23 @@ class Finding:
     severity: str  # "error": the runtime refuses it or computes something else; "warning": slower than it could be
     node: str  # ONNX node or value, "" for the whole artifact
     text: str  # what is the matter, and what to do
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorTime:
+    """What one operator takes as the runtime runs it.
+
+    Attributes:
+        name: its node, in the graph that the runtime makes of the artifact.
+        operator: which one.
+        values: what it reads and writes: floats, integers of at most 8 bits, one turned into the other, or neither.
+        seconds: of one call of the artifact.
+    """
+
+    name: str
+    operator: str
+    values: Values
+    seconds: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +171,14 @@ class Backend(ABC):
 
     def advice(self, artifact: Artifact) -> list[str]:
         """Say what would suit a machine like this one better. Empty: nothing."""
+        return []
+
+    def operator_times(self, artifact: Artifact, inputs: Sequence[Array]) -> list[OperatorTime]:
+        """Run it with one thread and say what each operator takes. Empty: the runtime does not tell.
+
+        Raises:
+            LoweringError: the runtime is missing or refuses the artifact.
+        """
         return []
 
     @abstractmethod

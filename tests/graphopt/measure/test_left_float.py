@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from graphopt.capturing.capture import capture
 from graphopt.measure.cost import cost
-from graphopt.measure.left_float import left_float
+from graphopt.measure.left_float import left_float, time_in_float
 from graphopt.passes.int8 import Int8Options
 from graphopt.passes.weights import Weights, WeightsOptions
 from graphopt.pipeline.context import Context
+from graphopt.targets.backend import OperatorTime
 from tests.passes.int8_models import WITHOUT_COSTS, folded, images, noise, quantized
 
 
@@ -64,3 +65,20 @@ def test_lstms_on_integers_count_as_before() -> None:
     program, _ = quantized(original, x, options=Int8Options(mode="dynamic"))
     assert left_float(program) == []
     assert cost(program).flops == cost(original).flops
+
+
+def test_says_what_the_time_goes_to() -> None:
+    times = [
+        OperatorTime("conv", "QLinearConv", "integer", 60e-6),
+        OperatorTime("norm", "LayerNormalization", "float", 18e-6),
+        OperatorTime("norm_1", "LayerNormalization", "float", 12e-6),
+        OperatorTime("tiny", "Erf", "float", 1e-6),
+        OperatorTime("shape", "Shape", "other", 4e-6),
+    ]
+    turned = OperatorTime("q", "QuantizeLinear", "turned", 5e-6)
+    assert time_in_float([*times, turned]) == [
+        "31% of the time is of operators on floats: LayerNormalization 30%, and 5% turns values into integers and back"
+    ]
+    assert time_in_float(times) == ["33% of the time is of operators on floats: LayerNormalization 32%"]
+    assert time_in_float([times[0], turned]) == ["8% of the time turns values into integers and back"]
+    assert time_in_float([]) == time_in_float(times[:1]) == []
