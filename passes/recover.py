@@ -1,6 +1,6 @@
 """recover, qat: the unoptimised program teaches the optimised one what it lost, without labels.
 
-    statistics   every BatchNorm's mean and variance, re-estimated exactly by running forward
+    statistics   every BatchNorm's mean and variance, re-estimated by running forward on up to 8,192 samples
     blocks       each block is given what the unoptimised one is given, and learns to give what that gives
     end-to-end   all weights are trained together on
                  T^2 KL(teacher || student) + |student - teacher|^2 / |teacher|^2          for logits

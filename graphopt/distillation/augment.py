@@ -114,7 +114,8 @@ def mixup(images: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tenso
     Zhang et al. 2018, "mixup: Beyond Empirical Risk Minimization", with alpha 1.
     """
     share, order = float(torch.rand((), generator=generator)), _other(images, generator)
-    return share * images + (1 - share) * images[order], share, order
+    mixed = share * images + (1 - share) * images[order]
+    return (mixed if images.is_floating_point() else mixed.round()).to(images.dtype), share, order
 
 
 def cutmix(images: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, float, torch.Tensor]:

@@ -74,17 +74,18 @@ def distill_program(
         PassError: training diverged, or there is nothing to learn.
     """
     apart = plan.apart(len(teachers), given=bool(data.others))
+    ctx = ctx.with_data(data)
+    training = Pool.read(ctx.need_samples("distill", "to learn from"), plan.samples)
+    held = Pool.read(ctx.need_held_out("distill"), None)
     found = prepare(
         plan,
         student,
         teachers,
         ctx.generator("distill/adapters"),
         labelled=data.labelled,
+        labels=training.buckets[0][len(student.inputs)] if data.labelled else None,
         apart=apart,
     )
-    ctx = ctx.with_data(data)
-    training = Pool.read(ctx.need_samples("distill", "to learn from"), plan.samples)
-    held = Pool.read(ctx.need_held_out("distill"), None)
     column = _label_column(found, student, (training, held))
     views = _views(plan, student, column, apart=any(apart))
     view = view_of([name for name in views if name != ADVERSARIAL], student, column)
@@ -216,7 +217,7 @@ def _label_column(found: PreparedLesson, student: Program, pools: Sequence[Pool]
     if term.loss.function is not None:
         known = all(of_classes(classes, part) for parts in labels for part in parts)
         return LabelColumn(term.column, classes if known else None, axis, axes)
-    loss = replace(term.loss, name="cross_entropy", target=replace(term.loss.target, axis=axis))
+    loss = replace(term.loss, name="cross_entropy")
     for pool, parts in zip(("learn from", "judge by"), labels, strict=True):
         for part in parts:
             check_classes(classes, part)

@@ -131,8 +131,14 @@ def shares_of(labels: torch.Tensor, classes: int, axis: int) -> torch.Tensor:
 
 
 def _numbers(labels: torch.Tensor) -> torch.Tensor:
-    """Return class numbers in a type that -100 fits in: of bytes it would be class 156."""
-    return labels if labels.is_floating_point() or labels.is_complex() else labels.long()
+    """Return class numbers in a type that -100 fits in: of bytes it would be class 156.
+
+    Raises:
+        DataError: labels are complex.
+    """
+    if labels.is_complex():
+        raise DataError("Labels are complex numbers. Give class numbers, shares of classes or real values.")
+    return labels if labels.is_floating_point() else labels.long()
 
 
 def _known(labels: torch.Tensor) -> torch.Tensor:

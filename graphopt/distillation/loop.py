@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 Draws = Callable[[str], torch.Generator]  # a generator that depends on what it is for alone
 Precision = Literal["float32", "bfloat16"]
 
+_ESTIMATED_ON = 8192  # samples, at most
 _CHECKED = 32  # steps; the loss of so many is looked at together, since looking waits for the device
 
 
@@ -132,11 +133,16 @@ class Trainer:
         # Statistics of BatchNorm differ between processes while training: all must decide alike.
         return float(self._accelerator.reduce(mean, "mean"))
 
-    def estimate(self, inputs: Pool) -> dict[str, torch.Tensor]:
-        """Re-estimate the student's BatchNorm statistics on `inputs`, put them in place and return them."""
+    def estimate(self, inputs: Pool, draws: Draws) -> dict[str, torch.Tensor]:
+        """Re-estimate the student's BatchNorm statistics on `inputs`, put them in place and return them.
+
+        Where there are many, on some that are drawn: a mean and a variance of each channel are all that is looked for.
+        """
         self._student.eval()
-        batches = (self._own(self._on_device(inputs.take(index))) for index in self._batches(inputs))
-        found = estimate_statistics(self._student, batches)
+        indices = self._batches(inputs)
+        if inputs.count > _ESTIMATED_ON:
+            indices = self._batches(inputs, draws("statistics"))[: math.ceil(_ESTIMATED_ON / self._batch_size)]
+        found = estimate_statistics(self._student, (self._own(self._on_device(inputs.take(one))) for one in indices))
         overwrite(self._student, found)
         return snapshot(self._student, list(found))
 

@@ -77,7 +77,7 @@ def output_loss(
     Raises:
         UsageError: the user's function cannot be found.
     """
-    chosen = ("values" if "values" in kinds else "soft_labels") if name == "auto" else name
+    chosen = _chosen(name, kinds)
     of_classes: Mapping[str, Loss] = {
         "soft_labels": partial(soft_labels, temperature=temperature),
         "gumbel_labels": partial(_drawn_labels, temperature=temperature),
@@ -90,6 +90,15 @@ def output_loss(
     if chosen == "cosine":
         return partial(cosine, axis=axis)
     return relative_error if chosen == "values" else users_loss(chosen, "outputs.loss")
+
+
+def is_softened(name: str, kinds: tuple[OutputKind, OutputKind]) -> bool:
+    """Whether the loss of an output reads the temperature."""
+    return _chosen(name, kinds) in ("soft_labels", "gumbel_labels", "dist")
+
+
+def _chosen(name: str, kinds: tuple[OutputKind, OutputKind]) -> str:
+    return ("values" if "values" in kinds else "soft_labels") if name == "auto" else name
 
 
 def users_loss(name: str, field: str) -> Loss:

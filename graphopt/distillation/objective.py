@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -14,7 +14,16 @@ from graphopt.distillation.losses import relative_error, soft_labels, tap_loss
 from graphopt.distillation.pairing import Pair
 from graphopt.distillation.taps import output_values, own_outputs
 from graphopt.ir.finite import only_stored
-from graphopt.ir.operators import ALL_CONVOLUTIONS, CARRYING, LOG_SOFTMAXES, PRODUCTS, SOFTMAXES
+from graphopt.ir.operators import (
+    ALL_CONVOLUTIONS,
+    CARRYING,
+    DIVISIONS,
+    LOG_SOFTMAXES,
+    MULTIPLICATIONS,
+    PRODUCTS,
+    SOFTMAXES,
+    SUMS,
+)
 from graphopt.ir.program import Program
 from graphopt.pipeline.plan import Refusal
 
@@ -124,10 +133,28 @@ def _kind(node: fx.Node) -> tuple[OutputKind, int]:
     value = node.meta["val"]
     told = axis_of_classes(node)
     axis = told or axis_of_channels(node)
-    while node in CARRYING and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
+    scaled = False
+    while isinstance(source := node.args[0] if node in CARRYING else _scaled(node), fx.Node):
+        scaled |= node not in CARRYING
+        node = source
     if not value.dim() or (isinstance(value.shape[axis], int) and value.shape[axis] < 2):
         return "values", axis
     if node in SOFTMAXES or node in LOG_SOFTMAXES:
-        return "values" if not told else "probabilities" if node in SOFTMAXES else "logits", axis
+        return "values" if scaled or not told else "probabilities" if node in SOFTMAXES else "logits", axis
     return "logits" if node in _WEIGHTED and value.dim() in (2, 3) else "values", axis
+
+
+def _scaled(node: fx.Node) -> fx.Node | None:
+    """Return what a node scales or shifts by constants, such as logits by what was learned; None: it does not."""
+    first, *others = node.args[:2] if node in SUMS | MULTIPLICATIONS | DIVISIONS else [None]
+    if node in SUMS | MULTIPLICATIONS and _is_constant(first):
+        first, others = others[0], [first]
+    return first if isinstance(first, fx.Node) and not _is_constant(first) and all(map(_is_constant, others)) else None
+
+
+def _is_constant(value: Any) -> bool:
+    """Whether a value is the same in every run."""
+    if not isinstance(value, fx.Node):
+        return isinstance(value, int | float)
+    inputs = value.all_input_nodes
+    return value.op == "get_attr" or (value.op == "call_function" and bool(inputs) and all(map(_is_constant, inputs)))

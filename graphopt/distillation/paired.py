@@ -104,6 +104,17 @@ class PairedModule(nn.Module):
         memo[id(self)] = found
         return found.train(self.training)
 
+    def __reduce__(self) -> Any:
+        """Refuse to be pickled: what teaches may be a session or a function of the user's.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(
+            "A pair is not pickled: its teachers may be sessions and its losses functions. Store "
+            "`paired.state_dict()`, and load it into what pair_for_training makes of the same models."
+        )
+
     def _check(
         self, inputs: Sequence[torch.Tensor], labels: torch.Tensor | None, teacher_inputs: Sequence[torch.Tensor]
     ) -> None:

@@ -50,6 +50,7 @@ def prepare(
     generator: torch.Generator,
     *,
     labelled: bool,
+    labels: torch.Tensor | None = None,
     apart: Sequence[bool],
 ) -> PreparedLesson:
     """Make a lesson of a plan.
@@ -60,19 +61,20 @@ def prepare(
         teachers: where the student is; none: labels and the student itself teach.
         generator: draws the weights of adapters.
         labelled: whether there are labels, behind the student's inputs in a batch.
+        labels: some of them; None: nothing is known of them.
         apart: by teacher, whether it takes inputs of its own, which then lie behind the labels in a batch.
 
     Raises:
         UsageError: the plan names what is not there or cannot be, or nothing teaches.
         DataError: a loss needs labels, and there are none.
     """
-    terms, refusals = output_terms(plan, student, teachers, labelled=labelled)
+    terms, refusals = output_terms(plan, student, teachers, labelled=labelled, labels=labels)
     taught = bool(terms) or not plan.share_of_teachers(labelled=labelled)  # else labels alone teach, as was asked
     links, unpaired = links_of(plan, student, teachers, outputs_teach=taught)
     matches, unmatched = matches_of(links, student, teachers)
     own = len(student.inputs) + labelled
-    by_labels = label_term(plan, student, labelled=labelled, outputs_teach=bool(terms))
-    target = label_target(plan, student) if plan.heads else None
+    by_labels = label_term(plan, student, labels, labelled=labelled, outputs_teach=bool(terms))
+    target = label_target(plan, student, labels) if plan.heads else None
     heads = [] if target is None else shallow_heads(plan, student, target)
     if not terms and not matches and by_labels is None:
         raise UsageError(_nothing(teachers, [*refusals, *unpaired, *unmatched]))

@@ -164,7 +164,7 @@ class _Run:
             return
         names = [str(node.args[at].target) for node in nodes for at in (3, 4)]  # type: ignore[union-attr]
         former, began = snapshot(self.student, names), time.perf_counter()
-        statistics = self.trainer.estimate(self.material.training)
+        statistics = self.trainer.estimate(self.material.training, self._draws)
         if not self._judge(stage, began, self.trainer.held_out_loss(), statistics):
             overwrite(self.student, former)
 
@@ -196,14 +196,16 @@ class _Run:
         more: dict[str, Json] = {"rate": chosen.rate, "frozen": chosen.frozen, "tried": trials.tried}
         self._judge("end-to-end", began, lowest, best, **more, **_noted(history))
 
-    def _fit(self, trainer: Trainer, schedule: Schedule, view: View, stage: str) -> History:
-        def draws(purpose: str) -> torch.Generator:
-            return self.ctx.generator(f"{self.by}/{purpose}")
+    def _draws(self, purpose: str) -> torch.Generator:
+        return self.ctx.generator(f"{self.by}/{purpose}")
 
+    def _fit(self, trainer: Trainer, schedule: Schedule, view: View, stage: str) -> History:
         ctx, training = self.ctx, self.material.training
         label = f"{self.by}: {stage}"
         try:
-            return trainer.fit(training, schedule, view, draws, ctx.progress, stage=label, checkpoints=ctx.checkpoints)
+            return trainer.fit(
+                training, schedule, view, self._draws, ctx.progress, stage=label, checkpoints=ctx.checkpoints
+            )
         except DivergedError as err:
             return History([math.inf], stopped=str(err))
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import torch
+
 from graphopt.distillation.label_losses import LabelLoss
-from graphopt.distillation.named_losses import output_loss
+from graphopt.distillation.named_losses import is_softened, output_loss
 from graphopt.distillation.objective import OutputKind, Target, targets_of
 from graphopt.distillation.plan import DistillPlan, OutputPlan
-from graphopt.distillation.taps import own_outputs
+from graphopt.distillation.taps import output_values, own_outputs
 from graphopt.distillation.teachers import Teacher, alike, by_name, by_name_and_place
 from graphopt.distillation.teaching import LabelTerm, Term
 from graphopt.errors import DataError, UsageError
@@ -23,18 +25,27 @@ def output_terms(
     teachers: Sequence[Teacher],
     *,
     labelled: bool,
+    labels: torch.Tensor | None = None,
 ) -> tuple[list[Term], list[Refusal]]:
     """Say which outputs teachers teach; `Term.taught` is the number of the teacher's output.
+
+    Args:
+        plan: what is asked for.
+        student: whose outputs.
+        teachers: where the student is.
+        labelled: whether there are labels.
+        labels: some of them, which tell where classes are; None: nothing is known of them.
 
     Raises:
         UsageError: the plan names an output that is not there, or one that differs from what it is to imitate.
     """
     alpha = plan.share_of_teachers(labelled=labelled)
     named = _named(plan, student)
-    targets, refusals = _targets(student, named)
+    targets, refusals = _targets(student, named, plan, labels)
     if not alpha:
         return [], []
-    terms = []
+    terms, softened = [], False
+    of_classes = _are_classes(plan, labels) if labelled else False
     for number, teacher in enumerate(teachers):
         weight = plan.teachers[number].weight if plan.teachers else 1.0
         for target in targets:
@@ -46,16 +57,25 @@ def output_terms(
                 refusals.append(Refusal(target.name, f"{found}: it is not taught", "outputs differ"))
                 continue
             kinds = target.kind, _kind_of(teacher, found, target.kind, wish)
-            anchored = not (labelled and target.name == (plan.label_output or targets[0].name))
+            for_labels = target.name == (plan.label_output or targets[0].name)
+            if for_labels and of_classes:
+                kinds = _logits(kinds[0]), _logits(kinds[1])
+            anchored = not for_labels or of_classes is False
+            softened |= is_softened(wish.loss, kinds)
             loss = output_loss(wish.loss, kinds, target.axis, plan.temperature, anchored=anchored)
             named_loss = ":" not in wish.loss
             terms.append(Term(target.name, target.index, number, found, loss, weight * wish.weight, named_loss))
+    if not softened and plan.temperature != DistillPlan.model_fields["temperature"].default:
+        reason = "no output is taught by soft labels: it softens nothing"
+        refusals.append(Refusal("temperature", reason, "nothing is softened"))
     terms = [term for term in terms if term.weight]
     total = sum(term.weight for term in terms)
     return [replace(term, weight=alpha * term.weight / total) for term in terms], refusals
 
 
-def label_term(plan: DistillPlan, student: Program, *, labelled: bool, outputs_teach: bool) -> LabelTerm | None:
+def label_term(
+    plan: DistillPlan, student: Program, labels: torch.Tensor | None, *, labelled: bool, outputs_teach: bool
+) -> LabelTerm | None:
     """Say what labels teach: all that outputs of teachers do not.
 
     Raises:
@@ -70,19 +90,18 @@ def label_term(plan: DistillPlan, student: Program, *, labelled: bool, outputs_t
     weight = 1 - plan.share_of_teachers(labelled=True)
     if not labelled or not weight:
         return None
-    target = label_target(plan, student)
-    fixed = any(output.student == target.name and output.axis is not None for output in plan.outputs)
-    loss = LabelLoss(plan.label_loss, target, fixed)
+    target = label_target(plan, student, labels)
+    loss = LabelLoss(plan.label_loss, target, _is_fixed(target, plan))
     return LabelTerm("labels", len(student.inputs), loss, weight if outputs_teach else 1.0)
 
 
-def label_target(plan: DistillPlan, student: Program) -> Target:
+def label_target(plan: DistillPlan, student: Program, labels: torch.Tensor | None) -> Target:
     """Return the output that labels are for.
 
     Raises:
         UsageError: there is none.
     """
-    targets, _ = _targets(student, _named(plan, student))
+    targets, _ = _targets(student, _named(plan, student), plan, labels)
     chosen = [target for target in targets if plan.label_output in ("", target.name)]
     if not chosen:
         known = ", ".join(f"`{target.name}`" for target in targets)
@@ -98,8 +117,10 @@ def _named(plan: DistillPlan, student: Program) -> dict[str, OutputPlan]:
     return {output.student: output for output in plan.outputs}
 
 
-def _targets(student: Program, named: Mapping[str, OutputPlan]) -> tuple[list[Target], list[Refusal]]:
-    """Return the outputs that can be taught, their classes along the axes that the plan says."""
+def _targets(
+    student: Program, named: Mapping[str, OutputPlan], plan: DistillPlan, labels: torch.Tensor | None
+) -> tuple[list[Target], list[Refusal]]:
+    """Return the outputs that can be taught, their classes along the axes that the plan says, or else the labels."""
     found, refusals = targets_of(student)
     targets = []
     for target in found:
@@ -112,11 +133,41 @@ def _targets(student: Program, named: Mapping[str, OutputPlan]) -> tuple[list[Ta
             )
         kind, axis = _said(target.kind, wish), target.axis if wish.axis is None else wish.axis
         targets.append(replace(target, kind=kind, axis=axis))
+    for at, target in enumerate(targets):
+        if labels is not None and plan.label_output in ("", target.name):
+            sizes = output_values(student)[target.index].meta["val"].shape
+            targets[at] = _as_labelled(target, (len(labels), *sizes[1:]), plan, labels)
+            break
     return targets, refusals
 
 
+def _as_labelled(
+    target: Target, sizes: Sequence[int | torch.SymInt], plan: DistillPlan, labels: torch.Tensor
+) -> Target:
+    """Return an output with its classes along the axis that class numbers leave out."""
+    axis = LabelLoss("auto", target, _is_fixed(target, plan)).axis_in(sizes, labels)
+    return replace(target, axis=axis) if axis is not None and _are_classes(plan, labels) else target
+
+
+def _are_classes(plan: DistillPlan, labels: torch.Tensor | None) -> bool | None:
+    """Whether labels say that an output is of classes; None where nothing is known of them."""
+    if plan.label_loss in ("cross_entropy", "mse"):
+        return plan.label_loss == "cross_entropy"
+    return None if labels is None else not (labels.is_floating_point() or labels.is_complex())
+
+
+def _is_fixed(target: Target, plan: DistillPlan) -> bool:
+    """Whether the axis of its classes is the user's word."""
+    return any(output.student == target.name and output.axis is not None for output in plan.outputs)
+
+
 def _said(kind: OutputKind, wish: OutputPlan) -> OutputKind:
-    return "logits" if kind == "values" and wish.axis is not None else kind
+    return kind if wish.axis is None else _logits(kind)
+
+
+def _logits(kind: OutputKind) -> OutputKind:
+    """Return the kind of an output that is known to be of classes."""
+    return "logits" if kind == "values" else kind
 
 
 def _counterpart(target: Target, student: Program, teacher: Teacher, wish: OutputPlan) -> int | str:

@@ -84,3 +84,8 @@ def test_values_of_another_layout_are_refused() -> None:
     with pytest.raises(DataError, match="mean squared error is of as many labels as outputs"):
         loss(1, "mse")(outputs, outputs.permute(0, 2, 3, 1))
     assert loss(1, "mse")(outputs[:, :1], outputs[:, 0]) == 0
+
+
+def test_complex_labels_are_refused() -> None:
+    with pytest.raises(DataError, match="Labels are complex"):
+        LabelLoss("auto", Target(0, "y", "logits", 1))(torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.complex64))

@@ -16,9 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from graphopt.data.batches import Batch
-from graphopt.distillation.loop import DivergedError, Schedule
+from graphopt.distillation import loop
+from graphopt.distillation.loop import DivergedError, Schedule, Trainer
 from graphopt.distillation.optimizer import RelativeAdamW
-from graphopt.pipeline.context import NoProgress
+from graphopt.distillation.pool import Pool
+from graphopt.pipeline.context import Context, NoProgress
 from tests.graphopt.distillation.small_lesson import Kept, Numbers, fit, student
 
 SHORT = Schedule(epochs=3, rate=0.01)
@@ -164,3 +166,26 @@ def test_gradients_are_clipped() -> None:
     assert all(torch.equal(plain[name], same[name]) for name in plain)
     moved = [name for name, tensor in student().state_dict().items() if not torch.equal(clipped[name], tensor)]
     assert any(not torch.equal(plain[name], clipped[name]) for name in moved)
+
+
+def test_statistics_of_many_samples_are_estimated_on_some_that_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "_ESTIMATED_ON", 64)
+    drawn = torch.Generator().manual_seed(1)
+    x = torch.randn(1000, 6, generator=drawn)
+    many = Pool(((x.sort(0).values, torch.zeros(1000, 3)),))  # of the first in order all statistics would be wrong
+    program = student()
+    seen: list[int] = []
+    counted = loop.estimate_statistics
+
+    def counting(program: Any, batches: Iterable[tuple[Tensor, ...]]) -> dict[str, Tensor]:
+        kept = [*batches]
+        seen.append(sum(len(batch[0]) for batch in kept))
+        return counted(program, kept)
+
+    monkeypatch.setattr(loop, "estimate_statistics", counting)
+    trainer = Trainer(program, Numbers(), many, 8)
+    found = trainer.estimate(many, Context(original=program).generator)
+    assert seen == [64]
+    (mean,) = (tensor for name, tensor in found.items() if name.endswith("mean"))
+    exact = program.graph_module.get_parameter("0.weight") @ x.mean(0) + program.graph_module.get_parameter("0.bias")
+    assert (mean - exact).abs().max() < 0.5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -13,7 +14,11 @@ from torch.nn.functional import scaled_dot_product_attention
 import graphopt
 from graphopt.capturing.capture import capture
 from graphopt.distillation.heads import with_head
+from graphopt.distillation.losses import soft_labels
 from graphopt.distillation.paired import PairedModule, finish, pair_for_training
+from graphopt.distillation.plan import DistillPlan
+from graphopt.distillation.preparing import prepare
+from graphopt.distillation.teachers import Teacher
 from graphopt.errors import DataError, GraphOptError, UsageError
 from graphopt.ir.program import Program
 from graphopt.testing import assert_same_program, fingerprint
@@ -485,6 +490,64 @@ class Turned(Named):
     def forward(self, b: Tensor, a: Tensor) -> dict[str, Tensor]:
         found = super().forward(a, b)
         return {"box": found["box"], "classes": found["classes"]}
+
+
+class Places(nn.Module):
+    """Classes of eight places from one product, in either order, scaled by what was learned."""
+
+    def __init__(self, view: tuple[int, int], seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.fc, self.view, self.scale = nn.Linear(6, 40), view, nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x).view(-1, *self.view) * self.scale.exp()
+
+
+@pytest.mark.parametrize(("view", "labels", "axis"), [((5, 8), (4, 8), 1), ((8, 5), (4, 8), 2), ((5, 8), (4, 5), 2)])
+def test_the_teachers_classes_are_where_labels_have_theirs(
+    view: tuple[int, int], labels: tuple[int, int], axis: int
+) -> None:
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    one, other = (capture(Places(view, seed).eval(), x[:2]) for seed in (1, 2))
+    plan, numbers = DistillPlan(temperature=2.0), torch.zeros(labels, dtype=torch.long)
+    found = prepare(
+        plan, one, [Teacher.open(other, data=(x,))], torch.Generator(), labelled=True, labels=numbers, apart=[False]
+    )
+    outputs, wanted = one.call_flat((x,)), other.call_flat((x,))
+    (term,) = found.lesson.outputs
+    expected = soft_labels(outputs[0].movedim(axis, -1), wanted[0].movedim(axis, -1), 2.0)
+    torch.testing.assert_close(term(outputs, [wanted]), 0.5 * expected)
+
+
+@pytest.mark.parametrize(("loss", "labels"), [("auto", torch.zeros(4, 5)), ("mse", None)])
+def test_labels_that_are_values_leave_the_teachers_values_taught(loss: str, labels: Tensor | None) -> None:
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    one, other = (capture(nn.Linear(6, 5).eval(), x[:2]) for _ in range(2))
+    plan, given = DistillPlan.of({"label_loss": loss}), [Teacher.open(other, data=(x,))]
+    found = prepare(plan, one, given, torch.Generator(), labelled=True, labels=labels, apart=[False])
+    with torch.no_grad():
+        outputs, wanted = one.call_flat((x,)), other.call_flat((x,))
+    (term,) = found.lesson.outputs
+    shifted = (wanted[0] + 3.0,)  # soft labels do not see it
+    assert float(term(shifted, [wanted])) > 0.1 > 1e-6 > float(term(wanted, [wanted]))
+    assert float(term(outputs, [wanted])) > 0
+
+
+def test_a_temperature_that_softens_nothing_is_said(teacher: Program) -> None:
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    squashed = capture(nn.Sequential(nn.Linear(6, 5), nn.Tanh()).eval(), x[:2])
+    plan, given = DistillPlan(temperature=2.0), [Teacher.open(squashed, data=(x,))]
+    said = prepare(plan, squashed, given, torch.Generator(), labelled=False, apart=[False]).refusals
+    assert [(refusal.site, refusal.reason) for refusal in said] == [
+        ("temperature", "no output is taught by soft labels: it softens nothing")
+    ]
+
+
+def test_a_pair_says_that_it_is_not_pickled(teacher: Program, student: Program) -> None:
+    with pytest.raises(UsageError, match=r"state_dict\(\)"):
+        pickle.dumps(pair_for_training(student, teacher))
 
 
 @pytest.mark.parametrize("captured", [False, True])

@@ -45,6 +45,24 @@ class Slim(nn.Module):
         return self.head(self.drop(x.mean((2, 3))))
 
 
+class Bytes(nn.Module):
+    """Takes images as they are stored."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float() / 255
+
+
+class Compared(nn.Module):
+    """Reads where its input is positive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(192, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((x > 0).flatten(1).float())
+
+
 @pytest.fixture(scope="module")
 def teacher() -> nn.Module:
     torch.manual_seed(0)
@@ -206,6 +224,31 @@ def test_mixed_images_have_mixed_labels(name: str) -> None:
     assert shares.sum(1).tolist() == pytest.approx([1.0] * 8)
     torch.testing.assert_close(mixed.mean((1, 2, 3)), shares @ numbers.float())
     assert 0 < float(shares.trace()) < 8
+
+
+@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+def test_mixed_bytes_are_bytes(name: str) -> None:
+    images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    view = view_of([name], capture(Bytes().eval(), images[:2]))
+    (mixed,) = view((images,), torch.Generator().manual_seed(1))
+    assert mixed.dtype is torch.uint8
+    assert not torch.equal(mixed, images)
+    assert images.min() <= mixed.min() <= mixed.max() <= images.max()
+
+
+def test_an_adversarial_view_of_what_is_only_compared_is_refused(labels: Tensor) -> None:
+    student = capture(Compared().eval(), IMAGES[:2])
+    with pytest.raises(UsageError, match="nothing that is learned depends on the first input"):
+        graphopt.distill(
+            student,
+            None,
+            IMAGES,
+            {**SHORT, "augment": ["adversarial"]},
+            labels=labels,
+            bench=False,
+            target=None,
+            cache=False,
+        )
 
 
 def test_views_are_trained_on(teacher: nn.Module, labels: Tensor) -> None:
