@@ -7,6 +7,7 @@ batch_norm(x, .., training=True)             (x - mean(x)) * rsqrt(var(x) + eps)
 div(x, y, rounding) of integers              floor_divide(x - fmod(x, y), y)        it does so in single precision
 x / y, x % y of integers                     see `ir/divisions`                     runtimes end the process
 attention(q, k, v) of rank 2 or 3            squeeze(attention(unsqueeze(q), ..))    it takes rank 4 alone
+attention(.., mask)                          where(any(mask), attention(.., mask), 0)   a query without a key is not 0
 copy(x, smaller)                             copy(x, expand_as(smaller, x))         the result has the smaller shape
 item(x) // y, item(x) % y                    refused where y may be -1           runtimes end the process
 lstm with projections                        refused: the LSTM of ONNX has none
@@ -23,7 +24,7 @@ from torch import fx
 from graphopt.errors import LoweringError
 from graphopt.ir.divisions import divided_without_minus_one, divides_integers, integer_quotient
 from graphopt.ir.editor import Editor
-from graphopt.ir.graph import arguments
+from graphopt.ir.graph import arguments, constant
 from graphopt.ir.operators import Family
 from graphopt.ir.provenance import at_line
 from graphopt.ir.regions import graph_modules
@@ -70,7 +71,7 @@ def _other_words(node: fx.Node, editor: Editor) -> fx.Node | None:
     if node.target is aten.batch_norm.default:
         return _normalised(node, editor)
     if node.target is aten.scaled_dot_product_attention.default:
-        return _with_heads(node, editor)
+        return _attention(node, editor)
     if node.target in (aten.copy.default, aten.copy_.default):
         target, source = node.args[:2]
         if source.meta["val"].shape != target.meta["val"].shape:  # type: ignore[union-attr]
@@ -106,6 +107,26 @@ def _pool(node: fx.Node, editor: Editor) -> fx.Node | None:
     without = {**given, "count_include_pad": True, "divisor_override": None}
     pooled = editor.call(node.target, *without.values(), like=node)  # type: ignore[arg-type]
     return editor.call(aten.mul.Tensor, pooled, size / divisor, like=node)
+
+
+def _attention(node: fx.Node, editor: Editor) -> fx.Node | None:
+    """Let attention have an axis of heads, and a query that its mask lets look at no key give 0."""
+    headed = _with_heads(node, editor)
+    mask = arguments(node, ("attn_mask",))["attn_mask"]
+    if mask is None or _leaves_keys(constant(mask, editor.gm)):
+        return headed
+    if headed is None:
+        headed = editor.call(node.target, *node.args, like=node, **node.kwargs)  # type: ignore[arg-type]
+    weights = mask.meta["val"].dtype is not torch.bool
+    numbers = mask if weights else editor.call(aten.to.dtype, mask, torch.float32, like=node)
+    largest = editor.call(aten.amax.default, numbers, [-1], True, like=node)
+    seen = editor.call(aten.gt.Scalar, largest, -math.inf if weights else 0.0, like=node)
+    return editor.call(aten.where.ScalarOther, seen, headed, 0.0, like=node)
+
+
+def _leaves_keys(mask: torch.Tensor | None) -> bool:
+    """Whether a mask is known, and lets every query look at a key."""
+    return mask is not None and bool((mask if mask.dtype is torch.bool else mask > -math.inf).any(-1).all())
 
 
 def _with_heads(node: fx.Node, editor: Editor) -> fx.Node | None:

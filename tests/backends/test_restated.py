@@ -94,6 +94,38 @@ def test_attention_without_heads(tmp_path: Path) -> None:
     assert backend.verify(backend.lower(program, tmp_path / "model.onnx"), program) < 1e-5
 
 
+class Padded(nn.Module):
+    """Attention under masks that let some queries look at no key; the last lets none in any batch, and is stored."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("causal", torch.ones(5, 5, dtype=torch.bool).tril(-1))
+
+    def forward(self, x: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        attend = nn.functional.scaled_dot_product_attention
+        heads = x.unflatten(2, (2, 4)).transpose(1, 2)
+        mask = keep[:, None, None, :] & self.causal
+        scores = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+        return (
+            attend(heads, heads, heads, attn_mask=mask),
+            attend(heads, heads, heads, attn_mask=scores),
+            attend(x, x, x, attn_mask=mask[:, 0]),
+            attend(heads, heads, heads, attn_mask=self.causal),
+            attend(heads, heads, heads, attn_mask=self.causal | torch.eye(5, dtype=torch.bool)),
+        )
+
+
+def test_a_query_that_may_look_at_no_key_gets_nothing(tmp_path: Path) -> None:
+    x, keep = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(0)), torch.ones(4, 5, dtype=torch.bool)
+    model = Padded().eval()
+    artifact = OnnxRuntimeBackend().lower(capture(model, (x, keep)), tmp_path / "model.onnx")
+    keep[1, :3] = keep[2] = False
+    wanted = model(x, keep)
+    assert all(float(one.abs().amax((-1, -2)).min()) == 0 for one in wanted[:1])
+    for found, expected in zip(artifact.session()(x.numpy(), keep.numpy()), wanted, strict=True):
+        torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-5, atol=1e-5)
+
+
 class Copies(nn.Module):
     """Copies a row, a number, another type and the whole into tensors of its own."""
 
