@@ -124,8 +124,9 @@ def remove_result(directory: Path) -> None:
 
 def _unwritable(path: Path, err: OSError) -> UsageError:
     reason = err.strerror or f"the disk may be full ({err})"  # as NumPy says it, which drops the reason
+    remedy = "Make it writable" if err.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else "Free some space"
     return UsageError(
-        f"Could not write to {path}: {reason}. Nothing was left half-written. Free some space or choose "
+        f"Could not write to {path}: {reason}. Nothing was left half-written. {remedy} or choose "
         "another place with -o, for temporary files with the environment variable TMPDIR."
     )
 
@@ -169,7 +170,9 @@ def check_replaceable(directory: Path, names: Iterable[str]) -> None:
     What belongs to a result its manifest says; other programs call files of theirs so, too.
     """
     if not directory.is_dir():
+        _check_writable(next(parent for parent in directory.absolute().parents if parent.exists()), directory)
         return
+    _check_writable(directory, directory)
     try:
         _clear(directory)  # what a killed process left there is nobody's
         with _locked(directory):
@@ -189,6 +192,11 @@ def _check_replaceable(directory: Path, names: Iterable[str]) -> None:
             f"{foreign} was not written by graphopt, or the manifest that says so is gone; a result has a file there. "
             "Move it away, or choose another place with -o."
         )
+
+
+def _check_writable(folder: Path, directory: Path) -> None:
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise _unwritable(directory, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
 
 
 def _check_kinds(paths: Iterable[Path]) -> None:

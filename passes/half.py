@@ -33,6 +33,7 @@ from graphopt.statistics.calibration import Calibration
 from graphopt.statistics.extent import Extent
 from graphopt.targets.description import TargetDescription
 
+_SAMPLES, _AT_ONCE = 64, 16
 _PASSES = {"float16": "half", "bfloat16": "bfloat16"}  # by the type that they store
 
 
@@ -59,8 +60,13 @@ class HalfOptions(BFloat16Options):
     batch_size: samples per calibration step; changes the last digits of the result at most.
     """
 
-    samples: Annotated[int, Field(ge=1)] = 64
-    batch_size: Annotated[int, Field(ge=1)] = 16
+    samples: Annotated[int, Field(ge=1)] = _SAMPLES
+    batch_size: Annotated[int, Field(ge=1)] = _AT_ONCE
+
+    def __post_init__(self) -> None:
+        """Refuse what would change nothing."""
+        if self.compute == "no" and (self.samples, self.batch_size) != (_SAMPLES, _AT_ONCE):
+            raise ValueError("compute=no looks at no values: no `samples` or `batch_size` with it")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,6 +51,7 @@ _COMPARED = 32  # samples by which layers choose between static and dynamic scal
 _COMPARED_AT_ONCE = 8
 _ROUNDED_BY = 128  # samples that weights are rounded by
 _PERCENTILE = 99.99
+_AT_ONCE = 32
 _SIMULATED = (
     "weights=float: activations are rounded to integers between layers that compute in float32, which shows what that "
     "costs in accuracy; nothing is smaller, and it is slower than float32"
@@ -81,7 +82,7 @@ class Int8Options:
     observer: Observer | Literal["auto"] = "auto"
     percentile: Annotated[float, Field(gt=50, le=100)] = _PERCENTILE
     samples: Annotated[int, Field(ge=1)] = 512
-    batch_size: Annotated[int, Field(ge=1)] = 32
+    batch_size: Annotated[int, Field(ge=1)] = _AT_ONCE
     weights: Literal["channel", "tensor", "float"] = "channel"
     weight_bits: Annotated[int, Field(ge=2, le=8)] = 8
     accuracy: Literal["fast", "balanced", "best"] = "balanced"
@@ -95,6 +96,8 @@ class Int8Options:
         """Refuse what would change nothing."""
         if self.percentile != _PERCENTILE and self.observer != "percentile":
             raise ValueError(f"observer={self.observer} reads no `percentile`; observer=percentile does")
+        if self.observer == "average" and self.batch_size != _AT_ONCE:
+            raise ValueError("observer=average looks at one sample at a time: no `batch_size` with it")
         if self.observer != "auto" and self.mode == "dynamic":
             raise ValueError("mode=dynamic chooses no ranges, so no `observer` either")
         if self.weights == "float" and self.guard == "measure":
@@ -257,7 +260,11 @@ class Int8(Pass[Int8Options, Int8Plan]):
 
     def _calibration(self, placement: Placement, program: Program, ctx: Context) -> Calibration | None:
         """Return what saw the samples; None where nothing needs them and there are none."""
-        if not placement.sites or (ctx.samples is None and all(site.dynamic for site in placement.sites)):
+        if not placement.sites:
+            return None
+        if ctx.samples is None and all(site.dynamic for site in placement.sites):
+            if self.options.bias_correction:
+                ctx.need_samples(self.name, "to see what rounded weights lose on average (bias_correction=yes)")
             return None
         ctx.need_samples(self.name, "to measure the ranges of activations (mode=dynamic, for products, needs none)")
         per_sample = self.options.observer == "average"  # it asks for the range of each

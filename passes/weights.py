@@ -121,7 +121,8 @@ class Weights(Pass[WeightsOptions, WeightsPlan]):
         work = _Work(gm, self.options)
         if self.options.method in ("gptq", "awq"):
             self._with_data(program, forms, work, ctx)
-        for site in ctx.progress.track([site for site in forms if site not in work.done], "rounding", len(forms)):
+        left = [site for site in forms if site not in work.done]
+        for site in ctx.progress.track(left, "rounding", len(left)):
             work.round(site, forms[site], self._without_data)
         stored = {site.weight_name: work.done[site] for site in forms if site in work.done}
         plan = self.new_plan(

@@ -45,7 +45,7 @@ _FURTHER = (
     "int8:observer=percentile:weights=tensor",
     "equalize:gain=0,int8:observer=entropy:accuracy=best",
     "int8:observer=average:weight_bits=4",
-    "drop_blocks:blocks=1:criterion=cosine",
+    "drop_blocks:blocks=1:criterion=influence",
 )
 _CLOSE = 1.25  # errors of two roundings of one thing
 _NOISE = 1e-3  # of the outputs' largest value

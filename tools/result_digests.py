@@ -56,6 +56,14 @@ _FURTHER = {
     "residual, recovered": (Residual, "prune:ratio=0.4:round_to=1,recover:epochs=2:samples=64,int8"),
     "attention, recovered": (FusedAttention, "svd:ratio=0.3,recover:epochs=1:samples=64"),
     "residual, tapped": (Residual, "distill_hooks:taps=auto"),
+    "residual, zeros": (Residual, "sparsify:ratio=0.5"),
+    "residual, coded": (Residual, "codebook:bits=4"),
+    "residual, mixed": (Residual, "mixed:min_sqnr=25"),
+    "residual, trained": (Residual, "int8,qat:epochs=1:samples=64"),
+    "residual, halves": (Residual, "half"),
+    "residual, other halves": (Residual, "bfloat16:compute=no"),
+    "residual, equal": (Residual, "equalize:gain=0,int8"),
+    "attention, of few bits": (FusedAttention, "weights:bits=4"),
     "depthwise, by gradients": (Depthwise, "prune:flops=0.6:criterion=taylor:round_to=1,fold"),
 }
 

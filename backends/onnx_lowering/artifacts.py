@@ -1,4 +1,4 @@
-"""Reading an artifact's signature back from its file, and the script that runs it without graphopt."""
+"""Reading an artifact's signature back from its file."""
 
 from __future__ import annotations
 

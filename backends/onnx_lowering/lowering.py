@@ -14,6 +14,7 @@ from graphopt.backends.onnx_lowering.exporter import export, failing_line
 from graphopt.backends.onnx_lowering.global_pooling import GlobalPoolingPass
 from graphopt.backends.onnx_lowering.integer_relu import IntegerReluPass
 from graphopt.backends.onnx_lowering.metadata import StripMetadataPass
+from graphopt.backends.onnx_lowering.no_ops import NoOpsPass
 from graphopt.backends.onnx_lowering.own_weights import OwnWeightsPass
 from graphopt.backends.onnx_lowering.own_zero_points import OwnZeroPointsPass
 from graphopt.backends.onnx_lowering.plain_rows import PlainRowsPass
@@ -22,11 +23,12 @@ from graphopt.backends.onnx_lowering.signature import apply_signature
 from graphopt.backends.onnx_lowering.stored_bytes import StoredBytesPass
 from graphopt.backends.onnx_lowering.stored_weights import StoredWeightsPass
 from graphopt.errors import LoweringError, foreign_code
+from graphopt.ir.graph import arguments
 from graphopt.ir.program import Program
+from graphopt.ir.regions import graph_modules
 from graphopt.quantization.ops import DEQUANTIZE
 
 _BLOCKS = 21  # the opset whose DequantizeLinear has blocks
-_BLOCK_ARGUMENT = 4  # its place among those of `dequantize`
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,7 @@ def _lowered(program: Program, style: Style) -> ir.Model:
         SaturatedClampPass(),
         *([GlobalPoolingPass()] if style.global_pooling else []),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        NoOpsPass(),
         common.IdentityEliminationPass(),
         *([ChannelRowsPass()] if style.channel_rows else []),
         BranchOutputsPass(),  # the step before takes identities that end a branch
@@ -94,4 +97,6 @@ def _lowered(program: Program, style: Style) -> ir.Model:
 
 
 def _has_blocks(program: Program) -> bool:
-    return any(node.target is DEQUANTIZE and len(node.args) > _BLOCK_ARGUMENT for node in program.graph.nodes)
+    bodies = graph_modules(program.graph_module)
+    calls = (node for body in bodies for node in body.graph.nodes if node.target is DEQUANTIZE)
+    return any(arguments(node, ())["block"] is not None for node in calls)

@@ -22,7 +22,7 @@ class StoredWeightsPass(ir.passes.InPlacePass):
     """Move Transpose and Reshape of dequantized stored weights into the stored integers."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Rewrite until nothing is left to move."""
+        """Rewrite the main graph, from its inputs on."""
         modified = False
         names = value_names(model)
         for node in list(model.graph):

@@ -4,8 +4,6 @@
     dequantize      DequantizeLinear; of blocks, and `unpack`, operators of graphopt's own (`packed_operators`)
     dynamic_quantize  DynamicQuantizeLinear
     dynamic_lstm    DynamicQuantizeLSTM of ONNX Runtime
-    fake_quantize   QuantizeLinear, DequantizeLinear
-    observe         nothing
     stored          an operator of graphopt's own, while exporting (`stored_bytes`)
     sym_numel       Size, which torch's table lacks (2.13): grids of dynamic sizes ask for it
 
@@ -43,8 +41,6 @@ def table() -> dict[Callable[..., Any], Callable[..., Any]]:
         ops.dequantize.default: _dequantize,
         ops.dynamic_quantize.default: _dynamic_quantize,
         DYNAMIC_LSTM: dynamic_lstm,
-        ops.fake_quantize.default: _fake_quantize,
-        ops.observe.default: _observe,
         ops.unpack.default: unpack,
         STORED: write_stored,
         torch.ops.aten.sym_numel.default: _numel,
@@ -75,20 +71,6 @@ def _dequantize(q: Any, scale: Any, zero_point: Any, axis: int | None, block: in
 
 def _dynamic_quantize(x: Any) -> Any:
     return op.DynamicQuantizeLinear(x)
-
-
-def _fake_quantize(x: Any, scale: Any, zero_point: Any, axis: int | None, low: int, high: int) -> Any:
-    dtype = storage_dtype(low, high)
-    if dtype not in _EIGHT_BIT:
-        shift = op.CastLike(_along(zero_point, x, axis), x)
-        return op.Mul(op.Sub(_steps(x, scale, zero_point, axis, low, high), shift), _along(scale, x, axis))
-    codes = _quantize(x, scale, zero_point, axis, low, high)
-    zero = op.Cast(_vector(zero_point, axis), to=_EIGHT_BIT[dtype][0])
-    return op.DequantizeLinear(codes, _vector(scale, axis), zero, axis=_NO_AXIS if axis is None else axis)
-
-
-def _observe(x: Any, name: str) -> Any:
-    return op.Identity(x)
 
 
 def _numel(x: Any) -> Any:

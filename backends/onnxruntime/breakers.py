@@ -22,7 +22,7 @@ Given:   MaxPool(Pad(x))                                       by zeros; the opt
 Result:  MaxPool(Max(Pad(x)))                                  window sees (microsoft/onnxruntime#24737)
 
 The Max of one value is that value, which the optimizer does not know: it fuses nothing across it, whatever options the
-file is loaded with. Every entry was found by `tools/fuzz_runtime.py`, with the version it was last seen in.
+file is loaded with. Most were found by `tools/fuzz_runtime.py`; the table has the version each was last seen in.
 
 Integers are pooled fast behind an integer convolution alone, where channels lie last: 64 channels of 112x112 take 45 ms
 where floats take 0.1 ms (1.31.1, one thread, AVX2).

@@ -21,13 +21,13 @@ _CLAMPS = ("relu", "relu6", "hardtanh", "clamp", "clamp_min")
 _BOTH: tuple[Scales, ...] = ("static", "dynamic")  # ConvInteger is slower than float: convolutions have one
 
 _CONVOLUTIONS = tuple(
-    OperatorRule(f"conv{rank}d", output="always", weight_axis=0, bias="float", absorbs=_CLAMPS) for rank in (1, 2)
+    OperatorRule(f"conv{rank}d", output="always", by_channel=True, bias="float", absorbs=_CLAMPS) for rank in (1, 2)
 )
 _PRODUCTS = (
     # A float bias keeps a Gemm float; an int32 one reaches QGemm, with or without a quantized result.
-    OperatorRule("gemm", output="wanted", scales=_BOTH, weight_axis=0, bias="int32", absorbs=_CLAMPS),
+    OperatorRule("gemm", output="wanted", scales=_BOTH, by_channel=True, bias="int32", absorbs=_CLAMPS),
     # MatMulIntegerToFloat; quantizing the result of a transformer's products costs four times the error.
-    OperatorRule("matmul", output="never", scales=_BOTH, weight_axis=1),
+    OperatorRule("matmul", output="never", scales=_BOTH, by_channel=True),
 )
 _RECURRENT = (OperatorRule("lstm", output="never", scales=("dynamic",)),)  # DynamicQuantizeLSTM
 _JOINS = (
@@ -74,10 +74,6 @@ DESCRIPTION = TargetDescription(
     # Its CPU kernels compute in float32: around what is to be computed in float16 it converts back and forth.
     floats=(FloatKernels("float16", computes=False),),
     costs=read_costs(Path(__file__).with_name("costs_x86_vnni.json")),
-    notes=(
-        "On x86 without VNNI, products of uint8 and int8 saturate in 16 bits unless the session is precise "
-        "(`session.x64quantprecision`), as the recorded options make it there; it is slower.",
-    ),
 )
 
 _SEVEN_BITS = IntegerFormat(7, granularity="channel", narrow=True)
@@ -92,7 +88,6 @@ DESCRIPTION_AVX2 = dataclasses.replace(
     depthwise_multiple=1,
     depthwise_uneven=1.0,  # nobody has timed wider ones there
     costs=read_costs(Path(__file__).with_name("costs_x86_avx2.json")),
-    notes=("Weights have 7 bits, which x86 without VNNI multiplies without saturation, fast; right anywhere.",),
 )
 
 # Products of 8 bits are exact there; nobody has timed a kernel.
@@ -102,7 +97,4 @@ DESCRIPTION_ARM = dataclasses.replace(
     depthwise_multiple=1,
     depthwise_uneven=1.0,
     costs=None,
-    notes=(
-        "No kernel was timed on ARM, so integers stand wherever there are kernels; int8:guard=measure times there.",
-    ),
 )

@@ -26,12 +26,12 @@ _ACTIVATIONS = (
 )
 
 _CONVOLUTIONS = tuple(
-    OperatorRule(name, output="wanted", weight_axis=axis, absorbs=_ACTIVATIONS)
-    for name, axis in (("conv1d", 0), ("conv2d", 0), ("conv3d", 0), ("conv_transpose2d", 1))
+    OperatorRule(name, output="wanted", by_channel=True, absorbs=_ACTIVATIONS)
+    for name in ("conv1d", "conv2d", "conv3d", "conv_transpose2d")
 )
 _PRODUCTS = (
-    OperatorRule("gemm", output="wanted", weight_axis=None, absorbs=_ACTIVATIONS),
-    OperatorRule("matmul", output="never", weight_axis=1),
+    OperatorRule("gemm", output="wanted", absorbs=_ACTIVATIONS),
+    OperatorRule("matmul", output="never", by_channel=True),
 )
 _CHAINS = (
     OperatorRule("add", role="read"),

@@ -184,6 +184,21 @@ def of_libraries() -> str:
     return digest_of(sources, [(name, version_of(name)) for name in names], platform.python_version())
 
 
+def of_computing() -> str:
+    """Return a digest of what computes, and of what this process and its environment were told of how."""
+    accelerator = torch.accelerator.current_accelerator()
+    devices = {"cpu", *([accelerator.type] if accelerator is not None else ())}
+    told = [(device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in sorted(devices)]
+    backends = torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32
+    environment = sorted(item for item in os.environ.items() if item[0].startswith(_SAYS_HOW))
+    return digest_of(
+        of_libraries(), told, backends, torch.get_float32_matmul_precision(), torch.get_default_dtype(), environment
+    )
+
+
+_SAYS_HOW = ("ACCELERATE_", "ATEN_", "DNNL_", "MKL_", "ONEDNN_", "TORCH_")  # names of variables begin so
+
+
 def of_machine() -> str:
     """Return a digest of what times are measured on."""
     processor = said_of_processor("model name", "flags", "Features", "CPU part") or platform.processor()

@@ -155,7 +155,8 @@ class StepCache:
     def follows(self, before: Program, after: Program, plan: Plan) -> None:
         """Note what the plan of the step that was last looked for made of a program."""
         if after is not before and self._kind is not None:
-            made = digest_of("applied", self._kind, self.memory.digest(before), digests.of_plan(plan))
+            by = digests.of_computing(), self._kind, digests.of_plan(plan)
+            made = digest_of("applied", by, self.memory.digest(before))
             self.memory.follows(after, made)
 
     def measured(
@@ -173,7 +174,7 @@ class StepCache:
             measure: measures it.
             check: raises a ValueError for what is of another form.
         """
-        key = digest_of("measured", digests.of_libraries(), self.memory.digest(program), by)
+        key = digest_of("measured", digests.of_computing(), self.memory.digest(program), by)
         for entry, _ in self._kept(key):
             found: dict[str, Json] = dict(entry.content)
             with contextlib.suppress(ValueError):  # of another form, in spite of its key: then it is measured anew
@@ -193,7 +194,7 @@ class StepCache:
         if judge is None:
             return None
         given = ctx.targets, ctx.target, ctx.seed, ctx.loss is None, sorted(ctx.timers), bool(step.inserted_for), judge
-        return digest_of("plan", digests.of_libraries(), self._kind, programs, given, sorted(self.reads.sources))
+        return digest_of("plan", digests.of_computing(), self._kind, programs, given, sorted(self.reads.sources))
 
     def _kept(self, key: str | None) -> Iterator[_Kept]:
         if key is None:

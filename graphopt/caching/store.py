@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 PLACE = "GRAPHOPT_CACHE"  # environment variable: the folder; empty for none
 MOST = 4 << 30  # bytes; what was used longest ago goes first
 _MOST_OF_AN_ENTRY = 1 << 26  # bytes of JSON
+_ELSEWHERE = f"Name another folder in the environment variable {PLACE}, or do without (--no-cache)."
 _ENTRY = re.compile(r"[0-9a-f]{64}-([0-9a-f]{64})\.json")
 _PAYLOAD = re.compile(r"[0-9a-f]{64}\.safetensors")
 
@@ -71,10 +72,13 @@ class Store:
         if said == "":
             return None
         try:
-            home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        except RuntimeError:  # a user without a home
-            return None if said is None else cls(Path(said))
-        return cls(Path(said).expanduser() if said else home / "graphopt")
+            if said is not None:
+                return cls(Path(said).expanduser())
+            return cls(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "graphopt")
+        except RuntimeError as err:  # a user without a home
+            if said is not None:
+                _say_once(f"Nothing is kept in the cache {said}: {first_line(err)}. {_ELSEWHERE}")
+            return None
 
     def entries(self, key: str) -> Iterator[tuple[CacheEntry, Mapping[str, torch.Tensor]]]:
         """Yield what is kept under a key, with its tensors; what is damaged goes."""
@@ -115,6 +119,9 @@ class Store:
                     entry = entry.model_copy(update={"payload": sha256(file)})
                     os.replace(file, self._payload(entry))
                 text = entry.model_dump_json().encode()
+                if len(text) > _MOST_OF_AN_ENTRY:
+                    logger.info("A plan with %d bytes of JSON is not kept: %d are read.", len(text), _MOST_OF_AN_ENTRY)
+                    return False
                 file = Path(scratch) / "entry"
                 file.write_bytes(text)
                 path = self.folder / f"{key}-{hashlib.sha256(text).hexdigest()}.json"
@@ -124,18 +131,24 @@ class Store:
             self._shrink()
             return True
         except (OSError, UsageError, safetensors.SafetensorError) as err:
-            said = getattr(err, "strerror", None) or first_line(err)
-            _say_once(f"Nothing is kept in the cache {self.folder}: {said}.")
+            cause = err.__cause__ or err
+            said = getattr(cause, "strerror", None) or first_line(cause)
+            _say_once(f"Nothing is kept in the cache {self.folder}: {said}. {_ELSEWHERE}")
             return False
 
     def remove(self, key: str, *, but: Path | None = None) -> None:
-        """Let go of what is kept under a key, with its tensors, and say nothing where that cannot be."""
+        """Let go of what is kept under a key, and say nothing where that cannot be; tensors that no other entry has."""
+        gone = set[str]()
         for path in set(self.folder.glob(f"{key}-*.json")) - {but}:
             with contextlib.suppress(OSError, ValueError):
-                entry = CacheEntry.model_validate_json(read_file(path, most=_MOST_OF_AN_ENTRY))
+                gone.add(_entry_at(path).payload)
                 path.unlink()
-                if entry.payload:
-                    self._payload(entry).unlink()
+        for path in self.folder.glob("*.json") if gone - {""} else ():
+            with contextlib.suppress(OSError, ValueError):
+                gone.discard(_entry_at(path).payload)
+        for payload in gone - {""}:
+            with contextlib.suppress(OSError):
+                (self.folder / f"{payload}.safetensors").unlink()
 
     def usage(self) -> tuple[int, int]:
         """Return how many entries there are, and bytes of all files.
@@ -158,23 +171,27 @@ class Store:
         except OSError as err:
             raise UsageError(f"Could not clear the cache {self.folder}: {err.strerror or err}.") from err
 
-    def _usable(self) -> bool:
-        """Whether the folder is there, and nobody else can write plans into it."""
+    def unusable(self) -> str:
+        """Say why what lies there is not used, "" where it is or nothing lies there."""
         try:
             status = os.stat(self.folder)
-        except OSError:
-            return False
-        other = f"another folder in the environment variable {PLACE}"
+        except FileNotFoundError:
+            return ""
+        except OSError as err:
+            return f"The cache {self.folder} is not used: {err.strerror}. {_ELSEWHERE}"
         if not stat.S_ISDIR(status.st_mode):
-            _say_once(f"The cache {self.folder} is a file, not a folder, and not used. Name {other}.")
-            return False
+            return f"The cache {self.folder} is a file, not a folder, and not used. {_ELSEWHERE}"
         if status.st_uid != os.getuid() or status.st_mode & 0o077:
-            _say_once(
-                f"The cache {self.folder} is open to others and not used. Make it yours alone (chmod 700), "
-                f"or name {other}."
-            )
-            return False
-        return True
+            only = "Make it yours alone (chmod 700)"
+            return f"The cache {self.folder} is open to others and not used. {only}, or: {_ELSEWHERE}"
+        return ""
+
+    def _usable(self) -> bool:
+        """Whether the folder is there, and nobody else can write plans into it."""
+        reason = self.unusable()
+        if reason:
+            _say_once(reason)
+        return not reason and self.folder.is_dir()
 
     def _read(self, path: Path) -> tuple[CacheEntry, Mapping[str, torch.Tensor]] | None:
         try:
@@ -230,6 +247,10 @@ class Store:
                 return
             path.unlink(missing_ok=True)
             total -= status.st_size
+
+
+def _entry_at(path: Path) -> CacheEntry:
+    return CacheEntry.model_validate_json(read_file(path, most=_MOST_OF_AN_ENTRY))
 
 
 def _touch(path: Path) -> None:

@@ -108,6 +108,8 @@ def capture(
     device = device_of(held_by(model))
 
     def example(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_meta:
+            raise CaptureError("An example input lies on the device `meta` and has no values. Give one that has.")
         return outside_inference(resolved(tensor)).to(device)
 
     args = tuple(pytree.tree_map_only(torch.Tensor, example, args))

@@ -42,7 +42,7 @@ from graphopt.errors import (
     foreign_code,
     printable,
 )
-from graphopt.ir.devices import OUT_OF_MEMORY
+from graphopt.ir.devices import OUT_OF_MEMORY, check_values, held_by
 from graphopt.ir.global_state import one_thread_at_a_time, random_state_kept
 from graphopt.ir.program import SCHEMA, Program
 from graphopt.ir.signature import Note, TensorSpec
@@ -278,6 +278,7 @@ def with_data(
     heads = served_inputs(served)
     if isinstance(model, Program):
         _check_no_shapes(dynamic_shapes, "the model")
+        check_values(held_by(model.graph_module))
         program, samples = serve(model, heads), data
     else:
         check_module(model)

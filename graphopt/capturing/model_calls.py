@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from graphopt.errors import CaptureError, UsageError
+from graphopt.ir.devices import check_values, held_by
 from graphopt.ir.global_state import outside_inference
 from graphopt.ir.lazy_modules import check_initialized
 from graphopt.ir.torch_internals import compiled_module, is_compiled, target_of_conversion
@@ -25,6 +26,7 @@ def check_module(model: object) -> None:
             "function becomes the forward of a module."
         )
     check_initialized(model)
+    check_values(held_by(model))
 
 
 def check_names(model: nn.Module) -> None:

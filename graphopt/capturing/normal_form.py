@@ -6,7 +6,7 @@
 3. In-place operators become their functional twins (`relu_` -> `relu`) wherever nobody else sees the write.
    Those that others do see (a write through a view of a value used later, to an input, to a buffer) stay.
 4. Products with a stored matrix turned around are Linear layers.
-5. The memory of every tensor holds its values.
+5. The memory of every tensor holds its values; tables whose rows are scaled when they are read hold them scaled.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from graphopt.capturing.argument_places import place_arguments
+from graphopt.capturing.renormed_tables import renorm_tables
 from graphopt.capturing.stored_products import restate_products
 from graphopt.ir.aliasing import Storages, sharing_memory
 from graphopt.ir.contents import resolved
@@ -35,6 +36,7 @@ def normalise(gm: fx.GraphModule) -> fx.GraphModule:
     """Return `gm` in normal form. The graphs are changed in place, the module around the outer one is new."""
     place_arguments(gm)
     _normalise(gm, inside=False, cast=False)
+    renorm_tables(gm)
     result = assemble(gm, gm.graph)
     change_tensors([result], resolved)
     return result

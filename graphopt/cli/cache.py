@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from graphopt.errors import UsageError
+
 
 def command(clear: Annotated[bool, typer.Option("--clear", help="Remove all of it.")] = False) -> None:
     """Show what passes decided in earlier runs, which `optimize` uses again, or clear it."""
@@ -13,8 +15,10 @@ def command(clear: Annotated[bool, typer.Option("--clear", help="Remove all of i
 
     store = Store.of_user()
     if store is None:
-        print(f"nothing is kept: the environment variable {PLACE} is empty")
+        print(f"nothing is kept: the environment variable {PLACE} is empty, or names no folder that could be")
         return
+    if reason := store.unusable():
+        raise UsageError(reason)
     entries, size = store.usage()
     if clear:
         store.clear()

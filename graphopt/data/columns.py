@@ -60,7 +60,13 @@ class TensorColumn:
         return str(self.tensor.dtype).removeprefix("torch.")
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Return a view of the samples, detached and on the CPU; a copy where it could not be trained with."""
+        """Return a view of the samples, detached and on the CPU; a copy where it could not be trained with.
+
+        Raises:
+            DataError: there are none, on the device `meta`.
+        """
+        if self.tensor.is_meta:
+            raise DataError("The data lie on the device `meta` and have no values. Give samples.")
         return outside_inference(resolved(part(self.tensor, start, stop).detach().cpu()))
 
 

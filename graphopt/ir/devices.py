@@ -27,6 +27,20 @@ def device_of(tensors: Mapping[str, torch.Tensor]) -> torch.device:
     return next(iter(found), torch.device("cpu"))
 
 
+def check_values(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse tensors that are shapes alone.
+
+    Raises:
+        CaptureError: naming one.
+    """
+    name = next((name for name, tensor in tensors.items() if tensor.is_meta), None)
+    if name is not None:
+        raise CaptureError(
+            f"`{name}` of the model lies on the device `meta` and has no values. Load its weights first: "
+            "`model.load_state_dict(..., assign=True)`."
+        )
+
+
 def held_by(module: nn.Module) -> dict[str, torch.Tensor]:
     """Return parameters and buffers by name."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
@@ -51,6 +65,8 @@ def device_called(name: str | torch.device) -> torch.device:
         raise UsageError(f"`{cut(str(name), 40)}` is no name of a device. {advice}") from err
     if device.type != "cpu":
         device = torch.device(device.type, device.index or 0)
+    elif not device.index:
+        device = torch.device("cpu")
     if str(device) not in here:
         raise UsageError(f"There is no device `{device}` that torch {torch.__version__} can use. {advice}")
     if not _doubles(device):

@@ -353,8 +353,11 @@ def onnx_exporter() -> Iterator[None]:
     It reads its whole library of translations in every export, a second of each (2.13): now the source of a function
     is read once in a process, and what was registered since the last export is there. For new composite operators it
     looks in every namespace, several times in an export and a quarter of a second of each: once meanwhile. To promote
-    types it runs on fake tensors what it has just traced on them: as far as nothing is promoted it reads them.
+    types it runs on fake tensors what it has just traced on them: as far as nothing is promoted it reads them. The
+    optimizer behind it takes 1e-8 for 0 and 1.00001 for 1 (onnxscript 0.7): what adds or multiplies by such stays.
     """
+    from onnxscript import rewriter
+    from onnxscript.rewriter.rules.common import _no_op
     from onnxscript.values import TracedOnnxFunction
     from torch.onnx._internal.exporter import _schemas
     from torch.onnx._internal.fx.passes import type_promotion
@@ -362,10 +365,12 @@ def onnx_exporter() -> Iterator[None]:
     with one_thread_at_a_time(), steps_stay_dynamic():
         function_ir, signature = _kept_signatures()
         looked_for = functools.cache(export_utils._materialize_cpp_cia_ops)
+        exact = tuple(rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule not in _no_op.rules)
         with (
             mock.patch.object(TracedOnnxFunction, "function_ir", function_ir),
             mock.patch.object(_schemas, "op_signature_from_function", signature),
             mock.patch.object(export_utils, "_materialize_cpp_cia_ops", looked_for),
+            mock.patch.object(rewriter, "_DEFAULT_REWRITE_RULES", exact),
             mock.patch.object(type_promotion, "_TypePromotionInterpreter", _reading_what_is_recorded()),
         ):
             yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -15,7 +16,8 @@ from graphopt.ir.program import Program
 from graphopt.job.manifest import fingerprint
 
 _NORMS = (torch.ops.aten.batch_norm.default, torch.ops.aten.instance_norm.default)
-State = Mapping[str, tuple[torch.dtype, torch.device, tuple[int, ...], int]]
+Described = tuple[torch.dtype, torch.device, tuple[int, ...], int]
+State = Mapping[str, Described]
 
 
 def check_weights(program: Program) -> None:
@@ -79,18 +81,26 @@ def check_as_opened(program: Program, opened: State) -> None:
     Raises:
         UsageError: naming a tensor that was.
     """
-    for name, found in state_of(program).items():
-        pairs = zip(opened[name][:3], found[:3], strict=True)
-        changes = [
-            f"was {str(old).removeprefix('torch.')} and is {str(new).removeprefix('torch.')}"
-            for old, new in pairs
-            if old != new
-        ]
-        if found != opened[name]:
+    state = state_of(program)
+    for name in {**opened, **state}:
+        if opened.get(name) != state.get(name):
             raise UsageError(
-                f"The model was changed after the job was opened on it: `{name}` {(changes or ['was written to'])[0]}. "
-                "Open a new job, on a copy if the model goes on being trained: graphopt.Job.open(copy.deepcopy(model))."
+                f"The model was changed after the job was opened on it: `{name}` "
+                f"{_change(opened.get(name), state.get(name))}. Open a new job, on a copy if the model goes on being "
+                "trained: graphopt.Job.open(copy.deepcopy(model))."
             )
+
+
+def _change(old: Described | None, new: Described | None) -> str:
+    if old is None or new is None:
+        return "was added" if old is None else "was removed"
+    pairs = zip(old[:3], new[:3], strict=True)
+    changes = [f"was {_said(before)} and is {_said(now)}" for before, now in pairs if before != now]
+    return (changes or ["was written to"])[0]
+
+
+def _said(value: Any) -> str:
+    return str(value).removeprefix("torch.")
 
 
 def check_as_handed_out(programs: Mapping[str, Program], handed_out: Mapping[str, str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphopt.caching.digests import asks_the_user, digest_of, of_libraries, of_program
+from graphopt.caching.digests import asks_the_user, digest_of, of_computing, of_program
 from graphopt.caching.run_checkpoints import RunCheckpoints
 from graphopt.caching.store import Store
 from graphopt.capturing.load import with_data
@@ -230,7 +230,7 @@ def _checkpoints(
     samples = [digest_of(batch) for batch in beside.batches(_READ_SIZE)]
     named = [teacher.name for teacher in teachers]  # in their order, whichever are programs
     return RunCheckpoints(
-        store, digest_of(list(map(of_program, programs)), files, named, samples, plan.to_json(), seed, of_libraries())
+        store, digest_of(list(map(of_program, programs)), files, named, samples, plan.to_json(), seed, of_computing())
     )
 
 

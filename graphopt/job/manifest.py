@@ -27,7 +27,7 @@ SCHEMA = 2
 PAYLOAD = "plans.safetensors"
 DISTILLED = "distilled.safetensors"  # what a student learned, under the names of its own tensors
 _ADVICE = "Optimise again, or give what a whole run wrote."
-_LIBRARIES = ("graphopt", "torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "numpy")
+_LIBRARIES = ("graphopt", "torch", "onnx", "onnx_ir", "onnxscript", "onnxsim", "onnxruntime", "numpy")
 
 # Names come from a file: they stay within its directory, and file systems take none longer.
 _FileName = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$", max_length=255)]

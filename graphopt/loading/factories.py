@@ -53,6 +53,7 @@ def apply_weights(model: nn.Module, weights: StateDict, source: str) -> None:
         CaptureError: The model's tensors have no shapes yet.
     """
     check_initialized(model)
+    _give_room(model)
 
     def failed(_: str, err: BaseException) -> LoadError:
         said = cut(printable(" ".join(str(err).split())), 400).rstrip(".")
@@ -69,6 +70,21 @@ def apply_weights(model: nn.Module, weights: StateDict, source: str) -> None:
 
     with foreign_code(failed):
         model.load_state_dict(_fitting(model, weights, source).as_torch(), strict=False)
+
+
+def _give_room(model: nn.Module) -> None:
+    """Put what a model stores and has on the device `meta` into memory, tied as it is there, to be loaded into."""
+    made: dict[int, torch.Tensor] = {}
+
+    def room(tensor: torch.Tensor) -> torch.Tensor:
+        empty = torch.zeros_like(tensor, device="cpu")
+        return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+    for module in model.modules():
+        for held, left in ((module._parameters, ()), (module._buffers, module._non_persistent_buffers_set)):
+            for name, tensor in held.items():
+                if tensor is not None and tensor.is_meta and name not in left:
+                    held[name] = made.setdefault(id(tensor), room(tensor))  # type: ignore[assignment]
 
 
 def _fitting(model: nn.Module, weights: StateDict, source: str) -> StateDict:

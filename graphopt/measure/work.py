@@ -85,7 +85,7 @@ def is_depthwise(node: fx.Node) -> bool:
 
 
 def is_map(value: fx.Node) -> bool:
-    """Whether a value has more than one place for each channel."""
+    """Whether a value has more than one place for each channel, along at least two axes: layouts are of those."""
     shapes = [tensor.shape for tensor in _tensors(value)]
     return any(len(shape) > 3 and math.prod(map(_size, shape[2:])) > 1 for shape in shapes)
 

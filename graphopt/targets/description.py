@@ -5,7 +5,7 @@ Passes are written against this description and never ask which target it is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import lcm
 from typing import Literal
 
@@ -39,7 +39,7 @@ class OperatorRule:
             (where integer kernels alone read it) or "never".
         scales: of a compute kernel, when the scale of its operand may be chosen: "static", from data beforehand, or
             "dynamic", by the kernel itself from each batch; its result is then float.
-        weight_axis: axis of the weight along which scales may differ (-1: the last), None for one scale or no weight.
+        by_channel: whether scales of the weight may differ by output channel.
         bias: how the bias is stored next to an integer kernel.
         absorbs: activations that move in front of the quantization of its result when they alone read it; with
             asymmetric activations those whose clamp the integer range carries out itself are dropped.
@@ -49,7 +49,7 @@ class OperatorRule:
     role: Role = "compute"
     output: Literal["always", "wanted", "never"] = "always"
     scales: tuple[Scales, ...] = ("static",)
-    weight_axis: int | None = None
+    by_channel: bool = False
     bias: Literal["float", "int32"] = "float"
     absorbs: tuple[str, ...] = ()
 
@@ -146,7 +146,6 @@ class TargetDescription:
     stored: tuple[StoredRule, ...] = ()
     folds: bool = True
     costs: CostTable | None = None
-    notes: tuple[str, ...] = field(default=())
 
     def rule(self, operator: str) -> OperatorRule | None:
         """Return the rule of an operator, None if the runtime has no integer kernel for it."""

@@ -149,11 +149,12 @@ def _integer_lstm(node: fx.Node, gm: fx.GraphModule, integers: IntegerFormat) ->
     """Return a layer of an LSTM on integers."""
     call = lstm_call(node)
     assert call is not None  # it is placed
-    stored = stored_lstm(call, gm, integers)
+    stored = [*stored_lstm(call, gm, integers).values()]
 
     def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor]:
         x, states = args[0], args[1]
-        found, _, _ = dynamic_lstm(x.transpose(0, 1) if call.batch_first else x, *states, *stored.values())
+        here = [part.to(x.device) for part in stored]
+        found, _, _ = dynamic_lstm(x.transpose(0, 1) if call.batch_first else x, *states, *here)
         return (found.permute(2, 0, 1, 3).flatten(2) if call.batch_first else found.transpose(1, 2).flatten(2),)
 
     return Alternative(run, lambda result: result[0] if call.batch_first else result[0].transpose(0, 1))

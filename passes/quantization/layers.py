@@ -174,7 +174,7 @@ class LayerQuantizer:
 
 def scale_axis(rule: OperatorRule, layer: WeightedCall, integers: IntegerFormat) -> int | None:
     """Return the axis of a layer's weight that its scales differ along, None for one scale."""
-    return None if rule.weight_axis is None or integers.granularity == "tensor" else layer.weight_axis
+    return layer.weight_axis if rule.by_channel and integers.granularity != "tensor" else None
 
 
 def _is_product(site: Site) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from graphopt.ir.graph import constant
-from graphopt.ir.operators import SIZES, short_name
+from graphopt.ir.operators import SIZES, plain_name
 from graphopt.measure.cut import Crossing, Operator, islands, on_integers, seconds
 from graphopt.measure.work import Workload, is_map, special_kernel, special_move
 from graphopt.passes.quantization.kernels import kernel_of
@@ -82,7 +82,7 @@ class Accounts:
         while left:
             node = left.pop()
             kernel = kernel_of(node, self._prepared.source.graph_module)
-            name = short_name(node) if kernel is None else special_kernel(kernel.name, node)
+            name = plain_name(node) if kernel is None else special_kernel(kernel.name, node)
             charges.append(Charge(name, "float", self._work_before.of(node)))
             inputs = [read for read in node.all_input_nodes if read.op == "call_function"]
             left += [read for read in inputs if read.name not in self._present and read.name not in self.sites]

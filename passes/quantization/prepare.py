@@ -27,7 +27,7 @@ from torch import Tensor, fx
 from graphopt.ir.editor import Editor
 from graphopt.ir.finite import all_finite
 from graphopt.ir.graph import arguments, constant
-from graphopt.ir.operators import short_name
+from graphopt.ir.operators import plain_name
 from graphopt.ir.program import Program
 from graphopt.passes.quantization.kernels import rank, spatial_mean
 from graphopt.passes.quantization.placement import Placement, Site
@@ -84,7 +84,7 @@ def spellings(gm: fx.GraphModule, target: TargetDescription) -> dict[str, str]:
     for node in gm.graph.nodes:
         if node.op != "call_function":
             continue
-        name = short_name(node)
+        name = plain_name(node)
         if name == "lstm" and name in known and (call := lstm_call(node)) is not None and call.layers > 1:
             found[node.name] = "lstm_layers"
         elif "hardsigmoid" in known and hard_sigmoid_of(node) is not None:

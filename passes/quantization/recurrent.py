@@ -124,7 +124,7 @@ def stored_lstm(call: Lstm, gm: fx.GraphModule, integers: IntegerFormat) -> dict
         scales = [weight_scales(matrix, integers, 0) for matrix in matrices]
         rounded = [quantize_weight(*pair, integers, 0).t() for pair in zip(matrices, scales, strict=True)]
         stored |= {name: torch.stack(rounded).contiguous(), f"{name}_scale": torch.stack(scales)}
-    without = torch.zeros(2 * len(values[0]))
+    without = values[0].new_zeros(2 * len(values[0]))
     biases = [torch.cat([_in_order(bias) for bias in way[2:]]) if call.biases else without for way in ways]
     return {**stored, "bias": torch.stack(biases)}
 

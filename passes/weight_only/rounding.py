@@ -26,23 +26,21 @@ _REFINEMENTS = 3  # rounds of rounding and least squares
 _NORM, _ITERATIONS, _BETA, _GROWTH = 0.7, 20, 10.0, 1.01  # of the reference implementation of HQQ
 
 
-def choose_scales(matrix: Tensor, form: IntegerFormat, method: DataFree, weights: Tensor | None = None) -> Scales:
+def choose_scales(matrix: Tensor, form: IntegerFormat, method: DataFree) -> Scales:
     """Choose the scales of a matrix (rows, columns), float32, in runs of rows.
 
     Args:
         matrix: the weight.
         form: integers to store.
         method: see the module.
-        weights: (columns,), what the squared error of each column counts; all the same if None. Used by `mse`.
     """
     size = block_size(form, matrix.shape[1])
-    importance = None if weights is None else in_blocks(weights.float().unsqueeze(0), size)
     found = []
     for rows in portions(matrix):
         blocks = in_blocks(matrix[rows], size)
         scales = covering(*bounds(blocks), form)
         if method == "mse":
-            scales = _least_squares(blocks, form, importance)
+            scales = _least_squares(blocks, form)
         elif method == "hqq":
             scales = _half_quadratic(blocks, scales, form)
         found.append(scales)
@@ -55,38 +53,34 @@ def _steps(blocks: Tensor, scales: Scales, form: IntegerFormat) -> Tensor:
     return (torch.round(blocks / scales.scale.unsqueeze(-1)) + zero).clamp_(form.low, form.high) - zero
 
 
-def _least_squares(blocks: Tensor, form: IntegerFormat, importance: Tensor | None) -> Scales:
+def _least_squares(blocks: Tensor, form: IntegerFormat) -> Scales:
     low, high = bounds(blocks)
     best = covering(low, high, form)
-    least = _squares(blocks, best, form, importance)
+    least = _squares(blocks, best, form)
     for share in torch.linspace(_NARROWEST, 1.0, _CANDIDATES).tolist():
-        best, least = _better(blocks, covering(low * share, high * share, form), best, least, form, importance)
+        best, least = _better(blocks, covering(low * share, high * share, form), best, least, form)
     for _ in range(_REFINEMENTS):
-        refined = Scales(_best_scale(blocks, _steps(blocks, best, form), best, importance), best.zero)
-        best, least = _better(blocks, refined, best, least, form, importance)
+        refined = Scales(_best_scale(blocks, _steps(blocks, best, form), best), best.zero)
+        best, least = _better(blocks, refined, best, least, form)
     return best
 
 
-def _better(
-    blocks: Tensor, other: Scales, best: Scales, least: Tensor, form: IntegerFormat, importance: Tensor | None
-) -> tuple[Scales, Tensor]:
+def _better(blocks: Tensor, other: Scales, best: Scales, least: Tensor, form: IntegerFormat) -> tuple[Scales, Tensor]:
     """Take the scales of `other` for the blocks they are better for."""
-    error = _squares(blocks, other, form, importance)
+    error = _squares(blocks, other, form)
     wins = error < least
     scale, zero = torch.where(wins, other.scale, best.scale), torch.where(wins, other.zero, best.zero)
     return Scales(scale, zero), torch.where(wins, error, least)
 
 
-def _squares(blocks: Tensor, scales: Scales, form: IntegerFormat, importance: Tensor | None) -> Tensor:
-    error = (_steps(blocks, scales, form) * scales.scale.unsqueeze(-1) - blocks).square_()
-    return (error if importance is None else error * importance).sum(-1)
+def _squares(blocks: Tensor, scales: Scales, form: IntegerFormat) -> Tensor:
+    return (_steps(blocks, scales, form) * scales.scale.unsqueeze(-1) - blocks).square_().sum(-1)
 
 
-def _best_scale(wanted: Tensor, steps: Tensor, scales: Scales, importance: Tensor | None = None) -> Tensor:
+def _best_scale(wanted: Tensor, steps: Tensor, scales: Scales) -> Tensor:
     """Return the scale with which `steps` come closest to what is wanted, the old one where that is not positive."""
-    counted = steps if importance is None else steps * importance
-    power = (counted * steps).sum(-1)
-    found = (counted * wanted).sum(-1) / torch.where(power > 0, power, 1.0)
+    power = (steps * steps).sum(-1)
+    found = (steps * wanted).sum(-1) / torch.where(power > 0, power, 1.0)
     return torch.where((power > 0) & (found > 0), found, scales.scale)
 
 

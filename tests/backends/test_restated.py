@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
@@ -209,3 +210,44 @@ def test_numbers_of_the_data_are_not_divided_by_minus_one(divisor: int) -> None:
     else:
         with pytest.raises(LoweringError, match=r"A number that depends on the data is divided at .*, by one that may"):
             lower(program, STYLE)
+
+
+class Tiny(nn.Module):
+    """Adds and multiplies by what is nearly nothing, and by nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("epsilon", torch.tensor(1e-9))
+        self.register_buffer("zero", torch.tensor(0.0))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (
+            x / (x.norm(dim=-1, keepdim=True) + 1e-8),
+            torch.log(x.abs() + self.epsilon),
+            torch.rsqrt(1e-12 + x * x),
+            torch.rsqrt(x * x - (-1e-10)),
+            (x * 1.000009 - x) / 1.000009,
+            (x * 1 + 0 - self.zero) / 1.0 + 0.0,
+        )
+
+
+def test_what_is_nearly_nothing_is_something(tmp_path: Path) -> None:
+    x = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    model = Tiny().eval()
+    artifact = OnnxRuntimeBackend().lower(capture(model, (x,)), tmp_path / "model.onnx")
+    x[1] = 0
+    for found, expected in zip(artifact.session()(x.numpy()), model(x), strict=True):
+        torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-12)
+    nodes = [node.op_type for node in ir.load(artifact.path).graph]
+    assert (nodes.count("Add"), nodes.count("Div")) == (3, 2)  # those that change nothing are gone
+
+
+class Counted(nn.Module):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return nn.functional.one_hot(ids, 5).float().sum(1)
+
+
+def test_one_hot(tmp_path: Path) -> None:
+    program = capture(Counted(), torch.arange(10).view(2, 5) % 5)
+    backend = OnnxRuntimeBackend()
+    assert backend.verify(backend.lower(program, tmp_path / "model.onnx"), program) == 0

@@ -26,6 +26,7 @@ from graphopt.files import (
     SCRATCH,
     ScratchDirectory,
     check_against_manifest,
+    check_replaceable,
     failing_late,
     read_file,
     replacing,
@@ -476,3 +477,12 @@ def test_a_failure_to_write_is_said_when_the_writer_has_ended(tmp_path: Path) ->
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, ignored)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    for directory in (tmp_path, tmp_path / "new" / "deep"):
+        with pytest.raises(UsageError, match=r"Permission denied.*Make it writable or choose another place with -o"):
+            check_replaceable(directory, ["model.onnx"])

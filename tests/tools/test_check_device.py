@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from tools import check_device
+from graphopt.pipeline.pipeline import Pipeline
+from graphopt.pipeline.registry import PassRegistry
+from tools import check_device, result_digests
 
 CPU = torch.device("cpu")
 
@@ -42,3 +44,13 @@ def test_what_is_wrong(there: Any, said: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(check_device, "cases", lambda: [("a", torch.nn.Linear(2, 2), torch.ones(4, 2), "svd", None)])
     (found,) = check_device.compare(CPU, "a")
     assert found.wrong == said
+
+
+def test_every_pass_is_compared() -> None:
+    registry = PassRegistry()
+    pipelines = [
+        *(passes for *_, passes, _ in result_digests.cases()),
+        *(passes for _, passes in check_device._further()),
+    ]
+    named = {step.instance.name for text in pipelines for step in Pipeline.parse(text, registry).steps}
+    assert named == set(registry.names())

@@ -636,3 +636,22 @@ def test_what_passes_choose_by_is_part_of_the_key(tmp_path: Path, monkeypatch: p
     for _ in range(2):  # a function may ask anything
         run(plugin, evaluation=lambda model: float(model(X).detach().sum()))
     assert asked(plugin) == 4
+
+
+def test_what_a_process_is_told_of_how_to_compute_counts(plugin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(plugin)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        run(plugin)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert asked(plugin) == 2
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    run(plugin)
+    assert asked(plugin) == 3
+    with torch.autocast("cpu", torch.bfloat16):
+        assert digests.of_computing() != digests.of_libraries()
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    run(plugin)
+    assert asked(plugin) == 3

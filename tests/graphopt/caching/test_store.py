@@ -149,7 +149,7 @@ def test_a_file_in_its_place(
     monkeypatch.setenv("GRAPHOPT_CACHE", str(place))
     assert found(Store(place)) == []
     assert not Store(place).add(KEY, ENTRY, {})
-    assert run(["cache"]) == run(["cache", "--clear"]) == 0
+    assert run(["cache"]) == run(["cache", "--clear"]) == 2
     (record,) = caplog.records
     assert record.message.startswith(f"The cache {place} is a file, not a folder, and not used. Name another folder")
 
@@ -247,3 +247,44 @@ def test_a_folder_that_cannot_be_listed(
     for command in (["cache"], ["cache", "--clear"]):
         assert run(command) == 2
         assert f"Could not read the cache {tmp_path}: Permission denied" in capsys.readouterr().err
+
+
+def test_what_takes_the_place_of_another_may_have_its_tensors(tmp_path: Path) -> None:
+    store = Store(tmp_path / "cache")
+    store.add(OTHER, ENTRY, TENSORS)
+    for step in (1, 2):
+        store.add(KEY, CacheEntry(content={"step": step}), TENSORS, instead=True)
+        ((entry, tensors),) = found(store)
+        assert entry.content == {"step": step}
+        assert tensors.keys() == TENSORS.keys()
+    store.remove(KEY)
+    assert found(store) == []
+    assert found(store, OTHER)[0][1].keys() == TENSORS.keys()
+    store.remove(OTHER)
+    assert list(store.folder.iterdir()) == []
+
+
+def test_what_is_more_than_is_read_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "_MOST_OF_AN_ENTRY", 1000)
+    store = Store(tmp_path / "cache")
+    assert not store.add(KEY, CacheEntry(content={"text": "x" * 1000}), {})
+    assert found(store) == []
+
+
+def test_a_home_that_nobody_has(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("GRAPHOPT_CACHE", "~nobody_here/cache")
+    assert Store.of_user() is None
+    assert "Nothing is kept in the cache ~nobody_here/cache" in caplog.text
+    assert run(["cache"]) == 0
+
+
+def test_the_command_says_that_a_folder_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Store(tmp_path / "cache").add(KEY, ENTRY, TENSORS)
+    (tmp_path / "cache").chmod(0o755)
+    monkeypatch.setenv("GRAPHOPT_CACHE", str(tmp_path / "cache"))
+    for options in ([], ["--clear"]):
+        assert run(["cache", *options]) == 2
+        assert "open to others and not used" in capsys.readouterr().err
+    assert len(list((tmp_path / "cache").iterdir())) == 2

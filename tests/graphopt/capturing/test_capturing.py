@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 from pathlib import Path
 from typing import Self
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 import graphopt
 from graphopt.capturing.capture import capture
-from graphopt.errors import CaptureError, UsageError
+from graphopt.errors import CaptureError, DataError, UsageError
 from graphopt.ir.exporting import exported
 from graphopt.ir.provenance import origin
 
@@ -661,3 +662,40 @@ class Named(nn.Module):
 def test_an_input_with_a_name_that_no_argument_can_have(name: str) -> None:
     with pytest.raises(UsageError, match=f"called '{name}', and no argument of a program can have that name"):
         capture(Named(), (), {name: torch.randn(2, 3)})
+
+
+def test_what_lies_on_the_device_meta_has_no_values() -> None:
+    model, x = nn.Linear(4, 2), torch.randn(2, 4)
+    program = capture(model, (x,))
+    for work in (
+        lambda: capture(copy.deepcopy(model).to("meta"), (x,)),
+        lambda: graphopt.optimize(program.to("meta"), x, passes="", bench=False),
+    ):
+        with pytest.raises(CaptureError, match="`weight` of the model lies on the device `meta` and has no values"):
+            work()
+    with pytest.raises(CaptureError, match="An example input lies on the device `meta`"):
+        capture(model, (x.to("meta"),))
+    with pytest.raises(DataError, match="The data lie on the device `meta`"):
+        graphopt.optimize(program, x.to("meta"), passes="", bench=False)
+
+
+class Scaled(nn.Module):
+    """An embedding whose rows are scaled when they are read, and another that is read twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.head = nn.Embedding(20, 8, max_norm=1.0), nn.Linear(8, 4)
+        nn.init.normal_(self.rows.weight, std=2.0)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.rows(ids) + self.rows(ids.flip(1)))
+
+
+def test_rows_that_are_scaled_when_they_are_read_are_stored_so() -> None:
+    torch.manual_seed(0)
+    model = Scaled().eval()
+    fresh = copy.deepcopy(model)
+    program = capture(model, (torch.arange(6).view(2, 3),))
+    assert not [node for node in program.graph.nodes if "renorm" in str(node.target)]
+    ids = torch.arange(20).view(-1, 4)[:, :3]
+    torch.testing.assert_close(program(ids), fresh(ids), rtol=1e-5, atol=1e-6)

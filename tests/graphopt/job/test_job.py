@@ -273,6 +273,18 @@ def test_a_module_changed_after_the_job_was_opened_is_refused(change: Callable[[
             work()
 
 
+def test_a_program_that_tensors_were_added_to_or_taken_from_is_refused() -> None:
+    program = graphopt.capture(model(), X[:2])
+    job = Job.open(program, X)
+    for change, said in (
+        (lambda gm: gm.register_buffer("late", torch.ones(1)), "`late` was added"),
+        (lambda gm: delattr(gm, "late") or delattr(gm.get_submodule("0"), "bias"), "`0.bias` was removed"),
+    ):
+        change(job._given.graph_module)  # type: ignore[no-untyped-call]
+        with pytest.raises(UsageError, match=f"opened on it: {said}"):
+            job.run(Pipeline.parse(""))
+
+
 class Buffered(nn.Module):
     """Holds a factor that is not trained."""
 

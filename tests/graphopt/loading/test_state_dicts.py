@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from torch import nn
 
 import graphopt
 from graphopt.data import parse_input_spec
 from graphopt.errors import CaptureError, LoadError
 from graphopt.loading import load_model
+from graphopt.loading.factories import apply_weights
+from graphopt.loading.state_dicts import StateDict
 
 FACTORIES = """
 import torch
@@ -331,3 +334,31 @@ def test_which_of_several_state_dicts_is_taken_is_said(loader: Loader, caplog: p
     assert caplog.messages == [f"`{loader.path}` holds several state dicts: `model` is taken, and not ema."]
     with pytest.raises(LoadError, match=r"holds several state dicts \(model, net\)"):
         loader.load("linear", {"net": other, "model": state})
+
+
+class OnMeta(nn.Module):
+    """Built without memory: two layers that are tied, statistics, and a buffer that no file holds."""
+
+    def __init__(self, stored: bool = True) -> None:
+        super().__init__()
+        with torch.device("meta"):
+            self.one, self.norm, self.two = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)
+            self.two.weight = self.one.weight
+            self.register_buffer("scale", torch.ones(4), persistent=stored)
+
+
+def test_weights_are_put_into_what_was_built_on_meta() -> None:
+    torch.manual_seed(0)
+    wanted = {name: torch.randn(tensor.shape) for name, tensor in OnMeta().state_dict().items()}
+    wanted["norm.num_batches_tracked"] = torch.tensor(7)
+    wanted["two.weight"] = wanted["one.weight"]
+    model = OnMeta()
+    apply_weights(model, StateDict(wanted), "w.pt")
+    assert model.two.weight is model.one.weight
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, wanted[name])
+    with pytest.raises(LoadError, match=r"1 of the model's tensors are not in the file \(norm.weight\)"):
+        apply_weights(OnMeta(), StateDict({name: one for name, one in wanted.items() if name != "norm.weight"}), "w.pt")
+    without = OnMeta(stored=False)
+    apply_weights(without, StateDict({name: one for name, one in wanted.items() if name != "scale"}), "w.pt")
+    assert without.scale.is_meta
