@@ -224,6 +224,8 @@ def _inputs(site: MatrixSite, moments: InputMoments) -> Inputs | None:
     if not moments.rows:
         return None
     call, matrices = site.calls[0], [matrix.cpu() for matrix in moments.matrices()]
+    largest = max(float(matrix.abs().amax()) for matrix in matrices) or 1.0
+    matrices = [matrix / largest for matrix in matrices]  # what they are to each other counts, and is in range
     columns = torch.arange(call.fan_in).reshape(math.prod(call.kernel), -1).t().flatten()  # taps come first in moments
     squares = torch.cat([matrix.diagonal(dim1=1, dim2=2) for matrix in matrices], 1)[:, columns].float()
     shared = [matrix[columns][:, columns] for matrix in matrices[0]] if len(matrices) == 1 else []

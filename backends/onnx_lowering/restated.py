@@ -2,7 +2,7 @@
 
 avg_pool2d(x, k, .., divisor_override=d)     avg_pool2d(x, k, ..) * (|k| / d)       it ignores the divisor
 rrelu(x, lower, upper)                       leaky_relu(x, (lower + upper) / 2)     it knows neither
-log_sigmoid(x)                               -softplus(-x)                          it takes a logarithm of 0
+log_sigmoid(x), log(sigmoid(x))              -softplus(-x)                          a runtime's logarithm of 0
 batch_norm(x, .., training=True)             (x - mean(x)) * rsqrt(var(x) + eps)    it takes the running statistics
 div(x, y, rounding) of integers              floor_divide(x - fmod(x, y), y)        it does so in single precision
 x / y, x % y of integers                     see `ir/divisions`                     runtimes end the process
@@ -21,6 +21,7 @@ import operator
 import torch
 from torch import fx
 
+from graphopt.backends.onnx_lowering.promoted import promoted
 from graphopt.errors import LoweringError
 from graphopt.ir.divisions import divided_without_minus_one, divides_integers, integer_quotient
 from graphopt.ir.editor import Editor
@@ -44,7 +45,7 @@ def restate(gm: fx.GraphModule) -> None:
     """
     for body in graph_modules(gm):
         editor = Editor(body, "lowering")
-        for in_other_words in (_other_words, _spared):
+        for in_other_words in (_other_words, promoted, _spared):
             for node in list(body.graph.nodes):
                 with body.graph.inserting_before(node):
                     other = in_other_words(node, editor)
@@ -65,8 +66,9 @@ def _other_words(node: fx.Node, editor: Editor) -> fx.Node | None:
         given = arguments(node, ("self", "lower", "upper"))
         slope = (given["lower"] + given["upper"]) / 2
         return editor.call(aten.leaky_relu.default, given["self"], slope, like=node)
-    if node.target is aten.log_sigmoid.default:
-        turned = editor.call(aten.neg.default, node.args[0], like=node)
+    if node.target is aten.log_sigmoid.default or _is_log_of_sigmoid(node):
+        x = node.args[0] if node.target is aten.log_sigmoid.default else node.args[0].args[0]  # type: ignore[union-attr]
+        turned = editor.call(aten.neg.default, x, like=node)
         return editor.call(aten.neg.default, editor.call(aten.softplus.default, turned, like=node), like=node)
     if node.target is aten.batch_norm.default:
         return _normalised(node, editor)
@@ -89,6 +91,11 @@ def _other_words(node: fx.Node, editor: Editor) -> fx.Node | None:
             "proj_size, or keep it out of the model that is lowered."
         )
     return None
+
+
+def _is_log_of_sigmoid(node: fx.Node) -> bool:
+    source = node.args[0] if node.target is aten.log.default else None
+    return isinstance(source, fx.Node) and source.target is aten.sigmoid.default
 
 
 def _pool(node: fx.Node, editor: Editor) -> fx.Node | None:

@@ -28,11 +28,17 @@ def device_of(tensors: Mapping[str, torch.Tensor]) -> torch.device:
 
 
 def check_values(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Refuse tensors that are shapes alone.
+    """Refuse tensors that are shapes alone, or sparse.
 
     Raises:
         CaptureError: naming one.
     """
+    sparse = next((name for name, tensor in tensors.items() if tensor.layout is not torch.strided), None)
+    if sparse is not None:
+        raise CaptureError(
+            f"`{sparse}` of the model is stored as {str(tensors[sparse].layout).removeprefix('torch.')}, which no "
+            "runtime reads. Store it as `.to_dense()`."
+        )
     name = next((name for name, tensor in tensors.items() if tensor.is_meta), None)
     if name is not None:
         raise CaptureError(

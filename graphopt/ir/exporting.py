@@ -121,7 +121,7 @@ def _lifted(program: Exportable) -> Exported | None:
 def _export(program: Exportable, gm: fx.GraphModule) -> Exported:
     shapes = _axes(program.inputs)
     args, kwargs = tuple(program.example_args), dict(program.example_kwargs)
-    with warnings.catch_warnings(), steps_stay_dynamic():
+    with warnings.catch_warnings(), steps_stay_dynamic(), torch.no_grad():  # as it was captured
         warnings.simplefilter("ignore")
         try:
             again = torch.export.export(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from graphopt.caching.digests import digest_of, of_evaluation
 from graphopt.caching.steps import StepCache
 from graphopt.ir.program import Program
+from graphopt.ir.provenance import module_path
 from graphopt.job.report import Report, Row, of_target, row_from_json, row_to_json
 from graphopt.measure.cost import cost
 from graphopt.measure.equivalence import Probe
@@ -52,7 +54,7 @@ class Recorder(Hook):
         seconds = time.perf_counter() - self._started
         label = f"{step.text} (for {step.inserted_for})" if step.inserted_for else step.text
         one = target if self.several else ""
-        self.report.add_plan(plan, one)
+        self.report.add_plan(plan, one, named=_named(before))
         if not plan.sites and not step.inserted_for:
             self.report.notes.append(f"{of_target(step.text, one)}: it changed nothing ({plan.summary()})")
         self.report.rows.append(self._row(label, target, after, seconds, plan.summary()))
@@ -79,3 +81,10 @@ class Recorder(Hook):
         if judge is None or self.cache is None:
             return None
         return digest_of(self.cache.memory.digest(self.original), self.probe.batch, judge)
+
+
+def _named(program: Program) -> dict[str, str]:
+    """Return the modules that run the calls of a program, by their names; with these, where a module runs several."""
+    paths = {node.name: module_path(node) for node in program.graph.nodes if node.op == "call_function"}
+    counts = Counter(paths.values())
+    return {name: path if counts[path] == 1 else f"{path} ({name})" for name, path in paths.items() if path}

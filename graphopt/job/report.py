@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pydantic
@@ -170,12 +171,21 @@ class Report:
         """List the rows of lowered artifacts."""
         return [row for row in self.rows[1:] if row.size is not None]
 
-    def add_plan(self, plan: Plan, for_target: str = "") -> None:
-        """Take over the refusals and notes of a plan, made for one of several targets or, "", for all."""
+    def add_plan(self, plan: Plan, for_target: str = "", named: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Take over the refusals and notes of a plan.
+
+        Args:
+            plan: the plan.
+            for_target: one of several targets that it was made for; "": for all.
+            named: what is known by another name to who wrote the model.
+        """
         name = of_target(plan.pass_name, for_target)
         self.notes += [f"{name}: {note}" for note in plan.notes]
         self.unmet += [f"{name}: {text}" for text in plan.unmet]
-        self.refusals += [(plan.pass_name, refusal) for refusal in plan.refusals]
+        self.refusals += [
+            (plan.pass_name, dataclasses.replace(refusal, site=named.get(refusal.site, refusal.site)))
+            for refusal in plan.refusals
+        ]
 
     def refusal_counts(self) -> list[tuple[str, str, int, str]]:
         """Count refusals: (pass, reason, count, first site)."""

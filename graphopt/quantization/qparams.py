@@ -20,6 +20,7 @@ from graphopt.quantization.ops import quantize
 
 Reals = npt.NDArray[np.float64]
 
+_OF_NOTHING = 2.0**-20  # scale of weights that are all 0
 TINY = 1e-30  # ranges below it are treated as empty, so that scales stay normal float32 numbers
 
 
@@ -73,8 +74,9 @@ def weight_scales(weight: Tensor, integers: IntegerFormat, axis: int | None) -> 
     rows = weight.double().reshape(1, -1) if axis is None else weight.double().movedim(axis, 0).flatten(1)
     largest = rows.abs().amax(dim=1)
     steps = min(integers.high, -integers.low)
-    scales = torch.where(largest < TINY, 1.0, largest / steps)
-    scales = scales.float()
+    # What has no weights may have a bias, which runtimes round by the scale: it is none that is too coarse for others.
+    scales = largest[largest >= TINY] / steps
+    scales = torch.where(largest < TINY, scales.amin() if len(scales) else _OF_NOTHING, largest / steps).float()
     return scales.reshape(()) if axis is None else scales
 
 

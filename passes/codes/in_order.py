@@ -24,8 +24,9 @@ class Inputs:
     """What a weight is multiplied with.
 
     Attributes:
-        squares: E[x^2] at each number of the weight, (rows, columns).
-        moments: E[x x^T] of each group of outputs, (columns, columns) float64; none where that takes too much memory.
+        squares: E[x^2] at each number of the weight, (rows, columns), of any unit.
+        moments: E[x x^T] of each group of outputs, (columns, columns) float64, of that unit; none where that takes too
+            much memory.
     """
 
     squares: Tensor

@@ -251,3 +251,42 @@ def test_one_hot(tmp_path: Path) -> None:
     program = capture(Counted(), torch.arange(10).view(2, 5) % 5)
     backend = OnnxRuntimeBackend()
     assert backend.verify(backend.lower(program, tmp_path / "model.onnx"), program) == 0
+
+
+class Unlike(nn.Module):
+    """Calls whose operands are of several types."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(7, 3, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        low, high = x > 0, x < 1
+        return (
+            x.clamp(0, 0.5),
+            x.clamp(-0.5, 1),
+            self.table[ids],
+            self.table[ids, ids.remainder(3)],
+            (low + high).float(),
+            (low * high).float(),
+            1.0 - ids,
+            torch.relu(x.clamp(-3, -1)),
+        )
+
+
+def test_operands_of_several_types(tmp_path: Path) -> None:
+    x, ids = torch.randn(4, 7, generator=torch.Generator().manual_seed(0)), torch.arange(28).view(4, 7) % 7
+    model = Unlike().eval()
+    artifact = OnnxRuntimeBackend().lower(capture(model, (x, ids.int())), tmp_path / "model.onnx")
+    for found, expected in zip(artifact.session()(x.numpy(), ids.int().numpy()), model(x, ids.int()), strict=True):
+        assert torch.equal(torch.from_numpy(found), expected)
+
+
+def test_a_logarithm_of_a_sigmoid_has_a_tail(tmp_path: Path) -> None:
+    class Tail(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.log(torch.sigmoid(x))
+
+    x = torch.linspace(-40, 40, 21).view(3, 7)
+    artifact = OnnxRuntimeBackend().lower(capture(Tail().eval(), (x,)), tmp_path / "model.onnx")
+    torch.testing.assert_close(torch.from_numpy(artifact.session()(x.numpy())[0]), Tail()(x), rtol=1e-4, atol=1e-6)

@@ -195,6 +195,8 @@ def test_data_make_products_more_exact() -> None:
         plain, better = (coded(program, each, **options) for each in (None, data))
         assert ratio(program(data), better(data)) > ratio(program(data), plain(data)) + gain, options
     assert not plan_of(program, data, inputs=False).weights["weight"]["weighted"]
+    huge = coded(program, data * 1e30, bits=3)
+    assert ratio(program(data), huge(data)) > ratio(program(data), coded(program, None, bits=3)(data)) + 2.0
 
 
 def test_inputs_of_convolutions_count_at_their_taps() -> None:

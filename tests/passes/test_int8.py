@@ -461,15 +461,37 @@ def test_one_scale_per_weight() -> None:
     assert {layer["axis"] for layer in plan.layers} == {None}
 
 
-@pytest.mark.parametrize("observer", ["auto", "average"])
-def test_batch_size_does_not_matter(observer: str) -> None:
-    _, one = quantized(
-        edge(Head), images(), options=build("int8", Int8Options, {"observer": observer, "batch_size": 1})
-    )
-    _, other = quantized(edge(Head), images(), options=build("int8", Int8Options, {"observer": observer}))
+def test_batch_size_does_not_matter() -> None:
+    _, one = quantized(edge(Head), images(), options=build("int8", Int8Options, {"batch_size": 1}))
+    _, other = quantized(edge(Head), images(), options=build("int8", Int8Options, {}))
     for left, right in zip(one.values, other.values, strict=True):
         assert left["scale"] == pytest.approx(right["scale"], rel=1e-5)  # convolutions sum in another order
         assert left["zero_point"] == right["zero_point"]
+
+
+def test_biases_are_corrected_by_data_alone() -> None:
+    program, options = folded(nn.Linear(8, 4), noise(2, 8)), Int8Options(mode="dynamic", bias_correction=True)
+    with pytest.raises(DataError, match="bias_correction=yes"):
+        Int8(options).plan(program, Context(program, target=WITHOUT_COSTS))
+
+
+def test_an_operator_of_another_library_is_not_the_one_of_its_name() -> None:
+    with torch.library._scoped_library("another", "FRAGMENT") as library:
+        library.define("silu(Tensor x) -> Tensor")
+        library.impl("silu", lambda x: x * 3, "CompositeExplicitAutograd")
+        library.impl("silu", lambda x: torch.empty_like(x), "Meta")
+
+        class Own(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.conv = nn.Conv2d(3, 8, 3)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return torch.ops.another.silu(self.conv(x))  # type: ignore[no-any-return]
+
+        program, _ = quantized(Own(), images())
+        assert "another.silu" in program.graph_module.code
+        assert not [node for node in program.graph.nodes if "sigmoid" in str(node.target)]
 
 
 def test_training_data_is_not_needed_twice() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from graphopt.backends.onnxruntime import OnnxRuntimeBackend
 from graphopt.capturing.capture import capture
 from graphopt.ir.program import Program
 from graphopt.measure.equivalence import measure
@@ -69,3 +70,16 @@ def test_every_accuracy_takes_one_sample(program: Program, accuracy: str) -> Non
     data = DATA["one sample"]
     result, _ = quantized(program, data, options=Int8Options(accuracy=accuracy))  # type: ignore[arg-type]
     assert measure(program, result.call_flat, (data,)).sqnr > 20
+
+
+@pytest.mark.parametrize("dead", [1, 16])
+def test_channels_without_weights_keep_their_bias(dead: int, tmp_path: Path) -> None:
+    """ONNX Runtime rounds a float bias by the scale of its channel, which was 1 where there were no weights."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 1))
+    with torch.no_grad():
+        model[2].weight[:dead] = 0
+        model[2].bias[:dead] = torch.rand(dead)
+    program, _ = quantized(model, x := images(size=12, count=8))
+    backend = OnnxRuntimeBackend()
+    assert backend.verify(backend.lower(program, tmp_path / "it.onnx"), program, (x.numpy(),)) < 1e-2

@@ -280,7 +280,7 @@ def _check_informative(output: Tensor) -> None:
         VerifyError: no value is finite, or NaN lies among the values of a row.
     """
     output = computable(output)
-    if not output.is_floating_point():
+    if not output.is_floating_point() or not output.numel():
         return
     nan = output.isnan()
     rows = nan.any(-1) if nan.dim() else nan
