@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 
 from graphopt.data.input_spec import Spec
-from graphopt.data.served import advice
+from graphopt.data.served import advice as served_advice
 from graphopt.errors import DataError
 
 
@@ -82,6 +82,8 @@ def check_shape(
             advice += f", or let that axis vary where the model is captured: {options}, or dynamic_shapes={{{shapes}}}"
         if len(found) == 4 and found[1:] == (*expected[2:], expected[1]):
             advice = "The channels come last; move them with `x.transpose(0, 3, 1, 2)`"
+            if dtype_name == "uint8" and spec.dtype.is_floating_point:
+                advice = f"The channels come last, of bytes: {served_advice(spec.name, torch.uint8, 'nhwc')}"
     else:
         return
     shape = "x".join(["N", *map(str, found[1:])]) if found else "a single number"
@@ -103,7 +105,7 @@ def _convert(tensor: torch.Tensor, spec: Spec, where: str) -> tuple[torch.Tensor
     elif _is_integer(found) and wanted.is_floating_point:
         reason = (
             "whether they must be scaled (such as x / 255, or by mean and deviation) only you know; convert them to "
-            f"{_name(wanted)} the way the model was trained, or {advice(spec.name, found)}"
+            f"{_name(wanted)} the way the model was trained, or {served_advice(spec.name, found)}"
         )
     else:
         reason = f"convert it to {_name(wanted)} first"

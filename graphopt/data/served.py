@@ -163,10 +163,11 @@ def _spread(values: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 Served = str | ServedInput | Sequence[str | ServedInput]  # what users say
 
 
-def advice(name: str, dtype: torch.dtype) -> str:
-    """Say how integers are let be made floats in the program."""
-    said = f"{name}:{str(dtype).removeprefix('torch.')}:scale=1/255:mean=0.5:std=0.5"
-    return f"let the program make them so: `--served {said}` (`served=...`), with `:nhwc` where channels come last"
+def advice(name: str, dtype: torch.dtype, layout: str = "") -> str:
+    """Say how integers are let be made floats in the program, and their channels first, which a layout has last."""
+    kind = ":".join(filter(None, [str(dtype).removeprefix("torch."), layout]))
+    said = f"let the program make them so: `--served {name}:{kind}:scale=1/255:mean=0.5:std=0.5` (`served=...`)"
+    return said if layout else f"{said}, with `:nhwc` where channels come last"
 
 
 def served_inputs(given: Served) -> tuple[ServedInput, ...]:

@@ -17,6 +17,7 @@ from graphopt.caching.store import Store
 from graphopt.capturing.load import with_data
 from graphopt.capturing.model_calls import gradients_recorded
 from graphopt.data import Samples
+from graphopt.data.batches import batch_count
 from graphopt.data.served import Served, ServedInput, served_inputs
 from graphopt.data.split import Split, split
 from graphopt.errors import UsageError
@@ -359,6 +360,9 @@ class Job:
         report.notes += [f"{note.subject}: {note.text}" for note in self.original.notes]
         report.notes += [f"data: {note}" for note in (self.samples.notes if self.samples else ())]
         report.notes += notes_on_types(self.original)
+        if unbounded := self._probe.unbounded:
+            of = batch_count(self._probe.batch)
+            report.notes.append(f"data: outputs of the original are NaN or infinite for {unbounded} of {of} samples")
         return report
 
     def _row(self, metric: Judge | None) -> Row:

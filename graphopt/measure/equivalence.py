@@ -102,6 +102,13 @@ class Probe:
         """Whether an output of the reference holds NaN, which no candidate can be held against."""
         return any(bool(tensor.isnan().any()) for tensor in self._wanted)
 
+    @property
+    def unbounded(self) -> int:
+        """In how many samples an output of the reference holds NaN or infinity: errors are of the others."""
+        outputs = [one for one in self._wanted if one.is_floating_point() and len(one.shape) and len(one)]
+        bad = [~one.isfinite().flatten(1).all(1) for one in outputs if len(one) == batch_count(self.batch)]
+        return int(torch.stack(bad).any(0).sum()) if bad else 0
+
     def measure(self, candidate: FlatCallable, *, declared: Sequence[TensorSpec] | None = None) -> Equivalence:
         """Run a candidate and compare it with the reference, in what both declare (see `measure`).
 

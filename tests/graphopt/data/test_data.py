@@ -545,3 +545,9 @@ def test_an_iterable_that_is_spent_once_read_is_kept() -> None:
     samples = Samples.open(Disguised(), ["x"])
     same(samples, X)
     same(samples, X)
+
+
+def test_bytes_whose_channels_come_last_are_advised_to_be_served() -> None:
+    images = torch.zeros(8, 16, 16, 3, dtype=torch.uint8)
+    with pytest.raises(DataError, match="--served x:uint8:nhwc:scale=1/255:mean="):
+        Samples.open({"x": images}, ["x"]).check([InputSpec("x", (1, 3, 16, 16))])

@@ -81,3 +81,16 @@ def test_the_report_says_it_where_a_pass_fits_data(program: Program) -> None:
     about = {passes: [note for note in notes if "gets deviate" in note] for passes, notes in said.items()}
     assert about["svd"][0].startswith("data: the values that BatchNorm `first`")
     assert about["fold"] == []
+
+
+def test_samples_that_the_original_gives_no_numbers_for_are_counted() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).eval()
+    with torch.no_grad():
+        model[1].weight[0, 0], model[1].weight[0, 1:], model[0].bias[0] = 3e38, 0, 0
+        model[0].weight[0] = torch.tensor([9.0, 0, 0, 0])
+    x = torch.zeros(40, 4)
+    x[::2, 0] = 1.0
+    job = Job.open(model, x, target=None)
+    (note,) = [note for note in job.run(Pipeline.parse("")).report.notes if "infinite" in note]
+    bad, of = int((~model(job._probe.batch[0]).isfinite()).any(1).sum()), len(job._probe.batch[0])
+    assert note == f"data: outputs of the original are NaN or infinite for {bad} of {of} samples"
