@@ -8,7 +8,6 @@ feed-forward and inverted-bottleneck branches, side by side or one after the oth
 
 from __future__ import annotations
 
-import fnmatch
 import logging
 import math
 from collections import Counter
@@ -27,7 +26,7 @@ from graphopt.passes.residuals.kind import BranchKind
 from graphopt.passes.residuals.removal import without
 from graphopt.passes.residuals.search import Limits, Search
 from graphopt.pipeline.context import Context
-from graphopt.pipeline.globs import check_globs
+from graphopt.pipeline.globs import check_globs, is_named
 from graphopt.pipeline.options import exact
 from graphopt.pipeline.pass_base import Pass
 from graphopt.pipeline.plan import Plan, Refusal
@@ -175,14 +174,14 @@ class DropBlocks(Pass[DropBlocksOptions, DropBlocksPlan]):
     def _why_kept(self, branch: Branch) -> tuple[str, str] | None:
         if self._skipped(branch):
             return "named in skip", ""
-        if self.options.only and not any(fnmatch.fnmatchcase(branch.name, glob) for glob in self.options.only):
+        if self.options.only and not any(is_named(branch.name, glob) for glob in self.options.only):
             return "not named in only", ""
         if branch.kind not in self.options.kinds:
             return f"kind `{branch.kind}` is not in kinds", "kind not chosen"
         return None
 
     def _skipped(self, branch: Branch) -> bool:
-        return any(fnmatch.fnmatchcase(branch.name, glob) for glob in self.options.skip)
+        return any(is_named(branch.name, glob) for glob in self.options.skip)
 
     def _asked(self, available: int) -> int | None:
         """Return how many branches are to go, None where `sqnr` says."""

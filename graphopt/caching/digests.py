@@ -191,8 +191,15 @@ def of_computing() -> str:
     told = [(device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in sorted(devices)]
     backends = torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32
     environment = sorted(item for item in os.environ.items() if item[0].startswith(_SAYS_HOW))
+    threads = torch.get_num_threads()  # sums in another order have other last digits
     return digest_of(
-        of_libraries(), told, backends, torch.get_float32_matmul_precision(), torch.get_default_dtype(), environment
+        of_libraries(),
+        threads,
+        told,
+        backends,
+        torch.get_float32_matmul_precision(),
+        torch.get_default_dtype(),
+        environment,
     )
 
 

@@ -11,36 +11,41 @@ from graphopt.errors import UsageError
 _LISTED = 5  # names that a message shows
 
 
+def is_named(name: str, glob: str) -> bool:
+    """Whether a glob names something, or what it lies in: `layer3` names `layer3.0.conv1` and its weight."""
+    return fnmatchcase(name, glob) or fnmatchcase(name, f"{glob}.*")
+
+
 def check_globs(
     option: str,
     globs: Iterable[str],
-    names: Iterable[str],
+    there: Iterable[str],
     *,
     kind: str,
     others: Iterable[str] = (),
-    matches: Callable[[str, str], bool] = fnmatchcase,
+    matches: Callable[[str, str], bool] = is_named,
 ) -> None:
     """Check that every glob of an option names something; arguments and errors are those of `check_glob`."""
-    names, others = list(names), list(others)
+    there, others = list(there), list(others)
     for glob in globs:
-        check_glob(f"{option}={glob}", glob, names, kind=kind, others=others, matches=matches)
+        check_glob(f"{option}={glob}", glob, there, kind=kind, others=others, matches=matches)
 
 
 def check_glob(
     written: str,
     glob: str,
-    names: Iterable[str],
+    there: Iterable[str],
     *,
     kind: str,
     others: Iterable[str] = (),
-    matches: Callable[[str, str], bool] = fnmatchcase,
+    matches: Callable[[str, str], bool] = is_named,
 ) -> None:
     """Check that a glob names something.
 
     Args:
         written: the option as the user wrote it, `skip=layer9.*`.
         glob: the glob in it.
-        names: what there is to name.
+        there: what there is to name.
         kind: what the names are of, for the message: `weight`.
         others: what may be named too and is not worth listing, since the pass leaves it alone anyway.
         matches: tells whether a name, the first argument, is named by a glob.
@@ -48,7 +53,7 @@ def check_glob(
     Raises:
         UsageError: the glob matches nothing.
     """
-    listed = list(dict.fromkeys(names))
+    listed = list(dict.fromkeys(there))
     if any(matches(name, glob) for name in (*listed, *others)):
         return
     near = difflib.get_close_matches(glob.strip("*"), listed, 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from graphopt.passes.layers.weighted_call import (
     weighted_call,
 )
 from graphopt.passes.layers.weights import from_taps
-from graphopt.pipeline.globs import check_globs
+from graphopt.pipeline.globs import check_globs, is_named
 from graphopt.pipeline.plan import Refusal
 
 aten = torch.ops.aten
@@ -180,7 +179,7 @@ def _same(value: Any, default: Any) -> bool:
 
 
 def _why_not(gm: fx.GraphModule, call: WeightedCall, skip: Sequence[str]) -> str:
-    matching = next((glob for glob in skip if fnmatchcase(call.weight_name, glob)), None)
+    matching = next((glob for glob in skip if is_named(call.weight_name, glob)), None)
     if matching is not None:
         return f"`skip={matching}` names it"
     if any(known is not None and known.made_by == "svd" for known in (origin(call.node), origin(call.weight))):

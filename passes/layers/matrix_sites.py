@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, fx
@@ -33,7 +32,7 @@ from graphopt.passes.layers.weighted_call import (
     weighted_call,
 )
 from graphopt.passes.layers.weights import by_taps
-from graphopt.pipeline.globs import check_globs
+from graphopt.pipeline.globs import check_globs, is_named
 from graphopt.pipeline.plan import Refusal
 from graphopt.quantization.ops import DEQUANTIZE
 
@@ -69,7 +68,7 @@ class MatrixSite:
     def skipped(self, globs: Iterable[str]) -> str | None:
         """Return the glob that names a module or operator that reads it, or the weight; None if none does."""
         names = [self.weight_name, *(name for node in self.nodes for name in (module_path(node), node.name))]
-        return next((glob for glob in globs if any(fnmatchcase(name, glob) for name in names)), None)
+        return next((glob for glob in globs if any(is_named(name, glob) for name in names)), None)
 
 
 def find_sites(gm: fx.GraphModule, *, convolutions: bool = False) -> tuple[list[MatrixSite], list[Refusal]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 
 from torch import fx
 
@@ -11,6 +10,7 @@ from graphopt.errors import UsageError
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import module_path, origin
 from graphopt.pipeline.context import Context
+from graphopt.pipeline.globs import is_named
 
 AS_ASKED = "left float as asked"
 
@@ -18,7 +18,7 @@ AS_ASKED = "left float as asked"
 def why_skipped(node: fx.Node, skip: Sequence[str]) -> tuple[str, str] | None:
     """Return (reason, reason without particulars) where a pattern of `skip` names a node or its module."""
     path = module_path(node)
-    pattern = next((p for p in skip if fnmatchcase(path, p) or fnmatchcase(node.name, p)), None)
+    pattern = next((p for p in skip if is_named(path, p) or is_named(node.name, p)), None)
     return None if pattern is None else as_asked(pattern)
 
 
@@ -30,9 +30,10 @@ def check_not_folded(skip: Sequence[str], program: Program, ctx: Context) -> Non
     """
     there = {name for node in program.graph.nodes for name in _names(node)}
     for glob in skip:
-        if any(fnmatchcase(name, glob) for name in there):
+        if any(is_named(name, glob) for name in there):
             continue
-        gone = [node for node in ctx.original.graph.nodes if any(fnmatchcase(name, glob) for name in _names(node))]
+        gone = [node for node in ctx.original.graph.nodes if any(is_named(name, glob) for name in _names(node))]
+        gone.sort(key=lambda node: node.op == "get_attr")  # weights are named where no call is
         if gone:
             raise UsageError(
                 f"`skip={glob}` names `{next(filter(None, _names(gone[0])))}`, {_why_gone(gone, program)}."

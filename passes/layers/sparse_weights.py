@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +23,7 @@ from graphopt.passes.layers.weighted_call import (
     uses,
     weighted_call,
 )
+from graphopt.pipeline.globs import is_named
 from graphopt.pipeline.plan import Refusal
 
 
@@ -71,7 +71,7 @@ def find_sites(gm: fx.GraphModule) -> tuple[list[SparseSite], list[Refusal]]:
 
 def named(site: SparseSite, globs: Sequence[str]) -> bool:
     """Whether one of `globs` matches the weight's name."""
-    return any(fnmatch.fnmatchcase(site.weight_name, glob) for glob in globs)
+    return any(is_named(site.weight_name, glob) for glob in globs)
 
 
 def with_weights(

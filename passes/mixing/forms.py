@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import networkx as nx
@@ -21,7 +20,7 @@ from graphopt.errors import PassError
 from graphopt.ir.program import Program
 from graphopt.ir.provenance import module_path, origin
 from graphopt.pipeline.context import Context
-from graphopt.pipeline.globs import check_globs
+from graphopt.pipeline.globs import check_globs, is_named
 from graphopt.pipeline.knobs import Knob
 from graphopt.pipeline.options import build
 from graphopt.pipeline.pass_base import Pass
@@ -107,7 +106,7 @@ def find_sites(program: Program, ctx: Context, forms: Sequence[Form], skip: Sequ
     named = {site: _names(site) for site in sites}
     check_globs("skip", skip, [name for names in named.values() for name in names], kind="weight or layer")
     for site, names in named.items():
-        site.skipped = next((glob for glob in skip if any(fnmatchcase(name, glob) for name in names)), "")
+        site.skipped = next((glob for glob in skip if any(is_named(name, glob) for name in names)), "")
     return sites
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from dataclasses import dataclass, field
 
@@ -11,7 +10,7 @@ from graphopt.axes.infer import Axes
 from graphopt.errors import UsageError
 from graphopt.ir.graph import tensor_attribute
 from graphopt.passes.pruning.options import PruneOptions
-from graphopt.pipeline.globs import check_glob
+from graphopt.pipeline.globs import check_glob, is_named
 from graphopt.pipeline.plan import Refusal
 
 _PARTICULARS = re.compile(r" ?\(`[^`]*`[^)]*\)")  # the node a reason names, which differs from site to site
@@ -61,7 +60,7 @@ def choose(axes: Axes, options: PruneOptions) -> Choice:
 
 def matches(name: str, glob: str) -> bool:
     """Tell whether a glob names an axis, with its kind (`layer1.0.conv1:channels`) or without."""
-    return fnmatch.fnmatchcase(name, glob) or fnmatch.fnmatchcase(name.partition(":")[0], glob)
+    return is_named(name, glob) or is_named(name.partition(":")[0], glob)
 
 
 def _overrides(axes: Axes, options: PruneOptions) -> dict[int, tuple[float, str]]:

@@ -15,6 +15,7 @@ from graphopt.errors import UsageError
 from graphopt.passes.pruning.regularisers import GroupLasso
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.pipeline import Pipeline
+from graphopt.pipeline.plan import Plan
 from graphopt.pipeline.registry import PassRegistry
 from graphopt.pipeline.runner import run
 from graphopt.testing import TensorSamples
@@ -43,13 +44,17 @@ PASSES = {
 
 
 def plan(passes: str, model: nn.Module | None = None) -> list[str]:
+    return [refusal.reason for made in plans(passes, model) for refusal in made.refusals]
+
+
+def plans(passes: str, model: nn.Module | None = None) -> list[Plan]:
     torch.manual_seed(0)
     x = torch.randn(16, 3, 8, 8)
     program = capture((model or Net()).eval(), x[:2])
     backend = TensorRTBackend() if "sparsity24" in passes else OnnxRuntimeBackend()
     ctx = Context(original=program, targets=(backend.description,)).with_data(TensorSamples((x,)))
     outcome = run(Pipeline.parse(passes, PassRegistry()), program, ctx)
-    return [refusal.reason for _, made in outcome.plans for refusal in made.refusals]
+    return [made for _, made in outcome.plans]
 
 
 @pytest.mark.parametrize("pass_", PASSES)
@@ -68,6 +73,39 @@ def test_what_is_near_is_named() -> None:
 @pytest.mark.parametrize("pass_", PASSES)
 def test_what_stays_anyway_may_be_named(pass_: str) -> None:
     plan(f"{pass_}:skip=stem*") if pass_ != "drop_blocks:criterion=last" else plan(f"{pass_}:skip=body*")
+
+
+class Nested(nn.Module):
+    """A block with an activation of its own, between two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 32, 3), nn.Linear(32, 32)
+        self.block = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Sequential(nn.Conv2d(32, 32, 1)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x).relu()
+        return self.head(torch.sigmoid(x + self.block(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "pass_",
+    [
+        "prune:ratio=0.5:round_to=1",
+        "svd:rank=4",
+        "sparsity24:ends=yes",
+        "sparsify",
+        "int8",
+        "weights",
+        "codebook",
+        "half",
+    ],
+)
+def test_a_module_is_all_that_is_in_it(pass_: str) -> None:
+    of_block, of_all_in_it = (plans(f"{pass_}:skip={glob}", Nested())[-1] for glob in ("block", "block*"))
+    without = plans(pass_, Nested())[-1]
+    assert of_block.sites == of_all_in_it.sites
+    assert of_block.sites != without.sites or pass_ in ("svd:rank=4", "weights")  # convolutions are not for these
 
 
 @pytest.mark.parametrize("make", [GroupLasso])
