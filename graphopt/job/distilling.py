@@ -118,7 +118,7 @@ def distill(
     for item in backends:
         item.accepts(found.to("cpu"))
     if eval is not None:
-        judge_of(eval, found)  # what is wrong with it is said before anything is trained
+        judge_of(eval, found, progress)  # what is wrong with it is said before anything is trained
     samples = samples.on(found.device)
     teachers = open_teachers(teacher, found, samples.first(2), wanted, teacher_data, trust=trust, seed=seed)
     beside = _beside(samples, labels, teacher_data, teachers, found, wanted)

@@ -175,7 +175,7 @@ class Job:
             self.samples = self.samples.on(self.device)
         check_weights(self.original)
         self._opened = state_of(self._given)
-        self.metric = None if self.evaluation is None else judge_of(self.evaluation, self.original)
+        self.metric = None if self.evaluation is None else judge_of(self.evaluation, self.original, self.progress)
 
     @one_thread_at_a_time()
     @random_state_kept()

@@ -8,6 +8,7 @@ from graphopt.data.batches import Batch, SampleSource, batch_count, whole_batche
 from graphopt.ir.program import Program
 from graphopt.measure.cost import cost
 from graphopt.measure.evaluate import Evaluator, FunctionEvaluator, evaluator
+from graphopt.pipeline.context import Progress
 from graphopt.pipeline.pipeline import Pipeline
 
 Judge: TypeAlias = Evaluator | FunctionEvaluator
@@ -17,9 +18,9 @@ _PROBE_FLOPS = 2e10
 _FEWEST_PROBES, _MOST_PROBES = 2, 32
 
 
-def judge_of(spec: Any, program: Program) -> Judge:
+def judge_of(spec: Any, program: Program, progress: Progress) -> Judge:
     """Return what `eval` of a job says of models like a program."""
-    return evaluator(spec, specs=program.inputs, takes=program.takes, device=program.device)
+    return evaluator(spec, specs=program.inputs, takes=program.takes, device=program.device, track=progress.track)
 
 
 def metrics_for(pipeline: Pipeline, judge: Judge | None) -> tuple[Judge | None, Judge | None, list[str]]:

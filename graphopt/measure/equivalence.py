@@ -105,7 +105,7 @@ class Probe:
     @property
     def unbounded(self) -> int:
         """In how many samples an output of the reference holds NaN or infinity: errors are of the others."""
-        outputs = [one for one in self._wanted if one.is_floating_point() and len(one.shape) and len(one)]
+        outputs = [computable(one) for one in self._wanted if one.is_floating_point() and one.dim() and len(one)]
         bad = [~one.isfinite().flatten(1).all(1) for one in outputs if len(one) == batch_count(self.batch)]
         return int(torch.stack(bad).any(0).sum()) if bad else 0
 

@@ -27,6 +27,7 @@ from graphopt.measure.metrics import METRICS, Metric, Scoring, find_metric
 
 Model = Callable[..., Any]
 Array = NDArray[Any]
+Track = Callable[[Iterator[Labelled], str, int | None], Iterator[Labelled]]
 DEFAULT_METRIC = "top1"
 
 
@@ -40,7 +41,7 @@ class Evaluator:
     """
 
     def __init__(
-        self, samples: SampleSource, metric: Metric, *, batch_size: int, takes: Takes, limit: int | None
+        self, samples: SampleSource, metric: Metric, *, batch_size: int, takes: Takes, limit: int | None, track: Track
     ) -> None:
         """Use `evaluator`."""
         self._samples = samples
@@ -48,6 +49,8 @@ class Evaluator:
         self.batch_size = takes(batch_size)
         self._takes = takes
         self._limit = limit
+        self._track = track
+        self._calls: int | None = None  # that one evaluation takes, once it is known
         self.name = metric.name
         self.unit = metric.unit
 
@@ -56,7 +59,7 @@ class Evaluator:
         batch, takes, limit = self.batch_size, self._takes, self._limit
         limit = None if limit is None else -(-limit // 2)
         one, other = (
-            Evaluator(half, self._metric, batch_size=batch, takes=takes, limit=limit)
+            Evaluator(half, self._metric, batch_size=batch, takes=takes, limit=limit, track=self._track)
             for half in halves(self._samples, takes(1))
         )
         return one, other
@@ -69,7 +72,8 @@ class Evaluator:
         """Return the metric of `model`, a callable that takes the inputs' tensors in order."""
         scoring = Scoring(self._metric)
         with _evaluated(model) as judged, torch.no_grad():
-            for inputs, labels in self.batches():
+            calls = 0
+            for inputs, labels in self._track(self.batches(), f"measuring {self.name}", self._calls):
                 if labels is None:
                     raise DataError(f"The data for `{self.name}` has no labels (`labels`, `label` or `y`).")
                 count = labels.shape[0]
@@ -81,6 +85,8 @@ class Evaluator:
                         "per sample along the first axis."
                     )
                 scoring.add(outputs[:count], as_array(labels))
+                calls += 1
+        self._calls = calls
         return scoring.score()
 
 
@@ -122,6 +128,7 @@ def evaluator(
     takes: Takes = any_number,
     limit: int | None = None,
     device: str | torch.device = "cpu",
+    track: Track | None = None,
 ) -> Evaluator | FunctionEvaluator:
     """Return a function from a model to a number, higher is better.
 
@@ -139,6 +146,7 @@ def evaluator(
         takes: How many it takes, see `Program.takes`; the last batch is filled up by repetition.
         limit: Score only this many samples.
         device: Where the model takes its inputs.
+        track: Shows how far it has come: called with batches, what is done, and how many batches there are, if known.
 
     Raises:
         UsageError: An unknown metric or function.
@@ -165,7 +173,9 @@ def evaluator(
             f"The evaluation data has no labels. Store them as `labels` beside the inputs "
             f"({', '.join(samples.names)}), or give (inputs, labels)."
         )
-    return Evaluator(samples.on(torch.device(device)), metric, batch_size=batch_size, takes=takes, limit=limit)
+    track = track or (lambda batches, label, total: batches)
+    on = samples.on(torch.device(device))
+    return Evaluator(on, metric, batch_size=batch_size, takes=takes, limit=limit, track=track)
 
 
 @contextlib.contextmanager

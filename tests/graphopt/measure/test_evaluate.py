@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from graphopt.capturing.capture import capture
 from graphopt.data import InputSpec
+from graphopt.data.batches import Labelled
 from graphopt.errors import DataError, UsageError
 from graphopt.ir.program import Program
 from graphopt.ir.training import is_training
@@ -270,3 +272,15 @@ def test_every_part_of_a_module_gets_back_the_mode_it_was_in(spec: Any) -> None:
     found = evaluator(spec)(model)
     assert found in (0.0, 100.0)  # the function saw evaluation mode
     assert [module.training for module in model.modules()] == [True, False, True]
+
+
+def test_how_far_it_has_come_is_shown() -> None:
+    told: list[tuple[str, int | None]] = []
+
+    def track(batches: Iterator[Labelled], label: str, total: int | None) -> Iterator[Labelled]:
+        told.append((label, total))
+        yield from batches
+
+    evaluate = evaluator((SCORES, CLASSES), batch_size=2, track=track)
+    assert evaluate(identity) == evaluate(identity)
+    assert told == [("measuring top1", None), ("measuring top1", 2)]
