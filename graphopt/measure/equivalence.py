@@ -106,7 +106,7 @@ class Probe:
     def unbounded(self) -> int:
         """In how many samples an output of the reference holds NaN or infinity: errors are of the others."""
         outputs = [computable(one) for one in self._wanted if one.is_floating_point() and one.dim() and len(one)]
-        bad = [~one.isfinite().flatten(1).all(1) for one in outputs if len(one) == batch_count(self.batch)]
+        bad = [~one.isfinite().reshape(len(one), -1).all(1) for one in outputs if len(one) == batch_count(self.batch)]
         return int(torch.stack(bad).any(0).sum()) if bad else 0
 
     def measure(self, candidate: FlatCallable, *, declared: Sequence[TensorSpec] | None = None) -> Equivalence:
