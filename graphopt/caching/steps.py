@@ -132,7 +132,7 @@ class StepCache:
             self._stages.add(_of_stage(self._key, stage))
             store.add(_of_stage(self._key, stage), self._entry(dict(content)), tensors, instead=True)
 
-    def keep(self, step: Step, program: Program, ctx: Context, plan: Plan) -> None:
+    def keep(self, plan: Plan) -> None:
         """Keep the plan of the step that was last looked for, which has been carried out and checked."""
         if self._key is None:
             return

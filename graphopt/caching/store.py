@@ -1,7 +1,7 @@
 """Plans on disk: one folder of JSON and safetensors, of this user alone, bounded, each file whole or not there.
 
     <key>-<digest of the rest>.json     what is kept, see `CacheEntry`
-    <digest>.safetensors                its tensors
+    <key>-<digest>.safetensors          its tensors
 
 Names hold the digest of the content, so that what is damaged is not what was asked for.
 """
@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,8 +33,8 @@ PLACE = "GRAPHOPT_CACHE"  # environment variable: the folder; empty for none
 MOST = 4 << 30  # bytes; what was used longest ago goes first
 _MOST_OF_AN_ENTRY = 1 << 26  # bytes of JSON
 _ELSEWHERE = f"Name another folder in the environment variable {PLACE}, or do without (--no-cache)."
-_ENTRY = re.compile(r"[0-9a-f]{64}-([0-9a-f]{64})\.json")
-_PAYLOAD = re.compile(r"[0-9a-f]{64}\.safetensors")
+_ENTRY = re.compile(r"([0-9a-f]{64})-([0-9a-f]{64})\.json")
+_PAYLOAD = re.compile(r"([0-9a-f]{64}-)?[0-9a-f]{64}\.safetensors")
 
 
 class CacheEntry(pydantic.BaseModel, extra="forbid", strict=True, frozen=True):
@@ -117,7 +117,7 @@ class Store:
                     file = Path(scratch) / "tensors"
                     save_file(dict(tensors), file)
                     entry = entry.model_copy(update={"payload": sha256(file)})
-                    os.replace(file, self._payload(entry))
+                    os.replace(file, self._payload(key, entry))
                 text = entry.model_dump_json().encode()
                 if len(text) > _MOST_OF_AN_ENTRY:
                     logger.info("A plan with %d bytes of JSON is not kept: %d are read.", len(text), _MOST_OF_AN_ENTRY)
@@ -127,7 +127,7 @@ class Store:
                 path = self.folder / f"{key}-{hashlib.sha256(text).hexdigest()}.json"
                 os.replace(file, path)
             if instead:
-                self.remove(key, but=path)
+                self.remove(key, but=[path, self._payload(key, entry)])
             self._shrink()
             return True
         except (OSError, UsageError, safetensors.SafetensorError) as err:
@@ -136,19 +136,11 @@ class Store:
             _say_once(f"Nothing is kept in the cache {self.folder}: {said}. {_ELSEWHERE}")
             return False
 
-    def remove(self, key: str, *, but: Path | None = None) -> None:
-        """Let go of what is kept under a key, and say nothing where that cannot be; tensors that no other entry has."""
-        gone = set[str]()
-        for path in set(self.folder.glob(f"{key}-*.json")) - {but}:
-            with contextlib.suppress(OSError, ValueError):
-                gone.add(_entry_at(path).payload)
-                path.unlink()
-        for path in self.folder.glob("*.json") if gone - {""} else ():
-            with contextlib.suppress(OSError, ValueError):
-                gone.discard(_entry_at(path).payload)
-        for payload in gone - {""}:
+    def remove(self, key: str, *, but: Collection[Path] = ()) -> None:
+        """Let go of what is kept under a key, and say nothing where that cannot be."""
+        for path in {*self.folder.glob(f"{key}-*")} - {*but}:
             with contextlib.suppress(OSError):
-                (self.folder / f"{payload}.safetensors").unlink()
+                path.unlink()
 
     def usage(self) -> tuple[int, int]:
         """Return how many entries there are, and bytes of all files.
@@ -197,17 +189,18 @@ class Store:
         try:
             text = read_file(path, most=_MOST_OF_AN_ENTRY)
             named = _ENTRY.fullmatch(path.name)
-            if named is None or hashlib.sha256(text).hexdigest() != named[1]:
+            if named is None or hashlib.sha256(text).hexdigest() != named[2]:
                 raise ValueError("it is not what its name says")
             entry = CacheEntry.model_validate_json(text)
             tensors: Mapping[str, torch.Tensor] = {}
             if entry.payload:
                 # not mapped: a file that is cut short later would end the process; a quarter of `most` fits in memory
-                content = read_file(self._payload(entry), most=self.most // 4 + _MOST_OF_AN_ENTRY)
+                payload = self._payload(named[1], entry)
+                content = read_file(payload, most=self.most // 4 + _MOST_OF_AN_ENTRY)
                 if hashlib.sha256(content).hexdigest() != entry.payload:
                     raise ValueError("its tensors are not those it was written with")
                 tensors = load(content)
-                _touch(self._payload(entry))
+                _touch(payload)
             _touch(path)
         except FileNotFoundError:  # another process has let go of it
             return None
@@ -218,8 +211,8 @@ class Store:
             return None
         return entry, tensors
 
-    def _payload(self, entry: CacheEntry) -> Path:
-        return self.folder / f"{entry.payload}.safetensors"
+    def _payload(self, key: str, entry: CacheEntry) -> Path:
+        return self.folder / f"{key}-{entry.payload}.safetensors"
 
     def _files(self) -> list[tuple[Path, os.stat_result]]:
         """List the files of the store, and links that are called so, longest unused first.
@@ -247,10 +240,6 @@ class Store:
                 return
             path.unlink(missing_ok=True)
             total -= status.st_size
-
-
-def _entry_at(path: Path) -> CacheEntry:
-    return CacheEntry.model_validate_json(read_file(path, most=_MOST_OF_AN_ENTRY))
 
 
 def _touch(path: Path) -> None:

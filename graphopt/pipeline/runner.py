@@ -45,8 +45,8 @@ class PlanCache(Protocol):
     def find(self, step: Step, program: Program, ctx: Context) -> Plan | None:
         """Return the plan that this step made of the same before, None if there is none."""
 
-    def keep(self, step: Step, program: Program, ctx: Context, plan: Plan) -> None:
-        """Keep the plan of a step that has been carried out and checked."""
+    def keep(self, plan: Plan) -> None:
+        """Keep the plan of the step that was last looked for, which has been carried out and checked."""
 
     def follows(self, before: Program, after: Program, plan: Plan) -> None:
         """Note what a plan made of a program."""
@@ -110,7 +110,7 @@ def run_step(
     result = apply(step.instance, program, plan, checked=kept is not None)
     if cache is not None:
         if kept is None:
-            cache.keep(step, program, ctx, plan)
+            cache.keep(plan)
         cache.follows(program, result, plan)
     for hook in hooks:
         hook.after(step, program, result, plan, target)

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from graphopt.data.batches import Batch
 from graphopt.ir.graph import constant
+from graphopt.ir.operators import RECURRENT_LAYERS
 from graphopt.ir.program import Program
 from graphopt.passes.layers.weighted_call import WeightedCall
 from graphopt.passes.quantization.layers import scale_axis
@@ -133,9 +134,9 @@ def _has_a_choice(site: Site) -> bool:
 def _choice(node: fx.Node, sqnr: Mapping[str, float]) -> Choice | None:
     best = max(sqnr.values())
     if best < _LEAST:
-        return Refusal(
-            node.name, f"8 bits leave its result {best:.0f} dB, {_LEAST:.0f} are wanted", "8 bits are too few"
-        )
+        said = f"8 bits leave its result {best:.0f} dB, {_LEAST:.0f} are wanted"
+        remedy = "" if node in RECURRENT_LAYERS else "; `weights:bits=8` rounds its weight alone"
+        return Refusal(node.name, said + remedy, "8 bits are too few")
     static = sqnr.get("static", math.inf)
     return "dynamic" if static < _WANTED and sqnr["dynamic"] > static + _LEAST_GAIN else None
 

@@ -469,7 +469,7 @@ def test_what_weights_were_before_they_were_rounded_counts_for_who_reads_it() ->
         step = Step(PassRegistry().pass_class(name)())
         ctx = Context(original=CAPTURED, floating=CAPTURED)
         assert cache.find(step, CAPTURED, ctx) is None
-        cache.keep(step, CAPTURED, ctx, step.instance.new_plan(sites=("x",)))
+        cache.keep(step.instance.new_plan(sites=("x",)))
         assert cache.find(step, CAPTURED, ctx) is not None
         found[name] = cache.find(step, CAPTURED, dataclasses.replace(ctx, floating=other)) is not None
     assert found == {"qat": False, "recover": True}

@@ -99,7 +99,7 @@ def test_an_entry_of_another_form_is_not_found(tmp_path: Path) -> None:
     header = b'{"w":{"dtype":"F8_E8M0","shape":[1],"data_offsets":[0,1]}}'  # which safetensors knows and torch does not
     tensors = len(header).to_bytes(8, "little") + header + b"x"
     payload = hashlib.sha256(tensors).hexdigest()
-    (store.folder / f"{payload}.safetensors").write_bytes(tensors)
+    (store.folder / f"{KEY}-{payload}.safetensors").write_bytes(tensors)
     reads.append(json.dumps({"payload": payload, "content": {}}).encode())
     for text in (b"[]", b'{"content": 1}', b'{"content": {}, "more": 1}', b"\xff", b"{" * 10**5, *reads):
         (store.folder / f"{OTHER}-{hashlib.sha256(text).hexdigest()}.json").write_bytes(text)
@@ -221,7 +221,7 @@ def test_odd_things_in_the_folder_stop_nothing(monkeypatch: pytest.MonkeyPatch, 
     gone.symlink_to(tmp_path / "nothing")
     large.symlink_to(tmp_path / "large")
     (tmp_path / "large").write_bytes(bytes(20_000))
-    for path in (folder, store.folder / f"{OTHER}.safetensors"):
+    for path in (folder, store.folder / f"{KEY}-{OTHER}.safetensors"):
         path.mkdir()
         (path / "of the user.txt").write_text("stays")
     assert store.add(OTHER, ENTRY, {})
