@@ -229,4 +229,5 @@ def _inputs(site: MatrixSite, moments: InputMoments) -> Inputs | None:
     columns = torch.arange(call.fan_in).reshape(math.prod(call.kernel), -1).t().flatten()  # taps come first in moments
     squares = torch.cat([matrix.diagonal(dim1=1, dim2=2) for matrix in matrices], 1)[:, columns].float()
     shared = [matrix[columns][:, columns] for matrix in matrices[0]] if len(matrices) == 1 else []
-    return Inputs(squares.repeat_interleave(call.out_features // call.groups, 0), shared)
+    each = call.out_features // call.groups
+    return Inputs(squares.unsqueeze(1).expand(-1, each, -1).flatten(0, 1), shared)

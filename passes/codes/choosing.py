@@ -9,16 +9,18 @@ in SqueezeLLM, Kim et al. 2023), and codes are chosen in order (`in_order`).
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from graphopt.passes.codes.clusters import cluster, nearest
-from graphopt.passes.codes.coded import SMALLEST, Coded, Form, positive
+from graphopt.passes.codes.clusters import cluster, drawn, nearest
+from graphopt.passes.codes.coded import SMALLEST, Coded, Form, positive, runs
 from graphopt.passes.codes.in_order import Inputs, choose_codes
 from graphopt.passes.codes.signs import SIGNS, binary, ternary
 
 _TURNS = 3
-_ELEMENTS = 1 << 22  # of rows that are worked on at once
+_ELEMENTS = 1 << 22  # of rows whose tables are fitted at once
 
 
 def encode(matrix: Tensor, form: Form, inputs: Inputs | None, generator: torch.Generator) -> Coded:
@@ -37,8 +39,10 @@ def encode(matrix: Tensor, form: Form, inputs: Inputs | None, generator: torch.G
 
 def _chosen(matrix: Tensor, form: Form, weights: Tensor, generator: torch.Generator) -> Coded:
     if form.codes != "kmeans":
-        codes, scale = (binary if form.codes == "binary" else ternary)(matrix, weights)
-        return Coded(codes, torch.tensor(SIGNS[form.codes]).unsqueeze(1), positive(scale).float())
+        signs = binary if form.codes == "binary" else ternary
+        found = [signs(matrix[run], weights[run]) for run in runs(len(matrix), matrix.shape[1])]
+        scale = positive(torch.cat([scale for _, scale in found])).float()
+        return Coded(torch.cat([codes for codes, _ in found]), torch.tensor(SIGNS[form.codes]).unsqueeze(1), scale)
     at_once = form.group * max(1, _ELEMENTS // max(1, form.group * matrix.shape[1]))
     parts = [
         _clustered(rows, counts, form, generator)
@@ -60,18 +64,44 @@ def _clustered(matrix: Tensor, weights: Tensor, form: Form, generator: torch.Gen
         )
         scale = None if one.scale is None or other.scale is None else torch.cat([one.scale, other.scale])
         return Coded(torch.cat([one.codes, other.codes]), torch.cat([one.table, other.table]), scale)
-    tables = max(1, len(matrix) // form.group)
-    scale = positive(_roots(matrix, weights)) if form.scaled else torch.ones(len(matrix), 1)
+    group = min(form.group, len(matrix))
+    parts = list(runs(len(matrix), matrix.shape[1], group=group))
+    scale = torch.ones(len(matrix), 1)
+    if form.scaled:
+        scale = torch.cat([positive(_roots(matrix[run], weights[run])) for run in parts])
     for _ in range(_TURNS if form.scaled else 1):
-        vectors = _in_vectors(matrix / torch.where(scale > 0, scale, 1.0), form.vector, tables)
-        counts = _in_vectors(weights * (scale / scale.max().clamp(min=SMALLEST)).square(), form.vector, tables)
-        table = cluster(vectors, counts, form.entries, generator)
-        codes = nearest(vectors, counts, table)
-        values = table.gather(1, codes.unsqueeze(2).expand(*codes.shape, form.vector))
-        values = values.reshape(len(matrix), -1)[:, : matrix.shape[1]]
+        table = cluster(*_sample(matrix, weights, scale, group, form, generator), form.entries, generator)
+        of_run = (table[run.start // group : -(-run.stop // group)] for run in parts)
+        found = [_nearest(matrix[run], weights[run], scale[run], own) for run, own in zip(parts, of_run, strict=True)]
         if form.scaled:
-            scale = positive(_fitted(matrix, values, weights))
-    return Coded(codes.reshape(len(matrix), -1), table.flatten(0, 1), scale if form.scaled else None)
+            scale = torch.cat([fitted for _, fitted in found])
+    return Coded(torch.cat([codes for codes, _ in found]), table.flatten(0, 1), scale if form.scaled else None)
+
+
+def _sample(
+    matrix: Tensor, weights: Tensor, scale: Tensor, group: int, form: Form, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Return vectors of each group in units of their scales, (tables, vectors, size), and what they count."""
+    vectors = math.ceil(matrix.shape[1] / form.vector)  # of a row
+    numbers = drawn(group * vectors, form.entries, form.vector, generator).unsqueeze(1)
+    rows = torch.arange(0, len(matrix), group).reshape(-1, 1, 1) + numbers // vectors
+    columns = numbers % vectors * form.vector + torch.arange(form.vector)
+    inside = columns < matrix.shape[1]  # the last of a row is filled up with zeros
+    columns = columns.clamp(max=matrix.shape[1] - 1)
+    units, counted = torch.where(scale > 0, scale, 1.0), (scale / scale.max().clamp(min=SMALLEST)).square()
+    return (
+        torch.where(inside, matrix[rows, columns] / units[rows, 0], 0.0),
+        torch.where(inside, weights[rows, columns] * counted[rows, 0], 0.0),
+    )
+
+
+def _nearest(matrix: Tensor, weights: Tensor, scale: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the codes of rows, (rows, vectors) uint8, and the scales with which they come closest, (rows, 1)."""
+    tables, _, size = table.shape
+    scaled = matrix / torch.where(scale > 0, scale, 1.0)
+    codes = nearest(_in_vectors(scaled, size, tables), _in_vectors(weights, size, tables), table)
+    values = table.gather(1, codes.unsqueeze(2).expand(-1, -1, size)).reshape(len(matrix), -1)[:, : matrix.shape[1]]
+    return codes.reshape(len(matrix), -1).to(torch.uint8), positive(_fitted(matrix, values, weights))
 
 
 def _in_vectors(matrix: Tensor, size: int, tables: int) -> Tensor:

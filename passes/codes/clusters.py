@@ -2,7 +2,7 @@
 
 Clusters of numbers are intervals: with sums over what is sorted, a step costs as much as there are entries (Lloyd 1982,
 "Least squares quantization in PCM"), for many tables at once. Vectors begin with k-means++ (Arthur and Vassilvitskii
-2007). Both look at a sample where there are many; whoever is left out is assigned to what came of it.
+2007). Both look at some (`drawn`) where there are many; whoever is left out is assigned to what came of it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,14 @@ from torch import Tensor
 _NUMBERS, _VECTORS_EACH = 1 << 20, 256  # looked at: numbers, and vectors for each entry
 _STEPS, _VECTOR_STEPS = 100, 25
 _BINS = 512
-_DISTANCES = 1 << 24  # at once
+_DISTANCES = 1 << 18  # at once: they stay in the cache of a core
 _TINY = torch.finfo(torch.float64).tiny
+
+
+def drawn(n: int, count: int, size: int, generator: torch.Generator) -> Tensor:
+    """Return which of `n` vectors are looked at for `count` entries, their numbers: some of many, else all."""
+    most = _NUMBERS if size == 1 else _VECTORS_EACH * count
+    return torch.randint(n, (most,), generator=generator) if n > most else torch.arange(n)
 
 
 def cluster(vectors: Tensor, weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -24,13 +30,9 @@ def cluster(vectors: Tensor, weights: Tensor, count: int, generator: torch.Gener
         vectors: (tables, n, size) float32, finite.
         weights: likewise, what a squared error counts; not negative.
         count: of entries.
-        generator: draws the sample, and where clusters of vectors begin.
+        generator: draws where clusters of vectors begin.
     """
-    tables, n, size = vectors.shape
-    most = _NUMBERS if size == 1 else _VECTORS_EACH * count
-    if n > most:
-        drawn = torch.randint(n, (most,), generator=generator)
-        vectors, weights = vectors[:, drawn], weights[:, drawn]
+    tables, _, size = vectors.shape
     if size == 1:
         return _levels(vectors[..., 0].double(), weights[..., 0].double(), count).float().unsqueeze(2)
     found = [_centroids(*one, count, generator) for one in zip(vectors, weights.float(), strict=True)]
@@ -52,13 +54,10 @@ def nearest(vectors: Tensor, weights: Tensor, tables: Tensor) -> Tensor:
 
 
 def _closest(vectors: Tensor, weights: Tensor, table: Tensor) -> Tensor:
-    squares, step = table.square().T, max(1, _DISTANCES // len(table))
-    return torch.cat(
-        [
-            torch.argmin(torch.addmm(w @ squares, w * x, table.T, alpha=-2), 1)
-            for x, w in zip(torch.split(vectors, step), torch.split(weights, step), strict=True)
-        ]
-    )
+    terms = torch.cat([table.square(), -2 * table], 1).T  # of w (t - x)^2 - w x^2 = w t^2 - 2 w x t
+    step = max(1, _DISTANCES // len(table))
+    parts = zip(torch.split(vectors, step), torch.split(weights, step), strict=True)
+    return torch.cat([torch.argmin(torch.cat([w, w * x], 1) @ terms, 1) for x, w in parts])
 
 
 def _levels(values: Tensor, weights: Tensor, count: int) -> Tensor:
@@ -110,10 +109,11 @@ def _far_apart(vectors: Tensor, weights: Tensor, count: int, generator: torch.Ge
     """Draw entries one after another, each among vectors that are far from those before."""
     table = torch.zeros(count, vectors.shape[1])
     left = torch.ones(len(vectors))
+    columns, counts = vectors.T.contiguous(), weights.T.contiguous()  # sums over few are slow along rows
     for index in range(count):
         share = left.double().cumsum(0)
         drawn = torch.rand((), dtype=torch.float64, generator=generator) * share[-1]
         table[index] = vectors[int(torch.searchsorted(share, drawn, right=True).clamp_(max=len(vectors) - 1))]
-        distance = ((vectors - table[index]).square() * weights).sum(1)
+        distance = ((columns - table[index].unsqueeze(1)).square() * counts).sum(0)
         left = torch.minimum(left, distance) if index else distance
     return table

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 SMALLEST = 1e-30  # rows of smaller weights are stored as zeros: scales stay normal float32 numbers
+_AT_ONCE = 1 << 18  # numbers of a weight that are worked on, in double precision and int64
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,7 @@ class Coded:
     """A weight as codes.
 
     Attributes:
-        codes: (rows, vectors) int64, numbers of entries in the table of a row.
+        codes: (rows, vectors) uint8, numbers of entries in the table of a row.
         table: (tables * entries, vector) float32.
         scale: (rows, 1) float32, None where rows have none.
     """
@@ -50,10 +52,19 @@ class Coded:
         """Return where in `table` that of each row begins, (rows, 1)."""
         return torch.arange(len(self.codes)).unsqueeze(1) // form.group * form.entries
 
-    def reals(self, form: Form, columns: int) -> Tensor:
-        """Return what is stored as numbers, (rows, columns) float32."""
-        values = self.table[self.codes + self.first(form)].flatten(1)[:, :columns]
-        return values if self.scale is None else values * self.scale
+    def reals(self, form: Form, columns: int, rows: slice = slice(None)) -> Tensor:
+        """Return what is stored of some rows as numbers, (rows, columns) float32."""
+        values = self.table[self.codes[rows] + self.first(form)[rows]].flatten(1)[:, :columns]
+        return values if self.scale is None else values * self.scale[rows]
+
+
+def runs(rows: int, columns: int, *, group: int = 1, at_once: int | None = None) -> Iterator[slice]:
+    """Take a weight apart into runs of rows, of whole groups or inside of one, that are worked on one at a time."""
+    step = max(1, (at_once or _AT_ONCE) // max(1, columns))
+    together = max(group, step // group * group)
+    for first in range(0, rows, together):
+        last = min(first + together, rows)
+        yield from (slice(start, min(start + step, last)) for start in range(first, last, step))
 
 
 def positive(scale: Tensor) -> Tensor:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from graphopt.passes.codes.clusters import nearest
-from graphopt.passes.codes.coded import Coded, Form, positive
-from graphopt.passes.layers.gptq import choose_in_order
+from graphopt.passes.codes.coded import Coded, Form, positive, runs
+from graphopt.passes.layers.gptq import InOrder
 
 _DAMPING = 0.01
+_AT_ONCE = 1 << 20  # numbers of rows that are gone through together, column after column
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,17 +45,18 @@ def choose_codes(matrix: Tensor, coded: Coded, form: Form, inputs: Inputs) -> Co
     """
     if not inputs.moments:
         return coded
-    step = len(matrix) // len(inputs.moments)
+    step, padding = len(matrix) // len(inputs.moments), -matrix.shape[1] % form.vector
     parts, scales = [], []
     for index, moments in enumerate(inputs.moments):
-        rows = slice(index * step, (index + 1) * step)
-        part = _Rows(coded, form, rows, inputs.squares[rows])
-        padding = -matrix.shape[1] % form.vector
-        padded = torch.nn.functional.pad(matrix[rows], (0, padding))
         shared = torch.nn.functional.pad(moments, (0, padding, 0, padding))
-        codes = choose_in_order(padded, part.nearest, shared, _DAMPING, form.vector).long()
-        parts.append(codes)
-        scales.append(_fitted(padded, part.entries(codes), shared, part.scale))
+        in_order = InOrder(shared, _DAMPING, form.vector)
+        for run in runs(step, matrix.shape[1], at_once=_AT_ONCE):
+            rows = slice(index * step + run.start, index * step + run.stop)
+            part = _Rows(coded, form, rows, inputs.squares[rows])
+            padded = torch.nn.functional.pad(matrix[rows], (0, padding))
+            codes = in_order.choose(padded, part.nearest).long()
+            parts.append(codes.to(torch.uint8))
+            scales.append(_fitted(padded, part.entries(codes), shared, part.scale))
     return replace(coded, codes=torch.cat(parts), scale=None if coded.scale is None else torch.cat(scales))
 
 

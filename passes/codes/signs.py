@@ -23,10 +23,10 @@ def binary(rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         weights: (rows, columns), what the squared error of each counts; not negative.
 
     Returns:
-        Codes (rows, columns) int64, and scales (rows, 1) float64.
+        Codes (rows, columns) uint8, and scales (rows, 1) float64.
     """
     size = rows.abs().double()
-    return (rows >= 0).long(), _means((size * weights).sum(1, keepdim=True), weights.sum(1, keepdim=True))
+    return (rows >= 0).to(torch.uint8), _means((size * weights).sum(1, keepdim=True), weights.sum(1, keepdim=True))
 
 
 def ternary(rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,7 +37,7 @@ def ternary(rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     best = (sums * _means(sums, counts)).argmax(1, keepdim=True)
     kept = torch.arange(rows.shape[1]).expand_as(order) <= best
     chosen = torch.zeros_like(kept).scatter_(1, order, kept)
-    return (rows.sign().long() * chosen) + 1, _means(sums.gather(1, best), counts.gather(1, best))
+    return (rows.sign() * chosen + 1).to(torch.uint8), _means(sums.gather(1, best), counts.gather(1, best))
 
 
 def _means(sums: Tensor, counts: Tensor) -> Tensor:

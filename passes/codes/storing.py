@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from graphopt.measure.decibels import decibels
-from graphopt.passes.codes.coded import Coded, Form
+from graphopt.passes.codes.coded import Coded, Form, runs
 from graphopt.passes.codes.plan import CodesRecord, codes_name
 from graphopt.passes.codes.sizes import shape_of_codes
 from graphopt.passes.layers.code_packing import bases, pack
@@ -58,15 +58,17 @@ def store(site: MatrixSite, name: str, matrix: Tensor, coded: Coded, form: Form,
         vector=form.vector,
         group=form.group,
         weighted=weighted,
-        sqnr=_sqnr(matrix, coded.reals(form, columns)),
+        sqnr=_sqnr(matrix, coded, form),
         bytes=[matrix.nbytes, sum(tensor.nbytes for tensor in tensors.values())],
     )
     return StoredCodes(record, {f"{name}.{key}": tensor.contiguous() for key, tensor in tensors.items()})
 
 
-def _sqnr(matrix: Tensor, reals: Tensor) -> float | None:
+def _sqnr(matrix: Tensor, coded: Coded, form: Form) -> float | None:
     """Return the signal-to-noise ratio of a weight, None where one of the two is nothing."""
-    noise = float((reals - matrix).square().sum(dtype=torch.float64))
-    signal = float(matrix.square().sum(dtype=torch.float64))
+    columns, noise, signal = matrix.shape[1], 0.0, 0.0
+    for run in runs(len(matrix), columns):
+        noise += float((coded.reals(form, columns, run) - matrix[run]).square().sum(dtype=torch.float64))
+        signal += float(matrix[run].square().sum(dtype=torch.float64))
     found = decibels(signal, noise)
     return found if math.isfinite(found) else None

@@ -51,11 +51,13 @@ def pack(codes: Tensor, parts: Sequence[int]) -> list[Tensor]:
     Returns:
         For each part (rows, bytes) uint8.
     """
-    packed = []
+    codes, packed = codes.to(torch.uint8), []
+    if BYTE in parts:
+        return [codes]
     for base in parts:
         size = per_byte(base)
         grouped = torch.unflatten(pad(codes % base, (0, -codes.shape[1] % size)), 1, (-1, size))
-        packed.append((grouped * base ** torch.arange(size)).sum(2).to(torch.uint8))
+        packed.append((grouped * (base ** torch.arange(size)).to(torch.uint8)).sum(2, dtype=torch.uint8))
         codes = codes // base
     return packed
 

@@ -51,37 +51,47 @@ def round_in_order(
         integers = (torch.round(values / scale[:, columns]) + zero[:, columns]).clamp_(form.low, form.high)
         return integers, (integers - zero[:, columns]) * scale[:, columns]
 
-    return choose_in_order(matrix, nearest, moments, damping).to(form.dtype)
+    return InOrder(moments, damping).choose(matrix, nearest).to(form.dtype)
 
 
-def choose_in_order(matrix: Tensor, nearest: Nearest, moments: Tensor, damping: float, size: int = 1) -> Tensor:
-    """Return what is stored of a weight, (rows, columns / size), of the dtype of the weight.
+class InOrder:
+    """The order of the columns of a weight, and how those that are left make up for errors."""
 
-    Args:
-        matrix: the weight (rows, columns).
-        nearest: what `size` columns become.
-        moments: E[x x^T] of what it is multiplied with, (columns, columns) float64.
-        damping: what is added to the diagonal, as a share of its mean.
-        size: consecutive columns that are chosen at once; all are a multiple of it.
-    """
-    order = torch.argsort(moments.diagonal().reshape(-1, size).sum(1), descending=True, stable=True)
-    columns = (order.unsqueeze(1) * size + torch.arange(size)).flatten()
-    upper = _inverse_factor(moments[columns][:, columns], damping).float()
-    left = matrix[:, columns].clone()
-    stored = left.new_empty(len(left), len(order))
-    together = max(1, _TOGETHER // size) * size
-    for start in range(0, left.shape[1], together):
-        stop = min(start + together, left.shape[1])
-        errors = torch.empty_like(left[:, start:stop])
-        for first in range(start, stop, size):
-            here = slice(first, first + size)
-            found, reals = nearest(left[:, here], columns[here])
-            stored[:, order[first // size]] = found.reshape(-1).to(stored.dtype)
-            for i in range(first, first + size):
-                errors[:, i - start] = (left[:, i] - reals[:, i - first]) / upper[i, i]
-                left[:, i + 1 : stop] -= torch.outer(errors[:, i - start], upper[i, i + 1 : stop])
-        left[:, stop:] -= errors @ upper[start:stop, stop:]
-    return stored
+    def __init__(self, moments: Tensor, damping: float, size: int = 1) -> None:
+        """Factor the inverse of what inputs have in common.
+
+        Args:
+            moments: E[x x^T] of what the weight is multiplied with, (columns, columns) float64.
+            damping: what is added to the diagonal, as a share of its mean.
+            size: consecutive columns that are chosen at once; all are a multiple of it.
+        """
+        self._size = size
+        self._order = torch.argsort(moments.diagonal().reshape(-1, size).sum(1), descending=True, stable=True)
+        self._columns = (self._order.unsqueeze(1) * size + torch.arange(size)).flatten()
+        self._upper = _inverse_factor(moments[self._columns][:, self._columns], damping).float()
+
+    def choose(self, matrix: Tensor, nearest: Nearest) -> Tensor:
+        """Return what is stored of rows of the weight, (rows, columns / size), of their dtype.
+
+        Args:
+            matrix: (rows, columns).
+            nearest: what `size` columns become.
+        """
+        size, upper, left = self._size, self._upper, matrix[:, self._columns]
+        stored = left.new_empty(len(left), len(self._order))
+        together = max(1, _TOGETHER // size) * size
+        for start in range(0, left.shape[1], together):
+            stop = min(start + together, left.shape[1])
+            errors = torch.empty_like(left[:, start:stop])
+            for first in range(start, stop, size):
+                here = slice(first, first + size)
+                found, reals = nearest(left[:, here], self._columns[here])
+                stored[:, self._order[first // size]] = found.reshape(-1).to(stored.dtype)
+                for i in range(first, first + size):
+                    errors[:, i - start] = (left[:, i] - reals[:, i - first]) / upper[i, i]
+                    left[:, i + 1 : stop] -= torch.outer(errors[:, i - start], upper[i, i + 1 : stop])
+            left[:, stop:] -= errors @ upper[start:stop, stop:]
+        return stored
 
 
 def _inverse_factor(moments: Tensor, damping: float) -> Tensor:

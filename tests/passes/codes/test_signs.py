@@ -33,7 +33,7 @@ def test_nothing_is_closer(encode: Callable[[Tensor, Tensor], tuple[Tensor, Tens
     weights = torch.rand(12, 6, generator=generator) if weighted else torch.ones(12, 6)
     signs = SIGNS[encode.__name__]
     codes, scale = encode(rows, weights)
-    found = torch.tensor(signs, dtype=torch.float64)[codes] * scale
+    found = torch.tensor(signs, dtype=torch.float64)[codes.long()] * scale
     for row, counts, each in zip(rows.double(), weights.double(), found, strict=True):
         error = float((counts * (row - each).square()).sum())
         assert error == pytest.approx(least(row, counts, signs), rel=1e-6, abs=1e-12)
