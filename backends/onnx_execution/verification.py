@@ -32,6 +32,7 @@ from graphopt.backends.onnx_execution.agreement import (
 )
 from graphopt.backends.onnx_execution.batches import batches
 from graphopt.backends.onnx_execution.blame import skip_around, value_computed, value_quantized
+from graphopt.backends.onnx_execution.empty_inputs import check_on_zeros
 from graphopt.backends.onnx_execution.lstm_twins import add_twins
 from graphopt.backends.onnx_execution.other_sizes import other_sizes
 from graphopt.backends.onnx_execution.replay import Codes, Deviation, Drift, Replay, perturbed, quantize_nodes
@@ -81,6 +82,8 @@ def verify(
     replay = Replay(program)
     worst = 0.0
     for index, (where, remedy, arrays) in enumerate(_sizes(program, inputs)):
+        if not index:
+            check_on_zeros(exact, program, arrays, path.name)
         feed = tuple(torch.from_numpy(array) for array in arrays)
         failed = functools.partial(_not_run, program, where)
         try:

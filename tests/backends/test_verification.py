@@ -292,3 +292,23 @@ def test_an_exact_run_passes_assertions_of_the_traces_dtypes() -> None:
     program = capture(Halved().eval(), torch.randn(2, 4))
     (exact,) = Replay(program, exact=True).outputs(program.flat_examples())
     torch.testing.assert_close(exact.float(), program(*program.flat_examples()), rtol=1e-2, atol=1e-2)
+
+
+class Normalised(nn.Module):
+    """Divides by a norm and what keeps it from 0."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / (x.norm(dim=-1, keepdim=True) + 1e-6)
+
+
+def test_zeros_are_tried_though_no_sample_is_of_them(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+    program, path = lowered(capture(Normalised(), torch.randn(2, 4)), tmp_path_factory)
+    verify(path, program, None, SETTINGS)
+
+    def forgotten(model: ir.Model) -> None:
+        held = model.graph.initializers.values()
+        (value,) = [one for one in held if one.const_value.numpy().dtype == np.float32]
+        value.const_value = ir.tensor(np.float32(0), name=value.name)
+
+    with pytest.raises(LoweringError, match="where inputs are zeros, output `output` is NaN or infinite"):
+        verify(tampered(path, tmp_path, forgotten), program, None, SETTINGS)
