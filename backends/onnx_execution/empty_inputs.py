@@ -13,7 +13,9 @@ import torch
 
 from graphopt.backends.onnx_execution.session import OnnxSession
 from graphopt.errors import LoweringError
+from graphopt.ir.devices import OUT_OF_MEMORY
 from graphopt.ir.program import Program
+from graphopt.ir.regions import graph_modules
 from graphopt.targets.backend import Array
 
 
@@ -29,6 +31,8 @@ def check_on_zeros(session: OnnxSession, program: Program, arrays: Sequence[Arra
     Raises:
         LoweringError: an output is NaN or infinite where the program's is not.
     """
+    if len([*graph_modules(program.graph_module)]) > 1:
+        return  # a loop may end on some numbers alone
     empty = [array if np.issubdtype(array.dtype, np.integer) else np.zeros_like(array) for array in arrays]
     try:
         found = session(*empty)
@@ -36,8 +40,13 @@ def check_on_zeros(session: OnnxSession, program: Program, arrays: Sequence[Arra
         return
     if all(np.isfinite(array).all() for array in found if np.issubdtype(array.dtype, np.inexact)):
         return
-    with torch.no_grad():
-        wanted = program.call_flat(tuple(map(torch.from_numpy, empty)))
+    try:
+        with torch.no_grad():
+            wanted = program.call_flat(tuple(map(torch.from_numpy, empty)))
+    except OUT_OF_MEMORY:
+        raise
+    except Exception:  # what it asserts, say, is not what the artifact does
+        return
     for spec, want, array in zip(program.outputs, wanted, found, strict=True):
         if want.is_floating_point() and bool((want.isfinite() & ~torch.from_numpy(array).isfinite()).any()):
             raise LoweringError(

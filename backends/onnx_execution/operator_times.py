@@ -15,6 +15,7 @@ from graphopt.targets.backend import Array, OperatorTime, Values
 
 _WARM_UP, _RUNS = 2, 8
 _CUT_OFF = 0.5e-6  # seconds: the profiler writes whole microseconds, and leaves out what is beyond
+_HOLDS_OTHERS = {"If", "Loop", "Scan"}  # their time is that of what they run
 _CONVERSIONS = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
 _FLOATS, _INTEGERS = {"float", "float16", "double", "bfloat16"}, {"int8", "uint8", "int4", "uint4"}
 
@@ -33,7 +34,7 @@ def operator_times(path: Path, settings: SessionSettings, inputs: Sequence[Array
     warm = sorted(event["ts"] for event in events if event["name"] == "model_run")[_WARM_UP]
     seconds, told = Counter[tuple[str, str]](), dict[tuple[str, str], OperatorTime]()
     for event in events:
-        if event["cat"] != "Node" or event["ts"] < warm:
+        if event["cat"] != "Node" or event["ts"] < warm or event["args"]["op_name"] in _HOLDS_OTHERS:
             continue
         node = event["args"]["node_index"], event["name"]  # indices alone are of one graph: branches have their own
         seconds[node] += event["dur"] * 1e-6 + _CUT_OFF

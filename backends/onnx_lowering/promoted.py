@@ -29,7 +29,7 @@ def promoted(node: fx.Node, editor: Editor) -> fx.Node | None:
     if node.target is aten.rsub.Scalar and _type_of(node.args[0]) is not _type_of(node):
         widened = editor.call(aten.to.dtype, node.args[0], _type_of(node), like=node)
         return editor.call(node.target, widened, *node.args[1:], like=node)
-    if node.target in _BOOLEAN and all(_type_of(operand) is torch.bool for operand in node.args[:2]):
+    if node.target in _BOOLEAN and _are_booleans(node):
         return editor.call(_BOOLEAN[node.target], *node.args[:2], like=node)
     if node.target in _INDEXES:
         indices = [
@@ -38,6 +38,11 @@ def promoted(node: fx.Node, editor: Editor) -> fx.Node | None:
         ]
         node.update_arg(1, indices)
     return None
+
+
+def _are_booleans(node: fx.Node) -> bool:
+    plain = len(node.args) == 2 and not node.kwargs  # `alpha` may say that the second counts for nothing
+    return plain and all(_type_of(operand) is torch.bool for operand in node.args)
 
 
 def _type_of(operand: object) -> torch.dtype | None:

@@ -6,6 +6,7 @@ log_sigmoid(x), log(sigmoid(x))              -softplus(-x)                      
 batch_norm(x, .., training=True)             (x - mean(x)) * rsqrt(var(x) + eps)    it takes the running statistics
 div(x, y, rounding) of integers              floor_divide(x - fmod(x, y), y)        it does so in single precision
 x / y, x % y of integers                     see `ir/divisions`                     runtimes end the process
+amax(x), amin(x)                             amax(x, all axes)                      it asks for axes
 attention(q, k, v) of rank 2 or 3            squeeze(attention(unsqueeze(q), ..))    it takes rank 4 alone
 attention(.., mask)                          where(any(mask), attention(.., mask), 0)   a query without a key is not 0
 copy(x, smaller)                             copy(x, expand_as(smaller, x))         the result has the smaller shape
@@ -72,6 +73,10 @@ def _other_words(node: fx.Node, editor: Editor) -> fx.Node | None:
         return editor.call(aten.neg.default, editor.call(aten.softplus.default, turned, like=node), like=node)
     if node.target is aten.batch_norm.default:
         return _normalised(node, editor)
+    if node.target in (aten.amax.default, aten.amin.default) and not arguments(node, ("dim",))["dim"]:
+        given = arguments(node, ("self", "keepdim"))
+        axes = list(range(given["self"].meta["val"].dim()))
+        return editor.call(node.target, given["self"], axes, given["keepdim"], like=node) if axes else None
     if node.target is aten.scaled_dot_product_attention.default:
         return _attention(node, editor)
     if node.target in (aten.copy.default, aten.copy_.default):
@@ -95,7 +100,9 @@ def _other_words(node: fx.Node, editor: Editor) -> fx.Node | None:
 
 def _is_log_of_sigmoid(node: fx.Node) -> bool:
     source = node.args[0] if node.target is aten.log.default else None
-    return isinstance(source, fx.Node) and source.target is aten.sigmoid.default
+    if not isinstance(source, fx.Node) or source.target is not aten.sigmoid.default:
+        return False
+    return bool(source.args[0].meta["val"].is_floating_point())  # type: ignore[union-attr]
 
 
 def _pool(node: fx.Node, editor: Editor) -> fx.Node | None:

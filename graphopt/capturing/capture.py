@@ -106,11 +106,14 @@ def capture(
     check_names(model)
     args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
     device = device_of(held_by(model))
+    seen = {id(tensor): tensor for tensor in held_by(model).values()}
 
     def example(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.is_meta:
             raise CaptureError("An example input lies on the device `meta` and has no values. Give one that has.")
-        return outside_inference(resolved(tensor)).to(device)
+        found = outside_inference(resolved(tensor)).to(device)
+        found = found.clone() if id(found) in seen else found  # torch takes inputs of one tensor for one input (2.13)
+        return seen.setdefault(id(found), found)
 
     args = tuple(pytree.tree_map_only(torch.Tensor, example, args))
     kwargs = dict(pytree.tree_map_only(torch.Tensor, example, dict(kwargs or {})))

@@ -7,6 +7,8 @@ The rows that a model has read stay scaled in it, and to scale them again change
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
@@ -18,20 +20,26 @@ _SCALES = aten.embedding_renorm_.default
 
 
 def renorm_tables(gm: fx.GraphModule) -> None:
-    """Store such tables scaled, where embeddings alone read them, and scale nothing in the graph."""
-    for node in gm.graph.find_nodes(op="call_function", target=_SCALES):
-        table = constant(_behind(node), gm)
-        if table is None or node.users or not _read_by_rows(gm, memory_key(table)):
+    """Store such tables scaled where all that is read of one is scaled alike, and scale nothing in the graph."""
+    calls = gm.graph.find_nodes(op="call_function", target=_SCALES)
+    tables = [table for node in calls if (table := constant(_behind(node), gm)) is not None]
+    for own in dict.fromkeys(map(memory_key, tables)):
+        reads = [user for node in _reads(gm, own) for user in node.users]
+        scales = [user for node in reads if node.target is aten.detach.default for user in node.users]
+        scales += [node for node in reads if node.target is _SCALES]
+        norms = {node.args[2:] for node in scales}
+        if len(norms) > 1 or not _are_scaled(reads, scales):
             continue
-        own, norm = memory_key(table), node.args[2:]
+        norm = norms.pop()
 
-        def scaled(tensor: Tensor, own: object = own, norm: tuple[float, ...] = norm) -> Tensor:
+        def scaled(tensor: Tensor, own: object = own, norm: tuple[Any, ...] = norm) -> Tensor:
             if memory_key(tensor) != own:
                 return tensor
             return torch.embedding_renorm_(tensor.clone(), torch.arange(len(tensor), device=tensor.device), *norm)
 
         change_tensors([gm], scaled)
-        gm.graph.erase_node(node)
+        for node in scales:
+            gm.graph.erase_node(node)
     erase_dead(gm.graph)
 
 
@@ -42,13 +50,16 @@ def _behind(node: fx.Node) -> fx.Node:
     return source.all_input_nodes[0] if source.target is aten.detach.default else source
 
 
-def _read_by_rows(gm: fx.GraphModule, key: object) -> bool:
-    """Whether embeddings alone read what is stored in a place, and what scales it."""
-    reads = [
-        node
-        for node in gm.graph.find_nodes(op="get_attr")
-        if (held := constant(node, gm)) is not None and memory_key(held) == key
-    ]
-    users = [user for node in reads for user in node.users]
-    users += [user for node in users if node.target is aten.detach.default for user in node.users]
-    return all(user.target in (aten.embedding.default, aten.detach.default, _SCALES) for user in users)
+def _reads(gm: fx.GraphModule, key: object) -> list[fx.Node]:
+    """List what reads a place in memory."""
+    held = ((node, constant(node, gm)) for node in gm.graph.find_nodes(op="get_attr"))
+    return [node for node, tensor in held if tensor is not None and memory_key(tensor) == key]
+
+
+def _are_scaled(reads: list[fx.Node], scales: list[fx.Node]) -> bool:
+    """Whether embeddings alone read a table, each the rows that are scaled."""
+    rows = {node.args[1] for node in scales}
+    return all(
+        node.args[1] in rows if node.target is aten.embedding.default else node.target in (aten.detach.default, _SCALES)
+        for node in reads
+    ) and not any(node.users for node in scales)

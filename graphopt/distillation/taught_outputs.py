@@ -151,8 +151,10 @@ def _as_labelled(
 
 def _are_classes(plan: DistillPlan, labels: torch.Tensor | None) -> bool | None:
     """Whether labels say that an output is of classes; None where nothing is known of them."""
-    if plan.label_loss in ("cross_entropy", "mse"):
-        return plan.label_loss == "cross_entropy"
+    if plan.label_loss != "auto":
+        return {"cross_entropy": True, "mse": False}.get(
+            plan.label_loss
+        )  # of a function of the user's nothing is known
     return None if labels is None else not (labels.is_floating_point() or labels.is_complex())
 
 

@@ -42,8 +42,8 @@ def check_values(tensors: Mapping[str, torch.Tensor]) -> None:
     name = next((name for name, tensor in tensors.items() if tensor.is_meta), None)
     if name is not None:
         raise CaptureError(
-            f"`{name}` of the model lies on the device `meta` and has no values. Load its weights first: "
-            "`model.load_state_dict(..., assign=True)`."
+            f"`{name}` of the model lies on the device `meta` and has no values. Load what is stored of it "
+            "(`model.load_state_dict(..., assign=True)`), and make anew what is not."
         )
 
 

@@ -270,6 +270,8 @@ class Unlike(nn.Module):
             (low + high).float(),
             (low * high).float(),
             1.0 - ids,
+            x.amax(),
+            x.amin(),
             torch.relu(x.clamp(-3, -1)),
         )
 

@@ -664,6 +664,25 @@ def test_an_input_with_a_name_that_no_argument_can_have(name: str) -> None:
         capture(Named(), (), {name: torch.randn(2, 3)})
 
 
+class Apart(nn.Module):
+    """Tells its inputs apart, and from what it holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 3))
+
+    def forward(self, one: Tensor, other: Tensor) -> Tensor:
+        return one * 2 - other + self.weight * 4
+
+
+def test_one_tensor_may_be_the_example_of_several_inputs_and_of_the_model() -> None:
+    model, x, y = Apart().eval(), torch.zeros(2, 3), torch.arange(6.0).view(2, 3)
+    for args in ((x, x), (model.weight, x), (model.weight, model.weight)):
+        program = capture(model, args)
+        assert torch.equal(program(x, y), model(x, y))
+        assert torch.equal(program(y, x), model(y, x))
+
+
 def test_what_lies_on_the_device_meta_has_no_values() -> None:
     model, x = nn.Linear(4, 2), torch.randn(2, 4)
     program = capture(model, (x,))
@@ -689,6 +708,32 @@ class Scaled(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.head(self.rows(ids) + self.rows(ids.flip(1)))
+
+
+class Shared(nn.Module):
+    """A table that is scaled for one of two readers, or to another norm for each."""
+
+    def __init__(self, other: float | None) -> None:
+        super().__init__()
+        self.one, self.other = nn.Embedding(20, 8, max_norm=1.0), nn.Embedding(20, 8, max_norm=other)
+        nn.init.normal_(self.one.weight, std=2.0)
+        self.other.weight = self.one.weight
+
+    def forward(self, ids: Tensor, more: Tensor) -> Tensor:
+        return self.other(more) - self.one(ids)
+
+
+@pytest.mark.parametrize(("other", "stays"), [(None, True), (2.0, True), (1.0, False)])
+def test_rows_that_are_read_in_two_ways_are_scaled_when_they_are_read(other: float | None, stays: bool) -> None:
+    torch.manual_seed(0)
+    model = Shared(other).eval()
+    example = torch.arange(3).expand(2, 3)
+    with torch.no_grad():
+        model.one.weight[:3].mul_(0.01)
+    fresh, (few, many) = copy.deepcopy(model), (example, torch.arange(17, 20).expand(2, 3))
+    program = capture(model, (example, example))
+    assert any("renorm" in str(node.target) for node in program.graph.nodes) == stays
+    torch.testing.assert_close(program(few, many), fresh(few, many), rtol=1e-5, atol=1e-6)
 
 
 def test_rows_that_are_scaled_when_they_are_read_are_stored_so() -> None:

@@ -535,6 +535,19 @@ def test_labels_that_are_values_leave_the_teachers_values_taught(loss: str, labe
     assert float(term(outputs, [wanted])) > 0
 
 
+def test_of_labels_of_a_loss_of_the_users_own_nothing_is_known() -> None:
+    """One score for each sample is no class, though its labels are integers."""
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    one, other = (capture(nn.Linear(6, 1).eval(), x[:2]) for _ in range(2))
+    plan, given = DistillPlan.of({"label_loss": "torch.nn.functional:l1_loss"}), [Teacher.open(other, data=(x,))]
+    numbers = torch.ones(4, dtype=torch.long)
+    found = prepare(plan, one, given, torch.Generator(), labelled=True, labels=numbers, apart=[False])
+    with torch.no_grad():
+        (term,) = found.lesson.outputs
+        assert float(term(one.call_flat((x,)), [other.call_flat((x,))])) > 0.01
+
+
 def test_a_temperature_that_softens_nothing_is_said(teacher: Program) -> None:
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
     squashed = capture(nn.Sequential(nn.Linear(6, 5), nn.Tanh()).eval(), x[:2])
