@@ -28,7 +28,7 @@ _LEVELS = {
     "extended": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
     "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
-_ERRORS_ONLY = 3
+_ERRORS_ONLY, _NOTHING = 3, 4
 
 # Where products of uint8 and int8 saturate (off by up to 90 of 255 steps on small models, AVX2, 1.31.1), the runtime
 # turns the weights to uint8 when it is asked to be precise. Elsewhere that costs time for nothing.
@@ -169,6 +169,8 @@ class OnnxSession:
             name = model.name if isinstance(model, Path) else "the model"
             raise LoweringError(f"ONNX Runtime refuses {name}: {_reason(err)}") from err
         trim(_bytes_of(model) // 4)
+        self._silent = onnxruntime.RunOptions()
+        self._silent.log_severity_level = _NOTHING  # what is wrong is raised
         self.inputs = tuple(value.name for value in self._session.get_inputs())
         self._ranges = ranges_of(self._session.get_modelmeta().custom_metadata_map)
         self.outputs = tuple(value.name for value in self._session.get_outputs())
@@ -202,7 +204,7 @@ class OnnxSession:
             if wrong := size_out_of_range(name, self._ranges.get(name, ()), array.shape):
                 raise UsageError(f"{wrong} Give no others, or capture the model for them.")
         try:
-            return list(self._session.run(outputs, feed))
+            return list(self._session.run(outputs, feed, self._silent))
         except Exception as err:  # onnxruntime's exceptions have no common base
             shapes = ", ".join(f"{name}: {'x'.join(map(str, array.shape))}" for name, array in feed.items())
             raise LoweringError(f"ONNX Runtime fails on inputs {shapes}: {_reason(err)}") from err

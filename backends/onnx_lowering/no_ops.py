@@ -1,4 +1,4 @@
-"""What adds 0 or multiplies by 1, exactly, as the Identity that it is.
+"""What adds 0 or multiplies by 1, exactly, as the Identity that it is, but for the sign of 0.
 
 Given:   Add(x, 0)   Sub(x, 0)   Mul(x, 1)   Div(x, 1)        by a number, not a tensor that x is broadcast with
 Result:  Identity(x)

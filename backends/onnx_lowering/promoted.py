@@ -16,7 +16,7 @@ from graphopt.ir.graph import arguments
 
 aten = torch.ops.aten
 _BOOLEAN = {aten.add.Tensor: aten.logical_or.default, aten.mul.Tensor: aten.logical_and.default}
-_INDEXES = (aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default)
+_INDEXES = (aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default, aten.index_put_.default)
 
 
 def promoted(node: fx.Node, editor: Editor) -> fx.Node | None:

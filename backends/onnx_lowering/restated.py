@@ -2,7 +2,8 @@
 
 avg_pool2d(x, k, .., divisor_override=d)     avg_pool2d(x, k, ..) * (|k| / d)       it ignores the divisor
 rrelu(x, lower, upper)                       leaky_relu(x, (lower + upper) / 2)     it knows neither
-log_sigmoid(x), log(sigmoid(x))              -softplus(-x)                          a runtime's logarithm of 0
+log_sigmoid(x)                               -softplus(-x)                          it takes a logarithm of 0
+log(sigmoid(x))                              -softplus(-x) where that is below 0.5  runtimes do, of -18 and less
 batch_norm(x, .., training=True)             (x - mean(x)) * rsqrt(var(x) + eps)    it takes the running statistics
 div(x, y, rounding) of integers              floor_divide(x - fmod(x, y), y)        it does so in single precision
 x / y, x % y of integers                     see `ir/divisions`                     runtimes end the process
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import math
 import operator
+from typing import Any
 
 import torch
 from torch import fx
@@ -67,10 +69,13 @@ def _other_words(node: fx.Node, editor: Editor) -> fx.Node | None:
         given = arguments(node, ("self", "lower", "upper"))
         slope = (given["lower"] + given["upper"]) / 2
         return editor.call(aten.leaky_relu.default, given["self"], slope, like=node)
-    if node.target is aten.log_sigmoid.default or _is_log_of_sigmoid(node):
-        x = node.args[0] if node.target is aten.log_sigmoid.default else node.args[0].args[0]  # type: ignore[union-attr]
-        turned = editor.call(aten.neg.default, x, like=node)
-        return editor.call(aten.neg.default, editor.call(aten.softplus.default, turned, like=node), like=node)
+    if node.target is aten.log_sigmoid.default:
+        return _log_sigmoid(node.args[0], node, editor)
+    if _is_log_of_sigmoid(node):
+        sigmoid = node.args[0]
+        below = editor.call(aten.lt.Scalar, sigmoid, 0.5, like=node)
+        as_written = editor.call(aten.log.default, sigmoid, like=node)
+        return editor.call(aten.where.self, below, _log_sigmoid(sigmoid.args[0], node, editor), as_written, like=node)  # type: ignore[union-attr]
     if node.target is aten.batch_norm.default:
         return _normalised(node, editor)
     if node.target in (aten.amax.default, aten.amin.default) and not arguments(node, ("dim",))["dim"]:
@@ -96,6 +101,11 @@ def _other_words(node: fx.Node, editor: Editor) -> fx.Node | None:
             "proj_size, or keep it out of the model that is lowered."
         )
     return None
+
+
+def _log_sigmoid(x: Any, node: fx.Node, editor: Editor) -> fx.Node:
+    turned = editor.call(aten.neg.default, x, like=node)
+    return editor.call(aten.neg.default, editor.call(aten.softplus.default, turned, like=node), like=node)
 
 
 def _is_log_of_sigmoid(node: fx.Node) -> bool:

@@ -1,11 +1,13 @@
 """What training does not bring back after capture in eval mode.
 
-Randomness without a node, statistics that stay, and what a module does in a `train()` of its own, such as keeping parts
-in evaluation mode. What code does under `if self.training`, at a rate that no attribute states, is not seen.
+Randomness without a node, statistics that stay, rows of tables that are scaled when they are read, and what a module
+does in a `train()` of its own, such as keeping parts in evaluation mode. What code does under `if self.training`, at a
+rate that no attribute states, is not seen.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import fx, nn
 
 from graphopt.ir.provenance import module_path
@@ -21,6 +23,7 @@ def lost_in_eval(model: nn.Module, gm: fx.GraphModule) -> list[Note]:
     """List modules that drop values or move statistics in training otherwise than where their program is trained."""
     switched = {module_path(node) for node in switchable(gm)}
     read = {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
+    renormed = any(node.target is torch.ops.aten.embedding_renorm_.default for node in gm.graph.nodes)
     lost: dict[str, list[str]] = {}
     for path, module in model.named_modules():
         kind, place, rate = type(module).__name__, path or "the model itself", _rate(module)
@@ -30,6 +33,9 @@ def lost_in_eval(model: nn.Module, gm: fx.GraphModule) -> list[Note]:
         moves = path in switched and getattr(module, "momentum", 0.0) is not None
         if f"{path}.running_mean".removeprefix(".") in read and not moves:
             lost.setdefault(f"{kind} keeps its statistics", []).append(place)
+        norm = getattr(module, "max_norm", None)
+        if norm is not None and not renormed:  # rows are scaled once, when it is captured
+            lost.setdefault(f"{kind} does not scale its rows", []).append(f"{place} (max_norm={norm:g})")
         inside = any(f"{owner}.".startswith(f"{path}.".removeprefix(".")) for owner in switched)
         if inside and not isinstance(module, fx.GraphModule) and _trains_its_own_way(module):
             lost.setdefault(f"{kind}.train() is not asked", []).append(place)

@@ -104,6 +104,12 @@ class PairedModule(nn.Module):
         memo[id(self)] = found
         return found.train(self.training)
 
+    def __copy__(self) -> PairedModule:
+        """Return a module that shares student and teachers."""
+        found = PairedModule.__new__(PairedModule)
+        found.__dict__.update(self.__dict__)
+        return found
+
     def __reduce__(self) -> Any:
         """Refuse to be pickled: what teaches may be a session or a function of the user's.
 

@@ -742,5 +742,8 @@ def test_rows_that_are_scaled_when_they_are_read_are_stored_so() -> None:
     fresh = copy.deepcopy(model)
     program = capture(model, (torch.arange(6).view(2, 3),))
     assert not [node for node in program.graph.nodes if "renorm" in str(node.target)]
+    (note,) = program.notes
+    said = "Embedding does not scale its rows when the program is trained: rows (max_norm=1)"
+    assert (note.subject, note.text) == ("training", said)
     ids = torch.arange(20).view(-1, 4)[:, :3]
     torch.testing.assert_close(program(ids), fresh(ids), rtol=1e-5, atol=1e-6)

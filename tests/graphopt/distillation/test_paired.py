@@ -560,7 +560,8 @@ def test_a_temperature_that_softens_nothing_is_said(teacher: Program) -> None:
 
 def test_a_pair_says_that_it_is_not_pickled(teacher: Program, student: Program) -> None:
     with pytest.raises(UsageError, match=r"state_dict\(\)"):
-        pickle.dumps(pair_for_training(student, teacher))
+        pickle.dumps(paired := pair_for_training(student, teacher))
+    assert copy.copy(paired).program is paired.program
 
 
 @pytest.mark.parametrize("captured", [False, True])
