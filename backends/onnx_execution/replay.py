@@ -7,7 +7,7 @@ runtime computed, and must arrive at the integers the runtime computed next, to 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,14 @@ from torch import fx
 
 from graphopt.backends.onnx_execution.agreement import WORSE_THAN_TORCH, half_of_the_digits, relative_error
 from graphopt.ir.aliasing import shared_inputs, written_inputs
+from graphopt.ir.devices import OUT_OF_MEMORY
 from graphopt.ir.operators import MOVES, SILENT_VIEWS
 from graphopt.ir.program import Program
 from graphopt.ir.torch_internals import pytree
 from graphopt.ir.walker import Walker
 from graphopt.quantization.ops import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 from graphopt.quantization.recurrent import DYNAMIC_LSTM, lstm
+from graphopt.targets.backend import Array
 
 Tensors = tuple[torch.Tensor, ...]
 # By quantization: its integers, of a dynamic one their scale and zero point too. By LSTM on integers: its results,
@@ -199,3 +201,14 @@ def perturbed(tensor: torch.Tensor, generator: torch.Generator, *, units: int = 
         return tensor
     noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype) - 0.5
     return tensor * (1 + 2 * units * torch.finfo(tensor.dtype).eps * noise)
+
+
+def takes(program: Program, arrays: Sequence[Array]) -> bool:
+    """Whether a program runs on inputs."""
+    try:
+        Replay(program).outputs(tuple(torch.from_numpy(array) for array in arrays))
+    except OUT_OF_MEMORY:
+        raise
+    except Exception:  # an operator may raise anything where a size or a value does not suit it
+        return False
+    return True

@@ -35,12 +35,11 @@ from graphopt.backends.onnx_execution.blame import skip_around, value_computed, 
 from graphopt.backends.onnx_execution.empty_inputs import check_on_zeros
 from graphopt.backends.onnx_execution.lstm_twins import add_twins
 from graphopt.backends.onnx_execution.other_sizes import other_sizes
-from graphopt.backends.onnx_execution.replay import Codes, Deviation, Drift, Replay, perturbed, quantize_nodes
+from graphopt.backends.onnx_execution.replay import Codes, Deviation, Drift, Replay, perturbed, quantize_nodes, takes
 from graphopt.backends.onnx_execution.rounded_activations import RoundedActivations, multiplies_blocks, without_rounding
 from graphopt.backends.onnx_execution.session import OnnxSession, SessionSettings
 from graphopt.backends.onnx_lowering.exporter import QUANTIZERS, SOURCE_PROPERTY
 from graphopt.errors import LoweringError, foreign_code
-from graphopt.ir.devices import OUT_OF_MEMORY
 from graphopt.ir.program import Program
 from graphopt.targets.backend import Array, Session
 
@@ -120,20 +119,10 @@ def _sizes(program: Program, inputs: Sequence[Array] | None) -> Iterator[tuple[s
     for where, arrays in batches(program, inputs):
         yield where, "work for another target", arrays
     for sized in other_sizes(program, inputs):
-        taken = next(((where, arrays) for where, arrays in sized if _takes(program, arrays)), None)
+        taken = next(((where, arrays) for where, arrays in sized if takes(program, arrays)), None)
         if taken is not None:
             bound = "bound to the sizes it needs (--dynamic INPUT:AXIS:MIN-MAX, or Dim(.., min=.., max=..))"
             yield taken[0], f"work with that axis of one size, or {bound}", taken[1]
-
-
-def _takes(program: Program, arrays: Sequence[Array]) -> bool:
-    try:
-        Replay(program).outputs(tuple(torch.from_numpy(array) for array in arrays))
-    except OUT_OF_MEMORY:
-        raise
-    except Exception:  # an operator may raise anything where a size does not suit it
-        return False
-    return True
 
 
 def _not_run(program: Program, where: str, said: str, _: BaseException) -> LoweringError:

@@ -312,3 +312,27 @@ def test_zeros_are_tried_though_no_sample_is_of_them(tmp_path_factory: pytest.Te
 
     with pytest.raises(LoweringError, match="where inputs are zeros, output `output` is NaN or infinite"):
         verify(tampered(path, tmp_path, forgotten), program, None, SETTINGS)
+
+
+class Positive(nn.Module):
+    """Divides by a sum that it asserts to be positive."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = x.sum().item()
+        torch._check(total > 0)
+        return x / total
+
+
+class Doubled(nn.Module):
+    """Doubles until it is large, which zeros never are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.while_loop(lambda x: x.sum() < 10, lambda x: (x * 2,), (x,))[0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("model", [Positive, Doubled])
+def test_zeros_are_not_tried_on_what_is_not_for_them(
+    model: type[nn.Module], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    program, path = lowered(capture(model(), torch.rand(2, 4) + 0.5), tmp_path_factory)
+    verify(path, program, (np.full((8, 4), 0.7, np.float32),), SETTINGS)
